@@ -1,0 +1,7 @@
+"""Focal Transformer: everything about the network. Needs torch and timm, nothing else of this repository."""
+
+from .build import build_model, count_params_and_macs
+from .checkpoint import load_checkpoint, read_checkpoint
+from .focal_transformer import FocalTransformer
+
+__all__ = ["FocalTransformer", "build_model", "count_params_and_macs", "load_checkpoint", "read_checkpoint"]

@@ -1,0 +1,109 @@
+"""Focal self-attention: fine tokens nearby and coarse ones far away in one softmax (paper section 3.2).
+
+One layer serves Focal and Focal-fast; the key selection given to it makes the difference. Departures from the
+original: queries, keys and values of fine and pooled tokens come from one projection; nothing is gathered
+before the operator; the bias is built once per forward and kept in evaluation.
+
+Legend: B batch, H W rows and columns of the map, Hp Wp of the padded map, T = Hp*Wp fine tokens, S = T +
+pooled tokens, C channels, N heads, D = C/N.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .geometry import padded_size
+from .key_selection import NearestKeys, RingPooledKeys, SelectedKeys
+from .layers import TensorCache, pooled_tokens
+from .ops import BACKENDS, check_backend, resolve_backend
+
+
+class FocalAttention(nn.Module):
+    """Attention of every token to the keys that its window selects.
+
+    Args:
+        dim: channels C.
+        num_heads: heads N; must divide C.
+        selection: which keys a window sees and which bias they get.
+        qkv_bias: bias of the query, key and value projection.
+        qk_scale: factor of the scores; None for D**-0.5.
+        proj_drop: dropout after the output projection.
+        backend: one of `models.ops.BACKEND_CHOICES`.
+        shift_size: roll the map up and left by this many tokens before attention, and back after it.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        selection: RingPooledKeys | NearestKeys,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        proj_drop: float = 0.0,
+        backend: str = "auto",
+        shift_size: int = 0,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5 if qk_scale is None else qk_scale
+        self.selection = selection
+        self.shift_size = shift_size
+        self.backend = check_backend(backend)
+        selection.register(self, num_heads, dim // num_heads)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.choice_cache: TensorCache[SelectedKeys] = TensorCache()
+        self.bias_cache: TensorCache[Tensor] = TensorCache()
+
+    def train(self, mode: bool = True) -> FocalAttention:
+        """Switch mode; what was cached for evaluation is dropped, so weights written through `.data`
+        count."""
+        self.bias_cache.clear()
+        return super().train(mode)
+
+    def forward(self, x: Tensor, pools: nn.ModuleList) -> Tensor:
+        """Attend over a map.
+
+        Args:
+            x: normalised map, [B, H, W, C]; any size, zero-padded here to whole windows. Padding serves as
+                keys.
+            pools: one pooling module per pooled level of the selection.
+
+        Returns:
+            [B, H, W, C].
+        """
+        _, height, width, channels = x.shape
+        padded = padded_size(height, width, self.selection.window_size)
+        x = F.pad(x, (0, 0, 0, padded[1] - width, 0, padded[0] - height))
+        x = torch.roll(x, (-self.shift_size, -self.shift_size), dims=(1, 2)) if self.shift_size else x
+        tokens = [
+            x.flatten(1, 2),
+            *pooled_tokens(x, pools, self.selection.window_size),
+        ]  # T fine, then pooled
+        q, k, v = (
+            self.qkv(torch.cat(tokens, dim=1)).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        )  # [B, S, N, D]
+
+        keys = self.selection.keys(self, height, width, x.device)
+        backend = BACKENDS[resolve_backend(self.backend)]
+        bias = self._prepared_bias(keys, q.dtype, (height, width))
+        x = backend.attend(q[:, : padded[0] * padded[1]], k, v, keys.table, bias, self.scale)  # [B, T, C]
+
+        x = x.unflatten(1, padded)
+        x = torch.roll(x, (self.shift_size, self.shift_size), dims=(1, 2)) if self.shift_size else x
+        return self.proj_drop(self.proj(x[:, :height, :width]))
+
+    def _prepared_bias(self, keys: SelectedKeys, dtype: torch.dtype, map_size: tuple[int, int]) -> Tensor:
+        """The bias in the form that the backend wants; kept between forwards that cannot train."""
+        name = resolve_backend(self.backend)
+
+        def build() -> Tensor:
+            return BACKENDS[name].prepare_bias(self.selection.bias(self, keys), keys.table, dtype)
+
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return build()
+        sources = tuple(t for key, t in self.state_dict().items() if not key.startswith(("qkv.", "proj.")))
+        return self.bias_cache.get(sources, (name, dtype, map_size), build)

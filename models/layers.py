@@ -1,0 +1,161 @@
+"""Small parts of the network: patch embedding, pooling of fine tokens to coarse ones, and a cache.
+
+Feature maps are [B, H, W, C] throughout (batch, rows, columns, channels).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+class PatchEmbed(nn.Module):
+    """Convolution that shrinks the map, then LayerNorm: the stem and the step between two stages.
+
+    Departure from the original: rows and columns left over at the bottom and right are ignored, as the
+    convolution does, instead of being refused.
+
+    Args:
+        in_chans: channels of the input.
+        dim: channels of the output.
+        stride: factor by which the map shrinks.
+        overlap: use the convolutional embedding, whose patches overlap (kernel 7 stride 4, kernel 3 stride
+            2).
+        norm: LayerNorm after the convolution.
+        pre_norm: GroupNorm with one group before it.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        stride: int,
+        overlap: bool = False,
+        norm: bool = True,
+        pre_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.stride = stride
+        self.kernel = 2 * stride - 1 if overlap else stride
+        self.padding = stride // 2 if overlap else 0
+        self.pre_norm = nn.GroupNorm(1, in_chans) if pre_norm else nn.Identity()
+        self.proj = nn.Conv2d(in_chans, dim, self.kernel, stride, self.padding)
+        self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the map made from an input of `height` x `width`."""
+        rows, columns = (
+            (side + 2 * self.padding - self.kernel) // self.stride + 1 for side in (height, width)
+        )
+        return rows, columns
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C_in, H, W] -> [B, H/stride, W/stride, C]."""
+        return self.norm(self.proj(self.pre_norm(x)).permute(0, 2, 3, 1))
+
+
+def _cells(x: Tensor, side: int, windows: tuple[int, int], scale: int) -> Tensor:
+    """Cut the centred (windows*scale*side)-square out of a map into cells.
+
+    [B, H, W, C] -> [B, gh, side, gw, side, C] with gh = windows[0]*scale and gw = windows[1]*scale.
+    """
+    grid = (windows[0] * scale, windows[1] * scale)
+    top, left = ((have - count * side) // 2 for have, count in zip(x.shape[1:3], grid, strict=True))
+    x = x[:, top : top + grid[0] * side, left : left + grid[1] * side]
+    return x.unflatten(2, (grid[1], side)).unflatten(1, (grid[0], side))
+
+
+class LinearPool(nn.Linear):
+    """One learned weight per position of the cell, shared by all channels (`fc`)."""
+
+    def __init__(self, side: int, dim: int) -> None:
+        super().__init__(side * side, 1)
+        self.side = side
+
+    def forward(self, cells: Tensor) -> Tensor:
+        """[B, gh, p, gw, p, C] -> [B, gh, gw, C]."""
+        return torch.einsum("bhiwjc,ij->bhwc", cells, self.weight.view(self.side, self.side)) + self.bias
+
+
+class ConvPool(nn.Conv2d):
+    """Depthwise convolution over the cell (`conv`)."""
+
+    def __init__(self, side: int, dim: int) -> None:
+        super().__init__(dim, dim, side, stride=side, groups=dim)
+
+    def forward(self, cells: Tensor) -> Tensor:
+        """[B, gh, p, gw, p, C] -> [B, gh, gw, C]."""
+        image = cells.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+        return super().forward(image).permute(0, 2, 3, 1)
+
+
+class MeanPool(nn.Module):
+    """Average of the cell (`mean`)."""
+
+    def __init__(self, side: int, dim: int) -> None:
+        super().__init__()
+
+    def forward(self, cells: Tensor) -> Tensor:
+        """[B, gh, p, gw, p, C] -> [B, gh, gw, C]."""
+        return cells.mean(dim=(2, 4))
+
+
+class MaxPool(nn.Module):
+    """Maximum of the cell (`max`)."""
+
+    def __init__(self, side: int, dim: int) -> None:
+        super().__init__()
+
+    def forward(self, cells: Tensor) -> Tensor:
+        """[B, gh, p, gw, p, C] -> [B, gh, gw, C]."""
+        return cells.amax(dim=(2, 4))
+
+
+POOLS: dict[str, type[nn.Module]] = {"fc": LinearPool, "conv": ConvPool, "mean": MeanPool, "max": MaxPool}
+"""Ways to make one coarse token of a p x p cell; each takes (p, channels). `none` makes no coarse tokens."""
+
+
+def pooled_tokens(x: Tensor, pools: nn.ModuleList, window: int) -> list[Tensor]:
+    """Coarse tokens of every level.
+
+    Args:
+        x: padded map, [B, H, W, C].
+        pools: one module per level; level k makes 2^k x 2^k tokens of every window.
+        window: window side s; a cell of level k has the side floor(s / 2^k).
+
+    Returns:
+        Per level [B, (H/s * 2^k) * (W/s * 2^k), C], row-major.
+    """
+    windows = (x.shape[1] // window, x.shape[2] // window)
+    cells = (_cells(x, window // 2**level, windows, 2**level) for level in range(len(pools)))
+    return [pool(cell).flatten(1, 2) for pool, cell in zip(pools, cells, strict=True)]
+
+
+class TensorCache(Generic[T]):
+    """Keeps what was derived from some tensors until one of them changes in place, moves or is replaced.
+
+    Writing through `.data` escapes PyTorch's version counter; call `clear` after that. Copies start empty.
+    """
+
+    def __init__(self) -> None:
+        self._key: tuple | None = None
+        self._value: T | None = None
+
+    def get(self, tensors: tuple[Tensor, ...], extra: tuple, build: Callable[[], T]) -> T:
+        """The cached value, or `build()` where `tensors` or `extra` differ from last time."""
+        key = (extra, *((t.data_ptr(), t._version, t.device, t.dtype) for t in tensors))
+        if key != self._key:
+            self._value, self._key = build(), key
+        return cast(T, self._value)
+
+    def clear(self) -> None:
+        """Forget."""
+        self._key = self._value = None
+
+    def __reduce__(self) -> tuple:
+        return TensorCache, ()

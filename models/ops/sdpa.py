@@ -1,0 +1,60 @@
+"""Focal attention through `torch.nn.functional.scaled_dot_product_attention`: the portable fast path.
+
+Three exact rewritings of the definition: keys that stand twice are folded into one; windows become heads, so
+that the call stays four-dimensional (five-dimensional inputs fall to the slow math kernel); and on small
+maps, where a window sees nearly everything, no key is gathered at all (`KeyTable.dense`).
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .key_table import KeyTable, mask_absent, merge_windows, split_windows
+
+
+def prepare_bias(bias: Tensor, table: KeyTable, dtype: torch.dtype) -> Tensor:
+    """Mask for SDPA in `dtype`: [1, N, T, S] for the dense form, else [1, N*P, Q, K']."""
+    bias = table.folded_bias(bias)
+    if table.dense is not None:
+        return table.dense_bias(bias).to(dtype)[None]
+    bias = mask_absent(bias, table.folded_visible)
+    return bias.expand(-1, table.index.shape[0], -1, -1).flatten(0, 1).to(dtype)[None]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, table: KeyTable, bias: Tensor, scale: float) -> Tensor:
+    """See `models.ops.focal_attention`; `bias` comes from `prepare_bias`."""
+    if table.dense is not None:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, N, T or S, D]
+        return _attention(q, k, v, bias, scale).transpose(1, 2).flatten(2)
+    n = q.shape[2]
+    windows = split_windows(q, table)  # [B, N, P, Q, D]
+    keys, values = (_gather(x, table.folded_index) for x in (k, v))
+    out = _attention(windows.flatten(1, 2), keys, values, bias, scale)
+    return merge_windows(out.unflatten(1, (n, -1)), table)
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """Keys of every window with windows as heads: [B, S, N, D], [P, K'] -> [B, N*P, K', D]."""
+    b, _, n, d = x.shape
+    p, k = index.shape
+    return (
+        x.index_select(1, index.flatten())
+        .reshape(b, p, k, n, d)
+        .permute(0, 3, 1, 2, 4)
+        .reshape(b, n * p, k, d)
+    )
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """Four-dimensional attention with an additive mask.
+
+    On CUDA the cuDNN kernel is kept out: with a mask it has returned wrong values and NaN gradients.
+    """
+    kernels = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(kernels) if q.is_cuda else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
