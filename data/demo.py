@@ -1,0 +1,238 @@
+"""Writes small demo data sets from real handwritten digits, for trying out every task without a download.
+
+    python -m data.demo OUT [--kinds imagenet zip detection segmentation] [--seed 0]
+
+The digits are the 1797 scans of 8x8 pixels that scikit-learn ships. Four kinds are written, each into its own
+folder of OUT:
+
+- imagenet: `train/<digit>/*.png`, `val/<digit>/*.png`;
+- zip: the same images as `train.zip`, `val.zip` with `train_map.txt`, `val_map.txt`, one map in each of the
+two styles; - detection: scenes of several digits in the layout of COCO 2017, with boxes and polygon masks; -
+segmentation: such scenes in the layout of ADE20K, with label images.
+
+About a fifth of the scans of every digit is held out, for the validation splits of all kinds. The same seed
+and sizes give the same bytes. A finished kind is left alone by a second call, a half-written one is written
+anew.
+"""
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data import demo_scenes
+
+logger = logging.getLogger(__name__)
+
+_VERSION = 1
+_STARTED = ".demo_started"
+_FINISHED = ".demo_finished.json"
+_HELD_OUT = 0.2
+_ZIP_DATE = (2021, 1, 1, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What to write; two calls with equal options write equal bytes."""
+
+    seed: int = 0
+    size: int = 32
+    train_scenes: int = 120
+    val_scenes: int = 30
+    scene_width: int = 160
+    scene_height: int = 128
+
+    def check(self) -> None:
+        """Raise ValueError for a number that is too small."""
+        least = {
+            "seed": 0,
+            "size": 8,
+            "train_scenes": 1,
+            "val_scenes": 1,
+            "scene_width": demo_scenes.MIN_CANVAS,
+            "scene_height": demo_scenes.MIN_CANVAS,
+        }
+        for name, lowest in least.items():
+            if getattr(self, name) < lowest:
+                raise ValueError(f"{name}: expected at least {lowest}, got {getattr(self, name)}; raise it")
+
+
+@dataclass(frozen=True)
+class DigitSplit:
+    """Scans of one split: `images` (N, 8, 8) uint8 with ink from 0 to 255, `labels` (N,) with the digits."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+def load_digit_splits(seed: int) -> dict[str, DigitSplit]:
+    """The scans as "train" and "val", divided at random within every digit.
+
+    Args:
+        seed: of the division.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError("the demo data need scikit-learn: pip install scikit-learn") from error
+    digits = load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    labels = digits.target.astype(np.int64)
+    rng = np.random.default_rng(seed)
+    held_out = np.zeros(len(labels), dtype=bool)
+    for digit in range(10):
+        members = rng.permutation(np.flatnonzero(labels == digit))
+        held_out[members[: round(_HELD_OUT * len(members))]] = True
+    return {
+        "train": DigitSplit(images[~held_out], labels[~held_out]),
+        "val": DigitSplit(images[held_out], labels[held_out]),
+    }
+
+
+def write_demo(out: Path, kinds: Sequence[str], options: DemoOptions) -> dict[str, Path]:
+    """Write demo data sets; those that are there already, with the same options, are kept.
+
+    Args:
+        out: folder to write into, one sub-folder per kind.
+        kinds: of "imagenet", "zip", "detection", "segmentation".
+        options: seed and sizes.
+
+    Returns:
+        The folder of each kind.
+
+    Raises:
+        ValueError: a kind is unknown, an option too small, or a folder in the way was not written by this
+            module.
+        ImportError: scikit-learn or opencv is not installed.
+    """
+    options.check()
+    unknown = [kind for kind in kinds if kind not in WRITERS]
+    if unknown:
+        raise ValueError(
+            f"kinds: expected some of {', '.join(WRITERS)}, got {', '.join(unknown)}; choose among them"
+        )
+    for kind in kinds:
+        _write_kind(out / kind, kind, options)
+    return {kind: out / kind for kind in kinds}
+
+
+def _write_kind(folder: Path, kind: str, options: DemoOptions) -> None:
+    stamp = json.dumps({"version": _VERSION, "kind": kind, **asdict(options)}, indent=1)
+    finished = folder / _FINISHED
+    if finished.is_file() and finished.read_text() == stamp:
+        logger.info("%s: already there", folder)
+        return
+    if folder.exists():
+        if not (folder / _STARTED).is_file() and any(folder.iterdir()):
+            raise ValueError(
+                f"{folder}: expected nothing or a demo data set to replace, got a folder with other content; "
+                "choose another "
+                "output folder"
+            )
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    (folder / _STARTED).touch()
+    WRITERS[kind](folder, options)
+    unfinished = folder / (_FINISHED + ".tmp")
+    unfinished.write_text(stamp)
+    os.replace(unfinished, finished)
+    logger.info("%s: written", folder)
+
+
+def _encoded_digits(split: DigitSplit, size: int) -> Iterator[tuple[str, int, bytes]]:
+    """(file name, label, PNG bytes) of every scan of a split, enlarged to size x size pixels."""
+    cv2 = demo_scenes.import_cv2()
+    for number, (image, label) in enumerate(zip(split.images, split.labels.tolist(), strict=True)):
+        enlarged = cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)
+        colour = cv2.cvtColor(enlarged, cv2.COLOR_GRAY2BGR)
+        yield f"{label}/{number:04d}.png", label, demo_scenes.encode(".png", colour)
+
+
+def _write_imagenet(folder: Path, options: DemoOptions) -> None:
+    for name, split in load_digit_splits(options.seed).items():
+        for digit in range(10):
+            (folder / name / str(digit)).mkdir(parents=True)
+        for file_name, _, content in _encoded_digits(split, options.size):
+            (folder / name / file_name).write_bytes(content)
+
+
+def _write_zip(folder: Path, options: DemoOptions) -> None:
+    prefixes = {"train": "", "val": "val.zip@/"}
+    for name, split in load_digit_splits(options.seed).items():
+        lines = []
+        with zipfile.ZipFile(folder / f"{name}.zip", "w") as archive:
+            for file_name, label, content in _encoded_digits(split, options.size):
+                archive.writestr(zipfile.ZipInfo(file_name, _ZIP_DATE), content)
+                lines.append(f"{prefixes[name]}{file_name}\t{label}\n")
+        (folder / f"{name}_map.txt").write_text("".join(lines))
+
+
+def _scenes(options: DemoOptions) -> Iterator[tuple[str, Iterator[demo_scenes.Scene]]]:
+    """The scenes of each split; those of detection and segmentation are the same."""
+    counts = {"train": options.train_scenes, "val": options.val_scenes}
+    canvas = (options.scene_height, options.scene_width)
+    for number, (name, split) in enumerate(load_digit_splits(options.seed).items()):
+        rng = np.random.default_rng([options.seed, number])
+        yield (
+            name,
+            (demo_scenes.draw_scene(split.images, split.labels, canvas, rng) for _ in range(counts[name])),
+        )
+
+
+def _write_detection(folder: Path, options: DemoOptions) -> None:
+    for name, scenes in _scenes(options):
+        demo_scenes.write_coco(folder, name, scenes)
+
+
+def _write_segmentation(folder: Path, options: DemoOptions) -> None:
+    split_folders = {"train": "training", "val": "validation"}
+    for name, scenes in _scenes(options):
+        demo_scenes.write_ade(folder, split_folders[name], scenes)
+    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in demo_scenes.SEGMENTATION_CLASSES))
+
+
+WRITERS: dict[str, Callable[[Path, DemoOptions], None]] = {
+    "imagenet": _write_imagenet,
+    "zip": _write_zip,
+    "detection": _write_detection,
+    "segmentation": _write_segmentation,
+}
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line (by default that of the process)."""
+    defaults = DemoOptions()
+    parser = argparse.ArgumentParser(prog="python -m data.demo", description="Write the demo data sets.")
+    parser.add_argument("out", type=Path, help="folder to write into")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=list(WRITERS), default=list(WRITERS), help="default: all"
+    )
+    parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument(
+        "--size", type=int, default=defaults.size, help="side of the single digits, in pixels"
+    )
+    parser.add_argument("--train", type=int, default=defaults.train_scenes, help="number of training scenes")
+    parser.add_argument("--val", type=int, default=defaults.val_scenes, help="number of validation scenes")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the command line."""
+    args = parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    options = DemoOptions(seed=args.seed, size=args.size, train_scenes=args.train, val_scenes=args.val)
+    write_demo(args.out, args.kinds, options)
+
+
+if __name__ == "__main__":
+    main()

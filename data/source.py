@@ -1,0 +1,149 @@
+"""Where encoded images come from: what every source offers, files on disk, and a cache in memory.
+
+Sources hold their tables in flat arrays rather than lists of Python objects: a million entries stay small,
+forked workers do not copy them page by page as reference counts change, and spawned workers receive them
+quickly.
+"""
+
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from data.images import UndecodableImageError
+
+logger = logging.getLogger(__name__)
+
+
+class ImageSource(Protocol):
+    """Encoded images with labels, by index."""
+
+    labels: np.ndarray
+    """int64, one label per image."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """Path of the image, for messages."""
+        ...
+
+    def num_bytes(self, index: int) -> int:
+        """Length of what `read` returns."""
+        ...
+
+    def read(self, index: int) -> bytes:
+        """The content of the image file."""
+        ...
+
+
+class StringTable:
+    """A read-only list of strings in one block of bytes."""
+
+    def __init__(self, strings: Iterable[str]) -> None:
+        encoded = [os.fsencode(string) for string in strings]
+        self._blob = b"".join(encoded)
+        self._ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        return os.fsdecode(self._blob[self._ends[index] : self._ends[index + 1]])
+
+
+class FileSource:
+    """Image files under a folder."""
+
+    def __init__(self, root: Path, paths: Iterable[str], labels: Iterable[int]) -> None:
+        """
+        Args:
+            root: the folder.
+            paths: image paths relative to `root`.
+            labels: class index of each image.
+        """
+        self._root = str(root)
+        self._paths = StringTable(paths)
+        self.labels = np.asarray(list(labels), dtype=np.int64)
+        assert len(self._paths) == len(self.labels)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        """Path of the image file."""
+        return os.path.join(self._root, self._paths[index])
+
+    def num_bytes(self, index: int) -> int:
+        """Size of the image file."""
+        return os.path.getsize(self.name(index))
+
+    def read(self, index: int) -> bytes:
+        """The content of the image file; OSError if it cannot be read."""
+        with open(self.name(index), "rb") as file:
+            return file.read()
+
+
+class CachedSource:
+    """A source whose encoded images, all or a shard, are kept in memory; the rest is read on demand.
+
+    The bytes lie in one torch tensor: forked workers share it as it is, spawned workers through shared
+    memory.
+    """
+
+    def __init__(self, source: ImageSource, shard: range) -> None:
+        """Read the images of a shard.
+
+        Args:
+            source: where to read from.
+            shard: the indices to keep.
+
+        Raises:
+            ValueError: a file changed its size while it was being read.
+        """
+        self._source = source
+        self._shard = shard
+        self.labels = source.labels
+        ends = np.cumsum([0, *(source.num_bytes(index) for index in shard)], dtype=np.int64)
+        self._ends = torch.from_numpy(ends)
+        self._blob = torch.empty(int(ends[-1]), dtype=torch.uint8)
+        self._broken: set[int] = set()
+        memory = self._blob.numpy()
+        for slot, index in enumerate(shard):
+            self._fill(memory[ends[slot] : ends[slot + 1]], index)
+        logger.info("cached %d of %d images, %.1f MiB", len(shard), len(source), ends[-1] / 2**20)
+
+    def _fill(self, target: np.ndarray, index: int) -> None:
+        try:
+            encoded = self._source.read(index)
+        except UndecodableImageError:
+            self._broken.add(index)
+            return
+        if len(encoded) != len(target):
+            raise ValueError(
+                f"{self._source.name(index)}: expected {len(target)} bytes, got {len(encoded)}: the file "
+                "changed while it "
+                "was being read; start again once the data set is complete"
+            )
+        target[:] = np.frombuffer(encoded, dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def name(self, index: int) -> str:
+        """Path of the image, for messages."""
+        return self._source.name(index)
+
+    def num_bytes(self, index: int) -> int:
+        """Length of what `read` returns."""
+        return self._source.num_bytes(index)
+
+    def read(self, index: int) -> bytes:
+        """The content of the image file, from memory if it is in the shard."""
+        if index not in self._shard or index in self._broken:
+            return self._source.read(index)
+        slot = self._shard.index(index)
+        return self._blob[self._ends[slot] : self._ends[slot + 1]].numpy().tobytes()

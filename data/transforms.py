@@ -1,0 +1,233 @@
+"""Image transforms: the augmentation of DeiT and Swin through timm, and the evaluation transforms.
+
+Images come in as PIL images in RGB and leave as normalised float tensors (channels, height, width). With one
+channel, colours are augmented first and turned to gray just before the conversion to a tensor.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from timm.data import auto_augment, create_transform
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode, functional
+
+Size = tuple[int, int]
+Transform = Callable[[Image.Image], torch.Tensor]
+
+INTERPOLATIONS = {
+    "bilinear": InterpolationMode.BILINEAR,
+    "bicubic": InterpolationMode.BICUBIC,
+    "random": InterpolationMode.BILINEAR,  # evaluation does not draw; as the original
+}
+DEFAULT_SCALE = (0.08, 1.0)
+DEFAULT_RATIO = (0.75, 1.3333)
+SMALL_SIZE = 32
+_SMALL_PADDING = 4
+_EVAL_RATIO = 256 / 224
+_ERASE_MODES = ("const", "rand", "pixel")
+_AUTO_AUGMENT_NAMES = ("original", "originalr", "v0", "v0r", "3a")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The random part of the training transform; the names are those of the configuration's AUG section."""
+
+    color_jitter: float = 0.4
+    auto_augment: str = "rand-m9-mstd0.5-inc1"
+    reprob: float = 0.25
+    remode: str = "pixel"
+    recount: int = 1
+    hflip: float = 0.5
+    scale: Sequence[float] = DEFAULT_SCALE
+    ratio: Sequence[float] = DEFAULT_RATIO
+
+    def check(self) -> None:
+        """Raise ValueError for a name or range that cannot be used."""
+        if self.remode not in _ERASE_MODES:
+            raise ValueError(
+                f"AUG.REMODE: expected one of {', '.join(_ERASE_MODES)}, got {self.remode!r}; choose one"
+            )
+        known = (
+            self.auto_augment.startswith(("rand-", "augmix-"))
+            or self.auto_augment.split("-")[0] in _AUTO_AUGMENT_NAMES
+        )
+        if self.auto_augment not in ("", "none") and not known:
+            raise ValueError(
+                "AUG.AUTO_AUGMENT: expected 'none', a policy starting with 'rand-' or 'augmix-', or one of "
+                f"{', '.join(_AUTO_AUGMENT_NAMES)}, got {self.auto_augment!r}; for instance use "
+                "'rand-m9-mstd0.5-inc1'"
+            )
+        for key, bounds in (("SCALE", self.scale), ("RATIO", self.ratio)):
+            if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:
+                raise ValueError(
+                    f"AUG.{key}: expected [low, high] with 0 < low <= high, got {list(bounds)}; correct it"
+                )
+
+
+class ResizeToCover:
+    """Resize, keeping the aspect ratio, to the smallest image that covers a target size."""
+
+    def __init__(self, size: Size, interpolation: InterpolationMode) -> None:
+        """
+        Args:
+            size: (height, width) in pixels to cover.
+            interpolation: how to interpolate.
+        """
+        self.size = size
+        self.interpolation = interpolation
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        height, width = self.size
+        if width * image.height >= height * image.width:
+            new_size = [max(height, int(width * image.height / image.width)), width]
+        else:
+            new_size = [height, max(width, int(height * image.width / image.height))]
+        return functional.resize(image, new_size, self.interpolation)
+
+
+def train_transform(
+    size: Size, channels: int, mean: Sequence[float], std: Sequence[float], interpolation: str, recipe: Recipe
+) -> Transform:
+    """The training transform: random crop and flip, rand-augment or jitter, normalisation, erasing.
+
+    Up to 32 pixels, images are cropped at random after padding by 4 pixels instead of by area, as usual for
+    CIFAR. As in the original, colour jitter only acts where `recipe.auto_augment` is "none" (or "3a").
+
+    Args:
+        size: (height, width) in pixels.
+        channels: 1 or 3.
+        mean: per channel, of pixels in [0, 1]; three values are averaged for one channel.
+        std: like `mean`.
+        interpolation: "random", "bilinear" or "bicubic".
+        recipe: the random part.
+
+    Raises:
+        ValueError: an argument cannot be used, or the crop range is set for a size that does not use it.
+    """
+    recipe.check()
+    _check_interpolation(interpolation)
+    mean, std = _channel_stats(channels, mean, std)
+    crop, augment, to_tensor = create_transform(
+        (3, *size),
+        is_training=True,
+        separate=True,
+        scale=(recipe.scale[0], recipe.scale[1]),
+        ratio=(recipe.ratio[0], recipe.ratio[1]),
+        hflip=recipe.hflip,
+        color_jitter=recipe.color_jitter if recipe.color_jitter > 0 else None,  # type: ignore[arg-type]
+        auto_augment=recipe.auto_augment if recipe.auto_augment not in ("", "none") else None,
+        interpolation=interpolation,
+        mean=_for_rgb(mean),
+        std=_for_rgb(std),
+        re_prob=recipe.reprob,
+        re_mode=recipe.remode,
+        re_count=recipe.recount,
+    )
+    _allow_posterize_to_black(augment.transforms)
+    if max(size) <= SMALL_SIZE:
+        _check_default_crop(size, recipe)
+        resize = transforms.Resize(size, INTERPOLATIONS[interpolation])
+        crop.transforms[:1] = [resize, transforms.RandomCrop(size, padding=_SMALL_PADDING)]
+    if channels == 1:
+        augment.transforms.append(transforms.Grayscale())
+        normalize = next(
+            i for i, step in enumerate(to_tensor.transforms) if isinstance(step, transforms.Normalize)
+        )
+        to_tensor.transforms[normalize] = transforms.Normalize(mean, std)
+    return transforms.Compose(crop.transforms + augment.transforms + to_tensor.transforms)
+
+
+def eval_transform(
+    size: Size, channels: int, mean: Sequence[float], std: Sequence[float], interpolation: str, crop: bool
+) -> Transform:
+    """The evaluation transform: resize, centre crop, normalise.
+
+    Args:
+        size: (height, width) in pixels.
+        channels: 1 or 3.
+        mean: per channel, of pixels in [0, 1]; three values are averaged for one channel.
+        std: like `mean`.
+        interpolation: "bilinear" or "bicubic"; "random" stands for bilinear.
+        crop: resize to cover 256/224 of the size, then crop the centre; otherwise resize straight to the
+            size, which is also done up to 32 pixels.
+
+    Raises:
+        ValueError: an argument cannot be used.
+    """
+    _check_interpolation(interpolation)
+    mean, std = _channel_stats(channels, mean, std)
+    mode = INTERPOLATIONS[interpolation]
+    if crop and max(size) > SMALL_SIZE:
+        larger = (int(_EVAL_RATIO * size[0]), int(_EVAL_RATIO * size[1]))
+        steps: list[Callable] = [ResizeToCover(larger, mode), transforms.CenterCrop(size)]
+    else:
+        steps = [transforms.Resize(size, mode)]
+    if channels == 1:
+        steps.append(transforms.Grayscale())
+    return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(mean, std)])
+
+
+def _allow_posterize_to_black(steps: Sequence[object]) -> None:
+    """Keep the strongest posterize of timm's policies working, which keeps 0 bits of every pixel.
+
+    Pillow used to answer with a black image, and now refuses.
+    """
+    for step in steps:
+        policy = getattr(step, "ops", None) or itertools.chain(*getattr(step, "policy", ()))
+        for operation in policy:
+            if operation.aug_fn is auto_augment.posterize:
+                operation.aug_fn = _posterize
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **options: object) -> Image.Image:
+    if bits_to_keep < 1:
+        return Image.new(image.mode, image.size)
+    return auto_augment.posterize(image, bits_to_keep, **options)
+
+
+def _check_interpolation(interpolation: str) -> None:
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(
+            f"DATA.INTERPOLATION: expected one of {', '.join(sorted(INTERPOLATIONS))}, got "
+            f"{interpolation!r}; choose one"
+        )
+
+
+def _check_default_crop(size: Size, recipe: Recipe) -> None:
+    if tuple(recipe.scale) != DEFAULT_SCALE or tuple(recipe.ratio) != DEFAULT_RATIO:
+        raise ValueError(
+            f"AUG.SCALE and AUG.RATIO: expected their defaults with images up to {SMALL_SIZE} pixels, which "
+            "are padded and cropped "
+            f"without them, got {list(recipe.scale)} and {list(recipe.ratio)} with size {size}; remove them "
+            "or enlarge DATA.IMG_SIZE"
+        )
+
+
+def _channel_stats(
+    channels: int, mean: Sequence[float], std: Sequence[float]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Check mean and std, and fit them to the channels."""
+    if channels not in (1, 3):
+        raise ValueError(
+            f"MODEL.FOCAL.IN_CHANS: expected 3 (colour) or 1 (gray) for image files, got {channels}; set it "
+            "to 3 or 1"
+        )
+    for key, values in (("MEAN", mean), ("STD", std)):
+        if len(values) not in (channels, 3):
+            raise ValueError(
+                f"DATA.{key}: expected {channels} or 3 values, got {list(values)}; give one per channel"
+            )
+    if min(std) <= 0:
+        raise ValueError(
+            f"DATA.STD: expected positive values, got {list(std)}; give the standard deviation per channel"
+        )
+    if channels == 1:
+        return (sum(mean) / len(mean),), (sum(std) / len(std),)
+    return tuple(mean), tuple(std)
+
+
+def _for_rgb(values: tuple[float, ...]) -> tuple[float, ...]:
+    return values * 3 if len(values) == 1 else values

@@ -1,0 +1,65 @@
+"""Shared fixtures: the repository, a model small enough for any test, and real data to train it on."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+NANO = {
+    "DATA.IMG_SIZE": 32,
+    "DATA.NUM_WORKERS": 0,
+    "MODEL.NAME": "nano",
+    "MODEL.NUM_CLASSES": 10,
+    "MODEL.DROP_PATH_RATE": 0.0,
+    "MODEL.FOCAL.EMBED_DIM": 16,
+    "MODEL.FOCAL.DEPTHS": [1, 1, 1, 1],
+    "MODEL.FOCAL.NUM_HEADS": [1, 2, 2, 4],
+    "MODEL.FOCAL.FOCAL_POOL": "fc",
+    "MODEL.FOCAL.FOCAL_LEVELS": [2, 2, 2, 2],
+    "TRAIN.EPOCHS": 2,
+    "TRAIN.WARMUP_EPOCHS": 0,
+}
+TRAIN_PER_CLASS = 13
+VAL_IMAGES = 43  # no multiple of any batch size or number of processes in the tests
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """The repository's root."""
+    return REPO
+
+
+@pytest.fixture
+def nano_opts() -> list[object]:
+    """Options of a four-stage model of a few thousand weights at 32 pixels, as for ``load_config``."""
+    return [word for pair in NANO.items() for word in pair]
+
+
+@pytest.fixture(scope="session")
+def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The classification demo data: real digits in train/ and val/."""
+    from data.demo import DemoOptions, write_demo
+
+    return write_demo(tmp_path_factory.mktemp("demo"), ["imagenet"], DemoOptions())["imagenet"]
+
+
+@pytest.fixture(scope="session")
+def few_images(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A part of the demo data: 13 training images per class, and 43 for validation."""
+    root = tmp_path_factory.mktemp("few")
+    val_count = 0
+    for split in ("train", "val"):
+        for folder in sorted((demo_data / split).iterdir()):
+            target = root / split / folder.name
+            target.mkdir(parents=True)
+            wanted = TRAIN_PER_CLASS if split == "train" else 5 if val_count < VAL_IMAGES - 28 else 4
+            for image in sorted(folder.iterdir())[:wanted]:
+                shutil.copy(image, target)
+                val_count += split == "val"
+    return root

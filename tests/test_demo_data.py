@@ -1,0 +1,164 @@
+"""The demo data sets: valid for the tools that read them, the same bytes from the same seed, written once."""
+
+import hashlib
+import json
+import logging
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from config import load_config
+from data import build_loaders
+from data.demo import WRITERS, DemoOptions, load_digit_splits, main, write_demo
+
+pytest.importorskip("sklearn", reason="the demo data need scikit-learn")
+pytest.importorskip("cv2", reason="the demo data need opencv")
+
+OPTIONS = DemoOptions(train_scenes=12, val_scenes=5)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("demo")
+    assert write_demo(out, list(WRITERS), OPTIONS) == {kind: out / kind for kind in WRITERS}
+    return out
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Checksum of every file under a folder."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_splits_are_stratified_and_complete() -> None:
+    splits = load_digit_splits(0)
+    assert len(splits["train"].labels) + len(splits["val"].labels) == 1797
+    train, val = (np.bincount(splits[name].labels, minlength=10) for name in ("train", "val"))
+    assert np.abs(val / (train + val) - 0.2).max() < 0.01
+    held_out = {image.tobytes() for image in splits["val"].images}
+    overlap = sum(image.tobytes() in held_out for image in splits["train"].images)
+    assert overlap == 0, "a scan is in both splits"
+
+
+@pytest.mark.parametrize("kind", ["imagenet", "zip"])
+def test_classification_loads(demo: Path, kind: str) -> None:
+    opts = {
+        "DATA.DATA_PATH": str(demo / kind),
+        "DATA.ZIP_MODE": kind == "zip",
+        "DATA.CACHE_MODE": "no",
+        "DATA.IMG_SIZE": 32,
+        "DATA.BATCH_SIZE": 16,
+        "DATA.NUM_WORKERS": 0,
+        "DATA.PIN_MEMORY": False,
+        "MODEL.NUM_CLASSES": 10,
+    }
+    loaders = build_loaders(load_config(opts=[item for pair in opts.items() for item in pair]))
+    assert len(loaders.train_dataset) + len(loaders.val_dataset) == 1797
+    splits = load_digit_splits(OPTIONS.seed)
+    assert sorted(loaders.val_dataset.source.labels) == sorted(splits["val"].labels)
+    images, labels = next(iter(loaders.train_loader))
+    assert images.shape == (16, 3, 32, 32)
+    assert labels.min() >= 0 and labels.max() <= 9
+
+
+def test_both_map_styles_are_there(demo: Path) -> None:
+    assert (demo / "zip" / "train_map.txt").read_text().startswith(("0/", "1/", "2/", "3/", "4/"))
+    assert (demo / "zip" / "val_map.txt").read_text().startswith("val.zip@/")
+
+
+@pytest.mark.parametrize(("split", "count"), [("train", 12), ("val", 5)])
+def test_detection_is_valid_coco(demo: Path, split: str, count: int) -> None:
+    COCO = pytest.importorskip("pycocotools.coco").COCO  # noqa: N806
+    coco = COCO(demo / "detection" / "annotations" / f"instances_{split}2017.json")
+    assert [category["name"] for category in coco.loadCats(coco.getCatIds())] == [str(d) for d in range(10)]
+    assert len(coco.imgs) == count
+    for entry in coco.imgs.values():
+        with Image.open(demo / "detection" / f"{split}2017" / entry["file_name"]) as image:
+            assert image.size == (entry["width"], entry["height"]) == (160, 128)
+        annotations = coco.loadAnns(coco.getAnnIds(entry["id"]))
+        assert 1 <= len(annotations) <= 6
+        union = np.zeros((entry["height"], entry["width"]), dtype=int)
+        for annotation in annotations:
+            left, top, width, height = annotation["bbox"]
+            assert left >= 0 and top >= 0 and left + width <= 160 and top + height <= 128
+            assert annotation["iscrowd"] == 0 and len(annotation["segmentation"]) >= 1
+            points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in annotation["segmentation"]])
+            assert min(map(len, annotation["segmentation"])) >= 6
+            np.testing.assert_array_less([left - 1e-6, top - 1e-6], points.min(axis=0))
+            np.testing.assert_array_less(points.max(axis=0), [left + width + 1e-6, top + height + 1e-6])
+            mask = coco.annToMask(annotation)
+            assert abs(int(mask.sum()) - annotation["area"]) < 0.12 * annotation["area"]
+            outside = mask.copy()
+            outside[top : top + height, left : left + width] = 0
+            assert not outside.any()
+            union += mask
+        assert union.max() == 1, "digits overlap"
+
+
+@pytest.mark.parametrize(("split", "count"), [("training", 12), ("validation", 5)])
+def test_segmentation_is_valid_ade(demo: Path, split: str, count: int) -> None:
+    root = demo / "segmentation"
+    images = sorted(path.stem for path in (root / "images" / split).iterdir())
+    labels = sorted((root / "annotations" / split).iterdir())
+    assert images == [path.stem for path in labels] and len(images) == count
+    seen: set[int] = set()
+    for path in labels:
+        with Image.open(path) as image:
+            assert image.mode == "L" and image.size == (160, 128)
+            seen |= set(np.unique(np.asarray(image)).tolist())
+    assert 1 in seen and seen <= set(range(1, 12))
+    assert (root / "classes.txt").read_text().split() == ["background", *map(str, range(10))]
+
+
+@pytest.mark.parametrize("kind", list(WRITERS))
+def test_bytes_depend_on_the_seed_alone(demo: Path, tmp_path: Path, kind: str) -> None:
+    write_demo(tmp_path / "same", [kind], OPTIONS)
+    assert digests(tmp_path / "same" / kind) == digests(demo / kind)
+    write_demo(tmp_path / "other", [kind], DemoOptions(seed=1, train_scenes=12, val_scenes=5))
+    assert digests(tmp_path / "other" / kind) != digests(demo / kind)
+
+
+def test_written_once_and_rebuilt_when_half_written(tmp_path: Path) -> None:
+    options = DemoOptions(train_scenes=2, val_scenes=1)
+    folder = write_demo(tmp_path, ["detection"], options)["detection"]
+    content = digests(folder)
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    time.sleep(0.02)
+    write_demo(tmp_path, ["detection"], options)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == times
+    (folder / ".demo_finished.json").unlink()
+    (folder / "train2017" / "000000000001.jpg").unlink()
+    write_demo(tmp_path, ["detection"], options)
+    assert digests(folder) == content
+    write_demo(tmp_path, ["detection"], DemoOptions(train_scenes=3, val_scenes=1))
+    assert len(list((folder / "train2017").iterdir())) == 3
+
+
+def test_other_content_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "imagenet" / "train").mkdir(parents=True)
+    with pytest.raises(ValueError, match="imagenet: expected nothing or a demo data set .* choose another"):
+        write_demo(tmp_path, ["imagenet"], OPTIONS)
+    assert (tmp_path / "imagenet" / "train").is_dir()
+
+
+def test_options_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="kinds: expected some of imagenet, zip, .* got video"):
+        write_demo(tmp_path, ["video"], OPTIONS)
+    with pytest.raises(ValueError, match="train_scenes: expected at least 1, got 0"):
+        write_demo(tmp_path, ["detection"], DemoOptions(train_scenes=0))
+
+
+def test_command_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    arguments = [str(tmp_path), "--kinds", "detection", "--seed", "2", "--train", "2", "--val", "1"]
+    with caplog.at_level(logging.INFO):
+        main(arguments)
+        main(arguments)
+    assert "written" in caplog.text and "already there" in caplog.text
+    content = json.loads((tmp_path / "detection" / "annotations" / "instances_train2017.json").read_text())
+    assert len(content["images"]) == 2

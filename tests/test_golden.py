@@ -1,0 +1,63 @@
+"""Parity with the original release on 38 recorded runs: nine shipped models and one variant for every option."""
+
+import json
+
+import pytest
+import torch
+from golden_files import FILES, SMALL, Golden
+
+from models.ops import BACKENDS
+
+TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-9}
+
+
+def test_all_recordings_are_here() -> None:
+    assert len(FILES) == 38 and len(SMALL) == 29
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_same_results_as_the_original(path) -> None:
+    golden = Golden(path)
+    model = golden.build().train()
+    assert sum(p.numel() for p in model.parameters()) == golden.data["num_params"]
+    image = golden.input()
+    cotangent = golden.tensor("cotangent", golden.data["logits"].shape)
+    for dtype in (torch.float64, torch.float32):
+        model.to(dtype)
+        for backend in BACKENDS:
+            for module in model.modules():
+                if hasattr(module, "backend"):
+                    module.backend = backend
+            logits = model(image.to(dtype))
+            with torch.no_grad():
+                maps = model.forward_intermediates(image.to(dtype))
+            golden.check_forward(logits, maps, TOLERANCE[dtype])
+            if dtype == torch.float32 or path in SMALL:
+                model.zero_grad()
+                (logits * cotangent.to(dtype)).sum().backward()
+                golden.check_gradients(model, 1e-3 if path not in SMALL else 1e-4 if dtype == torch.float32 else 1e-8)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_state_has_the_originals_names(path) -> None:
+    """Everything we keep has the original's name and shape; what we leave out are tables it can recompute."""
+    golden = Golden(path)
+    shapes = dict(zip(golden.names("state_names"), golden.names("state_shapes"), strict=True))
+    with torch.device("meta"):
+        from models import FocalTransformer
+
+        state = FocalTransformer(kind=golden.kind, **golden.options).state_dict()
+    assert {name: json.dumps(list(value.shape)) for name, value in state.items()} == {
+        name: shape for name, shape in shapes.items() if name in state
+    }
+    left_out = shapes.keys() - state.keys()
+    assert left_out <= set(golden.names("buffer_names"))
+    assert not any("topk_cloest_indice" in name for name in left_out)
+
+
+@pytest.mark.parametrize(("name", "built_for"), [("v1_nonsquare", 76), ("v1_pad", [84, 112])])
+def test_other_size_equals_the_original_built_at_that_size(name, built_for) -> None:
+    golden = Golden(next(path for path in FILES if path.stem == name))
+    model = golden.build(img_size=built_for).eval()
+    with torch.no_grad():
+        golden.check_forward(model(golden.input()), model.forward_intermediates(golden.input()), 1e-9)

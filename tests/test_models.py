@@ -1,0 +1,236 @@
+"""Properties of the model over families, options and sizes."""
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+
+from models import FocalTransformer
+from models.key_selection import CACHED_TABLES, _nearest_keys, _ring_pooled_keys
+
+NANO = {
+    "img_size": 64,
+    "num_classes": 5,
+    "embed_dim": 8,
+    "depths": [2, 1, 1, 1],
+    "num_heads": [1, 2, 2, 4],
+    "focal_pool": "fc",
+    "focal_levels": [2, 2, 2, 2],
+    "drop_path_rate": 0.0,
+}
+KINDS = ("focal", "focalv2")
+VARIANTS = {
+    "focal": {"kind": "focal"},
+    "focal_shift_conv": {"kind": "focal", "use_shift": True, "use_conv_embed": True},
+    "focal_max_odd": {"kind": "focal", "focal_pool": "max", "expand_layer": "odd", "use_pre_norm": True},
+    "focal_levels3": {"kind": "focal", "focal_levels": [3, 3, 2, 1], "focal_pool": "conv"},
+    "focal_levels0": {"kind": "focal", "focal_levels": [0, 1, 0, 1], "focal_pool": "none"},
+    "focal_scale_ape": {"kind": "focal", "use_layerscale": True, "ape": True, "patch_norm": False},
+    "focal_window4": {"kind": "focal", "window_size": 4, "expand_sizes": [2, 2, 2, 2]},
+    "focalv2": {"kind": "focalv2"},
+    "focalv2_conv": {"kind": "focalv2", "use_conv_embed": True, "focal_topk": 20, "focal_pool": "mean"},
+    "focalv2_level1": {"kind": "focalv2", "focal_levels": [1, 1, 1, 1], "focal_pool": "none", "use_shift": True},
+}
+SIZES = [(32, 32), (33, 47), (64, 64), (50, 130), (224, 96)]
+
+
+def build(seed: int = 0, **options) -> FocalTransformer:
+    torch.manual_seed(seed)
+    return FocalTransformer(**{**NANO, **options})
+
+
+def image(*size: int, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_any_size_trains_and_evaluates_and_backends_agree(variant, size) -> None:
+    """Every parameter gets a finite gradient, the same from both backends, whatever the size."""
+    results = []
+    for backend in ("reference", "sdpa"):
+        model = build(**VARIANTS[variant], attention_backend=backend).double().train()
+        x = image(*size).double().requires_grad_()
+        logits = model(x)
+        logits.square().sum().backward()
+        results.append([logits, x.grad, *(p.grad for p in model.parameters())])
+        assert all(gradient is not None and gradient.isfinite().all() for gradient in results[-1])
+        model.eval()
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), logits)
+    torch.testing.assert_close(*results, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bf16_error_is_bounded_by_the_references(kind) -> None:
+    """In bf16 autocast no backend is further from float32 than twice the reference backend."""
+    errors = {}
+    for backend in ("reference", "sdpa"):
+        model = build(kind=kind, attention_backend=backend).eval()
+        with torch.no_grad():
+            exact = model(image(64, 64))
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                errors[backend] = (model(image(64, 64)).float() - exact).abs().max() / exact.abs().max()
+    assert errors["sdpa"] < max(2 * errors["reference"], 0.02) and errors["reference"] < 0.05
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_index_table_in_the_state(kind) -> None:
+    model = build(kind=kind)
+    before = set(model.state_dict())
+    model(image(96, 64))
+    assert set(model.state_dict()) == before
+    stored = {name for name, _ in model.named_buffers()}
+    assert all("topk_cloest_indice" in name for name in stored) and bool(stored) == (kind == "focalv2")
+
+
+def test_table_caches_are_bounded() -> None:
+    for kind, side in itertools.product(KINDS, range(32, 32 + 4 * CACHED_TABLES, 4)):
+        build(kind=kind, embed_dim=8, depths=[1, 1], num_heads=[1, 1], focal_levels=[2, 2], focal_windows=[3, 3],
+              expand_sizes=[3, 3])(image(side, 32, batch=1))
+    for cache in (_ring_pooled_keys, _nearest_keys):
+        assert cache.cache_info().currsize <= CACHED_TABLES
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_intermediate_maps(kind) -> None:
+    model = build(kind=kind).eval()
+    x = image(64, 96)
+    with torch.no_grad():
+        maps = model.forward_intermediates(x)
+        chosen = model.forward_intermediates(x, [1, -1])
+        features = model.forward_features(x)
+    assert [list(m.shape) for m in maps] == [[2, 8 * 2**i, 16 // 2**i, 24 // 2**i] for i in range(4)]
+    assert torch.equal(chosen[0], maps[1]) and torch.equal(chosen[1], maps[3])
+    torch.testing.assert_close(model.norm(maps[3].permute(0, 2, 3, 1)), features)
+    torch.testing.assert_close(model.forward_head(features), model(x))
+    assert model.forward_head(features, pre_logits=True).shape == (2, 64)
+    with pytest.raises(ValueError, match="stages 0 to 3"):
+        model.forward_intermediates(x, [4])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointing_changes_nothing(kind) -> None:
+    gradients = []
+    for use in (False, True):
+        model = build(kind=kind, use_checkpoint=use, drop_path_rate=0.3).train()
+        torch.manual_seed(3)
+        model(image(64, 64)).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+def test_drop_path_rises_linearly() -> None:
+    model = build(drop_path_rate=0.4)
+    rates = [getattr(b.drop_path, "drop_prob", 0.0) for stage in model.layers for b in stage.blocks]
+    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+
+
+def test_no_head_and_other_channels() -> None:
+    assert build(num_classes=0)(image(64, 64)).shape == (2, 64)
+    model = build(in_chans=1)
+    assert model(image(64, 64)[:, :1]).shape == (2, 5)
+    with pytest.raises(ValueError, match=r"\[B, 1, H, W\]"):
+        model(image(64, 64))
+
+
+def test_no_weight_decay_names_exist() -> None:
+    model = build(ape=True)
+    names = model.no_weight_decay()
+    assert "absolute_pos_embed" in names and len(names) == 1 + sum("bias_table" in n for n in model.state_dict())
+    assert names <= set(dict(model.named_parameters()))
+    assert build(kind="focalv2").no_weight_decay() == set()
+
+
+def test_initialisation() -> None:
+    model = FocalTransformer(embed_dim=32, num_heads=(1, 2, 4, 8), focal_pool="fc", focal_levels=(2, 2, 2, 2), ape=True)
+    for name, p in model.named_parameters():
+        if name.endswith("relative_position_bias_table") or name.endswith("bias") and "proj" not in name:
+            assert not p.any(), name
+        elif "bias_table_to" in name or name == "absolute_pos_embed" or name.endswith(("qkv.weight", "fc1.weight")):
+            assert 0.017 < p.std() < 0.023, name
+
+
+# --- What is kept in evaluation must never be stale ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("change", ["in_place", "load", "data", "dtype", "optimizer"])
+def test_kept_bias_follows_the_weights(kind, change) -> None:
+    model, other = build(kind=kind).eval(), build(seed=1, kind=kind).eval()
+    x = image(64, 64)
+    with torch.no_grad():
+        before = model(x)
+    if change == "in_place":
+        with torch.no_grad():
+            for mine, its in zip(model.parameters(), other.parameters(), strict=True):
+                mine.copy_(its)
+    elif change == "load":
+        model.load_state_dict(other.state_dict())
+    elif change == "data":  # as exponential moving averages do, between two switches of mode
+        for mine, its in zip(model.parameters(), other.parameters(), strict=True):
+            mine.data.copy_(its.data)
+        model.eval()
+    elif change == "dtype":
+        model, other, x = model.double(), other.double().load_state_dict(model.state_dict()) and other, x.double()
+    else:
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        torch.optim.AdamW(model.parameters(), lr=0.1).step()
+        other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), other(x))
+        assert change == "dtype" or not torch.allclose(model(x), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_and_pickles(kind) -> None:
+    model = build(kind=kind).eval()
+    x = image(64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            torch.testing.assert_close(twin(x), expected)
+
+
+# --- Errors --------------------------------------------------------------------------------------------------
+
+CONTRADICTIONS = [
+    ({"focal_windows": [6, 5, 3, 1]}, "focal_windows must be odd"),
+    ({"kind": "swin"}, "kind must be one of focal, focalv2"),
+    ({"focal_pool": "avg"}, "focal_pool must be one of none, fc"),
+    ({"expand_layer": "some"}, "expand_layer must be one of all, even, odd"),
+    ({"attention_backend": "flash"}, "attention_backend must be one of auto"),
+    ({"num_heads": [1, 3, 2, 4]}, "num_heads must divide the 16 channels, got 3"),
+    ({"num_heads": [1, 2]}, "num_heads must have one entry for each of the 4 depths"),
+    ({"kind": "focalv2", "focal_levels": [0, 1, 1, 1]}, "Focal-fast has focal_levels 1 or 2, got 0"),
+    ({"kind": "focalv2", "focal_levels": [3, 1, 1, 1]}, "Focal-fast has focal_levels 1 or 2, got 3"),
+    ({"kind": "focalv2", "focal_pool": "none"}, "focal_levels 2 of Focal-fast needs a pool"),
+    ({"focal_levels": [4, 1, 1, 1]}, "focal_levels must be 0 to 3"),
+    ({"window_size": 1, "focal_levels": [3, 3, 3, 3], "expand_sizes": [0] * 4}, "cannot be divided into 2 cells"),
+    ({"expand_sizes": [8, 3, 3, 3]}, "expand_sizes must lie between 0 and the window size 7"),
+    ({"use_conv_embed": True, "patch_size": 2}, "patch_size must be 4"),
+    ({"img_size": 16}, "at least 32 pixels"),
+    ({"drop_path_rate": 1.0}, "drop_path_rate must lie in"),
+    ({"depths": []}, "depths must name at least one stage"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), CONTRADICTIONS, ids=lambda value: str(value)[:40])
+def test_contradictions_are_refused(options, message) -> None:
+    with pytest.raises(ValueError, match="do not fit together") as error:
+        build(**options)
+    assert message in str(error.value)
+
+
+def test_all_contradictions_in_one_error() -> None:
+    with pytest.raises(ValueError) as error:
+        build(kind="swin", focal_pool="avg", drop_rate=2.0)
+    assert all(word in str(error.value) for word in ("kind", "focal_pool", "drop_rate"))
+
+
+def test_image_too_small() -> None:
+    with pytest.raises(ValueError, match="at least 32 x 32 pixels, got 31 x 64"):
+        build()(image(31, 64))

@@ -1,0 +1,112 @@
+"""Weight decay groups, optimizers and learning rate schedules."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from yacs.config import CfgNode
+
+from config import load_config
+from lr_scheduler import build_scheduler, scale_rates
+from models import build_model
+from optimizer import build_optimizer, parameter_groups
+
+
+def rates(config: CfgNode, updates_per_epoch: int) -> list[float]:
+    """The learning rate of every update."""
+    optimizer = build_optimizer(config, nn.Linear(2, 2))
+    scheduler = build_scheduler(config, optimizer, updates_per_epoch)
+    found = []
+    for number in range(config.TRAIN.EPOCHS * updates_per_epoch):
+        scheduler.step_update(number)
+        found.append(optimizer.param_groups[0]["lr"])
+    return found
+
+
+def schedule_config(name: str, *opts: object) -> CfgNode:
+    return load_config(
+        None,
+        ["TRAIN.LR_SCHEDULER.NAME", name, "TRAIN.EPOCHS", 10, "TRAIN.WARMUP_EPOCHS", 2]
+        + ["TRAIN.BASE_LR", 1.0, "TRAIN.WARMUP_LR", 0.1, "TRAIN.MIN_LR", 0.01, *opts],
+    )
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "step"])
+def test_warm_up_rises_linearly(name: str) -> None:
+    found = rates(schedule_config(name), updates_per_epoch=5)
+    assert found[:10] == pytest.approx([0.1 + 0.9 * number / 10 for number in range(10)])
+
+
+def test_cosine_covers_the_whole_run() -> None:
+    found = rates(schedule_config("cosine"), updates_per_epoch=5)
+    expected = [0.01 + 0.99 * (1 + math.cos(math.pi * number / 50)) / 2 for number in range(10, 50)]
+    assert found[10:] == pytest.approx(expected)
+
+
+def test_linear_goes_from_the_base_rate_to_the_smallest() -> None:
+    found = rates(schedule_config("linear"), updates_per_epoch=5)
+    assert found[10:] == pytest.approx([1.0 - 0.99 * number / 40 for number in range(40)])
+
+
+def test_step_decays_every_so_many_epochs() -> None:
+    found = rates(schedule_config("step", "TRAIN.LR_SCHEDULER.DECAY_EPOCHS", 4), updates_per_epoch=5)
+    assert found[10:] == pytest.approx([1.0] * 10 + [0.1] * 20 + [0.01] * 10)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "step"])
+def test_a_run_that_is_all_warm_up_works(name: str) -> None:
+    found = rates(schedule_config(name, "TRAIN.WARMUP_EPOCHS", 10), updates_per_epoch=1)
+    assert all(0.1 <= rate <= 1.0 for rate in found)
+
+
+def test_rates_scale_with_the_images_of_an_update() -> None:
+    config = load_config(None, ["DATA.BATCH_SIZE", 64, "TRAIN.ACCUMULATION_STEPS", 4, "TRAIN.BASE_LR", 1e-3])
+    scaled = scale_rates(config, world_size=8)
+    assert pytest.approx(1e-3 * 64 * 8 * 4 / 512) == scaled.TRAIN.BASE_LR
+    assert pytest.approx(config.TRAIN.MIN_LR * 4) == scaled.TRAIN.MIN_LR
+    assert config.TRAIN.BASE_LR == 1e-3
+
+
+@pytest.mark.parametrize("kind", ["focal", "focalv2"])
+def test_decay_groups_follow_the_recipe(kind: str, nano_opts: list[object]) -> None:
+    model = build_model(load_config(None, [*nano_opts, "MODEL.TYPE", kind, "MODEL.FOCAL.APE", True]))
+    frozen = model.head.bias
+    frozen.requires_grad_(False)
+    with_decay, without = parameter_groups(model, 0.05)
+    assert (with_decay["weight_decay"], without["weight_decay"]) == (0.05, 0.0)
+    exempt = {id(parameter) for parameter in without["params"]}
+    decayed = {id(parameter) for parameter in with_decay["params"]}
+    assert not exempt & decayed
+    for name, parameter in model.named_parameters():
+        if parameter is frozen:
+            assert id(parameter) not in exempt | decayed
+            continue
+        is_exempt = parameter.ndim == 1 or "bias_table" in name or name == "absolute_pos_embed"
+        assert (id(parameter) in exempt) == is_exempt, name
+        assert (id(parameter) in decayed) != is_exempt, name
+
+
+def test_a_frozen_model_is_an_error() -> None:
+    model = nn.Linear(2, 2).requires_grad_(False)
+    with pytest.raises(ValueError, match="frozen"):
+        parameter_groups(model, 0.1)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)])
+def test_optimizers_take_their_settings(name: str, kind: type) -> None:
+    config = load_config(None, ["TRAIN.OPTIMIZER.NAME", name, "TRAIN.BASE_LR", 0.3])
+    optimizer = build_optimizer(config, nn.Linear(2, 2))
+    assert isinstance(optimizer, kind)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.3}
+    if name == "sgd":
+        assert optimizer.param_groups[0]["nesterov"]
+
+
+@pytest.mark.parametrize("name", ["fused_adam", "fused_lamb"])
+def test_a_missing_apex_is_explained(name: str) -> None:
+    try:
+        import apex  # noqa: F401
+    except ImportError:
+        with pytest.raises(ValueError, match="apex"):
+            build_optimizer(load_config(None, ["TRAIN.OPTIMIZER.NAME", name]), nn.Linear(2, 2))
