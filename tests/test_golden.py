@@ -1,4 +1,5 @@
-"""Parity with the original release on 38 recorded runs: nine shipped models and one variant for every option."""
+"""Parity with the original release on 38 recorded runs: nine shipped models and one variant for every
+option."""
 
 import json
 
@@ -35,7 +36,9 @@ def test_same_results_as_the_original(path) -> None:
             if dtype == torch.float32 or path in SMALL:
                 model.zero_grad()
                 (logits * cotangent.to(dtype)).sum().backward()
-                golden.check_gradients(model, 1e-3 if path not in SMALL else 1e-4 if dtype == torch.float32 else 1e-8)
+                golden.check_gradients(
+                    model, 1e-3 if path not in SMALL else 1e-4 if dtype == torch.float32 else 1e-8
+                )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -31,7 +31,12 @@ VARIANTS = {
     "focal_window4": {"kind": "focal", "window_size": 4, "expand_sizes": [2, 2, 2, 2]},
     "focalv2": {"kind": "focalv2"},
     "focalv2_conv": {"kind": "focalv2", "use_conv_embed": True, "focal_topk": 20, "focal_pool": "mean"},
-    "focalv2_level1": {"kind": "focalv2", "focal_levels": [1, 1, 1, 1], "focal_pool": "none", "use_shift": True},
+    "focalv2_level1": {
+        "kind": "focalv2",
+        "focal_levels": [1, 1, 1, 1],
+        "focal_pool": "none",
+        "use_shift": True,
+    },
 }
 SIZES = [(32, 32), (33, 47), (64, 64), (50, 130), (224, 96)]
 
@@ -88,8 +93,15 @@ def test_no_index_table_in_the_state(kind) -> None:
 
 def test_table_caches_are_bounded() -> None:
     for kind, side in itertools.product(KINDS, range(32, 32 + 4 * CACHED_TABLES, 4)):
-        build(kind=kind, embed_dim=8, depths=[1, 1], num_heads=[1, 1], focal_levels=[2, 2], focal_windows=[3, 3],
-              expand_sizes=[3, 3])(image(side, 32, batch=1))
+        build(
+            kind=kind,
+            embed_dim=8,
+            depths=[1, 1],
+            num_heads=[1, 1],
+            focal_levels=[2, 2],
+            focal_windows=[3, 3],
+            expand_sizes=[3, 3],
+        )(image(side, 32, batch=1))
     for cache in (_ring_pooled_keys, _nearest_keys):
         assert cache.cache_info().currsize <= CACHED_TABLES
 
@@ -139,17 +151,25 @@ def test_no_head_and_other_channels() -> None:
 def test_no_weight_decay_names_exist() -> None:
     model = build(ape=True)
     names = model.no_weight_decay()
-    assert "absolute_pos_embed" in names and len(names) == 1 + sum("bias_table" in n for n in model.state_dict())
+    assert "absolute_pos_embed" in names and len(names) == 1 + sum(
+        "bias_table" in n for n in model.state_dict()
+    )
     assert names <= set(dict(model.named_parameters()))
     assert build(kind="focalv2").no_weight_decay() == set()
 
 
 def test_initialisation() -> None:
-    model = FocalTransformer(embed_dim=32, num_heads=(1, 2, 4, 8), focal_pool="fc", focal_levels=(2, 2, 2, 2), ape=True)
+    model = FocalTransformer(
+        embed_dim=32, num_heads=(1, 2, 4, 8), focal_pool="fc", focal_levels=(2, 2, 2, 2), ape=True
+    )
     for name, p in model.named_parameters():
         if name.endswith("relative_position_bias_table") or name.endswith("bias") and "proj" not in name:
             assert not p.any(), name
-        elif "bias_table_to" in name or name == "absolute_pos_embed" or name.endswith(("qkv.weight", "fc1.weight")):
+        elif (
+            "bias_table_to" in name
+            or name == "absolute_pos_embed"
+            or name.endswith(("qkv.weight", "fc1.weight"))
+        ):
             assert 0.017 < p.std() < 0.023, name
 
 
@@ -174,7 +194,11 @@ def test_kept_bias_follows_the_weights(kind, change) -> None:
             mine.data.copy_(its.data)
         model.eval()
     elif change == "dtype":
-        model, other, x = model.double(), other.double().load_state_dict(model.state_dict()) and other, x.double()
+        model, other, x = (
+            model.double(),
+            other.double().load_state_dict(model.state_dict()) and other,
+            x.double(),
+        )
     else:
         for p in model.parameters():
             p.grad = torch.ones_like(p)
@@ -195,7 +219,7 @@ def test_copies_and_pickles(kind) -> None:
             torch.testing.assert_close(twin(x), expected)
 
 
-# --- Errors --------------------------------------------------------------------------------------------------
+# --- Errors ---------------------------------------------------------------------------------------------
 
 CONTRADICTIONS = [
     ({"focal_windows": [6, 5, 3, 1]}, "focal_windows must be odd"),
@@ -209,7 +233,10 @@ CONTRADICTIONS = [
     ({"kind": "focalv2", "focal_levels": [3, 1, 1, 1]}, "Focal-fast has focal_levels 1 or 2, got 3"),
     ({"kind": "focalv2", "focal_pool": "none"}, "focal_levels 2 of Focal-fast needs a pool"),
     ({"focal_levels": [4, 1, 1, 1]}, "focal_levels must be 0 to 3"),
-    ({"window_size": 1, "focal_levels": [3, 3, 3, 3], "expand_sizes": [0] * 4}, "cannot be divided into 2 cells"),
+    (
+        {"window_size": 1, "focal_levels": [3, 3, 3, 3], "expand_sizes": [0] * 4},
+        "cannot be divided into 2 cells",
+    ),
     ({"expand_sizes": [8, 3, 3, 3]}, "expand_sizes must lie between 0 and the window size 7"),
     ({"use_conv_embed": True, "patch_size": 2}, "patch_size must be 4"),
     ({"img_size": 16}, "at least 32 pixels"),

@@ -1,0 +1,147 @@
+"""Loading weights: the original's files, ours, other models', damaged and hostile ones."""
+
+import logging
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from golden_files import normal
+
+from config import load_config
+from models import build_model, load_checkpoint, read_checkpoint
+
+FOLDER = Path(__file__).parent / "checkpoints"
+OFFICIAL = ["official_v1_nano", "official_v2_nano"]
+
+
+def config_of(name: str, *opts: object):
+    return load_config(FOLDER / f"{name}.yaml", opts)
+
+
+@pytest.fixture(params=OFFICIAL)
+def official(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def test_the_originals_files_give_the_originals_logits(official, tmp_path) -> None:
+    """Under any name of the file."""
+    path = tmp_path / "anything.bin"
+    path.write_bytes((FOLDER / f"{official}.pth").read_bytes())
+    model = build_model(config_of(official)).eval()
+    report = load_checkpoint(model, path)
+    assert not report.reset and not report.recomputed
+    expected = np.load(FOLDER / f"{official}_expected.npz")
+    image = torch.from_numpy(normal(str(expected["input_salt"]) + "input", (2, 3, 224, 224))).float()
+    with torch.no_grad():
+        logits = model(image)
+    assert (logits - torch.from_numpy(expected["logits"])).abs().max() < 1e-5
+
+
+def test_ours_round_trips(official, tmp_path) -> None:
+    torch.manual_seed(0)
+    model, other = build_model(config_of(official)), build_model(config_of(official))
+    for content in ({"model": model.state_dict()}, model.state_dict(), {"state_dict": model.state_dict()}):
+        torch.save(content, tmp_path / "ours.pth")
+        load_checkpoint(other, tmp_path / "ours.pth")
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True)
+        )
+
+
+def test_a_new_head_only_on_request(official, caplog) -> None:
+    model = build_model(config_of(official, "MODEL.NUM_CLASSES", 3))
+    head, first = model.head.weight.clone(), model.patch_embed.proj.weight.clone()
+    with pytest.raises(ValueError, match="Only the classifier differs.*reset_head"):
+        load_checkpoint(model, FOLDER / f"{official}.pth")
+    assert torch.equal(model.patch_embed.proj.weight, first), "half a checkpoint was loaded"
+    with caplog.at_level(logging.WARNING):
+        report = load_checkpoint(model, FOLDER / f"{official}.pth", reset_head=True)
+    assert report.reset == ["head.bias", "head.weight"] and "head.weight" in caplog.text
+    assert torch.equal(model.head.weight, head) and not torch.equal(model.patch_embed.proj.weight, first)
+
+
+def test_another_models_checkpoint_lists_its_keys(official) -> None:
+    model = build_model(config_of(official, "MODEL.FOCAL.DEPTHS", [1, 1, 3, 1]))
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"missing: layers\.2\.blocks\.2"):
+        load_checkpoint(model, FOLDER / f"{official}.pth")
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    with pytest.raises(ValueError, match="of another shape: .* expected"):
+        load_checkpoint(
+            build_model(config_of(official, "MODEL.FOCAL.EMBED_DIM", 32)), FOLDER / f"{official}.pth"
+        )
+    other = next(name for name in OFFICIAL if name != official)
+    with pytest.raises(ValueError, match="missing: .*unexpected: |missing: (?s:.)*unexpected: "):
+        load_checkpoint(build_model(config_of(other)), FOLDER / f"{official}.pth")
+
+
+def test_choices_made_for_another_size_are_made_anew(caplog) -> None:
+    model = build_model(config_of("official_v2_nano", "DATA.IMG_SIZE", 448))
+    with caplog.at_level(logging.INFO):
+        report = load_checkpoint(model, FOLDER / "official_v2_nano.pth")
+    assert len(report.recomputed) == 10 and "another input size" in caplog.text
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 448, 448)).isfinite().all()
+
+
+class Bomb:
+    """Executes a command when unpickled."""
+
+    def __init__(self, flag: Path) -> None:
+        self.flag = flag
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.flag}",)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_code_in_a_file_is_refused(tmp_path, legacy) -> None:
+    flag = tmp_path / "executed"
+    content = {"model": build_model(config_of("official_v1_nano")).state_dict(), "config": Bomb(flag)}
+    torch.save(content, tmp_path / "bomb.pth", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ValueError, match="refused, because reading it would execute code"):
+        read_checkpoint(tmp_path / "bomb.pth")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Bomb(flag)))
+    with pytest.raises(ValueError, match="plain.pth"):
+        read_checkpoint(tmp_path / "plain.pth")
+    assert not flag.exists()
+
+
+def test_files_that_are_no_checkpoints(tmp_path) -> None:
+    whole = (FOLDER / "official_v1_nano.pth").read_bytes()
+    for name, content in {
+        "empty": b"",
+        "text": b"not a checkpoint",
+        "half": whole[: len(whole) // 2],
+        "head": whole[:100],
+        "zero": bytes(999),
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name}: "):
+            read_checkpoint(tmp_path / name)
+    torch.save([1, 2], tmp_path / "list")
+    with pytest.raises(ValueError, match="expected a dict of tensors, found list"):
+        read_checkpoint(tmp_path / "list")
+    torch.save({"epoch": 3}, tmp_path / "none")
+    with pytest.raises(ValueError, match="no tensors: epoch"):
+        load_checkpoint(build_model(config_of("official_v1_nano")), tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="expected a checkpoint file, but it is a folder"):
+        read_checkpoint(tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match="missing.pth: expected a checkpoint file, but it is not there"
+    ):
+        read_checkpoint(tmp_path / "missing.pth")
+
+
+def test_damaged_choice_is_refused(tmp_path) -> None:
+    model = build_model(config_of("official_v2_nano"))
+    state = model.state_dict()
+    state["layers.0.blocks.0.attn.topk_cloest_indice_0"][0, 0] = 10**6
+    torch.save(state, tmp_path / "damaged.pth")
+    with pytest.raises(ValueError, match="fine tokens run from 0 to 1000000, expected 0 to 3135"):
+        load_checkpoint(model, tmp_path / "damaged.pth")
+        model(torch.randn(1, 3, 224, 224))

@@ -1,0 +1,146 @@
+"""The attention operator alone: tables against brute force, backends against each other."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from models.geometry import grid, nearest_cells
+from models.key_selection import NearestKeys, RingPooledKeys, _nearest_keys, _ring_pooled_keys
+from models.ops import BACKENDS, focal_attention, resolve_backend
+
+CPU = torch.device("cpu")
+MAPS = [(7, 7), (14, 14), (15, 9), (28, 21), (3, 30)]
+
+
+def random_problem(table, tokens: int, dtype: torch.dtype, per_window: bool, heads: int = 2, dim: int = 8):
+    """q, k, v as strided views of one projection, and a bias."""
+    generator = torch.Generator().manual_seed(0)
+    qkv = (
+        torch.randn(2, tokens, 3, heads, dim, generator=generator, dtype=torch.float64)
+        .to(dtype)
+        .requires_grad_()
+    )
+    windows, keys = table.index.shape
+    queries = table.window**2
+    shape = (heads, windows if per_window else 1, queries, keys)
+    bias = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    return qkv, bias
+
+
+def run(table, qkv, bias, backend: str):
+    q, k, v = qkv.unbind(2)
+    out = focal_attention(q[:, : table.height * table.width], k, v, table, bias, 0.4, backend)
+    return [out, *torch.autograd.grad(out.square().sum(), (qkv, bias))]
+
+
+def tokens_of(table, pooled: int) -> int:
+    windows = table.index.shape[0]
+    return table.height * table.width + sum(windows * 4**level for level in range(pooled))
+
+
+@pytest.mark.parametrize("size", MAPS, ids=str)
+@pytest.mark.parametrize(
+    ("expand", "focal_window", "pooled", "shift"),
+    [(3, 3, 1, 0), (0, 5, 2, 0), (2, 1, 0, 0), (4, 3, 1, 3), (7, 7, 1, 0), (1, 3, 1, 0)],
+)
+def test_backends_agree_on_ring_and_pooled_keys(size, expand, focal_window, pooled, shift) -> None:
+    table = _ring_pooled_keys(RingPooledKeys(7, expand, focal_window, pooled, shift), *size, CPU).table
+    problem = random_problem(table, tokens_of(table, pooled), torch.float64, per_window=False)
+    expected = run(table, *problem, "reference")
+    for backend in BACKENDS:
+        torch.testing.assert_close(run(table, *problem, backend), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", MAPS, ids=str)
+@pytest.mark.parametrize(("topk", "pooled"), [(40, 1), (128, 1), (1000, 0)])
+def test_backends_agree_on_nearest_keys(size, topk, pooled) -> None:
+    table = _nearest_keys(NearestKeys(7, topk, pooled, (14, 14)), *size, CPU).table
+    problem = random_problem(table, tokens_of(table, pooled), torch.float64, per_window=True)
+    expected = run(table, *problem, "reference")
+    for backend in BACKENDS:
+        torch.testing.assert_close(run(table, *problem, backend), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_no_worse_than_the_reference(dtype) -> None:
+    table = _ring_pooled_keys(RingPooledKeys(7, 3, 5, 1), 28, 28, CPU).table
+    qkv, bias = random_problem(table, tokens_of(table, 1), torch.float64, per_window=False)
+    exact = run(table, qkv, bias, "reference")
+    rough = [x.detach().to(dtype).requires_grad_() for x in (qkv, bias)]
+    errors = {
+        name: [
+            float((a - b).detach().abs().max() / b.detach().abs().max())
+            for a, b in zip(run(table, *rough, name), exact, strict=True)
+        ]
+        for name in BACKENDS
+    }
+    for name, found in errors.items():
+        assert all(mine <= 2 * its + 1e-3 for mine, its in zip(found, errors["reference"], strict=True)), (
+            name,
+            errors,
+        )
+
+
+@pytest.mark.parametrize(("height", "width"), MAPS)
+def test_ring_and_pooled_keys_against_the_definition(height, width) -> None:
+    """Every slot of every window, one by one, as the paper's figure 3 and the release have it."""
+    s, e, f, levels = 7, 3, 3, 2
+    table = _ring_pooled_keys(RingPooledKeys(s, e, f, levels), height, width, CPU).table
+    padded_h, padded_w = -(-height // s) * s, -(-width // s) * s
+    assert (table.height, table.width) == (padded_h, padded_w)
+    for number, (i, j) in enumerate(itertools.product(range(padded_h // s), range(padded_w // s))):
+        slots = [(i * s + y, j * s + x) for y in range(s) for x in range(s)]
+        for dy, dx in ((e, e), (e, -e), (-e, e), (-e, -e)):
+            for y, x in itertools.product(range(s), range(s)):
+                if (y >= s - e if dy > 0 else y < e) or (x >= s - e if dx > 0 else x < e):
+                    slots.append(((i * s + y + dy) % padded_h, (j * s + x + dx) % padded_w))
+        expected = [y * padded_w + x for y, x in slots]
+        seen = [True] * len(expected)
+        offset = padded_h * padded_w
+        for k in range(levels):
+            m, gh, gw = f + 2**k - 1, padded_h // s * 2**k, padded_w // s * 2**k
+            c = (2 * (f // 2) + 2**k + 2**k - 1) // 2 - (2**k - 1)
+            for a, b in itertools.product(range(m), range(m)):
+                y, x = i * 2**k - c + a, j * 2**k - c + b
+                inside = 0 <= y < gh and 0 <= x < gw
+                seen.append(inside)
+                expected.append(offset + y * gw + x if inside else 0)
+            offset += gh * gw
+        assert table.index[number].tolist() == expected
+        visible = [True] * len(expected) if table.visible is None else table.visible[number, 0].tolist()
+        assert visible == seen
+
+
+def test_key_counts_at_224() -> None:
+    """230 / 206 / 190 / 50 keys as defined, 218 / 194 / 178 / 50 after folding."""
+    counts = []
+    for side, f, e in ((56, 7, 3), (28, 5, 3), (14, 3, 3), (7, 1, 0)):
+        table = _ring_pooled_keys(RingPooledKeys(7, e, f, 1), side, side, CPU).table
+        counts.append((table.index.shape[1], table.folded_index.shape[1], table.dense is not None))
+    assert counts == [(230, 218, False), (206, 194, False), (190, 178, True), (50, 50, True)]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 7), (5, 40), (30, 3), (20, 31)], ids=str)
+@pytest.mark.parametrize("count", [1, 5, 40, 128])
+def test_nearest_cells_against_a_full_sort(size, count) -> None:
+    count = min(count, size[0] * size[1])
+    centres = grid(-(-size[0] // 7), -(-size[1] // 7)) * 7 + 3
+    cells = grid(*size)
+    distance = ((centres[:, None] - cells[None]) ** 2).sum(-1)
+    expected = np.argsort(distance, axis=1, kind="stable")[:, :count]
+    assert np.array_equal(nearest_cells(centres, *size, count), expected)
+
+
+def test_focal_fast_never_sees_padding() -> None:
+    for height, width in ((8, 8), (15, 9), (1, 1), (3, 30)):
+        table = _nearest_keys(NearestKeys(7, 128, 1, (14, 14)), height, width, CPU).table
+        fine = table.index[:, : min(128, height * width)]
+        assert (fine // table.width < height).all() and (fine % table.width < width).all()
+
+
+def test_unknown_backend() -> None:
+    assert resolve_backend("auto") in BACKENDS
+    with pytest.raises(ValueError, match="choose one of auto, reference, sdpa"):
+        resolve_backend("flash")
