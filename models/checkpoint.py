@@ -135,9 +135,10 @@ def load_checkpoint(model: nn.Module, path_or_url: str | Path, reset_head: bool 
             report.recomputed.append(key)
             del given[key], wanted[key]
     _check(given, wanted, report.path)
-    with torch.no_grad():
-        for key, value in given.items():
-            wanted[key].copy_(value)
+    try:
+        model.load_state_dict(given, strict=False)  # complete but for what the report says
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{report.path}: {error}") from error
     if report.reset:
         logger.warning(
             "%s: the classifier is not loaded (reset_head): %s", report.path, ", ".join(report.reset)

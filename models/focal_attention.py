@@ -10,6 +10,8 @@ pooled tokens, C channels, N heads, D = C/N.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -55,14 +57,21 @@ class FocalAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
-        self.choice_cache: TensorCache[SelectedKeys] = TensorCache()
         self.bias_cache: TensorCache[Tensor] = TensorCache()
+        selection.refresh(self)
+        self.register_load_state_dict_post_hook(_after_loading)
 
     def train(self, mode: bool = True) -> FocalAttention:
         """Switch mode; what was cached for evaluation is dropped, so weights written through `.data`
         count."""
         self.bias_cache.clear()
         return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FocalAttention:
+        """Move or convert (`to`, `half`, ...), and the tables that derive from buffers with it."""
+        super()._apply(fn, recurse)
+        self.selection.refresh(self)
+        return self
 
     def forward(self, x: Tensor, pools: nn.ModuleList) -> Tensor:
         """Attend over a map.
@@ -107,3 +116,7 @@ class FocalAttention(nn.Module):
             return build()
         sources = tuple(t for key, t in self.state_dict().items() if not key.startswith(("qkv.", "proj.")))
         return self.bias_cache.get(sources, (name, dtype, map_size), build)
+
+
+def _after_loading(layer: FocalAttention, _: object) -> None:
+    layer.selection.refresh(layer)

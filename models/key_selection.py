@@ -95,6 +95,9 @@ class RingPooledKeys:
                 nn.Parameter(trunc_normal_(torch.zeros(num_heads, side**2), std=0.02)) for side in sides
             )
 
+    def refresh(self, layer: Any) -> None:
+        """Nothing of a selection is stored here."""
+
     def keys(self, layer: Any, height: int, width: int, device: torch.device) -> SelectedKeys:
         """Tables for an (unpadded) map of `height` x `width` tokens."""
         return _ring_pooled_keys(self, height, width, device)
@@ -138,25 +141,33 @@ class NearestKeys:
             for _ in range(1 + self.pooled_levels)
         )
         for level, choice in enumerate(_nearest(self, *self.built_for)):
-            layer.register_buffer(_choice_name(level), torch.from_numpy(choice))
+            layer.register_buffer(_choice_name(level), torch.tensor(choice))
 
-    def keys(self, layer: Any, height: int, width: int, device: torch.device) -> SelectedKeys:
-        """Tables for an (unpadded) map of `height` x `width` tokens."""
-        if (height, width) != self.built_for or device.type == "meta":
-            return _nearest_keys(self, height, width, device)
-        stored = tuple(getattr(layer, _choice_name(level)) for level in range(1 + self.pooled_levels))
-        return layer.choice_cache.get(stored, (), lambda: self._stored_keys(stored, device))
+    def refresh(self, layer: Any) -> None:
+        """Take over the stored choice after it was loaded or moved.
 
-    def _stored_keys(self, stored: tuple[Tensor, ...], device: torch.device) -> SelectedKeys:
-        choice = tuple(level.cpu().numpy() for level in stored)
-        limits = (self.built_for[0] * self.built_for[1], len(choice[0]))
+        Raises:
+            ValueError: it names tokens that do not exist.
+        """
+        stored = [getattr(layer, _choice_name(level)) for level in range(1 + self.pooled_levels)]
+        choice = tuple(level.cpu().numpy() for level in stored if not level.is_meta)
+        limits = (self.built_for[0] * self.built_for[1], len(stored[0]))
         for name, numbers, limit in zip(("fine tokens", "windows"), choice, limits, strict=False):
             if numbers.min() < 0 or numbers.max() >= limit:
                 raise ValueError(
                     f"stored nearest {name} run from {numbers.min()} to {numbers.max()}, expected "
                     f"0 to {limit - 1}: the checkpoint was made for another map size, or is damaged"
                 )
-        return _nearest_keys_of(self, *self.built_for, choice, device)
+        choice = choice or _nearest(self, *self.built_for)  # the meta device has no values
+        layer.stored_keys = _nearest_keys_of(self, *self.built_for, choice, stored[0].device)
+
+    def keys(self, layer: Any, height: int, width: int, device: torch.device) -> SelectedKeys:
+        """Tables for an (unpadded) map of `height` x `width` tokens."""
+        return (
+            layer.stored_keys
+            if (height, width) == self.built_for
+            else _nearest_keys(self, height, width, device)
+        )
 
     def bias(self, layer: Any, keys: SelectedKeys) -> Tensor:
         """Bias of every window: [N, P, Q, K].
@@ -221,8 +232,15 @@ def _table(
     )
 
 
-@lru_cache(maxsize=CACHED_TABLES)
+@torch.compiler.assume_constant_result
 def _ring_pooled_keys(
+    selection: RingPooledKeys, height: int, width: int, device: torch.device
+) -> SelectedKeys:
+    return _cached_ring_pooled_keys(selection, height, width, device)
+
+
+@lru_cache(maxsize=CACHED_TABLES)
+def _cached_ring_pooled_keys(
     selection: RingPooledKeys, height: int, width: int, device: torch.device
 ) -> SelectedKeys:
     s = selection.window_size
@@ -274,8 +292,15 @@ def _nearest(selection: NearestKeys, height: int, width: int) -> tuple[np.ndarra
     return tuple(choice)
 
 
-@lru_cache(maxsize=CACHED_TABLES)
+@torch.compiler.assume_constant_result
 def _nearest_keys(selection: NearestKeys, height: int, width: int, device: torch.device) -> SelectedKeys:
+    return _cached_nearest_keys(selection, height, width, device)
+
+
+@lru_cache(maxsize=CACHED_TABLES)
+def _cached_nearest_keys(
+    selection: NearestKeys, height: int, width: int, device: torch.device
+) -> SelectedKeys:
     return _nearest_keys_of(selection, height, width, _nearest(selection, height, width), device)
 
 

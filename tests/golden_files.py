@@ -55,9 +55,12 @@ class Golden:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(torch.from_numpy(weight(name, tuple(parameter.shape), self.salt)))
-            for name, buffer in model.named_buffers():
-                if "img_size" not in changes:
-                    buffer.copy_(torch.from_numpy(self.data[f"buffer.{name}"].astype(np.int64)))
+            if "img_size" not in changes:
+                names = [name for name, _ in model.named_buffers()]
+                choice = {
+                    name: torch.from_numpy(self.data[f"buffer.{name}"].astype(np.int64)) for name in names
+                }
+                model.load_state_dict(choice, strict=False)
         return model
 
     def input(self) -> torch.Tensor:

@@ -6,9 +6,10 @@ import pickle
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 from models import FocalTransformer
-from models.key_selection import CACHED_TABLES, _nearest_keys, _ring_pooled_keys
+from models.key_selection import CACHED_TABLES, _cached_nearest_keys, _cached_ring_pooled_keys
 
 NANO = {
     "img_size": 64,
@@ -102,7 +103,7 @@ def test_table_caches_are_bounded() -> None:
             focal_windows=[3, 3],
             expand_sizes=[3, 3],
         )(image(side, 32, batch=1))
-    for cache in (_ring_pooled_keys, _nearest_keys):
+    for cache in (_cached_ring_pooled_keys, _cached_nearest_keys):
         assert cache.cache_info().currsize <= CACHED_TABLES
 
 
@@ -217,6 +218,24 @@ def test_copies_and_pickles(kind) -> None:
         expected = model(x)
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             torch.testing.assert_close(twin(x), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("train", [True, False])
+def test_compiles_to_one_graph_per_size(kind, train) -> None:
+    """No graph break, and one graph for each input size; a checkpoint loaded later is used."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    model = build(kind=kind).train(train)
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
+    for size in ((64, 64), (96, 64), (64, 64)):
+        torch.testing.assert_close(compiled(image(*size)), model(image(*size)))
+    assert counter.frame_count == 2
+    other = build(seed=1, kind=kind).train(train)
+    for name, buffer in other.named_buffers():
+        other.load_state_dict({name: buffer.flip(0)}, strict=False)
+    model.load_state_dict(other.state_dict())
+    torch.testing.assert_close(compiled(image(64, 64)), other(image(64, 64)))
 
 
 # --- Errors ---------------------------------------------------------------------------------------------

@@ -25,15 +25,6 @@ class Fold:
     first: Tensor  # [M] first copy of each pair
     second: Tensor  # [M] second copy, in the same order
 
-    def keys(self, index: Tensor) -> Tensor:
-        """Columns of an index table [..., K] after folding: [..., K - M]."""
-        return torch.cat([index[..., self.single], index[..., self.first]], dim=-1)
-
-    def bias(self, bias: Tensor) -> Tensor:
-        """Bias [..., K] of the folded keys: [..., K - M]."""
-        pair = torch.logaddexp(bias.index_select(-1, self.first), bias.index_select(-1, self.second))
-        return torch.cat([bias.index_select(-1, self.single), pair], dim=-1)
-
 
 @dataclass(frozen=True)
 class KeyTable:
@@ -42,7 +33,7 @@ class KeyTable:
     `index` points into the S tokens [fine tokens of the padded map, pooled level 0, level 1, ...]; where a
     key is absent it points at token 0 and `visible` is False. `dense` exists where no window sees a token
     twice: it turns a bias over the folded keys into one over all S tokens, so that small maps need no gather
-        (see `dense_bias`).
+    (see `dense_bias`).
     """
 
     height: int
@@ -56,21 +47,6 @@ class KeyTable:
     dense: Tensor | None  # [T, S] int64: position in the flattened [Q, K' + 1] bias of the token's window
     dense_window: Tensor | None  # [T, 1] int64: the window of each token
 
-    def folded_bias(self, bias: Tensor) -> Tensor:
-        """Merge duplicate key columns: [..., K] -> [..., K']."""
-        return bias if self.fold is None else self.fold.bias(bias)
-
-    def dense_bias(self, bias: Tensor) -> Tensor:
-        """Spread a folded bias [N, P or 1, Q, K'] over all tokens: [N, T, S], -inf where a token is not
-        seen."""
-        assert self.dense is not None and self.dense_window is not None, "no dense form of this table"
-        heads, windows, queries, keys = bias.shape
-        position = self.dense
-        if windows > 1:
-            position = position + self.dense_window * (queries * (keys + 1))
-        padded = F.pad(bias, (0, 1), value=float("-inf")).reshape(heads, -1)
-        return lookup(padded.t(), position)
-
 
 def lookup(table: Tensor, index: Tensor) -> Tensor:
     """Rows of a [R, N] table as a bias, heads first: index [...] -> [N, ...].
@@ -78,6 +54,25 @@ def lookup(table: Tensor, index: Tensor) -> Tensor:
     As an embedding, because the gradient of plain indexing is a slow scatter on the CPU.
     """
     return F.embedding(index, table).movedim(-1, 0)
+
+
+def fold_bias(bias: Tensor, fold: Fold | None) -> Tensor:
+    """Merge duplicate key columns: [..., K] -> [..., K']."""
+    if fold is None:
+        return bias
+    pair = torch.logaddexp(bias.index_select(-1, fold.first), bias.index_select(-1, fold.second))
+    return torch.cat([bias.index_select(-1, fold.single), pair], dim=-1)
+
+
+def dense_bias(bias: Tensor, table: KeyTable) -> Tensor:
+    """Spread a folded bias [N, P or 1, Q, K'] over all tokens: [N, T, S], -inf where a token is not seen."""
+    assert table.dense is not None and table.dense_window is not None, "no dense form of this table"
+    heads, windows, queries, keys = bias.shape
+    position = table.dense
+    if windows > 1:
+        position = position + table.dense_window * (queries * (keys + 1))
+    padded = F.pad(bias, (0, 1), value=float("-inf")).reshape(heads, -1)
+    return lookup(padded.t(), position)
 
 
 def mask_absent(bias: Tensor, visible: Tensor | None) -> Tensor:

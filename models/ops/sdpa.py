@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .key_table import KeyTable, mask_absent, merge_windows, split_windows
+from .key_table import KeyTable, dense_bias, fold_bias, mask_absent, merge_windows, split_windows
 
 
 def prepare_bias(bias: Tensor, table: KeyTable, dtype: torch.dtype) -> Tensor:
     """Mask for SDPA in `dtype`: [1, N, T, S] for the dense form, else [1, N*P, Q, K']."""
-    bias = table.folded_bias(bias)
+    bias = fold_bias(bias, table.fold)
     if table.dense is not None:
-        return table.dense_bias(bias).to(dtype)[None]
+        return dense_bias(bias, table).to(dtype)[None]
     bias = mask_absent(bias, table.folded_visible)
     return bias.expand(-1, table.index.shape[0], -1, -1).flatten(0, 1).to(dtype)[None]
 
