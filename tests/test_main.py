@@ -193,8 +193,8 @@ def test_fine_tuning_starts_from_weights(
     assert main.main(command(few_images, tmp_path / "a", opts, "--pretrained", weights)) == 0
     tuned = metrics_of(tmp_path / "a", "epoch")[0]["loss"]
     assert tuned < metrics_of(trained, "epoch")[0]["loss"]
-    opts += ["MODEL.RESET_HEAD", True]
-    assert main.main(command(few_images, tmp_path / "c", opts, "--pretrained", weights)) == 0
+    fresh_head = [*opts, "MODEL.RESET_HEAD", True]
+    assert main.main(command(few_images, tmp_path / "c", fresh_head, "--pretrained", weights)) == 0
     torch.save({"model": torch.load(weights, weights_only=True)["model"]}, tmp_path / "release.pth")
     release = str(tmp_path / "release.pth")
     assert main.main(command(few_images, tmp_path / "b", opts, "--resume", release)) == 2

@@ -1,0 +1,571 @@
+"""Every option of the project: default, meaning, allowed values.
+
+``load_config`` starts from the defaults below, merges a yaml file (after the files named by its BASE) and
+then a list of ``KEY VALUE`` pairs, checks everything and returns a frozen ``yacs.config.CfgNode``. All
+problems found are reported together in one ``ValueError``, each with its origin, what was expected and what
+to do.
+
+All keys of the original release are here with their original defaults, so its yaml files load unchanged.
+Three of them have no effect and are accepted only for that: MODEL.FOCAL.EXPAND_STAGES, MODEL.SPEC and
+LOCAL_RANK.
+"""
+
+import ast
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yacs.config import CfgNode as CN
+
+DATASETS = ("imagenet", "imagenet22k", "imagewoof", "folder")
+MODEL_TYPES = ("focal", "focalv2")
+ATTENTION_BACKENDS = ("auto", "reference", "sdpa")
+OPTIMIZERS = ("adamw", "sgd", "fused_adam", "fused_lamb")
+SCHEDULERS = ("cosine", "linear", "step")
+
+_C = CN()
+_C.BASE = [""]  # yaml files to inherit from, relative to the file that names them
+
+_C.DATA = CN()
+_C.DATA.BATCH_SIZE = 128  # images per process and step; --batch-size
+_C.DATA.DATA_PATH = ""  # root folder of the data set; --data-path
+_C.DATA.DATASET = "imagenet"  # imagenet | imagenet22k | imagewoof | folder; --dataset
+_C.DATA.IMG_SIZE = 224  # one number, or [height, width]
+_C.DATA.INTERPOLATION = "bicubic"  # random | bilinear | bicubic; 'random' concerns training only
+_C.DATA.ZIP_MODE = False  # read from zip files with map files instead of folders; --zip
+_C.DATA.CACHE_MODE = "part"  # with ZIP_MODE: no | part (each process its share) | full; --cache-mode
+_C.DATA.PIN_MEMORY = True  # page-locked host memory for faster copies to the GPU
+_C.DATA.NUM_WORKERS = 8  # loader processes per training process
+_C.DATA.WORKER_START_METHOD = ""  # '' (the platform's default) | fork | spawn | forkserver
+_C.DATA.MEAN = [0.485, 0.456, 0.406]  # per channel, of images in [0, 1]
+_C.DATA.STD = [0.229, 0.224, 0.225]
+
+_C.MODEL = CN()
+_C.MODEL.TYPE = "focal"  # focal | focalv2 (Focal-fast)
+_C.MODEL.NAME = "focal_tiny_patch4_window7_224"  # names the output folder
+_C.MODEL.RESUME = ""  # training checkpoint to continue from; with EVAL_MODE, any checkpoint; --resume
+_C.MODEL.PRETRAINED = ""  # weights (file or address) to start from; --pretrained
+_C.MODEL.RESET_HEAD = False  # with PRETRAINED: start with a new classifier, for another set of classes
+_C.MODEL.NUM_CLASSES = 1000
+_C.MODEL.DROP_RATE = 0.0  # dropout
+_C.MODEL.DROP_PATH_RATE = 0.1  # stochastic depth of the last block; rises linearly from 0
+_C.MODEL.LABEL_SMOOTHING = 0.1
+_C.MODEL.ATTENTION_BACKEND = "auto"  # auto | reference | sdpa
+_C.MODEL.SPEC = CN(new_allowed=True)  # no effect; holds anything
+
+_C.MODEL.FOCAL = CN()
+_C.MODEL.FOCAL.PATCH_SIZE = 4
+_C.MODEL.FOCAL.IN_CHANS = 3
+_C.MODEL.FOCAL.EMBED_DIM = 96  # channels of the first stage; doubles with every stage
+_C.MODEL.FOCAL.DEPTHS = [2, 2, 6, 2]  # blocks per stage
+_C.MODEL.FOCAL.NUM_HEADS = [3, 6, 12, 24]
+_C.MODEL.FOCAL.WINDOW_SIZE = 7
+_C.MODEL.FOCAL.MLP_RATIO = 4.0
+_C.MODEL.FOCAL.QKV_BIAS = True
+_C.MODEL.FOCAL.QK_SCALE = False  # False or None: head_dim ** -0.5; else a number
+_C.MODEL.FOCAL.APE = False  # learned absolute position embedding
+_C.MODEL.FOCAL.PATCH_NORM = True  # LayerNorm after the stem
+_C.MODEL.FOCAL.USE_SHIFT = False  # shift the windows of odd blocks
+_C.MODEL.FOCAL.FOCAL_POOL = "none"  # none | fc | conv | mean | max: how sub-windows become coarse tokens
+_C.MODEL.FOCAL.FOCAL_STAGES = [0, 1, 2, 3]  # stages that have coarse tokens
+_C.MODEL.FOCAL.FOCAL_LEVELS = [1, 1, 1, 1]  # granularities per stage: 1 is fine tokens alone
+_C.MODEL.FOCAL.FOCAL_WINDOWS = [7, 5, 3, 1]  # side of the coarse neighbourhood per stage; odd
+_C.MODEL.FOCAL.FOCAL_TOPK = 128  # focalv2: keys per window and level
+_C.MODEL.FOCAL.EXPAND_STAGES = [0, 1, 2, 3]  # no effect
+_C.MODEL.FOCAL.EXPAND_SIZES = [3, 3, 3, 3]  # focal: width of the fine ring around the window, per stage
+_C.MODEL.FOCAL.EXPAND_LAYER = "all"  # all | even | odd; 'even' and 'odd' name the blocks without ring
+_C.MODEL.FOCAL.USE_CONV_EMBED = False  # overlapping convolutions as stem and downsamplers
+_C.MODEL.FOCAL.USE_LAYERSCALE = False
+_C.MODEL.FOCAL.LAYERSCALE_VALUE = 1e-4  # initial value with USE_LAYERSCALE
+_C.MODEL.FOCAL.USE_PRE_NORM = False  # normalise before each downsampler too
+
+_C.TRAIN = CN()
+_C.TRAIN.START_EPOCH = 0
+_C.TRAIN.EPOCHS = 300
+_C.TRAIN.WARMUP_EPOCHS = 20
+_C.TRAIN.WEIGHT_DECAY = 0.05
+_C.TRAIN.BASE_LR = 5e-4  # this and the next two: for 512 images per update; scaled linearly
+_C.TRAIN.WARMUP_LR = 5e-7
+_C.TRAIN.MIN_LR = 5e-6
+_C.TRAIN.CLIP_GRAD = 5.0  # largest gradient norm; 0 measures it without clipping
+_C.TRAIN.AUTO_RESUME = True  # continue from the newest checkpoint in the output folder
+_C.TRAIN.ACCUMULATION_STEPS = 0  # batches per optimizer update; 0 and 1 mean one; --accumulation-steps
+_C.TRAIN.USE_CHECKPOINT = False  # recompute activations in the backward pass to save memory; --use-checkpoint
+
+_C.TRAIN.LR_SCHEDULER = CN()
+_C.TRAIN.LR_SCHEDULER.NAME = "cosine"  # cosine | linear | step
+_C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30  # step
+_C.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1  # step
+
+_C.TRAIN.OPTIMIZER = CN()
+_C.TRAIN.OPTIMIZER.NAME = "adamw"  # adamw | sgd | fused_adam | fused_lamb (the last two need apex)
+_C.TRAIN.OPTIMIZER.EPS = 1e-8
+_C.TRAIN.OPTIMIZER.BETAS = (0.9, 0.999)
+_C.TRAIN.OPTIMIZER.MOMENTUM = 0.9  # sgd
+
+_C.AUG = CN()
+_C.AUG.HFLIP = 0.5  # probability of a horizontal flip
+_C.AUG.SCALE = [0.08, 1.0]  # area of the random crop, as a share of the image
+_C.AUG.RATIO = [0.75, 1.3333]  # its aspect ratio
+_C.AUG.COLOR_JITTER = 0.4
+_C.AUG.AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"  # a policy in timm's notation, or none
+_C.AUG.REPROB = 0.25  # probability of random erasing
+_C.AUG.REMODE = "pixel"  # const | rand | pixel
+_C.AUG.RECOUNT = 1
+_C.AUG.MIXUP = 0.8  # alpha; 0 switches it off
+_C.AUG.CUTMIX = 1.0  # alpha; 0 switches it off
+_C.AUG.CUTMIX_MINMAX = None  # None or [smallest, largest] share of the side; overrides CUTMIX
+_C.AUG.MIXUP_PROB = 1.0  # probability of mixing a batch at all
+_C.AUG.MIXUP_SWITCH_PROB = 0.5  # probability of CutMix when both are on
+_C.AUG.MIXUP_MODE = "batch"  # batch | pair | elem
+
+_C.TEST = CN()
+_C.TEST.CROP = True  # resize larger and crop the centre, instead of resizing to IMG_SIZE
+
+_C.AMP_OPT_LEVEL = ""  # '' (O1 on CUDA or with AMP_DTYPE, else O0) | O0 full precision | O1, O2 autocast
+_C.AMP_DTYPE = ""  # '' (bf16 where the device has it, else fp16) | bf16 | fp16; --amp-dtype
+_C.COMPILE = False  # torch.compile the model; --compile
+_C.DEVICE = ""  # '' (cuda when available, else cpu) | cpu | cuda | cuda:N; --device
+_C.OUTPUT = ""  # root of the output folders, '' is output; the run's is <OUTPUT>/<MODEL.NAME>/<TAG>
+_C.TAG = "default"  # --tag
+_C.SAVE_FREQ = 1  # epochs between checkpoints; the last epoch is always saved
+_C.PRINT_FREQ = 100  # steps between log lines
+_C.SEED = 0  # --seed
+_C.EVAL_MODE = False  # --eval
+_C.THROUGHPUT_MODE = False  # --throughput
+_C.DEBUG_MODE = False  # --debug
+_C.LOCAL_RANK = 0  # no effect: torchrun's environment decides
+
+
+# --- Types --------------------------------------------------------------------------------------------------
+# A kind is (what to call it, parser); the parser returns the value or raises TypeError or ValueError.
+
+Parser = Callable[[Any], Any]
+Kind = tuple[str, Parser]
+
+
+def _as_bool(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _as_int(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError
+    return value
+
+
+def _as_float(value: Any) -> float:
+    """A finite number; also text such as 5e-4, which YAML 1.1 does not read as a number."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str) or not math.isfinite(float(value)):
+        raise TypeError
+    return float(value)
+
+
+def _as_text(value: Any) -> str:
+    if not isinstance(value, str | None):
+        raise TypeError
+    return value or ""
+
+
+def _as_absent(value: Any) -> bool | None:
+    if value is not None and value is not False:
+        raise TypeError
+    return value
+
+
+def _sequence(item: Parser, length: int | None = None, container: type = list) -> Parser:
+    def parse(value: Any) -> Any:
+        if not isinstance(value, list | tuple) or (length is not None and len(value) != length):
+            raise TypeError
+        return container(item(entry) for entry in value)
+
+    return parse
+
+
+def _either(*parsers: Parser) -> Parser:
+    def parse(value: Any) -> Any:
+        for parser in parsers:
+            try:
+                return parser(value)
+            except (TypeError, ValueError):
+                continue
+        raise TypeError
+
+    return parse
+
+
+BOOL: Kind = ("True or False", _as_bool)
+INTEGER: Kind = ("an integer", _as_int)
+NUMBER: Kind = ("a number", _as_float)
+TEXT: Kind = ("text", _as_text)
+INTEGERS: Kind = ("a list of integers", _sequence(_as_int))
+TRIPLE: Kind = ("three numbers", _sequence(_as_float, 3))
+PAIR: Kind = ("two numbers", _sequence(_as_float, 2))
+KIND_OF_DEFAULT: dict[type, Kind] = {bool: BOOL, int: INTEGER, float: NUMBER, str: TEXT, list: INTEGERS}
+SPECIAL_KINDS: dict[str, Kind] = {
+    "BASE": ("a list of yaml files", _either(_sequence(_as_text), lambda value: [_as_text(value)])),
+    "DATA.IMG_SIZE": ("an integer or [height, width]", _either(_as_int, _sequence(_as_int, 2))),
+    "DATA.MEAN": ("a list of numbers, one per channel", _sequence(_as_float)),
+    "DATA.STD": ("a list of numbers, one per channel", _sequence(_as_float)),
+    "MODEL.FOCAL.QK_SCALE": ("False, None or a number", _either(_as_absent, _as_float)),
+    "TRAIN.OPTIMIZER.NAME": ("text", lambda value: _as_text(value).lower()),
+    "TRAIN.LR_SCHEDULER.NAME": ("text", lambda value: _as_text(value).lower()),
+    "TRAIN.OPTIMIZER.BETAS": ("two numbers", _sequence(_as_float, 2, tuple)),
+    "AUG.SCALE": PAIR,
+    "AUG.RATIO": PAIR,
+    "AUG.CUTMIX_MINMAX": ("None or two numbers", _either(_as_absent, PAIR[1])),
+}
+
+
+# --- Allowed values -----------------------------------------------------------------------------------------
+# A rule is (what is expected, predicate). For a list, it holds for every entry.
+
+Rule = tuple[str, Callable[[Any], bool]]
+
+
+def _one_of(*names: str) -> Rule:
+    return "one of " + ", ".join(repr(name) for name in names), lambda value: value in names
+
+
+AT_LEAST_1: Rule = ("1 or more", lambda value: value >= 1)
+AT_LEAST_0: Rule = ("0 or more", lambda value: value >= 0)
+POSITIVE: Rule = ("greater than 0", lambda value: value > 0)
+PROBABILITY: Rule = ("in [0, 1]", lambda value: 0 <= value <= 1)
+FRACTION: Rule = ("in [0, 1)", lambda value: 0 <= value < 1)
+SHARE: Rule = ("in (0, 1]", lambda value: 0 < value <= 1)
+AUGMENT_POLICY = re.compile(r"(|none|(original|originalr|v0|v0r|3a)(-.+)?|(rand|augmix)-.+)")
+
+RULES: dict[str, Rule] = {
+    "DATA.BATCH_SIZE": AT_LEAST_1,
+    "DATA.DATASET": _one_of(*DATASETS),
+    "DATA.IMG_SIZE": ("32 or more", lambda value: value >= 32),
+    "DATA.INTERPOLATION": _one_of("random", "bilinear", "bicubic"),
+    "DATA.CACHE_MODE": _one_of("no", "part", "full"),
+    "DATA.NUM_WORKERS": AT_LEAST_0,
+    "DATA.WORKER_START_METHOD": _one_of("", "fork", "spawn", "forkserver"),
+    "DATA.STD": POSITIVE,
+    "MODEL.TYPE": _one_of(*MODEL_TYPES),
+    "MODEL.NAME": ("a name that can be part of a path", lambda value: bool(value.strip())),
+    "MODEL.NUM_CLASSES": AT_LEAST_1,
+    "MODEL.DROP_RATE": FRACTION,
+    "MODEL.DROP_PATH_RATE": FRACTION,
+    "MODEL.LABEL_SMOOTHING": FRACTION,
+    "MODEL.ATTENTION_BACKEND": _one_of(*ATTENTION_BACKENDS),
+    "MODEL.FOCAL.PATCH_SIZE": AT_LEAST_1,
+    "MODEL.FOCAL.IN_CHANS": AT_LEAST_1,
+    "MODEL.FOCAL.EMBED_DIM": AT_LEAST_1,
+    "MODEL.FOCAL.DEPTHS": AT_LEAST_1,
+    "MODEL.FOCAL.NUM_HEADS": AT_LEAST_1,
+    "MODEL.FOCAL.WINDOW_SIZE": AT_LEAST_1,
+    "MODEL.FOCAL.MLP_RATIO": POSITIVE,
+    "MODEL.FOCAL.QK_SCALE": ("False, None or greater than 0", lambda value: not value or value > 0),
+    "MODEL.FOCAL.FOCAL_POOL": _one_of("none", "fc", "conv", "mean", "max"),
+    "MODEL.FOCAL.FOCAL_STAGES": AT_LEAST_0,
+    "MODEL.FOCAL.FOCAL_LEVELS": AT_LEAST_0,
+    "MODEL.FOCAL.FOCAL_WINDOWS": AT_LEAST_1,
+    "MODEL.FOCAL.FOCAL_TOPK": AT_LEAST_1,
+    "MODEL.FOCAL.EXPAND_SIZES": AT_LEAST_0,
+    "MODEL.FOCAL.EXPAND_LAYER": _one_of("all", "even", "odd"),
+    "MODEL.FOCAL.LAYERSCALE_VALUE": POSITIVE,
+    "TRAIN.START_EPOCH": AT_LEAST_0,
+    "TRAIN.EPOCHS": AT_LEAST_1,
+    "TRAIN.WARMUP_EPOCHS": AT_LEAST_0,
+    "TRAIN.WEIGHT_DECAY": AT_LEAST_0,
+    "TRAIN.BASE_LR": POSITIVE,
+    "TRAIN.WARMUP_LR": AT_LEAST_0,
+    "TRAIN.MIN_LR": AT_LEAST_0,
+    "TRAIN.CLIP_GRAD": AT_LEAST_0,
+    "TRAIN.ACCUMULATION_STEPS": AT_LEAST_0,
+    "TRAIN.LR_SCHEDULER.NAME": _one_of(*SCHEDULERS),
+    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": AT_LEAST_1,
+    "TRAIN.LR_SCHEDULER.DECAY_RATE": SHARE,
+    "TRAIN.OPTIMIZER.NAME": _one_of(*OPTIMIZERS),
+    "TRAIN.OPTIMIZER.EPS": POSITIVE,
+    "TRAIN.OPTIMIZER.BETAS": FRACTION,
+    "TRAIN.OPTIMIZER.MOMENTUM": FRACTION,
+    "AUG.HFLIP": PROBABILITY,
+    "AUG.SCALE": SHARE,
+    "AUG.RATIO": POSITIVE,
+    "AUG.COLOR_JITTER": AT_LEAST_0,
+    "AUG.AUTO_AUGMENT": (
+        "none, or a policy of timm such as rand-m9-mstd0.5-inc1",
+        lambda value: AUGMENT_POLICY.fullmatch(value) is not None,
+    ),
+    "AUG.REPROB": PROBABILITY,
+    "AUG.REMODE": _one_of("const", "rand", "pixel"),
+    "AUG.RECOUNT": AT_LEAST_1,
+    "AUG.MIXUP": AT_LEAST_0,
+    "AUG.CUTMIX": AT_LEAST_0,
+    "AUG.CUTMIX_MINMAX": PROBABILITY,
+    "AUG.MIXUP_PROB": PROBABILITY,
+    "AUG.MIXUP_SWITCH_PROB": PROBABILITY,
+    "AUG.MIXUP_MODE": _one_of("batch", "pair", "elem"),
+    "AMP_OPT_LEVEL": _one_of("", "O0", "O1", "O2"),
+    "AMP_DTYPE": _one_of("", "bf16", "fp16"),
+    "DEVICE": ("'', cpu, cuda or cuda:N", lambda value: re.fullmatch(r"|cpu|cuda(:\d+)?", value) is not None),
+    "SAVE_FREQ": AT_LEAST_1,
+    "PRINT_FREQ": AT_LEAST_1,
+    "SEED": AT_LEAST_0,
+}
+
+
+def _combinations(config: CN) -> Iterator[tuple[str, str]]:
+    """Problems of values that are fine one by one, as (key, message)."""
+    model, train, aug = config.MODEL, config.TRAIN, config.AUG
+    if config.DATA.ZIP_MODE and config.DATA.DATASET == "imagenet22k":
+        yield "DATA.ZIP_MODE", "expected False with DATASET imagenet22k, got True; unpack it to folders"
+    if config.EVAL_MODE and not (model.RESUME or model.PRETRAINED):
+        yield "EVAL_MODE", "expected weights to evaluate, got none; name them with --resume or --pretrained"
+    if train.WARMUP_EPOCHS > train.EPOCHS:
+        yield (
+            "TRAIN.WARMUP_EPOCHS",
+            f"expected at most TRAIN.EPOCHS = {train.EPOCHS}, got {train.WARMUP_EPOCHS}; shorten the warm-up",
+        )
+    if train.START_EPOCH > train.EPOCHS:
+        yield (
+            "TRAIN.START_EPOCH",
+            f"expected at most TRAIN.EPOCHS = {train.EPOCHS}, got {train.START_EPOCH}; start earlier",
+        )
+    for name in ("SCALE", "RATIO", "CUTMIX_MINMAX"):
+        values = aug[name] or (0, 0)
+        if values[0] > values[1]:
+            yield f"AUG.{name}", f"expected [smaller, larger], got {list(values)}; swap them"
+    if model.RESUME and model.PRETRAINED:
+        yield (
+            "MODEL.PRETRAINED",
+            f"expected either this or MODEL.RESUME, got both ({model.PRETRAINED!r} and {model.RESUME!r}); "
+            "use RESUME to continue a run, PRETRAINED to start from weights",
+        )
+    if model.RESET_HEAD and (config.EVAL_MODE or not model.PRETRAINED):
+        yield (
+            "MODEL.RESET_HEAD",
+            "expected only to train from MODEL.PRETRAINED, got True otherwise; name the weights or drop it",
+        )
+    if config.AMP_OPT_LEVEL == "O0" and config.AMP_DTYPE:
+        yield (
+            "AMP_DTYPE",
+            f"expected '' with AMP_OPT_LEVEL O0 (full precision), got {config.AMP_DTYPE!r}; drop one",
+        )
+    modes = [name for name in ("EVAL_MODE", "THROUGHPUT_MODE", "DEBUG_MODE") if config[name]]
+    if len(modes) > 1:
+        yield modes[1], f"expected at most one mode, got {' and '.join(modes)}; choose one"
+
+
+def _stages(config: CN) -> Iterator[tuple[str, str]]:
+    """Problems of the lists that describe the stages, as (key, message)."""
+    focal = config.MODEL.FOCAL
+    count = len(focal.DEPTHS)
+    if count < 1:
+        yield "MODEL.FOCAL.DEPTHS", "expected one entry per stage, got []; name at least one stage"
+    per_stage = ("NUM_HEADS", "FOCAL_LEVELS", "FOCAL_WINDOWS", "EXPAND_SIZES")
+    ragged = [name for name in per_stage if len(focal[name]) != count]
+    for name in ragged:
+        yield (
+            f"MODEL.FOCAL.{name}",
+            f"expected {count} entries, one per stage as in DEPTHS {focal.DEPTHS}, got {focal[name]}; "
+            "make the lists equally long",
+        )
+    if ragged:
+        return
+    for stage in range(count):
+        dim, heads = focal.EMBED_DIM * 2**stage, focal.NUM_HEADS[stage]
+        if dim % heads:
+            yield (
+                "MODEL.FOCAL.NUM_HEADS",
+                f"expected a divisor of stage {stage}'s {dim} channels, got {heads}; change it or EMBED_DIM",
+            )
+        levels, window = focal.FOCAL_LEVELS[stage], focal.FOCAL_WINDOWS[stage]
+        pools = focal.FOCAL_POOL != "none" and stage in focal.FOCAL_STAGES
+        if levels > 1 and pools and window % 2 == 0:
+            yield (
+                "MODEL.FOCAL.FOCAL_WINDOWS",
+                f"expected an odd number for stage {stage}, got {window}; use {window - 1} or {window + 1}",
+            )
+        if levels > 1 and pools and focal.WINDOW_SIZE // 2 ** (levels - 2) < 1:
+            yield (
+                "MODEL.FOCAL.FOCAL_LEVELS",
+                f"expected a WINDOW_SIZE of {2 ** (levels - 2)} or more for {levels} levels, got "
+                f"{focal.WINDOW_SIZE}; use fewer levels",
+            )
+        if config.MODEL.TYPE == "focalv2" and levels not in (1, 2):
+            yield (
+                "MODEL.FOCAL.FOCAL_LEVELS",
+                f"expected 1 or 2 in every stage of focalv2, got {levels} in stage {stage}; use 1 or 2",
+            )
+        if config.MODEL.TYPE == "focalv2" and levels == 2 and not pools:
+            yield (
+                "MODEL.FOCAL.FOCAL_LEVELS",
+                f"expected 1 in stage {stage}, which has no pooling in focalv2, got 2; set FOCAL_POOL and "
+                "FOCAL_STAGES, or use 1",
+            )
+
+
+# --- Loading ------------------------------------------------------------------------------------------------
+
+
+def load_config(cfg_file: str | Path | None = None, opts: Sequence[Any] = ()) -> CN:
+    """The defaults, overridden by a yaml file and then by ``opts``; checked and frozen.
+
+    Args:
+        cfg_file: yaml (or JSON) file; its BASE files are merged before it.
+        opts: flat list ``KEY VALUE KEY VALUE ...``; values are text as on the command line, or objects.
+
+    Raises:
+        ValueError: listing every problem found.
+    """
+    loader = _Loader()
+    if cfg_file is not None:
+        loader.merge_file(Path(cfg_file), ())
+    loader.merge_opts(list(opts))
+    config = loader.config
+    if config.DATA.DATASET == "imagewoof" and "MODEL.NUM_CLASSES" not in loader.origin:
+        config.MODEL.NUM_CLASSES = 10
+    loader.check()
+    if loader.problems:
+        count = len(loader.problems)
+        raise ValueError(f"{count} problem(s) in the configuration:\n  - " + "\n  - ".join(loader.problems))
+    config.BASE = [""]  # merged already: the dumped config stands on its own
+    config.freeze()
+    return config
+
+
+def flatten(node: CN, prefix: str = "") -> dict[str, Any]:
+    """Every option of a config as {dotted key: value}; the free-form section MODEL.SPEC is one value."""
+    flat: dict[str, Any] = {}
+    for name, value in node.items():
+        if isinstance(value, CN) and not value.is_new_allowed():
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+class _Loader:
+    """Merges sources into a copy of the defaults; collects problems instead of stopping at the first."""
+
+    def __init__(self) -> None:
+        self.config = _C.clone()
+        self.defaults = flatten(_C)
+        self.origin: dict[str, str] = {}  # key -> where its value came from
+        self.wrong: set[str] = set()  # keys whose value could not be taken
+        self.problems: list[str] = []
+
+    def merge_file(self, path: Path, parents: tuple[Path, ...]) -> None:
+        path = path.resolve()
+        if path in parents:
+            chain = " -> ".join(str(step) for step in (*parents, path))
+            self.problems.append(f"{path}: BASE: expected no cycle, got {chain}; remove one of these")
+            return
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            named_by = f" (named by BASE in {parents[-1]})" if parents else ""
+            self.problems.append(
+                f"{path}: expected a readable yaml file{named_by}, got {error.strerror}; check the path"
+            )
+            return
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())
+            self.problems.append(
+                f"{path}: expected valid yaml of plain values, got: {reason}; correct the file"
+            )
+            return
+        content = {} if content is None else content
+        if not isinstance(content, dict):
+            self.problems.append(f"{path}: expected KEY: value lines, got {content!r}; correct the file")
+            return
+        self.config.BASE = [""]
+        self.assign("BASE", content.pop("BASE", [""]), str(path))
+        for base in self.config.BASE:
+            if base:
+                self.merge_file(path.parent / base, (*parents, path))
+        self.merge_section("", content, str(path))
+
+    def merge_section(self, prefix: str, content: dict[Any, Any], where: str) -> None:
+        for name, value in content.items():
+            key = f"{prefix}{name}"
+            is_section = any(known.startswith(f"{key}.") for known in self.defaults)
+            if not is_section:
+                self.assign(key, value, where)
+            elif isinstance(value, dict | None):
+                self.merge_section(f"{key}.", value or {}, where)
+            else:
+                self.problems.append(
+                    f"{where}: {key}: expected a section with keys of its own, got {value!r}; indent them"
+                )
+
+    def merge_opts(self, opts: list[Any]) -> None:
+        if len(opts) % 2:
+            self.problems.append(
+                f"--opts: expected KEY VALUE pairs, got {len(opts)} words: {opts}; give every key one value"
+            )
+            return
+        for key, value in zip(opts[::2], opts[1::2], strict=True):
+            self.assign(str(key), value, "command line")
+
+    def assign(self, key: str, value: Any, where: str) -> None:
+        """Check the type of ``value`` and set it."""
+        if key.startswith("MODEL.SPEC."):
+            return  # free-form and without effect
+        if key not in self.defaults:
+            close = difflib.get_close_matches(key, self.defaults, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]}?" if close else "see config.py for all keys"
+            self.problems.append(f"{where}: {key}: expected a known key, got {key!r}; {hint}")
+            return
+        default = self.defaults[key]
+        if isinstance(default, CN):
+            return
+        expected, parse = SPECIAL_KINDS.get(key) or KIND_OF_DEFAULT[type(default)]
+        decoded = value if isinstance(default, str) else _decode(value)
+        try:
+            parsed = parse(decoded)
+        except (TypeError, ValueError):
+            self.wrong.add(key)
+            got = f"{value!r} ({type(decoded).__name__})"
+            self.problems.append(f"{where}: {key}: expected {expected}, got {got}; correct the value")
+            return
+        *sections, name = key.split(".")
+        node = self.config
+        for section in sections:
+            node = node[section]
+        node[name] = parsed
+        self.origin[key] = where
+
+    def check(self) -> None:
+        """Check all values, then their combinations if the values are fine."""
+        for key, value in flatten(self.config).items():
+            expected, holds = RULES.get(key, ("", lambda value: True))
+            entries = value if isinstance(value, list | tuple) else [value]
+            if key == "AUG.CUTMIX_MINMAX" and not value:
+                continue
+            if not all(holds(entry) for entry in entries):
+                each = " for every entry" if len(entries) > 1 else ""
+                self.wrong.add(key)
+                self.complain(key, f"expected {expected}{each}, got {value!r}; correct the value")
+        for group, keys in ((_stages, "MODEL."), (_combinations, "")):
+            if not any(key.startswith(keys) for key in self.wrong):
+                for key, message in group(self.config):
+                    self.complain(key, message)
+
+    def complain(self, key: str, message: str) -> None:
+        self.problems.append(f"{self.origin.get(key, 'default')}: {key}: {message}")
+
+
+def _decode(value: Any) -> Any:
+    """Text as a Python value: '[2, 2]', 'None', 'true', '5e-4'; left alone if it is none of them."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return ast.literal_eval(value.strip())
+    except (ValueError, SyntaxError):
+        pass
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value

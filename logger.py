@@ -1,0 +1,126 @@
+"""Where a run reports: console, one log file per process, metrics.jsonl and TensorBoard."""
+
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+OWN_LOGGERS = ("main", "engine", "train_state", "lr_scheduler", "models", "data")  # heard at every level
+
+_handlers: list[logging.Handler] = []  # the ones create_logger has installed
+
+
+def create_logger(output: Path | None = None, rank: int = 0) -> None:
+    """Send all log messages to the console on rank 0, and to ``log_rank{rank}.txt`` on every rank.
+
+    Modules log through ``logging.getLogger(__name__)``; other libraries are heard from level WARNING on.
+
+    Args:
+        output: existing folder of the log file; None for no file.
+        rank: of this process.
+    """
+    line = "[%(asctime)s] (%(filename)s %(lineno)d): %(levelname)s %(message)s"
+    root = logging.getLogger()
+    while _handlers:
+        old = _handlers.pop()
+        root.removeHandler(old)
+        old.close()
+    if rank == 0:
+        console = logging.StreamHandler(sys.stdout)
+        console.setLevel(logging.INFO)
+        console.setFormatter(logging.Formatter(_coloured(line), datefmt="%Y-%m-%d %H:%M:%S"))
+        _handlers.append(console)
+    if output is not None:
+        file = logging.FileHandler(output / f"log_rank{rank}.txt", encoding="utf-8")
+        file.setFormatter(logging.Formatter(line, datefmt="%Y-%m-%d %H:%M:%S"))
+        _handlers.append(file)
+    for handler in _handlers:
+        root.addHandler(handler)
+    for name in OWN_LOGGERS:
+        logging.getLogger(name).setLevel(logging.DEBUG)
+
+
+def _coloured(line: str) -> str:
+    """The prefix of ``line`` in colour, where the console shows colours and termcolor is installed."""
+    if not sys.stdout.isatty():
+        return line
+    try:
+        from termcolor import colored
+    except ImportError:
+        return line
+    prefix, message = line.split(" %(levelname)s ")
+    return f"{colored(prefix, 'green')} %(levelname)s {message}"
+
+
+def progress(batches: Iterable[Any], title: str, show: bool) -> Iterable[Any]:
+    """``batches`` under a progress bar, if wanted, the output is a terminal and tqdm is installed."""
+    if not show or not sys.stderr.isatty():
+        return batches
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return batches
+    return tqdm(batches, desc=title, leave=False, dynamic_ncols=True)
+
+
+class Metrics:
+    """Appends one JSON object per line to ``metrics.jsonl``, and mirrors numbers to TensorBoard.
+
+    Args:
+        output: existing folder; None records nothing (every process but the first).
+    """
+
+    def __init__(self, output: Path | None) -> None:
+        self.file = None
+        self.board = None
+        if output is None:
+            return
+        path = output / "metrics.jsonl"
+        _drop_partial_line(path)
+        self.file = path.open("a", encoding="utf-8")
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        self.board = SummaryWriter(str(output / "tensorboard"))
+
+    def write(self, kind: str, position: int, **values: float | int) -> None:
+        """Record one point.
+
+        Args:
+            kind: 'train' (a logging interval) or 'epoch'.
+            position: horizontal axis in TensorBoard.
+            values: numbers; a non-finite one becomes null, which JSON can hold.
+        """
+        if self.file is None:
+            return
+        record = {name: _json_number(value) for name, value in values.items()}
+        self.file.write(json.dumps({"kind": kind, **record}, allow_nan=False) + "\n")
+        self.file.flush()
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(f"{kind}/{name}", value, position)
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def _json_number(value: float | int) -> float | int | None:
+    return value if math.isfinite(value) else None
+
+
+def _drop_partial_line(path: Path) -> None:
+    """Cut a last line that a killed process left unfinished, so that every line stays valid JSON."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    complete = content.rfind(b"\n") + 1
+    if complete < len(content):
+        os.truncate(path, complete)
