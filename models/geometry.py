@@ -75,6 +75,21 @@ def window_rows(height: int, width: int, window: int) -> tuple[np.ndarray, np.nd
     return (y // window) * (width // window) + x // window, (y % window) * window + x % window
 
 
+def slots_of_tokens(
+    index: np.ndarray, visible: np.ndarray | None, tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Turn an index table [P, K] round: which of its P*K slots see each token.
+
+    Returns:
+        slots [R], sorted by token, and where each token's begin [S]. Slots that no query sees are left out.
+    """
+    seen = np.ones(index.size, dtype=bool) if visible is None else visible.any(axis=1).reshape(-1)
+    slots = np.flatnonzero(seen)
+    token = index.reshape(-1)[slots]
+    order = np.argsort(token, kind="stable")
+    return slots[order], np.searchsorted(token[order], np.arange(tokens))
+
+
 def dense_positions(
     index: np.ndarray, visible: np.ndarray | None, height: int, width: int, window: int, tokens: int
 ) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:

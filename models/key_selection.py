@@ -42,6 +42,7 @@ from .geometry import (
     relative_index,
     ring_offsets,
     seam_mask,
+    slots_of_tokens,
 )
 from .ops import Fold, KeyTable, lookup
 
@@ -218,6 +219,7 @@ def _table(
         folded_index = index[:, kept]
         folded_visible = None if visible is None else visible[..., kept]
         fold = Fold(*(place(columns) for columns in folding))
+    readers, first_reader = slots_of_tokens(folded_index, folded_visible, tokens)
     dense, dense_window = dense_positions(folded_index, folded_visible, *size, window, tokens)
     return KeyTable(
         *size,
@@ -227,6 +229,8 @@ def _table(
         fold=fold,
         folded_index=place(folded_index),
         folded_visible=place_any(folded_visible),
+        readers=place(readers),
+        first_reader=place(first_reader),
         dense=place_any(dense),
         dense_window=place_any(dense_window),
     )

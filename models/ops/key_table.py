@@ -44,6 +44,8 @@ class KeyTable:
     fold: Fold | None
     folded_index: Tensor  # [P, K'] int64
     folded_visible: Tensor | None  # [P, 1 or Q, K'] bool
+    readers: Tensor  # [R] int64: slots (window * K' + key) that see a token, sorted by token
+    first_reader: Tensor  # [S] int64: where a token's slots begin in `readers`
     dense: Tensor | None  # [T, S] int64: position in the flattened [Q, K' + 1] bias of the token's window
     dense_window: Tensor | None  # [T, 1] int64: the window of each token
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .key_table import KeyTable, dense_bias, fold_bias, mask_absent, merge_windows, split_windows
+from .recompute import RecomputedAttention
 
 
 def prepare_bias(bias: Tensor, table: KeyTable, dtype: torch.dtype) -> Tensor:
@@ -28,6 +29,13 @@ def prepare_bias(bias: Tensor, table: KeyTable, dtype: torch.dtype) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, table: KeyTable, bias: Tensor, scale: float) -> Tensor:
     """See `models.ops.focal_attention`; `bias` comes from `prepare_bias`."""
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, bias))
+    if trains and q.device.type == "cpu" and not torch.compiler.is_compiling():
+        return RecomputedAttention.apply(q, k, v, bias, table, scale, _attend)
+    return _attend(q, k, v, table, bias, scale)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, table: KeyTable, bias: Tensor, scale: float) -> Tensor:
     if table.dense is not None:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, N, T or S, D]
         return _attention(q, k, v, bias, scale).transpose(1, 2).flatten(2)
@@ -42,12 +50,7 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
     """Keys of every window with windows as heads: [B, S, N, D], [P, K'] -> [B, N*P, K', D]."""
     b, _, n, d = x.shape
     p, k = index.shape
-    return (
-        x.index_select(1, index.flatten())
-        .reshape(b, p, k, n, d)
-        .permute(0, 3, 1, 2, 4)
-        .reshape(b, n * p, k, d)
-    )
+    return x.transpose(1, 2).index_select(2, index.flatten()).reshape(b, n * p, k, d)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
