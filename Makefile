@@ -1,0 +1,97 @@
+# From a fresh checkout:  make setup  (environment)   make demo  (train and evaluate a small model: minutes
+# on a CPU)   make test  (all checks). Nothing is written outside this folder, apart from
+# the package installer's own cache.
+#
+# To use an environment that exists already:  make test RUN=/path/to/bin/python SETUP=
+
+PYTHON ?= python3
+# more arguments for the installer, such as another package index
+PIP_ARGS ?=
+# threads of the demo's training: one, since more than there are free cores make it many times slower
+OMP_NUM_THREADS ?= 1
+VENV = .venv
+RUN = $(VENV)/bin/python
+SETUP = $(VENV)/.ready-dev
+
+DEMO = demo
+DEMO_RUN = $(DEMO)/output/demo/train
+DEMO_EVAL = $(DEMO)/output/demo/eval
+DEMO_LEAST = 97
+
+.PHONY: help setup demo test clean distclean
+
+help:
+	@echo 'make setup      create .venv with what the code needs (PYTHON=... names another interpreter)'
+	@echo 'make demo       train a small model on handwritten digits, evaluate it, plot the run'
+	@echo 'make test       ruff, mypy and pytest'
+	@echo 'make clean      remove the demo and caches; output/ stays'
+	@echo 'make distclean  remove .venv as well'
+
+setup: $(VENV)/.ready
+	@echo 'ready: $(VENV)/bin/python main.py --help'
+
+# How both environments are filled: with uv where there is one, else with pip.
+INSTALL = set -e; \
+	if command -v uv >/dev/null 2>&1; then uv pip install --python $(VENV)/bin/python $(PIP_ARGS) -r $$file; \
+	else $(VENV)/bin/python -m pip install $(PIP_ARGS) -r $$file; fi
+
+$(VENV)/.ready: requirements.txt
+	@set -e; \
+	is_new() { "$$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; }; \
+	if ! is_new $(VENV)/bin/python; then \
+		found=; \
+		for name in '$(PYTHON)' python3.13 python3.12 python3.11 python3.10 python3.14 python3 python; do \
+			if is_new "$$name"; then found=$$name; break; fi; \
+		done; \
+		if [ -z "$$found" ]; then \
+			echo 'error: Python 3.10 or newer is needed, and none was found; install one, or name it: make setup PYTHON=/path/to/python3' >&2; \
+			exit 1; \
+		fi; \
+		[ "$$found" = '$(PYTHON)' ] || echo '$(PYTHON) is missing or older than Python 3.10'; \
+		echo "creating $(VENV) with $$found"; \
+		rm -rf $(VENV); \
+		if command -v uv >/dev/null 2>&1; then uv venv --python "$$found" $(VENV); \
+		elif ! "$$found" -m venv $(VENV); then \
+			rm -rf $(VENV); \
+			echo "error: $$found cannot create environments; install its venv package (python3-venv on Debian), or uv" >&2; \
+			exit 1; \
+		fi; \
+	fi
+	@file=requirements.txt; $(INSTALL)
+	@touch $@
+
+$(VENV)/.ready-dev: requirements-dev.txt $(VENV)/.ready
+	@file=requirements-dev.txt; $(INSTALL)
+	@touch $@
+
+# The demo's settings come from its own files alone, so an output folder set in the environment is put aside.
+demo: $(SETUP)
+	@rm -rf $(DEMO_RUN) $(DEMO_EVAL)
+	$(RUN) -m data.demo $(DEMO) --kinds imagenet
+	PT_OUTPUT_DIR= OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(RUN) main.py --cfg configs/demo.yaml \
+		--data-path $(DEMO)/imagenet --output $(DEMO)/output --tag train
+	PT_OUTPUT_DIR= OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(RUN) main.py --cfg configs/demo.yaml \
+		--data-path $(DEMO)/imagenet --output $(DEMO)/output --tag eval --eval --resume $(DEMO_RUN)/best.pth
+	$(RUN) tools/plot_run.py $(DEMO_RUN) --out $(DEMO_RUN)/plot.png
+	@top1=$$(sed -n 's/.*images: acc1 \([0-9.]*\)%.*/\1/p' $(DEMO_EVAL)/log_rank0.txt | tail -n 1); \
+	echo; \
+	echo "checkpoint  $(DEMO_RUN)/best.pth"; \
+	echo "log         $(DEMO_RUN)/log_rank0.txt"; \
+	echo "plot        $(DEMO_RUN)/plot.png"; \
+	echo "top-1       $$top1 % of the held-out digits"; \
+	if ! awk -v got="$$top1" 'BEGIN { exit !(got != "" && got + 0 >= $(DEMO_LEAST)) }'; then \
+		echo 'error: the demo is expected to reach $(DEMO_LEAST) % top-1' >&2; exit 1; \
+	fi
+
+test: $(SETUP)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	OMP_NUM_THREADS=1 $(RUN) -m pytest
+
+clean:
+	rm -rf $(DEMO) .pytest_cache .ruff_cache .mypy_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

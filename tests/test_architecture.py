@@ -1,0 +1,307 @@
+"""The plan of the house, read from the source: who imports whom, and what code here does not do."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+from conftest import REPO
+
+FOLDERS = ("models", "data", "classification", "detection", "segmentation", "tools")
+SOURCES = sorted(
+    path.relative_to(REPO).as_posix()
+    for path in [*REPO.glob("*.py"), *(found for name in FOLDERS for found in REPO.glob(f"{name}/**/*.py"))]
+)
+TASKS = ("classification", "detection", "segmentation")
+COMMANDS = ("main.py", "tools/*", "classification/*", "detection/*", "segmentation/*")  # may talk to the user
+
+MODEL_LEVELS = {  # a module of models/ imports only modules of lower levels
+    "ops": 0,
+    "geometry": 0,
+    "layers": 0,
+    "key_selection": 1,
+    "options": 2,
+    "focal_attention": 2,
+    "focal_transformer": 3,
+    "checkpoint": 4,
+    "build": 4,
+    "registry": 5,
+    "__init__": 6,
+}
+MODEL_NEEDS = {"numpy", "torch", "timm"}
+OPTIONAL_HOMES = {  # package -> the files that may import it
+    "triton": ("models/ops/triton_*.py",),
+    "mmdet": ("detection/*",),
+    "mmseg": ("segmentation/*",),
+    "mmcv": ("detection/*", "segmentation/*"),
+    "mmengine": ("detection/*", "segmentation/*"),
+    "onnx": ("classification/*",),
+    "onnxruntime": ("classification/*",),
+    "tensorboard": ("logger.py",),
+    "torch.utils.tensorboard": ("logger.py",),
+    "apex": ("optimizer.py",),
+    "sklearn": ("data/demo.py",),
+    "cv2": ("data/demo_scenes.py", "classification/*", "tools/*"),
+    "matplotlib": ("tools/*", "classification/*"),
+    "pycocotools": ("detection/*",),
+}
+OPTIONAL_AS_A_WHOLE = ("models/ops/triton_*.py", "detection/*", "segmentation/*")  # import them at the top
+CONFIG_READERS = (  # build_* functions and the run itself; everything else takes plain values
+    *("main.py", "config.py", "engine.py", "train_state.py", "optimizer.py", "lr_scheduler.py"),
+    *("models/build.py", "data/build.py", *(f"{task}/*" for task in TASKS), "tools/*", "hubconf.py"),
+)
+MAIN_LINES = 260
+
+
+@lru_cache
+def tree_of(source: str) -> ast.Module:
+    return ast.parse((REPO / source).read_text(encoding="utf-8"))
+
+
+def matches(source: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(source, pattern) for pattern in patterns)
+
+
+def guarded(node: ast.AST) -> bool:
+    """Whether a statement is ``if TYPE_CHECKING:``."""
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def imports_of(source: str, at_import: bool = False) -> Iterator[str]:
+    """Dotted names that a file imports; relative ones are made absolute, for type checkers only are left out.
+
+    Args:
+        source: path in the repository.
+        at_import: only what importing the file runs, not what stands in functions.
+    """
+    package = source.removesuffix(".py").split("/")[:-1]
+    pending: list[ast.AST] = [tree_of(source)]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+        elif not guarded(node) and not (at_import and isinstance(node, ast.FunctionDef | ast.Lambda)):
+            pending.extend(ast.iter_child_nodes(node))
+
+
+def own_modules() -> set[str]:
+    """Top-level names that belong to this repository."""
+    return {source.split("/")[0].removesuffix(".py") for source in SOURCES}
+
+
+def is_in(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+def calls(source: str, name: str) -> list[int]:
+    """Lines that call the builtin ``name``."""
+    return [
+        node.lineno
+        for node in ast.walk(tree_of(source))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name
+    ]
+
+
+# --- Who imports whom ---------------------------------------------------------------------------------------
+
+MODEL_SOURCES = [source for source in SOURCES if source.startswith("models/")]
+
+
+@pytest.mark.parametrize("source", MODEL_SOURCES)
+def test_models_need_torch_timm_and_themselves(source: str) -> None:
+    allowed = MODEL_NEEDS | sys.stdlib_module_names | {"models"}
+    for name in imports_of(source):
+        top = name.split(".")[0]
+        assert top in allowed or matches(source, OPTIONAL_HOMES.get(top, ())), f"{source} imports {name}"
+
+
+def model_part(dotted: str) -> str:
+    """'models.ops.sdpa.attend' -> 'ops'."""
+    return dotted.split(".")[1]
+
+
+@pytest.mark.parametrize("source", MODEL_SOURCES)
+def test_models_import_one_way(source: str) -> None:
+    part = model_part(source.removesuffix(".py").replace("/", "."))
+    assert part in MODEL_LEVELS, f"{source}: give this module a level in {Path(__file__).name}"
+    for name in imports_of(source):
+        if name.startswith("models."):
+            used = model_part(name)
+            inside_ops = part == used == "ops"
+            assert inside_ops or MODEL_LEVELS[used] < MODEL_LEVELS[part], f"{source} imports {name}"
+
+
+@pytest.mark.parametrize("source", [source for source in SOURCES if source != "main.py"])
+def test_imports_go_towards_the_models(source: str) -> None:
+    """Nobody imports main or the tests; models know nobody else, data no models, a task no other task."""
+    here = source.split("/")[0].removesuffix(".py")
+    hidden = {"main", "tests", "conftest"}
+    hidden |= {
+        "models": own_modules() - {"models"},
+        "data": {"models", "engine", "train_state", "config", *TASKS, "tools"},
+        "config": own_modules() - {"config"},
+        "utils": own_modules() - {"utils"},
+        "logger": own_modules() - {"logger"},
+    }.get(here, set(TASKS) - {here} if here not in ("tools", "tests") else set())
+    for name in imports_of(source):
+        assert name.split(".")[0] not in hidden, f"{source} imports {name}"
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_optional_packages_stay_in_their_files(source: str) -> None:
+    for package, homes in OPTIONAL_HOMES.items():
+        for name in imports_of(source):
+            assert not is_in(name, package) or matches(source, homes), f"{source} imports {name}"
+        if not matches(source, OPTIONAL_AS_A_WHOLE):
+            for name in imports_of(source, at_import=True):
+                assert not is_in(name, package), (
+                    f"{source} imports {name} at its top: move it into a function"
+                )
+
+
+def test_there_is_no_import_cycle() -> None:
+    """Over what importing runs; a package stands for all of its files outside of itself."""
+    modules = {
+        source.removesuffix(".py").removesuffix("/__init__").replace("/", "."): source for source in SOURCES
+    }
+    edges: dict[str, set[str]] = {}
+    for module, source in modules.items():
+        names = set(imports_of(source, at_import=True))
+        edges[module] = {
+            other
+            for other in modules
+            if other != module
+            and any(name == other or name.rpartition(".")[0] == other for name in names)
+            and not module.startswith(f"{other}.")
+        }
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join((*path, module))
+        if module not in done:
+            for other in edges[module]:
+                visit(other, (*path, module))
+            done.add(module)
+
+    for module in modules:
+        visit(module, ())
+
+
+# --- What code here does not do -----------------------------------------------------------------------------
+
+
+def test_main_reads_in_one_sitting() -> None:
+    assert len((REPO / "main.py").read_text().splitlines()) <= MAIN_LINES
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_code_does_not(source: str) -> None:
+    if not matches(source, COMMANDS):
+        assert calls(source, "print") == [], "log instead"
+    assert calls(source, "eval") == [], "choose from a dict"
+    assert calls(source, "exec") == []
+    bare = [
+        node.lineno
+        for node in ast.walk(tree_of(source))
+        if isinstance(node, ast.ExceptHandler) and node.type is None
+    ]
+    assert bare == [], "name the exceptions"
+
+
+@pytest.mark.parametrize("source", [source for source in SOURCES if not matches(source, CONFIG_READERS)])
+def test_config_keys_are_known_to_few(source: str) -> None:
+    """No attribute in capitals of something called config (or cfg), directly or along a chain."""
+    for node in ast.walk(tree_of(source)):
+        if isinstance(node, ast.Attribute) and node.attr.isupper():
+            owner = ast.unparse(node.value)
+            assert not re.search(r"\b(config|cfg)\b", owner), f"{source}:{node.lineno}: {ast.unparse(node)}"
+
+
+def test_apex_is_never_needed() -> None:
+    for path in REPO.glob("requirements*.txt"):
+        assert "apex" not in path.read_text().lower()
+    for doc in (REPO / "README.md", *REPO.glob("*/get_started.md")):
+        for passage in re.split(r"\n\n|\n- |\n\|", doc.read_text()):
+            if "apex" in passage:
+                assert re.search(r"optional|adamw", passage), f"{doc.name}: {passage}"
+
+
+# --- What importing does ------------------------------------------------------------------------------------
+
+IMPORT_ALL = """
+import importlib, json, multiprocessing, os, random, sys, threading
+import numpy, torch, torchvision, timm  # what they do is theirs
+threads, files = threading.active_count(), sorted(os.listdir())
+states = [random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
+grad, kind, cores = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
+for name in json.loads(sys.argv[1]):
+    importlib.import_module(name)
+assert threading.active_count() == threads, "a thread was started"
+assert not multiprocessing.active_children(), "a process was started"
+assert sorted(os.listdir()) == files, "a file was written"
+assert not torch.cuda.is_initialized(), "CUDA was initialised"
+assert (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()) == (grad, kind, cores)
+assert [random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()] == states
+"""
+
+
+def run_python(program: str, folder: Path, *arguments: str, path: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(path), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def test_importing_has_no_effects(tmp_path: Path) -> None:
+    """On any module of models/ and data/, and on those of the root; main included."""
+    names = [
+        source.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        for source in SOURCES
+        if source.split("/")[0] not in (*TASKS, "tools", "hubconf.py")
+        and not matches(source, OPTIONAL_AS_A_WHOLE)
+    ]
+    assert {"models", "models.ops.sdpa", "data.demo", "main"} <= set(names)
+    done = run_python(IMPORT_ALL, tmp_path, json.dumps(names), path=REPO)
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+MODELS_ALONE = """
+import sys
+for name in ("yacs", "config", "data", "utils"):
+    sys.modules[name] = None  # importing it fails
+import torch
+from models import FocalTransformer, load_checkpoint
+for kind in ("focal", "focalv2"):
+    options = dict(kind=kind, embed_dim=8, depths=[1, 1], num_heads=[1, 2], num_classes=3, focal_pool="fc")
+    lists = dict(focal_levels=[2, 2], focal_windows=[3, 3], expand_sizes=[3, 3])
+    model = FocalTransformer(**options, **lists).eval()
+    torch.save(model.state_dict(), "weights.pth")
+    load_checkpoint(model, "weights.pth")
+    assert model(torch.randn(2, 3, 50, 64)).shape == (2, 3)
+assert sys.modules["models"].__file__.startswith(sys.argv[1])
+"""
+
+
+def test_models_run_when_copied_alone(tmp_path: Path) -> None:
+    shutil.copytree(REPO / "models", tmp_path / "models", ignore=shutil.ignore_patterns("__pycache__"))
+    done = run_python(MODELS_ALONE, tmp_path, str(tmp_path), path=tmp_path)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,301 @@
+"""What the documentation says is tried: commands, options, links, the model table, and quoted messages.
+
+In README.md and the get_started.md files, blocks marked bash and python run here, on a nano model and few
+images; commands of blocks marked sh, which need GPUs, ImageNet or several processes, are parsed (that
+torchrun works is for test_distributed.py); yaml blocks are loaded. A kind of command that is not known here
+is an error, so that none escapes.
+"""
+
+import ast
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from conftest import REPO
+from torch.distributed.run import get_args_parser
+
+import config as config_module
+import data.demo
+import main
+from config import load_config
+from models import count_params_and_macs
+
+DOCS = [REPO / "README.md", *sorted(REPO.glob("*/get_started.md"))]
+SHELL_WORDS = {"source", "head", "export", "cd", "pip"}  # not ours to check
+QUICK = {  # over the options of a command that trains, so that it takes a second
+    "DATA.BATCH_SIZE": 16,
+    "DATA.NUM_WORKERS": 0,
+    "MODEL.FOCAL.DEPTHS": [1, 1],
+    "MODEL.FOCAL.EMBED_DIM": 12,
+    "MODEL.FOCAL.NUM_HEADS": [1, 2],
+    "TRAIN.EPOCHS": 1,
+    "TRAIN.WARMUP_EPOCHS": 0,
+}
+LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
+OPTION_KEY = re.compile(r"(?:[A-Z][A-Z0-9_]*\.)+[A-Z0-9_]+(?![A-Za-z])")
+
+
+@dataclass
+class Block:
+    """A fenced block of a document."""
+
+    doc: Path
+    line: int
+    kind: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.doc.relative_to(REPO)}:{self.line}"
+
+    def commands(self) -> Iterator[list[str]]:
+        """The commands of a shell block as lists of words, without comments and variable assignments."""
+        for line in self.text.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            while words and (words[0] == "srun" or re.match(r"[A-Za-z_]+=", words[0])):
+                words = words[1:] if words[0] == "srun" or "$(" not in words[0] else []
+            if words:
+                yield words
+
+
+def blocks(doc: Path, *kinds: str) -> list[Block]:
+    found = []
+    for match in re.finditer(r"^```(\w*)\n(.*?)^```$", doc.read_text(), re.MULTILINE | re.DOTALL):
+        line = doc.read_text().count("\n", 0, match.start()) + 1
+        if match[1] in kinds:
+            found.append(Block(doc, line, match[1], match[2]))
+    return found
+
+
+def prose(doc: Path) -> str:
+    """A document without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", doc.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def inline_code(doc: Path) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", prose(doc))
+
+
+def named(doc: Path) -> str:
+    return str(doc.relative_to(REPO))
+
+
+def load_tool(name: str) -> ModuleType:
+    """A module of tools/, which is no package."""
+    sys.path.insert(0, str(REPO / "tools"))
+    try:
+        return __import__(name)
+    finally:
+        sys.path.remove(str(REPO / "tools"))
+
+
+def main_arguments(words: list[str]) -> list[str] | None:
+    """The arguments of main.py in a command, or None if that is not what it runs."""
+    if words[:2] == ["python", "main.py"]:
+        return words[2:]
+    if words[0] == "torchrun":
+        launch = get_args_parser().parse_args(words[1:])
+        assert launch.training_script == "main.py", words
+        return list(launch.training_script_args)
+    return None
+
+
+def quicken(arguments: list[str], few: Path | None = None) -> list[str]:
+    """The same command for a nano model: QUICK after its own --opts, few images instead of many."""
+    words, opts = list(arguments), []
+    if "--opts" in words:
+        start = words.index("--opts") + 1
+        end = next((i for i in range(start, len(words)) if words[i].startswith("--")), len(words))
+        opts = words[start:end]
+        words = words[: start - 1] + words[end:]
+    if few is not None and "--zip" not in words and "--data-path" in words:
+        words[words.index("--data-path") + 1] = str(few)
+    words += ["--batch-size", "64"] if "--zip" in words else []
+    return [*words, "--opts", *opts, *(str(word) for pair in QUICK.items() for word in pair)]
+
+
+# --- Commands -----------------------------------------------------------------------------------------------
+
+
+def run_command(words: list[str], few: Path, where: str) -> None:
+    """Run one command of a document as its reader would, within this process where possible."""
+    arguments = main_arguments(words)
+    plot = load_tool("plot_run")
+    runners: dict[str, Callable[[list[str]], int | None]] = {
+        "python -m data.demo": lambda rest: data.demo.main(rest),
+        "python tools/plot_run.py": lambda rest: plot.main(rest),
+    }
+    if arguments is not None:
+        assert main.main(quicken(arguments, few)) == 0, f"{where}: {shlex.join(words)}"
+    elif words[0] == "make":
+        dry = subprocess.run(["make", "-n", *words[1:]], capture_output=True, text=True, check=False)
+        assert dry.returncode == 0, f"{where}: {dry.stderr}"
+    else:
+        for prefix, run in runners.items():
+            head = prefix.split()
+            if words[: len(head)] == head:
+                assert not run(words[len(head) :]), f"{where}: {shlex.join(words)}"
+                return
+        raise AssertionError(f"{where}: unknown command {shlex.join(words)}; teach it to {__file__}")
+
+
+@pytest.mark.parametrize("doc", DOCS, ids=named)
+def test_bash_blocks_run_in_order(
+    doc: Path, few_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One folder per document, where the repository's files are links and everything new is a file."""
+    for entry in REPO.iterdir():
+        if entry.name not in ("output", "demo", ".venv", ".git"):
+            (tmp_path / entry.name).symlink_to(entry)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PT_OUTPUT_DIR", raising=False)
+    ran = 0
+    for block in blocks(doc, "bash"):
+        for words in block.commands():
+            run_command(words, few_images, str(block))
+            ran += 1
+    assert ran
+    for written in tmp_path.glob("output/*/*/config.yaml"):  # can itself be given to --cfg, says the text
+        load_config(written)
+
+
+@pytest.mark.parametrize("doc", DOCS, ids=named)
+def test_sh_blocks_parse(doc: Path) -> None:
+    for block in blocks(doc, "sh"):
+        for words in block.commands():
+            arguments = main_arguments(words)
+            if arguments is None:
+                assert words[0] in SHELL_WORDS, f"{block}: unknown command {shlex.join(words)}"
+                continue
+            main.read_config(arguments)
+
+
+@pytest.mark.parametrize("doc", DOCS, ids=named)
+def test_python_blocks_run(doc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPO)
+    for block in blocks(doc, "python"):
+        exec(compile(block.text, str(block), "exec"), {})
+
+
+@pytest.mark.parametrize("doc", DOCS, ids=named)
+def test_yaml_blocks_load(doc: Path, tmp_path: Path) -> None:
+    (tmp_path / "configs").symlink_to(REPO / "configs")
+    for block in blocks(doc, "yaml"):
+        (tmp_path / "own.yaml").write_text(block.text)
+        load_config(tmp_path / "own.yaml")
+
+
+# --- Names --------------------------------------------------------------------------------------------------
+
+
+def known_flags() -> set[str]:
+    ours = {
+        "--cfg",
+        "--opts",
+        "--help",
+        "--local_rank",
+        *(f"--{flag}" for flag in [*main.FLAGS, *main.SWITCHES]),
+    }
+    torchrun = {flag for action in get_args_parser()._actions for flag in action.option_strings}
+    return ours | torchrun | {"--kinds", "--out", "--shm-size"}
+
+
+@pytest.mark.parametrize("doc", DOCS, ids=named)
+def test_flags_and_options_in_the_text_exist(doc: Path) -> None:
+    options = set(config_module.flatten(load_config()))
+    for code in inline_code(doc):
+        for flag in re.findall(r"(?<![\w-])--[\w-]+", code):
+            assert flag in known_flags(), f"{doc.name}: no flag {flag}"
+        for key in OPTION_KEY.findall(code):
+            assert key in options, f"{doc.name}: no option {key}"
+
+
+def test_every_flag_and_metric_is_documented(few_images: Path, tmp_path: Path) -> None:
+    code = " ".join(inline_code(REPO / "classification/get_started.md"))
+    flags = ["cfg", "opts", *main.FLAGS, *main.SWITCHES]
+    assert [flag for flag in flags if not re.search(rf"--{flag}\b", code)] == []
+    for flag, (key, _) in (main.FLAGS | main.SWITCHES).items():
+        assert re.search(
+            rf"^\| `--{flag}[ `].*\| `{re.escape(key)}` \|", prose_of_get_started(), re.MULTILINE
+        )
+    demo = [
+        "--cfg",
+        str(REPO / "configs/demo.yaml"),
+        "--data-path",
+        str(few_images),
+        "--output",
+        str(tmp_path),
+    ]
+    assert main.main(quicken(demo)) == 0
+    words = set(re.findall(r"\w+", code))
+    for line in (tmp_path / "demo/default/metrics.jsonl").read_text().splitlines():
+        assert set(json.loads(line)) <= words
+
+
+def prose_of_get_started() -> str:
+    return prose(REPO / "classification/get_started.md")
+
+
+def test_quoted_messages_are_in_the_code() -> None:
+    """The left column of the table under Troubleshooting."""
+    texts = []
+    for path in [
+        *REPO.glob("*.py"),
+        *REPO.glob("models/**/*.py"),
+        *REPO.glob("data/*.py"),
+        *REPO.glob("tools/*.py"),
+    ]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    section = prose_of_get_started().split("## Troubleshooting")[1]
+    messages = re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE)
+    assert len(messages) > 20
+    assert [message for message in messages if not any(message in text for text in texts)] == []
+
+
+@pytest.mark.parametrize("doc", DOCS, ids=named)
+def test_links_lead_somewhere(doc: Path) -> None:
+    for target in LINK.findall(doc.read_text()):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (doc.parent / path).resolve() if path else doc
+        assert linked.exists(), f"{doc.name}: {target}"
+        assert linked.is_relative_to(REPO)
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE)
+            anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert anchor in anchors, f"{doc.name}: {target}"
+
+
+# --- Numbers ------------------------------------------------------------------------------------------------
+
+
+def test_model_table() -> None:
+    """One row per config; parameters and multiply-adds are those of the code."""
+    rows = re.findall(
+        r"^\| [^|]+\| \[(\w+)\]\((configs/\w+\.yaml)\) \| ([\d.]+) \| ([\d.]+) \|",
+        (REPO / "README.md").read_text(),
+        re.MULTILINE,
+    )
+    listed = {path for _, path, *_ in rows}
+    assert listed == {f"configs/{path.name}" for path in REPO.glob("configs/focal*.yaml")}
+    for name, path, parameters, macs in rows:
+        model = load_config(REPO / path)
+        assert name == model.MODEL.NAME
+        counted = count_params_and_macs(model)
+        assert (f"{counted[0] / 1e6:.1f}", f"{counted[1] / 1e9:.2f}") == (parameters, macs), name
+
+
+def test_demo_counts() -> None:
+    splits = data.demo.load_digit_splits(seed=0)
+    text = (REPO / "README.md").read_text()
+    assert f"on {len(splits['train'].labels)} handwritten digits" in text
+    assert f"on {len(splits['val'].labels)} others" in text

@@ -1,0 +1,117 @@
+"""tools/plot_run.py: what it reads, what it skips, and that a picture comes out."""
+
+import json
+import logging
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPO
+
+sys.path.insert(0, str(REPO / "tools"))
+import plot_run
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def train(epoch: int, step: int, loss: float | None = 1.0) -> str:
+    return json.dumps({"kind": "train", "epoch": epoch, "step": step, "loss": loss, "lr": 0.1})
+
+
+def epoch(number: int, acc1: float = 50.0) -> str:
+    values = {"loss": 1.0, "val_loss": 1.1, "acc1": acc1, "acc5": 90.0}
+    return json.dumps({"kind": "epoch", "epoch": number, **values})
+
+
+RUN = [train(0, 4), train(0, 9), epoch(0), train(1, 4), train(1, 9), epoch(1, 60.0)]
+
+
+def write(folder: Path, lines: list[str]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    return folder
+
+
+def size_of(png: Path) -> tuple[int, int]:
+    content = png.read_bytes()
+    assert content.startswith(PNG)
+    width, height = struct.unpack(">II", content[16:24])
+    return width, height
+
+
+def test_positions_are_in_epochs(tmp_path: Path) -> None:
+    metrics = plot_run.read_metrics(write(tmp_path, RUN))
+    assert metrics.train_positions() == [0.5, 1.0, 1.5, 2.0]
+    assert metrics.epoch_positions() == [1.0, 2.0]
+
+
+def test_what_a_resumed_run_did_again_counts_once(tmp_path: Path) -> None:
+    """Stopped in the second epoch, resumed at its beginning, with another logging interval."""
+    lines = [*RUN[:5], train(1, 3, 7.0), train(1, 7, 7.0), train(1, 9, 7.0), epoch(1)]
+    metrics = plot_run.read_metrics(write(tmp_path, lines))
+    assert [record["loss"] for record in metrics.train] == [1.0, 1.0, 7.0, 7.0, 7.0]
+    assert len(metrics.epochs) == 2
+    metrics = plot_run.read_metrics(write(tmp_path, [*RUN, *RUN[:3]]))
+    assert (len(metrics.train), len(metrics.epochs)) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        '{"kind": "train", "ep',
+        "[]",
+        "3",
+        "",
+        "\x00",
+        '{"kind": "train", "epoch": 1}',
+        '{"kind": "other", "epoch": 1}',
+        '{"kind": "epoch", "epoch": "x"}',
+        '{"kind": "epoch", "epoch": 1, "acc1": "high"}',
+        '{"kind": "epoch", "epoch": null}',
+    ],
+)
+def test_a_broken_line_is_named_and_skipped(
+    broken: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        metrics = plot_run.read_metrics(write(tmp_path, [*RUN[:3], broken, *RUN[3:]]))
+    assert (len(metrics.train), len(metrics.epochs)) == (4, 2)
+    assert f"{tmp_path / 'metrics.jsonl'}:4: skipped" in caplog.text
+
+
+def test_one_run(tmp_path: Path) -> None:
+    folder = write(tmp_path / "demo" / "first", [*RUN, train(2, 4, None)])
+    assert plot_run.main([str(folder)]) == 0
+    width, height = size_of(folder / "plot.png")
+    assert width > 800
+    assert height > 800
+
+
+def test_several_runs(tmp_path: Path) -> None:
+    folders = [write(tmp_path / name / "default", RUN) for name in ("a", "b")]
+    folders.append(write(tmp_path / "c" / "default", RUN[:1]))  # not one epoch yet
+    out = tmp_path / "new" / "all.png"
+    assert plot_run.main([*map(str, folders), "--out", str(out)]) == 0
+    size_of(out)
+    assert plot_run.name_runs(folders) == ["a/default", "b/default", "c/default"]
+    assert plot_run.name_runs([folders[0], folders[0]]) == ["default", "default"]
+
+
+def test_several_runs_need_a_file(tmp_path: Path) -> None:
+    folder = str(write(tmp_path, RUN))
+    with pytest.raises(SystemExit) as caught:
+        plot_run.main([folder, folder])
+    assert caught.value.code == 2
+
+
+def test_mistakes_are_explained(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert plot_run.main([str(tmp_path / "nowhere")]) == 2
+    assert "got no folder" in caplog.text
+    assert plot_run.main([str(tmp_path)]) == 2
+    assert "got one without it" in caplog.text
+    assert plot_run.main([str(write(tmp_path / "empty", []))]) == 2
+    assert "got none" in caplog.text
+    folder = write(tmp_path / "run", RUN)
+    assert plot_run.main([str(folder), "--out", str(tmp_path / "plot.nonsense")]) == 2
+    assert "nonsense" in caplog.text
