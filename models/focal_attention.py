@@ -92,14 +92,12 @@ class FocalAttention(nn.Module):
             x.flatten(1, 2),
             *pooled_tokens(x, pools, self.selection.window_size),
         ]  # T fine, then pooled
-        q, k, v = (
-            self.qkv(torch.cat(tokens, dim=1)).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        )  # [B, S, N, D]
+        qkv = self.qkv(torch.cat(tokens, dim=1)).unflatten(-1, (3, self.num_heads, -1))  # [B, S, 3, N, D]
 
         keys = self.selection.keys(self, height, width, x.device)
         backend = BACKENDS[resolve_backend(self.backend)]
-        bias = self._prepared_bias(keys, q.dtype, (height, width))
-        x = backend.attend(q[:, : padded[0] * padded[1]], k, v, keys.table, bias, self.scale)  # [B, T, C]
+        bias = self._prepared_bias(keys, qkv.dtype, (height, width))
+        x = backend.attend(qkv, keys.table, bias, self.scale)  # [B, T, C]
 
         x = x.unflatten(1, padded)
         x = torch.roll(x, (self.shift_size, self.shift_size), dims=(1, 2)) if self.shift_size else x

@@ -15,7 +15,7 @@ MAPS = [(7, 7), (14, 14), (15, 9), (28, 21), (3, 30)]
 
 
 def random_problem(table, tokens: int, dtype: torch.dtype, per_window: bool, heads: int = 2, dim: int = 8):
-    """q, k, v as strided views of one projection, and a bias."""
+    """Queries, keys and values, and a bias."""
     generator = torch.Generator().manual_seed(0)
     qkv = (
         torch.randn(2, tokens, 3, heads, dim, generator=generator, dtype=torch.float64)
@@ -30,8 +30,7 @@ def random_problem(table, tokens: int, dtype: torch.dtype, per_window: bool, hea
 
 
 def run(table, qkv, bias, backend: str):
-    q, k, v = qkv.unbind(2)
-    out = focal_attention(q[:, : table.height * table.width], k, v, table, bias, 0.4, backend)
+    out = focal_attention(qkv, table, bias, 0.4, backend)
     return [out, *torch.autograd.grad(out.square().sum(), (qkv, bias))]
 
 

@@ -14,7 +14,8 @@ from . import reference, sdpa
 from .key_table import Fold, KeyTable, lookup
 
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "sdpa": sdpa}
-"""Each backend offers `prepare_bias(bias, table, dtype)`, which may be cached, and `attend(q, k, v, ...)`."""
+"""Each backend offers `prepare_bias(bias, table, dtype)`, which may be cached, and `attend(qkv, table, bias,
+scale)`."""
 
 BACKEND_CHOICES = ("auto", *BACKENDS)
 
@@ -32,24 +33,23 @@ def resolve_backend(name: str) -> str:
 
 
 def focal_attention(
-    q: Tensor, k: Tensor, v: Tensor, table: KeyTable, bias: Tensor, scale: float, backend: str = "auto"
+    qkv: Tensor, table: KeyTable, bias: Tensor, scale: float, backend: str = "auto"
 ) -> Tensor:
     """Attention of every window's queries to that window's keys.
 
     Args:
-        q: fine tokens of the padded map in row-major order, [B, T, N, D].
-        k: fine tokens followed by the pooled ones, [B, S, N, D].
-        v: as `k`.
+        qkv: queries, keys and values as one projection makes them, [B, S, 3, N, D]: fine tokens of the padded
+            map in row-major order, then the pooled ones, whose queries are not used.
         table: which keys each window sees.
         bias: added to the scores, [N, P, Q, K], or [N, 1, Q, K] where windows share it.
         scale: factor of the scores.
         backend: one of `BACKEND_CHOICES`.
 
     Returns:
-        [B, T, N*D], in the token order of `q`.
+        [B, T, N*D], in the order of the fine tokens.
     """
     chosen = BACKENDS[resolve_backend(backend)]
-    return chosen.attend(q, k, v, table, chosen.prepare_bias(bias, table, q.dtype), scale)
+    return chosen.attend(qkv, table, chosen.prepare_bias(bias, table, qkv.dtype), scale)
 
 
 __all__ = [

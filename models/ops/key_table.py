@@ -82,6 +82,13 @@ def mask_absent(bias: Tensor, visible: Tensor | None) -> Tensor:
     return bias if visible is None else bias.masked_fill(~visible, float("-inf"))
 
 
+def split_qkv(qkv: Tensor, table: KeyTable) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of a packed map [B, S, 3, N, D]: queries of the fine tokens [B, T, N, D], keys and values [B, S,
+    N, D]."""
+    q, k, v = qkv.unbind(2)
+    return q[:, : table.height * table.width], k, v
+
+
 def split_windows(x: Tensor, table: KeyTable) -> Tensor:
     """Tokens in map order to windows: [B, T, N, D] -> [B, N, P, Q, D]."""
     s = table.window

@@ -1,4 +1,5 @@
-"""Attention for training on the CPU: keeps q, k, v and the output for the backward pass, nothing else.
+"""Attention for training on the CPU: keeps q, k, v, the bias and the output for the backward pass, nothing
+else.
 
 PyTorch's fused CPU kernel has no gradient for a bias, so with a learned one autograd falls back to plain
 products and keeps gathered keys, scores and probabilities. Here the forward pass stays fused, and the
@@ -27,7 +28,7 @@ from .key_table import KeyTable
 SCORES_AT_ONCE = 2**19
 """Scores per thread that are worked on at once; some copies of them should fit the cache of a core."""
 
-Attend = Callable[[Tensor, Tensor, Tensor, KeyTable, Tensor, float], Tensor]
+Attend = Callable[[Tensor, KeyTable, Tensor, float], Tensor]
 
 
 class RecomputedAttention(torch.autograd.Function):
@@ -35,23 +36,22 @@ class RecomputedAttention(torch.autograd.Function):
     function."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, table: KeyTable, scale: float, attend: Attend
-    ) -> Tensor:
-        out = attend(
-            q, k, v, table, bias.detach(), scale
-        )  # a bias that wants a gradient loses the fused kernel
-        ctx.save_for_backward(q, k, v, bias, out)
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor, table: KeyTable, scale: float, attend: Attend) -> Tensor:
+        out = attend(qkv, table, bias.detach(), scale)  # a bias that wants a gradient loses the fused kernel
+        ctx.save_for_backward(qkv, bias, out)
         ctx.table, ctx.scale = table, scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, out = ctx.saved_tensors
-        heads = q.shape[2]
+        qkv, bias, out = ctx.saved_tensors
+        heads, fine = qkv.shape[3], out.shape[1]
         grad, out = grad.unflatten(-1, (heads, -1)), out.unflatten(-1, (heads, -1))  # [B, T, N, D]
-        gradients = [torch.empty_like(x) for x in (q, k, v)]
+        gradient = torch.empty_like(qkv)
+        gradient[:, fine:, 0] = 0  # nobody asks with a pooled token
+        parts = [gradient[:, :fine, 0], gradient[:, :, 1], gradient[:, :, 2]]
+        sources = [qkv[:, :fine, 0], qkv[:, :, 1], qkv[:, :, 2], out, grad]
         wide = torch.promote_types(bias.dtype, torch.float32)
         dbias = torch.zeros_like(bias, dtype=wide)
         bias_of, dbias_of = (
@@ -62,12 +62,12 @@ class RecomputedAttention(torch.autograd.Function):
         for start in range(0, heads, together):
             group = slice(start, start + together)
             scores_bias, scores_grad = bias_of[group].flatten(0, 1).to(wide), dbias_of[group].flatten(0, 1)
-            for b in range(len(q)):
-                inputs = [x[b, :, group].transpose(0, 1).to(wide) for x in (q, k, v, out, grad)]
+            for b in range(len(qkv)):
+                inputs = [x[b, :, group].transpose(0, 1).to(wide) for x in sources]
                 results = _group_gradients(inputs, scores_bias, scores_grad, ctx.table, ctx.scale)
-                for target, result in zip(gradients, results, strict=True):
+                for target, result in zip(parts, results, strict=True):
                     target[b, :, group] = result.transpose(0, 1)
-        return *gradients, dbias.to(bias.dtype), None, None, None
+        return gradient, dbias.to(bias.dtype), None, None, None
 
 
 def _group_gradients(

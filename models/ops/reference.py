@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .key_table import KeyTable, mask_absent, merge_windows, split_windows
+from .key_table import KeyTable, mask_absent, merge_windows, split_qkv, split_windows
 
 
 def prepare_bias(bias: Tensor, table: KeyTable, dtype: torch.dtype) -> Tensor:
@@ -17,8 +17,9 @@ def prepare_bias(bias: Tensor, table: KeyTable, dtype: torch.dtype) -> Tensor:
     return mask_absent(bias.to(torch.promote_types(dtype, torch.float32)), table.visible)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, table: KeyTable, bias: Tensor, scale: float) -> Tensor:
+def attend(qkv: Tensor, table: KeyTable, bias: Tensor, scale: float) -> Tensor:
     """See `models.ops.focal_attention`; `bias` comes from `prepare_bias`."""
+    q, k, v = split_qkv(qkv, table)
     windows = split_windows(q, table)
     keys = k[:, table.index].permute(0, 3, 1, 2, 4)  # [B, P, K, N, D] -> [B, N, P, K, D]
     values = v[:, table.index].permute(0, 3, 1, 2, 4)

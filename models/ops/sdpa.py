@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .key_table import KeyTable, dense_bias, fold_bias, mask_absent, merge_windows, split_windows
+from .key_table import KeyTable, dense_bias, fold_bias, mask_absent, merge_windows, split_qkv, split_windows
 from .recompute import RecomputedAttention
 
 
@@ -27,15 +27,16 @@ def prepare_bias(bias: Tensor, table: KeyTable, dtype: torch.dtype) -> Tensor:
     return bias.expand(-1, table.index.shape[0], -1, -1).flatten(0, 1).to(dtype)[None]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, table: KeyTable, bias: Tensor, scale: float) -> Tensor:
+def attend(qkv: Tensor, table: KeyTable, bias: Tensor, scale: float) -> Tensor:
     """See `models.ops.focal_attention`; `bias` comes from `prepare_bias`."""
-    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, bias))
-    if trains and q.device.type == "cpu" and not torch.compiler.is_compiling():
-        return RecomputedAttention.apply(q, k, v, bias, table, scale, _attend)
-    return _attend(q, k, v, table, bias, scale)
+    trains = torch.is_grad_enabled() and (qkv.requires_grad or bias.requires_grad)
+    if trains and qkv.device.type == "cpu" and not torch.compiler.is_compiling():
+        return RecomputedAttention.apply(qkv, bias, table, scale, _attend)
+    return _attend(qkv, table, bias, scale)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, table: KeyTable, bias: Tensor, scale: float) -> Tensor:
+def _attend(qkv: Tensor, table: KeyTable, bias: Tensor, scale: float) -> Tensor:
+    q, k, v = split_qkv(qkv, table)
     if table.dense is not None:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, N, T or S, D]
         return _attention(q, k, v, bias, scale).transpose(1, 2).flatten(2)
