@@ -101,7 +101,8 @@ class RingPooledKeys:
 
     def keys(self, layer: Any, height: int, width: int, device: torch.device) -> SelectedKeys:
         """Tables for an (unpadded) map of `height` x `width` tokens."""
-        return _ring_pooled_keys(self, height, width, device)
+        numbers = (self.window_size, self.expand_size, self.focal_window, self.pooled_levels, self.shift_size)
+        return _constant_ring_pooled_keys(device, height, width, *numbers)
 
     def bias(self, layer: Any, keys: SelectedKeys) -> Tensor:
         """Bias shared by all windows: [N, 1, Q, K]."""
@@ -164,11 +165,9 @@ class NearestKeys:
 
     def keys(self, layer: Any, height: int, width: int, device: torch.device) -> SelectedKeys:
         """Tables for an (unpadded) map of `height` x `width` tokens."""
-        return (
-            layer.stored_keys
-            if (height, width) == self.built_for
-            else _nearest_keys(self, height, width, device)
-        )
+        if (height, width) == self.built_for:
+            return layer.stored_keys
+        return _constant_nearest_keys(device, height, width, self.window_size, self.topk, self.pooled_levels)
 
     def bias(self, layer: Any, keys: SelectedKeys) -> Tensor:
         """Bias of every window: [N, P, Q, K].
@@ -185,11 +184,24 @@ class NearestKeys:
         return torch.cat(parts, dim=-1)
 
 
+@torch.compiler.assume_constant_result
+def _constant_ring_pooled_keys(device: torch.device, height: int, width: int, *numbers: int) -> SelectedKeys:
+    """`_ring_pooled_keys` of plain numbers: all that torch.compile can see through to a constant."""
+    return _ring_pooled_keys(RingPooledKeys(*numbers), height, width, device)
+
+
+@torch.compiler.assume_constant_result
+def _constant_nearest_keys(
+    device: torch.device, height: int, width: int, window_size: int, topk: int, pooled_levels: int
+) -> SelectedKeys:
+    """`_nearest_keys` of plain numbers, likewise."""
+    selection = NearestKeys(window_size, topk, pooled_levels, built_for=(height, width))
+    return _nearest_keys(selection, height, width, device)
+
+
 def full_precision(device: torch.device) -> AbstractContextManager:
-    """Without autocast, on a device that has it."""
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
+    """Without autocast (the meta device has none)."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def _choice_name(level: int) -> str:
@@ -236,15 +248,8 @@ def _table(
     )
 
 
-@torch.compiler.assume_constant_result
-def _ring_pooled_keys(
-    selection: RingPooledKeys, height: int, width: int, device: torch.device
-) -> SelectedKeys:
-    return _cached_ring_pooled_keys(selection, height, width, device)
-
-
 @lru_cache(maxsize=CACHED_TABLES)
-def _cached_ring_pooled_keys(
+def _ring_pooled_keys(
     selection: RingPooledKeys, height: int, width: int, device: torch.device
 ) -> SelectedKeys:
     s = selection.window_size
@@ -296,15 +301,8 @@ def _nearest(selection: NearestKeys, height: int, width: int) -> tuple[np.ndarra
     return tuple(choice)
 
 
-@torch.compiler.assume_constant_result
-def _nearest_keys(selection: NearestKeys, height: int, width: int, device: torch.device) -> SelectedKeys:
-    return _cached_nearest_keys(selection, height, width, device)
-
-
 @lru_cache(maxsize=CACHED_TABLES)
-def _cached_nearest_keys(
-    selection: NearestKeys, height: int, width: int, device: torch.device
-) -> SelectedKeys:
+def _nearest_keys(selection: NearestKeys, height: int, width: int, device: torch.device) -> SelectedKeys:
     return _nearest_keys_of(selection, height, width, _nearest(selection, height, width), device)
 
 

@@ -9,7 +9,7 @@ import torch
 import torch._dynamo.testing
 
 from models import FocalTransformer
-from models.key_selection import CACHED_TABLES, _cached_nearest_keys, _cached_ring_pooled_keys
+from models.key_selection import CACHED_TABLES, _nearest_keys, _ring_pooled_keys
 
 NANO = {
     "img_size": 64,
@@ -103,7 +103,7 @@ def test_table_caches_are_bounded() -> None:
             focal_windows=[3, 3],
             expand_sizes=[3, 3],
         )(image(side, 32, batch=1))
-    for cache in (_cached_ring_pooled_keys, _cached_nearest_keys):
+    for cache in (_ring_pooled_keys, _nearest_keys):
         assert cache.cache_info().currsize <= CACHED_TABLES
 
 
