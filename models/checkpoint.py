@@ -134,7 +134,7 @@ def load_checkpoint(model: nn.Module, path_or_url: str | Path, reset_head: bool 
         if key in wanted and given[key].shape != wanted[key].shape:
             report.recomputed.append(key)
             del given[key], wanted[key]
-    _check(given, wanted, report.path)
+    check_state(given, wanted, report.path)
     try:
         model.load_state_dict(given, strict=False)  # complete but for what the report says
     except (ValueError, RuntimeError) as error:
@@ -152,7 +152,7 @@ def load_checkpoint(model: nn.Module, path_or_url: str | Path, reset_head: bool 
     return report
 
 
-def _check(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], origin: str) -> None:
+def check_state(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], origin: str) -> None:
     """Raise ValueError listing all differences between two state dicts."""
     problems = []
     missing, unexpected = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from .geometry import padded_size
 from .key_selection import NearestKeys, RingPooledKeys, SelectedKeys
 from .layers import TensorCache, pooled_tokens
-from .ops import BACKENDS, check_backend, resolve_backend
+from .ops import backend_module, check_backend, resolve_backend
 
 
 class FocalAttention(nn.Module):
@@ -95,25 +95,32 @@ class FocalAttention(nn.Module):
         qkv = self.qkv(torch.cat(tokens, dim=1)).unflatten(-1, (3, self.num_heads, -1))  # [B, S, 3, N, D]
 
         keys = self.selection.keys(self, height, width, x.device)
-        backend = BACKENDS[resolve_backend(self.backend)]
-        bias = self._prepared_bias(keys, qkv.dtype, (height, width))
-        x = backend.attend(qkv, keys.table, bias, self.scale)  # [B, T, C]
+        backend = self.resolved_backend(qkv.dtype)
+        bias = self._prepared_bias(keys, backend, qkv.dtype, (height, width))
+        x = backend_module(backend).attend(qkv, keys.table, bias, self.scale)  # [B, T, C]
 
         x = x.unflatten(1, padded)
         x = torch.roll(x, (self.shift_size, self.shift_size), dims=(1, 2)) if self.shift_size else x
         return self.proj_drop(self.proj(x[:, :height, :width]))
 
-    def _prepared_bias(self, keys: SelectedKeys, dtype: torch.dtype, map_size: tuple[int, int]) -> Tensor:
+    def resolved_backend(self, dtype: torch.dtype) -> str:
+        """Name of the backend that runs for queries, keys and values of `dtype` where the layer is now."""
+        weight = self.proj.weight
+        head_dim = weight.shape[0] // self.num_heads
+        return resolve_backend(self.backend, weight.device, dtype, head_dim, self.selection.window_size)
+
+    def _prepared_bias(
+        self, keys: SelectedKeys, backend: str, dtype: torch.dtype, map_size: tuple[int, int]
+    ) -> Tensor:
         """The bias in the form that the backend wants; kept between forwards that cannot train."""
-        name = resolve_backend(self.backend)
 
         def build() -> Tensor:
-            return BACKENDS[name].prepare_bias(self.selection.bias(self, keys), keys.table, dtype)
+            return backend_module(backend).prepare_bias(self.selection.bias(self, keys), keys.table, dtype)
 
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return build()
         sources = tuple(t for key, t in self.state_dict().items() if not key.startswith(("qkv.", "proj.")))
-        return self.bias_cache.get(sources, (name, dtype, map_size), build)
+        return self.bias_cache.get(sources, (backend, dtype, map_size), build)
 
 
 def _after_loading(layer: FocalAttention, _: object) -> None:

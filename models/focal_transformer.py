@@ -21,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 
 from .focal_attention import FocalAttention
 from .layers import POOLS, PatchEmbed
-from .ops import resolve_backend
 from .options import KINDS, StageOptions, check_options
 
 
@@ -139,7 +138,7 @@ class FocalTransformer(nn.Module):
         use_pre_norm: GroupNorm before the downsampling convolutions.
         use_checkpoint: gradient checkpointing of every block in training.
         kind: focal | focalv2 (Focal-fast).
-        attention_backend: auto | reference | sdpa.
+        attention_backend: auto | reference | sdpa | triton.
 
     Raises:
         ValueError: options that contradict each other, all of them in one message.
@@ -291,10 +290,10 @@ class FocalTransformer(nn.Module):
         keywords = ("absolute_pos_embed", "relative_position_bias_table")
         return {name for name, _ in self.named_parameters() if any(word in name for word in keywords)}
 
-    def attention_backends(self) -> list[str]:
-        """Attention backend of each stage."""
+    def attention_backends(self, dtype: torch.dtype = torch.float32) -> list[str]:
+        """Attention backend of each stage, for activations of `dtype`, on the device where the model is."""
         first = [next(m for m in stage.modules() if isinstance(m, FocalAttention)) for stage in self.layers]
-        return [resolve_backend(attention.backend) for attention in first]
+        return [attention.resolved_backend(dtype) for attention in first]
 
 
 def _next_map(stage: Any, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from golden_files import FILES, SMALL, Golden
 
-from models.ops import BACKENDS
+from models.ops import PORTABLE_BACKENDS
 
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-9}
 
@@ -25,7 +25,7 @@ def test_same_results_as_the_original(path) -> None:
     cotangent = golden.tensor("cotangent", golden.data["logits"].shape)
     for dtype in (torch.float64, torch.float32):
         model.to(dtype)
-        for backend in BACKENDS:
+        for backend in PORTABLE_BACKENDS:
             for module in model.modules():
                 if hasattr(module, "backend"):
                     module.backend = backend

@@ -8,7 +8,7 @@ import torch
 
 from models.geometry import grid, nearest_cells
 from models.key_selection import NearestKeys, RingPooledKeys, _nearest_keys, _ring_pooled_keys
-from models.ops import BACKENDS, focal_attention, resolve_backend
+from models.ops import PORTABLE_BACKENDS, focal_attention, resolve_backend
 
 CPU = torch.device("cpu")
 MAPS = [(7, 7), (14, 14), (15, 9), (28, 21), (3, 30)]
@@ -48,7 +48,7 @@ def test_backends_agree_on_ring_and_pooled_keys(size, expand, focal_window, pool
     table = _ring_pooled_keys(RingPooledKeys(7, expand, focal_window, pooled, shift), *size, CPU).table
     problem = random_problem(table, tokens_of(table, pooled), torch.float64, per_window=False)
     expected = run(table, *problem, "reference")
-    for backend in BACKENDS:
+    for backend in PORTABLE_BACKENDS:
         torch.testing.assert_close(run(table, *problem, backend), expected, rtol=1e-9, atol=1e-12)
 
 
@@ -58,7 +58,7 @@ def test_backends_agree_on_nearest_keys(size, topk, pooled) -> None:
     table = _nearest_keys(NearestKeys(7, topk, pooled, (14, 14)), *size, CPU).table
     problem = random_problem(table, tokens_of(table, pooled), torch.float64, per_window=True)
     expected = run(table, *problem, "reference")
-    for backend in BACKENDS:
+    for backend in PORTABLE_BACKENDS:
         torch.testing.assert_close(run(table, *problem, backend), expected, rtol=1e-9, atol=1e-12)
 
 
@@ -73,7 +73,7 @@ def test_half_precision_is_no_worse_than_the_reference(dtype) -> None:
             float((a - b).detach().abs().max() / b.detach().abs().max())
             for a, b in zip(run(table, *rough, name), exact, strict=True)
         ]
-        for name in BACKENDS
+        for name in PORTABLE_BACKENDS
     }
     for name, found in errors.items():
         assert all(mine <= 2 * its + 1e-3 for mine, its in zip(found, errors["reference"], strict=True)), (
@@ -139,7 +139,12 @@ def test_focal_fast_never_sees_padding() -> None:
         assert (fine // table.width < height).all() and (fine % table.width < width).all()
 
 
-def test_unknown_backend() -> None:
-    assert resolve_backend("auto") in BACKENDS
-    with pytest.raises(ValueError, match="choose one of auto, reference, sdpa"):
-        resolve_backend("flash")
+def test_the_choice_of_a_backend() -> None:
+    for name in ("reference", "sdpa"):
+        assert resolve_backend(name, CPU, torch.float32, 32, 7) == name
+    assert resolve_backend("auto", CPU, torch.float32, 32, 7) == "sdpa"
+    assert resolve_backend("auto", torch.device("meta"), torch.float32, 32, 7) == "sdpa"
+    with pytest.raises(ValueError, match="choose one of auto, reference, sdpa, triton"):
+        resolve_backend("flash", CPU, torch.float32, 32, 7)
+    with pytest.raises(ValueError, match="triton.*: (use|install)"):
+        resolve_backend("triton", CPU, torch.float32, 32, 7)

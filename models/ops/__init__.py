@@ -6,16 +6,21 @@ width, P windows, Q queries of a window, K keys of a window.
 
 from __future__ import annotations
 
+import importlib
+from functools import cache
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
-from . import reference, sdpa
 from .key_table import Fold, KeyTable, lookup
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "sdpa": sdpa}
-"""Each backend offers `prepare_bias(bias, table, dtype)`, which may be cached, and `attend(qkv, table, bias,
-scale)`."""
+BACKENDS = ("reference", "sdpa", "triton")
+"""Each is a module of this package with `prepare_bias(bias, table, dtype)`, whose result may be kept, and
+`attend(qkv, table, bias, scale)`. They are imported when first used, since `triton` is an optional package."""
+
+PORTABLE_BACKENDS = ("reference", "sdpa")
+"""Those that run on any device."""
 
 BACKEND_CHOICES = ("auto", *BACKENDS)
 
@@ -27,9 +32,35 @@ def check_backend(name: str) -> str:
     return name
 
 
-def resolve_backend(name: str) -> str:
-    """The backend that `name` stands for: `auto` is the fastest that runs everywhere."""
-    return "sdpa" if check_backend(name) == "auto" else name
+@cache
+def backend_module(name: str) -> ModuleType:
+    """The module of a backend; ImportError, with what to install, where it needs a package that is not there."""
+    return importlib.import_module({"triton": ".triton_kernel"}.get(name, f".{name}"), __name__)
+
+
+@torch.compiler.assume_constant_result
+def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, window: int) -> str:
+    """The backend that `name` stands for in a layer: `auto` is `triton` where it runs, else `sdpa`.
+
+    Args:
+        name: one of `BACKEND_CHOICES`.
+        device: where the layer runs.
+        dtype: of its queries, keys and values.
+        head_dim: width of a head.
+        window: window side.
+
+    Raises:
+        ValueError: an explicit choice cannot run here.
+    """
+    if check_backend(name) in PORTABLE_BACKENDS or (name == "auto" and device.type != "cuda"):
+        return "sdpa" if name == "auto" else name
+    try:
+        reason = backend_module("triton").unsupported(device, dtype, head_dim, window)
+    except ImportError as error:
+        reason = str(error)
+    if reason is not None and name != "auto":
+        raise ValueError(reason)
+    return "triton" if reason is None else "sdpa"
 
 
 def focal_attention(
@@ -48,7 +79,8 @@ def focal_attention(
     Returns:
         [B, T, N*D], in the order of the fine tokens.
     """
-    chosen = BACKENDS[resolve_backend(backend)]
+    dim = qkv.shape[-1]
+    chosen = backend_module(resolve_backend(backend, qkv.device, qkv.dtype, dim, table.window))
     return chosen.attend(qkv, table, chosen.prepare_bias(bias, table, qkv.dtype), scale)
 
 
@@ -57,6 +89,8 @@ __all__ = [
     "BACKEND_CHOICES",
     "Fold",
     "KeyTable",
+    "PORTABLE_BACKENDS",
+    "backend_module",
     "check_backend",
     "focal_attention",
     "lookup",

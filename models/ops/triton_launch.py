@@ -1,0 +1,224 @@
+"""What the kernels of `triton_kernel` are launched with: index tables, tile sizes, how work is divided.
+
+Nothing here needs Triton. The tables are derived on the host, once per key table, and kept.
+
+The gradient of a key is a sum over the windows that see it. Instead of adding into memory (atomics, or
+partial sums) tokens are cut into blocks of at most `BLOCK_KEYS`, and one program per block visits every
+window that sees any of its tokens: an *entry*. Blocks are windows moved by half a window, because such a
+block is seen by four windows, where a window itself is seen by nine; so the keys of a window cost about as
+much here as gathered.
+
+Legend: as `key_table`; G blocks, E entries.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BLOCK_KEYS = 64
+"""Tokens of a block."""
+
+TARGET_PROGRAMS = 1056
+"""Programs to divide a pass into, where it has as many items: eight for each of the 132 SMs of a Hopper."""
+
+CACHED_TABLES = 128
+"""Key tables whose kernel tables are kept (Focal-fast has one per layer and map size)."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is compiled."""
+
+    num_warps: int
+    num_stages: int
+    block_queries: int  # most queries of a tile
+    block_keys: int  # most keys of a tile
+    static_tiles: int = 0  # tiles of keys that are written out, not looped over
+
+
+CONFIGS: dict[tuple[str, int, int], Config] = {
+    ("forward", 32, 2): Config(4, 2, 64, 64),
+    ("forward", 64, 2): Config(4, 2, 64, 64),
+    ("forward", 32, 4): Config(4, 1, 64, 64),
+    ("forward", 64, 4): Config(4, 1, 64, 32),
+    ("query_gradient", 32, 2): Config(8, 1, 64, 128, 2),
+    ("query_gradient", 64, 2): Config(8, 2, 32, 128, 2),
+    ("query_gradient", 32, 4): Config(4, 1, 16, 64, 1),
+    ("query_gradient", 64, 4): Config(4, 1, 16, 64, 1),
+    ("key_gradient", 32, 2): Config(4, 2, 64, BLOCK_KEYS),
+    ("key_gradient", 64, 2): Config(4, 2, 64, BLOCK_KEYS),
+    ("key_gradient", 32, 4): Config(4, 1, 32, BLOCK_KEYS),
+    ("key_gradient", 64, 4): Config(4, 1, 16, BLOCK_KEYS),
+}
+"""By pass, head width up to which it serves, and bytes of a number. Chosen so that nothing spills on Hopper
+(tests/test_triton.py compiles them); not yet timed."""
+
+
+@dataclass(frozen=True)
+class KernelTables:
+    """Index tables of one key table, int32, on its device; -1 where there is no token, key or column."""
+
+    index: Tensor  # [P, K' padded] token of every key
+    block_token: Tensor  # [G, BLOCK_KEYS] tokens of a block
+    entry_start: Tensor  # [G + 1] entries of block g are entry_start[g] .. entry_start[g + 1] - 1
+    entry_window: Tensor  # [E] window of an entry
+    entry_column: Tensor  # [E, BLOCK_KEYS] the window's column for each token of the block
+    keys: int  # K', not padded
+    heavy_blocks: int  # the first so many blocks have far more entries than the others and should start first
+
+
+_cache: OrderedDict[tuple, tuple[Tensor, Tensor | None, KernelTables]] = OrderedDict()
+
+
+def kernel_tables(
+    index: Tensor, visible: Tensor | None, height: int, width: int, window: int, tokens: int
+) -> KernelTables:
+    """Kernel tables of a key table; kept with the tensors they came from, which must not be written to.
+
+    Args:
+        index: `KeyTable.folded_index`, [P, K'].
+        visible: `KeyTable.folded_visible`, [P, 1 or Q, K'].
+        height: rows of the padded map.
+        width: its columns.
+        window: window side.
+        tokens: S.
+    """
+    addresses = (index.data_ptr(), 0 if visible is None else visible.data_ptr())
+    key = (*addresses, tuple(index.shape), str(index.device), height, width, window, tokens)
+    if key not in _cache:
+        if len(_cache) >= CACHED_TABLES:
+            _cache.popitem(last=False)
+        # The cache holds the sources too: while it does, no other table can have their addresses.
+        _cache[key] = (index, visible, _build(index, visible, height, width, window, tokens))
+    _cache.move_to_end(key)
+    return _cache[key][-1]
+
+
+def _build(
+    index: Tensor, visible: Tensor | None, height: int, width: int, window: int, tokens: int
+) -> KernelTables:
+    keys = index.cpu().numpy()
+    if visible is not None:
+        keys = np.where(visible.any(dim=1).cpu().numpy(), keys, -1)
+    layouts = [_blocks(height, width, window, tokens, shift) for shift in (0, window // 2)]
+    entries = [_entries(keys, *layout) for layout in layouts]
+    best = min(range(len(layouts)), key=lambda i: len(entries[i][0]))
+    (block, slot), (entry_block, entry_window, columns) = layouts[best], entries[best]
+
+    count = np.bincount(entry_block, minlength=block.max() + 1)
+    order = np.argsort(-count, kind="stable")  # blocks with most entries first
+    rank = np.argsort(order)
+    block_tokens = np.full((len(order), BLOCK_KEYS), -1)
+    block_tokens[rank[block], slot] = np.arange(tokens)
+    by_block = np.argsort(rank[entry_block], kind="stable")
+    columns, entry_window = columns[by_block], entry_window[by_block]
+    missing = padded_keys(keys.shape[1]) - keys.shape[1]
+    padded = np.pad(keys, ((0, 0), (0, missing)), constant_values=-1)
+
+    def place(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)).to(index.device)
+
+    return KernelTables(
+        index=place(padded),
+        block_token=place(block_tokens),
+        entry_start=place(np.concatenate([[0], np.cumsum(count[order])])),
+        entry_window=place(entry_window),
+        entry_column=place(columns),
+        keys=keys.shape[1],
+        heavy_blocks=int((count > 2 * np.median(count)).sum()),
+    )
+
+
+def _blocks(height: int, width: int, window: int, tokens: int, shift: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cut all tokens into blocks: for each token its block and its place in it, two int64 [S] arrays.
+
+    Args:
+        height: rows of the fine map.
+        width: its columns.
+        window: window side; fine blocks hold as many whole windows, or rows of one, as fit.
+        tokens: S, fine and pooled.
+        shift: fine blocks begin so many tokens before a window does, across the border of the map if need be.
+    """
+    if tokens <= BLOCK_KEYS:
+        return np.zeros(tokens, dtype=np.int64), np.arange(tokens)
+    side = window * max(1, int(BLOCK_KEYS**0.5) // window)
+    block = [_cells(height, width, side, min(side, BLOCK_KEYS // side), shift)]
+    rows, columns = height // window, width // window
+    while (rest := tokens - sum(map(len, block))) > 0:  # pooled levels
+        if rows * columns > rest:
+            rows, columns = 1, rest
+        cells = _cells(rows, columns, int(BLOCK_KEYS**0.5), int(BLOCK_KEYS**0.5), 0)
+        block.append(cells + block[-1].max() + 1)
+        rows, columns = 2 * rows, 2 * columns
+    number = np.concatenate(block)
+    order = np.argsort(number, kind="stable")
+    slot = np.empty_like(number)
+    slot[order] = np.arange(tokens) - np.searchsorted(number[order], number[order])
+    return number, slot
+
+
+def _cells(height: int, width: int, side: int, most_rows: int, shift: int) -> np.ndarray:
+    """Cell of every token of a map, [H*W]; cells are squares of `side`, cut into strips of `most_rows`."""
+    strips = ceil(side / most_rows)
+    strip_rows = ceil(side / strips)
+    y, x = ((np.arange(length) + shift) % length for length in (height, width))
+    row = y // side * strips + y % side // strip_rows
+    cell = row[:, None] * ceil(width / side) + (x // side)[None]
+    return np.unique(cell, return_inverse=True)[1].reshape(-1)
+
+
+def _entries(
+    keys: np.ndarray, block: np.ndarray, slot: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which windows see which blocks.
+
+    Args:
+        keys: [P, K'] tokens, -1 where absent.
+        block: [S] block of every token.
+        slot: [S] its place in the block.
+
+    Returns:
+        Per entry the block [E] and the window [E], sorted, and the columns of `keys` of the block's tokens
+        [E, BLOCK_KEYS], -1 where the window does not see them. A window that sees a token of a block in
+        several columns has several entries.
+    """
+    window, column = np.nonzero(keys >= 0)
+    token = keys[window, column]
+    order = np.lexsort((column, token, window))
+    window, column, token = window[order], column[order], token[order]
+    sight = window * len(block) + token
+    copy = np.arange(len(sight)) - np.searchsorted(sight, sight)
+    copies = copy.max() + 1
+    number = (block[token] * len(keys) + window) * copies + copy
+    distinct, entry = np.unique(number, return_inverse=True)
+    columns = np.full((len(distinct), BLOCK_KEYS), -1)
+    columns[entry.reshape(-1), slot[token]] = column
+    return distinct // copies // len(keys), distinct // copies % len(keys), columns
+
+
+def padded_keys(keys: int) -> int:
+    """Keys of a row of the index table and of the bias: 64, 128 or a multiple of 256, so whole tiles."""
+    return next((size for size in (64, 128) if keys <= size), ceil(keys / 256) * 256)
+
+
+def padded_queries(queries: int) -> int:
+    """Queries of a row of the bias: whole tiles of 16, 32 or 64."""
+    return next((size for size in (16, 32) if queries <= size), ceil(queries / 64) * 64)
+
+
+def config(kernel: str, head_dim: int, element_size: int) -> Config:
+    """How to compile one of the kernels for heads so wide and numbers of so many bytes."""
+    return CONFIGS[kernel, 32 if head_dim <= 32 else 64, element_size]
+
+
+def divide(items: int, programs: int) -> tuple[int, int]:
+    """Slices to divide `items` into where there are `programs` for each slice: slices, items of a slice."""
+    slices = max(1, min(items, TARGET_PROGRAMS // programs))
+    size = max(1, ceil(items / slices))
+    return ceil(items / size), size

@@ -1,0 +1,363 @@
+"""The fused kernels: in Triton's interpreter against the definition, and compiled for Hopper without a GPU.
+
+The interpreter has to be chosen before Triton is imported, so this file runs itself once more in a process of
+its own, with TRITON_INTERPRET=1; the tests marked `interpreted` run only there.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("triton")
+
+from models.key_selection import NearestKeys, RingPooledKeys, SelectedKeys
+from models.ops import reference, triton_kernel, triton_launch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the subprocess of test_in_interpreter")
+compiled = pytest.mark.skipif(INTERPRETED, reason="compiles, so not in the interpreter")
+
+
+@compiled
+def test_in_interpreter() -> None:
+    """All tests of this file that need the interpreter."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        command, env=environment, cwd=Path(__file__).parent.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+@pytest.fixture(autouse=True)
+def bfloat16_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Triton's interpreter multiplies the bits of bfloat16 as integers, and cuts numbers off to make them."""
+    if INTERPRETED:
+        import triton.language as tl
+        from triton.runtime import interpreter
+
+        dot, convert = interpreter.InterpreterBuilder.create_dot, interpreter._convert_float
+
+        def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+            return dot(self, _widened(a), _widened(b), *rest)
+
+        def convert_float(data: Any, source: Any, target: Any, rounding: Any) -> Any:
+            if (source, target) != (tl.float32, tl.bfloat16):
+                return convert(data, source, target, rounding)
+            bits = data.view("uint32")
+            return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("uint16")
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+        monkeypatch.setattr(interpreter, "_convert_float", convert_float)
+    yield
+
+
+def _widened(operand: Any) -> Any:
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    if operand.dtype.scalar != tl.bfloat16:
+        return operand
+    return TensorHandle((operand.data.astype("uint32") << 16).view("float32"), tl.float32)
+
+
+class Problem:
+    """Random inputs of one selection and map size, and what a backend makes of them."""
+
+    def __init__(
+        self,
+        selection: RingPooledKeys | NearestKeys,
+        size: tuple[int, int],
+        head_dim: int,
+        dtype: torch.dtype,
+        heads: int = 2,
+        batch: int = 1,
+    ) -> None:
+        torch.manual_seed(0)
+        layer = nn.Module()
+        selection.register(layer, heads, head_dim)
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter, std=0.5)
+        if isinstance(selection, NearestKeys):
+            selection.refresh(layer)
+        keys: SelectedKeys = selection.keys(layer, *size, torch.device("cpu"))
+        self.table, self.dtype, self.scale = keys.table, dtype, head_dim**-0.5
+        self.tokens = self.table.height * self.table.width
+        windows = self.tokens // self.table.window**2
+        pooled = sum(windows * 4**level for level in range(selection.pooled_levels))
+        self.qkv = torch.randn(batch, self.tokens + pooled, 3, heads, head_dim).to(dtype)
+        self.bias = selection.bias(layer, keys).detach().to(dtype).float()  # kernels take it in `dtype`
+        self.cotangent = torch.randn(batch, self.tokens, heads * head_dim).to(dtype)
+
+    def run(self, backend: Any, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """Output and gradients of queries, keys, values and bias."""
+        dtype = dtype or self.dtype
+        qkv = self.qkv.detach().to(dtype, copy=True).requires_grad_()
+        bias = self.bias.to(torch.promote_types(dtype, torch.float32), copy=True).requires_grad_()
+        out = backend.attend(qkv, self.table, backend.prepare_bias(bias, self.table, dtype), self.scale)
+        out.backward(self.cotangent.to(dtype))
+        return [out.detach(), *qkv.grad.unbind(2), bias.grad]
+
+    def errors(self, results: list[Tensor]) -> list[float]:
+        """Error of each result against float64, relative to its norm."""
+        exact = self.run(reference, torch.float64)
+        return [float((x.double() - y).norm() / y.norm()) for x, y in zip(results, exact, strict=True)]
+
+
+# window, ring, focal window, pooled levels, shift; then the map
+RING = {
+    "small window": (RingPooledKeys(4, 2, 3, 1), (8, 12), 16),
+    "border, padding, two pooled levels": (RingPooledKeys(4, 1, 3, 2), (10, 7), 32),
+    "shipped window": (RingPooledKeys(7, 3, 5, 1), (14, 14), 32),
+    "one window": (RingPooledKeys(7, 0, 1, 1), (7, 7), 48),
+    "ring meets itself": (RingPooledKeys(5, 2, 1, 1), (5, 10), 64),
+    "queries of a window see different keys": (RingPooledKeys(4, 2, 3, 1, 2), (8, 8), 16),
+    "several blocks of queries, more than 256 keys": (RingPooledKeys(12, 3, 3, 1), (12, 24), 16),
+}
+NEAREST = {
+    "nearest": (NearestKeys(4, 20, 1, (8, 12)), (8, 12), 32),
+    "nearest at another size, with padding": (NearestKeys(7, 30, 1, (14, 14)), (9, 13), 48),
+}
+LONG = {"nearest, more than 256 keys": (NearestKeys(12, 270, 0, (12, 24)), (12, 24), 64)}
+TINY = {
+    "tiny": (RingPooledKeys(4, 1, 1, 1), (4, 8), 16),
+    "tiny nearest": (NearestKeys(4, 12, 1, (4, 8)), (4, 8), 16),
+}
+CASES = RING | NEAREST | LONG | TINY
+
+
+@interpreted
+@pytest.mark.parametrize("case", RING | NEAREST)
+def test_equals_definition(case: str) -> None:
+    """float32: output and every gradient."""
+    problem = Problem(*CASES[case], torch.float32, heads=2 if "small" in case else 1)
+    errors = problem.errors(problem.run(triton_kernel))
+    assert max(errors) < 2e-6, errors
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", ["shipped window", "nearest", *LONG])
+def test_as_exact_as_definition(case: str, dtype: torch.dtype) -> None:
+    """Half precision: at most twice the error of the definition in the same precision."""
+    problem = Problem(*CASES[case], dtype, heads=1)
+    errors, allowed = problem.errors(problem.run(triton_kernel)), problem.errors(problem.run(reference))
+    assert all(mine <= 2 * theirs for mine, theirs in zip(errors, allowed, strict=True)), (errors, allowed)
+
+
+@interpreted
+@pytest.mark.parametrize("case", TINY)
+def test_slices_and_determinism(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the items are divided; and the same bits twice."""
+    problem = Problem(*CASES[case], torch.float32, heads=1, batch=5)
+    expected = problem.run(triton_kernel)
+    assert all(torch.equal(x, y) for x, y in zip(problem.run(triton_kernel), expected, strict=True))
+    for programs in (1, 4):
+        monkeypatch.setattr(triton_launch, "TARGET_PROGRAMS", programs)
+        for x, y in zip(problem.run(triton_kernel), expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+@interpreted
+def test_operator_contract() -> None:
+    """Schema, fake and gradient agree with what runs."""
+    problem = Problem(*CASES["tiny"], torch.float32, heads=1)
+    table = problem.table
+    bias = triton_kernel.prepare_bias(problem.bias, table, torch.float32).requires_grad_()
+    qkv = problem.qkv.clone().requires_grad_()
+    rest = (bias, table.folded_index, table.folded_visible, table.height, table.width, table.window, 0.25)
+    torch.library.opcheck(triton_kernel.attention, (qkv, *rest))
+
+
+@interpreted
+def test_compiles_into_one_graph() -> None:
+    """`torch.compile` sees one operator, and gets the same numbers."""
+    problem = Problem(*CASES["tiny"], torch.float32, heads=1)
+    prepared = triton_kernel.prepare_bias(problem.bias, problem.table, torch.float32)
+
+    def attend(qkv: Tensor) -> Tensor:
+        return triton_kernel.attend(qkv, problem.table, prepared, 0.25)
+
+    results = []
+    for function in (attend, torch.compile(attend, backend="aot_eager", fullgraph=True)):
+        qkv = problem.qkv.clone().requires_grad_()
+        function(qkv).sum().backward()
+        results.append(qkv.grad)
+    assert torch.equal(*results)
+
+
+@interpreted
+def test_no_bias_gradient_and_odd_strides() -> None:
+    """A frozen bias gets no gradient; a cotangent that is expanded or permuted is read all the same."""
+    problem = Problem(*CASES["tiny"], torch.float32, heads=1)
+    prepared = triton_kernel.prepare_bias(problem.bias, problem.table, torch.float32)
+    gradients = []
+    for cotangent in (torch.ones(1, problem.tokens, 16), torch.ones(()).expand(1, problem.tokens, 16)):
+        qkv = problem.qkv.permute(0, 2, 4, 3, 1).contiguous().permute(0, 4, 1, 3, 2).requires_grad_()
+        triton_kernel.attend(qkv, problem.table, prepared, 0.25).backward(cotangent)
+        gradients.append(qkv.grad)
+    torch.testing.assert_close(*gradients)
+
+
+@interpreted
+def test_refuses() -> None:
+    """What the kernels cannot do is said, with what to use instead."""
+    table = Problem(*CASES["tiny"], torch.float32).table
+    for qkv in (torch.zeros(1, 34, 3, 1, 24), torch.zeros(1, 34, 3, 1, 16, dtype=torch.float64)):
+        assert "use" in (triton_kernel.unsupported(qkv.device, qkv.dtype, qkv.shape[-1], table.window) or "")
+        with pytest.raises(ValueError, match="triton backend needs"):
+            triton_kernel.attend(qkv, table, torch.zeros(1, 1, 16, 64), 1.0)
+    assert triton_kernel.unsupported(torch.device("cpu"), torch.float32, 16, table.window) is None
+
+
+@compiled
+def test_refuses_cpu_tensors() -> None:
+    reason = triton_kernel.unsupported(torch.device("cpu"), torch.float32, 16, 4)
+    assert reason is not None and "CUDA" in reason
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_sight_has_one_entry(case: str) -> None:
+    """Entries name exactly the window, column and token of every key; blocks hold every token once."""
+    selection, size, dim = CASES[case]
+    problem = Problem(selection, size, dim, torch.float32, heads=1)
+    table, tokens = problem.table, problem.qkv.shape[1]
+    made = triton_launch.kernel_tables(
+        table.folded_index, table.folded_visible, table.height, table.width, table.window, tokens
+    )
+    assert made.block_token[made.block_token >= 0].sort().values.tolist() == list(range(tokens))
+    block = torch.repeat_interleave(torch.arange(len(made.block_token)), made.entry_start.diff().long())
+    entry, slot = torch.nonzero(made.entry_column >= 0, as_tuple=True)
+    column, window = made.entry_column[entry, slot].long(), made.entry_window[entry].long()
+    token = made.block_token[block[entry], slot]
+    assert torch.equal(made.index[window, column], token)
+    assert len({*zip(window.tolist(), column.tolist(), strict=True)}) == len(entry) == (made.index >= 0).sum()
+
+
+def test_blocks_are_seen_by_four_windows() -> None:
+    """Moved by half a window, a block costs four tiles per window, as its gathered keys would."""
+    table = RingPooledKeys(7, 3, 7, 1).keys(nn.Module(), 56, 56, torch.device("cpu")).table
+    made = triton_launch.kernel_tables(table.folded_index, table.folded_visible, 56, 56, 7, 56 * 56 + 64)
+    assert made.heavy_blocks == 1
+    assert len(made.block_token) == 65
+    assert len(made.entry_window) == 64 * 4 + 64
+
+
+HOPPER = [
+    (name, head_dim, dtype, keys)
+    for name in ("forward", "query_gradient", "key_gradient")
+    for head_dim, dtype, keys in (
+        (32, torch.bfloat16, 218),
+        (32, torch.bfloat16, 178),
+        (32, torch.bfloat16, 194),
+        (32, torch.bfloat16, 50),
+        (32, torch.bfloat16, 500),
+        (64, torch.bfloat16, 218),
+        (32, torch.float32, 218),
+    )
+]
+
+
+@compiled
+@pytest.mark.parametrize(("name", "head_dim", "dtype", "keys"), HOPPER)
+def test_compiles_for_hopper_without_spills(
+    name: str, head_dim: int, dtype: torch.dtype, keys: int, tmp_path: Path, record_property: Any
+) -> None:
+    """As launched for windows of 7: no spilled registers, and the tensor cores' wgmma instructions."""
+    for arguments in _launches(name, head_dim, dtype, keys):
+        usage = _hopper_usage(getattr(triton_kernel, f"_{name}_kernel"), dtype, arguments, tmp_path)
+        print(name, head_dim, dtype, keys, arguments, usage)
+        assert usage["STACK"] == usage["LOCAL"] == 0, usage
+        assert usage["REG"] <= 255
+        assert usage["wgmma"]
+
+
+@compiled
+@pytest.mark.parametrize("name", ["forward", "query_gradient", "key_gradient"])
+def test_compiles_where_sizes_are_one(name: str, tmp_path: Path) -> None:
+    """Triton makes an argument of 1 a constant: one image, one window and one head are cases of their own."""
+    names = (
+        "slices",
+        "slice_items",
+        "items",
+        "group_windows",
+        "windows",
+        "heads",
+        "blocks",
+        "images",
+        "heavy",
+    )
+    kernel = getattr(triton_kernel, f"_{name}_kernel")
+    ones = {key: 1 for key in names if key in kernel.arg_names}
+    for arguments in _launches(name, 32, torch.bfloat16, 50):
+        assert _hopper_usage(kernel, torch.bfloat16, arguments | ones, tmp_path)["STACK"] == 0
+
+
+def _launches(name: str, head_dim: int, dtype: torch.dtype, keys: int) -> list[dict[str, Any]]:
+    """Compile-time arguments of every launch of a kernel, taken from the code that launches it."""
+    q = torch.empty(0, head_dim, dtype=dtype)
+    row_keys = triton_launch.padded_keys(keys)
+    shared = triton_kernel._compile_time(name, q, triton_launch.padded_queries(49), row_keys, 7)
+    static_tiles = triton_launch.config(name, head_dim, dtype.itemsize).static_tiles
+    if name == "forward":
+        tiles = math.ceil(keys / shared["BLOCK_K"])
+        return [shared | {"TILES": tiles, "UNROLL": tiles <= static_tiles}]
+    if name == "key_gradient":
+        return [shared]
+    tiles = row_keys // shared["BLOCK_K"]
+    if tiles <= static_tiles:
+        return [shared | {"TILES": tiles, "WITH_BIAS": True, "WITH_QUERY": True}]
+    return [
+        shared | {"TILES": tiles, "WITH_BIAS": False, "WITH_QUERY": True},
+        shared | {"TILES": 1, "WITH_BIAS": True, "WITH_QUERY": False},
+    ]
+
+
+INTEGER_POINTERS = ("index_ptr", "block_token_ptr", "entry_start_ptr", "entry_window_ptr", "entry_column_ptr")
+FLOAT_POINTERS = ("lse_ptr", "delta_ptr", "d_bias_ptr")
+
+
+def _hopper_usage(kernel: Any, dtype: torch.dtype, arguments: dict[str, Any], folder: Path) -> dict[str, int]:
+    """Registers, stack and local memory of a kernel compiled for compute capability 9.0."""
+    triton = pytest.importorskip("triton", minversion="3.3")  # earlier, ASTSource took other arguments
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.exists():
+        pytest.skip("this triton brings no cuobjdump")
+    options = {key: arguments[key] for key in ("num_warps", "num_stages")}
+    constants = {key: value for key, value in arguments.items() if key not in options}
+    element = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
+    types = (
+        dict.fromkeys(INTEGER_POINTERS, "*i32") | dict.fromkeys(FLOAT_POINTERS, "*fp32") | {"scale": "fp32"}
+    )
+    types |= dict.fromkeys(constants, "constexpr")
+    signature, attributes = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        signature[name] = types.get(name, element if name.endswith("_ptr") else "i32")
+        if name.endswith(("_ptr", "_batch", "_token", "_head", "row_keys")):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    constant_at = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
+    source = ASTSource(kernel, signature, constexprs=constant_at, attrs=attributes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(built.asm["cubin"])
+    command = [tool, "--dump-resource-usage", binary]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return usage | {"wgmma": "wgmma" in built.asm["ptx"], "shared": built.metadata.shared}
