@@ -1,8 +1,8 @@
 """Checkpoints: the original release's and ours, read safely and completely or not at all.
 
 Parameters carry the original's names, so its files need no renaming. What they hold beside parameters are
-index
-tables: those that follow from the options are dropped, Focal-fast's choice of nearest keys is loaded.
+index tables: those that follow from the options are dropped, Focal-fast's choice of nearest keys is loaded.
+Tables are not resized: a checkpoint fits models of its own window size and focal windows only.
 
 Files are always read with `weights_only=True`. The original pickled its yacs config into training
 checkpoints; that one class is read as a plain dict, any other code in a file is refused.
@@ -22,6 +22,9 @@ from urllib.parse import urlparse
 
 import torch
 from torch import Tensor, nn
+
+from .focal_attention import FocalAttention
+from .key_selection import NearestKeys
 
 logger = logging.getLogger(__name__)
 
@@ -64,25 +67,14 @@ def read_checkpoint(path_or_url: str | Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported global" in str(error) or "GLOBAL" in str(error) or "Can only" in str(error):
+        if any(word in str(error) for word in ("Unsupported", "GLOBAL", "Can only")):
             raise ValueError(
-                f"{path}: refused, because reading it would execute code. A checkpoint may hold "
-                f"tensors, numbers, text, lists and dicts; save it without the rest. ({_first_line(error)})"
+                f"{path}: refused, because reading it would execute code. A checkpoint may hold tensors, "
+                "numbers, text, lists and dicts; save it again without the rest"
             ) from error
-        raise ValueError(f"{path}: not a checkpoint, or damaged ({_first_line(error)})") from error
-    except (
-        RuntimeError,
-        EOFError,
-        KeyError,
-        ValueError,
-        OSError,
-        AttributeError,
-        IndexError,
-        TypeError,
-    ) as error:
-        raise ValueError(
-            f"{path}: not a checkpoint, or damaged ({_first_line(error)}); get it again"
-        ) from error
+        raise ValueError(f"{path}: not a checkpoint, or damaged; get it again") from error
+    except (RuntimeError, EOFError, LookupError, ValueError, OSError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path}: not a checkpoint, or damaged; get it again") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: expected a dict of tensors, found {type(content).__name__}")
     return dict(content)
@@ -98,11 +90,11 @@ def state_dict_of(checkpoint: Mapping[str, Any], origin: str = "checkpoint") -> 
         (checkpoint[key] for key in STATE_KEYS if isinstance(checkpoint.get(key), Mapping)), checkpoint
     )
     state = {str(key).removeprefix("module."): value for key, value in state.items()}
-    strangers = [key for key, value in state.items() if not isinstance(value, Tensor)]
-    if strangers or not state:
+    not_tensors = [key for key, value in state.items() if not isinstance(value, Tensor)]
+    if not_tensors or not state:
         raise ValueError(
             f"{origin}: expected a state dict, bare or under one of {', '.join(STATE_KEYS)}; found "
-            f"{'no entries' if not state else 'entries that are no tensors: ' + _listed(strangers)}"
+            f"{'no entries' if not state else 'entries that are no tensors: ' + _listed(not_tensors)}"
         )
     return {key: value for key, value in state.items() if not DERIVED_BUFFERS.search(key)}
 
@@ -135,10 +127,10 @@ def load_checkpoint(model: nn.Module, path_or_url: str | Path, reset_head: bool 
             report.recomputed.append(key)
             del given[key], wanted[key]
     check_state(given, wanted, report.path)
-    try:
-        model.load_state_dict(given, strict=False)  # complete but for what the report says
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{report.path}: {error}") from error
+    for name, layer in model.named_modules():
+        if isinstance(layer, FocalAttention) and isinstance(layer.selection, NearestKeys):
+            _check_choice(layer, layer.selection, name, given, report.path)
+    model.load_state_dict(given, strict=False)  # complete but for what the report says
     if report.reset:
         logger.warning(
             "%s: the classifier is not loaded (reset_head): %s", report.path, ", ".join(report.reset)
@@ -187,6 +179,17 @@ def check_state(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], origi
     raise ValueError(
         f"{origin} does not fit the model; nothing was loaded. {advice}\n  " + "\n  ".join(problems)
     )
+
+
+def _check_choice(
+    layer: FocalAttention, selection: NearestKeys, name: str, given: Mapping[str, Tensor], origin: str
+) -> None:
+    """Raise ValueError where the file's choice of nearest keys cannot be."""
+    choice = [given.get(f"{name}.{key}", own) for key, own in layer.named_buffers(recurse=False)]
+    try:
+        selection.check_choice(choice)
+    except ValueError as error:
+        raise ValueError(f"{origin}: {name}: {error}; nothing was loaded") from error
 
 
 def _listed(names: list[str]) -> str:

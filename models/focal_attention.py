@@ -117,11 +117,14 @@ class FocalAttention(nn.Module):
         def build() -> Tensor:
             return backend_module(backend).prepare_bias(self.selection.bias(self, keys), keys.table, dtype)
 
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return build()
+        if self.training or torch.is_grad_enabled():
+            self.bias_cache.clear()  # an optimizer may follow
             return build()
         sources = tuple(t for key, t in self.state_dict().items() if not key.startswith(("qkv.", "proj.")))
         return self.bias_cache.get(sources, (backend, dtype, map_size), build)
 
 
 def _after_loading(layer: FocalAttention, _: object) -> None:
-    layer.selection.refresh(layer)
+    layer.selection.refresh(layer, strict=True)

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .focal_attention import FocalAttention
 from .layers import POOLS, PatchEmbed
-from .options import KINDS, StageOptions, check_options
+from .options import KINDS, StageOptions, check_options, smallest_side
 
 
 class FocalBlock(nn.Module):
@@ -182,6 +182,7 @@ class FocalTransformer(nn.Module):
         check_options(options)
         self.num_classes = num_classes
         self.in_chans = in_chans
+        self.smallest_side = smallest_side(options)
         dims = [embed_dim * 2**i for i in range(len(depths))]
         self.feature_dims = tuple(dims)
         self.num_features = dims[-1]
@@ -265,9 +266,10 @@ class FocalTransformer(nn.Module):
             raise ValueError(
                 f"expected images [B, {self.in_chans}, H, W], got a tensor of shape {list(x.shape)}"
             )
-        if min(x.shape[2:]) < 32:
+        if min(x.shape[2:]) < self.smallest_side:
+            least = f"{self.smallest_side} x {self.smallest_side}"
             raise ValueError(
-                f"images must be at least 32 x 32 pixels, got {x.shape[2]} x {x.shape[3]}: resize them"
+                f"images must be at least {least} pixels, got {x.shape[2]} x {x.shape[3]}: resize"
             )
         x = self.patch_embed(x)
         if self.absolute_pos_embed is not None:

@@ -1,9 +1,7 @@
-"""Which keys a window sees: the one thing in which Focal and Focal-fast differ, with the bias that belongs to
-it.
+"""Which keys a window sees, and the bias that belongs to them: all in which Focal and Focal-fast differ.
 
 * `RingPooledKeys` (Focal, paper section 3.2): the window itself, a ring of fine tokens around it that wraps
-round
-  the image, and at every pooled level the m x m coarse tokens around it.
+  round the image, and at every pooled level the m x m coarse tokens around it.
 * `NearestKeys` (Focal-fast, of the release, not in the paper): the nearest fine tokens and the nearest window
   summaries, with a bias computed from the offset by a small network.
 
@@ -44,10 +42,11 @@ from .geometry import (
     seam_mask,
     slots_of_tokens,
 )
+from .layers import fingerprint
 from .ops import Fold, KeyTable, lookup
 
-CACHED_TABLES = 32
-"""Map sizes whose tables are kept, over all layers of a process (multi-scale training meets many)."""
+CACHED_TABLES = 64
+"""Tables that a process keeps. A model uses one for each stage and input size, two where blocks alternate."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +95,8 @@ class RingPooledKeys:
                 nn.Parameter(trunc_normal_(torch.zeros(num_heads, side**2), std=0.02)) for side in sides
             )
 
-    def refresh(self, layer: Any) -> None:
-        """Nothing of a selection is stored here."""
+    def refresh(self, layer: Any, strict: bool = False) -> None:
+        """Nothing of this selection is stored."""
 
     def keys(self, layer: Any, height: int, width: int, device: torch.device) -> SelectedKeys:
         """Tables for an (unpadded) map of `height` x `width` tokens."""
@@ -144,28 +143,54 @@ class NearestKeys:
         )
         for level, choice in enumerate(_nearest(self, *self.built_for)):
             layer.register_buffer(_choice_name(level), torch.tensor(choice))
+        layer.stored_from = None
 
-    def refresh(self, layer: Any) -> None:
-        """Take over the stored choice after it was loaded or moved.
+    def stored(self, layer: Any) -> list[Tensor]:
+        """The choice of each level, as `layer` holds it."""
+        return [getattr(layer, _choice_name(level)) for level in range(1 + self.pooled_levels)]
+
+    def check_choice(self, choice: Sequence[Tensor]) -> None:
+        """Refuse a choice that names tokens which do not exist.
 
         Raises:
-            ValueError: it names tokens that do not exist.
+            ValueError: saying so.
         """
-        stored = [getattr(layer, _choice_name(level)) for level in range(1 + self.pooled_levels)]
-        choice = tuple(level.cpu().numpy() for level in stored if not level.is_meta)
-        limits = (self.built_for[0] * self.built_for[1], len(stored[0]))
+        limits = (self.built_for[0] * self.built_for[1], len(choice[0]))
         for name, numbers, limit in zip(("fine tokens", "windows"), choice, limits, strict=False):
-            if numbers.min() < 0 or numbers.max() >= limit:
+            low, high = int(numbers.min()), int(numbers.max())
+            if low < 0 or high >= limit:
                 raise ValueError(
-                    f"stored nearest {name} run from {numbers.min()} to {numbers.max()}, expected "
-                    f"0 to {limit - 1}: the checkpoint was made for another map size, or is damaged"
+                    f"stored nearest {name} run from {low} to {high}, expected 0 to {limit - 1}: "
+                    "the checkpoint was made for another map size, or is damaged"
                 )
-        choice = choice or _nearest(self, *self.built_for)  # the meta device has no values
+
+    def refresh(self, layer: Any, strict: bool = False) -> None:
+        """Derive the tables of the stored choice again, if it was loaded, moved or written to.
+
+        Args:
+            layer: holds the choice and gets the tables.
+            strict: raise ValueError for a choice that cannot be; else (a model that waits for its weights)
+                make do with a fresh one until the next call.
+        """
+        stored = self.stored(layer)
+        if fingerprint(stored) == layer.stored_from:
+            return
+        choice = _nearest(self, *self.built_for)
+        if not stored[0].is_meta:
+            try:
+                self.check_choice(stored)
+                choice = tuple(level.cpu().numpy() for level in stored)
+            except ValueError:
+                if strict:
+                    raise
         layer.stored_keys = _nearest_keys_of(self, *self.built_for, choice, stored[0].device)
+        layer.stored_from = fingerprint(stored)
 
     def keys(self, layer: Any, height: int, width: int, device: torch.device) -> SelectedKeys:
         """Tables for an (unpadded) map of `height` x `width` tokens."""
         if (height, width) == self.built_for:
+            if not torch.compiler.is_compiling():
+                self.refresh(layer, strict=True)
             return layer.stored_keys
         return _constant_nearest_keys(device, height, width, self.window_size, self.topk, self.pooled_levels)
 
@@ -213,7 +238,7 @@ def _table(
     window: int,
     index: np.ndarray,
     visible: np.ndarray | None,
-    folding: tuple[np.ndarray, np.ndarray, np.ndarray] | None,
+    columns: tuple[np.ndarray, np.ndarray, np.ndarray] | None,
     tokens: int,
     device: torch.device,
 ) -> KeyTable:
@@ -226,11 +251,11 @@ def _table(
         return None if array is None else place(array)
 
     folded_index, folded_visible, fold = index, visible, None
-    if folding is not None and len(folding[1]):
-        kept = np.concatenate(folding[:2])
+    if columns is not None and len(columns[1]):
+        kept = np.concatenate(columns[:2])
         folded_index = index[:, kept]
         folded_visible = None if visible is None else visible[..., kept]
-        fold = Fold(*(place(columns) for columns in folding))
+        fold = Fold(*(place(part) for part in columns))
     readers, first_reader = slots_of_tokens(folded_index, folded_visible, tokens)
     dense, dense_window = dense_positions(folded_index, folded_visible, *size, window, tokens)
     return KeyTable(
@@ -249,6 +274,7 @@ def _table(
 
 
 @lru_cache(maxsize=CACHED_TABLES)
+@torch.inference_mode(False)
 def _ring_pooled_keys(
     selection: RingPooledKeys, height: int, width: int, device: torch.device
 ) -> SelectedKeys:
@@ -306,6 +332,7 @@ def _nearest_keys(selection: NearestKeys, height: int, width: int, device: torch
     return _nearest_keys_of(selection, height, width, _nearest(selection, height, width), device)
 
 
+@torch.inference_mode(False)
 def _nearest_keys_of(
     selection: NearestKeys, height: int, width: int, choice: tuple[np.ndarray, ...], device: torch.device
 ) -> SelectedKeys:

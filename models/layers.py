@@ -5,7 +5,7 @@ Feature maps are [B, H, W, C] throughout (batch, rows, columns, channels).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar, cast
 
 import torch
@@ -136,10 +136,16 @@ def pooled_tokens(x: Tensor, pools: nn.ModuleList, window: int) -> list[Tensor]:
     return [pool(cell).flatten(1, 2) for pool, cell in zip(pools, cells, strict=True)]
 
 
-class TensorCache(Generic[T]):
-    """Keeps what was derived from some tensors until one of them changes in place, moves or is replaced.
+def fingerprint(tensors: Sequence[Tensor]) -> tuple:
+    """Changes when one of `tensors` is replaced, moved, converted or written to in place."""
+    return tuple((t.data_ptr(), t.is_inference() or t._version, t.device, t.dtype) for t in tensors)
 
-    Writing through `.data` escapes PyTorch's version counter; call `clear` after that. Copies start empty.
+
+class TensorCache(Generic[T]):
+    """Keeps what was derived from some tensors until one of them changes; copies start empty.
+
+    Two ways of writing escape PyTorch's version counter: `.data`, and optimizers with `fused=True`. Call
+    `clear` where those may have been.
     """
 
     def __init__(self) -> None:
@@ -148,7 +154,9 @@ class TensorCache(Generic[T]):
 
     def get(self, tensors: tuple[Tensor, ...], extra: tuple, build: Callable[[], T]) -> T:
         """The cached value, or `build()` where `tensors` or `extra` differ from last time."""
-        key = (extra, *((t.data_ptr(), t._version, t.device, t.dtype) for t in tensors))
+        if any(t.is_inference() for t in tensors):
+            return build()  # made in inference mode: changes could not be noticed
+        key = (extra, fingerprint(tensors))
         if key != self._key:
             self._value, self._key = build(), key
         return cast(T, self._value)

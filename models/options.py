@@ -98,6 +98,11 @@ def _number_or_none(value: float | None) -> float | None:
     return None if value is None or value is False else float(value)
 
 
+def smallest_side(options: Mapping[str, Any]) -> int:
+    """Pixels that an image needs on a side for the last stage to have a token; never fewer than 32."""
+    return max(32, options["patch_size"] * 2 ** (len(options["depths"]) - 1))
+
+
 def check_options(options: Mapping[str, Any]) -> None:
     """Refuse options that contradict each other.
 
@@ -125,10 +130,10 @@ def check_options(options: Mapping[str, Any]) -> None:
 def _number_problems(options: Mapping[str, Any]) -> list[str]:
     """What is wrong with values that stand alone."""
     problems = []
-    size = options["img_size"]
+    size, least = options["img_size"], smallest_side(options)
     sides = (size, size) if isinstance(size, int) else tuple(size)
-    if len(sides) != 2 or min(sides) < 32:
-        problems.append(f"img_size must be a side or two sides of at least 32 pixels, got {size}")
+    if len(sides) != 2 or min(sides) < least:
+        problems.append(f"img_size must be a side or two sides of at least {least} pixels, got {size}")
     for key in ("patch_size", "in_chans", "embed_dim", "window_size", "focal_topk"):
         if options[key] < 1:
             problems.append(f"{key} must be at least 1, got {options[key]}")

@@ -49,7 +49,7 @@ OPTIONAL_HOMES = {  # package -> the files that may import it
     "torch.utils.tensorboard": ("logger.py",),
     "apex": ("optimizer.py",),
     "sklearn": ("data/demo.py",),
-    "cv2": ("data/demo_scenes.py", "classification/*", "tools/*"),
+    "cv2": ("data/*", "classification/*", "tools/*"),
     "matplotlib": ("tools/*", "classification/*"),
     "pycocotools": ("detection/*",),
 }

@@ -140,8 +140,12 @@ def test_files_that_are_no_checkpoints(tmp_path) -> None:
 def test_damaged_choice_is_refused(tmp_path) -> None:
     model = build_model(config_of("official_v2_nano"))
     state = model.state_dict()
-    state["layers.0.blocks.0.attn.topk_cloest_indice_0"][0, 0] = 10**6
+    state["layers.3.blocks.0.attn.topk_cloest_indice_0"][0, 0] = 10**6
     torch.save(state, tmp_path / "damaged.pth")
-    with pytest.raises(ValueError, match="fine tokens run from 0 to 1000000, expected 0 to 3135"):
-        load_checkpoint(model, tmp_path / "damaged.pth")
-        model(torch.randn(1, 3, 224, 224))
+    fresh = build_model(config_of("official_v2_nano"))
+    before = {name: value.clone() for name, value in fresh.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"damaged.pth: layers.3.*fine tokens run from 0 to 1000000.*nothing was loaded"
+    ):
+        load_checkpoint(fresh, tmp_path / "damaged.pth")
+    assert all(torch.equal(value, before[name]) for name, value in fresh.state_dict().items())

@@ -210,6 +210,53 @@ def test_kept_bias_follows_the_weights(kind, change) -> None:
         assert change == "dtype" or not torch.allclose(model(x), before)
 
 
+def test_kept_bias_notices_a_fused_step() -> None:
+    """Fused optimizers write past the version counter; fine-tuning in evaluation mode must still count."""
+    model, x = build().eval(), image(64, 64)
+    with torch.no_grad():
+        before = model(x)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    model(x).square().sum().backward()
+    optimizer.step()
+    twin = build()
+    twin.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), twin.eval()(x))
+        assert not torch.allclose(model(x), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inference_mode_leaves_nothing_behind(kind) -> None:
+    _ring_pooled_keys.cache_clear()
+    _nearest_keys.cache_clear()
+    model, x = build(kind=kind).eval(), image(96, 64)
+    with torch.inference_mode():
+        model(x)
+        build(kind=kind).eval()(x)
+        build(kind=kind).eval()(image(64, 64))
+    with torch.no_grad():
+        model(x)
+    model.train()(x).sum().backward()
+    model(image(64, 64)).sum().backward()
+
+
+def test_stored_choice_follows_its_buffers() -> None:
+    """Written to in place, as distributed checkpoints do, or allocated empty and loaded afterwards."""
+    model, other = build(kind="focalv2").eval(), build(kind="focalv2").eval()
+    x = image(64, 64)
+    shuffled = {name: buffer.flip(0) for name, buffer in model.named_buffers()}
+    other.load_state_dict(shuffled, strict=False)
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(shuffled[name])
+        torch.testing.assert_close(model(x), other(x))
+        with torch.device("meta"):
+            empty = build(kind="focalv2")
+        empty = empty.to_empty(device="cpu").eval()
+        empty.load_state_dict(other.state_dict())
+        torch.testing.assert_close(empty(x), other(x))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_copies_and_pickles(kind) -> None:
     model = build(kind=kind).eval()
@@ -259,6 +306,7 @@ CONTRADICTIONS = [
     ({"expand_sizes": [8, 3, 3, 3]}, "expand_sizes must lie between 0 and the window size 7"),
     ({"use_conv_embed": True, "patch_size": 2}, "patch_size must be 4"),
     ({"img_size": 16}, "at least 32 pixels"),
+    ({"patch_size": 32}, "at least 256 pixels"),
     ({"drop_path_rate": 1.0}, "drop_path_rate must lie in"),
     ({"depths": []}, "depths must name at least one stage"),
 ]

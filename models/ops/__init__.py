@@ -6,21 +6,19 @@ width, P windows, Q queries of a window, K keys of a window.
 
 from __future__ import annotations
 
-import importlib
-from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from . import reference, sdpa
 from .key_table import Fold, KeyTable, lookup
 
-BACKENDS = ("reference", "sdpa", "triton")
-"""Each is a module of this package with `prepare_bias(bias, table, dtype)`, whose result may be kept, and
-`attend(qkv, table, bias, scale)`. They are imported when first used, since `triton` is an optional package."""
+PORTABLE_BACKENDS: dict[str, ModuleType] = {"reference": reference, "sdpa": sdpa}
+"""Backends that run on any device. Each is a module of this package with `prepare_bias(bias, table, dtype)`,
+whose result may be kept, and `attend(qkv, table, bias, scale)`."""
 
-PORTABLE_BACKENDS = ("reference", "sdpa")
-"""Those that run on any device."""
+BACKENDS = (*PORTABLE_BACKENDS, "triton")
 
 BACKEND_CHOICES = ("auto", *BACKENDS)
 
@@ -32,10 +30,13 @@ def check_backend(name: str) -> str:
     return name
 
 
-@cache
 def backend_module(name: str) -> ModuleType:
-    """The module of a backend; ImportError, with what to install, where it needs a package that is not there."""
-    return importlib.import_module({"triton": ".triton_kernel"}.get(name, f".{name}"), __name__)
+    """The module of a backend; ImportError, saying what to install, where its package is not there."""
+    if name == "triton":  # an optional package, imported when first used
+        from . import triton_kernel
+
+        return triton_kernel
+    return PORTABLE_BACKENDS[name]
 
 
 @torch.compiler.assume_constant_result

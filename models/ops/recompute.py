@@ -32,15 +32,19 @@ Attend = Callable[[Tensor, KeyTable, Tensor, float], Tensor]
 
 
 class RecomputedAttention(torch.autograd.Function):
-    """`attend` of the sdpa backend, with the backward pass described above; same arguments, and the
-    function."""
+    """`attend` of the sdpa backend, given as the last argument, with the backward pass described above.
+
+    It has no second derivative; the reference backend has.
+    """
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, bias: Tensor, table: KeyTable, scale: float, attend: Attend) -> Tensor:
-        out = attend(qkv, table, bias.detach(), scale)  # a bias that wants a gradient loses the fused kernel
-        ctx.save_for_backward(qkv, bias, out)
-        ctx.table, ctx.scale = table, scale
-        return out
+    def forward(qkv: Tensor, bias: Tensor, table: KeyTable, scale: float, attend: Attend) -> Tensor:
+        return attend(qkv, table, bias.detach(), scale)  # a bias that wants a gradient loses the fused kernel
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        qkv, bias, ctx.table, ctx.scale, _ = inputs
+        ctx.save_for_backward(qkv, bias, output)
 
     @staticmethod
     @once_differentiable
