@@ -86,7 +86,8 @@ class FocalAttention(nn.Module):
         """
         _, height, width, channels = x.shape
         padded = padded_size(height, width, self.selection.window_size)
-        x = F.pad(x, (0, 0, 0, padded[1] - width, 0, padded[0] - height))
+        if padded != (height, width):  # padding by nothing would copy the map
+            x = F.pad(x, (0, 0, 0, padded[1] - width, 0, padded[0] - height))
         x = torch.roll(x, (-self.shift_size, -self.shift_size), dims=(1, 2)) if self.shift_size else x
         tokens = [
             x.flatten(1, 2),

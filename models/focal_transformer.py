@@ -76,7 +76,7 @@ class FocalStage(nn.Module):
         options: what the blocks have in common.
         drop: dropout rate.
         drop_path: stochastic depth rate of each block.
-        downsample: [B, C, H, W] -> next map; None for the last stage.
+        downsample: [B, H, W, C] -> next map; None for the last stage.
         use_checkpoint: recompute activations in the backward pass instead of keeping them.
     """
 
@@ -271,7 +271,7 @@ class FocalTransformer(nn.Module):
             raise ValueError(
                 f"images must be at least {least} pixels, got {x.shape[2]} x {x.shape[3]}: resize"
             )
-        x = self.patch_embed(x)
+        x = self.patch_embed(x.permute(0, 2, 3, 1))
         if self.absolute_pos_embed is not None:
             x = x + self._position_embedding(x.shape[1], x.shape[2])
         return self.pos_drop(x)
@@ -300,7 +300,7 @@ class FocalTransformer(nn.Module):
 
 def _next_map(stage: Any, x: Tensor) -> Tensor:
     """A stage's map [B, H, W, C] on its way to the next stage (the last one's stays)."""
-    return x if stage.downsample is None else stage.downsample(x.permute(0, 3, 1, 2))
+    return x if stage.downsample is None else stage.downsample(x)
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -10,6 +10,7 @@ from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 T = TypeVar("T")
 
@@ -55,8 +56,19 @@ class PatchEmbed(nn.Module):
         return rows, columns
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C_in, H, W] -> [B, H/stride, W/stride, C]."""
-        return self.norm(self.proj(self.pre_norm(x)).permute(0, 2, 3, 1))
+        """[B, H, W, C_in] -> [B, H/stride, W/stride, C]."""
+        x = self.pre_norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.norm(self._overlapping(x) if self.padding else self._separate(x))
+
+    def _overlapping(self, x: Tensor) -> Tensor:
+        return self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+    def _separate(self, x: Tensor) -> Tensor:
+        """Patches that do not overlap make the convolution a matrix product: faster in [B, H, W, C]."""
+        rows, columns = self.output_size(x.shape[1], x.shape[2])
+        x = x[:, : rows * self.stride, : columns * self.stride]
+        x = x.unflatten(2, (columns, self.stride)).unflatten(1, (rows, self.stride)).transpose(2, 3)
+        return F.linear(x.flatten(3), self.proj.weight.permute(0, 2, 3, 1).flatten(1), self.proj.bias)
 
 
 def _cells(x: Tensor, side: int, windows: tuple[int, int], scale: int) -> Tensor:

@@ -3,7 +3,7 @@ else.
 
 PyTorch's fused CPU kernel has no gradient for a bias, so with a learned one autograd falls back to plain
 products and keeps gathered keys, scores and probabilities. Here the forward pass stays fused, and the
-backward pass computes the probabilities again, a few heads of one image at a time, so that they never leave
+backward pass computes the probabilities again, a few windows of one image at a time, so that they never leave
 the cache:
 
     P = softmax(scale q k' + bias),  dv = P' do,  ds = P * (do v' - rowsum(do * o)),
@@ -25,8 +25,8 @@ from torch.nn import functional as F
 
 from .key_table import KeyTable
 
-SCORES_AT_ONCE = 2**19
-"""Scores per thread that are worked on at once; some copies of them should fit the cache of a core."""
+SCORES_AT_ONCE = 2**17
+"""Scores per thread that are worked on at once, so that a few copies of them stay in a core's cache."""
 
 Attend = Callable[[Tensor, KeyTable, Tensor, float], Tensor]
 
@@ -50,82 +50,82 @@ class RecomputedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         qkv, bias, out = ctx.saved_tensors
+        table, scale = ctx.table, ctx.scale
         heads, fine = qkv.shape[3], out.shape[1]
-        grad, out = grad.unflatten(-1, (heads, -1)), out.unflatten(-1, (heads, -1))  # [B, T, N, D]
+        wide = torch.promote_types(bias.dtype, torch.float32)
         gradient = torch.empty_like(qkv)
         gradient[:, fine:, 0] = 0  # nobody asks with a pooled token
-        parts = [gradient[:, :fine, 0], gradient[:, :, 1], gradient[:, :, 2]]
-        sources = [qkv[:, :fine, 0], qkv[:, :, 1], qkv[:, :, 2], out, grad]
-        wide = torch.promote_types(bias.dtype, torch.float32)
-        dbias = torch.zeros_like(bias, dtype=wide)
-        bias_of, dbias_of = (
-            bias[0].unflatten(0, (heads, -1)),
-            dbias[0].unflatten(0, (heads, -1)),
-        )  # [N, P, Q, K']
-        together = max(1, SCORES_AT_ONCE * torch.get_num_threads() // bias_of[0].numel())
-        for start in range(0, heads, together):
-            group = slice(start, start + together)
-            scores_bias, scores_grad = bias_of[group].flatten(0, 1).to(wide), dbias_of[group].flatten(0, 1)
-            for b in range(len(qkv)):
-                inputs = [x[b, :, group].transpose(0, 1).to(wide) for x in sources]
-                results = _group_gradients(inputs, scores_bias, scores_grad, ctx.table, ctx.scale)
-                for target, result in zip(parts, results, strict=True):
-                    target[b, :, group] = result.transpose(0, 1)
-        return gradient, dbias.to(bias.dtype), None, None, None
+        scores_bias, dbias = bias[0].to(wide), torch.zeros(bias.shape[1:], dtype=wide)  # [N*P, Q, K']
+        for image in range(len(qkv)):
+            q, k, v = (x.transpose(0, 1).to(wide) for x in qkv[image].unbind(1))  # [N, S, D]
+            o, do = (x[image].unflatten(-1, (heads, -1)).transpose(0, 1).to(wide) for x in (out, grad))
+            q, o, do = (_queries(x, table) for x in (q[:, :fine] * scale, o, do))  # [N*P, Q, D]
+            k, v = (_keys(x, table) for x in (k, v))  # [N*P, K', D]
+            dq, dk, dv = _products(q, k, v, (o * do).sum(dim=-1, keepdim=True), do, scores_bias, dbias)
+            _put_queries(gradient[image, :fine, 0].transpose(0, 1), dq.mul_(scale), table)
+            _put_keys(gradient[image, :, 1].transpose(0, 1), dk, table)
+            _put_keys(gradient[image, :, 2].transpose(0, 1), dv, table)
+        return gradient, dbias[None].to(bias.dtype), None, None, None
 
 
-def _group_gradients(
-    inputs: list[Tensor], bias: Tensor, dbias: Tensor, table: KeyTable, scale: float
+def _products(
+    q: Tensor, k: Tensor, v: Tensor, delta: Tensor, grad: Tensor, bias: Tensor, dbias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of some heads of one image.
+    """Gradients of one image's windows, R = N*P of them, in pieces whose scores fit the cache.
 
     Args:
-        inputs: q [G, T, D], k [G, S, D], v [G, S, D], the output [G, T, D] and its gradient [G, T, D].
-        bias: [G*P, Q, K'], with P = 1, Q = T, K' = S for the dense form.
+        q, grad: queries times the scale, and the output's gradient, [R, Q, D].
+        k, v: [R, K', D].
+        delta: rowsum(do * o), [R, Q, 1].
+        bias: [R, Q, K'].
         dbias: added to, as `bias`.
 
     Returns:
-        dq [G, T, D], dk and dv [G, S, D].
+        dq / scale [R, Q, D], dk and dv [R, K', D].
     """
-    q, k, v, out, grad = inputs
-    if table.dense is None:
-        q, out, grad = (_to_windows(x, table) for x in (q, out, grad))  # [G*P, Q, D]
-        k, v = (_gather(x, table) for x in (k, v))  # [G*P, K', D]
-    probabilities = torch.baddbmm(bias, q, k.mT, alpha=scale).softmax(dim=-1)
-    dv = torch.bmm(probabilities.mT, grad)
-    delta = (grad * out).sum(dim=-1, keepdim=True)
-    dscores = torch.bmm(grad, v.mT).sub_(delta).mul_(probabilities)
-    dbias += dscores
-    dq = torch.bmm(dscores, k).mul_(scale)
-    dk = torch.bmm(dscores.mT, q).mul_(scale)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    scores_at_once = SCORES_AT_ONCE * max(2, torch.get_num_threads())
+    step = max(1, scores_at_once // bias[0].numel())
+    for start in range(0, len(q), step):
+        part = slice(start, start + step)
+        probabilities = torch.baddbmm(bias[part], q[part], k[part].mT).softmax(dim=-1)
+        torch.bmm(probabilities.mT, grad[part], out=dv[part])
+        dscores = torch.bmm(grad[part], v[part].mT).sub_(delta[part]).mul_(probabilities)
+        dbias[part] += dscores
+        torch.bmm(dscores, k[part], out=dq[part])
+        torch.bmm(dscores.mT, q[part], out=dk[part])
+    return dq, dk, dv
+
+
+def _queries(x: Tensor, table: KeyTable) -> Tensor:
+    """[N, T, D] -> [N*P, Q, D]; the dense form is one window."""
     if table.dense is not None:
-        return dq, dk, dv
-    heads = len(inputs[0])
-    return _from_windows(dq, table), _sum_readers(dk, table, heads), _sum_readers(dv, table, heads)
+        return x.contiguous()
+    s = table.window
+    x = x.unflatten(1, (table.height // s, s, table.width // s, s))
+    return x.transpose(2, 3).reshape(-1, s * s, x.shape[-1])
 
 
-def _to_windows(x: Tensor, table: KeyTable) -> Tensor:
-    """[G, T, D] -> [G*P, Q, D]."""
-    s, (g, _, d) = table.window, x.shape
-    x = x.reshape(g, table.height // s, s, table.width // s, s, d)
-    return x.transpose(2, 3).reshape(-1, s * s, d)
+def _put_queries(target: Tensor, x: Tensor, table: KeyTable) -> None:
+    """Turn `_queries` back: write [N*P, Q, D] to `target` [N, T, D]."""
+    if table.dense is None:
+        s = table.window
+        x = x.view(len(target), table.height // s, table.width // s, s, s, -1).transpose(2, 3)
+    target.copy_(x.reshape(target.shape))
 
 
-def _from_windows(x: Tensor, table: KeyTable) -> Tensor:
-    """[G*P, Q, D] -> [G, T, D]."""
-    s, d = table.window, x.shape[-1]
-    x = x.reshape(-1, table.height // s, table.width // s, s, s, d)
-    return x.transpose(2, 3).reshape(len(x), -1, d)
-
-
-def _gather(x: Tensor, table: KeyTable) -> Tensor:
-    """[G, S, D] -> [G*P, K', D]."""
+def _keys(x: Tensor, table: KeyTable) -> Tensor:
+    """Keys of every window: [N, S, D] -> [N*P, K', D]."""
+    if table.dense is not None:
+        return x.contiguous()
     windows, keys = table.folded_index.shape
-    return x.index_select(1, table.folded_index.flatten()).reshape(len(x) * windows, keys, -1)
+    return x.index_select(1, table.folded_index.flatten()).view(len(x) * windows, keys, -1)
 
 
-def _sum_readers(x: Tensor, table: KeyTable, heads: int) -> Tensor:
-    """What every slot asks of its token, summed per token: [G*P, K', D] -> [G, S, D]."""
-    slots = x.reshape(heads, -1, x.shape[-1])
-    sums = [F.embedding_bag(table.readers, head, table.first_reader, mode="sum") for head in slots]
-    return torch.stack(sums)
+def _put_keys(target: Tensor, x: Tensor, table: KeyTable) -> None:
+    """Turn `_keys` back: add up in `target` [N, S, D] what all windows ask of a token, [N*P, K', D]."""
+    if table.dense is not None:
+        target.copy_(x)
+        return
+    for head, slots in zip(target, x.view(len(target), -1, x.shape[-1]), strict=True):
+        head.copy_(F.embedding_bag(table.readers, slots, table.first_reader, mode="sum"))
