@@ -23,9 +23,11 @@ from yacs.config import CfgNode as CN
 
 DATASETS = ("imagenet", "imagenet22k", "imagewoof", "folder")
 MODEL_TYPES = ("focal", "focalv2")
-ATTENTION_BACKENDS = ("auto", "reference", "sdpa")
+ATTENTION_BACKENDS = ("auto", "reference", "sdpa", "triton")
+DECODERS = ("pil", "opencv")
 OPTIMIZERS = ("adamw", "sgd", "fused_adam", "fused_lamb")
 SCHEDULERS = ("cosine", "linear", "step")
+COMMAND_LINE = "command line"  # where a value came from
 
 _C = CN()
 _C.BASE = [""]  # yaml files to inherit from, relative to the file that names them
@@ -41,6 +43,7 @@ _C.DATA.CACHE_MODE = "part"  # with ZIP_MODE: no | part (each process its share)
 _C.DATA.PIN_MEMORY = True  # page-locked host memory for faster copies to the GPU
 _C.DATA.NUM_WORKERS = 8  # loader processes per training process
 _C.DATA.WORKER_START_METHOD = ""  # '' (the platform's default) | fork | spawn | forkserver
+_C.DATA.DECODER = "pil"  # pil | opencv (faster); concerns training only, evaluation always decodes with pil
 _C.DATA.MEAN = [0.485, 0.456, 0.406]  # per channel, of images in [0, 1]
 _C.DATA.STD = [0.229, 0.224, 0.225]
 
@@ -54,7 +57,7 @@ _C.MODEL.NUM_CLASSES = 1000
 _C.MODEL.DROP_RATE = 0.0  # dropout
 _C.MODEL.DROP_PATH_RATE = 0.1  # stochastic depth of the last block; rises linearly from 0
 _C.MODEL.LABEL_SMOOTHING = 0.1
-_C.MODEL.ATTENTION_BACKEND = "auto"  # auto | reference | sdpa
+_C.MODEL.ATTENTION_BACKEND = "auto"  # auto | reference | sdpa | triton
 _C.MODEL.SPEC = CN(new_allowed=True)  # no effect; holds anything
 
 _C.MODEL.FOCAL = CN()
@@ -249,6 +252,7 @@ RULES: dict[str, Rule] = {
     "DATA.CACHE_MODE": _one_of("no", "part", "full"),
     "DATA.NUM_WORKERS": AT_LEAST_0,
     "DATA.WORKER_START_METHOD": _one_of("", "fork", "spawn", "forkserver"),
+    "DATA.DECODER": _one_of(*DECODERS),
     "DATA.STD": POSITIVE,
     "MODEL.TYPE": _one_of(*MODEL_TYPES),
     "MODEL.NAME": ("a name that can be part of a path", lambda value: bool(value.strip())),
@@ -264,7 +268,10 @@ RULES: dict[str, Rule] = {
     "MODEL.FOCAL.NUM_HEADS": AT_LEAST_1,
     "MODEL.FOCAL.WINDOW_SIZE": AT_LEAST_1,
     "MODEL.FOCAL.MLP_RATIO": POSITIVE,
-    "MODEL.FOCAL.QK_SCALE": ("False, None or greater than 0", lambda value: not value or value > 0),
+    "MODEL.FOCAL.QK_SCALE": (
+        "False, None (both mean head_dim ** -0.5) or greater than 0",
+        lambda value: value is None or value is False or value > 0,
+    ),
     "MODEL.FOCAL.FOCAL_POOL": _one_of("none", "fc", "conv", "mean", "max"),
     "MODEL.FOCAL.FOCAL_STAGES": AT_LEAST_0,
     "MODEL.FOCAL.FOCAL_LEVELS": AT_LEAST_0,
@@ -353,6 +360,12 @@ def _combinations(config: CN) -> Iterator[tuple[str, str]]:
             f"expected '' with AMP_OPT_LEVEL O0 (full precision), got {config.AMP_DTYPE!r}; drop one",
         )
     modes = [name for name in ("EVAL_MODE", "THROUGHPUT_MODE", "DEBUG_MODE") if config[name]]
+    weights = model.RESUME or model.PRETRAINED
+    if weights and (config.THROUGHPUT_MODE or config.DEBUG_MODE):
+        yield (
+            modes[0],
+            f"expected no weights, which it does not use, got {weights!r}; drop --resume or --pretrained",
+        )
     if len(modes) > 1:
         yield modes[1], f"expected at most one mode, got {' and '.join(modes)}; choose one"
 
@@ -382,7 +395,7 @@ def _stages(config: CN) -> Iterator[tuple[str, str]]:
             )
         levels, window = focal.FOCAL_LEVELS[stage], focal.FOCAL_WINDOWS[stage]
         pools = focal.FOCAL_POOL != "none" and stage in focal.FOCAL_STAGES
-        if levels > 1 and pools and window % 2 == 0:
+        if config.MODEL.TYPE == "focal" and levels > 1 and pools and window % 2 == 0:
             yield (
                 "MODEL.FOCAL.FOCAL_WINDOWS",
                 f"expected an odd number for stage {stage}, got {window}; use {window - 1} or {window + 1}",
@@ -392,6 +405,17 @@ def _stages(config: CN) -> Iterator[tuple[str, str]]:
                 "MODEL.FOCAL.FOCAL_LEVELS",
                 f"expected a WINDOW_SIZE of {2 ** (levels - 2)} or more for {levels} levels, got "
                 f"{focal.WINDOW_SIZE}; use fewer levels",
+            )
+        if config.MODEL.TYPE == "focal" and levels > 3:
+            yield (
+                "MODEL.FOCAL.FOCAL_LEVELS",
+                f"expected 3 or less in every stage of focal, got {levels} in stage {stage}; use 3 or less",
+            )
+        if config.MODEL.TYPE == "focal" and focal.EXPAND_SIZES[stage] > focal.WINDOW_SIZE:
+            yield (
+                "MODEL.FOCAL.EXPAND_SIZES",
+                f"expected at most WINDOW_SIZE = {focal.WINDOW_SIZE}, got {focal.EXPAND_SIZES[stage]} in "
+                f"stage {stage}; use a narrower ring",
             )
         if config.MODEL.TYPE == "focalv2" and levels not in (1, 2):
             yield (
@@ -404,6 +428,56 @@ def _stages(config: CN) -> Iterator[tuple[str, str]]:
                 f"expected 1 in stage {stage}, which has no pooling in focalv2, got 2; set FOCAL_POOL and "
                 "FOCAL_STAGES, or use 1",
             )
+
+
+def _map_sides(config: CN, side: int) -> Iterator[int]:
+    """A side of the map of every stage, for an image of that side."""
+    overlaps = config.MODEL.FOCAL.USE_CONV_EMBED
+    for stride in (config.MODEL.FOCAL.PATCH_SIZE, *[2] * (len(config.MODEL.FOCAL.DEPTHS) - 1)):
+        kernel, padding = (2 * stride - 1, stride // 2) if overlaps else (stride, 0)
+        side = (side + 2 * padding - kernel) // stride + 1
+        yield side
+
+
+def _maps(config: CN) -> Iterator[tuple[str, str]]:
+    """Problems of the image size with the stages, as (key, message)."""
+    size = config.DATA.IMG_SIZE
+    for side in {size} if isinstance(size, int) else set(size):
+        empty = [stage for stage, length in enumerate(_map_sides(config, side)) if length < 1]
+        if empty:
+            yield (
+                "DATA.IMG_SIZE",
+                f"expected a token or more in every stage, got none in stage {empty[0]} for a side "
+                f"of {side} with MODEL.FOCAL.PATCH_SIZE {config.MODEL.FOCAL.PATCH_SIZE} and "
+                f"{len(config.MODEL.FOCAL.DEPTHS)} stages; use larger images, smaller patches or fewer "
+                "stages",
+            )
+
+
+# What has an effect only together with something else: key -> (what that is, whether it is so). Yaml files
+# may hold such keys in store; on the command line they are a mistake.
+CONDITIONS: dict[str, tuple[str, Callable[[CN], bool]]] = {
+    "DATA.CACHE_MODE": (
+        "DATA.ZIP_MODE (--zip)",
+        lambda config: config.DATA.ZIP_MODE or config.DATA.CACHE_MODE == "no",
+    ),
+    "MODEL.FOCAL.LAYERSCALE_VALUE": (
+        "MODEL.FOCAL.USE_LAYERSCALE True",
+        lambda config: config.MODEL.FOCAL.USE_LAYERSCALE,
+    ),
+    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": (
+        "TRAIN.LR_SCHEDULER.NAME step",
+        lambda config: config.TRAIN.LR_SCHEDULER.NAME == "step",
+    ),
+    "TRAIN.LR_SCHEDULER.DECAY_RATE": (
+        "TRAIN.LR_SCHEDULER.NAME step",
+        lambda config: config.TRAIN.LR_SCHEDULER.NAME == "step",
+    ),
+    "TRAIN.OPTIMIZER.MOMENTUM": (
+        "TRAIN.OPTIMIZER.NAME sgd",
+        lambda config: config.TRAIN.OPTIMIZER.NAME == "sgd",
+    ),
+}
 
 
 # --- Loading ------------------------------------------------------------------------------------------------
@@ -503,11 +577,12 @@ class _Loader:
     def merge_opts(self, opts: list[Any]) -> None:
         if len(opts) % 2:
             self.problems.append(
-                f"--opts: expected KEY VALUE pairs, got {len(opts)} words: {opts}; give every key one value"
+                f"--opts: expected KEY VALUE pairs, got {len(opts)} words: {' '.join(map(str, opts))}; "
+                "give every key one value"
             )
             return
         for key, value in zip(opts[::2], opts[1::2], strict=True):
-            self.assign(str(key), value, "command line")
+            self.assign(str(key), value, COMMAND_LINE)
 
     def assign(self, key: str, value: Any, where: str) -> None:
         """Check the type of ``value`` and set it."""
@@ -548,10 +623,17 @@ class _Loader:
                 each = " for every entry" if len(entries) > 1 else ""
                 self.wrong.add(key)
                 self.complain(key, f"expected {expected}{each}, got {value!r}; correct the value")
-        for group, keys in ((_stages, "MODEL."), (_combinations, "")):
+        groups = ((_stages, ("MODEL.",)), (_maps, ("MODEL.", "DATA.IMG_SIZE")), (_combinations, ("",)))
+        for group, keys in groups:
             if not any(key.startswith(keys) for key in self.wrong):
                 for key, message in group(self.config):
                     self.complain(key, message)
+        for key, (condition, holds) in CONDITIONS.items():
+            if self.origin.get(key) == COMMAND_LINE and not holds(self.config):
+                value = flatten(self.config)[key]
+                self.complain(
+                    key, f"expected {condition} along with it, got only {value!r}; add that or drop it"
+                )
 
     def complain(self, key: str, message: str) -> None:
         self.problems.append(f"{self.origin.get(key, 'default')}: {key}: {message}")

@@ -128,14 +128,10 @@ def update(training: Training, max_norm: float, number: int) -> torch.Tensor:
 
 def report(run: Run, training: Training, meter: utils.TrainMeter, step: int, steps: int) -> None:
     """Log the interval that ends with ``step``; the only place of the loop that waits for the device."""
-    epoch, rate = training.state.position.epoch, training.state.optimizer.param_groups[0]["lr"]
-    stats = meter.read()
+    epoch, stats = training.state.position.epoch, meter.read()
     if stats.bad_step is not None:
-        raise ValueError(
-            f"epoch {epoch + 1}, step {stats.bad_step + 1}: expected a finite loss and gradient, got nan or "
-            f"inf at learning rate {rate:.3e}; last good checkpoint: {find_newest(run.output) or 'none'}. "
-            "Go on from there with a lower learning rate, or in bf16 or full precision"
-        )
+        raise ValueError(explain_bad_step(run, training, stats.bad_step))
+    rate = training.state.optimizer.param_groups[0]["lr"]
     memory = utils.peak_memory_mb(run.device)
     logger.info(
         f"epoch {epoch + 1}/{run.config.TRAIN.EPOCHS} step {step + 1}/{steps}  loss {stats.loss:.4f}  "
@@ -145,6 +141,20 @@ def report(run: Run, training: Training, meter: utils.TrainMeter, step: int, ste
     run.metrics.write("train", epoch * steps + step, epoch=epoch, step=step, memory_mb=memory, **values)
 
 
+def explain_bad_step(run: Run, training: Training, step: int) -> str:
+    """What the user has to know of a step whose loss or gradient is not finite; moves the schedule to it."""
+    epoch = training.state.position.epoch
+    group = step // max(1, run.config.TRAIN.ACCUMULATION_STEPS)
+    training.scheduler.step_update(epoch * training.updates_per_epoch + group)
+    rate = training.state.optimizer.param_groups[0]["lr"]
+    newest = find_newest(run.output)
+    start = "there is no checkpoint yet. Start anew" if newest is None else f"go on from {newest}"
+    return (
+        f"epoch {epoch + 1}, step {step + 1}: expected a finite loss and gradient, got nan or inf at "
+        f"learning rate {rate:.3e}; {start} with a lower learning rate, or in bf16 or full precision"
+    )
+
+
 @torch.no_grad()
 def evaluate(run: Run, model: nn.Module, batches: Batches) -> dict[str, float]:
     """Accuracy in percent (acc1, acc5) and mean loss over all images of all processes, each counted once.
@@ -152,19 +162,24 @@ def evaluate(run: Run, model: nn.Module, batches: Batches) -> dict[str, float]:
     With fewer than five classes acc5 is over all of them.
 
     Raises:
-        ValueError: the outputs are not finite.
+        ValueError: the outputs are not finite, or an image of any process does not decode.
     """
     totals = utils.Totals(("loss", "top1", "top5", "images"), run.device)
     model.eval()
-    for images, targets in progress(batches, "evaluation", utils.is_main_process()):
-        images = images.to(run.device, non_blocking=True)
-        targets = targets.to(run.device, non_blocking=True)
-        with run.precision.autocast(run.device):
-            logits = model(images)
-        logits = logits.float()
-        hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
-        loss = F.cross_entropy(logits, targets, reduction="sum")
-        totals.add(loss=loss, top1=hits[:, 0].sum(), top5=hits.sum(), images=len(images))
+    full = 0
+    with utils.failing_together():
+        for images, targets in progress(batches, "evaluation", utils.is_main_process()):
+            images = images.to(run.device, non_blocking=True)
+            targets = targets.to(run.device, non_blocking=True)
+            full = max(full, len(images))
+            if run.config.COMPILE:  # a last, smaller batch would be compiled anew
+                images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, full - len(images)))
+            with run.precision.autocast(run.device):
+                logits = model(images)[: len(targets)]
+            logits = logits.float()
+            hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+            loss = F.cross_entropy(logits, targets, reduction="sum")
+            totals.add(loss=loss, top1=hits[:, 0].sum(), top5=hits.sum(), images=len(targets))
     sums = totals.fetch()
     if not math.isfinite(sums["loss"]):
         raise ValueError(

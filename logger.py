@@ -5,13 +5,14 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 OWN_LOGGERS = ("main", "engine", "train_state", "lr_scheduler", "models", "data")  # heard at every level
 
 _handlers: list[logging.Handler] = []  # the ones create_logger has installed
+_bars: list[Any] = []  # progress bars that are shown now
 
 
 def create_logger(output: Path | None = None, rank: int = 0) -> None:
@@ -30,7 +31,7 @@ def create_logger(output: Path | None = None, rank: int = 0) -> None:
         root.removeHandler(old)
         old.close()
     if rank == 0:
-        console = logging.StreamHandler(sys.stdout)
+        console = _Console(sys.stdout)
         console.setLevel(logging.INFO)
         console.setFormatter(logging.Formatter(_coloured(line), datefmt="%Y-%m-%d %H:%M:%S"))
         _handlers.append(console)
@@ -42,6 +43,19 @@ def create_logger(output: Path | None = None, rank: int = 0) -> None:
         root.addHandler(handler)
     for name in OWN_LOGGERS:
         logging.getLogger(name).setLevel(logging.DEBUG)
+
+
+class _Console(logging.StreamHandler):
+    """Writes lines above a progress bar, if one is shown, instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not _bars:
+            super().emit(record)
+            return
+        try:
+            _bars[-1].write(self.format(record), file=self.stream)
+        except Exception:  # as every handler of the standard library
+            self.handleError(record)
 
 
 def _coloured(line: str) -> str:
@@ -64,7 +78,17 @@ def progress(batches: Iterable[Any], title: str, show: bool) -> Iterable[Any]:
         from tqdm import tqdm
     except ImportError:
         return batches
-    return tqdm(batches, desc=title, leave=False, dynamic_ncols=True)
+    return _under_bar(tqdm(batches, desc=title, leave=False, dynamic_ncols=True))
+
+
+def _under_bar(bar: Any) -> Iterator[Any]:
+    """The batches of a progress bar, which is known to the console while they last."""
+    _bars.append(bar)
+    try:
+        yield from bar
+    finally:
+        _bars.remove(bar)
+        bar.close()
 
 
 class Metrics:

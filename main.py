@@ -20,8 +20,8 @@ from yacs.config import CfgNode
 import train_state
 import utils
 from config import load_config
-from data import build_loaders
-from engine import Run, evaluate, prepare, train_one_epoch
+from data import UndecodableImageError, build_loaders
+from engine import Batches, Run, evaluate, prepare, train_one_epoch
 from logger import Metrics, create_logger
 from models import FocalTransformer, build_model, count_params_and_macs, load_checkpoint
 from throughput import measure_throughput
@@ -65,6 +65,11 @@ def read_config(argv: list[str] | None) -> CfgNode:
     parser.add_argument("--local_rank", "--local-rank", help="ignored: torchrun sets the environment")
     args = vars(parser.parse_args(argv))
     opts = list(args["opts"])
+    if len(opts) % 2:
+        raise ValueError(
+            f"--opts: expected KEY VALUE pairs, got {len(opts)} words: {' '.join(opts)}; give every key one "
+            "value"
+        )
     for key, _ in (*FLAGS.values(), *SWITCHES.values()):
         opts += [] if args[key] is None else [key, args[key]]
     opts += ["OUTPUT", os.environ["PT_OUTPUT_DIR"]] if os.environ.get("PT_OUTPUT_DIR") else []
@@ -76,45 +81,78 @@ def start(config: CfgNode) -> None:
     device = utils.pick_device(config.DEVICE)
     utils.init_distributed(device)
     output = Path(config.OUTPUT or "output") / config.MODEL.NAME / config.TAG
-    output.mkdir(parents=True, exist_ok=True)
-    create_logger(output, utils.get_rank())
     modes = {"EVAL_MODE": run_evaluation, "THROUGHPUT_MODE": run_throughput, "DEBUG_MODE": run_debug}
     action = next((action for mode, action in modes.items() if config[mode]), run_training)
-    metrics = Metrics(output if action is run_training and utils.is_main_process() else None)
+    with utils.failing_together():
+        metrics = open_output(output, with_metrics=action is run_training)
     precision = utils.choose_precision(config.AMP_OPT_LEVEL, config.AMP_DTYPE, device)
     logger.info(f"configuration:\n{config.dump()}")
     logger.info(f"{utils.get_world_size()} process(es) on {device}, {precision.name}, output in {output}")
     utils.seed_everything(config.SEED)
     model = build_model(config).to(device)
-    logger.info(f"{config.MODEL.NAME}: {config.MODEL.NUM_CLASSES} classes, {model.attention_backends()}")
+    logger.info(
+        f"{config.MODEL.NAME}: {config.MODEL.NUM_CLASSES} classes, "
+        f"attention {'/'.join(model.attention_backends(precision.dtype))}"
+    )
     if config.COMPILE:
         model.compile(dynamic=False)
     action(Run(config, device, precision, output, metrics), model)
     metrics.close()
 
 
+def open_output(output: Path, with_metrics: bool) -> Metrics:
+    """Make the output folder and start the logs in it."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        create_logger(output, utils.get_rank())
+        return Metrics(output if with_metrics and utils.is_main_process() else None)
+    except OSError as error:
+        raise ValueError(
+            f"OUTPUT (--output): expected a folder that can be written, got {output} ({error.strerror}); "
+            "choose another"
+        ) from error
+
+
+def load_weights(model: FocalTransformer, config: CfgNode, key: str) -> None:
+    """Load MODEL.RESUME or MODEL.PRETRAINED into the model; a mistake names the key and the flag."""
+    with train_state.naming(f"MODEL.{key} (--{key.lower()})"):
+        try:
+            load_checkpoint(model, config.MODEL[key], reset_head=config.MODEL.RESET_HEAD)
+        except ValueError as error:
+            if "reset_head" not in str(error) or config.EVAL_MODE:
+                raise
+            hint = "For a new classifier add: --opts MODEL.RESET_HEAD True"
+            raise ValueError(f"{error}\n  {hint}") from error
+
+
 def run_training(run: Run, model: FocalTransformer) -> None:
-    """All epochs: train, evaluate, save."""
+    """All epochs: train, save, evaluate, and save again what is the best so far."""
     config = run.config
-    loaders = build_loaders(config)
+    with utils.failing_together():  # what the user named is read first
+        checkpoint = train_state.find_start(model, config, run.output)
+        if checkpoint is None and config.MODEL.PRETRAINED:
+            load_weights(model, config, "PRETRAINED")
+        loaders = build_loaders(config)
     training = prepare(run, model, loaders.steps_per_epoch, soft_targets=loaders.mixup_fn is not None)
     state = training.state
-    if not train_state.resume(state, run.output) and config.MODEL.PRETRAINED:
-        load_checkpoint(model, config.MODEL.PRETRAINED, reset_head=config.MODEL.RESET_HEAD)
     if utils.is_main_process():
         (run.output / "config.yaml").write_text(config.dump(), encoding="utf-8")
+    if checkpoint is not None:
+        train_state.resume(state, checkpoint, run.output, training.updates_per_epoch)
+        if not state.evaluated:
+            evaluate_epoch(run, state, loaders.val_loader)
     for epoch in range(state.position.epoch, config.TRAIN.EPOCHS):
-        began = time.perf_counter()
+        began, replaced_before = time.perf_counter(), loaders.train_dataset.undecodable
         loaders.set_epoch(epoch)
         loss = train_one_epoch(run, training, loaders.train_loader, loaders.mixup_fn)
-        result = evaluate(run, model, loaders.val_loader)
-        is_best = result["acc1"] > state.max_accuracy
-        state.max_accuracy = max(result["acc1"], state.max_accuracy)
         state.position = train_state.Position(epoch + 1, 0, (epoch + 1) * training.updates_per_epoch)
-        train_state.save_epoch(state, run.output, is_best)
-        undecodable = loaders.train_dataset.undecodable
+        state.evaluated = False
+        train_state.save_epoch(state, run.output, is_best=False)
+        result = evaluate_epoch(run, state, loaders.val_loader)
+        replaced = loaders.train_dataset.undecodable - replaced_before
+        undecodable = utils.sum_over_processes(replaced, run.device)
         if undecodable:
-            logger.warning(f"{undecodable} training images of this process did not decode, and were replaced")
+            logger.warning(f"{undecodable} training images of this epoch did not decode, and were replaced")
         minutes = (time.perf_counter() - began) / 60
         left = minutes * (config.TRAIN.EPOCHS - epoch - 1)
         logger.info(f"epoch {epoch + 1}: best {state.max_accuracy:.2f}%, {minutes:.1f} min, {left:.0f} to go")
@@ -124,10 +162,22 @@ def run_training(run: Run, model: FocalTransformer) -> None:
     utils.barrier()  # the last checkpoint is on disk before any process returns
 
 
+def evaluate_epoch(run: Run, state: train_state.TrainState, batches: Batches) -> dict[str, float]:
+    """Evaluate the model as it is now, and save it if it is the best so far."""
+    result = evaluate(run, state.model, batches)
+    is_best = result["acc1"] > state.max_accuracy
+    state.max_accuracy, state.evaluated = max(result["acc1"], state.max_accuracy), True
+    if is_best:
+        train_state.save_epoch(state, run.output, is_best=True)
+    return result
+
+
 def run_evaluation(run: Run, model: FocalTransformer) -> None:
     """Load weights and evaluate them."""
-    load_checkpoint(model, run.config.MODEL.RESUME or run.config.MODEL.PRETRAINED)
-    evaluate(run, model, build_loaders(run.config).val_loader)
+    with utils.failing_together():
+        load_weights(model, run.config, "RESUME" if run.config.MODEL.RESUME else "PRETRAINED")
+        loaders = build_loaders(run.config)
+    evaluate(run, model, loaders.val_loader)
 
 
 def synthetic_batch(run: Run, size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,7 +190,7 @@ def synthetic_batch(run: Run, size: int) -> tuple[torch.Tensor, torch.Tensor]:
 def run_throughput(run: Run, model: FocalTransformer) -> None:
     """Measure inference speed."""
     images, _ = synthetic_batch(run, run.config.DATA.BATCH_SIZE)
-    result = measure_throughput(model, images, run.precision, model.attention_backends())
+    result = measure_throughput(model, images, run.precision, model.attention_backends(run.precision.dtype))
     logger.info(str(result))
     result.save(run.output / "throughput.json")
 
@@ -160,11 +210,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = read_config(argv)
         start(config)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, ImportError) as error:
         logger.debug("stopped", exc_info=True)  # the traceback goes to the log file
         if os.environ.get("FOCAL_TRACEBACK") or (config is not None and config.DEBUG_MODE):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        # Under a launcher all processes tell the same, but for a training image that only one has met.
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, UndecodableImageError):
+            print(f"error: {error}", file=sys.stderr)
         return 2
     utils.close_distributed()
     return 0

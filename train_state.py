@@ -3,15 +3,21 @@
 A checkpoint holds plain data only (tensors, numbers, text, lists, dicts), so it loads with
 ``weights_only=True``; the config is kept as yaml text. ``position`` says where training stood: ``epoch``
 epochs were finished, and ``step`` batches of the next one. Checkpoints are written between epochs, so
-``step`` is 0 so far. Random numbers need no entry: the loop seeds them from the position.
+``step`` is 0 so far, and another value is refused. Random numbers need no entry: the loop seeds them from the
+position. The learning rate needs none either: it follows from the number of updates, ``position.updates``.
+
+A checkpoint is written before its epoch is evaluated, so that an evaluation that fails loses nothing;
+``evaluated`` tells. One that was not evaluated is, before a resumed run goes on.
 
 Files appear whole or not at all: written under a temporary name in the same folder, flushed, then renamed.
 """
 
+import contextlib
 import logging
 import os
 import re
 import zipfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,12 +30,12 @@ from yacs.config import CfgNode
 import utils
 from config import flatten
 from models import read_checkpoint
+from models.checkpoint import check_state
 
 FORMAT = 1
 KEYS = (
     "model",
     "optimizer",
-    "lr_scheduler",
     "scaler",
     "epoch",
     "position",
@@ -72,6 +78,7 @@ class TrainState:
         config: of this run.
         position: see ``Position``.
         max_accuracy: best top-1 accuracy (percent) seen so far.
+        evaluated: whether ``max_accuracy`` counts the weights as they are now.
     """
 
     model: nn.Module
@@ -80,6 +87,7 @@ class TrainState:
     config: CfgNode
     position: Position = field(default_factory=Position)
     max_accuracy: float = 0.0
+    evaluated: bool = True
 
     def capture(self) -> dict[str, Any]:
         """Everything to save, as plain data.
@@ -90,11 +98,11 @@ class TrainState:
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "lr_scheduler": {"updates": self.position.updates},
             "scaler": self.scaler.state_dict(),
             "epoch": self.position.epoch - 1,  # the last one finished, as in the original
             "position": asdict(self.position),
             "max_accuracy": self.max_accuracy,
+            "evaluated": self.evaluated,
             "config": self.config.dump(),
             "format": FORMAT,
         }
@@ -109,29 +117,34 @@ class TrainState:
         """Load all objects from the checkpoint at ``path``, a file or an address.
 
         Raises:
+            FileNotFoundError: no such file.
             ValueError: not a training checkpoint, or one of another model or optimizer.
         """
-        state = read_checkpoint(path)
-        missing = [key for key in KEYS if key not in state]
-        if missing:
-            raise ValueError(
-                f"{path}: expected a training checkpoint of this project, got one without "
-                f"{', '.join(missing)}; use --pretrained to start from its weights"
-            )
-        if state["format"] != FORMAT:
-            raise ValueError(f"{path}: expected format {FORMAT}, got {state['format']}; update the code")
-        self._compare_config(path, state["config"])
+        self.load(open_checkpoint(path, self.model, self.config))
+
+    def load(self, checkpoint: "Checkpoint") -> None:
+        """Load all objects from an opened checkpoint.
+
+        Raises:
+            ValueError: it has the state of another optimizer.
+        """
+        state = checkpoint.content
+        self._load_optimizer(checkpoint.source, state["optimizer"])
         try:
             self.model.load_state_dict(state["model"])
-        except RuntimeError as error:
-            raise ValueError(f"{path}: expected the weights of this model, got others: {error}") from error
-        self._load_optimizer(path, state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{checkpoint.source}: the weights cannot be loaded: {error}") from error
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.position = Position(**state["position"])
         self.max_accuracy = float(state["max_accuracy"])
+        self.evaluated = bool(state.get("evaluated", True))  # older files were written after the evaluation
 
-    def _load_optimizer(self, path: str | Path, saved: dict[str, Any]) -> None:
+    def _load_optimizer(self, path: str, saved: dict[str, Any]) -> None:
+        """Moments and counters from ``saved``; the options stay those of this run.
+
+        The options go in before the state is loaded: where torch puts the step counters depends on ``fused``.
+        """
         groups = self.optimizer.param_groups
         same = len(saved["param_groups"]) == len(groups)
         for old, new in zip(saved["param_groups"], groups, strict=False):
@@ -144,22 +157,67 @@ class TrainState:
                 f"{path}: expected the optimizer state of this model, got another's (groups or shapes "
                 "differ); use --pretrained to start from its weights alone"
             )
-        self.optimizer.load_state_dict(saved)
+        merged = [
+            old | {name: value for name, value in new.items() if name != "params"}
+            for old, new in zip(saved["param_groups"], groups, strict=True)
+        ]
+        self.optimizer.load_state_dict(saved | {"param_groups": merged})
 
-    def _compare_config(self, path: str | Path, text: str) -> None:
-        """Warn of every difference in the recipe; another optimizer is an error, its state would not fit."""
-        saved = flatten(CfgNode(yaml.safe_load(text)))
-        for key, value in flatten(self.config).items():
-            was = saved.get(key, value)
-            if _plain(value) == _plain(was):
-                continue
-            if key == "TRAIN.OPTIMIZER.NAME":
-                raise ValueError(
-                    f"{path}: expected {key} {value!r}, got a checkpoint of {was!r}; set it to that, "
-                    "or use --pretrained to start from its weights alone"
-                )
-            if key.startswith(RECIPE) and key not in NOT_RECIPE:
-                logger.warning(f"{path} was written with {key} {was!r}; going on with {value!r}")
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A training checkpoint that was read and fits the model.
+
+    Attributes:
+        source: the file or address.
+        content: what ``TrainState.capture`` made.
+    """
+
+    source: str
+    content: dict[str, Any]
+
+
+def open_checkpoint(path: str | Path, model: nn.Module, config: CfgNode) -> Checkpoint:
+    """Read the training checkpoint at ``path``, a file or an address, and compare it; nothing is changed.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a training checkpoint, or one of another model or optimizer.
+    """
+    state = read_checkpoint(path)
+    missing = [key for key in KEYS if key not in state]
+    if missing:
+        raise ValueError(
+            f"{path}: expected a training checkpoint of this project, got one without "
+            f"{', '.join(missing)}; use --pretrained to start from its weights"
+        )
+    if state["format"] != FORMAT:
+        raise ValueError(f"{path}: expected format {FORMAT}, got {state['format']}; update the code")
+    if state["position"]["step"]:
+        raise ValueError(
+            f"{path}: expected a checkpoint written between epochs, got one written after step "
+            f"{state['position']['step']} of an epoch; going on from there is not supported yet: use another "
+            "one, or --pretrained to start from its weights"
+        )
+    _compare_config(path, state["config"], config)
+    check_state(state["model"], model.state_dict(), str(path))
+    return Checkpoint(str(path), state)
+
+
+def _compare_config(path: str | Path, text: str, config: CfgNode) -> None:
+    """Warn of every difference in the recipe; another optimizer is an error, its state would not fit."""
+    saved = flatten(CfgNode(yaml.safe_load(text)))
+    for key, value in flatten(config).items():
+        was = saved.get(key, value)
+        if _plain(value) == _plain(was):
+            continue
+        if key == "TRAIN.OPTIMIZER.NAME":
+            raise ValueError(
+                f"{path}: expected {key} {value!r}, got a checkpoint of {was!r}; set it to that, "
+                "or use --pretrained to start from its weights alone"
+            )
+        if key.startswith(RECIPE) and key not in NOT_RECIPE:
+            logger.warning(f"{path} was written with {key} {was!r}; going on with {value!r}")
 
 
 def save(state: dict[str, Any], path: Path) -> None:
@@ -179,9 +237,10 @@ def save(state: dict[str, Any], path: Path) -> None:
 
 
 def save_epoch(state: TrainState, output: Path, is_best: bool) -> None:
-    """After an epoch: write ``ckpt_epoch_{n}.pth`` if SAVE_FREQ or the last epoch wants it, and the best one.
+    """Write ``ckpt_epoch_{n}.pth`` if SAVE_FREQ or the last epoch wants it, and ``best.pth`` if it is.
 
-    Every process must call it, so that all of them stop if the state cannot be saved; the main one writes.
+    Called after training an epoch, and again after its evaluation if that was the best. Every process must
+    call it, so that all of them stop if the state cannot be saved; the main one writes.
     """
     config, done = state.config, state.position.epoch
     is_due = done % config.SAVE_FREQ == 0 or done == config.TRAIN.EPOCHS
@@ -190,19 +249,22 @@ def save_epoch(state: TrainState, output: Path, is_best: bool) -> None:
     checkpoint = state.capture()
     if not utils.is_main_process():
         return
-    if is_due:
-        save(checkpoint, output / f"ckpt_epoch_{done - 1}.pth")
     if is_best:
         save(checkpoint, output / BEST_NAME)
+    if is_due:
+        save(checkpoint, output / f"ckpt_epoch_{done - 1}.pth")
 
 
-def resume(state: TrainState, output: Path) -> bool:
-    """Continue from the newest checkpoint in ``output`` (TRAIN.AUTO_RESUME), else from MODEL.RESUME, if any.
+def find_start(model: nn.Module, config: CfgNode, output: Path) -> Checkpoint | None:
+    """What to continue from: the newest checkpoint in ``output`` (TRAIN.AUTO_RESUME), else MODEL.RESUME.
 
-    Returns:
-        Whether there was one.
+    It is read and compared with the model and the config, so that a mistake shows before anything else is
+    built. Every process must call it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: see ``open_checkpoint``; the message begins with the key.
     """
-    config = state.config
     newest = find_newest(output) if config.TRAIN.AUTO_RESUME and utils.is_main_process() else None
     found = utils.broadcast_text(str(newest or ""))
     if found and config.MODEL.RESUME and Path(found).resolve() != Path(config.MODEL.RESUME).resolve():
@@ -210,21 +272,57 @@ def resume(state: TrainState, output: Path) -> bool:
             f"continuing from {found}, the newest in the output folder, instead of {config.MODEL.RESUME}; "
             "choose another --tag or set TRAIN.AUTO_RESUME False to prevent this"
         )
-    source = found or config.MODEL.RESUME
-    if not source:
-        return False
-    state.restore(source)
-    if found:
+    if not (found or config.MODEL.RESUME):
+        return None
+    with naming(
+        "TRAIN.AUTO_RESUME (choose another --tag to start anew)" if found else "MODEL.RESUME (--resume)"
+    ):
+        return open_checkpoint(found or config.MODEL.RESUME, model, config)
+
+
+@contextlib.contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Put the key in front of the messages of what goes wrong with a checkpoint inside."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{key}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+
+
+def resume(state: TrainState, checkpoint: Checkpoint, output: Path, updates_per_epoch: int) -> None:
+    """Continue from ``checkpoint``; one that lies in ``output`` knows of the best accuracy there.
+
+    Warns if its epochs had another number of updates than ``updates_per_epoch``.
+    """
+    state.load(checkpoint)
+    made, expected = state.position.updates, state.position.epoch * updates_per_epoch
+    if made != expected:
+        logger.warning(
+            f"{checkpoint.source} made {made} updates in {state.position.epoch} epochs, which are {expected} "
+            "here (other data, batch size or number of processes); the schedule goes on by epochs"
+        )
+        state.position.updates = expected
+    if Path(checkpoint.source).resolve().parent == output.resolve():
         state.max_accuracy = max(state.max_accuracy, best_accuracy(output))
-    logger.info(f"resumed {source}: {state.position.epoch} epochs done, best {state.max_accuracy:.2f}%")
-    return True
+    logger.info(
+        f"resumed {checkpoint.source}: {state.position.epoch} epochs done, best {state.max_accuracy:.2f}%"
+    )
 
 
 def find_newest(output: Path) -> Path | None:
-    """The complete checkpoint of the highest epoch in ``output``; damaged ones are skipped with a warning."""
-    numbered = [(CHECKPOINT_NAME.fullmatch(path.name), path) for path in output.glob("ckpt_epoch_*.pth")]
-    newest_first = sorted(((int(match[1]), path) for match, path in numbered if match), reverse=True)
-    for _, path in newest_first:
+    """The complete checkpoint in ``output`` that was written last; damaged ones are skipped with a warning.
+
+    Of files written at the same time, that of the highest epoch; ``best.pth`` comes after all of these.
+    """
+    numbers = {output / BEST_NAME: -1}
+    for path in output.glob("ckpt_epoch_*.pth"):
+        match = CHECKPOINT_NAME.fullmatch(path.name)
+        if match:
+            numbers[path] = int(match[1])
+    times = {path: path.stat().st_mtime_ns for path in numbers if path.is_file()}
+    for path in sorted(times, key=lambda path: (times[path], numbers[path]), reverse=True):
         if is_complete(path):
             return path
         logger.warning(f"{path} is damaged or incomplete and was skipped")

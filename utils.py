@@ -4,11 +4,13 @@ Every helper gives the right answer without a process group, so the same code ru
 under torchrun. What waits for the device says so.
 """
 
+import contextlib
 import os
 import random
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,8 +43,14 @@ def pick_device(name: str = "") -> torch.device:
             takes the card of its local rank.
 
     Raises:
-        ValueError: the device does not exist here.
+        ValueError: the device does not exist here, or several processes would share it. All processes of a
+            machine raise it, though only some may lack a card.
     """
+    if ":" in name and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "DEVICE: expected 'cuda' with several processes, each of which takes a card of its own, got "
+            f"{name!r}; choose cards with CUDA_VISIBLE_DEVICES"
+        )
     cuda = torch.cuda.is_available()
     device = torch.device(name or ("cuda" if cuda else "cpu"))
     if device.type == "cpu":
@@ -50,9 +58,13 @@ def pick_device(name: str = "") -> torch.device:
     if not cuda:
         raise ValueError(f"DEVICE: expected a usable device, got {name!r}, but there is no CUDA; use cpu")
     index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
+    last = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1 if device.index is None else device.index
     count = torch.cuda.device_count()
-    if index >= count:
-        raise ValueError(f"DEVICE: card {index} was asked for, there are {count}; use fewer processes")
+    if max(index, last) >= count:
+        raise ValueError(
+            f"DEVICE: expected a card below {count}, as many as there are, got {max(index, last)}; use "
+            "another one, or fewer processes"
+        )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
@@ -82,6 +94,11 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def sum_over_processes(count: int, device: torch.device) -> int:
+    """Sum of a number over all processes. Waits for the device; every process must call it."""
+    return int(all_reduce_sum(torch.tensor(count, device=device)))
+
+
 def broadcast_text(text: str) -> str:
     """The main process's ``text``, on every process."""
     if not in_group():
@@ -89,6 +106,32 @@ def broadcast_text(text: str) -> str:
     box = [text]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """What goes wrong inside on one process, a ValueError or OSError, is raised on all of them.
+
+    Otherwise the others would wait for it, and only its log would know why. Inside, no process may wait for
+    the others after something that can fail on one alone.
+
+    Raises:
+        ValueError: with the message of the first process that failed.
+    """
+    failure = None
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if not in_group():
+            raise
+        failure = error
+    if not in_group():
+        return
+    messages = [""] * get_world_size()
+    dist.all_gather_object(messages, "" if failure is None else str(failure))
+    message = next(filter(None, messages), "")
+    if message:
+        raise ValueError(message) from failure
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from yacs.config import CfgNode
 
 from data import folder
 from data.archive import open_archive_split
-from data.datasets import EvalImages, TrainImages
+from data.datasets import EvalImages, ImageLoader, TrainImages
+from data.images import without_opencv_threads
 from data.mixing import SeededMixup, build_mixup
 from data.samplers import EvalSampler, ShardSampler, TrainSampler, shard_of
 from data.source import CachedSource, ImageSource
-from data.transforms import Recipe, Size, eval_transform, train_transform
+from data.transforms import Decode, Recipe, Size, Transform, eval_transform, train_transform, with_decoder
 from utils import get_rank, get_world_size
 
 logger = logging.getLogger(__name__)
@@ -84,12 +85,15 @@ def build_loaders(config: CfgNode, rank: int | None = None, world_size: int | No
     val_loader = _loader(config, val_dataset, val_sampler, drop_last=False)
     if config.EVAL_MODE:
         return Loaders(None, val_dataset, None, val_loader, None, None)
-    train_dataset = TrainImages(
-        sources["train"], _train_transform(config), seed=config.SEED, num_workers=config.DATA.NUM_WORKERS
-    )
+    decode, transform = _train_steps(config)
+    if config.DATA.DECODER == "opencv" and config.DATA.NUM_WORKERS == 0:
+        without_opencv_threads()
+    train_dataset = TrainImages(sources["train"], transform, config.SEED, decode)
     sampler_class = ShardSampler if _cache_mode(config) == "part" else TrainSampler
     train_sampler = sampler_class(len(train_dataset), config.DATA.BATCH_SIZE, rank, world_size, config.SEED)
-    train_loader = _loader(config, train_dataset, train_sampler, drop_last=True)
+    train_loader = _loader(
+        config, train_dataset, train_sampler, drop_last=True, init=_WORKER_INIT[config.DATA.DECODER]
+    )
     return Loaders(train_dataset, val_dataset, train_loader, val_loader, train_sampler, _mixup(config, rank))
 
 
@@ -197,7 +201,7 @@ def _image_size(config: CfgNode) -> Size:
     return height, width
 
 
-def _train_transform(config: CfgNode) -> Callable[..., torch.Tensor]:
+def _train_steps(config: CfgNode) -> tuple[Decode, Transform]:
     aug = config.AUG
     recipe = Recipe(
         color_jitter=aug.COLOR_JITTER,
@@ -209,7 +213,7 @@ def _train_transform(config: CfgNode) -> Callable[..., torch.Tensor]:
         scale=aug.SCALE,
         ratio=aug.RATIO,
     )
-    return train_transform(
+    transform = train_transform(
         _image_size(config),
         config.MODEL.FOCAL.IN_CHANS,
         config.DATA.MEAN,
@@ -217,9 +221,10 @@ def _train_transform(config: CfgNode) -> Callable[..., torch.Tensor]:
         config.DATA.INTERPOLATION,
         recipe,
     )
+    return with_decoder(config.DATA.DECODER, transform)
 
 
-def _eval_transform(config: CfgNode) -> Callable[..., torch.Tensor]:
+def _eval_transform(config: CfgNode) -> Transform:
     return eval_transform(
         _image_size(config),
         config.MODEL.FOCAL.IN_CHANS,
@@ -247,15 +252,25 @@ def _mixup(config: CfgNode, rank: int) -> SeededMixup | None:
     )
 
 
-def _loader(config: CfgNode, dataset: Any, sampler: Any, drop_last: bool) -> DataLoader:
+_WORKER_INIT: dict[str, Callable[[int], None] | None] = {"pil": None, "opencv": without_opencv_threads}
+
+
+def _loader(
+    config: CfgNode,
+    images: TrainImages | EvalImages,
+    sampler: Any,
+    drop_last: bool,
+    init: Callable[[int], None] | None = None,
+) -> DataLoader:
     workers = config.DATA.NUM_WORKERS
-    return DataLoader(
-        dataset,
+    return ImageLoader(
+        images,
         batch_size=config.DATA.BATCH_SIZE,
         sampler=sampler,
         num_workers=workers,
         pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
         drop_last=drop_last,
+        worker_init_fn=init,
         persistent_workers=workers > 0,
         multiprocessing_context=(config.DATA.WORKER_START_METHOD or None) if workers else None,
     )

@@ -7,8 +7,9 @@ folder of OUT:
 
 - imagenet: `train/<digit>/*.png`, `val/<digit>/*.png`;
 - zip: the same images as `train.zip`, `val.zip` with `train_map.txt`, `val_map.txt`, one map in each of the
-two styles; - detection: scenes of several digits in the layout of COCO 2017, with boxes and polygon masks; -
-segmentation: such scenes in the layout of ADE20K, with label images.
+  two styles;
+- detection: scenes of several digits in the layout of COCO 2017, with boxes and polygon masks;
+- segmentation: such scenes in the layout of ADE20K, with label images.
 
 About a fifth of the scans of every digit is held out, for the validation splits of all kinds. The same seed
 and sizes give the same bytes. A finished kind is left alone by a second call, a half-written one is written

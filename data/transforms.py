@@ -1,21 +1,33 @@
 """Image transforms: the augmentation of DeiT and Swin through timm, and the evaluation transforms.
 
-Images come in as PIL images in RGB and leave as normalised float tensors (channels, height, width). With one
-channel, colours are augmented first and turned to gray just before the conversion to a tensor.
+Images come in as PIL images in RGB, from a decoder that may have cropped them, and leave as normalised
+float tensors (channels, height, width). With one channel, colours are augmented first and turned to gray just
+before the conversion to a tensor.
 """
 
 import itertools
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
-from timm.data import auto_augment, create_transform
+from timm.data import RandomResizedCropAndInterpolation, auto_augment, create_transform
+from timm.data.random_erasing import RandomErasing
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode, functional
 
+from data.images import Box, EncodedImage, check_opencv, decode_rgb
+from data.opencv_ops import Flip, ThroughPillow, exchange_operations
+
 Size = tuple[int, int]
-Transform = Callable[[Image.Image], torch.Tensor]
+Pixels = Image.Image | np.ndarray
+Decode = Callable[[bytes, str], Pixels]
+"""From the content of an image file, and its name for errors, to what the transform takes."""
+Transform = Callable[[Any], torch.Tensor]
 
 INTERPOLATIONS = {
     "bilinear": InterpolationMode.BILINEAR,
@@ -88,9 +100,102 @@ class ResizeToCover:
         return functional.resize(image, new_size, self.interpolation)
 
 
+class ToNormalizedTensor:
+    """An image as a normalised float tensor: ToTensor and Normalize in one, with the same bits."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """
+        Args:
+            mean: per channel, of pixels in [0, 1].
+            std: like `mean`.
+        """
+        self.mean = torch.tensor(mean).view(-1, 1, 1)
+        self.std = torch.tensor(std).view(-1, 1, 1)
+
+    def __call__(self, image: Pixels) -> torch.Tensor:
+        # (height, width, channels), or without channels if gray; the memory of an array is only read
+        array = np.array(image) if isinstance(image, Image.Image) else image
+        pixels = torch.from_numpy(array).view(*array.shape[:2], -1).permute(2, 0, 1)
+        values = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+        return values.div_(255).sub_(self.mean).div_(self.std)
+
+
+class OpencvCrop:
+    """A decoder that takes over the first step of a training transform, a random crop or a resize.
+
+    It draws the same random numbers as that step, so the crop is the same, up to rounding.
+    """
+
+    def __init__(self, step: RandomResizedCropAndInterpolation | transforms.Resize) -> None:
+        """
+        Args:
+            step: to take over.
+        """
+        self._size = step.size
+        modes = step.interpolation
+        self._modes = tuple(modes) if isinstance(modes, list | tuple) else (modes,)
+        self._draw_box: Callable[[Image.Image], Box] = _whole
+        if isinstance(step, RandomResizedCropAndInterpolation):
+            self._draw_box = partial(step.get_params, scale=step.scale, ratio=step.ratio)
+
+    def __call__(self, encoded: bytes, name: str) -> np.ndarray:
+        """The crop of an image file, (height, width, 3); UndecodableImageError if it does not decode."""
+        image = EncodedImage(encoded, name)
+        box = self._draw_box(image.header)
+        mode = random.choice(self._modes) if len(self._modes) > 1 else self._modes[0]
+        crop = image.opencv_crop(box, self._size, mode.value)
+        if crop is None:
+            return np.asarray(functional.resized_crop(image.decode(), *box, self._size, mode))
+        return crop
+
+
+def _whole(image: Image.Image) -> Box:
+    return 0, 0, image.height, image.width
+
+
+def _with_pillow(transform: transforms.Compose) -> tuple[Decode, Transform]:
+    return decode_rgb, transform
+
+
+def _with_opencv(transform: transforms.Compose) -> tuple[Decode, Transform]:
+    check_opencv()
+    crop, *steps = transform.transforms
+    return OpencvCrop(crop), transforms.Compose([_on_arrays(step) for step in steps])
+
+
+def _on_arrays(step: Any) -> Callable:
+    """What does the same as a step for PIL images, on arrays; steps on tensors stay."""
+    if isinstance(step, transforms.RandomHorizontalFlip):
+        return Flip(step.p)
+    if isinstance(step, auto_augment.RandAugment | auto_augment.AutoAugment):
+        exchange_operations(_operations(step))
+        return step
+    return step if isinstance(step, ToNormalizedTensor | RandomErasing) else ThroughPillow(step)
+
+
+_DECODERS = {"pil": _with_pillow, "opencv": _with_opencv}
+
+
+def with_decoder(decoder: str, transform: transforms.Compose) -> tuple[Decode, Transform]:
+    """Divide the work between a decoder and the rest of a training transform.
+
+    Args:
+        decoder: "pil" is Pillow for everything; "opencv" decodes the crop alone, and augments with OpenCV.
+        transform: from `train_transform`.
+
+    Raises:
+        ValueError: unknown decoder, or OpenCV is not installed.
+    """
+    if decoder not in _DECODERS:
+        raise ValueError(
+            f"DATA.DECODER: expected one of {', '.join(map(repr, _DECODERS))}, got {decoder!r}; choose one"
+        )
+    return _DECODERS[decoder](transform)
+
+
 def train_transform(
     size: Size, channels: int, mean: Sequence[float], std: Sequence[float], interpolation: str, recipe: Recipe
-) -> Transform:
+) -> transforms.Compose:
     """The training transform: random crop and flip, rand-augment or jitter, normalisation, erasing.
 
     Up to 32 pixels, images are cropped at random after padding by 4 pixels instead of by area, as usual for
@@ -133,10 +238,10 @@ def train_transform(
         crop.transforms[:1] = [resize, transforms.RandomCrop(size, padding=_SMALL_PADDING)]
     if channels == 1:
         augment.transforms.append(transforms.Grayscale())
-        normalize = next(
-            i for i, step in enumerate(to_tensor.transforms) if isinstance(step, transforms.Normalize)
-        )
-        to_tensor.transforms[normalize] = transforms.Normalize(mean, std)
+    normalize = next(
+        i for i, step in enumerate(to_tensor.transforms) if isinstance(step, transforms.Normalize)
+    )
+    to_tensor.transforms[: normalize + 1] = [ToNormalizedTensor(mean, std)]
     return transforms.Compose(crop.transforms + augment.transforms + to_tensor.transforms)
 
 
@@ -167,7 +272,7 @@ def eval_transform(
         steps = [transforms.Resize(size, mode)]
     if channels == 1:
         steps.append(transforms.Grayscale())
-    return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(mean, std)])
+    return transforms.Compose([*steps, ToNormalizedTensor(mean, std)])
 
 
 def _allow_posterize_to_black(steps: Sequence[object]) -> None:
@@ -175,11 +280,14 @@ def _allow_posterize_to_black(steps: Sequence[object]) -> None:
 
     Pillow used to answer with a black image, and now refuses.
     """
-    for step in steps:
-        policy = getattr(step, "ops", None) or itertools.chain(*getattr(step, "policy", ()))
-        for operation in policy:
-            if operation.aug_fn is auto_augment.posterize:
-                operation.aug_fn = _posterize
+    for operation in itertools.chain.from_iterable(map(_operations, steps)):
+        if operation.aug_fn is auto_augment.posterize:
+            operation.aug_fn = _posterize
+
+
+def _operations(step: object) -> list[auto_augment.AugmentOp]:
+    """The operations of a policy of timm; none of another step."""
+    return list(getattr(step, "ops", None) or itertools.chain(*getattr(step, "policy", ())))
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **options: object) -> Image.Image:

@@ -175,7 +175,7 @@ def _stage_problems(options: Mapping[str, Any], stage: int) -> list[str]:
             )
     elif levels not in (0, 1, 2, 3):
         problems.append(f"stage {stage}: focal_levels must be 0 to 3, got {levels}")
-    if not 0 <= options["expand_sizes"][stage] <= window:
+    if options["kind"] == "focal" and not 0 <= options["expand_sizes"][stage] <= window:
         got = options["expand_sizes"][stage]
         problems.append(
             f"stage {stage}: expand_sizes must lie between 0 and the window size {window}, got {got}"

@@ -135,6 +135,22 @@ def test_options_from_the_command_line(key: str, given: object, expected: object
             ["MODEL.TYPE", "focalv2", "MODEL.FOCAL.FOCAL_POOL", "fc", "MODEL.FOCAL.FOCAL_LEVELS", [3] * 4],
             ["FOCAL_LEVELS", "1 or 2"],
         ),
+        (["MODEL.FOCAL.FOCAL_LEVELS", [4, 1, 1, 1]], ["MODEL.FOCAL.FOCAL_LEVELS", "3 or less", "stage 0"]),
+        (
+            ["MODEL.FOCAL.EXPAND_SIZES", [3, 8, 3, 3]],
+            ["MODEL.FOCAL.EXPAND_SIZES", "WINDOW_SIZE = 7", "got 8"],
+        ),
+        (["MODEL.FOCAL.QK_SCALE", 0], ["MODEL.FOCAL.QK_SCALE", "head_dim", "greater than 0"]),
+        (["MODEL.FOCAL.QK_SCALE", "0"], ["MODEL.FOCAL.QK_SCALE", "greater than 0"]),
+        (["DATA.IMG_SIZE", 32, "MODEL.FOCAL.PATCH_SIZE", 8], ["DATA.IMG_SIZE", "PATCH_SIZE 8", "stage 3"]),
+        (
+            ["DATA.IMG_SIZE", [224, 40], "MODEL.FOCAL.PATCH_SIZE", 96, "MODEL.FOCAL.USE_CONV_EMBED", True],
+            ["DATA.IMG_SIZE", "PATCH_SIZE 96", "stage 0", "a side of 40"],
+        ),
+        (["DATA.CACHE_MODE", "full"], ["DATA.CACHE_MODE", "--zip"]),
+        (["MODEL.FOCAL.LAYERSCALE_VALUE", 1e-5], ["LAYERSCALE_VALUE", "USE_LAYERSCALE"]),
+        (["TRAIN.LR_SCHEDULER.DECAY_RATE", 0.5], ["DECAY_RATE", "TRAIN.LR_SCHEDULER.NAME step"]),
+        (["TRAIN.OPTIMIZER.MOMENTUM", 0.5], ["MOMENTUM", "TRAIN.OPTIMIZER.NAME sgd"]),
         (["TRAIN.EPOCHS", 10], ["TRAIN.WARMUP_EPOCHS", "at most", "20"]),
         (["TRAIN.BASE_LR", "nan"], ["TRAIN.BASE_LR", "a number"]),
         (["TRAIN.OPTIMIZER.NAME", "lion"], ["TRAIN.OPTIMIZER.NAME", "'adamw'"]),
@@ -159,6 +175,17 @@ def test_even_focal_windows_are_fine_where_nothing_is_pooled() -> None:
     load_config(
         None, [*opts, "MODEL.FOCAL.FOCAL_STAGES", [0, 1, 3], "MODEL.FOCAL.FOCAL_WINDOWS", [7, 4, 2, 1]]
     )
+
+
+def test_even_focal_windows_are_fine_in_focalv2() -> None:
+    """It does not use that key."""
+    opts = ["MODEL.TYPE", "focalv2", "MODEL.FOCAL.FOCAL_POOL", "fc", "MODEL.FOCAL.FOCAL_LEVELS", [2] * 4]
+    load_config(None, [*opts, "MODEL.FOCAL.FOCAL_WINDOWS", [8, 6, 4, 2], "MODEL.FOCAL.EXPAND_SIZES", [9] * 4])
+
+
+def test_yaml_files_may_hold_values_for_what_is_switched_off(tmp_path: Path) -> None:
+    content = {"DATA": {"CACHE_MODE": "full"}, "MODEL": {"FOCAL": {"LAYERSCALE_VALUE": 1e-5}}}
+    assert load_config(write(tmp_path / "a.yaml", content)).DATA.CACHE_MODE == "full"
 
 
 def test_all_problems_come_in_one_error(tmp_path: Path) -> None:

@@ -611,8 +611,44 @@ def test_damaged_validation_image_is_an_error(folder: Path, workers: int) -> Non
     broken = folder / "val" / "bee" / "2.png"
     break_image(broken)
     loaders = build_loaders(make_config(folder, DATA__NUM_WORKERS=workers))
-    with raises(ValueError, broken, "expected an image file that decodes"):
+    with pytest.raises(UndecodableImageError) as caught:
         val_set(loaders)
+    message = str(caught.value)
+    assert message.startswith(f"{broken}: expected an image file that decodes")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_messages_name_the_image_and_no_buffer(folder: Path, workers: int) -> None:
+    broken = folder / "val" / "bee" / "2.png"
+    broken.write_bytes(b"no image")
+    with pytest.raises(UndecodableImageError) as caught:
+        val_set(build_loaders(make_config(folder, DATA__NUM_WORKERS=workers)))
+    assert str(caught.value).startswith(f"{broken}: ")
+    assert "BytesIO" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_vanished_is_named_in_one_line(folder: Path, workers: int) -> None:
+    gone = folder / "val" / "bee" / "2.png"
+    loaders = build_loaders(make_config(folder, DATA__NUM_WORKERS=workers))
+    gone.unlink()
+    with pytest.raises(UndecodableImageError) as caught:
+        val_set(loaders)
+    assert str(gone) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_main_process_tells_what_spawned_workers_replaced(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = folder / "train" / "bee" / "2.png"
+    break_image(broken)
+    workers = {"DATA__NUM_WORKERS": 1, "DATA__WORKER_START_METHOD": "spawn"}
+    loaders = build_loaders(make_config(folder, DATA__BATCH_SIZE=18, **workers))
+    draw_epoch(loaders)
+    assert caplog.text.count(str(broken)) == 1
+    assert loaders.train_dataset.undecodable == 1
 
 
 @pytest.mark.parametrize("cache", ["no", "full"])

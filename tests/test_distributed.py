@@ -1,6 +1,7 @@
 """Two real processes over gloo compute what one computes with twice the batch."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -55,5 +56,30 @@ def test_a_failing_run_ends_on_every_process(
     opts = [*nano_opts, *PLAIN, "TRAIN.BASE_LR", 1e30, "TRAIN.CLIP_GRAD", 0]
     done = run_two(command(few_images, tmp_path, opts))
     assert done.returncode != 0
+    assert done.stderr.count("error: epoch 1, step ") == 1
     assert "expected a finite loss" in done.stderr
     assert not list(folder_of(tmp_path).glob("*.pth"))
+
+
+def test_damaged_images_of_any_process_are_counted_and_told(
+    few_images: Path, nano_opts: list[object], tmp_path: Path
+) -> None:
+    """Training goes on and counts them; in evaluation both processes stop, and one of them says why."""
+    data = shutil.copytree(few_images, tmp_path / "data")
+    for folder in (data / "train").iterdir():
+        next(folder.iterdir()).write_bytes(b"damaged")
+    opts = [*nano_opts, *PLAIN, "TRAIN.EPOCHS", 1, "DATA.NUM_WORKERS", 1]
+    done = run_two(command(data, tmp_path, opts, "--batch-size", "8"))
+    assert done.returncode == 0, done.stderr
+    logs = [(folder_of(tmp_path) / f"log_rank{rank}.txt").read_text() for rank in (0, 1)]
+    counts = [log.count("replaced an image that does not decode") for log in logs]
+    assert min(counts) > 0
+    assert metrics_of(tmp_path, "epoch")[0]["undecodable"] == sum(counts)
+
+    second = sorted((data / "val").glob("*/*.png"))[1]  # the second process evaluates every other image
+    second.write_bytes(b"damaged")
+    weights = str(folder_of(tmp_path) / "ckpt_epoch_0.pth")
+    done = run_two(command(data, tmp_path, opts, "--eval", "--resume", weights))
+    assert done.returncode != 0
+    assert done.stderr.count(f"error: {second}: expected an image file that decodes") == 1
+    assert 'main.py", line' not in done.stderr

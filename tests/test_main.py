@@ -1,7 +1,9 @@
 """The command line from end to end on a nano model: train, stop, resume, evaluate, fail cleanly."""
 
 import json
+import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,11 @@ import torch
 from conftest import REPO
 
 import engine
+import logger
 import main
+import utils
+from config import load_config
+from logger import Metrics
 
 TINY = str(REPO / "configs/focal_tiny_patch4_window7_224.yaml")
 PLAIN = [  # nothing random but the order and the crops of the images
@@ -154,7 +160,7 @@ def test_a_ragged_accumulation_group_makes_an_update(
     opts = [*nano_opts, *PLAIN, "TRAIN.OPTIMIZER.NAME", "adamw"]
     assert main.main(command(few_images, tmp_path, opts, "--accumulation-steps", "3")) == 0
     state = checkpoint(tmp_path, 1)
-    assert state["lr_scheduler"]["updates"] == 6
+    assert state["position"]["updates"] == 6
     assert {int(moments["step"]) for moments in state["optimizer"]["state"].values()} == {6}
 
 
@@ -179,6 +185,74 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     assert "learning rate " in message
     assert "ckpt_epoch_0.pth" in message
     assert not (folder_of(tmp_path) / "ckpt_epoch_1.pth").exists()
+
+
+def test_the_bad_step_is_told_with_its_own_learning_rate(
+    few_images: Path, nano_opts: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Step 2 of 8 in a warm-up from 1e20 to 1e30, reported after step 4."""
+    opts = [*nano_opts, *PLAIN, "TRAIN.WARMUP_LR", 1e20, "TRAIN.BASE_LR", 1e30, "TRAIN.WARMUP_EPOCHS", 2]
+    opts += ["TRAIN.CLIP_GRAD", 0, "PRINT_FREQ", 4]
+    assert main.main(command(few_images, tmp_path, opts)) == 2
+    message = capsys.readouterr().err
+    step = int(message.split("step ")[1].split(":")[0])
+    assert step < 4
+    rate = (1e20 + (1e30 - 1e20) * (step - 1) / 16) * 16 / 512
+    assert f"learning rate {rate:.3e}" in message
+    assert "no checkpoint yet. Start anew" in message
+    assert "o on from" not in message
+
+
+def test_an_evaluation_that_fails_loses_no_epoch(
+    trained: Path,
+    few_images: Path,
+    nano_opts: list[object],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It is made up for when the run goes on, so that the best accuracy counts every epoch."""
+    data = shutil.copytree(few_images, tmp_path / "data")
+    broken = next((data / "val").glob("*/*.png"))
+    content = broken.read_bytes()
+    broken.write_bytes(b"damaged")
+    output, opts = tmp_path / "out", [*nano_opts, *PLAIN, "DATA.NUM_WORKERS", 1]
+    assert main.main(command(data, output, opts)) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {broken}: expected an image file that decodes")
+    assert message.count("\n") == 1
+    assert "BytesIO" not in message
+    assert checkpoint(output, 0)["max_accuracy"] == 0.0
+    assert not (folder_of(output) / "best.pth").exists()
+    broken.write_bytes(content)
+    assert main.main(command(data, output, opts)) == 0
+    assert difference(trained, output, epoch=1) == 0.0
+    best = torch.load(folder_of(output) / "best.pth", weights_only=True)
+    records = metrics_of(trained, "epoch")
+    assert best["max_accuracy"] == max(record["acc1"] for record in records)
+    assert records[0]["acc1"] > 0
+    assert checkpoint(output, 0)["max_accuracy"] == records[0]["acc1"]
+    assert checkpoint(output, 0)["evaluated"]
+
+
+def test_weights_are_checked_before_the_data(
+    trained: Path,
+    nano_opts: list[object],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    weights = str(folder_of(trained) / "best.pth")
+    nowhere, other = Path("/nowhere"), [*nano_opts, *PLAIN, "MODEL.NUM_CLASSES", 7]
+    for flags, begin in (
+        (["--pretrained", weights], "error: MODEL.PRETRAINED (--pretrained): "),
+        (["--resume", weights], "error: MODEL.RESUME (--resume): "),
+        (["--eval", "--resume", weights], "error: MODEL.RESUME (--resume): "),
+        (["--eval", "--pretrained", weights], "error: MODEL.PRETRAINED (--pretrained): "),
+    ):
+        assert main.main(command(nowhere, tmp_path, other, *flags)) == 2
+        message = capsys.readouterr().err
+        assert message.startswith(begin)
+        assert "head.weight is [10, 128], expected [7, 128]" in message
+        assert ("--opts MODEL.RESET_HEAD True" in message) == (flags[0] == "--pretrained")
 
 
 def test_fine_tuning_starts_from_weights(
@@ -232,6 +306,9 @@ def test_mistakes_end_in_one_message(few_images: Path, nano_opts: list[object], 
     [
         (["--data-path", "/nowhere"], "/nowhere"),
         (["--eval", "--resume", "/no/such.pth"], "/no/such.pth"),
+        (["--pretrained", "/no/such.pth"], "MODEL.PRETRAINED (--pretrained): /no/such.pth"),
+        (["--output", __file__], "OUTPUT (--output): expected a folder"),
+        (["--cache-mode", "full"], "DATA.ZIP_MODE (--zip)"),
         (["--device", "cuda:99"], "DEVICE"),
         (["--batch-size", "1000"], "BATCH_SIZE"),
     ],
@@ -248,11 +325,36 @@ def test_mistakes_are_explained(
     assert word in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied", "x"), ImportError("no tensors")])
+def test_other_mistakes_end_in_one_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(config: object) -> None:
+        raise error
+
+    monkeypatch.setattr(main, "start", fail)
+    assert main.main(["--cfg", TINY]) == 2
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_only_the_first_process_tells_what_all_have_met(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert main.main(["--cfg", TINY, "--seed", "-1"]) == 2
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("arguments", [["--cfg", TINY, "--bach-size", "3"], ["--cfg", TINY, "--thr"], []])
 def test_unknown_or_missing_flags_are_errors(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main.read_config(arguments)
     assert caught.value.code == 2
+
+
+def test_an_odd_number_of_words_is_shown_as_typed() -> None:
+    with pytest.raises(ValueError, match="got 3 words: SEED 3 TAG; give"):
+        main.read_config(["--cfg", TINY, "--zip", "--batch-size", "8", "--opts", "SEED", "3", "TAG"])
 
 
 def test_flags_win_over_opts_and_yaml_only_if_given() -> None:
@@ -264,17 +366,66 @@ def test_flags_win_over_opts_and_yaml_only_if_given() -> None:
     assert config.DATA.BATCH_SIZE == 8
 
 
-def test_top5_of_fewer_than_five_classes(tmp_path: Path) -> None:
-    from config import load_config
-    from logger import Metrics
-    from utils import Precision
+def make_run(output: Path, *opts: object) -> engine.Run:
+    precision = utils.Precision(torch.float32)
+    return engine.Run(load_config(None, opts), torch.device("cpu"), precision, output, Metrics(None))
 
+
+def test_a_compiled_model_sees_one_batch_size_in_evaluation(tmp_path: Path) -> None:
+    """A smaller last batch would be compiled anew."""
+    sizes = []
+
+    class Spy(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            sizes.append(len(images))
+            return images.mean(dim=(2, 3))
+
+    torch.manual_seed(0)
+    batches = [(torch.randn(count, 3, 4, 4), torch.randint(3, (count,))) for count in (5, 5, 2)]
+    plain = engine.evaluate(make_run(tmp_path), Spy(), batches)
+    assert engine.evaluate(make_run(tmp_path, "COMPILE", True), Spy(), batches) == plain
+    assert sizes == [5, 5, 2, 5, 5, 5]
+
+
+def test_several_processes_cannot_share_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"^DEVICE: .*'cuda:1'.*CUDA_VISIBLE_DEVICES"):
+        utils.pick_device("cuda:1")
+    assert utils.pick_device("cpu").type == "cpu"
+
+
+def test_every_process_of_a_machine_with_too_few_cards_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="below 2.*got 3"):
+        utils.pick_device("cuda")
+
+
+def test_log_lines_go_above_a_progress_bar(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tqdm = pytest.importorskip("tqdm")
+    written = []
+    monkeypatch.setattr(tqdm.tqdm, "write", staticmethod(lambda text, file: written.append(text)))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    logger.create_logger(tmp_path)
+    for number in logger.progress([1, 2], "some work", show=True):
+        logging.getLogger("main").info(f"line {number}")
+    logging.getLogger("main").info("line 3")
+    assert [text[-6:] for text in written] == ["line 1", "line 2"]
+    printed = capsys.readouterr().out
+    assert "line 3" in printed
+    assert "line 1" not in printed
+
+
+def test_top5_of_fewer_than_five_classes(tmp_path: Path) -> None:
     class Echo(torch.nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return images
 
-    cpu = torch.device("cpu")
-    run = engine.Run(load_config(), cpu, Precision(torch.float32), tmp_path, Metrics(None))
+    run = make_run(tmp_path)
     batches = [(torch.eye(3), torch.tensor([0, 1, 0])), (torch.eye(3)[:1], torch.tensor([2]))]
     result = engine.evaluate(run, Echo(), batches)
     assert (result["acc1"], result["acc5"]) == (50.0, 100.0)

@@ -139,6 +139,26 @@ def test_focal_fast_never_sees_padding() -> None:
         assert (fine // table.width < height).all() and (fine % table.width < width).all()
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_training_keeps_no_gathered_keys(device) -> None:
+    """What sdpa saves for the backward pass is its input, bias and output, here and on other devices."""
+    table = _ring_pooled_keys(RingPooledKeys(7, 3, 7, 1), 28, 28, torch.device(device)).table
+    qkv = torch.randn(8, tokens_of(table, 1), 3, 2, 8, device=device, requires_grad=True)
+    bias = torch.randn(2, 16, 49, table.index.shape[1], device=device, requires_grad=True)
+    saved = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        if x.is_floating_point():
+            saved[id(x.untyped_storage())] = x.untyped_storage().nbytes()
+        return x
+
+    module = PORTABLE_BACKENDS["sdpa"]
+    prepared = module.prepare_bias(bias, table, torch.float32)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out = module.attend(qkv, table, prepared, 0.4)
+    assert sum(saved.values()) <= sum(x.untyped_storage().nbytes() for x in (qkv, prepared, out))
+
+
 def test_the_choice_of_a_backend() -> None:
     for name in ("reference", "sdpa"):
         assert resolve_backend(name, CPU, torch.float32, 32, 7) == name

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from .key_table import KeyTable, dense_bias, fold_bias, mask_absent, merge_windows, split_qkv, split_windows
 from .recompute import RecomputedAttention
@@ -30,9 +31,12 @@ def prepare_bias(bias: Tensor, table: KeyTable, dtype: torch.dtype) -> Tensor:
 def attend(qkv: Tensor, table: KeyTable, bias: Tensor, scale: float) -> Tensor:
     """See `models.ops.focal_attention`; `bias` comes from `prepare_bias`."""
     trains = torch.is_grad_enabled() and (qkv.requires_grad or bias.requires_grad)
-    if trains and qkv.device.type == "cpu" and not torch.compiler.is_compiling():
+    if not trains or torch.compiler.is_compiling():
+        return _attend(qkv, table, bias, scale)
+    if qkv.device.type == "cpu":
         return RecomputedAttention.apply(qkv, bias, table, scale, _attend)
-    return _attend(qkv, table, bias, scale)
+    # Elsewhere the kernels have all gradients; gathered keys are gathered again rather than kept.
+    return checkpoint(_attend, qkv, table, bias, scale, use_reentrant=False, preserve_rng_state=False)
 
 
 def _attend(qkv: Tensor, table: KeyTable, bias: Tensor, scale: float) -> Tensor:
