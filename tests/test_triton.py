@@ -16,12 +16,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from golden_files import normal
 from torch import Tensor, nn
 
 pytest.importorskip("triton")
 
+from config import load_config
+from models import build_model, load_checkpoint
 from models.key_selection import NearestKeys, RingPooledKeys, SelectedKeys
 from models.ops import reference, triton_kernel, triton_launch
 
@@ -168,6 +172,20 @@ def test_slices_and_determinism(case: str, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(triton_launch, "TARGET_PROGRAMS", programs)
         for x, y in zip(problem.run(triton_kernel), expected, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["official_v1_nano", "official_v2_nano"])
+def test_the_originals_logits(name: str) -> None:
+    """A whole model in evaluation, with the original's weights, against what the original answered."""
+    folder = Path(__file__).parent / "checkpoints"
+    model = build_model(load_config(folder / f"{name}.yaml", ["MODEL.ATTENTION_BACKEND", "triton"])).eval()
+    load_checkpoint(model, folder / f"{name}.pth")
+    expected = np.load(folder / f"{name}_expected.npz")
+    image = torch.from_numpy(normal(str(expected["input_salt"]) + "input", (2, 3, 224, 224))).float()
+    with torch.no_grad():
+        logits = model(image[:1])
+    assert (logits - torch.from_numpy(expected["logits"][:1])).abs().max() < 1e-5
 
 
 @interpreted
