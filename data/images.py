@@ -34,6 +34,10 @@ Box = tuple[int, int, int, int]
 _REDUCTIONS = (8, 4, 2)  # denominators at which OpenCV decodes a JPEG file to a smaller image
 _STRAY_MARKER = re.compile(rb"\xff[\x01-\xc3\xc5-\xcf\xd8\xd9\xdc\xde-\xfe]")
 """What no intact scan contains, and none of the segments between scans of a progressive file begins with."""
+_BASELINE_FRAME = b"\xff\xc0\x00\x11\x08"  # then height, width; of a file with one scan of three colours
+_RESTARTS = b"\xff\xdd"
+_END = b"\xff\xd9"
+_ROWS_BELOW = 16  # a block of subsampled colours, which reaches into the rows above
 
 
 class UndecodableImageError(ValueError):
@@ -88,8 +92,9 @@ class EncodedImage:
         """A crop of the image, resized; None where OpenCV does not decode it as Pillow does.
 
         A JPEG file is decoded at the smallest of full, half, quarter and eighth size at which the crop still
-        covers `size`; the crop then moves by less than a pixel of the result. The resize is PyTorch's, which
-        computes what Pillow's does, up to rounding; OpenCV's own does not smooth, or is slower.
+        covers `size`, and where possible only down to the crop's last row. At a smaller size the crop moves
+        by up to half a pixel of the result. The resize is PyTorch's, which computes what Pillow's does, up to
+        rounding; OpenCV's own does not smooth, or is slower.
 
         Args:
             box: of the crop, in pixels of the whole image.
@@ -108,13 +113,35 @@ class EncodedImage:
         top, left, height, width = box
         factor = next((n for n in _REDUCTIONS if height >= n * size[0] and width >= n * size[1]), 1)
         flag = cv2.IMREAD_COLOR if factor == 1 else getattr(cv2, f"IMREAD_REDUCED_COLOR_{factor}")
-        data = np.frombuffer(self._encoded, dtype=np.uint8)
-        pixels = cv2.imdecode(data, flag | cv2.IMREAD_IGNORE_ORIENTATION)
+        flag |= cv2.IMREAD_IGNORE_ORIENTATION
+        pixels = None
+        for data in (self._upper_part(top + height), self._encoded):
+            if pixels is None and data is not None:
+                pixels = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), flag)
         if pixels is None:
             return None
-        rows = slice(top // factor, -(-(top + height) // factor))
-        columns = slice(left // factor, -(-(left + width) // factor))
+        rows = slice(round(top / factor), round((top + height) / factor))
+        columns = slice(round(left / factor), round((left + width) / factor))
         return cv2.cvtColor(_resized(pixels[rows, columns], size, mode), cv2.COLOR_BGR2RGB)
+
+    def _upper_part(self, rows: int) -> bytearray | None:
+        """A JPEG file that ends soon after a number of rows, which decode as they do in the whole file.
+
+        That is the file with a smaller height and without its end mark, for which the decoder would look.
+        None where the file has not the usual form, or lacks its end and may be damaged.
+        """
+        height = rows + _ROWS_BELOW
+        frame = self._encoded.rfind(_BASELINE_FRAME, 0, self._scan_start)
+        usual = frame > 0 and self._encoded.endswith(_END)
+        if (
+            height >= self.header.height
+            or not usual
+            or self._encoded.find(_RESTARTS, 0, self._scan_start) > 0
+        ):
+            return None
+        part = bytearray(self._encoded[: -len(_END)])
+        part[frame + len(_BASELINE_FRAME) : frame + len(_BASELINE_FRAME) + 2] = height.to_bytes(2, "big")
+        return part
 
     def _undecodable(self, error: Exception) -> UndecodableImageError:
         return UndecodableImageError(

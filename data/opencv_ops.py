@@ -232,7 +232,7 @@ class ThroughPillow:
         self._step = step
 
     def __call__(self, pixels: np.ndarray, *args: Any, **options: Any) -> np.ndarray:
-        return np.asarray(self._step(Image.fromarray(pixels), *args, **options))
+        return np.array(self._step(Image.fromarray(pixels), *args, **options))
 
 
 class Flip:

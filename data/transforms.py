@@ -145,7 +145,7 @@ class OpencvCrop:
         mode = random.choice(self._modes) if len(self._modes) > 1 else self._modes[0]
         crop = image.opencv_crop(box, self._size, mode.value)
         if crop is None:
-            return np.asarray(functional.resized_crop(image.decode(), *box, self._size, mode))
+            return np.array(functional.resized_crop(image.decode(), *box, self._size, mode))
         return crop
 
 

@@ -85,15 +85,19 @@ def _products(
     """
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     scores_at_once = SCORES_AT_ONCE * max(2, torch.get_num_threads())
-    step = max(1, scores_at_once // bias[0].numel())
-    for start in range(0, len(q), step):
-        part = slice(start, start + step)
-        probabilities = torch.baddbmm(bias[part], q[part], k[part].mT).softmax(dim=-1)
-        torch.bmm(probabilities.mT, grad[part], out=dv[part])
-        dscores = torch.bmm(grad[part], v[part].mT).sub_(delta[part]).mul_(probabilities)
-        dbias[part] += dscores
-        torch.bmm(dscores, k[part], out=dq[part])
-        torch.bmm(dscores.mT, q[part], out=dk[part])
+    step = min(len(q), max(1, scores_at_once // bias[0].numel()))
+    buffers = bias.new_empty(2, step, *bias.shape[1:])  # used again and again: fresh memory costs page faults
+    arrays = (q, k, v, delta, grad, bias, dbias, dq, dk, dv)
+    for qs, ks, vs, ds, gs, bs, dbs, dqs, dks, dvs in zip(*(x.split(step) for x in arrays), strict=True):
+        scores, probabilities = buffers[:, : len(qs)]
+        torch.bmm(qs, ks.mT, out=scores)
+        torch.softmax(scores.add_(bs), dim=-1, out=probabilities)
+        torch.bmm(probabilities.mT, gs, out=dvs)
+        torch.bmm(gs, vs.mT, out=scores)
+        dscores = scores.sub_(ds).mul_(probabilities)
+        dbs += dscores
+        torch.bmm(dscores, ks, out=dqs)
+        torch.bmm(dscores.mT, qs, out=dks)
     return dq, dk, dv
 
 

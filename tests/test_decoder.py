@@ -1,0 +1,307 @@
+"""DATA.DECODER: what OpenCV makes of image files beside what Pillow makes of them."""
+
+import logging
+import random
+import sys
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import auto_augment
+from torchvision import transforms
+from yacs.config import CfgNode
+
+from config import load_config
+from data import build_loaders
+from data.images import EncodedImage, UndecodableImageError, check_opencv, decode_rgb
+from data.opencv_ops import OPERATIONS
+from data.seeding import seeded_rngs
+from data.transforms import Recipe, ToNormalizedTensor, train_transform, with_decoder
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+ORIENTATION = 0x0112
+SIZE = (64, 96)
+PLAIN = Recipe(auto_augment="none", color_jitter=0.0, reprob=0.0)
+INTENSE = Recipe(auto_augment="rand-m9-mstd0.5-inc1", reprob=0.25)
+
+
+def picture(height: int, width: int, seed: int = 0) -> Image.Image:
+    """Smooth colours with some texture: small noise, enlarged, and a little noise on top."""
+    draw = np.random.default_rng(seed)
+    small = Image.fromarray(draw.integers(0, 256, (8, 8 * width // height, 3), dtype=np.uint8))
+    smooth = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), dtype=np.int64)
+    return Image.fromarray((smooth + draw.integers(-8, 9, (height, width, 1))).clip(0, 255).astype(np.uint8))
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def pipelines(recipe: Recipe, size: tuple[int, int] = SIZE, **options: object) -> dict[str, object]:
+    """Content of a file and seed -> tensor, by decoder."""
+    values = {"channels": 3, "mean": MEAN, "std": STD, "interpolation": "bicubic"} | options
+
+    def make(decoder: str):
+        decode, transform = with_decoder(decoder, train_transform(size, recipe=recipe, **values))
+
+        def run(content: bytes, seed: int) -> torch.Tensor:
+            with seeded_rngs(seed):
+                return transform(decode(content, "image"))
+
+        return run
+
+    return {decoder: make(decoder) for decoder in ("pil", "opencv")}
+
+
+def difference(content: bytes, recipe: Recipe = PLAIN, seeds: int = 8, **options: object) -> float:
+    """Mean absolute difference between the decoders' images, in steps of 1/255."""
+    both = pipelines(recipe, **options)
+    scale = 255 * sum(STD) / 3
+    diffs = [both["pil"](content, seed) - both["opencv"](content, seed) for seed in range(seeds)]
+    return float(torch.stack(diffs).abs().mean()) * scale
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("options", [{}, {"quality": 30}, {"progressive": True}, {"subsampling": 0}])
+def test_same_crop_at_full_size(mode: str, options: dict[str, object]) -> None:
+    content = encoded(picture(90, 131).convert(mode), **options)
+    assert EncodedImage(content, "x").opencv_crop((0, 0, 80, 100), SIZE, "bicubic") is not None
+    assert difference(content) < 0.1
+
+
+@pytest.mark.parametrize(("height", "width"), [(300, 413), (800, 501), (601, 1200)])
+def test_reduced_sizes_move_by_half_a_pixel_at_most(height: int, width: int) -> None:
+    content = encoded(picture(height, width), quality=92)
+    assert difference(content) < 4
+    for top, left in ((0, 0), (1, 2), (3, 5), (2, 7)):
+        box = (top, left, height - 10, width - 13)
+        crop = EncodedImage(content, "x").opencv_crop(box, SIZE, "bicubic")
+        corners = (left, top, left + box[3], top + box[2])
+        expected = decode_rgb(content, "x").crop(corners).resize(SIZE[::-1], Image.Resampling.BICUBIC)
+        assert crop.shape == (*SIZE, 3)
+        expected = np.asarray(expected).astype(int)
+        whole_pixel = np.abs(np.roll(expected, 1, axis=1) - expected).mean()
+        assert np.abs(crop - expected).mean() < whole_pixel / 2
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"subsampling": 0}, {"progressive": True}, {"restart_marker_rows": 1}]
+)
+@pytest.mark.parametrize("factor", [1, 2])
+def test_rows_below_the_crop_make_no_difference(
+    options: dict[str, object], factor: int, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = EncodedImage(encoded(picture(190, 131), **options), "x")
+    boxes = [(top, 7, rows, 90) for top in (0, 21) for rows in (40, 100, 145, 169)]
+    crops = [image.opencv_crop(box, (40 // factor, 90 // factor), "bicubic") for box in boxes]
+    assert capfd.readouterr().err == ""  # the decoder has nothing to complain about
+    parts = [image._upper_part(top + rows) for top, _, rows, _ in boxes]
+    assert any(part is not None for part in parts) == (
+        not set(options) & {"progressive", "restart_marker_rows"}
+    )
+    monkeypatch.setattr(EncodedImage, "_upper_part", lambda self, rows: None)
+    for box, crop in zip(boxes, crops, strict=True):
+        whole = image.opencv_crop(box, (40 // factor, 90 // factor), "bicubic")
+        np.testing.assert_array_equal(crop, whole)
+
+
+def test_colours_keep_their_order() -> None:
+    red = encoded(Image.new("RGB", (80, 60), (200, 30, 10)))
+    crop = EncodedImage(red, "x").opencv_crop((0, 0, 60, 80), (16, 16), "bilinear")
+    np.testing.assert_allclose(crop[8, 8], (200, 30, 10), atol=3)
+
+
+@pytest.mark.parametrize("interpolation", ["random", "bilinear", "bicubic"])
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "v0", "3a", "augmix-m3", "none"])
+def test_decoders_draw_the_same(policy: str, interpolation: str) -> None:
+    """Crop, flip, policy and erasing: the pictures are alike as wholes, and the generators end alike."""
+    recipe = Recipe(auto_augment=policy, reprob=0.5, remode="const")
+    both = pipelines(recipe, interpolation=interpolation)
+    content = encoded(picture(90, 131))
+    for seed in range(6):
+        ends = []
+        images = []
+        for name in ("pil", "opencv"):
+            random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+            decode, transform = with_decoder(name, train_transform(SIZE, 3, MEAN, STD, interpolation, recipe))
+            images.append(transform(decode(content, "x")))
+            ends.append((random.random(), np.random.rand(), torch.rand(1).item()))
+        assert ends[0] == ends[1]
+        assert (images[0] - images[1]).abs().mean() < 0.12
+        assert torch.equal(both["opencv"](content, seed), both["opencv"](content, seed))
+
+
+LEVELS: dict[str, list[tuple[float, ...]]] = {
+    "solarize": [(0,), (100,), (256,)],
+    "solarize_add": [(50,)],
+    "posterize": [(1,), (4,), (8,)],
+    **{name: [(0.0,), (0.3,), (1.0,), (1.9,)] for name in ("brightness", "contrast", "color", "sharpness")},
+    "desaturate": [(0.4,)],
+    **{name: [(0.0,), (0.2,), (-0.3,)] for name in ("shear_x", "shear_y")},
+    **{name: [(0.0,), (20.4,), (-17.7,), (500.0,)] for name in ("translate_x_abs", "translate_y_abs")},
+    **{name: [(0.3,), (-0.45,)] for name in ("translate_x_rel", "translate_y_rel")},
+    "rotate": [(20.0,), (-7.0,)],
+}
+EXACT = ("auto_contrast", "equalize", "invert", "solarize", "solarize_add", "posterize", "brightness")
+
+
+@pytest.mark.parametrize("theirs", OPERATIONS, ids=lambda function: function.__name__)
+@pytest.mark.parametrize("image", [picture(90, 131), Image.new("RGB", (30, 20), (3, 200, 90))])
+def test_operations_are_those_of_timm(theirs, image: Image.Image) -> None:
+    for level in LEVELS.get(theirs.__name__, [()]):
+        for resample in (Image.Resampling.BICUBIC, Image.Resampling.BILINEAR):
+            options = {"fillcolor": (124, 116, 104), "resample": resample}
+            expected = np.asarray(theirs(image, *level, **options)).astype(int)
+            before = np.asarray(image).copy()
+            got = OPERATIONS[theirs](before.copy(), *level, **options)
+            assert (got.shape, got.dtype, got.flags["C_CONTIGUOUS"]) == (expected.shape, np.uint8, True)
+            if theirs.__name__ in EXACT:
+                np.testing.assert_array_equal(got, expected)
+            else:
+                assert np.abs(got - expected).mean() < 2, level
+
+
+def test_every_operation_of_a_policy_is_known() -> None:
+    recipe = train_transform(SIZE, 3, MEAN, STD, "bicubic", INTENSE)
+    policy = next(step for step in recipe.transforms if isinstance(step, auto_augment.RandAugment))
+    names = {operation.name for operation in policy.ops}
+    assert {auto_augment.NAME_TO_OP[name] for name in names} <= set(OPERATIONS)
+
+
+@pytest.mark.parametrize("kind", ["cmyk", "gray16", "palette", "alpha", "webp", "trailing"])
+def test_what_opencv_would_decode_otherwise_stays_with_pillow(kind: str) -> None:
+    """The results are those of Pillow to the bit."""
+    image = picture(90, 131)
+    gray16 = Image.fromarray(np.linspace(0, 65535, 90 * 131).reshape(90, 131).astype(np.uint16))
+    contents = {
+        "cmyk": lambda: encoded(image.convert("CMYK")),
+        "gray16": lambda: encoded(gray16, "PNG"),
+        "palette": lambda: encoded(image.convert("P"), "PNG", transparency=0),
+        "alpha": lambda: encoded(image.convert("RGBA"), "PNG"),
+        "webp": lambda: encoded(image, "WEBP"),
+        "trailing": lambda: encoded(image) + b"and more",
+    }
+    content = contents[kind]()
+    assert EncodedImage(content, "x").opencv_crop((0, 0, 80, 100), SIZE, "bicubic") is None
+    assert difference(content) == 0
+
+
+def test_orientation_is_ignored() -> None:
+    image = picture(90, 131)
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    turned, upright = encoded(image, exif=exif), encoded(image)
+    run = pipelines(INTENSE)["opencv"]
+    assert all(torch.equal(run(turned, seed), run(upright, seed)) for seed in range(4))
+
+
+def damaged() -> dict[str, bytes]:
+    """Contents that Pillow refuses, each damaged in its own way."""
+    whole = encoded(picture(90, 131))
+    stray = bytearray(whole)
+    stray[len(whole) // 2 : len(whole) // 2 + 2] = b"\xff\xbf"
+    return {
+        "empty": b"",
+        "text": b"no image",
+        "half": whole[: len(whole) // 2],
+        "no end": whole[:-2],
+        "header": whole[:40],
+        "stray marker": bytes(stray),
+    }
+
+
+@pytest.mark.parametrize("name", damaged())
+def test_both_decoders_refuse_the_same(name: str) -> None:
+    content = damaged()[name]
+    for run in pipelines(PLAIN).values():
+        with pytest.raises(UndecodableImageError, match="image"):
+            run(content, 0)
+
+
+@pytest.mark.parametrize("options", [{"channels": 1}, {"size": (32, 32)}])
+def test_gray_and_small_images(options: dict[str, object]) -> None:
+    content = encoded(picture(90, 131))
+    assert difference(content, **options) < 4
+    shape = (options.get("channels", 3), *options.get("size", SIZE))
+    assert pipelines(INTENSE, **options)["opencv"](content, 0).shape == shape
+
+
+def test_unknown_and_missing_decoders(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="DATA.DECODER.*'opencv'"):
+        with_decoder("turbo", train_transform(SIZE, 3, MEAN, STD, "bicubic", PLAIN))
+    with pytest.raises(ValueError, match="DATA.DECODER"):
+        load_config(opts=["DATA.DECODER", "turbo"])
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(ValueError, match="pip install opencv-python-headless"):
+        check_opencv()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_normalized_tensor_is_exact(mode: str) -> None:
+    image = picture(50, 31).convert(mode)
+    count = len(image.getbands())
+    expected = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN[:count], STD[:count])])
+    ours = ToNormalizedTensor(MEAN[:count], STD[:count])
+    assert torch.equal(ours(image), expected(image))
+    assert torch.equal(ours(np.array(image)), expected(image))
+
+
+# --- In the loaders -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for split, count in (("train", 8), ("val", 2)):
+        for number in range(count):
+            folder = tmp_path / split / f"class{number % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            picture(100 + number, 130, seed=number).save(folder / f"{number}.jpg")
+    return tmp_path
+
+
+def make_config(root: Path, **overrides: object) -> CfgNode:
+    values = {"PATH": root, "DATASET": "folder", "DECODER": "opencv", "BATCH_SIZE": 4, "IMG_SIZE": 48}
+    values = {f"DATA.{key}": value for key, value in ({"NUM_WORKERS": 0} | values | overrides).items()}
+    values["DATA.DATA_PATH"] = str(values.pop("DATA.PATH"))
+    return load_config(opts=["MODEL.NUM_CLASSES", 2, *(word for pair in values.items() for word in pair)])
+
+
+def epoch(config: CfgNode, number: int) -> torch.Tensor:
+    loaders = build_loaders(config)
+    loaders.set_epoch(number)
+    return torch.cat([images for images, _ in loaders.train_loader])
+
+
+def test_samples_depend_on_seed_epoch_and_index_alone(root: Path) -> None:
+    images = epoch(make_config(root), 1)
+    assert torch.equal(images, epoch(make_config(root, NUM_WORKERS=2), 1))
+    assert not torch.equal(images, epoch(make_config(root), 2))
+
+
+def test_evaluation_stays_with_pillow(root: Path) -> None:
+    results = [
+        torch.cat([images for images, _ in build_loaders(make_config(root, DECODER=decoder)).val_loader])
+        for decoder in ("pil", "opencv")
+    ]
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("decoder", ["pil", "opencv"])
+def test_damaged_images_are_replaced_and_counted(
+    root: Path, decoder: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = root / "train" / "class1" / "3.jpg"
+    path.write_bytes(path.read_bytes()[:900])
+    loaders = build_loaders(make_config(root, DECODER=decoder))
+    loaders.set_epoch(0)
+    with caplog.at_level(logging.WARNING):
+        images = [images for images, _ in loaders.train_loader]
+    assert sum(map(len, images)) == 8
+    assert loaders.train_dataset.undecodable == 1
+    assert "3.jpg" in caplog.text
+    assert all(torch.isfinite(batch).all() for batch in images)

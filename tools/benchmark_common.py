@@ -1,0 +1,174 @@
+"""What the measuring tools share: alternating rounds, spreads, the description of a run, result files.
+
+On a machine that does other work too, a timing says little by itself. So everything that is compared is timed
+in turns in one process, and compared by the median of the ratios within a round.
+"""
+
+import csv
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+if str(REPO) not in sys.path:
+    sys.path.insert(0, str(REPO))  # the tools are run as files
+
+import torch  # noqa: E402
+
+from utils import synchronize  # noqa: E402
+
+RESULTS = REPO / "tools" / "results"
+MISSING = "-"
+
+Cell = str | int | float | None
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median with quartiles."""
+
+    median: float
+    lower: float
+    upper: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Of at least one value."""
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, lower, upper)
+
+
+def seconds_of(action: Callable[[], object], repeats: int, device: torch.device) -> float:
+    """Seconds per call of `action`, over `repeats` calls and the device's work."""
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        action()
+    synchronize(device)
+    return (time.perf_counter() - start) / repeats
+
+
+def repeats_for(seconds: float, single: float, most: int = 1000) -> int:
+    """Calls that take about `seconds`, where one takes `single`; at least one."""
+    return max(1, min(most, round(seconds / max(single, 1e-9))))
+
+
+def alternate(timers: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Call every timer once a round, in turns of changing direction; what each returned, by round."""
+    times: dict[str, list[float]] = {name: [] for name in timers}
+    for number in range(rounds):
+        for name in timers if number % 2 == 0 else reversed(timers):
+            times[name].append(timers[name]())
+    return times
+
+
+def speed_ratio(times: Sequence[float], of: Sequence[float]) -> Spread:
+    """How many times as fast as `of`, with which `times` were taken in turns: the spread over rounds."""
+    return Spread.of([theirs / ours for ours, theirs in zip(times, of, strict=True)])
+
+
+def describe_run(device: torch.device) -> dict[str, str]:
+    """What a reader has to know to judge a result."""
+    cpu = f"{_cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
+    versions = [f"{name} {_version(name)}" for name in ("torch", "torchvision", "timm", "triton")]
+    facts = {
+        "Date": datetime.now().isoformat(timespec="minutes"),
+        "Machine": f"{torch.cuda.get_device_name(device)}; {cpu}" if device.type == "cuda" else cpu,
+        "Load": " ".join(f"{value:.2f}" for value in os.getloadavg()) + " (1, 5, 15 minutes, at the start)",
+        "Versions": ", ".join([f"Python {platform.python_version()}", *versions]),
+        "Commit": _commit(),
+        "Command": shlex.join(["python", _short(sys.argv[0]), *sys.argv[1:]]),
+    }
+    if device.type == "cuda":
+        facts["Versions"] += f", CUDA {torch.version.cuda}"
+    return facts
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "missing"
+
+
+def _commit() -> str:
+    """Of the repository; with a mark where files differ from it."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(REPO), *words], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", "*.py", "configs")
+        return git("rev-parse", "--short=12", "HEAD") + (" and changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _short(path: str) -> str:
+    """A path below the repository relative to it."""
+    full = Path(path).resolve()
+    return full.relative_to(REPO).as_posix() if full.is_relative_to(REPO) else full.name
+
+
+def result_stem(folder: Path, name: str) -> Path:
+    """<folder>/<date>_<name>, without ending; the folder is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{datetime.now():%Y-%m-%d}_{name}"
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
+    """A table; None is shown as '-'."""
+    lines = [columns, ["---"] * len(columns), *([show(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def show(value: Cell) -> str:
+    """A cell's text, numbers with three digits or more."""
+    if value is None:
+        return MISSING
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return str(value).replace("|", "/").replace("\n", " ")
+
+
+def markdown_report(title: str, facts: dict[str, str], notes: Sequence[str], tables: Sequence[str]) -> str:
+    """A result file: what was measured where, then the tables."""
+    listed = [f"- {name}: {value}" for name, value in facts.items()]
+    return "\n".join(
+        [f"# {title}", "", *listed, "", *(f"{note}\n" for note in notes), "\n\n".join(tables), ""]
+    )
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> None:
+    """The same rows with all digits."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(["" if cell is None else cell for cell in row] for row in rows)
+
+
+def short_reason(error: BaseException, length: int = 160) -> str:
+    """An error in one line."""
+    text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    return text if len(text) <= length else text[: length - 3] + "..."
