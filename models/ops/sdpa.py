@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from .key_table import KeyTable, dense_bias, fold_bias, mask_absent, merge_windows, split_qkv, split_windows
-from .recompute import RecomputedAttention
+from .recompute import RecomputedAttention, gather_heads
 
 
 def prepare_bias(bias: Tensor, table: KeyTable, dtype: torch.dtype) -> Tensor:
@@ -55,12 +55,11 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
     """Keys of every window with windows as heads: [B, S, N, D], [P, K'] -> [B, N*P, K', D]."""
     b, _, n, d = x.shape
     p, k = index.shape
-    x, index = x.transpose(1, 2), index.flatten()
     if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return x.index_select(2, index).reshape(b, n * p, k, d)
-    gathered = x.new_empty(b, n, p * k, d)  # the CPU does single images faster
-    for image, target in zip(x, gathered, strict=True):
-        torch.index_select(image, 1, index, out=target)
+        return x.transpose(1, 2).index_select(2, index.flatten()).reshape(b, n * p, k, d)
+    gathered = x.new_empty(b, n, p * k, d)
+    for image, target in zip(x.transpose(1, 2), gathered, strict=True):
+        gather_heads(image, index, target)
     return gathered.view(b, n * p, k, d)
 
 
