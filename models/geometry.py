@@ -148,13 +148,14 @@ def offset_index(to_centre: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, 
         place: query - window centre, [Q, 2].
 
     Returns:
-        All offsets of the box that holds query - key, float32 [R, 2], and two int64 arrays, [Q, 1] of the
-        query and [P, K] of the key, whose sum is the row of their offset.
+        All offsets of the box that holds query - key, float32 [R, 2]; for each query and each distinct place
+        of a key, the row of their offset, int64 [Q, U]; and the place of each key, int64 [P, K].
     """
     low = to_centre.min(axis=(0, 1)) + place.min(axis=0)
     size = to_centre.max(axis=(0, 1)) + place.max(axis=0) - low + 1
     box = grid(*size) + low
     stride = np.array([size[1], 1])
-    of_query = ((place - place.min(axis=0)) * stride).sum(axis=-1)[:, None]
+    of_query = ((place - place.min(axis=0)) * stride).sum(axis=-1)
     of_key = ((to_centre - to_centre.min(axis=(0, 1))) * stride).sum(axis=-1)
-    return box.astype(np.float32), of_query, of_key
+    distinct, which = np.unique(of_key, return_inverse=True)
+    return box.astype(np.float32), of_query[:, None] + distinct, which.reshape(of_key.shape)

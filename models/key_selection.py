@@ -203,9 +203,11 @@ class NearestKeys:
         parts = []
         groups = zip(layer.coord2rpb_all, keys.bias_index, strict=True)
         with full_precision(keys.table.index.device):
-            for network, (offsets, of_query, of_key) in groups:
+            for network, (offsets, rows, place) in groups:
                 answers = network(offsets.to(network[0].weight.dtype))
-                parts.append(lookup(answers, of_query + of_key[:, None]))
+                by_place = lookup(answers, rows)  # [N, Q, U]
+                bias = lookup(by_place.flatten(0, 1).t(), place)  # long rows: their gradient is a fast sum
+                parts.append(bias.unflatten(0, by_place.shape[:2]).transpose(1, 2))
         return torch.cat(parts, dim=-1)
 
 
