@@ -12,8 +12,11 @@ LOCAL_RANK.
 
 import ast
 import difflib
+import errno
 import math
+import os
 import re
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,15 @@ DECODERS = ("pil", "opencv")
 OPTIMIZERS = ("adamw", "sgd", "fused_adam", "fused_lamb")
 SCHEDULERS = ("cosine", "linear", "step")
 COMMAND_LINE = "command line"  # where a value came from
+# What a yaml file may ask for: enough for anything but an attack.
+MAX_YAML = 2**16  # letters of a file; the longest here has three thousand
+MAX_FILES = 64  # that BASE may lead to
+MAX_INTEGER = 2**53
+MAX_TEXT = 1000  # letters of a value that is read as a list or number
+MAX_STAGES = 16
+MAX_LEVELS = 16
+SHOWN_PROBLEMS = 50
+SHOWN_LETTERS = 200  # of a value in a message
 
 _C = CN()
 _C.BASE = [""]  # yaml files to inherit from, relative to the file that names them
@@ -99,6 +111,13 @@ _C.TRAIN.AUTO_RESUME = True  # continue from the newest checkpoint in the output
 _C.TRAIN.ACCUMULATION_STEPS = 0  # batches per optimizer update; 0 and 1 mean one; --accumulation-steps
 _C.TRAIN.USE_CHECKPOINT = False  # recompute activations in the backward pass to save memory; --use-checkpoint
 
+_C.TRAIN.BAD_STEPS_MAX = 10  # updates in a row without finite loss and gradient that end the run; all skipped
+
+_C.TRAIN.EMA = CN()
+_C.TRAIN.EMA.ENABLED = False  # keep a moving average of the weights; evaluated and saved beside them
+_C.TRAIN.EMA.DECAY = 0.9999  # per update
+_C.TRAIN.EMA.WARMUP = False  # begin with a smaller decay: 1 - (1 + updates) ** (-2 / 3), up to DECAY
+
 _C.TRAIN.LR_SCHEDULER = CN()
 _C.TRAIN.LR_SCHEDULER.NAME = "cosine"  # cosine | linear | step
 _C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30  # step
@@ -135,10 +154,21 @@ _C.COMPILE = False  # torch.compile the model; --compile
 _C.DEVICE = ""  # '' (cuda when available, else cpu) | cpu | cuda | cuda:N; --device
 _C.OUTPUT = ""  # root of the output folders, '' is output; the run's is <OUTPUT>/<MODEL.NAME>/<TAG>
 _C.TAG = "default"  # --tag
+# Saving. A file that cannot be written (full disk, read-only folder) is an error in the log; older ones are
+# kept and training goes on to the next save. Exit status: 0 done, 2 for what the user can correct, 75 saved
+# and stopped by SIGTERM or SIGUSR1 (the same command goes on), 1 if another process died or hangs.
 _C.SAVE_FREQ = 1  # epochs between checkpoints; the last epoch is always saved
+_C.SAVE_STEPS = 0  # also every so many steps, after the next update; 0 for none inside epochs
+_C.SAVE_MINUTES = 0.0  # also after so many minutes without a checkpoint; 0 for never
+_C.SAVE_KEEP = 0  # checkpoints that stay besides best.pth, inside epochs too; 0 for all of whole epochs
+_C.SAVE_ASYNC = True  # write in the background while training goes on; takes the state's size of host memory
+_C.SAVE_FAILURES_MAX = 3  # failed saves in a row that end the run; a last one that fails does, too
+_C.DIST_TIMEOUT_MINUTES = 30.0  # how long a process waits for one that hangs, before it ends the job
+_C.DETERMINISTIC = False  # deterministic algorithms alone, an error where there is none; slower on a GPU
 _C.PRINT_FREQ = 100  # steps between log lines
 _C.SEED = 0  # --seed
 _C.EVAL_MODE = False  # --eval
+_C.EVAL_EMA = False  # with EVAL_MODE: the moving average of a training checkpoint instead of its weights
 _C.THROUGHPUT_MODE = False  # --throughput
 _C.DEBUG_MODE = False  # --debug
 _C.LOCAL_RANK = 0  # no effect: torchrun's environment decides
@@ -158,7 +188,7 @@ def _as_bool(value: Any) -> bool:
 
 
 def _as_int(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) > MAX_INTEGER:
         raise TypeError
     return value
 
@@ -196,7 +226,7 @@ def _either(*parsers: Parser) -> Parser:
         for parser in parsers:
             try:
                 return parser(value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 continue
         raise TypeError
 
@@ -274,7 +304,7 @@ RULES: dict[str, Rule] = {
     ),
     "MODEL.FOCAL.FOCAL_POOL": _one_of("none", "fc", "conv", "mean", "max"),
     "MODEL.FOCAL.FOCAL_STAGES": AT_LEAST_0,
-    "MODEL.FOCAL.FOCAL_LEVELS": AT_LEAST_0,
+    "MODEL.FOCAL.FOCAL_LEVELS": (f"0 to {MAX_LEVELS}", lambda value: 0 <= value <= MAX_LEVELS),
     "MODEL.FOCAL.FOCAL_WINDOWS": AT_LEAST_1,
     "MODEL.FOCAL.FOCAL_TOPK": AT_LEAST_1,
     "MODEL.FOCAL.EXPAND_SIZES": AT_LEAST_0,
@@ -289,6 +319,8 @@ RULES: dict[str, Rule] = {
     "TRAIN.MIN_LR": AT_LEAST_0,
     "TRAIN.CLIP_GRAD": AT_LEAST_0,
     "TRAIN.ACCUMULATION_STEPS": AT_LEAST_0,
+    "TRAIN.BAD_STEPS_MAX": AT_LEAST_1,
+    "TRAIN.EMA.DECAY": FRACTION,
     "TRAIN.LR_SCHEDULER.NAME": _one_of(*SCHEDULERS),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": AT_LEAST_1,
     "TRAIN.LR_SCHEDULER.DECAY_RATE": SHARE,
@@ -317,6 +349,11 @@ RULES: dict[str, Rule] = {
     "AMP_DTYPE": _one_of("", "bf16", "fp16"),
     "DEVICE": ("'', cpu, cuda or cuda:N", lambda value: re.fullmatch(r"|cpu|cuda(:\d+)?", value) is not None),
     "SAVE_FREQ": AT_LEAST_1,
+    "SAVE_STEPS": AT_LEAST_0,
+    "SAVE_MINUTES": AT_LEAST_0,
+    "SAVE_KEEP": AT_LEAST_0,
+    "SAVE_FAILURES_MAX": AT_LEAST_1,
+    "DIST_TIMEOUT_MINUTES": POSITIVE,
     "PRINT_FREQ": AT_LEAST_1,
     "SEED": AT_LEAST_0,
 }
@@ -374,8 +411,9 @@ def _stages(config: CN) -> Iterator[tuple[str, str]]:
     """Problems of the lists that describe the stages, as (key, message)."""
     focal = config.MODEL.FOCAL
     count = len(focal.DEPTHS)
-    if count < 1:
-        yield "MODEL.FOCAL.DEPTHS", "expected one entry per stage, got []; name at least one stage"
+    if not 1 <= count <= MAX_STAGES:
+        yield "MODEL.FOCAL.DEPTHS", f"expected 1 to {MAX_STAGES} stages, got {count}; name one entry for each"
+        return
     per_stage = ("NUM_HEADS", "FOCAL_LEVELS", "FOCAL_WINDOWS", "EXPAND_SIZES")
     ragged = [name for name in per_stage if len(focal[name]) != count]
     for name in ragged:
@@ -465,6 +503,9 @@ CONDITIONS: dict[str, tuple[str, Callable[[CN], bool]]] = {
         "MODEL.FOCAL.USE_LAYERSCALE True",
         lambda config: config.MODEL.FOCAL.USE_LAYERSCALE,
     ),
+    "EVAL_EMA": ("EVAL_MODE (--eval)", lambda config: config.EVAL_MODE or not config.EVAL_EMA),
+    "TRAIN.EMA.DECAY": ("TRAIN.EMA.ENABLED True", lambda config: config.TRAIN.EMA.ENABLED),
+    "TRAIN.EMA.WARMUP": ("TRAIN.EMA.ENABLED True", lambda config: config.TRAIN.EMA.ENABLED),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": (
         "TRAIN.LR_SCHEDULER.NAME step",
         lambda config: config.TRAIN.LR_SCHEDULER.NAME == "step",
@@ -503,10 +544,61 @@ def load_config(cfg_file: str | Path | None = None, opts: Sequence[Any] = ()) ->
     loader.check()
     if loader.problems:
         count = len(loader.problems)
-        raise ValueError(f"{count} problem(s) in the configuration:\n  - " + "\n  - ".join(loader.problems))
+        shown = loader.problems[:SHOWN_PROBLEMS] + ["..."] * (count > SHOWN_PROBLEMS)
+        file = "" if cfg_file is None else f" of {_shown(str(cfg_file))}"
+        raise ValueError(f"{count} problem(s) in the configuration{file}:\n  - " + "\n  - ".join(shown))
     config.BASE = [""]  # merged already: the dumped config stands on its own
     config.freeze()
     return config
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain values from yaml text that nobody vouches for.
+
+    Raises:
+        ValueError: not plain values; the message is the reason, in one line.
+    """
+    if not isinstance(text, str) or len(text) > MAX_YAML:
+        raise ValueError(f"expected text of at most {MAX_YAML:,} letters")
+    try:
+        return yaml.load(text, _PlainLoader)
+    except RecursionError as error:
+        raise ValueError("too deeply nested") from error
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
+        raise ValueError(_shown(str(error)) or type(error).__name__) from error
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """yaml's safe loader without aliases, which let a short text grow without end, and repeated keys."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError(f"expected values, got the alias *{self.peek_event().anchor}; write its value")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key, _ in getattr(node, "value", ()):
+            name = key.value if isinstance(key, yaml.ScalarNode) else None
+            if name is not None and name in seen:
+                raise ValueError(f"line {key.start_mark.line + 1}: key {_shown(name)} stands there twice")
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def _shown(value: Any) -> str:
+    """A value for a message: in one line, and not endless."""
+    try:
+        text = value if isinstance(value, str) else reprlib.repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = f"a long {type(value).__name__}"
+    text = " ".join(text.split())
+    text = text if len(text) <= SHOWN_LETTERS else f"{text[:SHOWN_LETTERS]}..."
+    return text if text.isprintable() else repr(text)
+
+
+def _quoted(value: Any) -> str:
+    return repr(_shown(value)) if isinstance(value, str) else _shown(value)
 
 
 def flatten(node: CN, prefix: str = "") -> dict[str, Any]:
@@ -529,30 +621,42 @@ class _Loader:
         self.origin: dict[str, str] = {}  # key -> where its value came from
         self.wrong: set[str] = set()  # keys whose value could not be taken
         self.problems: list[str] = []
+        self.files = 0
 
     def merge_file(self, path: Path, parents: tuple[Path, ...]) -> None:
-        path = path.resolve()
-        if path in parents:
-            chain = " -> ".join(str(step) for step in (*parents, path))
-            self.problems.append(f"{path}: BASE: expected no cycle, got {chain}; remove one of these")
+        self.files += 1
+        named_by = f" (named by BASE in {parents[-1]})" if parents else ""
+        if self.files > MAX_FILES:
+            self.problems += [f"{path}: expected at most {MAX_FILES} files{named_by}; remove some"] * (
+                self.files == MAX_FILES + 1
+            )
             return
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            path = Path(os.path.realpath(path))
+            if path in parents:
+                chain = " -> ".join(str(step) for step in (*parents, path))
+                self.problems.append(f"{path}: BASE: expected no cycle, got {chain}; remove one of these")
+                return
+            if path.exists() and not path.is_file():
+                raise OSError(errno.EINVAL, "no plain file")
+            with path.open(encoding="utf-8") as file:
+                content = parse_yaml(file.read(MAX_YAML + 1))
         except OSError as error:
-            named_by = f" (named by BASE in {parents[-1]})" if parents else ""
             self.problems.append(
                 f"{path}: expected a readable yaml file{named_by}, got {error.strerror}; check the path"
             )
             return
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            reason = " ".join(str(error).split())
+        except ValueError as error:
             self.problems.append(
-                f"{path}: expected valid yaml of plain values, got: {reason}; correct the file"
+                f"{_shown(str(path))}: expected valid yaml of plain values{named_by}, got: "
+                f"{_shown(str(error))}; correct the file"
             )
             return
         content = {} if content is None else content
         if not isinstance(content, dict):
-            self.problems.append(f"{path}: expected KEY: value lines, got {content!r}; correct the file")
+            self.problems.append(
+                f"{path}: expected KEY: value lines, got {_shown(content)}; correct the file"
+            )
             return
         self.config.BASE = [""]
         self.assign("BASE", content.pop("BASE", [""]), str(path))
@@ -563,7 +667,7 @@ class _Loader:
 
     def merge_section(self, prefix: str, content: dict[Any, Any], where: str) -> None:
         for name, value in content.items():
-            key = f"{prefix}{name}"
+            key = f"{prefix}{_shown(name)}"
             is_section = any(known.startswith(f"{key}.") for known in self.defaults)
             if not is_section:
                 self.assign(key, value, where)
@@ -571,7 +675,7 @@ class _Loader:
                 self.merge_section(f"{key}.", value or {}, where)
             else:
                 self.problems.append(
-                    f"{where}: {key}: expected a section with keys of its own, got {value!r}; indent them"
+                    f"{where}: {key}: expected a section with keys of its own, got {_shown(value)}; indent"
                 )
 
     def merge_opts(self, opts: list[Any]) -> None:
@@ -589,7 +693,8 @@ class _Loader:
         if key.startswith("MODEL.SPEC."):
             return  # free-form and without effect
         if key not in self.defaults:
-            close = difflib.get_close_matches(key, self.defaults, n=1, cutoff=0.5)
+            few = len(self.problems) < SHOWN_PROBLEMS  # more are not shown, and the search is slow
+            close = difflib.get_close_matches(key, self.defaults, n=1, cutoff=0.5) if few else []
             hint = f"did you mean {close[0]}?" if close else "see config.py for all keys"
             self.problems.append(f"{where}: {key}: expected a known key, got {key!r}; {hint}")
             return
@@ -600,9 +705,9 @@ class _Loader:
         decoded = value if isinstance(default, str) else _decode(value)
         try:
             parsed = parse(decoded)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             self.wrong.add(key)
-            got = f"{value!r} ({type(decoded).__name__})"
+            got = f"{_quoted(value)} ({type(decoded).__name__})"
             self.problems.append(f"{where}: {key}: expected {expected}, got {got}; correct the value")
             return
         *sections, name = key.split(".")
@@ -622,7 +727,7 @@ class _Loader:
             if not all(holds(entry) for entry in entries):
                 each = " for every entry" if len(entries) > 1 else ""
                 self.wrong.add(key)
-                self.complain(key, f"expected {expected}{each}, got {value!r}; correct the value")
+                self.complain(key, f"expected {expected}{each}, got {_quoted(value)}; correct the value")
         groups = ((_stages, ("MODEL.",)), (_maps, ("MODEL.", "DATA.IMG_SIZE")), (_combinations, ("",)))
         for group, keys in groups:
             if not any(key.startswith(keys) for key in self.wrong):
@@ -641,13 +746,13 @@ class _Loader:
 
 def _decode(value: Any) -> Any:
     """Text as a Python value: '[2, 2]', 'None', 'true', '5e-4'; left alone if it is none of them."""
-    if not isinstance(value, str):
+    if not isinstance(value, str) or len(value) > MAX_TEXT:
         return value
     try:
         return ast.literal_eval(value.strip())
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # the last two: nested brackets
         pass
     try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
+        return parse_yaml(value)
+    except ValueError:
         return value

@@ -1,5 +1,6 @@
 """Where a run reports: console, one log file per process, metrics.jsonl and TensorBoard."""
 
+import errno
 import json
 import logging
 import math
@@ -7,9 +8,23 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-OWN_LOGGERS = ("main", "engine", "train_state", "lr_scheduler", "models", "data")  # heard at every level
+OWN_LOGGERS = (  # heard at every level
+    *(
+        "main",
+        "engine",
+        "train_state",
+        "storage",
+        "saver",
+        "checkpoints",
+        "trainer",
+        "lr_scheduler",
+        "models",
+        "data",
+    ),
+)
+logger = logging.getLogger("main")
 
 _handlers: list[logging.Handler] = []  # the ones create_logger has installed
 _bars: list[Any] = []  # progress bars that are shown now
@@ -99,13 +114,16 @@ class Metrics:
     """
 
     def __init__(self, output: Path | None) -> None:
-        self.file = None
+        self.file: IO[bytes] | None = None
         self.board = None
+        self.size = 0  # of what is in the file
+        self.unwritten = b""
         if output is None:
             return
         path = output / "metrics.jsonl"
         _drop_partial_line(path)
-        self.file = path.open("a", encoding="utf-8")
+        self.file = path.open("ab", buffering=0)
+        self.size = self.file.seek(0, os.SEEK_END)
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
@@ -113,7 +131,7 @@ class Metrics:
         self.board = SummaryWriter(str(output / "tensorboard"))
 
     def write(self, kind: str, position: int, **values: float | int) -> None:
-        """Record one point.
+        """Record one point. What cannot be written, for the disk is full, is kept for the next time.
 
         Args:
             kind: 'train' (a logging interval) or 'epoch'.
@@ -123,11 +141,37 @@ class Metrics:
         if self.file is None:
             return
         record = {name: _json_number(value) for name, value in values.items()}
-        self.file.write(json.dumps({"kind": kind, **record}, allow_nan=False) + "\n")
-        self.file.flush()
+        self.unwritten += (json.dumps({"kind": kind, **record}, allow_nan=False) + "\n").encode()
+        self.flush()
         if self.board is not None:
-            for name, value in values.items():
-                self.board.add_scalar(f"{kind}/{name}", value, position)
+            try:
+                for name, value in values.items():
+                    self.board.add_scalar(f"{kind}/{name}", value, position)
+            except OSError as error:
+                self.board = None
+                logger.warning(f"TensorBoard records no more: {error}")
+
+    def flush(self) -> int:
+        """Write what could not be written before; the length of the file with all records, in bytes."""
+        if self.file is None:
+            return 0
+        try:
+            if self.unwritten:
+                written = self.file.write(self.unwritten)
+                if written < len(self.unwritten):  # a full disk takes a part first
+                    self.file.truncate(self.size)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self.size += written
+                self.unwritten = b""
+        except OSError as error:
+            logger.error(f"{self.file.name}: expected to write metrics, got: {error.strerror}; they are kept")
+        return self.size + len(self.unwritten)
+
+    def rewind(self, size: int) -> None:
+        """Drop what was recorded after the first ``size`` bytes: a resumed run records it again."""
+        if self.file is not None and 0 <= size < self.size:
+            self.file.truncate(size)
+            self.size = size
 
     def close(self) -> None:
         if self.file is not None:

@@ -11,20 +11,22 @@ import argparse
 import logging
 import os
 import sys
-import time
 from pathlib import Path
 
 import torch
 from yacs.config import CfgNode
 
+import storage
 import train_state
 import utils
 from config import load_config
+from control import EXIT_STOPPED, StopRequested, listening
 from data import UndecodableImageError, build_loaders
-from engine import Batches, Run, evaluate, prepare, train_one_epoch
+from engine import Run, evaluate, prepare, train_one_epoch
 from logger import Metrics, create_logger
 from models import FocalTransformer, build_model, count_params_and_macs, load_checkpoint
 from throughput import measure_throughput
+from trainer import begin, finish_epoch
 
 logger = logging.getLogger("main")
 
@@ -78,8 +80,10 @@ def read_config(argv: list[str] | None) -> CfgNode:
 
 def start(config: CfgNode) -> None:
     """Set up the process, build the model, and do what the config asks for."""
+    if config.DETERMINISTIC:
+        utils.be_deterministic()
     device = utils.pick_device(config.DEVICE)
-    utils.init_distributed(device)
+    utils.init_distributed(device, config.DIST_TIMEOUT_MINUTES)
     output = Path(config.OUTPUT or "output") / config.MODEL.NAME / config.TAG
     modes = {"EVAL_MODE": run_evaluation, "THROUGHPUT_MODE": run_throughput, "DEBUG_MODE": run_debug}
     action = next((action for mode, action in modes.items() if config[mode]), run_training)
@@ -96,8 +100,10 @@ def start(config: CfgNode) -> None:
     )
     if config.COMPILE:
         model.compile(dynamic=False)
-    action(Run(config, device, precision, output, metrics), model)
-    metrics.close()
+    try:
+        action(Run(config, device, precision, output, metrics), model)
+    finally:
+        metrics.close()
 
 
 def open_output(output: Path, with_metrics: bool) -> Metrics:
@@ -117,7 +123,10 @@ def load_weights(model: FocalTransformer, config: CfgNode, key: str) -> None:
     """Load MODEL.RESUME or MODEL.PRETRAINED into the model; a mistake names the key and the flag."""
     with train_state.naming(f"MODEL.{key} (--{key.lower()})"):
         try:
-            load_checkpoint(model, config.MODEL[key], reset_head=config.MODEL.RESET_HEAD)
+            if config.EVAL_EMA:
+                train_state.load_average(model, config.MODEL[key])
+            else:
+                load_checkpoint(model, config.MODEL[key], reset_head=config.MODEL.RESET_HEAD)
         except ValueError as error:
             if "reset_head" not in str(error) or config.EVAL_MODE:
                 raise
@@ -126,50 +135,47 @@ def load_weights(model: FocalTransformer, config: CfgNode, key: str) -> None:
 
 
 def run_training(run: Run, model: FocalTransformer) -> None:
-    """All epochs: train, save, evaluate, and save again what is the best so far."""
+    """All epochs: train, save, evaluate, and save again what is the best so far.
+
+    Raises:
+        StopRequested: after a stop signal to any process, with the state saved.
+    """
     config = run.config
-    with utils.failing_together():  # what the user named is read first
-        checkpoint = train_state.find_start(model, config, run.output)
-        if checkpoint is None and config.MODEL.PRETRAINED:
-            load_weights(model, config, "PRETRAINED")
-        loaders = build_loaders(config)
-    training = prepare(run, model, loaders.steps_per_epoch, soft_targets=loaders.mixup_fn is not None)
-    state = training.state
-    if utils.is_main_process():
-        (run.output / "config.yaml").write_text(config.dump(), encoding="utf-8")
-    if checkpoint is not None:
-        train_state.resume(state, checkpoint, run.output, training.updates_per_epoch)
-        if not state.evaluated:
-            evaluate_epoch(run, state, loaders.val_loader)
-    for epoch in range(state.position.epoch, config.TRAIN.EPOCHS):
-        began, replaced_before = time.perf_counter(), loaders.train_dataset.undecodable
-        loaders.set_epoch(epoch)
-        loss = train_one_epoch(run, training, loaders.train_loader, loaders.mixup_fn)
-        state.position = train_state.Position(epoch + 1, 0, (epoch + 1) * training.updates_per_epoch)
-        state.evaluated = False
-        train_state.save_epoch(state, run.output, is_best=False)
-        result = evaluate_epoch(run, state, loaders.val_loader)
-        replaced = loaders.train_dataset.undecodable - replaced_before
-        undecodable = utils.sum_over_processes(replaced, run.device)
-        if undecodable:
-            logger.warning(f"{undecodable} training images of this epoch did not decode, and were replaced")
-        minutes = (time.perf_counter() - began) / 60
-        left = minutes * (config.TRAIN.EPOCHS - epoch - 1)
-        logger.info(f"epoch {epoch + 1}: best {state.max_accuracy:.2f}%, {minutes:.1f} min, {left:.0f} to go")
-        values = {"loss": loss, "acc1": result["acc1"], "acc5": result["acc5"], "val_loss": result["loss"]}
-        values |= {"max_accuracy": state.max_accuracy, "minutes": minutes, "undecodable": undecodable}
-        run.metrics.write("epoch", epoch, epoch=epoch, **values)
+    with listening():
+        with utils.failing_together():  # what the user named is read first
+            if utils.is_main_process():
+                storage.remove_leftovers(run.output)
+            checkpoint = train_state.find_start(model, config, run.output)
+            if checkpoint is None and config.MODEL.PRETRAINED:
+                load_weights(model, config, "PRETRAINED")
+            loaders = build_loaders(config)
+            if utils.is_main_process():
+                (run.output / "config.yaml").write_text(config.dump(), encoding="utf-8")
+        training = prepare(run, model, loaders.steps_per_epoch, soft_targets=loaders.mixup_fn is not None)
+        checkpoints = begin(run, training, loaders, checkpoint)
+        state = training.state
+        try:
+            if not state.evaluated:
+                finish_epoch(run, state, loaders, checkpoints)
+            while state.position.epoch < config.TRAIN.EPOCHS:
+                state.position.step = loaders.go_on(state.position.epoch, state.position.dealt)
+                train_one_epoch(run, training, loaders.train_loader, loaders.mixup_fn)
+                state.meter.gather()
+                state.position.next_epoch(training.updates_per_epoch)
+                state.evaluated = False
+                checkpoints.after_epoch(state)
+                finish_epoch(run, state, loaders, checkpoints)
+        except StopRequested:
+            checkpoints.stop(state)
+            logger.warning(
+                f"stopped by a signal after {state.position.epoch} epochs and {state.position.step} steps; "
+                f"the same command goes on (exit status {EXIT_STOPPED})"
+            )
+            raise
+        finally:
+            checkpoints.saver.wait()
+        checkpoints.finish()
     utils.barrier()  # the last checkpoint is on disk before any process returns
-
-
-def evaluate_epoch(run: Run, state: train_state.TrainState, batches: Batches) -> dict[str, float]:
-    """Evaluate the model as it is now, and save it if it is the best so far."""
-    result = evaluate(run, state.model, batches)
-    is_best = result["acc1"] > state.max_accuracy
-    state.max_accuracy, state.evaluated = max(result["acc1"], state.max_accuracy), True
-    if is_best:
-        train_state.save_epoch(state, run.output, is_best=True)
-    return result
 
 
 def run_evaluation(run: Run, model: FocalTransformer) -> None:
@@ -205,11 +211,26 @@ def run_debug(run: Run, model: FocalTransformer) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; 2 for what the user can correct, told in one message."""
+    """Run the command line.
+
+    Returns:
+        0, 2 for what the user can correct, told in one message, EXIT_STOPPED after a stop signal to training,
+        or 1 if another process is gone.
+    """
     config = None
     try:
         config = read_config(argv)
         start(config)
+    except StopRequested:
+        utils.close_distributed()
+        return EXIT_STOPPED
+    except RuntimeError as error:
+        message = config and utils.explain_lost_process(error, config.DIST_TIMEOUT_MINUTES)
+        if not message:
+            raise
+        logger.debug("stopped", exc_info=True)
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        os._exit(1)  # leaving the process group would wait for the lost process
     except (ValueError, OSError, ImportError) as error:
         logger.debug("stopped", exc_info=True)  # the traceback goes to the log file
         if os.environ.get("FOCAL_TRACEBACK") or (config is not None and config.DEBUG_MODE):

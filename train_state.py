@@ -2,21 +2,19 @@
 
 A checkpoint holds plain data only (tensors, numbers, text, lists, dicts), so it loads with
 ``weights_only=True``; the config is kept as yaml text. ``position`` says where training stood: ``epoch``
-epochs were finished, and ``step`` batches of the next one. Checkpoints are written between epochs, so
-``step`` is 0 so far, and another value is refused. Random numbers need no entry: the loop seeds them from the
-position. The learning rate needs none either: it follows from the number of updates, ``position.updates``.
+epochs were finished, and of the next one ``step`` batches, and the images that ``dealt`` counts. Random
+numbers need no entry: the loop seeds them from the position, and so do loaders and Mixup. The learning rate
+needs none either: it follows from the number of updates, ``position.updates``. ``meters`` holds what has been
+measured of the epoch and not been logged yet, ``metrics_size`` how much of metrics.jsonl belongs to it.
 
 A checkpoint is written before its epoch is evaluated, so that an evaluation that fails loses nothing;
 ``evaluated`` tells. One that was not evaluated is, before a resumed run goes on.
 
-Files appear whole or not at all: written under a temporary name in the same folder, flushed, then renamed.
+How the files are written and found is in storage.py, when in checkpoints.py.
 """
 
 import contextlib
 import logging
-import os
-import re
-import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,15 +22,19 @@ from typing import Any
 
 import torch
 import yaml
+from timm.utils import ModelEmaV3
 from torch import nn
 from yacs.config import CfgNode
 
+import storage
 import utils
 from config import flatten
+from meters import TrainMeter
 from models import read_checkpoint
 from models.checkpoint import check_state
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)  # 1: written between epochs only
 KEYS = (
     "model",
     "optimizer",
@@ -43,8 +45,6 @@ KEYS = (
     "config",
     "format",
 )
-CHECKPOINT_NAME = re.compile(r"ckpt_epoch_(\d+)\.pth")
-BEST_NAME = "best.pth"
 RECIPE = (
     "DATA.BATCH_SIZE",
     "DATA.IMG_SIZE",
@@ -60,11 +60,39 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Position:
-    """How far training has come."""
+    """How far training has come.
 
-    epoch: int = 0  # epochs finished
-    step: int = 0  # batches finished of the epoch after those
-    updates: int = 0  # optimizer updates made
+    Attributes:
+        epoch: epochs finished.
+        step: batches finished of the epoch after those.
+        updates: optimizer updates made.
+        dealt: the images given out in that epoch, [number of processes, images of all of them], in the order
+            in which the number of processes changed.
+        order: what the order of the images depends on; dealing goes on only in the same one.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    updates: int = 0
+    dealt: list[list[int]] = field(default_factory=list)
+    order: str = ""
+
+    @property
+    def images(self) -> int:
+        """Given out in the running epoch."""
+        return sum(images for _, images in self.dealt)
+
+    def deal(self, processes: int, images: int) -> None:
+        """Count images that were given out to so many processes."""
+        if not self.dealt or self.dealt[-1][0] != processes:
+            self.dealt.append([processes, 0])
+        self.dealt[-1][1] += images
+
+    def next_epoch(self, updates_per_epoch: int) -> None:
+        """Go to the beginning of the next epoch; the schedule counts whole epochs."""
+        self.epoch += 1
+        self.step, self.dealt = 0, []
+        self.updates = self.epoch * updates_per_epoch
 
 
 @dataclass
@@ -76,42 +104,48 @@ class TrainState:
         optimizer: over the model's parameters.
         scaler: gradient scaler; a disabled one has an empty state.
         config: of this run.
+        ema: moving average of the model; None without.
+        meter: what was measured in the epoch.
         position: see ``Position``.
         max_accuracy: best top-1 accuracy (percent) seen so far.
         evaluated: whether ``max_accuracy`` counts the weights as they are now.
+        run: counts the runs that began in the output folder.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     config: CfgNode
+    ema: ModelEmaV3 | None = None
+    meter: TrainMeter = field(default_factory=TrainMeter)
     position: Position = field(default_factory=Position)
     max_accuracy: float = 0.0
     evaluated: bool = True
+    run: int = 0
 
     def capture(self) -> dict[str, Any]:
-        """Everything to save, as plain data.
-
-        Raises:
-            ValueError: a weight or an optimizer moment is not finite: such a state is never saved.
-        """
-        state = {
+        """Everything to save, as plain data; tensors are the live ones."""
+        averaged = {} if self.ema is None else {"model_ema": _floats_alone(self.ema.module.state_dict())}
+        return {
             "model": self.model.state_dict(),
+            **averaged,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "epoch": self.position.epoch - 1,  # the last one finished, as in the original
             "position": asdict(self.position),
+            "meters": self.meter.capture(),
             "max_accuracy": self.max_accuracy,
             "evaluated": self.evaluated,
+            "run": self.run,
             "config": self.config.dump(),
             "format": FORMAT,
         }
-        if not _all_finite(state["model"], state["optimizer"]["state"]):
-            raise ValueError(
-                f"epoch {self.position.epoch}: expected finite weights and optimizer moments, got nan or "
-                "inf; nothing was saved; lower the learning rate or train in bf16 or full precision"
-            )
-        return state
+
+    @property
+    def stamp(self) -> storage.Stamp:
+        """What orders the checkpoints of a folder."""
+        position = self.position
+        return storage.Stamp(self.run, position.epoch, position.images, self.evaluated, position.step)
 
     def restore(self, path: str | Path) -> None:
         """Load all objects from the checkpoint at ``path``, a file or an address.
@@ -134,11 +168,19 @@ class TrainState:
             self.model.load_state_dict(state["model"])
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{checkpoint.source}: the weights cannot be loaded: {error}") from error
+        if self.ema is not None:
+            averaged = state["model"] | state.get("model_ema", {})
+            self.ema.module.load_state_dict(averaged)
+            if "model_ema" not in state:
+                logger.warning(f"{checkpoint.source} holds no moving average; it starts from the weights")
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.position = Position(**state["position"])
         self.max_accuracy = float(state["max_accuracy"])
         self.evaluated = bool(state.get("evaluated", True))  # older files were written after the evaluation
+        self.run = int(state.get("run", 0))
+        if "meters" in state:
+            self.meter.restore(state["meters"])
 
     def _load_optimizer(self, path: str, saved: dict[str, Any]) -> None:
         """Moments and counters from ``saved``; the options stay those of this run.
@@ -191,13 +233,10 @@ def open_checkpoint(path: str | Path, model: nn.Module, config: CfgNode) -> Chec
             f"{path}: expected a training checkpoint of this project, got one without "
             f"{', '.join(missing)}; use --pretrained to start from its weights"
         )
-    if state["format"] != FORMAT:
-        raise ValueError(f"{path}: expected format {FORMAT}, got {state['format']}; update the code")
-    if state["position"]["step"]:
+    if state["format"] not in READABLE:
         raise ValueError(
-            f"{path}: expected a checkpoint written between epochs, got one written after step "
-            f"{state['position']['step']} of an epoch; going on from there is not supported yet: use another "
-            "one, or --pretrained to start from its weights"
+            f"{path}: expected format {' or '.join(map(str, READABLE))}, got {state['format']}; update the "
+            "code"
         )
     _compare_config(path, state["config"], config)
     check_state(state["model"], model.state_dict(), str(path))
@@ -220,41 +259,6 @@ def _compare_config(path: str | Path, text: str, config: CfgNode) -> None:
             logger.warning(f"{path} was written with {key} {was!r}; going on with {value!r}")
 
 
-def save(state: dict[str, Any], path: Path) -> None:
-    """Write ``state`` (from ``TrainState.capture``) so that ``path`` is either absent, old or complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def save_epoch(state: TrainState, output: Path, is_best: bool) -> None:
-    """Write ``ckpt_epoch_{n}.pth`` if SAVE_FREQ or the last epoch wants it, and ``best.pth`` if it is.
-
-    Called after training an epoch, and again after its evaluation if that was the best. Every process must
-    call it, so that all of them stop if the state cannot be saved; the main one writes.
-    """
-    config, done = state.config, state.position.epoch
-    is_due = done % config.SAVE_FREQ == 0 or done == config.TRAIN.EPOCHS
-    if not (is_due or is_best):
-        return
-    checkpoint = state.capture()
-    if not utils.is_main_process():
-        return
-    if is_best:
-        save(checkpoint, output / BEST_NAME)
-    if is_due:
-        save(checkpoint, output / f"ckpt_epoch_{done - 1}.pth")
-
-
 def find_start(model: nn.Module, config: CfgNode, output: Path) -> Checkpoint | None:
     """What to continue from: the newest checkpoint in ``output`` (TRAIN.AUTO_RESUME), else MODEL.RESUME.
 
@@ -265,7 +269,7 @@ def find_start(model: nn.Module, config: CfgNode, output: Path) -> Checkpoint | 
         FileNotFoundError: no such file.
         ValueError: see ``open_checkpoint``; the message begins with the key.
     """
-    newest = find_newest(output) if config.TRAIN.AUTO_RESUME and utils.is_main_process() else None
+    newest = storage.find_newest(output) if config.TRAIN.AUTO_RESUME and utils.is_main_process() else None
     found = utils.broadcast_text(str(newest or ""))
     if found and config.MODEL.RESUME and Path(found).resolve() != Path(config.MODEL.RESUME).resolve():
         logger.warning(
@@ -291,85 +295,89 @@ def naming(key: str) -> Iterator[None]:
         raise ValueError(f"{key}: {error}") from error
 
 
-def resume(state: TrainState, checkpoint: Checkpoint, output: Path, updates_per_epoch: int) -> None:
+def resume(
+    state: TrainState, checkpoint: Checkpoint, output: Path, updates_per_epoch: int, order: str, images: int
+) -> None:
     """Continue from ``checkpoint``; one that lies in ``output`` knows of the best accuracy there.
 
-    Warns if its epochs had another number of updates than ``updates_per_epoch``.
+    Warns where the epochs had another number of updates, and where the running epoch cannot be continued.
+
+    Args:
+        state: to load into.
+        checkpoint: where from.
+        output: the run's folder.
+        updates_per_epoch: of this run.
+        order: what this run's order of images depends on.
+        images: of all processes per update.
     """
     state.load(checkpoint)
-    made, expected = state.position.updates, state.position.epoch * updates_per_epoch
+    position = state.position
+    if position.images and position.order != order:
+        logger.warning(
+            f"{checkpoint.source} was written inside an epoch of {position.order}, now it is {order}: epoch "
+            f"{position.epoch + 1} begins anew"
+        )
+        position.step, position.dealt = 0, []
+        state.meter.start_epoch()
+    processes = utils.get_world_size()
+    if position.dealt and position.dealt[-1][0] != processes:
+        logger.warning(
+            f"{checkpoint.source} was written by {position.dealt[-1][0]} process(es), now there are "
+            f"{processes}: epoch {position.epoch + 1} goes on with the images that it has not seen, but not "
+            "bit for bit"
+        )
+    position.order = order
+    made, expected = position.updates, position.epoch * updates_per_epoch - (-position.images // images)
     if made != expected:
         logger.warning(
-            f"{checkpoint.source} made {made} updates in {state.position.epoch} epochs, which are {expected} "
-            "here (other data, batch size or number of processes); the schedule goes on by epochs"
+            f"{checkpoint.source} made {made} updates in {position.epoch} epochs and {position.images} "
+            f"images, which are {expected} here (other data, batch size or number of processes); the "
+            "schedule goes on by images"
         )
-        state.position.updates = expected
-    if Path(checkpoint.source).resolve().parent == output.resolve():
-        state.max_accuracy = max(state.max_accuracy, best_accuracy(output))
+        position.updates = expected
+    is_ours = Path(checkpoint.source).resolve().parent == output.resolve()
+    if is_ours:
+        state.max_accuracy = max(state.max_accuracy, best_accuracy(output, state.run))
+    if not is_ours or not state.run:
+        state.run = storage.next_run(output)
+    inside = f" and {position.images} images of the next one" if position.images else ""
     logger.info(
-        f"resumed {checkpoint.source}: {state.position.epoch} epochs done, best {state.max_accuracy:.2f}%"
+        f"resumed {checkpoint.source}: {position.epoch} epochs{inside} done, best {state.max_accuracy:.2f}%"
     )
 
 
-def find_newest(output: Path) -> Path | None:
-    """The complete checkpoint in ``output`` that was written last; damaged ones are skipped with a warning.
+def best_accuracy(output: Path, run: int) -> float:
+    """The accuracy that the best checkpoint of a run in ``output`` was saved with; 0 if there is none."""
+    path = output / storage.BEST_NAME
+    if not (path.exists() and storage.is_complete(path)):
+        return 0.0
+    best = read_checkpoint(path)
+    return float(best["max_accuracy"]) if best.get("run", 0) == run else 0.0
 
-    Of files written at the same time, that of the highest epoch; ``best.pth`` comes after all of these.
+
+def load_average(model: nn.Module, path: str | Path) -> None:
+    """Load the moving average of a training checkpoint into ``model`` (EVAL_EMA).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it holds none, or one of another model.
     """
-    numbers = {output / BEST_NAME: -1}
-    for path in output.glob("ckpt_epoch_*.pth"):
-        match = CHECKPOINT_NAME.fullmatch(path.name)
-        if match:
-            numbers[path] = int(match[1])
-    times = {path: path.stat().st_mtime_ns for path in numbers if path.is_file()}
-    for path in sorted(times, key=lambda path: (times[path], numbers[path]), reverse=True):
-        if is_complete(path):
-            return path
-        logger.warning(f"{path} is damaged or incomplete and was skipped")
-    return None
+    content = read_checkpoint(path)
+    if "model_ema" not in content:
+        raise ValueError(
+            f"{path}: expected a checkpoint with a moving average, got one without; train with "
+            "TRAIN.EMA.ENABLED True, or drop EVAL_EMA"
+        )
+    weights = content["model"] | content["model_ema"]
+    check_state(weights, model.state_dict(), str(path))
+    model.load_state_dict(weights)
 
 
-def is_complete(path: Path) -> bool:
-    """Whether the file is a whole archive: its directory is there and every checksum holds."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (OSError, zipfile.BadZipFile):
-        return False
-
-
-def best_accuracy(output: Path) -> float:
-    """The accuracy that the best checkpoint in ``output`` was saved with; 0 if there is none."""
-    path = output / BEST_NAME
-    return float(read_checkpoint(path)["max_accuracy"]) if path.exists() and is_complete(path) else 0.0
+def _floats_alone(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The floating point tensors; the others of a moving average are the model's."""
+    return {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
 
 
 def _plain(value: Any) -> Any:
     """A tuple as the list that yaml makes of it."""
     return list(value) if isinstance(value, tuple) else value
-
-
-def _all_finite(*trees: Any) -> bool:
-    """Whether all floating point tensors in nested dicts are finite; waits for the device once."""
-    checks: list[torch.Tensor] = []
-    pending = list(trees)
-    while pending:
-        item = pending.pop()
-        if isinstance(item, dict):
-            pending.extend(item.values())
-        elif torch.is_tensor(item) and item.is_floating_point():
-            checks.append(torch.isfinite(item).all().cpu() if item.ndim == 0 else torch.isfinite(item).all())
-    by_device: dict[torch.device, list[torch.Tensor]] = {}
-    for check in checks:
-        by_device.setdefault(check.device, []).append(check)
-    return all(bool(torch.stack(group).all()) for group in by_device.values())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` durable, where the platform can."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

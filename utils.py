@@ -7,15 +7,17 @@ under torchrun. What waits for the device says so.
 import contextlib
 import os
 import random
+import re
 import resource
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 
 def in_group() -> bool:
@@ -69,22 +71,61 @@ def pick_device(name: str = "") -> torch.device:
     return torch.device("cuda", index)
 
 
-def init_distributed(device: torch.device) -> None:
-    """Join the process group that torchrun describes in the environment; nothing to do for one process."""
+_control: list[dist.ProcessGroup] = []  # of all processes over the CPU, once there is a process group
+
+
+def init_distributed(device: torch.device, timeout_minutes: float) -> None:
+    """Join the process group that torchrun describes in the environment; nothing to do for one process.
+
+    Args:
+        device: of this process.
+        timeout_minutes: how long a process waits for the others before it gives up. On GPUs, NCCL waits a
+            little longer than the CPU group, whose error is one that can be told.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not in_group():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        patience = timedelta(minutes=timeout_minutes)
+        on_cuda = device.type == "cuda"
+        store, rank, world_size = next(rendezvous("env://", timeout=patience))
+        # torchrun keeps its store over a restart, and in it the addresses of the processes that are gone
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        dist.init_process_group(
+            "nccl" if on_cuda else "gloo",
+            store=dist.PrefixStore(f"attempt_{attempt}", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=patience + timedelta(seconds=60 if on_cuda else 0),
+        )
+        _control.append(dist.new_group(backend="gloo", timeout=patience))
+
+
+def control_group() -> dist.ProcessGroup:
+    """The group of all processes over the CPU; without a process group there is none."""
+    return _control[-1]
 
 
 def close_distributed() -> None:
     """Leave the process group, if there is one."""
+    _control.clear()
     if in_group():
         dist.destroy_process_group()
+
+
+def explain_lost_process(error: RuntimeError, timeout_minutes: float) -> str | None:
+    """What to tell of an error that says that another process is gone or hangs; None for other errors."""
+    if not in_group() or not re.search(r"gloo|nccl|time(d )?out|connection|peer|socket", str(error), re.I):
+        return None
+    reason = str(error).strip().splitlines()[0]
+    return (
+        f"process {get_rank()}: expected an answer from every other process within {timeout_minutes:g} "
+        f"minutes (DIST_TIMEOUT_MINUTES), got: {reason}; a process has died or hangs: look for the "
+        "log_rank*.txt that ends first, and start the same command again to continue from the last checkpoint"
+    )
 
 
 def barrier() -> None:
     """Wait for all processes."""
     if in_group():
-        dist.barrier()
+        dist.barrier(group=control_group())
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
@@ -99,12 +140,21 @@ def sum_over_processes(count: int, device: torch.device) -> int:
     return int(all_reduce_sum(torch.tensor(count, device=device)))
 
 
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """The same-shaped CPU tensors of all processes, one after the other in a new first dimension."""
+    if not in_group():
+        return rows[None]
+    gathered = [torch.empty_like(rows) for _ in range(get_world_size())]
+    dist.all_gather(gathered, rows.contiguous(), group=control_group())
+    return torch.stack(gathered)
+
+
 def broadcast_text(text: str) -> str:
     """The main process's ``text``, on every process."""
     if not in_group():
         return text
     box = [text]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=control_group())
     return box[0]
 
 
@@ -128,7 +178,7 @@ def failing_together() -> Iterator[None]:
     if not in_group():
         return
     messages = [""] * get_world_size()
-    dist.all_gather_object(messages, "" if failure is None else str(failure))
+    dist.all_gather_object(messages, "" if failure is None else str(failure), group=control_group())
     message = next(filter(None, messages), "")
     if message:
         raise ValueError(message) from failure
@@ -185,6 +235,14 @@ def peak_memory_mb(device: torch.device) -> float:
     return resident / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def be_deterministic() -> None:
+    """Have torch choose deterministic algorithms, and fail where there is none; slower on a GPU."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such
+
+
 def seed_everything(*numbers: int) -> None:
     """Seed Python, NumPy and torch (all devices) with a mix of the given non-negative numbers.
 
@@ -220,84 +278,3 @@ class Totals:
         if reset:
             self.sums.zero_()
         return dict(zip(self.names, sums, strict=True))
-
-
-class FiniteWatch:
-    """Remembers, on the device, the first step at which something was not finite.
-
-    Args:
-        device: where the checked tensors live.
-    """
-
-    NEVER = 2**62
-
-    def __init__(self, device: torch.device) -> None:
-        self.first = torch.full((), self.NEVER, dtype=torch.int64, device=device)
-
-    def note(self, value: torch.Tensor, step: int) -> None:
-        """Check a scalar of step ``step``."""
-        self.first = torch.where(torch.isfinite(value), self.first, self.first.clamp(max=step))
-
-    def first_bad_step(self) -> int | None:
-        """The earliest such step over all processes. Waits for the device; every process must call it."""
-        first = self.first.clone()
-        if in_group():
-            dist.all_reduce(first, op=dist.ReduceOp.MIN)
-        step = int(first)
-        return None if step == self.NEVER else step
-
-
-@dataclass
-class IntervalStats:
-    """What happened between two log lines, over all processes."""
-
-    loss: float
-    grad_norm: float
-    img_per_s: float
-    bad_step: int | None  # first step with a non-finite loss or gradient
-
-
-class TrainMeter:
-    """Loss, gradient norm and speed of an epoch; collected on the device, read once per logging interval.
-
-    Args:
-        device: where training runs.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.totals = Totals(("loss", "images", "grad_norm", "updates"), device)
-        self.watch = FiniteWatch(device)
-        self.clock = time.perf_counter()
-        self.loss_sum = 0.0
-        self.image_sum = 0.0
-
-    def add_batch(self, loss: torch.Tensor, images: int, step: int) -> None:
-        """Count the mean loss of a batch of ``images``."""
-        self.totals.add(loss=loss * images, images=images)
-        self.watch.note(loss, step)
-
-    def add_update(self, grad_norm: torch.Tensor, step: int, may_overflow: bool) -> None:
-        """Count an optimizer update; with loss scaling, overflows are expected, skipped, and not counted."""
-        if not may_overflow:
-            self.watch.note(grad_norm, step)
-        finite = torch.isfinite(grad_norm)
-        self.totals.add(grad_norm=torch.where(finite, grad_norm, 0.0), updates=finite)
-
-    def read(self) -> IntervalStats:
-        """The interval since the last call. Waits for the device; every process must call it."""
-        sums = self.totals.fetch(reset=True)
-        now = time.perf_counter()
-        elapsed, self.clock = now - self.clock, now
-        self.loss_sum += sums["loss"]
-        self.image_sum += sums["images"]
-        return IntervalStats(
-            loss=sums["loss"] / max(sums["images"], 1.0),
-            grad_norm=sums["grad_norm"] / max(sums["updates"], 1.0),
-            img_per_s=sums["images"] / elapsed,
-            bad_step=self.watch.first_bad_step(),
-        )
-
-    @property
-    def mean_loss(self) -> float:
-        """Over all images read so far."""
-        return self.loss_sum / max(self.image_sum, 1.0)

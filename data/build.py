@@ -1,7 +1,7 @@
 """From the configuration to data loaders; the only file of the package that knows configuration keys."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from data.mixing import SeededMixup, build_mixup
 from data.samplers import EvalSampler, ShardSampler, TrainSampler, shard_of
 from data.source import CachedSource, ImageSource
 from data.transforms import Decode, Recipe, Size, Transform, eval_transform, train_transform, with_decoder
+from data.workers import leave_signals_to_parent, leave_signals_to_parent_without_opencv_threads
 from utils import get_rank, get_world_size
 
 logger = logging.getLogger(__name__)
@@ -49,8 +50,27 @@ class Loaders:
         """
         assert self.train_sampler is not None, "EVAL_MODE has no training split"
         self.train_sampler.set_epoch(epoch, start_step)
+        self._place_mixup()
+
+    def go_on(self, epoch: int, dealt: Sequence[Sequence[int]]) -> int:
+        """Place the training data after images that were given out, by any numbers of processes.
+
+        Args:
+            epoch: from 0.
+            dealt: (number of processes, images given out to all of them), in this order.
+
+        Returns:
+            The step of the epoch that comes next; earlier ones are not decoded.
+        """
+        assert self.train_sampler is not None, "EVAL_MODE has no training split"
+        self.train_sampler.go_on(epoch, dealt)
+        self._place_mixup()
+        return self.train_sampler.start_step
+
+    def _place_mixup(self) -> None:
+        assert self.train_sampler is not None
         if self.mixup_fn is not None:
-            self.mixup_fn.set_position(epoch, start_step)
+            self.mixup_fn.set_position(self.train_sampler.epoch, self.train_sampler.start_step)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -252,7 +272,10 @@ def _mixup(config: CfgNode, rank: int) -> SeededMixup | None:
     )
 
 
-_WORKER_INIT: dict[str, Callable[[int], None] | None] = {"pil": None, "opencv": without_opencv_threads}
+_WORKER_INIT: dict[str, Callable[[int], None]] = {
+    "pil": leave_signals_to_parent,
+    "opencv": leave_signals_to_parent_without_opencv_threads,
+}
 
 
 def _loader(
@@ -260,7 +283,7 @@ def _loader(
     images: TrainImages | EvalImages,
     sampler: Any,
     drop_last: bool,
-    init: Callable[[int], None] | None = None,
+    init: Callable[[int], None] = leave_signals_to_parent,
 ) -> DataLoader:
     workers = config.DATA.NUM_WORKERS
     return ImageLoader(

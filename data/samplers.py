@@ -1,10 +1,12 @@
 """Which images a process sees, and in which order.
 
 Training samplers yield (epoch, index) keys, so that the epoch reaches every worker process with the sample it
-belongs to.
+belongs to. Where they stand in an epoch is counted in images, so that another batch size or number of
+processes goes on with the images that have not been seen.
 """
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.utils.data import Sampler
@@ -71,26 +73,51 @@ class TrainSampler(Sampler[SampleKey]):
                 "resume with the "
                 "data set, batch size and number of processes of the interrupted run"
             )
+        self.go_on(epoch, [(self.world_size, start_step * self.batch_size * self.world_size)])
+
+    def go_on(self, epoch: int, dealt: Sequence[Sequence[int]]) -> None:
+        """Choose what the next iteration yields, after what was given out by any numbers of processes.
+
+        Args:
+            epoch: from 0.
+            dealt: (number of processes, images given out to all of them), in this order.
+        """
         self.epoch = epoch
-        self.start_step = start_step
+        self.dealt = [(processes, images) for processes, images in dealt if images]
+        self.start_step = sum(images for _, images in self.dealt) // (self.batch_size * self.world_size)
+
+    @property
+    def order(self) -> str:
+        """What the order of the images depends on, besides the epoch."""
+        return f"{type(self).__name__} over {self.num_images} images with seed {self.seed}"
 
     def __len__(self) -> int:
-        """Number of images this process sees from `start_step` on."""
-        return (self.steps_per_epoch - self.start_step) * self.batch_size
+        """Number of images this process sees from the position on."""
+        return self._steps_left() * self.batch_size
+
+    def _steps_left(self) -> int:
+        dealt = sum(images for _, images in self.dealt)
+        return max(0, self.num_images - dealt) // (self.batch_size * self.world_size)
 
     def __iter__(self) -> Iterator[SampleKey]:
         epoch = self.epoch
-        for batch in self._batches(epoch)[self.start_step :]:
-            for index in batch.tolist():
-                yield epoch, index
+        for index in self._remaining(epoch, self.rank).flatten().tolist():
+            yield epoch, index
 
-    def _batches(self, epoch: int) -> torch.Tensor:
-        """This process's indices for an epoch, (steps, batch size)."""
-        global_batch = (self.steps_per_epoch, self.world_size, self.batch_size)
-        order = self._permutation(self.num_images, epoch)[
-            : self.steps_per_epoch * self.world_size * self.batch_size
-        ]
-        return order.view(global_batch)[:, self.rank]
+    def batch_indices(self, epoch: int, step: int) -> list[list[int]]:
+        """The images of every process in a step, as this number of processes gives them out."""
+        twin = copy.copy(self)
+        goes_on = epoch == self.epoch and step >= self.start_step
+        twin.go_on(epoch, self.dealt if goes_on else [])
+        place = step - twin.start_step
+        return [twin._remaining(epoch, rank)[place].tolist() for rank in range(self.world_size)]
+
+    def _remaining(self, epoch: int, rank: int) -> torch.Tensor:
+        """A process's indices from the position on, (steps, batch size)."""
+        start, steps = sum(images for _, images in self.dealt), self._steps_left()
+        length = steps * self.world_size * self.batch_size
+        order = self._permutation(self.num_images, epoch)[start : start + length]
+        return order.view(steps, self.world_size, self.batch_size)[:, rank]
 
     def _permutation(self, length: int, *position: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, Stream.SHUFFLE, *position))
@@ -104,11 +131,33 @@ class ShardSampler(TrainSampler):
     batches.
     """
 
-    def _batches(self, epoch: int) -> torch.Tensor:
-        shard = shard_of(self.num_images, self.rank, self.world_size)
-        order = self._permutation(len(shard), epoch, self.rank)[: self.steps_per_epoch * self.batch_size]
-        indices = order * shard.step + shard.start
-        return indices.view(self.steps_per_epoch, self.batch_size)
+    def _steps_left(self) -> int:
+        return len(self._remaining(self.epoch, self.rank))
+
+    def _remaining(self, epoch: int, rank: int) -> torch.Tensor:
+        taken = torch.zeros(self.num_images, dtype=torch.bool)
+        *earlier, (processes, images) = [*self.dealt] or [(self.world_size, 0)]
+        if processes != self.world_size:  # the shards have changed: what is left is shuffled anew
+            earlier, images = self.dealt, 0
+        for count, given in earlier:
+            orders = [self._shard_order(epoch, other, count, taken) for other in range(count)]
+            for order in orders:
+                taken[order[: given // count]] = True
+        orders = [self._free(other, self.world_size, taken) for other in range(self.world_size)]
+        start = images // self.world_size
+        steps = max(0, min(map(len, orders)) - start) // self.batch_size
+        order = self._shard_order(epoch, rank, self.world_size, taken)
+        return order[start : start + steps * self.batch_size].view(steps, self.batch_size)
+
+    def _free(self, rank: int, world_size: int, taken: torch.Tensor) -> torch.Tensor:
+        """The indices of a shard that were not given out yet."""
+        shard = torch.arange(self.num_images)[rank::world_size]
+        return shard[~taken[shard]]
+
+    def _shard_order(self, epoch: int, rank: int, world_size: int, taken: torch.Tensor) -> torch.Tensor:
+        """The indices of `_free` as they are given out."""
+        free = self._free(rank, world_size, taken)
+        return free[self._permutation(len(free), epoch, rank)]
 
 
 class EvalSampler(Sampler[int]):

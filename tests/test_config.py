@@ -118,6 +118,12 @@ def test_options_from_the_command_line(key: str, given: object, expected: object
         (["DATA.IMG_SIZE", 31], ["DATA.IMG_SIZE", "32 or more"]),
         (["DATA.IMG_SIZE", [32, 32, 32]], ["DATA.IMG_SIZE", "[height, width]"]),
         (["DATA.NUM_WORKERS", -1], ["DATA.NUM_WORKERS"]),
+        (["SAVE_KEEP", -1], ["SAVE_KEEP", "0 or more"]),
+        (["SAVE_MINUTES", -0.5], ["SAVE_MINUTES", "0 or more"]),
+        (["DIST_TIMEOUT_MINUTES", 0], ["DIST_TIMEOUT_MINUTES", "greater than 0"]),
+        (["TRAIN.BAD_STEPS_MAX", 0], ["TRAIN.BAD_STEPS_MAX", "1 or more"]),
+        (["TRAIN.EMA.DECAY", 0.99], ["TRAIN.EMA.DECAY", "TRAIN.EMA.ENABLED True along with it"]),
+        (["EVAL_EMA", True], ["EVAL_EMA", "EVAL_MODE (--eval) along with it"]),
         (["DATA.DATASET", "cifar"], ["DATA.DATASET", "'imagenet'", "'folder'"]),
         (["DATA.ZIP_MODE", True, "DATA.DATASET", "imagenet22k"], ["DATA.ZIP_MODE", "imagenet22k"]),
         (["MODEL.TYPE", "swin"], ["MODEL.TYPE", "'focalv2'"]),
@@ -194,7 +200,7 @@ def test_all_problems_come_in_one_error(tmp_path: Path) -> None:
     assert text.startswith("5 problem(s)")
     for words in ("DATA.BATCH_SIZE", "MODLE", "TRAIN: expected a section", "AUG.REPROB", "SEED"):
         assert words in text
-    assert text.count(str(path)) == 3
+    assert text.count(str(path)) == 4  # in the first line, too
     assert text.count("command line") == 2
 
 

@@ -53,7 +53,7 @@ def test_two_processes_equal_one_with_the_double_batch(
 def test_a_failing_run_ends_on_every_process(
     few_images: Path, nano_opts: list[object], tmp_path: Path
 ) -> None:
-    opts = [*nano_opts, *PLAIN, "TRAIN.BASE_LR", 1e30, "TRAIN.CLIP_GRAD", 0]
+    opts = [*nano_opts, *PLAIN, "TRAIN.BASE_LR", 1e30, "TRAIN.CLIP_GRAD", 0, "TRAIN.BAD_STEPS_MAX", 2]
     done = run_two(command(few_images, tmp_path, opts))
     assert done.returncode != 0
     assert done.stderr.count("error: epoch 1, step ") == 1

@@ -1,9 +1,7 @@
-"""Training checkpoints: complete or absent, plain data, the newest whole one found, mismatches refused."""
+"""Training checkpoints: plain data, mismatches refused, what a resumed run knows."""
 
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,10 @@ from torch import nn
 from yacs.config import CfgNode
 
 import train_state
+from checkpoints import Checkpoints
 from config import load_config
+from control import Agreement
+from logger import Metrics
 from optimizer import build_optimizer
 from train_state import Position, TrainState
 
@@ -28,10 +29,23 @@ def make_state(width: int = 4, opts: tuple[object, ...] = (), seed: int = 0) -> 
     return TrainState(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), config)
 
 
+def checkpoints_of(folder: Path, state: TrainState) -> Checkpoints:
+    return Checkpoints(state.config, folder, Agreement(), Metrics(None))
+
+
 def saved(folder: Path, state: TrainState, epoch: int = 0) -> Path:
+    """The file of a finished epoch, if it is due."""
     state.position = Position(epoch + 1, 0, 10 * (epoch + 1))
-    train_state.save_epoch(state, folder, is_best=False)
+    checkpoints = checkpoints_of(folder, state)
+    checkpoints.after_epoch(state)
+    checkpoints.finish()
     return folder / f"ckpt_epoch_{epoch}.pth"
+
+
+def save_best(folder: Path, state: TrainState) -> None:
+    checkpoints = checkpoints_of(folder, state)
+    checkpoints.save_best(state)
+    checkpoints.finish()
 
 
 def test_what_is_saved_comes_back(tmp_path: Path) -> None:
@@ -50,58 +64,13 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
 
 def test_a_checkpoint_is_plain_data(tmp_path: Path) -> None:
     content = torch.load(saved(tmp_path, make_state()), weights_only=True)
-    assert set(content) == {*train_state.KEYS, "evaluated"}
+    assert set(content) == {*train_state.KEYS, "evaluated", "meters", "metrics_size", "run"}
     assert isinstance(content["config"], str)
     assert content["epoch"] == 0
 
 
-def test_a_killed_writer_leaves_the_old_file_whole(tmp_path: Path) -> None:
-    path = saved(tmp_path, make_state())
-    before = path.read_bytes()
-    code = (
-        "import os, signal, sys, torch, train_state; from pathlib import Path\n"
-        "def half(state, file):\n"
-        "    file.write(b'x' * 1000); file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
-        "torch.save = half\n"
-        "train_state.save({}, Path(sys.argv[1]))\n"
-    )
-    repo = Path(train_state.__file__).parent
-    done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=repo, check=False)
-    assert done.returncode == -9
-    assert path.read_bytes() == before
-    assert train_state.find_newest(tmp_path) == path
-    saved(tmp_path, make_state(seed=3))
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["ckpt_epoch_0.pth"]
-
-
-def test_a_failed_writer_cleans_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(state: object, file: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
-        train_state.save({}, tmp_path / "a.pth")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
-def test_the_newest_whole_checkpoint_is_found(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
-) -> None:
-    for epoch in (2, 9, 10):
-        newest = saved(tmp_path, make_state(), epoch)
-    content = bytearray(newest.read_bytes())
-    if damage == "flipped":
-        weight = make_state().model.weight.detach().numpy().tobytes()
-        content[content.index(weight) + 1] ^= 255
-    newest.write_bytes({"truncated": content[:-100], "flipped": content, "empty": b""}[damage])
-    assert train_state.find_newest(tmp_path) == tmp_path / "ckpt_epoch_9.pth"
-    assert "ckpt_epoch_10.pth is damaged" in caplog.text
-
-
 def test_an_empty_folder_has_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "ckpt_epoch_x.pth").write_text("")
-    assert train_state.find_newest(tmp_path) is None
     state = make_state()
     assert train_state.find_start(state.model, state.config, tmp_path) is None
 
@@ -144,12 +113,23 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     assert torch.equal(state.model.weight, before)
 
 
-def test_a_checkpoint_inside_an_epoch_is_refused(tmp_path: Path) -> None:
+def test_a_later_format_is_refused(tmp_path: Path) -> None:
     content = torch.load(saved(tmp_path, make_state()), weights_only=True)
-    content["position"]["step"] = 7
-    torch.save(content, tmp_path / "inside.pth")
-    with pytest.raises(ValueError, match=r"inside.pth: expected .* between epochs, got .* step 7"):
-        make_state().restore(tmp_path / "inside.pth")
+    content["format"] = 3
+    torch.save(content, tmp_path / "later.pth")
+    with pytest.raises(ValueError, match=r"later.pth: expected format 1 or 2, got 3"):
+        make_state().restore(tmp_path / "later.pth")
+
+
+def test_checkpoints_of_the_first_format_are_read(tmp_path: Path) -> None:
+    content = torch.load(saved(tmp_path, make_state()), weights_only=True)
+    for key in ("meters", "metrics_size", "run"):
+        del content[key]
+    for key in ("dealt", "order"):
+        del content["position"][key]
+    torch.save(content | {"format": 1}, tmp_path / "ckpt_epoch_0.pth")
+    state = resumed(tmp_path)
+    assert (state.position.epoch, state.position.updates, state.run) == (1, 10, 1)
 
 
 def test_this_runs_optimizer_options_win(tmp_path: Path) -> None:
@@ -238,7 +218,7 @@ def resumed(folder: Path, *opts: object) -> TrainState:
     state = make_state(opts=opts)
     checkpoint = train_state.find_start(state.model, state.config, folder)
     assert checkpoint is not None
-    train_state.resume(state, checkpoint, folder, updates_per_epoch=10)
+    train_state.resume(state, checkpoint, folder, updates_per_epoch=10, order="", images=8)
     return state
 
 
@@ -263,25 +243,11 @@ def test_mistakes_name_the_key(tmp_path: Path) -> None:
         train_state.find_start(state.model, state.config, tmp_path / "new")
 
 
-def touch(path: Path, seconds: int) -> None:
-    os.utime(path, (seconds, seconds))
-
-
-def test_the_newest_is_the_one_written_last(tmp_path: Path) -> None:
-    """A fresh run in the folder of a longer one continues itself."""
-    touch(saved(tmp_path, make_state(), epoch=9), 1000)
-    fresh = saved(tmp_path, make_state(), epoch=0)
-    touch(fresh, 2000)
-    assert train_state.find_newest(tmp_path) == fresh
-    touch(fresh, 1000)
-    assert train_state.find_newest(tmp_path) == tmp_path / "ckpt_epoch_9.pth"
-
-
 def test_the_best_one_is_a_checkpoint_too(tmp_path: Path) -> None:
     """It is all there is when an epoch was not to be saved otherwise."""
     state = make_state(opts=("SAVE_FREQ", 2))
     state.max_accuracy, state.position = 20.0, Position(1, 0, 0)
-    train_state.save_epoch(state, tmp_path, is_best=True)
+    save_best(tmp_path, state)
     again = resumed(tmp_path, "SAVE_FREQ", 2)
     assert (again.position.epoch, again.max_accuracy) == (1, 20.0)
 
@@ -289,7 +255,7 @@ def test_the_best_one_is_a_checkpoint_too(tmp_path: Path) -> None:
 def test_the_best_accuracy_survives(tmp_path: Path) -> None:
     state = make_state(opts=("SAVE_FREQ", 2))
     state.max_accuracy, state.position = 20.0, Position(1, 0, 0)
-    train_state.save_epoch(state, tmp_path, is_best=True)
+    save_best(tmp_path, state)
     state.max_accuracy = 10.0
     numbered = saved(tmp_path, state, epoch=1)
     again = resumed(tmp_path, "SAVE_FREQ", 2)
@@ -306,8 +272,8 @@ def test_another_length_of_epochs_is_reported(tmp_path: Path, caplog: pytest.Log
     assert "made" not in caplog.text
     state = make_state()
     checkpoint = train_state.find_start(state.model, state.config, tmp_path)
-    train_state.resume(state, checkpoint, tmp_path, updates_per_epoch=7)
-    assert "made 40 updates in 4 epochs, which are 28 here" in caplog.text
+    train_state.resume(state, checkpoint, tmp_path, updates_per_epoch=7, order="", images=8)
+    assert "made 40 updates in 4 epochs and 0 images, which are 28 here" in caplog.text
     assert state.position.updates == 28
 
 
@@ -316,3 +282,58 @@ def test_what_was_not_evaluated_says_so(tmp_path: Path) -> None:
     state.evaluated = False
     saved(tmp_path, state)
     assert not resumed(tmp_path).evaluated
+
+
+def test_a_save_is_due_by_steps_and_by_minutes(tmp_path: Path) -> None:
+    """At the first update at or after every third step; the last one of an epoch leaves it to the epoch's."""
+    state = make_state(opts=("SAVE_STEPS", 3, "TRAIN.ACCUMULATION_STEPS", 2))
+    checkpoints = checkpoints_of(tmp_path, state)
+    checkpoints.start(state)
+    for step in (2, 4, 6, 8, 10):
+        state.position.step = step
+        state.position.deal(1, 16)
+        checkpoints.after_update(state, is_last=step == 10)
+        checkpoints.finish()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"ckpt_epoch_0_step_4.pth", "ckpt_epoch_0_step_6.pth"}
+    state = make_state(opts=("SAVE_MINUTES", 1e-9))
+    checkpoints = checkpoints_of(tmp_path / "timed", state)
+    state.position.step = 1
+    state.position.deal(1, 8)
+    checkpoints.after_update(state, is_last=False)
+    checkpoints.finish()
+    assert [path.name for path in (tmp_path / "timed").iterdir()] == ["ckpt_epoch_0_step_1.pth"]
+
+
+def test_a_run_that_cannot_be_saved_ends_with_the_reason(tmp_path: Path) -> None:
+    """The folder is a file: nothing can be written in it."""
+    (tmp_path / "file").write_text("")
+    state = make_state(opts=("SAVE_STEPS", 1, "SAVE_FAILURES_MAX", 2))
+    checkpoints = checkpoints_of(tmp_path / "file", state)
+    for step in (1, 2, 3):
+        state.position.step = step
+        state.position.deal(1, 8)
+        if step == 3:
+            with pytest.raises(ValueError, match="ckpt_epoch_0_step_2.pth: .* 2 in a row"):
+                checkpoints.after_update(state, is_last=False)
+        else:
+            checkpoints.after_update(state, is_last=False)
+        checkpoints.saver.wait()
+    state = make_state()
+    state.position.epoch = 1
+    checkpoints = checkpoints_of(tmp_path / "file", state)
+    checkpoints.after_epoch(state)
+    with pytest.raises(ValueError, match="ckpt_epoch_0.pth: expected to write a checkpoint, got: "):
+        checkpoints.finish()
+
+
+def test_another_data_set_begins_the_epoch_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    state = make_state(opts=("SAVE_STEPS", 1))
+    state.position = Position(2, 5, 25, [[1, 40]], "one order")
+    checkpoints = checkpoints_of(tmp_path, state)
+    checkpoints.save(state)
+    checkpoints.finish()
+    state = resumed(tmp_path, "SAVE_STEPS", 1)
+    assert "inside an epoch of one order" in caplog.text
+    assert (state.position.epoch, state.position.step, state.position.images) == (2, 0, 0)
+    assert state.position.updates == 20

@@ -1,0 +1,119 @@
+"""When a run saves: after epochs, every so many steps or minutes, at the best accuracy, before it stops."""
+
+import logging
+import time
+from pathlib import Path
+
+from yacs.config import CfgNode
+
+import storage
+import utils
+from control import Agreement, StopRequested
+from logger import Metrics
+from saver import Saver
+from train_state import TrainState
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of a run. Every process must call each method; the main one writes.
+
+    Args:
+        config: the whole configuration.
+        output: folder of the files.
+        agreement: of the processes.
+        metrics: whose length a checkpoint remembers.
+    """
+
+    def __init__(self, config: CfgNode, output: Path, agreement: Agreement, metrics: Metrics) -> None:
+        self.config = config
+        self.output = output
+        self.agreement = agreement
+        self.metrics = metrics
+        self.saver = Saver(config.SAVE_ASYNC, config.SAVE_FAILURES_MAX)
+        self._saved_step = 0
+        self._saved_time = time.monotonic()
+        self._newest: storage.Stamp | None = None
+
+    def start(self, state: TrainState) -> None:
+        """Say where the run begins; nothing needs to be saved there."""
+        self._newest, self._saved_step = state.stamp, state.position.step
+
+    def after_update(self, state: TrainState, is_last: bool) -> None:
+        """Save inside an epoch where SAVE_STEPS or SAVE_MINUTES asks for it.
+
+        Args:
+            state: between two updates.
+            is_last: whether the epoch ends here.
+
+        Raises:
+            StopRequested: on all processes, after a stop signal to any of them.
+            ValueError: on all processes; training cannot go on without being saved.
+        """
+        every, minutes = self.config.SAVE_STEPS, self.config.SAVE_MINUTES
+        is_late = minutes > 0 and time.monotonic() - self._saved_time >= 60 * minutes
+        wanted = self.agreement.poll(save=is_late and utils.is_main_process(), fail=bool(self.saver.failure))
+        if wanted.fail:
+            self._give_up(self.saver.failure)
+        if wanted.stop:
+            raise StopRequested
+        step = state.position.step
+        is_due = wanted.save or (every > 0 and step // every > self._saved_step // every)
+        self._saved_step = step
+        if is_due and not (is_last and self._is_epoch_due(state.position.epoch + 1)):
+            self.save(state)
+
+    def after_epoch(self, state: TrainState) -> None:
+        """Save a finished epoch, not evaluated yet, if SAVE_FREQ wants it or it is the last."""
+        self._saved_step = 0
+        if self._is_epoch_due(state.position.epoch):
+            self.save(state)
+
+    def _is_epoch_due(self, done: int) -> bool:
+        return done % self.config.SAVE_FREQ == 0 or done == self.config.TRAIN.EPOCHS
+
+    def save(self, state: TrainState, name: str = "") -> None:
+        """Write a checkpoint of ``state``, under the name of its position if there is no other."""
+        state.meter.gather()
+        self._saved_time, stamp = time.monotonic(), state.stamp
+        self._newest = stamp
+        if not utils.is_main_process():
+            return
+        path = self.output / (name or storage.file_name(state.position.epoch, state.position.step))
+        keep = self.config.SAVE_KEEP
+        self.saver.submit(
+            state.capture() | {"metrics_size": self.metrics.flush()},
+            path,
+            stamp,
+            then=lambda: storage.prune(self.output, stamp, keep),
+        )
+
+    def save_best(self, state: TrainState) -> None:
+        """Write ``best.pth``."""
+        newest = self._newest
+        self.save(state, storage.BEST_NAME)
+        self._newest = newest
+
+    def stop(self, state: TrainState) -> None:
+        """Have the last state on the disk, before a run leaves for a signal."""
+        newest, stamp = self._newest, state.stamp
+        if newest is None or (newest.epoch, newest.images) != (stamp.epoch, stamp.images):
+            self.save(state)
+        self.finish()
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is on the disk.
+
+        Raises:
+            ValueError: on all processes; it could not be written.
+        """
+        self.agreement.settle()
+        self.saver.wait()
+        self._give_up(self.saver.failure or self.saver.last_error)
+
+    def _give_up(self, reason: str) -> None:
+        """Raise the main process's reason, if there is one, on all processes."""
+        with utils.failing_together():
+            if reason:
+                raise ValueError(reason)
