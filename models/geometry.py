@@ -69,12 +69,6 @@ def seam_mask(height: int, width: int, window: int, shift: int) -> np.ndarray:
     return label[:, :, None] == label[:, None, :]
 
 
-def window_rows(height: int, width: int, window: int) -> tuple[np.ndarray, np.ndarray]:
-    """For every token in map order, the number of its window and its place in it: two [T] arrays."""
-    y, x = grid(height, width).T
-    return (y // window) * (width // window) + x // window, (y % window) * window + x % window
-
-
 def slots_of_tokens(
     index: np.ndarray, visible: np.ndarray | None, tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -90,26 +84,21 @@ def slots_of_tokens(
     return slots[order], np.searchsorted(token[order], np.arange(tokens))
 
 
-def dense_positions(
-    index: np.ndarray, visible: np.ndarray | None, height: int, width: int, window: int, tokens: int
-) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
-    """Where a token's bias towards every other stands in its window's flattened [Q, K + 1] bias.
+def dense_columns(index: np.ndarray, visible: np.ndarray | None, tokens: int) -> np.ndarray | None:
+    """Turn an index table [P, K] round: which of a window's keys each token is, K where it is none.
 
     Returns:
-        positions [T, S] and windows [T, 1], or None for both where the dense form does not apply: a map too
-        large for it, a window that sees a token twice, or keys that only some queries of a window see.
+        int64 [P, S], or None where the dense form does not apply: a map too large for it, a window that sees
+        a token twice, or keys that only some queries of a window see.
     """
     windows, keys = index.shape
     if tokens > DENSE_RATIO * keys or (visible is not None and visible.shape[1] > 1):
-        return None, None
+        return None
     seen = np.ones_like(index, dtype=bool) if visible is None else visible[:, 0]
     column = np.full((windows, tokens), keys)
     row = np.broadcast_to(np.arange(windows)[:, None], index.shape)
     column[row[seen], index[seen]] = np.broadcast_to(np.arange(keys), index.shape)[seen]
-    if (column < keys).sum() < seen.sum():
-        return None, None
-    window_of, query_of = window_rows(height, width, window)
-    return query_of[:, None] * (keys + 1) + column[window_of], window_of[:, None]
+    return column if (column < keys).sum() == seen.sum() else None
 
 
 def nearest_cells(centres: np.ndarray, height: int, width: int, count: int) -> np.ndarray:

@@ -31,7 +31,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from .geometry import (
-    dense_positions,
+    dense_columns,
     folding,
     grid,
     nearest_cells,
@@ -43,7 +43,7 @@ from .geometry import (
     slots_of_tokens,
 )
 from .layers import fingerprint
-from .ops import Fold, KeyTable, lookup
+from .ops import Fold, KeyTable, lookup, lookup_columns
 
 CACHED_TABLES = 64
 """Tables that a process keeps. A model uses one for each stage and input size, two where blocks alternate."""
@@ -205,9 +205,9 @@ class NearestKeys:
         with full_precision(keys.table.index.device):
             for network, (offsets, rows, place) in groups:
                 answers = network(offsets.to(network[0].weight.dtype))
-                by_place = lookup(answers, rows)  # [N, Q, U]
-                bias = lookup(by_place.flatten(0, 1).t(), place)  # long rows: their gradient is a fast sum
-                parts.append(bias.unflatten(0, by_place.shape[:2]).transpose(1, 2))
+                parts.append(
+                    lookup_columns(lookup(answers, rows), place)
+                )  # by place of a key [N, Q, U] first
         return torch.cat(parts, dim=-1)
 
 
@@ -259,7 +259,6 @@ def _table(
         folded_visible = None if visible is None else visible[..., kept]
         fold = Fold(*(place(part) for part in columns))
     readers, first_reader = slots_of_tokens(folded_index, folded_visible, tokens)
-    dense, dense_window = dense_positions(folded_index, folded_visible, *size, window, tokens)
     return KeyTable(
         *size,
         window,
@@ -270,8 +269,7 @@ def _table(
         folded_visible=place_any(folded_visible),
         readers=place(readers),
         first_reader=place(first_reader),
-        dense=place_any(dense),
-        dense_window=place_any(dense_window),
+        dense=place_any(dense_columns(folded_index, folded_visible, tokens)),
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reference, sdpa
-from .key_table import Fold, KeyTable, lookup
+from .key_table import Fold, KeyTable, lookup, lookup_columns
 
 PORTABLE_BACKENDS: dict[str, ModuleType] = {"reference": reference, "sdpa": sdpa}
 """Backends that run on any device. Each is a module of this package with `prepare_bias(bias, table, dtype)`,
@@ -95,5 +95,6 @@ __all__ = [
     "check_backend",
     "focal_attention",
     "lookup",
+    "lookup_columns",
     "resolve_backend",
 ]

@@ -33,7 +33,7 @@ class KeyTable:
     `index` points into the S tokens [fine tokens of the padded map, pooled level 0, level 1, ...]; where a
     key is absent it points at token 0 and `visible` is False. `dense` exists where no window sees a token
     twice: it turns a bias over the folded keys into one over all S tokens, so that small maps need no gather
-    (see `dense_bias`).
+    (see `spread_bias`).
     """
 
     height: int
@@ -46,8 +46,7 @@ class KeyTable:
     folded_visible: Tensor | None  # [P, 1 or Q, K'] bool
     readers: Tensor  # [R] int64: slots (window * K' + key) that see a token, sorted by token
     first_reader: Tensor  # [S] int64: where a token's slots begin in `readers`
-    dense: Tensor | None  # [T, S] int64: position in the flattened [Q, K' + 1] bias of the token's window
-    dense_window: Tensor | None  # [T, 1] int64: the window of each token
+    dense: Tensor | None  # [P, S] int64: which of a window's K' keys a token is, K' where it is none
 
 
 def lookup(table: Tensor, index: Tensor) -> Tensor:
@@ -58,6 +57,18 @@ def lookup(table: Tensor, index: Tensor) -> Tensor:
     return F.embedding(index, table).movedim(-1, 0)
 
 
+def lookup_columns(table: Tensor, index: Tensor) -> Tensor:
+    """Columns of a [N, Q, U] table for every window: index [P, K] -> [N, P, Q, K].
+
+    On the CPU by a gather, which reads and writes in order; elsewhere its gradient would be summed in any
+    order, which an embedding's is not.
+    """
+    if table.device.type == "cpu":
+        columns = table.gather(2, index.flatten().expand(*table.shape[:2], -1))
+        return columns.unflatten(2, index.shape).transpose(1, 2)
+    return lookup(table.flatten(0, 1).t(), index).unflatten(0, table.shape[:2]).transpose(1, 2)
+
+
 def fold_bias(bias: Tensor, fold: Fold | None) -> Tensor:
     """Merge duplicate key columns: [..., K] -> [..., K']."""
     if fold is None:
@@ -66,15 +77,30 @@ def fold_bias(bias: Tensor, fold: Fold | None) -> Tensor:
     return torch.cat([bias.index_select(-1, fold.single), pair], dim=-1)
 
 
-def dense_bias(bias: Tensor, table: KeyTable) -> Tensor:
-    """Spread a folded bias [N, P or 1, Q, K'] over all tokens: [N, T, S], -inf where a token is not seen."""
-    assert table.dense is not None and table.dense_window is not None, "no dense form of this table"
-    heads, windows, queries, keys = bias.shape
-    position = table.dense
-    if windows > 1:
-        position = position + table.dense_window * (queries * (keys + 1))
-    padded = F.pad(bias, (0, 1), value=float("-inf")).reshape(heads, -1)
-    return lookup(padded.t(), position)
+def spread_bias(bias: Tensor, table: KeyTable) -> Tensor:
+    """A folded bias for every score that is computed, -inf where a key is not seen.
+
+    Args:
+        bias: [N, P or 1, Q, K'].
+
+    Returns:
+        [N, 1, T, S] in the dense form, else [N, P, Q, K'].
+    """
+    if table.dense is None:
+        return mask_absent(bias, table.folded_visible).expand(-1, len(table.index), -1, -1)
+    padded = F.pad(bias, (0, 1), value=float("-inf"))
+    if bias.shape[1] == 1:
+        every = lookup_columns(padded[:, 0], table.dense)
+    else:
+        every = padded.gather(3, table.dense[:, None].expand(*bias.shape[:3], -1))
+    return rows_of_map(every, table)[:, None]
+
+
+def rows_of_map(x: Tensor, table: KeyTable) -> Tensor:
+    """Rows of windows in map order: [N, P, Q, X] -> [N, T, X]."""
+    s = table.window
+    x = x.unflatten(2, (s, s)).unflatten(1, (table.height // s, table.width // s)).transpose(2, 3)
+    return x.flatten(1, 4)
 
 
 def mask_absent(bias: Tensor, visible: Tensor | None) -> Tensor:

@@ -15,17 +15,13 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from .key_table import KeyTable, dense_bias, fold_bias, mask_absent, merge_windows, split_qkv, split_windows
+from .key_table import KeyTable, fold_bias, merge_windows, split_qkv, split_windows, spread_bias
 from .recompute import RecomputedAttention, gather_heads
 
 
 def prepare_bias(bias: Tensor, table: KeyTable, dtype: torch.dtype) -> Tensor:
     """Mask for SDPA in `dtype`: [1, N, T, S] for the dense form, else [1, N*P, Q, K']."""
-    bias = fold_bias(bias, table.fold)
-    if table.dense is not None:
-        return dense_bias(bias, table).to(dtype)[None]
-    bias = mask_absent(bias, table.folded_visible)
-    return bias.expand(-1, table.index.shape[0], -1, -1).flatten(0, 1).to(dtype)[None]
+    return spread_bias(fold_bias(bias, table.fold), table).flatten(0, 1).to(dtype)[None]
 
 
 def attend(qkv: Tensor, table: KeyTable, bias: Tensor, scale: float) -> Tensor:

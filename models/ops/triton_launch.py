@@ -27,6 +27,9 @@ BLOCK_KEYS = 64
 TARGET_PROGRAMS = 1056
 """Programs to divide a pass into, where it has as many items: eight for each of the 132 SMs of a Hopper."""
 
+MOST_NUMBERS = 2**31 - 1
+"""Kernels count with 32 bits within an image and within an index table."""
+
 CACHED_TABLES = 128
 """Key tables whose kernel tables are kept (Focal-fast has one per layer and map size)."""
 
@@ -39,7 +42,7 @@ class Config:
     num_stages: int
     block_queries: int  # most queries of a tile
     block_keys: int  # most keys of a tile
-    static_tiles: int = 0  # tiles of keys that are written out, not looped over
+    static_tiles: int = 0  # of query_gradient: tiles of keys whose bias gradient fits into registers
 
 
 CONFIGS: dict[tuple[str, int, int], Config] = {
@@ -107,7 +110,8 @@ def _build(
     if visible is not None:
         keys = np.where(visible.any(dim=1).cpu().numpy(), keys, -1)
     layouts = [_blocks(height, width, window, tokens, shift) for shift in (0, window // 2)]
-    entries = [_entries(keys, *layout) for layout in layouts]
+    sights = _sights(keys, tokens)
+    entries = [_entries(*sights, *layout) for layout in layouts]
     best = min(range(len(layouts)), key=lambda i: len(entries[i][0]))
     (block, slot), (entry_block, entry_window, columns) = layouts[best], entries[best]
 
@@ -122,6 +126,7 @@ def _build(
     padded = np.pad(keys, ((0, 0), (0, missing)), constant_values=-1)
 
     def place(array: np.ndarray) -> Tensor:
+        check_offsets(array.size)
         return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)).to(index.device)
 
     return KernelTables(
@@ -173,33 +178,50 @@ def _cells(height: int, width: int, side: int, most_rows: int, shift: int) -> np
     return np.unique(cell, return_inverse=True)[1].reshape(-1)
 
 
+def _sights(keys: np.ndarray, tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Who sees what, by window and token.
+
+    Args:
+        keys: [P, K'] tokens, -1 where absent.
+        tokens: S.
+
+    Returns:
+        Window, column of `keys`, token and how often the window saw the token before: four [R] arrays.
+    """
+    window, column = np.nonzero(keys >= 0)
+    sight = window * tokens + keys[window, column]
+    order = np.argsort(sight, kind="stable")
+    window, column, sight = window[order], column[order], sight[order]
+    copy = np.arange(len(sight)) - np.searchsorted(sight, sight)
+    return window, column, sight % tokens, copy
+
+
 def _entries(
-    keys: np.ndarray, block: np.ndarray, slot: np.ndarray
+    window: np.ndarray,
+    column: np.ndarray,
+    token: np.ndarray,
+    copy: np.ndarray,
+    block: np.ndarray,
+    slot: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Which windows see which blocks.
 
     Args:
-        keys: [P, K'] tokens, -1 where absent.
+        window, column, token, copy: as `_sights` returns them.
         block: [S] block of every token.
         slot: [S] its place in the block.
 
     Returns:
-        Per entry the block [E] and the window [E], sorted, and the columns of `keys` of the block's tokens
-        [E, BLOCK_KEYS], -1 where the window does not see them. A window that sees a token of a block in
-        several columns has several entries.
+        Per entry the block [E] and the window [E], sorted, and the columns of the window's keys for the
+        block's tokens [E, BLOCK_KEYS], -1 where the window does not see them. A window that sees a token of a
+        block in several columns has several entries.
     """
-    window, column = np.nonzero(keys >= 0)
-    token = keys[window, column]
-    order = np.lexsort((column, token, window))
-    window, column, token = window[order], column[order], token[order]
-    sight = window * len(block) + token
-    copy = np.arange(len(sight)) - np.searchsorted(sight, sight)
-    copies = copy.max() + 1
-    number = (block[token] * len(keys) + window) * copies + copy
+    windows, copies = window.max() + 1, copy.max() + 1
+    number = (block[token] * windows + window) * copies + copy
     distinct, entry = np.unique(number, return_inverse=True)
     columns = np.full((len(distinct), BLOCK_KEYS), -1)
     columns[entry.reshape(-1), slot[token]] = column
-    return distinct // copies // len(keys), distinct // copies % len(keys), columns
+    return distinct // copies // windows, distinct // copies % windows, columns
 
 
 def padded_keys(keys: int) -> int:
@@ -215,6 +237,19 @@ def padded_queries(queries: int) -> int:
 def config(kernel: str, head_dim: int, element_size: int) -> Config:
     """How to compile one of the kernels for heads so wide and numbers of so many bytes."""
     return CONFIGS[kernel, 32 if head_dim <= 32 else 64, element_size]
+
+
+def check_offsets(numbers: int) -> None:
+    """Refuse an array, or an image of one, of so many numbers that 32 bits do not address it.
+
+    Raises:
+        ValueError: saying so.
+    """
+    if numbers > MOST_NUMBERS:
+        raise ValueError(
+            f"the triton backend addresses {MOST_NUMBERS} numbers of an image, got {numbers}: "
+            "use smaller images or the backend sdpa"
+        )
 
 
 def divide(items: int, programs: int) -> tuple[int, int]:
