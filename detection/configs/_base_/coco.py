@@ -1,0 +1,35 @@
+"""Schedules and training pipelines on COCO, those of Swin Transformer's detectors, which Focal Transformer's
+follow; each config picks from them.
+
+A config's `reported` quotes the release's README: box and mask AP on val2017 in percent, parameters in
+millions, FLOPs in G. Nothing of it was reproduced here, and the README does not give the recipe.
+
+Backbones start from fresh weights unless a classifier's are named, which the reported figures need:
+`--cfg-options model.backbone.init_cfg.type=Pretrained model.backbone.init_cfg.checkpoint=FILE`.
+"""
+
+_base_ = "../../../openmmlab/configs/recipe.py"
+
+warm_up = dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=1000)
+steps_1x = [warm_up, dict(type="MultiStepLR", begin=0, end=12, by_epoch=True, milestones=[8, 11], gamma=0.1)]
+steps_3x = [warm_up, dict(type="MultiStepLR", begin=0, end=36, by_epoch=True, milestones=[27, 33], gamma=0.1)]
+steps_6x = [warm_up, dict(type="MultiStepLR", begin=0, end=72, by_epoch=True, milestones=[63, 69], gamma=0.1)]
+
+# shorter side 480 to 800, longer at most 1333; half of the images are cropped first, at a smaller scale
+multi_scale = dict(
+    type="RandomChoiceResize", scales=[(side, 1333) for side in range(480, 801, 32)], keep_ratio=True
+)
+before_crop = dict(type="RandomChoiceResize", scales=[(400, 1333), (500, 1333), (600, 1333)], keep_ratio=True)
+crop = dict(type="RandomCrop", crop_type="absolute_range", crop_size=(384, 600), allow_negative_crop=True)
+crops_with_boxes = [
+    dict(type="LoadImageFromFile", backend_args=None),
+    dict(type="LoadAnnotations", with_bbox=True),
+    dict(type="RandomFlip", prob=0.5),
+    dict(type="RandomChoice", transforms=[[multi_scale], [before_crop, crop, multi_scale]]),
+    dict(type="PackDetInputs"),
+]
+crops_with_masks = [
+    crops_with_boxes[0],
+    dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
+    *crops_with_boxes[2:],
+]

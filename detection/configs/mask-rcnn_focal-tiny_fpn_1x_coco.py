@@ -1,0 +1,14 @@
+"""Mask R-CNN on Focal-T, 1x schedule."""
+
+_base_ = [
+    "mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py",
+    "_base_/coco.py",
+    "../../openmmlab/configs/focal_tiny.py",
+]
+model = dict(
+    backbone=dict(_delete_=True, drop_path_rate=0.2, **_base_.focal_tiny),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)
+optim_wrapper = dict(_delete_=True, **_base_.adamw)
+param_scheduler = _base_.steps_1x
+reported = dict(box_ap=44.8, mask_ap=41.0, params_m=49, flops_g=291)

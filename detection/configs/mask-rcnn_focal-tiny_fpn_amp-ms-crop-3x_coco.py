@@ -1,0 +1,9 @@
+"""Mask R-CNN on Focal-T, 3x schedule, several scales and crops, mixed precision."""
+
+_base_ = "mask-rcnn_focal-tiny_fpn_1x_coco.py"
+train_pipeline = _base_.crops_with_masks
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
+train_cfg = dict(max_epochs=36)
+param_scheduler = _base_.steps_3x
+optim_wrapper = dict(type="AmpOptimWrapper")
+reported = dict(box_ap=47.2, mask_ap=42.7, params_m=49, flops_g=291)

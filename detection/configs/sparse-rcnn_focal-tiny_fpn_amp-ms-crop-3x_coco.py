@@ -1,0 +1,23 @@
+"""Sparse R-CNN with 300 proposals on Focal-T, 3x schedule, several scales and crops, mixed precision.
+
+The release does not say how many proposals its row has. Gradients are clipped as in mmdet's base config.
+"""
+
+_base_ = [
+    "mmdet::sparse_rcnn/sparse-rcnn_r50_fpn_300-proposals_crop-ms-480-800-3x_coco.py",
+    "_base_/coco.py",
+    "../../openmmlab/configs/focal_tiny.py",
+]
+model = dict(
+    backbone=dict(_delete_=True, drop_path_rate=0.2, **_base_.focal_tiny),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)
+train_pipeline = _base_.crops_with_boxes
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
+param_scheduler = _base_.steps_3x
+optim_wrapper = dict(
+    _delete_=True,
+    **dict(_base_.adamw, type="AmpOptimWrapper"),
+    clip_grad=dict(max_norm=1, norm_type=2),
+)
+reported = dict(box_ap=49.0, params_m=111, flops_g=196)

@@ -1,0 +1,412 @@
+"""RepPoints v2 for MMDetection 3: a head, an assigner and a loss, registered by being imported.
+
+Chen et al., "RepPoints v2: Verification Meets Regression for Object Detection" (NeurIPS 2020). MMDetection's
+RepPointsHead regresses; what is added here verifies, after section 3 of the paper:
+
+- Verification tasks: heatmaps and offsets of top-left and bottom-right corners, behind CornerNet's pooling,
+  and one foreground map per class (within boxes). `detection.corner_targets` has their targets.
+- Fusion, in three ways: the branches share the regression features (multi-task learning); foreground features
+  and corner maps join the features that regress and classify (feature enhancement); regressed boxes take the
+  best verified corners around them (joint inference).
+- Explicit corners: the first two of the nine points are the box's corners, so both tasks are about the same.
+
+Layer widths, loss weights and the levels of joint inference are those of the authors' released configs: a 3x3
+convolution before the branches, 64 channels where corners are pooled, weights 0.25, 1 and 0.1 for heatmaps,
+offsets and foreground, ATSS to assign refined boxes, and no snapping of the finest level's boxes.
+
+Departures: a box is what its two corner points span, and the points start as a grid, `point_base_scale` cells
+wide, around their cell. (The release starts them all in one place and leaves the two unordered; a box turned
+inside out has a negative GIoU loss, which its GIoU hides by counting one more pixel.) A batch's padding is
+left out of the foreground loss too; both corner kinds share one average; denominators are at least 1, for
+images without boxes.
+
+Letters: B images; C classes; H, W cells of a level.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from mmcv.cnn import ConvModule
+from mmdet.models.dense_heads.corner_head import BiCornerPool
+from mmdet.models.dense_heads.reppoints_head import RepPointsHead
+from mmdet.models.task_modules import AssignResult, ATSSAssigner
+from mmdet.models.utils import multi_apply
+from mmdet.registry import MODELS, TASK_UTILS
+from mmengine.structures import InstanceData
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid, pad
+
+from detection.corner_targets import LevelTargets, level_targets, snap_to_corners, stack_targets
+
+EXPLICIT_CORNERS = "explicit_corners"
+TRANSFORM_METHODS = (EXPLICIT_CORNERS, "minmax", "partial_minmax", "moment")
+CORNER_MAPS = 6  # two scores, two times two offsets
+REGRESSED_ONLY = -1
+FIXED = {"use_grid_points": False, "center_init": True, "conv_cfg": None}  # what v2 does not leave open
+
+LOSS_CORNER = {"type": "GaussianFocalLoss", "alpha": 2.0, "gamma": 4.0, "loss_weight": 0.25}
+LOSS_OFFSET = {"type": "SmoothL1Loss", "beta": 1 / 9, "loss_weight": 1.0}
+LOSS_FOREGROUND = {"type": "BoxNormalizedFocalLoss", "gamma": 2.0, "alpha": 0.25, "loss_weight": 0.1}
+PRIOR = {"type": "Normal", "std": 0.01, "bias_prob": 0.01}
+INIT = {
+    "type": "Normal",
+    "layer": "Conv2d",
+    "std": 0.01,
+    "override": [
+        {**PRIOR, "name": name}
+        for name in ("reppoints_cls_out", "foreground_out", "top_left_score", "bottom_right_score")
+    ],
+}
+
+
+@TASK_UTILS.register_module()
+class StrideATSSAssigner(ATSSAssigner):
+    """ATSS that learns from a fifth column of the priors, their stride, which level they belong to."""
+
+    def assign(
+        self,
+        pred_instances: InstanceData,
+        gt_instances: InstanceData,
+        gt_instances_ignore: InstanceData | None = None,
+    ) -> AssignResult:
+        """As every other assigner; `pred_instances.priors` is (N, 5), sorted by level."""
+        strides = pred_instances.priors[:, 4]
+        counts = torch.unique_consecutive(strides, return_counts=True)[1].tolist()
+        return super().assign(pred_instances, counts, gt_instances, gt_instances_ignore)
+
+
+@MODELS.register_module()
+class BoxNormalizedFocalLoss(nn.Module):
+    """Focal loss of foreground maps in which every box counts alike, whatever its size.
+
+    The paper's normalized focal loss: positive cells weigh as `LevelTargets.foreground` says and are divided
+    by the sum of these weights; negative cells by the number of positive ones.
+
+    Args:
+        gamma: how strongly well classified cells are played down.
+        alpha: share of the positive cells' part.
+        loss_weight: factor of the result.
+    """
+
+    def __init__(self, gamma: float = 2.0, alpha: float = 0.25, loss_weight: float = 0.1) -> None:
+        super().__init__()
+        self.gamma = gamma
+        self.alpha = alpha
+        self.loss_weight = loss_weight
+
+    def forward(self, logits: Tensor, weights: Tensor, valid: Tensor) -> Tensor:
+        """A scalar of logits, weights and valid (bool) of one shape; what is not valid does not count."""
+        logits = logits.float()
+        positive = weights > 0
+        negative = valid & ~positive
+        hit = -logsigmoid(logits) * (-logits).sigmoid().pow(self.gamma) * weights
+        false_alarm = -logsigmoid(-logits) * logits.sigmoid().pow(self.gamma) * negative
+        hits = hit.sum() / weights.sum().clamp(min=torch.finfo(logits.dtype).tiny)
+        false_alarms = false_alarm.sum() / positive.sum().clamp(min=1)
+        return self.loss_weight * (self.alpha * hits + (1 - self.alpha) * false_alarms)
+
+
+class CornerFeatures(BiCornerPool):
+    """CornerNet's pooling along two directions, with a last convolution of 1x1 as in the authors' release."""
+
+    def __init__(
+        self, channels: int, directions: Sequence[str], pooled_channels: int, norm_cfg: dict[str, Any]
+    ) -> None:
+        super().__init__(channels, list(directions), pooled_channels, channels, norm_cfg)
+        self.conv2 = ConvModule(channels, channels, 1, norm_cfg=norm_cfg)
+
+
+@MODELS.register_module()
+class RepPointsV2Head(RepPointsHead):
+    """RepPoints with corner and foreground verification; goes into MMDetection's RepPointsDetector.
+
+    Args:
+        num_classes: C, without background.
+        in_channels: of the neck's maps.
+        corner_channels: of the maps that corner pooling runs on.
+        shared_convs: 3x3 convolutions between the regression features and the verification branches.
+        verifying_levels: for each level, the level whose corner maps its boxes are snapped to at inference,
+            or -1 to leave them as regressed.
+        corner_overlap: the overlap that sizes the heatmaps' bumps, see `corner_targets.corner_radii`.
+        loss_corner: loss of the corner heatmaps.
+        loss_corner_offset: loss of the offsets at corners.
+        loss_foreground: loss of the foreground maps, called as `BoxNormalizedFocalLoss` is.
+        transform_method: how points become a box, "explicit_corners" or one of RepPointsHead's.
+        init_cfg: initialization.
+        options: those of RepPointsHead; of `use_grid_points`, `center_init`, `conv_cfg` only the defaults.
+
+    Raises:
+        ValueError: options that contradict each other or do not exist here.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int,
+        corner_channels: int = 64,
+        shared_convs: int = 1,
+        verifying_levels: Sequence[int] = (REGRESSED_ONLY, 0, 0, 1, 1),
+        corner_overlap: float = 0.7,
+        loss_corner: dict[str, Any] = LOSS_CORNER,
+        loss_corner_offset: dict[str, Any] = LOSS_OFFSET,
+        loss_foreground: dict[str, Any] = LOSS_FOREGROUND,
+        transform_method: str = EXPLICIT_CORNERS,
+        init_cfg: dict[str, Any] = INIT,
+        **options: Any,
+    ) -> None:
+        if transform_method not in TRANSFORM_METHODS:
+            choices = ", ".join(TRANSFORM_METHODS)
+            raise ValueError(f"transform_method must be one of {choices}, got {transform_method!r}")
+        for name in FIXED.keys() & options.keys():
+            if options[name] != FIXED[name]:
+                raise ValueError(f"RepPointsV2Head has no {name}={options[name]}; leave it out")
+        if not 0 < corner_overlap < 1:
+            raise ValueError(f"corner_overlap must be between 0 and 1, got {corner_overlap}")
+        self.corner_channels = corner_channels
+        self.num_shared_convs = shared_convs
+        super().__init__(
+            num_classes, in_channels, transform_method=transform_method, init_cfg=init_cfg, **options
+        )
+        levels = len(self.point_strides)
+        if len(verifying_levels) != levels or not {*verifying_levels} <= {REGRESSED_ONLY, *range(levels)}:
+            raise ValueError(
+                f"verifying_levels must name, for each of {levels} levels, a level from 0 to {levels - 1} or "
+                f"{REGRESSED_ONLY} for none, got {list(verifying_levels)}"
+            )
+        self.verifiers = {
+            level: verifier for level, verifier in enumerate(verifying_levels) if verifier != REGRESSED_ONLY
+        }
+        self.register_buffer("points_start", self._points_start(), persistent=False)
+        self.corner_overlap = corner_overlap
+        self.loss_corner = MODELS.build(loss_corner)
+        self.loss_corner_offset = MODELS.build(loss_corner_offset)
+        self.loss_foreground = MODELS.build(loss_foreground)
+
+    def _init_layers(self) -> None:
+        """RepPoints' layers, wider where they see the corner maps, and the verification branches."""
+        super()._init_layers()
+        width = self.feat_channels
+        for name in ("reppoints_cls_conv", "reppoints_pts_refine_conv"):
+            old = getattr(self, name)
+            wider = type(old)(width + CORNER_MAPS, self.point_feat_channels, self.dcn_kernel, 1, self.dcn_pad)
+            setattr(self, name, wider)
+        norm = self.norm_cfg
+        self.shared_convs = nn.Sequential(
+            *(ConvModule(width, width, 3, padding=1, norm_cfg=norm) for _ in range(self.num_shared_convs))
+        )
+        self.foreground_out = nn.Conv2d(width, self.num_classes, 1)
+        self.foreground_embedding = ConvModule(width, width, 1, norm_cfg=norm)
+        self.top_left = CornerFeatures(width, ("top", "left"), self.corner_channels, norm)
+        self.bottom_right = CornerFeatures(width, ("bottom", "right"), self.corner_channels, norm)
+        self.top_left_score = nn.Conv2d(width, 1, 3, padding=1)
+        self.top_left_offset = nn.Conv2d(width, 2, 3, padding=1)
+        self.bottom_right_score = nn.Conv2d(width, 1, 3, padding=1)
+        self.bottom_right_offset = nn.Conv2d(width, 2, 3, padding=1)
+
+    def _points_start(self) -> Tensor:
+        """Where points start, (1, 2 * num_points, 1, 1), y before x in cells: corners on a grid, or all in one."""
+        grid = self.dcn_base_offset.float().view(-1, 2) / self.dcn_pad * (self.point_base_scale / 2)
+        corners_first = torch.cat([grid[[0, -1]], grid[1:-1]])
+        explicit = self.transform_method == EXPLICIT_CORNERS
+        return (corners_first * explicit).view(1, -1, 1, 1)
+
+    def points2bbox(self, pts: Tensor, y_first: bool = True) -> Tensor:
+        """Points (N, 2 * num_points, ...) to boxes (N, 4, ...): left, top, right, bottom."""
+        if self.transform_method != EXPLICIT_CORNERS:
+            return super().points2bbox(pts, y_first)
+        x, y = (1, 0) if y_first else (0, 1)
+        start, end = pts[:, [x, y]], pts[:, [x + 2, y + 2]]
+        return torch.cat([start.minimum(end), start.maximum(end)], dim=1)
+
+    def forward_single(self, x: Tensor) -> tuple[Tensor, ...]:
+        """All maps of one level.
+
+        Args:
+            x: (B, in_channels, H, W) map of the neck.
+
+        Returns:
+            class logits (B, C, H, W); first and refined points (B, 2 * num_points, H, W), y before x, in
+            cells from their own; corner logits (B, 2, H, W) and offsets (B, 4, H, W) as in `LevelTargets`;
+            foreground logits (B, C, H, W).
+        """
+        cls_feat, pts_feat = _chain(self.cls_convs, x), _chain(self.reg_convs, x)
+        shared = self.shared_convs(pts_feat)
+        foreground = self.foreground_out(shared)
+        context = self.foreground_embedding(shared)
+        corner_scores, corner_offsets = self._verify(shared + context)
+        cls_feat, pts_feat = cls_feat + context, pts_feat + context
+
+        points = self.reppoints_pts_init_out(self.relu(self.reppoints_pts_init_conv(pts_feat)))
+        points = points + self.points_start.type_as(points)
+        damped = points.detach().lerp(points, self.gradient_mul)
+        sampling = damped - self.dcn_base_offset.type_as(points)
+        corners = torch.cat([corner_scores, corner_offsets], dim=1)
+        cls_feat = self.reppoints_cls_conv(torch.cat([cls_feat, corners], dim=1), sampling)
+        pts_feat = self.reppoints_pts_refine_conv(torch.cat([pts_feat, corners], dim=1), sampling)
+        scores = self.reppoints_cls_out(self.relu(cls_feat))
+        refined = self.reppoints_pts_refine_out(self.relu(pts_feat)) + points.detach()
+        return scores, points, refined, corner_scores, corner_offsets, foreground
+
+    def _verify(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Corner logits (B, 2, H, W) and offsets (B, 4, H, W) of (B, feat_channels, H, W)."""
+        top_left, bottom_right = self.top_left(features), self.bottom_right(features)
+        scores = [self.top_left_score(top_left), self.bottom_right_score(bottom_right)]
+        offsets = [self.top_left_offset(top_left), self.bottom_right_offset(bottom_right)]
+        return torch.cat(scores, dim=1), torch.cat(offsets, dim=1)
+
+    # --- Training -------------------------------------------------------------------------------------------
+
+    def get_targets(self, proposals_list: list[list[Tensor]], *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """RepPointsHead's targets, for proposals that carry their stride as a last column."""
+        strides = self.point_strides
+        with_strides = [
+            [pad(level, (0, 1), value=stride) for level, stride in zip(levels, strides, strict=True)]
+            for levels in proposals_list
+        ]
+        return super().get_targets(with_strides, *args, **kwargs)
+
+    def loss_by_feat(
+        self,
+        cls_scores: list[Tensor],
+        points: list[Tensor],
+        refined: list[Tensor],
+        corner_scores: list[Tensor],
+        corner_offsets: list[Tensor],
+        foregrounds: list[Tensor],
+        batch_gt_instances: list[InstanceData],
+        batch_img_metas: list[dict[str, Any]],
+        batch_gt_instances_ignore: list[InstanceData] | None = None,
+    ) -> dict[str, Any]:
+        """RepPoints' losses and those of verification, in float32; maps are those of `forward_single`."""
+        cls_scores, points, refined, corner_scores, corner_offsets, foregrounds = (
+            [level.float() for level in maps]
+            for maps in (cls_scores, points, refined, corner_scores, corner_offsets, foregrounds)
+        )
+        losses = super().loss_by_feat(
+            cls_scores, points, refined, batch_gt_instances, batch_img_metas, batch_gt_instances_ignore
+        )
+        sizes = [tuple(level.shape[-2:]) for level in cls_scores]
+        targets = self.verification_targets(sizes, batch_gt_instances, batch_img_metas)
+        corners = sum(level.is_corner.sum() for level in targets).clamp(min=1)
+        losses["loss_corner"], losses["loss_corner_offset"] = multi_apply(
+            self._corner_losses, corner_scores, corner_offsets, targets, average=corners
+        )
+        losses["loss_foreground"] = self.loss_foreground(
+            _flat(foregrounds),
+            _flat([level.foreground for level in targets]),
+            _flat([level.valid.expand_as(level.foreground) for level in targets]),
+        )
+        return losses
+
+    def verification_targets(
+        self,
+        sizes: list[tuple[int, int]],
+        batch_gt_instances: list[InstanceData],
+        batch_img_metas: list[dict[str, Any]],
+    ) -> list[LevelTargets]:
+        """Targets of a batch, level by level, each part with a leading B.
+
+        Args:
+            sizes: (H, W) of the levels.
+            batch_gt_instances: boxes and labels of each image.
+            batch_img_metas: with each image's `pad_shape`.
+        """
+        images = list(zip(batch_gt_instances, batch_img_metas, strict=True))
+        finest = self.point_strides[0]
+        return [
+            stack_targets(
+                [
+                    level_targets(
+                        truth.bboxes,
+                        truth.labels,
+                        self.num_classes,
+                        size,
+                        meta["pad_shape"][:2],
+                        (stride, finest),
+                        self.corner_overlap,
+                    )
+                    for truth, meta in images
+                ]
+            )
+            for size, stride in zip(sizes, self.point_strides, strict=True)
+        ]
+
+    def _corner_losses(
+        self, scores: Tensor, offsets: Tensor, targets: LevelTargets, average: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Heatmap and offset loss of one level; `average` is the number of corners in the batch."""
+        heatmap = self.loss_corner(
+            scores.sigmoid(), targets.heatmap, weight=targets.valid.expand_as(scores), avg_factor=average
+        )
+        weight = targets.is_corner.repeat_interleave(2, dim=1).float()
+        offset = self.loss_corner_offset(offsets, targets.offsets, weight=weight, avg_factor=average)
+        return heatmap, offset
+
+    # --- Inference ------------------------------------------------------------------------------------------
+
+    def predict_by_feat(
+        self,
+        cls_scores: list[Tensor],
+        points: list[Tensor],
+        refined: list[Tensor],
+        corner_scores: list[Tensor],
+        corner_offsets: list[Tensor],
+        foregrounds: list[Tensor],
+        batch_img_metas: list[dict[str, Any]],
+        **options: Any,
+    ) -> list[InstanceData]:
+        """Boxes of each image from the maps of `forward_single`; `options` as for any dense head."""
+        regressed = [self.points2bbox(level.float()) for level in refined]
+        boxes = self.joint_boxes(regressed, corner_scores, corner_offsets, batch_img_metas)
+        return super().predict_by_feat(
+            [level.float() for level in cls_scores], boxes, batch_img_metas=batch_img_metas, **options
+        )
+
+    def joint_boxes(
+        self,
+        regressed: list[Tensor],
+        corner_scores: list[Tensor],
+        corner_offsets: list[Tensor],
+        batch_img_metas: list[dict[str, Any]],
+    ) -> list[Tensor]:
+        """Regressed boxes with both corners replaced by the best verified ones around them.
+
+        Args:
+            regressed: (B, 4, H, W) of each level, in its cells from the cell's own point.
+            corner_scores: (B, 2, H, W) of each level.
+            corner_offsets: (B, 4, H, W) of each level.
+            batch_img_metas: with each image's `img_shape`, outside of which no corner is sought.
+
+        Returns:
+            Boxes in the same form.
+        """
+        ends = regressed[0].new_tensor([meta["img_shape"][1::-1] for meta in batch_img_metas])  # B, (x, y)
+        sizes = [level.shape[-2:] for level in regressed]
+        cells = self.prior_generator.grid_priors(sizes, regressed[0].dtype, regressed[0].device)
+        joint = list(regressed)
+        for level, verifier in self.verifiers.items():
+            stride = self.point_strides[level]
+            corners = regressed[level].unflatten(1, (2, 2)).flatten(3).transpose(2, 3)  # B, 2, H * W, (x, y)
+            corners = (corners * stride + cells[level]).clamp(min=0).minimum(ends[:, None, None])
+            scores = corner_scores[verifier].float().unbind(dim=1)
+            offsets = corner_offsets[verifier].float().chunk(2, dim=1)
+            snapped = [
+                snap_to_corners(*kind, self.point_strides[verifier])
+                for kind in zip(corners.unbind(dim=1), scores, offsets, strict=True)
+            ]
+            moved = (torch.stack(snapped, dim=1) - cells[level]) / stride
+            joint[level] = moved.transpose(2, 3).reshape(regressed[level].shape)
+        return joint
+
+
+def _chain(layers: nn.ModuleList, x: Tensor) -> Tensor:
+    """The layers one after another."""
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+def _flat(maps: list[Tensor]) -> Tensor:
+    """All values of maps of different sizes in one row."""
+    return torch.cat([level.flatten() for level in maps])

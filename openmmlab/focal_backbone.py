@@ -1,0 +1,107 @@
+"""The one FocalTransformer as a backbone of MMDetection and MMSegmentation.
+
+It adds what their configs expect of a backbone: chosen stages, each with a LayerNorm of its own (norm0,
+norm1, ...), frozen stages, and weights of a classifier.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmengine.logging import print_log
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from models import FocalTransformer, load_checkpoint
+
+REFUSED = {
+    "num_classes": "a backbone has no classifier; leave it out",
+    "use_checkpoint": "it is called with_cp here",
+}
+PRETRAINED = ({"type", "checkpoint"}, "Pretrained")  # the one init_cfg: its keys, its type
+
+
+@MODELS.register_module()
+class FocalBackbone(FocalTransformer):
+    """Stage maps for a neck. Stages after the last one asked for are not built.
+
+    Args:
+        out_indices: stages whose maps are returned, ascending from 0.
+        frozen_stages: -1 trains everything, 0 freezes the stem, n the first n stages as well.
+        norm_eval: only False: norms here keep no running statistics that could be frozen.
+        with_cp: recompute activations in the backward pass instead of keeping them.
+        init_cfg: `dict(type="Pretrained", checkpoint=FILE)`, an original or own classifier's weights.
+        options: those of `models.FocalTransformer`; `img_size` is that of the checkpoint, not of images.
+
+    Raises:
+        ValueError: options that contradict each other, or would do nothing.
+    """
+
+    def __init__(
+        self,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        init_cfg: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        for name in REFUSED.keys() & options.keys():
+            raise ValueError(f"FocalBackbone takes no {name}: {REFUSED[name]}")
+        if norm_eval:
+            raise ValueError("norm_eval=True would do nothing: no norm here keeps statistics; leave it out")
+        if init_cfg is not None and ({*init_cfg}, init_cfg.get("type")) != PRETRAINED:
+            raise ValueError(f"expected init_cfg=dict(type='Pretrained', checkpoint=FILE), got {init_cfg}")
+        super().__init__(num_classes=0, use_checkpoint=with_cp, **options)
+        stages = len(self.layers)
+        if not out_indices or sorted({*out_indices} & {*range(stages)}) != list(out_indices):
+            raise ValueError(f"out_indices must ascend within 0 to {stages - 1}, got {list(out_indices)}")
+        if not -1 <= frozen_stages <= out_indices[-1] + 1:
+            raise ValueError(f"frozen_stages must be -1 to {out_indices[-1] + 1}, got {frozen_stages}")
+        self.options, self.init_cfg = options, init_cfg
+        self.out_indices, self.frozen_stages = tuple(out_indices), frozen_stages
+        del self.layers[out_indices[-1] + 1 :], self.norm
+        self.layers[-1].downsample = None
+        for index in out_indices:
+            self.add_module(f"norm{index}", nn.LayerNorm(self.feature_dims[index]))
+        for module in self._frozen():
+            module.requires_grad_(False)
+        if frozen_stages >= 0 and self.absolute_pos_embed is not None:
+            self.absolute_pos_embed.requires_grad_(False)
+
+    def init_weights(self) -> None:
+        """Load the classifier that `init_cfg` names; all of its stages must be in the file.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: a file that does not fit, with the keys that differ.
+        """
+        if self.init_cfg is None:
+            return
+        classifier = FocalTransformer(num_classes=0, **self.options)
+        report = load_checkpoint(classifier, self.init_cfg["checkpoint"], reset_head=True)
+        loaded, own = classifier.state_dict(), self.state_dict()
+        self.load_state_dict({key: value for key, value in loaded.items() if key in own}, strict=False)
+        dropped = ", ".join([*report.reset, *sorted(loaded.keys() - own.keys())])
+        fresh = ", ".join(sorted(own.keys() - loaded.keys()))
+        print_log(f"{report.path}: loaded; not used here: {dropped}; new: {fresh}", "current")
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Images [B, 3, H, W] to maps [B, C_i, H / (4 * 2^i), W / (4 * 2^i)] of the chosen stages."""
+        maps = self.forward_intermediates(x, self.out_indices)
+        norms = [self.get_submodule(f"norm{index}") for index in self.out_indices]
+        last = [norm(x.permute(0, 2, 3, 1)) for norm, x in zip(norms, maps, strict=True)]
+        return tuple(x.permute(0, 3, 1, 2).contiguous() for x in last)
+
+    def _frozen(self) -> list[nn.Module]:
+        """What does not learn: the stem, stages with the step to the next, and their output norms."""
+        if self.frozen_stages < 0:
+            return []
+        norms = [self.get_submodule(f"norm{i}") for i in self.out_indices if i < self.frozen_stages]
+        return [self.patch_embed, self.pos_drop, *self.layers[: self.frozen_stages], *norms]
+
+    def train(self, mode: bool = True) -> "FocalBackbone":
+        """Training mode, without dropout and stochastic depth in what is frozen."""
+        super().train(mode)
+        for module in self._frozen():
+            module.eval()
+        return self

@@ -1,0 +1,383 @@
+"""Stands in for `mmcv._ext`, the compiled operators that mmcv-lite comes without, using torchvision's.
+
+Importing this module does it; it steps aside where mmcv has compiled operators. It must come before
+`mmcv.ops` and `mmdet.models` do: first in a config's `custom_imports`. The functions below have the names and
+arguments that `mmcv.ops` calls them with (mmcv 2.1), which fill tensors that the caller made; autograd is
+mmcv's. Half precision is computed in float32 and rounded at the end.
+
+Legend: N boxes, K regions, B images, C channels, H W rows and columns of a map, h w of a region's grid.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.ops import sigmoid_focal_loss
+
+NAME = "mmcv._ext"
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """Half precision as float32; other types as they are."""
+    return x.float() if x.dtype in HALVES else x
+
+
+# --- Boxes --------------------------------------------------------------------------------------------------
+
+
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
+    """Indices of the boxes that no better kept one overlaps by more than `iou_threshold`, best first.
+
+    Args:
+        boxes: [N, 4], left, top, right, bottom.
+        scores: [N].
+        offset: 1 where right and bottom count as part of a box (a box is right - left + 1 wide), else 0.
+    """
+    wider = full_precision(boxes) + boxes.new_tensor([0, 0, offset, offset])
+    return torch.ops.torchvision.nms(wider, scores.to(wider.dtype), iou_threshold)
+
+
+DECAYS: dict[int, Callable[[np.ndarray, float, float], np.ndarray]] = {
+    0: lambda iou, threshold, sigma: iou < threshold,
+    1: lambda iou, threshold, sigma: np.where(iou < threshold, 1, 1 - iou),
+    2: lambda iou, threshold, sigma: np.exp(-(iou**2) / sigma),
+}
+"""By mmcv's number of the method (naive, linear, gaussian): the factor of a score, given overlaps."""
+
+
+def softnms(
+    boxes: Tensor,
+    scores: Tensor,
+    dets: Tensor,
+    iou_threshold: float,
+    sigma: float,
+    min_score: float,
+    method: int,
+    offset: int,
+) -> Tensor:
+    """Soft-NMS (Bodla et al. 2017): each box taken lowers the scores of those that overlap it.
+
+    Args:
+        boxes: [N, 4] on the CPU.
+        scores: [N].
+        dets: [N, 5], its first rows become boxes and lowered scores in the order they were taken.
+        iou_threshold: overlap from which `naive` and `linear` act.
+        sigma: width of `gaussian`.
+        min_score: a box that falls below leaves.
+        method: 0 naive, 1 linear, 2 gaussian.
+        offset: see `nms`.
+
+    Returns:
+        Indices of the boxes taken, at most N.
+    """
+    corners, left = full_precision(boxes).numpy(), full_precision(scores).numpy().copy()
+    sides = corners[:, 2:] - corners[:, :2] + offset
+    areas = sides[:, 0] * sides[:, 1]
+    rows = np.arange(len(corners))
+    taken, taken_scores = [], []
+    while len(rows):
+        best = int(left.argmax())
+        row = rows[best]
+        taken.append(row)
+        taken_scores.append(left[best])
+        rows, left = np.delete(rows, best), np.delete(left, best)
+        top_left = np.maximum(corners[row, :2], corners[rows, :2])
+        shared = (np.minimum(corners[row, 2:], corners[rows, 2:]) - top_left + offset).clip(min=0)
+        overlap = shared[:, 0] * shared[:, 1]
+        iou = overlap / np.maximum(areas[row] + areas[rows] - overlap, np.finfo(areas.dtype).tiny)
+        left = left * DECAYS[method](iou, iou_threshold, sigma).astype(left.dtype)
+        stay = left >= min_score
+        rows, left = rows[stay], left[stay]
+    indices = torch.tensor(np.array(taken, dtype=np.int64))
+    dets[: len(indices), :4] = boxes[indices]
+    dets[: len(indices), 4] = torch.tensor(np.array(taken_scores, dtype=left.dtype))
+    return indices
+
+
+# --- Regions ------------------------------------------------------------------------------------------------
+
+
+def _need_average(pool_mode: int) -> None:
+    if pool_mode != 1:
+        refuse("roi_align with pool_mode='max'")
+
+
+def roi_align_forward(
+    input: Tensor,
+    rois: Tensor,
+    output: Tensor,
+    argmax_y: Tensor,
+    argmax_x: Tensor,
+    aligned_height: int,
+    aligned_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    pool_mode: int,
+    aligned: bool,
+) -> None:
+    """Averages of bilinear samples in each cell of a grid over each region.
+
+    Args:
+        input: maps [B, C, H, W].
+        rois: [K, 5], image and box.
+        output: filled, [K, C, h, w].
+        argmax_y: for `max` only, like `argmax_x`.
+        aligned_height: h; `aligned_width` is w.
+        spatial_scale: pixels of the map per pixel of the box.
+        sampling_ratio: samples per cell and side; 0 for as many as the cell has pixels.
+        pool_mode: 1, for `avg`; nothing else is covered.
+        aligned: pixels have their centre at half coordinates.
+    """
+    _need_average(pool_mode)
+    maps = full_precision(input)
+    grid = (spatial_scale, aligned_height, aligned_width, sampling_ratio, aligned)
+    output.copy_(torch.ops.torchvision.roi_align(maps, rois.to(maps.dtype), *grid))
+
+
+def roi_align_backward(
+    grad_output: Tensor,
+    rois: Tensor,
+    argmax_y: Tensor,
+    argmax_x: Tensor,
+    grad_input: Tensor,
+    aligned_height: int,
+    aligned_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    pool_mode: int,
+    aligned: bool,
+) -> None:
+    """Fills `grad_input` [B, C, H, W] from `grad_output` [K, C, h, w]; the rest as in `roi_align_forward`."""
+    _need_average(pool_mode)
+    grad = full_precision(grad_output)
+    grid = (spatial_scale, aligned_height, aligned_width, *grad_input.shape, sampling_ratio, aligned)
+    grad_input.copy_(torch.ops.torchvision._roi_align_backward(grad, rois.to(grad.dtype), *grid))
+
+
+# --- Deformable convolution ---------------------------------------------------------------------------------
+
+
+def _deformed(tensors: list[Tensor], geometry: tuple[Any, ...]) -> Tensor:
+    """torchvision's convolution on input, weight, offset, mask and bias."""
+    return torch.ops.torchvision.deform_conv2d(*map(full_precision, tensors), *geometry)
+
+
+def _deformed_gradients(grad: Tensor, tensors: list[Tensor], geometry: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Gradients of input, weight, offset, mask and bias."""
+    backward = torch.ops.torchvision._deform_conv2d_backward
+    return backward(*map(full_precision, [grad, *tensors]), *geometry)
+
+
+def _plain(input: Tensor, weight: Tensor, offset: Tensor) -> list[Tensor]:
+    """Without mask and bias: what `_deformed` takes for a convolution that has none."""
+    return [input, weight, offset, input.new_zeros(len(input), 0), weight.new_zeros(len(weight))]
+
+
+def _geometry_v1(sizes: dict[str, int]) -> tuple[Any, ...]:
+    """torchvision's arguments from those of mmcv's deform_conv."""
+    pairs = [sizes[name] for name in ("dH", "dW", "padH", "padW", "dilationH", "dilationW")]
+    return (*pairs, sizes["group"], sizes["deformable_group"], False)
+
+
+def _geometry_v2(sizes: dict[str, int]) -> tuple[Any, ...]:
+    """torchvision's arguments from those of mmcv's modulated_deform_conv."""
+    pairs = [sizes[f"{name}_{side}"] for name in ("stride", "pad", "dilation") for side in "hw"]
+    return (*pairs, sizes["group"], sizes["deformable_group"], True)
+
+
+def deform_conv_forward(
+    input: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    output: Tensor,
+    columns: Tensor,
+    ones: Tensor,
+    **sizes: int,
+) -> None:
+    """Convolution whose samples are moved by `offset` (Dai et al. 2017).
+
+    Args:
+        input: [B, C, H, W].
+        weight: [C_out, C / groups, rows, columns].
+        offset: [B, deformable groups * rows * columns * 2, H_out, W_out], rows before columns.
+        output: filled, [B, C_out, H_out, W_out].
+        columns: scratch, like `ones`.
+        sizes: strides, paddings, dilations and groups under mmcv's names.
+    """
+    output.copy_(_deformed(_plain(input, weight, offset), _geometry_v1(sizes)))
+
+
+def deform_conv_backward_input(
+    input: Tensor,
+    offset: Tensor,
+    grad_output: Tensor,
+    grad_input: Tensor,
+    grad_offset: Tensor,
+    weight: Tensor,
+    columns: Tensor,
+    **sizes: int,
+) -> None:
+    """Fills `grad_input` and `grad_offset`; leaves the weight's gradient, known as well, in `columns`."""
+    gradients = _deformed_gradients(grad_output, _plain(input, weight, offset), _geometry_v1(sizes))
+    grad_input.copy_(gradients[0])
+    grad_offset.copy_(gradients[2])
+    columns.resize_(weight.shape).copy_(gradients[1])
+
+
+def deform_conv_backward_parameters(
+    input: Tensor,
+    offset: Tensor,
+    grad_output: Tensor,
+    grad_weight: Tensor,
+    columns: Tensor,
+    ones: Tensor,
+    **sizes: int,
+) -> None:
+    """Fills `grad_weight`, from `columns` where `deform_conv_backward_input` was called before."""
+    if columns.shape == grad_weight.shape:
+        grad_weight.copy_(columns)
+    else:
+        tensors = _plain(input, torch.zeros_like(grad_weight), offset)
+        grad_weight.copy_(_deformed_gradients(grad_output, tensors, _geometry_v1(sizes))[1])
+    columns.resize_(0)
+
+
+def modulated_deform_conv_forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ones: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    output: Tensor,
+    columns: Tensor,
+    with_bias: bool,
+    **sizes: int,
+) -> None:
+    """`deform_conv_forward` with a factor per sample, `mask` [B, deformable groups * rows * columns, ...]."""
+    bias = bias if with_bias else weight.new_zeros(len(weight))
+    output.copy_(_deformed([input, weight, offset, mask, bias], _geometry_v2(sizes)))
+
+
+def modulated_deform_conv_backward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ones: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    columns: Tensor,
+    grad_input: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    grad_offset: Tensor,
+    grad_mask: Tensor,
+    grad_output: Tensor,
+    with_bias: bool,
+    **sizes: int,
+) -> None:
+    """Fills all that begins with `grad_`, but `grad_output`, from which they follow."""
+    tensors = [input, weight, offset, mask, weight.new_zeros(len(weight))]
+    gradients = _deformed_gradients(grad_output, tensors, _geometry_v2(sizes))
+    targets = [grad_input, grad_weight, grad_offset, grad_mask, grad_bias][: 4 + with_bias]
+    for target, gradient in zip(targets, gradients, strict=False):
+        target.copy_(gradient)
+
+
+# --- Focal loss (mmdet calls it on CUDA) --------------------------------------------------------------------
+
+
+def sigmoid_focal_loss_forward(
+    input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
+) -> None:
+    """Focal loss (Lin et al. 2017) of each score.
+
+    Args:
+        input: scores before the sigmoid, [N, classes].
+        target: class of each row, [N]; the number of classes for background.
+        weight: must be empty; a weight per class is not covered.
+        output: filled, [N, classes].
+        gamma: exponent.
+        alpha: weight of the row's own class; the others have 1 - alpha.
+    """
+    if weight.numel():
+        refuse("sigmoid_focal_loss with a weight per class")
+    classes = input.shape[1]
+    wanted = F.one_hot(target, classes + 1)[:, :classes]
+    scores = full_precision(input)
+    output.copy_(sigmoid_focal_loss(scores, wanted.to(scores.dtype), alpha, gamma))
+
+
+def sigmoid_focal_loss_backward(
+    input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
+) -> None:
+    """Fills `grad_input` [N, classes] with the derivative of each loss in its own score."""
+    with torch.enable_grad():
+        scores = full_precision(input.detach()).requires_grad_()
+        loss = torch.zeros_like(scores)
+        sigmoid_focal_loss_forward(scores, target, weight, loss, gamma, alpha)
+        grad_input.copy_(torch.autograd.grad(loss.sum(), scores)[0])
+
+
+# --- The module ---------------------------------------------------------------------------------------------
+
+
+def refuse(operator: str, *_: Any, **__: Any) -> NoReturn:
+    """What operators that are not covered do when they are called."""
+    raise NotImplementedError(
+        f"{operator}: this operator of mmcv is not among those that torchvision stands in for; "
+        "choose a method without it, or compile mmcv 2.1.0 in place of mmcv-lite"
+    )
+
+
+def _no_version() -> str:
+    return "not compiled; torchvision's operators"
+
+
+COVERED: dict[str, Callable[..., Any]] = {
+    function.__name__: function
+    for function in (
+        *(nms, softnms, roi_align_forward, roi_align_backward),
+        *(deform_conv_forward, deform_conv_backward_input, deform_conv_backward_parameters),
+        *(modulated_deform_conv_forward, modulated_deform_conv_backward),
+        *(sigmoid_focal_loss_forward, sigmoid_focal_loss_backward),
+    )
+} | {"get_compiler_version": _no_version, "get_compiling_cuda_version": _no_version}
+
+
+class BridgedOperators(ModuleType):
+    """Has every name: those of COVERED, and refusals."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith("_"):
+            raise AttributeError(f"{self.__name__} has no {name}")
+        return COVERED.get(name, partial(refuse, name))
+
+
+def install() -> bool:
+    """Put the stand-in into `sys.modules`, unless something is there; say whether it was needed.
+
+    Raises:
+        ImportError: mmcv is not installed.
+    """
+    try:
+        present = NAME in sys.modules or find_spec(NAME) is not None
+    except ModuleNotFoundError as error:
+        raise ImportError(f"mmcv is not installed ({error}): run `make setup-openmmlab`") from error
+    if not present:
+        module = BridgedOperators(NAME, __doc__)
+        module.__spec__ = ModuleSpec(NAME, None)
+        sys.modules[NAME] = module
+    return not present
+
+
+install()

@@ -1,0 +1,104 @@
+"""What the commands that draw predictions share: arguments, loading a model, names of the pictures."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from openmmlab.runner import import_mmengine, need_file, read_config, refusing
+
+if TYPE_CHECKING:
+    from mmengine.model import BaseModel
+
+READABLE = 640  # pixels; smaller images are enlarged, so that labels drawn on them can be read
+
+Draw = Callable[["BaseModel", np.ndarray, float], tuple[np.ndarray, str]]
+"""From a model, an image [H, W, 3] in BGR and a threshold: the picture, no smaller, and a line about it."""
+
+
+def parse(description: str, argv: Sequence[str] | None = None, threshold: float = 0.3) -> argparse.Namespace:
+    """The arguments of a command that draws predictions; `threshold` is the one that is not given."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+    parser.add_argument("--config", required=True, help="config that the checkpoint was trained with")
+    parser.add_argument("--checkpoint", required=True, help="file written by training")
+    parser.add_argument(
+        "--out", default="predictions", metavar="DIR", help="folder of pictures (predictions)"
+    )
+    parser.add_argument(
+        "--threshold", type=float, default=threshold, help="least score that is drawn (%(default)s)"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (the GPU where there is one)")
+    return parser.parse_args(argv)
+
+
+def load_model(config_file: str, checkpoint: str, device: str | None) -> "BaseModel":
+    """A config's model with all weights of a checkpoint, ready for mmdet's and mmseg's inference functions.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a checkpoint that does not fit.
+    """
+    mmengine = import_mmengine()
+    config = read_config(config_file)
+    need_file(checkpoint, "checkpoint")
+    mmengine.registry.init_default_scope(config.default_scope)
+    model = mmengine.registry.MODELS.build(config.model)
+    with refusing(checkpoint):
+        content = mmengine.runner.load_checkpoint(model, checkpoint, map_location="cpu", strict=True)
+        model.cfg, model.dataset_meta = config, content["meta"]["dataset_meta"]
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+
+def picture_paths(images: Sequence[str], folder: str) -> list[Path]:
+    """Where the pictures go: PNG files of the images' names.
+
+    Raises:
+        ValueError: two images have the same name.
+    """
+    paths = [Path(folder) / f"{Path(image).stem}.png" for image in images]
+    twice = sorted({path.name for path in paths if paths.count(path) > 1})
+    if twice:
+        raise ValueError(f"several images would become {', '.join(twice)}: give them to separate commands")
+    return paths
+
+
+def read_image(path: str) -> np.ndarray:
+    """An image file as [H, W, 3] in BGR, enlarged where its longer side is short of READABLE.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not an image.
+    """
+    import mmcv
+
+    need_file(path, "image")
+    image = mmcv.imread(path)
+    if image is None:
+        raise ValueError(f"{path}: not an image that opencv can read")
+    factor = READABLE / max(image.shape[:2])
+    return mmcv.imrescale(image, factor, interpolation="bicubic") if factor > 1 else image
+
+
+def run(draw: Draw, args: argparse.Namespace) -> int:
+    """Draw what a model finds in each image, and tell where; 2 for what the user can correct."""
+    try:
+        paths = picture_paths(args.images, args.out)
+        model = load_model(args.config, args.checkpoint, args.device)
+        import mmcv
+
+        for image, path in zip(args.images, paths, strict=True):
+            picture, text = draw(model, read_image(image), args.threshold)
+            mmcv.imwrite(picture, str(path))
+            print(f"{path}: {text}")
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("FOCAL_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

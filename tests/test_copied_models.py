@@ -1,0 +1,62 @@
+"""models/ copied alone into an empty folder is a backbone of torchvision's detectors, with the lines that
+detection/get_started.md prints."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import REPO
+
+AT_WORK = """
+import torch
+torch.manual_seed(0)
+boxes = torch.tensor([[10.0, 12, 60, 70], [40, 30, 90, 110]])
+masks = torch.zeros(2, 128, 160, dtype=torch.uint8)
+masks[0, 12:70, 10:60] = masks[1, 30:110, 40:90] = 1
+images = [torch.rand(3, 128, 160), torch.rand(3, 100, 130)]
+target = {"boxes": boxes, "labels": torch.tensor([1, 7]), "masks": masks}
+targets = [target, {**target, "masks": masks[:, :100, :130]}]
+for detector in (mask_rcnn, retinanet):
+    detector.transform.min_size, detector.transform.max_size = (128,), 200
+    losses = detector.train()(images, targets)
+    sum(losses.values()).backward()
+    without = [name for name, p in detector.named_parameters() if p.grad is None]
+    assert not without, without
+    assert all(torch.isfinite(p.grad).all() for p in detector.parameters())
+    detector.eval().score_thresh = 0.0
+    if detector is mask_rcnn:
+        detector.roi_heads.score_thresh = 0.0
+    with torch.no_grad():
+        found = detector(images)
+    assert len(found) == 2 and all(len(one["boxes"]) > 0 for one in found)
+    assert found[1]["boxes"][:, 2].max() <= 130 and found[1]["boxes"][:, 3].max() <= 100
+    assert ("masks" in found[0]) == (detector is mask_rcnn)
+import models, sys
+assert models.__file__.startswith(sys.argv[1])
+"""
+
+
+def test_torchvisions_detectors_on_the_copied_folder(tmp_path: Path) -> None:
+    """A step of training that reaches every parameter, and a detection; with few channels."""
+    blocks = re.findall(
+        r"^```python\n(.*?)^```$", (REPO / "detection/get_started.md").read_text(), re.M | re.S
+    )
+    (printed,) = [block for block in blocks if "class FocalFPN" in block]
+    small = printed.replace("depths=(2, 2, 6, 2)", "depths=(1, 1, 1, 1), embed_dim=24")
+    assert small != printed
+    shutil.copytree(REPO / "models", tmp_path / "models", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "detect.py").write_text(small + AT_WORK)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "detect.py", str(tmp_path)],
+        cwd=tmp_path,
+        env=environment | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr

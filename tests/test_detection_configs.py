@@ -1,0 +1,309 @@
+"""Every detector's config: its values, and the whole of it at work with few channels on small real scenes."""
+
+# ruff: noqa: E402
+import inspect
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPO
+from yacs.config import CfgNode
+
+pytest.importorskip("mmdet", reason="needs OpenMMLab's packages: make setup-openmmlab")
+
+from mmengine.config import Config, ConfigDict
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import DATASETS, MODELS, DefaultScope
+
+from config import load_config
+from data.demo import DemoOptions, write_demo
+from data.demo_scenes import DETECTION_CLASSES
+from models import FocalTransformer, build_model
+
+CONFIGS = REPO / "detection" / "configs"
+BACKBONES = REPO / "openmmlab" / "configs"
+NAMES = [path.stem for path in sorted(CONFIGS.glob("*_coco.py"))]
+VARIANTS = [path.stem for path in sorted(BACKBONES.glob("focal_*.py"))]
+SCHEDULES = {"1x": (12, [8, 11]), "3x": (36, [27, 33]), "6x": (72, [63, 69])}
+DROP_PATH = {"tiny": 0.2, "small": 0.2, "base": 0.3, "large": 0.2}
+METHODS = ("atss", "cascade-mask-rcnn", "htc", "mask-rcnn", "reppointsv2", "retinanet", "sparse-rcnn")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_mmdet() -> Iterator[None]:
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four scenes in COCO's layout, 90 x 122 pixels, no multiple of anything."""
+    options = DemoOptions(train_scenes=4, val_scenes=2, scene_width=122, scene_height=90)
+    return write_demo(tmp_path_factory.mktemp("scenes"), ["detection"], options)["detection"]
+
+
+@lru_cache
+def read(name: str) -> Config:
+    return Config.fromfile(CONFIGS / f"{name}.py")
+
+
+def of_backbone(name: str) -> str:
+    """'mask-rcnn_focal-fast-tiny_fpn_1x_coco' -> 'focal_fast_tiny'."""
+    return name.split("_")[1].replace("-", "_")
+
+
+def schedule_of(name: str) -> str:
+    """'mask-rcnn_focal-tiny_fpn_amp-ms-crop-3x_coco' -> '3x'."""
+    return name.split("_")[-2].split("-")[-1]
+
+
+# --- Values -------------------------------------------------------------------------------------------------
+
+
+def test_every_row_of_the_release_has_a_config() -> None:
+    rows = {f"{m}_focal-{s}" for m in ("mask-rcnn", "retinanet") for s in ("tiny", "small", "base")}
+    rows |= {f"mask-rcnn_focal-fast-{size}" for size in ("tiny", "small", "base")}
+    wanted = {f"{row}_fpn_{tag}_coco" for row in rows for tag in ("1x", "amp-ms-crop-3x")}
+    others = ("atss", "cascade-mask-rcnn", "reppointsv2", "sparse-rcnn")
+    wanted |= {f"{method}_focal-tiny_fpn_amp-ms-crop-3x_coco" for method in others}
+    wanted |= {"htc_focal-large_fpn_amp-ms-400-1400-6x_coco"}
+    assert set(NAMES) == wanted
+    assert all(path.stem in NAMES or path.stem.startswith("demo_") for path in CONFIGS.glob("*.py"))
+
+
+def yaml_of(variant: str) -> CfgNode:
+    """The classifier's config that a backbone variant is named after."""
+    fast = variant.startswith("focal_fast_")
+    size = variant.split("_")[2 if fast else 1]
+    conv = "_useconv" if fast or variant.endswith("_conv") else ""
+    kind = "focalv2" if fast else "focal"
+    return load_config(str(REPO / f"configs/{kind}_{size}{conv}_patch4_window7_224.yaml"))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_backbones_are_the_released_ones(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `build_model` would pass to FocalTransformer, but for what is the task's own."""
+    import models.build
+
+    received: dict[str, Any] = {}
+    monkeypatch.setattr(models.build, "FocalTransformer", received.update)
+    build_model(yaml_of(variant))
+    defaults = {key: value.default for key, value in inspect.signature(FocalTransformer).parameters.items()}
+    own = Config.fromfile(BACKBONES / f"{variant}.py")[variant].to_dict()
+    assert own.pop("type") == "FocalBackbone"
+    assert own.keys() <= defaults.keys()
+    asked = {**defaults, **own}
+    for key in {*asked} - {"num_classes", "drop_path_rate", "use_checkpoint"}:
+        assert (asked[key] or None) == (received[key] or None), key
+
+
+def test_every_released_classifier_is_a_backbone() -> None:
+    names = {yaml_of(variant).MODEL.NAME for variant in VARIANTS}
+    assert names == {path.stem for path in (REPO / "configs").glob("focal*.yaml")}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe(name: str) -> None:
+    config = read(name)
+    backbone = config.model.backbone
+    variant = of_backbone(name)
+    assert {**backbone, **config[variant]} == backbone, "the variant's values"
+    assert backbone.drop_path_rate == DROP_PATH[variant.split("_")[-1]]
+    optimizer = config.optim_wrapper.optimizer
+    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ("AdamW", 1e-4, 0.05)
+    assert {*optimizer} == {"type", "lr", "weight_decay", "betas"}, "something is left of the base's"
+    assert config.optim_wrapper.type == ("AmpOptimWrapper" if "amp" in name else "OptimWrapper")
+    epochs, milestones = SCHEDULES[schedule_of(name)]
+    warm_up, steps = config.param_scheduler
+    assert config.train_cfg.max_epochs == steps.end == epochs and steps.milestones == milestones
+    assert (warm_up.type, warm_up.end) == ("LinearLR", 1000)
+    assert config.custom_imports.imports[0] == "openmmlab.ops_bridge", "first, before mmcv.ops"
+    assert config.train_dataloader.batch_size == 2 and config.auto_scale_lr.base_batch_size == 16
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_size_as_reported(name: str) -> None:
+    """The whole detector, on the meta device; the release rounds, most often up."""
+    config = read(name)
+    with torch.device("meta"):
+        model = MODELS.build(config.model)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    reported = config.reported
+    assert (reported is None) == ("fast" in name)
+    if reported and "params_m" in reported and "reppointsv2" not in name:  # its neck is not known
+        assert -0.5 < reported.params_m - millions < 1
+
+
+# --- At work ------------------------------------------------------------------------------------------------
+
+NARROW = {  # key -> (how its config says it, how a test does)
+    "feedforward_channels": {2048: 32},
+    "fc_out_channels": {1024: 32},
+    "num_proposals": {300: 30},
+    "max_per_img": {1000: 60, 2000: 60, 300: 30},
+    "nms_pre": {1000: 60, 2000: 60},
+    "num": {512: 32, 256: 10000},  # every anchor, so that every level of the pyramid learns
+    "allowed_border": {0: -1},
+    "num_convs": {4: 1},
+    "stacked_convs": {4: 1, 3: 1},
+    "num_shared_convs": {4: 1},
+    "num_classes": {80: len(DETECTION_CLASSES)},
+    "num_groups": {32: 4},
+    "score_thr": {0.05: 0.0, 0.001: 0.0},
+}
+SMALL = {"embed_dim": 8, "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 4], "drop_path_rate": 0.0}
+"""No stochastic depth: a block that happens to be dropped would get no gradient."""
+ONLY_WITH_OBJECTS = "bbox_head.scales."  # ATSS: a level's factor of box sizes, for levels with objects
+
+
+def edit(node: Any, change: Callable[[str, Any], Any]) -> Any:
+    """A copy of nested dicts and lists with every value replaced by `change(key, value)`."""
+    if isinstance(node, dict):
+        return ConfigDict({key: change(key, edit(value, change)) for key, value in node.items()})
+    return type(node)(edit(item, change) for item in node) if isinstance(node, list | tuple) else node
+
+
+def narrow(key: str, value: Any) -> Any:
+    """256 channels become 32, and counts as in NARROW."""
+    if not isinstance(value, int | float):
+        return value
+    usual = {256: 32, 64: 8} if "channel" in key else {}
+    return (usual | NARROW.get(key, {})).get(value, value)
+
+
+def shrunken(config: Config) -> ConfigDict:
+    """The config's detector with the same parts, few channels, few proposals and, if sparse, two stages."""
+    model = edit(config.model, narrow)
+    model.backbone.update(SMALL)
+    model.neck.in_channels = [8 * 2**i for i in model.backbone.get("out_indices", (0, 1, 2, 3))]
+    for extractor in ("bbox_roi_extractor", "mask_roi_extractor"):
+        if extractor in model.get("roi_head", {}):
+            model.roi_head[extractor].finest_scale = 8  # instead of 56, images being as much smaller
+    if model.type == "ATSS":
+        model.bbox_head.norm_cfg = {"type": "GN", "num_groups": 4}  # its 32 groups are a default
+    if model.type == "SparseRCNN":
+        for part, key in ((model.roi_head, "bbox_head"), (model.roi_head, "stage_loss_weights")):
+            part[key] = part[key][:2]
+        model.roi_head.num_stages, model.train_cfg.rcnn = 2, model.train_cfg.rcnn[:2]
+    return model
+
+
+def small_scale(key: str, value: Any) -> Any:
+    """Scales of a pipeline, to sides of 80 to 128 pixels."""
+    return {
+        "scale": [(128, 80), (128, 96)] if isinstance(value, list) else (121, 97),
+        "scales": [(80, 128), (96, 128)],
+        "crop_size": (60, 70),
+    }.get(key, value)
+
+
+def dataset_of(loader: ConfigDict, root: Path, change: Callable[[str, Any], Any] | None = None) -> Any:
+    """The config's own data set on the scenes, with its own pipeline or a changed one."""
+    told = dict(loader.dataset, data_root=f"{root}/", metainfo={"classes": DETECTION_CLASSES})
+    told["pipeline"] = edit(told["pipeline"], change) if change else told["pipeline"]
+    return DATASETS.build(told)
+
+
+def batch(dataset: Any, numbers: tuple[int, ...]) -> dict[str, list[Any]]:
+    items = [dataset[number] for number in numbers]
+    return {key: [item[key] for item in items] for key in ("inputs", "data_samples")}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_trains_and_detects(name: str, scenes: Path) -> None:
+    """A step of training reaches every parameter with its weight decay, and changes it; then a detection."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    config = read(name)
+    model = MODELS.build(shrunken(config))
+    model.init_weights()
+    if config.model.type == "SparseRCNN":  # its proposals begin as whole images: here, of any size
+        with torch.no_grad():
+            model.rpn_head.init_proposal_bboxes.weight[:, 2:] = torch.linspace(0.05, 1, 30)[:, None]
+    wrapper = build_optim_wrapper(model, {**config.optim_wrapper, "type": "OptimWrapper"})
+    check_weight_decay(model, wrapper.optimizer.param_groups)
+
+    loss = one_step(model.train(), dataset_of(config.train_dataloader, scenes, small_scale))
+    assert torch.isfinite(loss)
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+        assert parameter.grad.any() or key.startswith(ONLY_WITH_OBJECTS), f"{key}: its gradient is zero"
+    wrapper.step()
+
+    test_set = dataset_of(config.test_dataloader, scenes, small_scale)
+    found = model.eval().test_step(batch(test_set, (0,)))[0].pred_instances
+    check_detections(found, "segm" in config.val_evaluator.metric, config.model.type != "SparseRCNN")
+
+
+def one_step(model: torch.nn.Module, dataset: Any) -> torch.Tensor:
+    """The loss of two images of different shapes, after its backward pass."""
+    data = model.data_preprocessor(batch(dataset, (0, 1)), training=True)
+    loss, _ = model.parse_losses(model(**data, mode="loss"))
+    loss.backward()
+    return loss
+
+
+def check_weight_decay(model: torch.nn.Module, groups: list[dict[str, Any]]) -> None:
+    """None for norms, bias tables and the position embedding; the recipe's for all the rest."""
+    decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    norms = {
+        id(parameter)
+        for module in model.modules()
+        if "Norm" in type(module).__name__
+        for parameter in module.parameters(recurse=False)
+    }
+    exempt = model.backbone.no_weight_decay()
+    assert norms
+    for key, parameter in model.named_parameters():
+        free = id(parameter) in norms or key.removeprefix("backbone.") in exempt
+        assert decay[id(parameter)] == (0.0 if free else 0.05), key
+
+
+def check_detections(found: Any, masks: bool, clipped: bool) -> None:
+    """Boxes within the original image (where the method clips them), scores, labels of digits, masks of
+    its size."""
+    assert len(found) > 0
+    assert found.bboxes.isfinite().all() and found.scores.isfinite().all()
+    if clipped:
+        assert found.bboxes.min() >= 0
+        assert found.bboxes[:, 2].max() <= 122.01 and found.bboxes[:, 3].max() <= 90.01
+    assert found.labels.min() >= 0 and found.labels.max() < len(DETECTION_CLASSES)
+    assert found.scores.min() >= 0 and found.scores.max() <= 1
+    assert ("masks" in found) == masks
+    assert not masks or found.masks.shape == (len(found), 90, 122)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_pipelines_at_full_scale(method: str, scenes: Path) -> None:
+    """Sizes that come out of the config's own pipelines, and objects that stay within the image."""
+    name = next(n for n in reversed(NAMES) if n.startswith(f"{method}_"))
+    config = read(name)
+    np.random.seed(0)
+    shorter, longest = ((400, 1400), 1600) if method == "htc" else ((480, 800), 1333)
+    dataset = dataset_of(config.train_dataloader, scenes)
+    for number in [0, 1, 2, 3] * 2:
+        item = dataset[number]
+        height, width = item["inputs"].shape[1:]
+        assert min(height, width) <= shorter[1] and max(height, width) <= longest + 1
+        assert min(height, width) >= shorter[0] or max(height, width) >= longest - 1
+        objects = item["data_samples"].gt_instances
+        assert len(objects) > 0 and objects.bboxes.tensor.min() >= 0
+        assert objects.bboxes.tensor.max() <= max(height, width)
+        assert "masks" not in objects or objects.masks.masks.shape == (len(objects), height, width)
+    tested = dataset_of(config.test_dataloader, scenes)[0]["inputs"].shape[1:]
+    assert tested == ((1180, 1600) if method == "htc" else (800, 1084))
+
+
+def test_weights_are_named_on_the_command_line(tmp_path: Path) -> None:
+    """As detection/configs/_base_/coco.py says: a classifier's file, from outside of the config."""
+    config = Config.fromfile(CONFIGS / f"{NAMES[0]}.py")
+    config.merge_from_dict(
+        {"model.backbone.init_cfg.type": "Pretrained", "model.backbone.init_cfg.checkpoint": "focal.pth"}
+    )
+    assert config.model.backbone.init_cfg == {"type": "Pretrained", "checkpoint": "focal.pth"}
+    with torch.device("meta"):
+        assert MODELS.build(config.model.backbone).init_cfg == config.model.backbone.init_cfg

@@ -1,0 +1,320 @@
+"""The backbone's adapter for MMDetection and MMSegmentation, and the front over mmengine's Runner."""
+
+import subprocess
+import sys
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPO
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from config import load_config
+from models import FocalTransformer, read_checkpoint
+from openmmlab import runner
+from openmmlab.focal_backbone import FocalBackbone
+
+NANO = {
+    "img_size": 64,
+    "embed_dim": 8,
+    "depths": [1, 1, 2, 1],
+    "num_heads": [1, 2, 2, 4],
+    "window_size": 4,
+    "focal_pool": "fc",
+    "focal_levels": [2, 2, 2, 2],
+    "focal_windows": [3, 3, 3, 1],
+    "expand_sizes": [2, 2, 2, 2],
+    "drop_path_rate": 0.0,
+}
+VARIANTS = {
+    "focal": {"kind": "focal"},
+    "focal_conv": {"kind": "focal", "use_conv_embed": True, "ape": True},
+    "fast": {"kind": "focalv2"},
+    "fast_conv": {"kind": "focalv2", "use_conv_embed": True, "use_layerscale": True},
+}
+SIZES = [(64, 64), (75, 101)]
+OFFICIAL = ["official_v1_nano", "official_v2_nano"]
+CHECKPOINTS = REPO / "tests" / "checkpoints"
+
+
+def build(**options: Any) -> FocalBackbone:
+    torch.manual_seed(0)
+    return MODELS.build(dict(type="FocalBackbone", **NANO | options))
+
+
+def images(height: int = 64, width: int = 64, batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Of a sum over all maps in which every element counts differently; None is left out."""
+    model.zero_grad()
+    sum((m.float() * torch.linspace(-1, 1, m.numel()).view(m.shape)).sum() for m in model(x)).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+# --- Maps ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_maps_are_the_classifiers_normalised(variant: str, size: tuple[int, int]) -> None:
+    """At any size; and every parameter has a gradient, whichever stages are asked for."""
+    for stages in ([0, 1, 2, 3], [1, 2], [3])[: 1 if size == SIZES[0] else None]:
+        backbone = build(**VARIANTS[variant], out_indices=stages).train()
+        assert gradients(backbone, images(*size)).keys() == dict(backbone.named_parameters()).keys()
+        classifier = FocalTransformer(**NANO | VARIANTS[variant], num_classes=5)
+        own = {k: v for k, v in backbone.state_dict().items() if k.split(".")[0] not in ("norm1", "norm2")}
+        shared = {k: v for k, v in own.items() if k in classifier.state_dict()}
+        classifier.load_state_dict(shared, strict=False)
+        maps = backbone.eval()(images(*size))
+        plain = classifier.eval().forward_intermediates(images(*size), stages)
+        assert isinstance(maps, tuple) and len(maps) == len(stages)
+        for stage, got, bare in zip(stages, maps, plain, strict=True):
+            assert got.shape == bare.shape and got.shape[1] == 8 * 2**stage
+            norm = getattr(backbone, f"norm{stage}")
+            nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+            expected = norm(bare.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            again = backbone(images(*size))[stages.index(stage)]
+            torch.testing.assert_close(again, expected)
+
+
+def test_no_part_of_a_classifier_is_left() -> None:
+    names = {name.split(".")[0] for name, _ in build(out_indices=[0, 1]).named_parameters()}
+    assert names == {"patch_embed", "layers", "norm0", "norm1"}
+    assert len(build(out_indices=[0, 1]).layers) == 2, "stages after the last one asked for"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_recomputing_changes_nothing(variant: str) -> None:
+    plain, saving = (build(**VARIANTS[variant], with_cp=flag).train() for flag in (False, True))
+    recomputed = gradients(saving, images())
+    for name, gradient in gradients(plain, images()).items():
+        torch.testing.assert_close(recomputed[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_mixed_precision(variant: str) -> None:
+    backbone = build(**VARIANTS[variant]).train()
+    expected = backbone(images(75, 101))
+    with torch.autocast("cpu", torch.bfloat16):
+        maps = backbone(images(75, 101))
+        found = gradients(backbone, images(75, 101))
+    assert found.keys() == dict(backbone.named_parameters()).keys()
+    assert all(gradient.isfinite().all() for gradient in found.values())
+    for got, full in zip(maps, expected, strict=True):
+        assert (got.float() - full).abs().mean() < 0.03
+
+
+# --- Frozen stages ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frozen", range(-1, 5))
+def test_frozen_stages_stay_and_are_not_random(frozen: int) -> None:
+    backbone = build(frozen_stages=frozen, drop_rate=0.5, drop_path_rate=0.5, ape=True).train()
+    stems = () if frozen < 0 else ("patch_embed", "absolute_pos_embed")
+    still = (*stems, *(f"{part}{i}." for i in range(frozen) for part in ("layers.", "norm")))
+    trained = {n for n, _ in backbone.named_parameters() if not still or not n.startswith(still)}
+    assert {n for n, p in backbone.named_parameters() if p.requires_grad} == trained
+    if frozen < 4:
+        assert gradients(backbone, images()).keys() == trained
+    first, second = backbone(images(batch=8)), backbone(images(batch=8))
+    same = [torch.equal(a, b) for a, b in zip(first, second, strict=True)]
+    assert same == [i < frozen for i in range(4)]
+    assert backbone.eval().train().layers[3].training is (frozen < 4)
+
+
+# --- Checkpoints --------------------------------------------------------------------------------------------
+
+
+def official_options(name: str) -> dict[str, Any]:
+    """The backbone's keyword arguments: the config's names in small letters."""
+    config, known = load_config(CHECKPOINTS / f"{name}.yaml"), signature(FocalTransformer).parameters
+    options = {key.lower(): value for key, value in config.MODEL.FOCAL.items()} | {"kind": config.MODEL.TYPE}
+    return {key: value for key, value in options.items() if key in known}
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+@pytest.mark.parametrize("stages", [[0, 1, 2, 3], [0, 2]])
+def test_the_originals_checkpoints(name: str, stages: list[int], capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(CHECKPOINTS / f"{name}.pth")
+    backbone = FocalBackbone(
+        out_indices=stages, init_cfg=dict(type="Pretrained", checkpoint=path), **official_options(name)
+    )
+    backbone.init_weights()
+    given = read_checkpoint(path)["model"]
+    for key, value in backbone.state_dict().items():
+        if key.startswith("norm"):
+            assert torch.equal(value, torch.full_like(value, float(key.endswith("weight"))))
+        else:
+            assert torch.equal(value, given[key]), key
+    classifier = FocalTransformer(num_classes=10, **official_options(name)).eval()
+    classifier.load_state_dict(given, strict=False)
+    with torch.no_grad():
+        got = backbone.eval().forward_intermediates(images(96, 120), stages)
+        expected = classifier.forward_intermediates(images(96, 120), stages)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_loading_is_logged_and_refuses_what_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("openmmlab.focal_backbone.print_log", lambda text, logger: said.append(text))
+    path = tmp_path / "own.pth"
+    classifier = FocalTransformer(**NANO, num_classes=7)
+    state = classifier.state_dict()
+
+    def load(content: Any, **options: Any) -> FocalBackbone:
+        torch.save(content, path)
+        backbone = build(**options, init_cfg=dict(type="Pretrained", checkpoint=str(path)))
+        backbone.init_weights()
+        return backbone
+
+    backbone = load({"model": state, "epoch": 3})
+    key = "layers.3.blocks.0.attn.qkv.weight"
+    assert torch.equal(backbone.state_dict()[key], state[key])
+    assert said == [
+        f"{path}: loaded; not used here: head.bias, head.weight, norm.bias, norm.weight; new: norm0.bias, "
+        "norm0.weight, norm1.bias, norm1.weight, norm2.bias, norm2.weight, norm3.bias, norm3.weight"
+    ]
+    with pytest.raises(ValueError, match="1 missing: layers.3.blocks.0.attn.qkv.weight"):
+        load({k: v for k, v in state.items() if k != key})
+    with pytest.raises(ValueError, match="1 unexpected: extra"):
+        load(state | {"extra": torch.zeros(1)})
+    with pytest.raises(ValueError, match="of another shape"):
+        load(state, window_size=3)
+    with pytest.raises(FileNotFoundError, match="gone.pth"):
+        build(init_cfg=dict(type="Pretrained", checkpoint=str(tmp_path / "gone.pth"))).init_weights()
+
+
+def test_the_choice_of_nearest_keys_is_made_anew_for_another_size(tmp_path: Path) -> None:
+    path, fast = tmp_path / "fast.pth", {"kind": "focalv2"}
+    torch.save(FocalTransformer(**NANO | fast | {"img_size": 160}).state_dict(), path)
+    backbone = build(**fast, img_size=128, init_cfg=dict(type="Pretrained", checkpoint=str(path)))
+    backbone.init_weights()
+    weight = backbone.layers[0].blocks[0].attn.qkv.weight
+    assert torch.equal(weight, torch.load(path)["layers.0.blocks.0.attn.qkv.weight"])
+    assert all(m.isfinite().all() for m in backbone(images()))
+
+
+# --- Options ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_classes": 3}, "takes no num_classes: a backbone has no classifier"),
+        ({"use_checkpoint": True}, "takes no use_checkpoint: it is called with_cp here"),
+        ({"norm_eval": True}, "norm_eval=True would do nothing"),
+        ({"out_indices": []}, "out_indices must ascend within 0 to 3"),
+        ({"out_indices": [2, 1]}, "out_indices must ascend within 0 to 3"),
+        ({"out_indices": [0, 4]}, "out_indices must ascend within 0 to 3"),
+        ({"frozen_stages": 5}, "frozen_stages must be -1 to 4, got 5"),
+        ({"out_indices": [0, 1], "frozen_stages": 3}, "frozen_stages must be -1 to 2, got 3"),
+        ({"init_cfg": {"type": "Kaiming"}}, "expected init_cfg=dict"),
+        ({"init_cfg": {"type": "Pretrained", "checkpoint": "x", "prefix": "y"}}, "expected init_cfg=dict"),
+        ({"focal_levels": [2]}, "focal_levels must have one entry"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_be_followed(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(**options)
+
+
+def test_the_adapter_is_thin() -> None:
+    assert len((REPO / "openmmlab/focal_backbone.py").read_text().splitlines()) <= 110
+
+
+# --- The front ----------------------------------------------------------------------------------------------
+
+OPTIM = "optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.1))\n"
+AMP = "optim_wrapper = dict(type='AmpOptimWrapper', dtype='bfloat16', optimizer=dict(type='SGD', lr=0.1))\n"
+MISSING = "custom_imports = dict(imports=['no_such_package'], allow_failed_imports=False)"
+
+
+def config_file(folder: Path, text: str) -> str:
+    (folder / "some.py").write_text(text)
+    return str(folder / "some.py")
+
+
+def test_flags_come_over_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    plain, amp = config_file(tmp_path, OPTIM), str(tmp_path / "amp.py")
+    Path(amp).write_text(AMP)
+    weights = str(tmp_path / "some.pth")
+    Path(weights).touch()
+
+    def read(*words: str) -> Any:
+        return runner.training_config(runner.parse_train(words))
+
+    config = read(plain, "--cfg-options", "optim_wrapper.optimizer.lr=0.5", "a.b=[1,2]")
+    assert (config.optim_wrapper.optimizer.lr, config.a.b) == (0.5, [1, 2])
+    assert (config.work_dir, config.launcher) == ("work_dirs/some", "none")
+    assert read(plain, "--work-dir", "w").work_dir == "w"
+    assert read(plain, "--amp").optim_wrapper.type == "AmpOptimWrapper"
+    assert read(plain, "--amp").optim_wrapper.loss_scale == "dynamic"
+    assert read(amp).optim_wrapper == {
+        **{"type": "AmpOptimWrapper", "dtype": "bfloat16"},
+        "optimizer": {"type": "SGD", "lr": 0.1},
+    }
+    assert read(amp, "--no-amp").optim_wrapper == {
+        "type": "OptimWrapper",
+        "optimizer": {"type": "SGD", "lr": 0.1},
+    }
+    assert (read(plain, "--resume").resume, read(plain, "--resume").load_from) == (True, None)
+    assert read(plain, "--resume", weights).load_from == weights
+    backbone = read(plain, "--pretrained", weights, "--cfg-options", "model.backbone.depth=2").model.backbone
+    assert backbone == {"depth": 2, "init_cfg": {"type": "Pretrained", "checkpoint": weights}}
+    assert read(plain, "--launcher", "slurm", "--local_rank", "1").launcher == "slurm"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert read(plain).launcher == "pytorch"
+    assert read(plain, "--launcher", "none").launcher == "none"
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "message"),
+    [
+        (AMP, [], "mixed precision needs a GPU, and there is none here: add --no-amp"),
+        (OPTIM, ["--amp"], "mixed precision needs a GPU"),
+        (OPTIM, ["--auto-scale-lr"], "does not say auto_scale_lr.base_batch_size"),
+        (OPTIM, ["--resume", "gone.pth"], "gone.pth: expected a file with the checkpoint, and there is none"),
+        (OPTIM, ["--pretrained", "gone.pth"], "gone.pth: expected a file with the classifier's checkpoint"),
+        (None, [], "gone.py: expected a file with the config, and there is none; check the path"),
+        (MISSING, [], "no_such_package"),
+        ("_base_ = 'gone.py'", [], "gone.py"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the messages are those of a machine without GPU")
+def test_mistakes_are_told_without_a_traceback(
+    text: str | None, words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(tmp_path / "gone.py") if text is None else config_file(tmp_path, text)
+    assert runner.train([path, *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and "Traceback" not in error
+
+
+def test_mistakes_of_testing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = config_file(tmp_path, OPTIM)
+    assert runner.test([path, "gone.pth"]) == 2
+    assert "gone.pth: expected a file with the checkpoint" in capsys.readouterr().err
+    (tmp_path / "some.pth").touch()
+    assert runner.test([path, str(tmp_path / "some.pth"), "--tta"]) == 2
+    assert "has no tta_model and tta_pipeline" in capsys.readouterr().err
+
+
+def test_without_the_packages_it_says_what_to_run() -> None:
+    program = (
+        "import sys; sys.modules['mmengine'] = None\nfrom openmmlab.runner import train; sys.exit(train([]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: OpenMMLab's packages are not installed")
+    assert done.stderr.strip().endswith("run `make setup-openmmlab`")

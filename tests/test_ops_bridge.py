@@ -1,0 +1,402 @@
+"""The operators that stand in for mmcv's compiled ones, through mmcv.ops, against plain definitions."""
+
+import importlib
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPO
+from torch import Tensor
+
+from openmmlab import ops_bridge
+
+mmcv_ops = importlib.import_module("mmcv.ops")  # after the bridge, on which it depends
+RoIAlign = mmcv_ops.RoIAlign
+
+
+def rand(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def random_boxes(count: int, size: float = 40, seed: int = 0) -> Tensor:
+    """Overlapping boxes of a few sizes within 0 to 60."""
+    x = torch.rand(count, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.cat([x[:, :2] * 20, x[:, :2] * 20 + 2 + x[:, 2:] * size], dim=1)
+
+
+def agree(ours: Callable[..., Tensor], plain: Callable[..., Tensor], *inputs: Tensor) -> None:
+    """Two functions have the same output, and the same gradient of every input."""
+    results = []
+    for function in (ours, plain):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        output = function(*leaves)
+        (output * rand(*output.shape, seed=9)).sum().backward()
+        results.append([output.detach(), *[leaf.grad for leaf in leaves]])
+    for got, expected in zip(*results, strict=True):
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+
+
+# --- Boxes --------------------------------------------------------------------------------------------------
+
+
+def iou(box: Tensor, other: Tensor, offset: int) -> float:
+    low, high = torch.maximum(box[:2], other[:2]), torch.minimum(box[2:], other[2:])
+    shared = (high - low + offset).clamp(min=0).prod()
+    areas = [(b[2:] - b[:2] + offset).prod() for b in (box, other)]
+    return float(shared / (areas[0] + areas[1] - shared))
+
+
+def plain_nms(boxes: Tensor, scores: Tensor, threshold: float, offset: int = 0) -> list[int]:
+    kept: list[int] = []
+    for i in scores.argsort(descending=True).tolist():
+        if all(iou(boxes[i], boxes[j], offset) <= threshold for j in kept):
+            kept.append(i)
+    return kept
+
+
+@pytest.mark.parametrize(("offset", "dtype"), product((0, 1), (torch.float32, torch.float64)))
+def test_nms(offset: int, dtype: torch.dtype) -> None:
+    for seed, threshold in product(range(3), (0.3, 0.6)):
+        boxes, scores = random_boxes(50, seed=seed).to(dtype), rand(50, seed=seed + 10).sigmoid().to(dtype)
+        dets, kept = mmcv_ops.nms(boxes, scores, threshold, offset=offset)
+        assert kept.tolist() == plain_nms(boxes, scores, threshold, offset)
+        assert torch.equal(dets, torch.cat([boxes[kept], scores[kept, None]], dim=1))
+    assert 1 < len(kept) < 50
+    _, best = mmcv_ops.nms(boxes, scores, threshold, score_threshold=0.5, max_num=3)
+    assert len(best) == 3 and (scores[best] > 0.5).all()
+
+
+def test_nms_of_nothing_and_in_half_precision() -> None:
+    assert mmcv_ops.nms(torch.zeros(0, 4), torch.zeros(0), 0.5)[1].shape == (0,)
+    boxes, scores = random_boxes(30).half(), rand(30).sigmoid().half()
+    assert mmcv_ops.nms(boxes, scores.float(), 0.5)[1].tolist() == plain_nms(
+        boxes.float(), scores.float(), 0.5
+    )
+
+
+@pytest.mark.parametrize("split", [10000, 5])
+def test_batched_nms_keeps_classes_apart(split: int) -> None:
+    boxes, scores, classes = random_boxes(40), rand(40).sigmoid(), torch.arange(40) % 3
+    options = {"type": "nms", "iou_threshold": 0.5, "split_thr": split}
+    dets, kept = mmcv_ops.batched_nms(boxes, scores, classes, options)
+    by_class = [torch.nonzero(classes == c)[:, 0] for c in range(3)]
+    expected = {int(rows[i]) for rows in by_class for i in plain_nms(boxes[rows], scores[rows], 0.5)}
+    assert set(kept.tolist()) == expected and 3 < len(expected) < 40
+    assert torch.equal(dets[:, 4], scores[kept].sort(descending=True).values)
+
+
+def plain_soft_nms(
+    boxes: Tensor, scores: Tensor, threshold: float, sigma: float, least: float, method: str, offset: int
+) -> list[tuple[int, float]]:
+    left = dict(enumerate(scores.tolist()))
+    taken = []
+    while left:
+        best = max(left, key=lambda i: left[i])
+        taken.append((best, left.pop(best)))
+        for i in list(left):
+            overlap = iou(boxes[best], boxes[i], offset)
+            factors = {"naive": 0.0, "linear": 1 - overlap, "gaussian": 1.0}
+            factor = factors[method] if overlap >= threshold else 1.0
+            factor = torch.tensor(-overlap * overlap / sigma).exp().item() if method == "gaussian" else factor
+            left[i] *= factor
+            if left[i] < least:
+                del left[i]
+    return taken
+
+
+@pytest.mark.parametrize(("method", "offset"), product(("naive", "linear", "gaussian"), (0, 1)))
+def test_soft_nms(method: str, offset: int) -> None:
+    boxes, scores = random_boxes(40), rand(40).sigmoid()
+    dets, kept = mmcv_ops.soft_nms(boxes, scores, 0.3, 0.5, 0.05, method, offset)
+    expected = plain_soft_nms(boxes, scores, 0.3, 0.5, 0.05, method, offset)
+    assert kept.tolist() == [i for i, _ in expected]
+    assert torch.equal(dets[:, :4], boxes[kept])
+    torch.testing.assert_close(dets[:, 4], torch.tensor([s for _, s in expected], dtype=torch.float64))
+    assert 3 < len(kept) < 40, "nothing left, or nothing kept"
+
+
+def test_soft_nms_of_nothing_of_one_and_of_points() -> None:
+    assert mmcv_ops.soft_nms(torch.zeros(0, 4), torch.zeros(0))[1].shape == (0,)
+    points = torch.tensor([[5.0, 5, 5, 5], [5, 5, 5, 5], [1, 1, 9, 9]])
+    dets, kept = mmcv_ops.soft_nms(points, torch.tensor([0.5, 0.4, 0.3]))
+    assert kept.tolist() == [0, 1, 2] and dets.isfinite().all()
+    options = {"type": "soft_nms", "iou_threshold": 0.5}
+    dets, _ = mmcv_ops.batched_nms(points, torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0, 0, 1]), options)
+    assert dets.shape == (3, 5)
+
+
+# --- Regions ------------------------------------------------------------------------------------------------
+
+
+def bilinear(plane: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """Planes [C, H, W] at one point; beyond an edge by up to 1 the edge counts, further out nothing."""
+    height, width = plane.shape[1:]
+    if not (-1 <= y <= height and -1 <= x <= width):
+        return plane.new_zeros(len(plane))
+    y, x = y.clamp(0, height - 1), x.clamp(0, width - 1)
+    top, left = int(y), int(x)
+    bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
+    dy, dx = y - top, x - left
+    upper = plane[:, top, left] * (1 - dx) + plane[:, top, right] * dx
+    lower = plane[:, bottom, left] * (1 - dx) + plane[:, bottom, right] * dx
+    return upper * (1 - dy) + lower * dy
+
+
+def plain_roi_align(
+    maps: Tensor, rois: Tensor, grid: tuple[int, int], scale: float, ratio: int, aligned: bool
+):
+    regions = []
+    for image, *box in rois.tolist():
+        left, top, right, bottom = (side * scale - 0.5 * aligned for side in box)
+        width, height = right - left, bottom - top
+        if not aligned:
+            width, height = max(width, 1), max(height, 1)
+        cell_h, cell_w = height / grid[0], width / grid[1]
+        rows = ratio or -int(-cell_h // 1)
+        columns = ratio or -int(-cell_w // 1)
+        cells = []
+        for row, column in product(range(grid[0]), range(grid[1])):
+            samples = [
+                bilinear(
+                    maps[int(image)],
+                    torch.tensor(top + (row + (i + 0.5) / rows) * cell_h, dtype=maps.dtype),
+                    torch.tensor(left + (column + (j + 0.5) / columns) * cell_w, dtype=maps.dtype),
+                )
+                for i, j in product(range(rows), range(columns))
+            ]
+            cells.append(torch.stack(samples).sum(0) / max(len(samples), 1))
+        regions.append(torch.stack(cells, dim=1).unflatten(1, grid))
+    return torch.stack(regions)
+
+
+ROIS = torch.tensor(
+    [[0, 1.5, 2.2, 20.3, 17.9], [1, 0, 0, 31, 23], [1, 5.1, 3, 9.7, 4.2], [0, -6, -4, 50, 40]],
+    dtype=torch.float64,
+)
+
+
+@pytest.mark.parametrize(("aligned", "ratio"), product((True, False), (0, 2)))
+def test_roi_align(aligned: bool, ratio: int) -> None:
+    layer = RoIAlign((3, 2), 0.5, ratio, aligned=aligned)
+    agree(
+        lambda maps: layer(maps, ROIS),
+        lambda maps: plain_roi_align(maps, ROIS, (3, 2), 0.5, ratio, aligned),
+        rand(2, 3, 12, 16),
+    )
+
+
+def test_roi_align_of_no_region_has_a_gradient_of_zeros() -> None:
+    maps = rand(2, 3, 12, 16).requires_grad_()
+    pooled = RoIAlign(7, 0.25)(maps, ROIS[:0])
+    assert pooled.shape == (0, 3, 7, 7)
+    pooled.sum().backward()
+    assert maps.grad is not None and not maps.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_roi_align_in_half_precision(dtype: torch.dtype) -> None:
+    """As mixed precision has it: maps of low precision, regions of any; the arithmetic is float32."""
+    layer, maps = RoIAlign(3, 0.5), rand(2, 3, 12, 16).to(dtype)
+    full = maps.float().requires_grad_()
+    expected = layer(full, ROIS.to(dtype).float())
+    expected.sum().backward()
+    half = maps.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = layer(half, ROIS.to(dtype))
+    got.sum().backward()
+    assert got.dtype == half.grad.dtype == dtype
+    assert torch.equal(got, expected.to(dtype)) and torch.equal(half.grad, full.grad.to(dtype))
+
+
+# --- Deformable convolution ---------------------------------------------------------------------------------
+
+GEOMETRIES = {  # stride, padding, dilation, groups, deformable groups, kernel
+    "plain": (1, 1, 1, 1, 1, (3, 3)),
+    "strided": ((2, 1), (0, 1), (1, 2), 1, 1, (3, 2)),
+    "grouped": (1, 1, 1, 2, 2, (3, 3)),
+}
+
+
+def pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else value
+
+
+def zero_padded(plane: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """Planes [C, H, W] between pixels, with zeros around them."""
+    value = plane.new_zeros(len(plane))
+    for row, column in product(*[(int(z.floor()), int(z.floor()) + 1) for z in (y, x)]):
+        if 0 <= row < plane.shape[1] and 0 <= column < plane.shape[2]:
+            value = value + plane[:, row, column] * (1 - (y - row).abs()) * (1 - (x - column).abs())
+    return value
+
+
+def plain_deformed(x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, geometry: tuple) -> Tensor:
+    stride, padding, dilation, groups, deform_groups, kernel = geometry
+    (sy, sx), (py, px), (dy, dx) = pair(stride), pair(padding), pair(dilation)
+    taps = list(product(range(kernel[0]), range(kernel[1])))
+    offset = offset.unflatten(1, (deform_groups, len(taps), 2))
+    mask = mask.unflatten(1, (deform_groups, len(taps)))
+    columns = []  # per tap and position: all channels
+    for tap, (ky, kx) in enumerate(taps):
+        for row, column in product(range(offset.shape[-2]), range(offset.shape[-1])):
+            samples = []
+            for image, group in product(range(len(x)), range(deform_groups)):
+                by, bx = offset[image, group, tap, :, row, column]
+                value = zero_padded(
+                    x[image].chunk(deform_groups)[group],
+                    row * sy - py + ky * dy + by,
+                    column * sx - px + kx * dx + bx,
+                )
+                samples.append(value * mask[image, group, tap, row, column])
+            columns.append(torch.cat(samples).view(len(x), -1))
+    stacked = torch.stack(columns, dim=-1).unflatten(-1, (len(taps), *offset.shape[-2:]))  # B C taps H W
+    parts = zip(stacked.chunk(groups, dim=1), weight.flatten(2).chunk(groups), strict=True)
+    return torch.cat([torch.einsum("bcthw,oct->bohw", part, w) for part, w in parts], dim=1)
+
+
+def deformable_inputs(geometry: tuple, size: tuple[int, int] = (6, 5)) -> dict[str, Tensor]:
+    stride, padding, dilation, groups, deform_groups, kernel = geometry
+    rows, columns = (
+        (side + 2 * p - d * (k - 1) - 1) // s + 1
+        for side, p, d, k, s in zip(size, pair(padding), pair(dilation), kernel, pair(stride), strict=True)
+    )
+    taps = kernel[0] * kernel[1] * deform_groups
+    return {
+        "input": rand(2, 4, *size, seed=1),
+        "offset": rand(2, 2 * taps, rows, columns, seed=2) * 1.7,
+        "mask": rand(2, taps, rows, columns, seed=3).sigmoid(),
+        "weight": rand(6, 4 // groups, *kernel, seed=4),
+    }
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_deform_conv(name: str) -> None:
+    geometry = GEOMETRIES[name]
+    x = deformable_inputs(geometry)
+    agree(
+        lambda i, o, w: mmcv_ops.deform_conv2d(i, o, w, *geometry[:5]),
+        lambda i, o, w: plain_deformed(i, o, torch.ones_like(x["mask"]), w, geometry),
+        *(x["input"], x["offset"], x["weight"]),
+    )
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_modulated_deform_conv(name: str, bias: bool) -> None:
+    geometry, shift = GEOMETRIES[name], rand(6, seed=5)
+    inputs = [*deformable_inputs(geometry).values(), *([shift] if bias else [])]
+
+    def ours(i: Tensor, o: Tensor, m: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        return mmcv_ops.modulated_deform_conv2d(i, o, m, w, b, *geometry[:5])
+
+    def plain(i: Tensor, o: Tensor, m: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        return plain_deformed(i, o, m, w, geometry) + (0 if b is None else b[:, None, None])
+
+    agree(ours, plain, *inputs)
+
+
+def test_deform_conv_with_parts_frozen_and_two_backward_passes() -> None:
+    """The weight's gradient does not depend on what else needs one, nor on a pass before."""
+    geometry = GEOMETRIES["plain"]
+    x = deformable_inputs(geometry)
+    alone, together = (x["weight"].clone().requires_grad_() for _ in range(2))
+    mmcv_ops.deform_conv2d(x["input"], x["offset"], alone, *geometry[:5]).sum().backward()
+    leaf = x["input"].clone().requires_grad_()
+    output = mmcv_ops.deform_conv2d(leaf, x["offset"], together, *geometry[:5]).sum()
+    output.backward(retain_graph=True)
+    torch.testing.assert_close(together.grad, alone.grad)
+    output.backward()
+    torch.testing.assert_close(together.grad, 2 * alone.grad)
+
+
+@pytest.mark.parametrize("name", ["DCN", "DCNv2"])
+def test_deformable_layers_under_autocast(name: str) -> None:
+    layer = {"DCN": mmcv_ops.DeformConv2dPack, "DCNv2": mmcv_ops.ModulatedDeformConv2dPack}[name](
+        4, 6, 3, padding=1
+    )
+    x = rand(2, 4, 6, 5).float().requires_grad_()
+    expected = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = layer(x)
+    got.float().sum().backward()
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), expected, rtol=0.05, atol=0.05)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in [x, *layer.parameters()])
+
+
+# --- Focal loss ---------------------------------------------------------------------------------------------
+
+
+def test_sigmoid_focal_loss() -> None:
+    target = torch.tensor([0, 2, 3, 3, 1])  # 3 is background
+
+    def plain(scores: Tensor) -> Tensor:
+        p = scores.sigmoid()
+        own = torch.zeros_like(scores)
+        own[[0, 1, 4], [0, 2, 1]] = 1
+        return -own * 0.3 * (1 - p) ** 1.5 * p.log() - (1 - own) * 0.7 * p**1.5 * (1 - p).log()
+
+    agree(
+        lambda scores: mmcv_ops.sigmoid_focal_loss(scores, target, 1.5, 0.3, None, "none"),
+        plain,
+        rand(5, 3) * 3,
+    )
+    half = (rand(5, 3) * 3).bfloat16().requires_grad_()
+    mmcv_ops.sigmoid_focal_loss(half, target, 1.5, 0.3, None, "mean").backward()
+    assert half.grad.isfinite().all() and half.grad.any()
+    empty = mmcv_ops.sigmoid_focal_loss(rand(0, 3), target[:0], 1.5, 0.3, None, "sum")
+    assert empty == 0
+
+
+# --- The module ---------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_covered_says_so() -> None:
+    boxes, scores = random_boxes(4), rand(4)
+    dets = torch.cat([boxes, scores[:, None]], dim=1).float()
+    calls = {
+        "nms_match": lambda: mmcv_ops.nms_match(dets, 0.5),
+        "roi_align with pool_mode='max'": lambda: RoIAlign(3, pool_mode="max")(rand(2, 3, 12, 16), ROIS),
+        "roi_pool_forward": lambda: mmcv_ops.RoIPool(3)(rand(2, 3, 12, 16), ROIS),
+        "carafe_forward": lambda: mmcv_ops.carafe(rand(1, 4, 4, 4), rand(1, 9, 8, 8), 3, 1, 2),
+        "sigmoid_focal_loss with a weight per class": lambda: mmcv_ops.sigmoid_focal_loss(
+            rand(2, 3), torch.tensor([0, 1]), 2.0, 0.25, torch.ones(3), "none"
+        ),
+    }
+    for name, call in calls.items():
+        with pytest.raises(NotImplementedError, match=name) as raised:
+            call()
+        assert "choose a method without it, or compile mmcv" in str(raised.value)
+
+
+def run_python(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "ignore", "-c", program, *arguments]
+    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_it_steps_aside_for_compiled_operators(tmp_path: Path) -> None:
+    (tmp_path / "_ext.py").write_text("compiled = True\n")
+    program = (
+        "import sys, mmcv; mmcv.__path__.append(sys.argv[1])\n"
+        "import openmmlab.ops_bridge as bridge, mmcv._ext\n"
+        "assert mmcv._ext.compiled is True and not bridge.install()"
+    )
+    done = run_python(program, str(tmp_path))
+    assert done.returncode == 0, done.stderr
+
+
+def test_it_is_in_place_here() -> None:
+    """On an environment with compiled operators these tests would compare mmcv's own."""
+    assert isinstance(sys.modules[ops_bridge.NAME], ops_bridge.BridgedOperators)
+    assert not ops_bridge.install()
+
+
+def test_without_mmcv_it_says_what_to_run() -> None:
+    done = run_python("import sys; sys.modules['mmcv'] = None; import openmmlab.ops_bridge")
+    assert done.stderr.strip().splitlines()[-1].startswith("ImportError: mmcv is not installed")
+    assert "make setup-openmmlab" in done.stderr

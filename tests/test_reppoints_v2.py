@@ -1,0 +1,573 @@
+"""RepPoints v2: targets worked by hand, losses, corner pooling, joint inference, and detectors that learn."""
+
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPO
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("mmdet", reason="mmdet is not installed")
+import_module("openmmlab.ops_bridge")  # before mmcv.ops
+from mmdet.models.task_modules import ATSSAssigner  # noqa: E402
+from mmdet.models.utils import gaussian_radius  # noqa: E402
+from mmdet.registry import MODELS, TASK_UTILS  # noqa: E402
+from mmdet.structures import DetDataSample  # noqa: E402
+from mmengine.config import Config, ConfigDict  # noqa: E402
+from mmengine.registry import DefaultScope  # noqa: E402
+from mmengine.structures import InstanceData  # noqa: E402
+
+from detection.corner_targets import (  # noqa: E402
+    corner_radii,
+    corner_targets,
+    foreground_targets,
+    level_targets,
+    snap_to_corners,
+)
+from detection.reppoints_v2 import BoxNormalizedFocalLoss, RepPointsV2Head  # noqa: E402
+
+CLASSES = 3
+STRIDES = [8, 16, 32]
+SURE = 30.0  # a logit whose loss rounds to zero
+NO_BOXES = torch.zeros(0, 4)
+NO_LABELS = torch.zeros(0, dtype=torch.long)
+
+
+def boxes_of(*boxes: tuple[float, float, float, float]) -> Tensor:
+    return torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
+
+
+# --- Targets ------------------------------------------------------------------------------------------------
+
+
+@given(st.floats(1, 2000), st.floats(1, 2000), st.floats(0.05, 0.95))
+@settings(max_examples=100, deadline=None)
+def test_radius_is_the_tightest_of_cornernets_three(width: float, height: float, overlap: float) -> None:
+    radius = corner_radii(boxes_of((5, 7, 5 + width, 7 + height)).double(), overlap)
+    assert radius.item() == pytest.approx(gaussian_radius((height, width), overlap), rel=1e-3, abs=1e-3)
+
+
+CELLS = [  # stride, size of the level, then of top-left and bottom-right: row, column, offset x, offset y
+    (8, (6, 8), (1, 3, -0.5 + 0.25, 0.375), (3, 6, 0.25, -0.125)),
+    (16, (3, 4), (1, 1, 0.375, -0.3125), (1, 3, 0.125, 0.4375)),
+    (32, (2, 2), (0, 1, -0.3125, 0.34375), (1, 1, 0.5625, -0.28125)),
+]
+
+
+@pytest.mark.parametrize(("stride", "size", "top_left", "bottom_right"), CELLS)
+def test_corners_of_one_box_on_each_level(
+    stride: int, size: tuple[int, int], top_left: tuple[Any, ...], bottom_right: tuple[Any, ...]
+) -> None:
+    heatmap, is_corner, offsets = corner_targets(boxes_of((22, 11, 50, 23)), size, stride)
+    for kind, (row, column, x, y) in enumerate((top_left, bottom_right)):
+        assert is_corner[kind].nonzero().tolist() == [[row, column]]
+        assert heatmap[kind, row, column] == 1
+        assert offsets[2 * kind : 2 * kind + 2, row, column].tolist() == [x, y]
+    assert offsets.count_nonzero() == 4
+
+
+def test_bumps_are_gaussians_that_end_at_the_radius() -> None:
+    """Box of 100 x 100: radius 8.167 pixels, sigma 2.889; cells are 4 apart."""
+    heatmap, _, _ = corner_targets(boxes_of((0, 0, 100, 100)), (26, 26), 4)
+    assert heatmap[0, 0, :4].tolist() == pytest.approx([1, 0.3834, 0.0216, 0], abs=2e-4)
+    assert heatmap[0, :4, 0].tolist() == heatmap[0, 0, :4].tolist()
+    assert heatmap[0, 1, 1].item() == pytest.approx(0.3834**2, abs=2e-4)
+    assert torch.equal(heatmap[1], heatmap[0].flip(0, 1))
+
+
+def test_bumps_of_two_boxes_take_the_larger_value() -> None:
+    both = boxes_of((0, 0, 100, 100), (12, 0, 100, 100))
+    together = corner_targets(both, (26, 26), 4)[0]
+    alone = torch.stack([corner_targets(box[None], (26, 26), 4)[0] for box in both])
+    assert torch.equal(together, alone.amax(dim=0))
+
+
+def test_corner_at_the_border_belongs_to_the_last_cell() -> None:
+    _, is_corner, offsets = corner_targets(boxes_of((0, 0, 40, 32)), (4, 5), 8)
+    assert is_corner[1].nonzero().tolist() == [[3, 4]]
+    assert offsets[2:, 3, 4].tolist() == [1, 1]
+    assert offsets[:2, 0, 0].tolist() == [0, 0]
+
+
+def test_in_a_shared_cell_the_nearer_corner_counts() -> None:
+    near, far = (9, 9, 30, 30), (11, 10, 30, 30)
+    for boxes in (boxes_of(near, far), boxes_of(far, near)):
+        _, is_corner, offsets = corner_targets(boxes, (6, 6), 8)
+        assert is_corner[0].sum() == 1
+        assert offsets[:2, 1, 1].tolist() == [0.125, 0.125]
+
+
+def test_box_smaller_than_a_cell() -> None:
+    box = boxes_of((9, 9, 11, 12))
+    _, is_corner, offsets = corner_targets(box, (4, 4), 8)
+    assert is_corner.nonzero().tolist() == [[0, 1, 1], [1, 1, 1]]
+    assert offsets[:, 1, 1].tolist() == [0.125, 0.125, 0.375, 0.5]
+    label = torch.tensor([2])
+    foreground = foreground_targets(box, label, CLASSES, (4, 4), 8, 8)
+    assert foreground.nonzero().tolist() == [[2, 1, 1]]
+    assert foreground[2, 1, 1].item() == pytest.approx(1 / 6)
+    assert not foreground_targets(box, label, CLASSES, (2, 2), 16, 8).any()
+
+
+def test_box_without_area_has_finite_targets() -> None:
+    targets = level_targets(boxes_of((5, 5, 5, 5)), torch.tensor([0]), CLASSES, (4, 4), (32, 32), (8, 8))
+    assert all(part.isfinite().all() for part in targets)
+    assert targets.is_corner.sum() == 2
+
+
+def test_foreground_is_what_a_box_touches_weighed_by_the_smallest() -> None:
+    """Class 0: a box of 384 pixels around one of 64; class 1: a box at the border."""
+    boxes = boxes_of((8, 0, 32, 16), (16, 7, 24, 15), (33, 20, 48, 32))
+    foreground = foreground_targets(boxes, torch.tensor([0, 0, 1]), CLASSES, (4, 6), 8, 8)
+    large, small, other = 1 / 384, 1 / 64, 1 / 180
+    expected = torch.zeros(CLASSES, 4, 6)
+    expected[0, 0:3, 1:5] = large
+    expected[0, 0:2, 2:4] = small
+    expected[1, 2:4, 4:6] = other
+    torch.testing.assert_close(foreground, expected)
+
+
+def test_coarse_foreground_samples_the_finest() -> None:
+    boxes = boxes_of((7, 13, 44, 51), (3, 30, 90, 41))
+    labels = torch.tensor([1, 1])
+    fine = foreground_targets(boxes, labels, CLASSES, (8, 12), 8, 8)
+    assert torch.equal(foreground_targets(boxes, labels, CLASSES, (4, 6), 16, 8), fine[:, ::2, ::2])
+    assert torch.equal(foreground_targets(boxes, labels, CLASSES, (2, 3), 32, 8), fine[:, ::4, ::4])
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+def test_an_image_without_boxes_has_empty_targets(stride: int) -> None:
+    targets = level_targets(NO_BOXES, NO_LABELS, CLASSES, (4, 5), (4 * stride, 5 * stride), (stride, 8))
+    shapes = [tuple(part.shape) for part in targets]
+    assert shapes == [(2, 4, 5), (2, 4, 5), (4, 4, 5), (CLASSES, 4, 5), (1, 4, 5)]
+    assert not any(part.any() for part in targets[:4])
+    assert targets.valid.all()
+
+
+def test_nothing_lies_in_the_padding() -> None:
+    """An image of 40 x 24 pixels in a batch whose level has 8 x 8 cells: 5 x 3 of them are its own."""
+    boxes = boxes_of((2, 2, 24, 40))
+    targets = level_targets(boxes, torch.tensor([1]), CLASSES, (8, 8), (40, 24), (8, 8))
+    own = torch.zeros(8, 8, dtype=torch.bool)
+    own[:5, :3] = True
+    assert torch.equal(targets.valid[0], own)
+    for part in targets:
+        assert not part[:, ~own].any()
+    assert targets.is_corner[1].nonzero().tolist() == [[4, 2]]
+
+
+box_strategy = st.tuples(*(st.integers(0, 150) for _ in range(4))).map(
+    lambda c: (min(c[0], c[2]), min(c[1], c[3]), max(c[0], c[2]), max(c[1], c[3]))
+)
+
+
+@given(st.lists(box_strategy, max_size=6), st.sampled_from(STRIDES))
+@settings(max_examples=60, deadline=None)
+def test_every_marked_cell_leads_to_a_corner(boxes: list[tuple[int, int, int, int]], stride: int) -> None:
+    size = (150 // stride + 1, 150 // stride + 1)
+    heatmap, is_corner, offsets = corner_targets(boxes_of(*boxes), size, stride)
+    assert heatmap.ge(0).all() and heatmap.le(1).all()
+    assert torch.equal(heatmap == 1, is_corner)
+    for kind in range(2):
+        corners = {box[2 * kind : 2 * kind + 2] for box in boxes}
+        assert is_corner[kind].any() == bool(boxes)
+        for row, column in is_corner[kind].nonzero().tolist():
+            x, y = offsets[2 * kind : 2 * kind + 2, row, column].tolist()
+            assert ((column + x) * stride, (row + y) * stride) in corners
+
+
+# --- Joint inference ----------------------------------------------------------------------------------------
+
+
+def snap_slowly(point: tuple[float, float], scores: Tensor, offsets: Tensor, stride: int) -> list[float]:
+    """One point, cell by cell."""
+    height, width = scores.shape
+    column, row = int(point[0] // stride), int(point[1] // stride)
+    around = [(row, column), (row, column + 1), (row + 1, column), (row + 1, column + 1)]
+    inside = [(min(max(i, 0), height - 1), min(max(j, 0), width - 1)) for i, j in around]
+    i, j = max(inside, key=lambda cell: scores[cell].item())
+    return [(j + offsets[0, i, j].item()) * stride, (i + offsets[1, i, j].item()) * stride]
+
+
+@pytest.mark.parametrize("size", [(5, 7), (1, 4), (3, 1), (1, 1)])
+def test_snapping_agrees_with_a_loop(size: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(2, *size, generator=generator)
+    offsets = torch.rand(2, 2, *size, generator=generator) - 0.5
+    points = torch.rand(2, 40, 2, generator=generator) * 90 - 15
+    snapped = snap_to_corners(points, scores, offsets, 8)
+    for image, index in product(range(2), range(40)):
+        slow = snap_slowly(tuple(points[image, index].tolist()), scores[image], offsets[image], 8)
+        assert snapped[image, index].tolist() == pytest.approx(slow, abs=1e-4)
+
+
+# --- The head -----------------------------------------------------------------------------------------------
+
+
+def make_head(**options: Any) -> RepPointsV2Head:
+    """A head of three levels with few channels, with the assigners and the box losses of the configs."""
+    torch.manual_seed(0)
+    giou = {"type": "GIoULoss"}
+    defaults: dict[str, Any] = dict(
+        num_classes=CLASSES,
+        in_channels=16,
+        feat_channels=16,
+        point_feat_channels=16,
+        corner_channels=8,
+        stacked_convs=1,
+        point_strides=STRIDES,
+        verifying_levels=(-1, 0, 0),
+        norm_cfg={"type": "GN", "num_groups": 4},
+        loss_bbox_init=giou,
+        loss_bbox_refine=giou,
+        train_cfg=ConfigDict(
+            init={"assigner": {"type": "PointAssigner", "scale": 4, "pos_num": 1}, "pos_weight": -1},
+            refine={"assigner": {"type": "StrideATSSAssigner", "topk": 9}, "pos_weight": -1},
+        ),
+        test_cfg=ConfigDict(
+            nms_pre=100, score_thr=0.3, nms={"type": "nms", "iou_threshold": 0.6}, max_per_img=9
+        ),
+    )
+    head = RepPointsV2Head(**(defaults | options))
+    head.init_weights()
+    return head
+
+
+def sample_of(
+    boxes: Tensor, labels: list[int], image: tuple[int, int] = (64, 96), padded: tuple[int, int] | None = None
+) -> DetDataSample:
+    meta = {"img_shape": image, "ori_shape": image, "pad_shape": padded or image, "scale_factor": (1.0, 1.0)}
+    sample = DetDataSample(metainfo=meta)
+    sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.tensor(labels, dtype=torch.long))
+    return sample
+
+
+def scene() -> list[DetDataSample]:
+    """Two images of 64 x 96: three boxes in one, none in the other, which is smaller."""
+    boxes = boxes_of((4, 6, 40, 50), (50, 10, 92, 60), (60, 20, 70, 30))
+    return [sample_of(boxes, [0, 2, 1]), sample_of(NO_BOXES, [], (50, 60), (64, 64))]
+
+
+def features(images: int = 2) -> list[Tensor]:
+    torch.manual_seed(1)
+    return [torch.randn(images, 16, 64 // stride, 96 // stride) for stride in STRIDES]
+
+
+def total(losses: dict[str, Any]) -> Tensor:
+    return sum(sum(part) if isinstance(part, list) else part for part in losses.values())
+
+
+def test_corner_pooling_agrees_with_a_loop() -> None:
+    """Top-left pooling looks right and down from a corner, bottom-right pooling left and up."""
+    head = make_head()
+    x = torch.randn(2, 3, 5, 6)
+    looks: list[tuple[Any, Callable[[int, int], tuple[Tensor, Tensor]]]] = [
+        (head.top_left, lambda i, j: (x[:, :, i:, j], x[:, :, i, j:])),
+        (head.bottom_right, lambda i, j: (x[:, :, : i + 1, j], x[:, :, i, : j + 1])),
+    ]
+    for branch, seen_from in looks:
+        pooled = branch.direction1_pool(x) + branch.direction2_pool(x)
+        for i, j in product(range(5), range(6)):
+            expected = sum(seen.amax(dim=2) for seen in seen_from(i, j))
+            assert torch.equal(pooled[:, :, i, j], expected)
+
+
+def test_maps_of_all_levels() -> None:
+    channels = (CLASSES, 18, 18, 2, 4, CLASSES)
+    for training in (True, False):
+        maps = make_head().train(training)(features())
+        for level, stride in enumerate(STRIDES):
+            size = (64 // stride, 96 // stride)
+            assert [tuple(part[level].shape) for part in maps] == [(2, width, *size) for width in channels]
+
+
+def test_boxes_start_as_squares_of_the_base_scale() -> None:
+    head = make_head()
+    for level, points in enumerate(head(features())[1]):
+        boxes = head.points2bbox(points)
+        expected = torch.tensor([-2.0, -2, 2, 2])[:, None, None].expand_as(boxes)
+        torch.testing.assert_close(boxes, expected, atol=0.2, rtol=0, msg=f"level {level}")
+
+
+@given(st.lists(st.floats(-50, 50), min_size=18, max_size=18))
+@settings(max_examples=30, deadline=None)
+def test_nothing_is_gained_by_turning_a_box_inside_out(values: list[float]) -> None:
+    head = make_head()
+    points = torch.tensor(values)[None]  # x before y, as in the losses
+    box = head.points2bbox(points, y_first=False)
+    assert box[0, 0] <= box[0, 2] and box[0, 1] <= box[0, 3]
+    y_first = points.view(-1, 2).flip(1).reshape(1, 18, 1, 1)
+    assert torch.equal(head.points2bbox(y_first)[..., 0, 0], box)
+    assert head.loss_bbox_refine(box, boxes_of((0, 0, 9, 7))) >= 0
+
+
+@pytest.mark.parametrize("transform", ["explicit_corners", "minmax", "partial_minmax", "moment"])
+def test_gradients_reach_every_parameter(transform: str) -> None:
+    head = make_head(transform_method=transform)
+    total(head.loss(features(), scene())).backward()
+    dead = [name for name, p in head.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert dead == []
+    assert all(p.grad.isfinite().all() for p in head.parameters())
+
+
+def test_without_boxes_losses_are_finite_and_nothing_is_unused() -> None:
+    head = make_head()
+    losses = head.loss(features(), [sample_of(NO_BOXES, []), sample_of(NO_BOXES, [])])
+    assert total(losses).isfinite()
+    assert sum(losses["loss_corner_offset"]).item() == sum(losses["loss_pts_refine"]).item() == 0
+    total(losses).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters())
+
+
+def perfect_maps(head: RepPointsV2Head, samples: list[DetDataSample]) -> list[list[Tensor]]:
+    """What a head that knows everything says of images with one box each."""
+    truths, metas = [s.gt_instances for s in samples], [s.metainfo for s in samples]
+    sizes = [(64 // stride, 96 // stride) for stride in STRIDES]
+    targets = head.verification_targets(sizes, truths, metas)
+    maps: list[list[Tensor]] = [[] for _ in range(6)]
+    for level, (size, stride) in enumerate(zip(sizes, STRIDES, strict=True)):
+        y, x = torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
+        boxes = torch.stack([truth.bboxes[0] for truth in truths])[:, :, None, None] / stride
+        corners = torch.stack([boxes[:, 1] - y, boxes[:, 0] - x, boxes[:, 3] - y, boxes[:, 2] - x], dim=1)
+        points = torch.cat([corners, torch.zeros(len(samples), 14, *size)], dim=1)
+        part = targets[level]
+        values = (
+            torch.full((len(samples), CLASSES, *size), -SURE),
+            *(points, points.clone()),
+            torch.where(part.is_corner, SURE, -SURE),
+            part.offsets.clone(),
+            torch.where(part.foreground > 0, SURE, -SURE),
+        )
+        for collected, value in zip(maps, values, strict=True):
+            collected.append(value)
+    return maps
+
+
+def test_losses_vanish_at_the_truth_and_only_there() -> None:
+    head = make_head()
+    samples = [sample_of(boxes_of((5, 9, 44, 50)), [1]), sample_of(boxes_of((30, 4, 90, 61)), [0])]
+    truths, metas = [s.gt_instances for s in samples], [s.metainfo for s in samples]
+    maps = perfect_maps(head, samples)
+    losses = head.loss_by_feat(*maps, truths, metas)
+    names = ["loss_pts_init", "loss_pts_refine", "loss_corner", "loss_corner_offset", "loss_foreground"]
+    for index, name in enumerate(names, start=1):
+        assert float(torch.as_tensor(losses[name]).sum()) == pytest.approx(0, abs=1e-5), name
+        worse = [list(part) for part in maps]
+        worse[index] = [value.roll(1, -1) for value in maps[index]]  # one cell to the right
+        assert float(torch.as_tensor(head.loss_by_feat(*worse, truths, metas)[name]).sum()) > 1e-3, name
+
+
+def test_padding_has_no_say_in_the_verification_losses() -> None:
+    head = make_head()
+    samples = [sample_of(boxes_of((5, 9, 30, 30)), [1], (32, 32))]
+    truths, metas = [s.gt_instances for s in samples], [s.metainfo for s in samples]
+    maps = head([feature[:1] for feature in features()])
+    before = head.loss_by_feat(*maps, truths, metas)
+    for part, level in product(maps[3:], range(3)):
+        edge = 32 // STRIDES[level]
+        part[level].data[:, :, edge:] += 5
+        part[level].data[:, :, :, edge:] -= 3
+    after = head.loss_by_feat(*maps, truths, metas)
+    for name in ("loss_corner", "loss_corner_offset", "loss_foreground"):
+        torch.testing.assert_close(total({name: after[name]}), total({name: before[name]}))
+
+
+def test_foreground_loss_counts_boxes_alike_and_is_the_formula() -> None:
+    loss = BoxNormalizedFocalLoss(gamma=2.0, alpha=0.25, loss_weight=1.0)
+    weights = torch.tensor([0.5, 0.5, 0.1, *[0.1] * 9, 0, 0])  # boxes of 2 and 10 cells, 2 outside
+    valid = torch.ones(14, dtype=torch.bool)
+    right = torch.where(weights > 0, SURE, -SURE)
+    assert loss(right, weights, valid).item() == pytest.approx(0, abs=1e-8)
+    missed_small, missed_large = right.clone(), right.clone()
+    missed_small[:2] = -1
+    missed_large[2:12] = -1
+    torch.testing.assert_close(loss(missed_small, weights, valid), loss(missed_large, weights, valid))
+    torch.testing.assert_close(loss(missed_small, 7 * weights, valid), loss(missed_small, weights, valid))
+    alarm = right.clone()
+    alarm[12] = 0.0  # p = 1/2: 0.75 * 1/4 * log 2, over 12 positive cells
+    assert loss(alarm, weights, valid).item() == pytest.approx(0.75 * 0.25 * 0.693147 / 12, rel=1e-4)
+    valid[12] = False
+    assert loss(alarm, weights, valid).item() == pytest.approx(0, abs=1e-8)
+    assert loss(alarm, torch.zeros(14), valid).isfinite()
+
+
+def test_atss_by_stride_is_atss() -> None:
+    torch.manual_seed(0)
+    counts = [96, 24, 6]
+    start = torch.rand(sum(counts), 2) * 60
+    priors = torch.cat([start, start + torch.rand(sum(counts), 2) * 40], dim=1)
+    strides = torch.tensor(STRIDES).repeat_interleave(torch.tensor(counts)).float()
+    truth = InstanceData(bboxes=boxes_of((4, 6, 40, 50), (50, 10, 92, 60)), labels=torch.tensor([0, 2]))
+    ours = TASK_UTILS.build({"type": "StrideATSSAssigner", "topk": 9}).assign(
+        InstanceData(priors=torch.cat([priors, strides[:, None]], dim=1)), truth
+    )
+    theirs = ATSSAssigner(topk=9).assign(InstanceData(priors=priors), counts, truth)
+    assert torch.equal(ours.gt_inds, theirs.gt_inds) and ours.gt_inds.max() == 2
+
+
+def test_boxes_of_all_levels_are_assigned_level_by_level() -> None:
+    head = make_head()
+    torch.manual_seed(0)
+    counts = [(64 // stride) * (96 // stride) for stride in STRIDES]
+    start = [torch.rand(count, 2) * 60 for count in counts]
+    levels = [torch.cat([corner, corner + torch.rand_like(corner) * 40], dim=1) for corner in start]
+    valid = [torch.ones(count, dtype=torch.bool) for count in counts]
+    sample = scene()[0]
+    labels = head.get_targets([levels], [valid], [sample.gt_instances], [sample.metainfo], stage="refine")[0]
+    expected = ATSSAssigner(topk=9).assign(
+        InstanceData(priors=torch.cat(levels)), counts, sample.gt_instances
+    )
+    found = torch.cat(labels, dim=1)[0]
+    assert torch.equal(found, torch.where(expected.gt_inds > 0, expected.labels, CLASSES))
+    assert (found < CLASSES).any()
+
+
+def test_classification_moves_the_points_by_a_damped_part() -> None:
+    gradients = []
+    for share in (0.1, 0.2):
+        head = make_head(gradient_mul=share)
+        head(features())[0][0].square().sum().backward()
+        gradients.append(head.reppoints_pts_init_out.weight.grad)
+    assert gradients[0].abs().sum() > 0
+    torch.testing.assert_close(gradients[1], 2 * gradients[0])
+
+
+@pytest.mark.parametrize(
+    ("verifying", "expected"), [((-1, 0, 0), (10, 6, 75, 58)), ((-1, -1, -1), (12, 9, 72, 55))]
+)
+def test_verification_moves_a_wrong_corner_to_the_right_one(
+    verifying: tuple[int, int, int], expected: tuple[float, float, float, float]
+) -> None:
+    """A box of level 1 is regressed 3 pixels off; level 0 knows its corners. Boxes of level 0 stay."""
+    head = make_head(verifying_levels=verifying)
+    truth, regressed, small = (10, 6, 75, 58), (12, 9, 72, 55), (70.0, 2.0, 80.0, 12.0)
+    maps = perfect_maps(head, [sample_of(boxes_of(truth), [1])])
+    cls_scores, refined = maps[0], maps[2]
+    for level, (row, column), label, box in ((1, (2, 3), 1, regressed), (0, (1, 9), 2, small)):
+        stride = STRIDES[level]
+        cls_scores[level][0, label, row, column] = 4
+        corners = [
+            box[1] / stride - row,
+            box[0] / stride - column,
+            box[3] / stride - row,
+            box[2] / stride - column,
+        ]
+        refined[level][0, :4, row, column] = torch.tensor(corners)
+    meta = sample_of(NO_BOXES, []).metainfo
+    found = head.predict_by_feat(*maps, batch_img_metas=[meta])[0]
+    by_label = dict(zip(found.labels.tolist(), found.bboxes, strict=True))
+    assert sorted(by_label) == [1, 2]
+    torch.testing.assert_close(by_label[1], torch.tensor(expected, dtype=torch.float32), atol=1e-4, rtol=0)
+    torch.testing.assert_close(by_label[2], torch.tensor(small), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_half_precision_gives_the_same_losses_and_boxes_in_float32(kind: torch.dtype) -> None:
+    head = make_head()
+    exact = head.loss(features(), scene())
+    with torch.autocast("cpu", dtype=kind):
+        rounded = head.loss(features(), scene())
+        boxes = head.eval().predict(features(), scene())[0].bboxes
+    assert boxes.dtype == torch.float32
+    for name, value in rounded.items():
+        value, wanted = torch.as_tensor(value).sum(), torch.as_tensor(exact[name]).sum()
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, wanted, rtol=0.05, atol=0.01, msg=name)
+    head.zero_grad()
+    total(rounded).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"transform_method": "median"}, "explicit_corners, minmax"),
+        ({"verifying_levels": (-1, 0)}, "each of 3 levels"),
+        ({"verifying_levels": (-1, 0, 3)}, "each of 3 levels"),
+        ({"corner_overlap": 1.0}, "between 0 and 1"),
+        ({"use_grid_points": True}, "use_grid_points=True; leave it out"),
+        ({"conv_cfg": {"type": "DCN"}}, "conv_cfg"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_head(**options)
+
+
+# --- Detectors ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def detector() -> Iterator[Any]:
+    """The demo's detector."""
+    torch.manual_seed(0)
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        model = MODELS.build(Config.fromfile(REPO / "detection/configs/demo_reppoints_v2.py").model)
+        model.init_weights()
+        yield model
+
+
+def batch_of(*sizes: tuple[int, int]) -> dict[str, Any]:
+    """Images with a bright rectangle each, as a data loader hands them over."""
+    inputs, samples = [], []
+    for height, width in sizes:
+        box = (width // 4, height // 5, width * 3 // 4, height * 4 // 5)
+        image = torch.full((3, height, width), 40, dtype=torch.uint8)
+        image[:, box[1] : box[3], box[0] : box[2]] = 220
+        inputs.append(image)
+        samples.append(sample_of(boxes_of(box), [3], (height, width)))
+    return {"inputs": inputs, "data_samples": samples}
+
+
+@pytest.mark.parametrize("sizes", [[(61, 83)], [(64, 96), (45, 70)]], ids=["odd size", "two sizes"])
+def test_detector_steps_and_predicts(detector: Any, sizes: list[tuple[int, int]]) -> None:
+    before = [p.detach().clone() for p in detector.parameters()]
+    optimizer = torch.optim.AdamW(detector.parameters(), lr=1e-3)
+    data = detector.data_preprocessor(batch_of(*sizes), training=True)
+    total(detector(**data, mode="loss")).backward()
+    optimizer.step()
+    moved = [not torch.equal(old, new) for old, new in zip(before, detector.parameters(), strict=True)]
+    assert all(moved)
+    detector.bbox_head.test_cfg.score_thr = 0.0
+    results = detector.eval().test_step(batch_of(*sizes))
+    for result, (height, width) in zip(results, sizes, strict=True):
+        boxes = result.pred_instances.bboxes
+        assert len(boxes) > 0 and boxes.ge(0).all()
+        assert boxes[:, 0::2].max() <= width and boxes[:, 1::2].max() <= height
+
+
+def test_detector_learns_one_scene(detector: Any) -> None:
+    """The loss falls to a third and the box is found, with its class and both corners."""
+    optimizer = torch.optim.AdamW(detector.parameters(), lr=2e-3)
+    data = detector.data_preprocessor(batch_of((64, 96)), training=True)
+    losses = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = total(detector(**data, mode="loss"))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 3, losses
+    found = detector.eval().test_step(batch_of((64, 96)))[0].pred_instances
+    assert found.labels[0] == 3
+    assert (found.bboxes[0] - torch.tensor([24, 12, 72, 51])).abs().max() < 4
+
+
+def test_coco_config_is_the_papers_head() -> None:
+    config = Config.fromfile(REPO / "detection/configs/reppointsv2_focal-tiny_fpn_amp-ms-crop-3x_coco.py")
+    assert config.model.backbone.type == "FocalBackbone"
+    model = config.model
+    head = MODELS.build(model.bbox_head | {"train_cfg": model.train_cfg, "test_cfg": model.test_cfg})
+    weights = {
+        name: getattr(head, name).loss_weight
+        for name in ("loss_corner", "loss_corner_offset", "loss_foreground")
+    }
+    assert weights == {"loss_corner": 0.25, "loss_corner_offset": 1.0, "loss_foreground": 0.1}
+    assert isinstance(head, RepPointsV2Head) and head.verifiers == {1: 0, 2: 0, 3: 1, 4: 1}
+    assert head.top_left.direction1_conv.conv.out_channels == 64
+    assert sum(p.numel() for p in head.parameters()) == 7_210_442
