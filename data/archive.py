@@ -13,12 +13,13 @@ import os
 import struct
 import zipfile
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from data.images import UndecodableImageError
+from data.images import MAX_BYTES, UndecodableImageError
 from data.maps import ImageMap, read_map
 from data.source import StringTable
 
@@ -27,6 +28,10 @@ _LOCAL_SIGNATURE = b"PK\x03\x04"
 _SEPARATOR = ".zip@/"
 _ENCRYPTED = 0x1
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+_DIRECTORY_ERRORS = (  # what zipfile raises on directories that are none
+    *(zipfile.BadZipFile, ValueError, OSError, EOFError, NotImplementedError, OverflowError, MemoryError),
+    *(struct.error, LookupError),
+)
 
 
 class ArchiveSource:
@@ -85,8 +90,8 @@ class ArchiveSource:
         file.seek(name_length + extra_length, os.SEEK_CUR)
         content = file.read(stored_size)
         if method == zipfile.ZIP_DEFLATED:
-            try:
-                content = zlib.decompress(content, wbits=-zlib.MAX_WBITS)
+            try:  # one byte too many shows that there is more
+                content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size + 1)
             except zlib.error as error:
                 raise self._broken(index, str(error)) from error
         if len(content) != size or zlib.crc32(content) != crc:
@@ -134,6 +139,7 @@ def open_archive_split(data_path: Path, split: str, num_classes: int) -> Archive
     image_map = read_map(map_path, num_classes)
     numbers: dict[str, int] = {}
     directories: list[dict[str, zipfile.ZipInfo]] = []
+    lengths: list[int] = []
     names: list[str] = []
     members = np.empty((len(image_map.names), 6), dtype=np.int64)
     for entry, written in enumerate(image_map.names):
@@ -141,6 +147,7 @@ def open_archive_split(data_path: Path, split: str, num_classes: int) -> Archive
         if archive_name not in numbers:
             numbers[archive_name] = len(directories)
             directories.append(_read_directory(data_path / archive_name, image_map, entry))
+            lengths.append((data_path / archive_name).stat().st_size)
         number = numbers[archive_name]
         info = directories[number].get(member_name)
         if info is None or info.is_dir():
@@ -151,7 +158,7 @@ def open_archive_split(data_path: Path, split: str, num_classes: int) -> Archive
                 "the archive"
             )
         names.append(f"{data_path / archive_name}@/{member_name}")
-        members[entry] = (number, *_locate(info, names[-1]))
+        members[entry] = (number, *_locate(info, names[-1], lengths[number]))
     return ArchiveSource([data_path / name for name in numbers], names, image_map.labels, members)
 
 
@@ -164,6 +171,10 @@ def _split_name(written: str, own_archive: str) -> tuple[str, str]:
 
 
 def _read_directory(archive: Path, image_map: ImageMap, entry: int) -> dict[str, zipfile.ZipInfo]:
+    if archive.parent != image_map.path.parent:
+        raise ValueError(
+            f"{image_map.where(entry)}: expected an archive beside the map, got {archive}; correct the map"
+        )
     if not archive.is_file():
         raise FileNotFoundError(
             f"{image_map.where(entry)}: expected the archive {archive} beside the map, got nothing; add the "
@@ -172,18 +183,34 @@ def _read_directory(archive: Path, image_map: ImageMap, entry: int) -> dict[str,
         )
     try:
         with zipfile.ZipFile(archive) as opened:
-            return {info.filename: info for info in opened.infolist()}
-    except zipfile.BadZipFile as error:
+            members = opened.infolist()
+    except _DIRECTORY_ERRORS as error:
         raise ValueError(
             f"{archive}: expected a zip archive, got a damaged or other file ({error}); make it anew"
         ) from error
+    directory = {info.filename: info for info in members}
+    if len(directory) < len(members):
+        counts = Counter(info.filename for info in members)
+        twice = next(name for name, count in counts.items() if count > 1)
+        raise ValueError(
+            f"{archive}: expected every name once, got {twice!r} {counts[twice]} times; make the archive anew"
+        )
+    return directory
 
 
-def _locate(info: zipfile.ZipInfo, name: str) -> tuple[int, int, int, int, int]:
+def _locate(info: zipfile.ZipInfo, name: str, archive_length: int) -> tuple[int, int, int, int, int]:
+    """Where a member lies, how long it is, and how it is packed; ValueError for what cannot be."""
     if info.compress_type not in _METHODS or info.flag_bits & _ENCRYPTED:
         raise ValueError(
             f"{name}: expected an archive member stored plainly or deflated, got compression method "
             f"{info.compress_type}"
             f"{' with encryption' if info.flag_bits & _ENCRYPTED else ''}; make the archive with 'zip -0'"
+        )
+    inside = 0 <= info.header_offset <= archive_length - _LOCAL_HEADER.size - info.compress_size
+    if not inside or info.file_size > MAX_BYTES:
+        raise ValueError(
+            f"{name}: expected an archive member inside its archive, of at most {MAX_BYTES >> 20} MiB, got "
+            f"{info.file_size} bytes, packed to {info.compress_size} at {info.header_offset}, in an archive "
+            f"of {archive_length}; make the archive anew"
         )
     return info.header_offset, info.compress_size, info.file_size, info.CRC, info.compress_type

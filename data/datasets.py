@@ -37,9 +37,9 @@ class UnreadableImageError(UndecodableImageError):
 class TrainImages(Dataset[Sample]):
     """Augmented training images.
 
-    The augmentation of a sample depends on (seed, epoch, index) alone. An image that does not decode is
-    replaced by another one, drawn from the same three numbers, with a warning that names it; `undecodable`
-    counts them, over all epochs, in the process that iterates the loader.
+    The augmentation of a sample depends on (seed, epoch, index) alone. An image that does not decode, or
+    whose file cannot be read, is replaced by another one, drawn from the same three numbers, with a warning
+    that names it; `undecodable` counts them, over all epochs, in the process that iterates the loader.
     """
 
     def __init__(
@@ -69,8 +69,7 @@ class TrainImages(Dataset[Sample]):
         """The image and label of an (epoch, index) key.
 
         Raises:
-            OSError: the image file cannot be read.
-            UndecodableImageError: too many images in a row do not decode.
+            UndecodableImageError: too many images in a row do not decode, or cannot be read.
         """
         sample, replaced = self.fetch(key)
         if replaced:
@@ -88,13 +87,13 @@ class TrainImages(Dataset[Sample]):
         seed = derive_seed(self._seed, Stream.AUGMENT, epoch, index)
         try:
             return self._sample(index, seed), ""
-        except UndecodableImageError as error:
+        except (UndecodableImageError, OSError) as error:
             reason = str(error)
         draw = np.random.default_rng(derive_seed(self._seed, Stream.REPLACE, epoch, index))
         for candidate in draw.integers(len(self), size=_MAX_REPLACEMENTS).tolist():
             try:
                 return self._sample(candidate, seed), reason
-            except UndecodableImageError:
+            except (UndecodableImageError, OSError):
                 continue
         raise UndecodableImageError(
             f"{self.source.name(index)}: expected an image that decodes or another to replace it, got "

@@ -64,8 +64,15 @@ def scan_class_folders(split_dir: Path) -> tuple[list[str], FileSource]:
 
 
 def _list_images(split_dir: Path, class_name: str) -> list[str]:
+    """The images below a class folder; one that links lead to several times is listed once."""
     found = []
-    for folder, _, files in os.walk(split_dir / class_name, followlinks=True):
+    seen: set[tuple[int, int]] = set()
+    for folder, subfolders, files in os.walk(split_dir / class_name, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            subfolders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
         relative = os.path.relpath(folder, split_dir)
         found += [
             os.path.join(relative, file)
@@ -109,12 +116,17 @@ def read_map_of_files(root: Path, map_name: str, num_classes: int) -> FileSource
 
     Raises:
         FileNotFoundError: the map or an image does not exist.
-        ValueError: the map is malformed.
+        ValueError: the map is malformed, or a path is absolute.
     """
     image_map = read_map(root / map_name, num_classes)
+    for entry, name in enumerate(image_map.names):
+        if os.path.isabs(name):
+            raise ValueError(
+                f"{image_map.where(entry)}: expected a path relative to {root}, got {name}; correct the map"
+            )
     probes = np.linspace(0, len(image_map.names) - 1, min(_MAX_PROBES, len(image_map.names)))
     for entry in probes.astype(int).tolist():
-        if not (root / image_map.names[entry]).is_file():
+        if not os.path.isfile(root / image_map.names[entry]):
             raise FileNotFoundError(
                 f"{image_map.where(entry)}: expected an image at {root / image_map.names[entry]}, got "
                 "nothing; paths in the "

@@ -7,6 +7,7 @@ quickly.
 
 import logging
 import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +15,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from data.images import UndecodableImageError
+from data.images import MAX_BYTES, UndecodableImageError
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +83,26 @@ class FileSource:
         return os.path.getsize(self.name(index))
 
     def read(self, index: int) -> bytes:
-        """The content of the image file; OSError if it cannot be read."""
-        with open(self.name(index), "rb") as file:
-            return file.read()
+        """The content of the image file.
+
+        Raises:
+            OSError: it cannot be read.
+            UndecodableImageError: it is no plain file, or larger than any image.
+        """
+        with open(self.name(index), "rb", opener=_open_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            content = file.read(MAX_BYTES + 1) if stat.S_ISREG(status.st_mode) else None
+        if content is None or len(content) > MAX_BYTES:
+            raise UndecodableImageError(
+                f"{self.name(index)}: expected an image file of at most {MAX_BYTES >> 20} MiB, got "
+                f"{'no plain file' if content is None else 'a larger one'}; replace or remove it"
+            )
+        return content
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """As `open` does, but a pipe is opened although nobody writes to it."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 class CachedSource:
@@ -102,13 +120,19 @@ class CachedSource:
             shard: the indices to keep.
 
         Raises:
-            ValueError: a file changed its size while it was being read.
+            ValueError: they do not fit into memory, or a file changed its size while it was being read.
         """
         self._source = source
         self._shard = shard
         self.labels = source.labels
         ends = np.cumsum([0, *(source.num_bytes(index) for index in shard)], dtype=np.int64)
         self._ends = torch.from_numpy(ends)
+        memory_size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if ends[-1] > memory_size:
+            raise ValueError(
+                f"DATA.CACHE_MODE: expected images that fit into the {memory_size >> 20} MiB of memory, got "
+                f"{ends[-1] >> 20} MiB from {source.name(0)} on; set it to 'no' (--cache-mode no)"
+            )
         self._blob = torch.empty(int(ends[-1]), dtype=torch.uint8)
         self._broken: set[int] = set()
         memory = self._blob.numpy()

@@ -6,6 +6,7 @@ before the conversion to a tensor.
 """
 
 import itertools
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ DEFAULT_SCALE = (0.08, 1.0)
 DEFAULT_RATIO = (0.75, 1.3333)
 SMALL_SIZE = 32
 _SMALL_PADDING = 4
+_MAX_STRETCH = 32
 _EVAL_RATIO = 256 / 224
 _ERASE_MODES = ("const", "rand", "pixel")
 _AUTO_AUGMENT_NAMES = ("original", "originalr", "v0", "v0r", "3a")
@@ -80,7 +82,11 @@ class Recipe:
 
 
 class ResizeToCover:
-    """Resize, keeping the aspect ratio, to the smallest image that covers a target size."""
+    """Resize, keeping the aspect ratio, to the smallest image that covers a target size.
+
+    An image more than `_MAX_STRETCH` times as long as wide, compared with the target, loses its ends first,
+    which a centre crop never shows: a line of pixels would otherwise become a picture of gigabytes.
+    """
 
     def __init__(self, size: Size, interpolation: InterpolationMode) -> None:
         """
@@ -93,6 +99,10 @@ class ResizeToCover:
 
     def __call__(self, image: Image.Image) -> Image.Image:
         height, width = self.size
+        longest = math.ceil(_MAX_STRETCH * image.width * height / width)
+        widest = math.ceil(_MAX_STRETCH * image.height * width / height)
+        if image.height > longest or image.width > widest:
+            image = functional.center_crop(image, [min(image.height, longest), min(image.width, widest)])
         if width * image.height >= height * image.width:
             new_size = [max(height, int(width * image.height / image.width)), width]
         else:
@@ -147,6 +157,12 @@ class OpencvCrop:
         if crop is None:
             return np.array(functional.resized_crop(image.decode(), *box, self._size, mode))
         return crop
+
+
+def _draw_box(draw: Callable[..., Box], image: Image.Image, scale: Sequence[float], ratio: Any) -> Box:
+    """A random crop; where timm draws an empty one, of an image of few pixels, it becomes one of a pixel."""
+    top, left, height, width = draw(image, scale, ratio)
+    return min(top, image.height - 1), min(left, image.width - 1), max(height, 1), max(width, 1)
 
 
 def _whole(image: Image.Image) -> Box:
@@ -232,6 +248,7 @@ def train_transform(
         re_count=recipe.recount,
     )
     _allow_posterize_to_black(augment.transforms)
+    crop.transforms[0].get_params = partial(_draw_box, crop.transforms[0].get_params)
     if max(size) <= SMALL_SIZE:
         _check_default_crop(size, recipe)
         resize = transforms.Resize(size, INTERPOLATIONS[interpolation])

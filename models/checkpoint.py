@@ -4,8 +4,9 @@ Parameters carry the original's names, so its files need no renaming. What they 
 index tables: those that follow from the options are dropped, Focal-fast's choice of nearest keys is loaded.
 Tables are not resized: a checkpoint fits models of its own window size and focal windows only.
 
-Files are always read with `weights_only=True`. The original pickled its yacs config into training
-checkpoints; that one class is read as a plain dict, any other code in a file is refused.
+Files are always read with `weights_only=True`, and looked through before that by checkpoint_scan.py. The
+original pickled its yacs config into training checkpoints; that one class is read as a plain dict, any other
+code in a file is refused.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from urllib.parse import urlparse
 import torch
 from torch import Tensor, nn
 
+from .checkpoint_scan import CodeInFileError, DamagedFileError, check_checkpoint
 from .focal_attention import FocalAttention
 from .key_selection import NearestKeys
 
@@ -40,7 +42,9 @@ HEAD = ("head.weight", "head.bias")
 STATE_KEYS = ("model", "state_dict", "model_state_dict")
 """Where a file may hold its parameters; else the file is the state dict itself."""
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SHOWN_KEYS = 12
+SHOWN_LETTERS = 120
 
 
 @dataclass
@@ -53,7 +57,7 @@ class LoadReport:
 
 
 def read_checkpoint(path_or_url: str | Path) -> dict[str, Any]:
-    """Read a checkpoint file to the CPU without executing anything in it.
+    """Read a checkpoint file to the CPU without executing anything in it, in no more memory than it is long.
 
     Args:
         path_or_url: a file, or an http(s) address, which is kept in the torch hub cache.
@@ -64,17 +68,24 @@ def read_checkpoint(path_or_url: str | Path) -> dict[str, Any]:
     """
     path = _local_file(path_or_url)
     try:
-        with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if any(word in str(error) for word in ("Unsupported", "GLOBAL", "Can only")):
-            raise ValueError(
-                f"{path}: refused, because reading it would execute code. A checkpoint may hold tensors, "
-                "numbers, text, lists and dicts; save it again without the rest"
-            ) from error
-        raise ValueError(f"{path}: not a checkpoint, or damaged; get it again") from error
-    except (RuntimeError, EOFError, LookupError, ValueError, OSError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path}: not a checkpoint, or damaged; get it again") from error
+        with open(path, "rb") as file:
+            check_checkpoint(file)
+            file.seek(0)
+            with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
+                content = torch.load(file, map_location="cpu", weights_only=True)
+    except CodeInFileError as error:
+        raise ValueError(
+            f"{path}: refused, because reading it would execute code ({_shown(error)}). A checkpoint may "
+            "hold tensors, numbers, text, lists and dicts; save it again without the rest"
+        ) from error
+    except DamagedFileError as error:
+        raise ValueError(f"{path}: not a checkpoint, or damaged ({_shown(error)}); get it again") from error
+    except OSError as error:
+        raise ValueError(f"{path}: expected a file that can be read, got: {_shown(error)}") from error
+    except MemoryError as error:
+        raise ValueError(f"{path}: {path.stat().st_size:,} bytes do not fit into memory") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not a checkpoint, or damaged ({_shown(error)}); get it again") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: expected a dict of tensors, found {type(content).__name__}")
     return dict(content)
@@ -84,18 +95,23 @@ def state_dict_of(checkpoint: Mapping[str, Any], origin: str = "checkpoint") -> 
     """The parameters in what `read_checkpoint` returned, under today's names.
 
     Raises:
-        ValueError: there are none, or an entry is no tensor.
+        ValueError: there are none, an entry is no tensor, or a name is none or occurs twice.
     """
     state = next(
         (checkpoint[key] for key in STATE_KEYS if isinstance(checkpoint.get(key), Mapping)), checkpoint
     )
-    state = {str(key).removeprefix("module."): value for key, value in state.items()}
-    not_tensors = [key for key, value in state.items() if not isinstance(value, Tensor)]
+    not_tensors = [
+        key for key, value in state.items() if not (isinstance(key, str) and isinstance(value, Tensor))
+    ]
     if not_tensors or not state:
         raise ValueError(
             f"{origin}: expected a state dict, bare or under one of {', '.join(STATE_KEYS)}; found "
             f"{'no entries' if not state else 'entries that are no tensors: ' + _listed(not_tensors)}"
         )
+    count = len(state)
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    if len(state) < count:
+        raise ValueError(f"{origin}: expected every name once, found names both with and without 'module.'")
     return {key: value for key, value in state.items() if not DERIVED_BUFFERS.search(key)}
 
 
@@ -112,8 +128,8 @@ def load_checkpoint(model: nn.Module, path_or_url: str | Path, reset_head: bool 
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: unreadable, or keys that are missing, unexpected, mis-shaped or of another kind, all
-            listed.
+        ValueError: unreadable, or keys that are missing, unexpected, mis-shaped, of another kind or not
+            finite, all listed.
     """
     given = state_dict_of(read_checkpoint(path_or_url), str(path_or_url))
     wanted = model.state_dict()
@@ -161,15 +177,19 @@ def check_state(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], origi
     if shapes:
         problems.append(f"{len(shapes)} of another shape: {_listed(shapes)}")
     kinds = [
-        f"{key} is {given[key].dtype}, expected {wanted[key].dtype}"
+        f"{key} is {_kind(given[key])}, expected {_kind(wanted[key])}"
         for key in common
-        if given[key].is_floating_point() != wanted[key].is_floating_point() or given[key].is_complex()
+        if not _is_plain(given[key]) or given[key].is_floating_point() != wanted[key].is_floating_point()
     ]
     if kinds:
         problems.append(f"{len(kinds)} of another kind: {_listed(kinds)}")
     if not problems:
+        broken = [key for key in common if not torch.isfinite(given[key].to(wanted[key].dtype)).all()]
+        if broken:
+            problems.append(f"{len(broken)} with nan or inf: {_listed(broken)}")
+    if not problems:
         return
-    advice = "Use the config that the checkpoint was trained with."
+    advice = "Use the config that the checkpoint was trained with, and an undamaged copy."
     if (
         all(key in HEAD for key in missing + unexpected)
         and all(text.split()[0] in HEAD for text in shapes)
@@ -192,9 +212,27 @@ def _check_choice(
         raise ValueError(f"{origin}: {name}: {error}; nothing was loaded") from error
 
 
-def _listed(names: list[str]) -> str:
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor has its values at hand, in a format that converts to others."""
+    is_known = tensor.dtype in FLOATS or not (tensor.is_floating_point() or tensor.is_complex())
+    return is_known and tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_quantized)
+
+
+def _kind(tensor: Tensor) -> str:
+    layout = "" if tensor.layout == torch.strided else f" {tensor.layout}"
+    return f"{tensor.dtype}{layout}{' without values' if tensor.is_meta else ''}"
+
+
+def _listed(names: list[Any]) -> str:
     more = f", ... ({len(names) - SHOWN_KEYS} more)" if len(names) > SHOWN_KEYS else ""
-    return ", ".join(names[:SHOWN_KEYS]) + more
+    return ", ".join(_shown(name) for name in names[:SHOWN_KEYS]) + more
+
+
+def _shown(value: Any) -> str:
+    """Text of a file for a message: not endless, in one line, and nothing that steers a terminal."""
+    text = " ".join(str(value).split()) or type(value).__name__
+    text = text if len(text) <= SHOWN_LETTERS else f"{text[:SHOWN_LETTERS]}..."
+    return text if text.isprintable() else repr(text)
 
 
 def _first_line(error: Exception) -> str:
@@ -208,7 +246,7 @@ def _local_file(path_or_url: str | Path) -> Path:
         return _download(str(path_or_url), Path(address.path).name)
     path = Path(path_or_url).expanduser()
     if not path.is_file():
-        kind = "a folder" if path.is_dir() else "not there"
+        kind = "a folder" if path.is_dir() else "no plain file" if path.exists() else "not there"
         raise FileNotFoundError(f"{path}: expected a checkpoint file, but it is {kind}; check the path")
     return path
 

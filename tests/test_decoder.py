@@ -212,6 +212,7 @@ def damaged() -> dict[str, bytes]:
         "no end": whole[:-2],
         "header": whole[:40],
         "stray marker": bytes(stray),
+        "two scans": whole[: len(whole) // 2] + whole[whole.index(b"\xff\xda") :],
     }
 
 
