@@ -205,7 +205,7 @@ def _forward(
     items = b * windows // groups
     slices, slice_items = divide(items, n * groups * fixed["Q_BLOCKS"])
     with _on_device(q):
-        forward_kernel[(n * groups * slices, fixed["Q_BLOCKS"])](
+        forward_kernel[(n * groups * slices * fixed["Q_BLOCKS"],)](
             q, k, v, bias, tables.index, out, lse, *_strides(q, k, v),
             slices, slice_items, items, windows // groups, windows, row_keys, width, n, scale,
             TILES=tiles, **fixed,
@@ -260,7 +260,7 @@ def _query_gradient(
     def launch(tiles: int, chunks: int, with_bias: bool, with_query: bool) -> Tensor:
         slices, slice_items = divide(items, n * groups * fixed["Q_BLOCKS"] * chunks)
         d_bias = bias.new_empty((slices, *bias.shape) if with_bias else (0,), dtype=torch.float32)
-        query_gradient_kernel[(n * groups * slices, fixed["Q_BLOCKS"] * chunks)](
+        query_gradient_kernel[(n * groups * slices * fixed["Q_BLOCKS"] * chunks,)](
             q, k, v, bias, tables.index, out, d_out, lse, delta, dq, d_bias,
             *_strides(q, k, v), *_strides(d_out)[:2], *_strides(dq),
             slices, slice_items, items, windows // groups, windows, row_keys, width, n, scale,

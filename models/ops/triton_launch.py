@@ -50,17 +50,17 @@ CONFIGS: dict[tuple[str, int, int], Config] = {
     ("forward", 64, 2): Config(4, 2, 64, 64),
     ("forward", 32, 4): Config(4, 1, 64, 64),
     ("forward", 64, 4): Config(4, 1, 64, 32),
-    ("query_gradient", 32, 2): Config(8, 1, 64, 128, 2),
-    ("query_gradient", 64, 2): Config(8, 2, 32, 128, 2),
+    ("query_gradient", 32, 2): Config(8, 2, 32, 128, 2),
+    ("query_gradient", 64, 2): Config(8, 1, 32, 128, 2),
     ("query_gradient", 32, 4): Config(4, 1, 16, 64, 1),
-    ("query_gradient", 64, 4): Config(4, 1, 16, 64, 1),
+    ("query_gradient", 64, 4): Config(4, 1, 16, 32, 1),
     ("key_gradient", 32, 2): Config(4, 2, 64, BLOCK_KEYS),
     ("key_gradient", 64, 2): Config(4, 2, 64, BLOCK_KEYS),
     ("key_gradient", 32, 4): Config(4, 1, 32, BLOCK_KEYS),
     ("key_gradient", 64, 4): Config(4, 1, 16, BLOCK_KEYS),
 }
 """By pass, head width up to which it serves, and bytes of a number. Chosen so that nothing spills on Hopper
-(tests/test_triton.py compiles them); not yet timed."""
+with Triton 3.6 and 3.9, which leaves a reserve (tests/test_triton_hopper.py compiles them); not yet timed."""
 
 
 @dataclass(frozen=True)

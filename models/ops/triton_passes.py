@@ -28,6 +28,14 @@ SIZES = (
 
 
 @triton.jit
+def _place(heads, parts):
+    """Head, part and remaining place of this program. One axis, since others end at 65535 programs; heads and
+    parts of a window come next to each other, so that its rows are read while they are in the cache."""
+    place = tl.program_id(0) // heads
+    return tl.program_id(0) % heads, place % parts, place // parts
+
+
+@triton.jit
 def _window_tokens(window, query, map_width, SIDE: tl.constexpr, QUERIES: tl.constexpr):
     """Token of every query of a window; that of the last one beyond the end."""
     query = tl.minimum(query, QUERIES - 1)
@@ -88,13 +96,12 @@ def forward_kernel(
 ):  # fmt: skip
     """Output and log-sum-exp (base 2) of a slice of the items of one group, head and block of queries.
 
-    Grid: groups * slices * heads (only the first axis may be long), Q_BLOCKS.
+    Grid, as `_place` takes it apart: groups * slices * Q_BLOCKS * heads.
     """
-    head = tl.program_id(0) % heads
-    place = tl.program_id(0) // heads
+    head, query_block, place = _place(heads, Q_BLOCKS)
     group = place // slices
     first = place % slices * slice_items
-    query = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    query = query_block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     real = query < QUERIES
     column = tl.arange(0, BLOCK_K)
     bias_size = Q_BLOCKS * BLOCK_Q * row_keys
@@ -155,19 +162,18 @@ def query_gradient_kernel(
     """Gradients of queries and bias over a slice of the items of one group, head and block of queries.
 
     bias is [N, groups, keys, queries] and d_bias [slices, N, groups, keys, queries], padded. WITH_BIAS: at
-    most two tiles of keys, whose bias gradient stays in registers. Where there are more keys, the second axis
-    of the grid also counts chunks of `TILES` tiles, and a launch without WITH_BIAS finds the gradient of the
-    queries. WITH_QUERY also writes `delta`, the sum over channels of output times its gradient.
+    most two tiles of keys, whose bias gradient stays in registers. Where there are more keys, each chunk of
+    `TILES` tiles has programs of its own, and a launch without WITH_BIAS finds the gradient of the queries.
+    WITH_QUERY also writes `delta`, the sum over channels of output times its gradient.
 
-    Grid: groups * slices * heads, chunks of keys * Q_BLOCKS.
+    Grid, as `_place` takes it apart: groups * slices * chunks of keys * Q_BLOCKS * heads.
     """
-    head = tl.program_id(0) % heads
-    place = tl.program_id(0) // heads
+    head, part_of_tile, place = _place(heads, row_keys // (TILES * BLOCK_K) * Q_BLOCKS)
     group = place // slices
     part = place % slices
     first = part * slice_items
-    query = tl.program_id(1) % Q_BLOCKS * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    column = tl.program_id(1) // Q_BLOCKS * (TILES * BLOCK_K) + tl.arange(0, BLOCK_K)
+    query = part_of_tile % Q_BLOCKS * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    column = part_of_tile // Q_BLOCKS * (TILES * BLOCK_K) + tl.arange(0, BLOCK_K)
     real = query < QUERIES
     groups = windows // group_windows
     bias_size = Q_BLOCKS * BLOCK_Q * row_keys

@@ -1,0 +1,117 @@
+"""The fused kernels, compiled for Hopper without a GPU: registers, spills, shared memory."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import subprocess
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from models.ops import triton_kernel, triton_launch, triton_passes
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled")
+
+HOPPER = [
+    (name, head_dim, dtype, keys)
+    for name in ("forward", "query_gradient", "key_gradient")
+    for head_dim, dtype, keys in (
+        (32, torch.bfloat16, 218),
+        (32, torch.bfloat16, 178),
+        (32, torch.bfloat16, 194),
+        (32, torch.bfloat16, 50),
+        (32, torch.bfloat16, 500),
+        (64, torch.bfloat16, 218),
+        (48, torch.bfloat16, 218),
+        (32, torch.float16, 218),
+        (32, torch.float32, 218),
+        (64, torch.float32, 218),
+    )
+]
+
+
+@pytest.mark.parametrize(("name", "head_dim", "dtype", "keys"), HOPPER)
+def test_compiles_for_hopper_without_spills(
+    name: str, head_dim: int, dtype: torch.dtype, keys: int, tmp_path: Path, record_property: Any
+) -> None:
+    """As launched for windows of 7: no spilled registers, and the tensor cores' wgmma instructions."""
+    for arguments in _launches(name, head_dim, dtype, keys):
+        usage = _hopper_usage(getattr(triton_passes, f"{name}_kernel"), dtype, arguments, tmp_path)
+        print(name, head_dim, dtype, keys, arguments, usage)
+        assert usage["STACK"] == usage["LOCAL"] == 0, usage
+        assert usage["REG"] <= 255
+        assert usage["wgmma"] or (head_dim, dtype) == (64, torch.float32)  # its tiles are too short for them
+        assert usage["shared"] <= 99 * 1024  # what a block may have on every GPU since Ampere
+
+
+@pytest.mark.parametrize("name", ["forward", "query_gradient", "key_gradient"])
+def test_sizes_make_no_kernel_of_their_own(name: str) -> None:
+    """So what is compiled above is what runs, and a last batch of another size compiles nothing."""
+    kernel = getattr(triton_passes, f"{name}_kernel")
+    free = [p for p in kernel.params if not p.is_constexpr and not p.do_not_specialize]
+    assert all(p.name.endswith(("_ptr", "_batch", "_token", "_head", "row_keys", "scale")) for p in free)
+
+
+def _launches(name: str, head_dim: int, dtype: torch.dtype, keys: int) -> list[dict[str, Any]]:
+    """Compile-time arguments of every launch of a kernel, taken from the code that launches it."""
+    q = torch.empty(0, head_dim, dtype=dtype)
+    row_keys = triton_launch.padded_keys(keys)
+    shared = triton_kernel._compile_time(name, q, triton_launch.padded_queries(49), row_keys, 7)
+    static_tiles = triton_launch.config(name, head_dim, dtype.itemsize).static_tiles
+    if name == "forward":
+        tiles = math.ceil(keys / shared["BLOCK_K"])
+        return [shared | {"TILES": tiles}]
+    if name == "key_gradient":
+        return [shared]
+    tiles = row_keys // shared["BLOCK_K"]
+    if tiles <= static_tiles:
+        return [shared | {"TILES": tiles, "WITH_BIAS": True, "WITH_QUERY": True}]
+    return [
+        shared | {"TILES": tiles, "WITH_BIAS": False, "WITH_QUERY": True},
+        shared | {"TILES": 1, "WITH_BIAS": True, "WITH_QUERY": False},
+    ]
+
+
+INTEGER_POINTERS = ("index_ptr", "block_token_ptr", "entry_start_ptr", "entry_window_ptr", "entry_column_ptr")
+FLOAT_POINTERS = ("lse_ptr", "delta_ptr", "d_bias_ptr")
+
+
+def _hopper_usage(kernel: Any, dtype: torch.dtype, arguments: dict[str, Any], folder: Path) -> dict[str, int]:
+    """Registers, stack and local memory of a kernel compiled for compute capability 9.0."""
+    triton = pytest.importorskip("triton", minversion="3.3")  # earlier, ASTSource took other arguments
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.exists():
+        pytest.skip("this triton brings no cuobjdump")
+    options = {key: arguments[key] for key in ("num_warps", "num_stages")}
+    constants = {key: value for key, value in arguments.items() if key not in options}
+    element = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
+    types = (
+        dict.fromkeys(INTEGER_POINTERS, "*i32") | dict.fromkeys(FLOAT_POINTERS, "*fp32") | {"scale": "fp32"}
+    )
+    types |= dict.fromkeys(constants, "constexpr")
+    signature, attributes = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        signature[name] = types.get(name, element if name.endswith("_ptr") else "i32")
+        if name.endswith(("_ptr", "_batch", "_token", "_head", "row_keys")):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    constant_at = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
+    source = ASTSource(kernel, signature, constexprs=constant_at, attrs=attributes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(built.asm["cubin"])
+    command = [tool, "--dump-resource-usage", binary]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return usage | {"wgmma": "wgmma" in built.asm["ptx"], "shared": built.metadata.shared}
