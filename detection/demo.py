@@ -131,6 +131,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command line."""
     args = parse(argv)
+    if not (args.data / "annotations").is_dir():
+        print(
+            f"error: no scenes in {args.data}: run `python -m data.demo demo --kinds detection`",
+            file=sys.stderr,
+        )
+        return 2
     rows = []
     for method in args.methods or METHODS:
         rows.append(train(method, args.data, args.out, args.epochs))

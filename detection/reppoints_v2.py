@@ -205,8 +205,8 @@ class RepPointsV2Head(RepPointsHead):
         self.bottom_right_offset = nn.Conv2d(width, 2, 3, padding=1)
 
     def _points_start(self) -> Tensor:
-        """Where points start, (1, 2 * num_points, 1, 1), y before x in cells: corners on a grid, or all in one."""
-        grid = self.dcn_base_offset.float().view(-1, 2) / self.dcn_pad * (self.point_base_scale / 2)
+        """(1, 2 * num_points, 1, 1), y before x in cells: a grid, its corners first, or all in one place."""
+        grid = self.dcn_base_offset.float().view(-1, 2) / max(self.dcn_pad, 1) * (self.point_base_scale / 2)
         corners_first = torch.cat([grid[[0, -1]], grid[1:-1]])
         explicit = self.transform_method == EXPLICIT_CORNERS
         return (corners_first * explicit).view(1, -1, 1, 1)

@@ -19,7 +19,6 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
 NAME = "mmcv._ext"
@@ -311,9 +310,8 @@ def sigmoid_focal_loss_forward(
     """
     if weight.numel():
         refuse("sigmoid_focal_loss with a weight per class")
-    classes = input.shape[1]
-    wanted = F.one_hot(target, classes + 1)[:, :classes]
     scores = full_precision(input)
+    wanted = target[:, None] == torch.arange(input.shape[1], device=target.device)
     output.copy_(sigmoid_focal_loss(scores, wanted.to(scores.dtype), alpha, gamma))
 
 

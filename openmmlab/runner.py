@@ -123,6 +123,7 @@ def _common_config(args: argparse.Namespace) -> "Config":
         wrapper = {"type": "MMDistributedDataParallel", "broadcast_buffers": False, "device_ids": None}
         unused = {"find_unused_parameters": config.get("find_unused_parameters", False)}
         config.setdefault("model_wrapper_cfg", wrapper | unused)
+        config.pop("sync_bn", None)  # there is none on CPUs: each process normalises by its own images
     return config
 
 
@@ -219,7 +220,8 @@ def _run(action: Callable[[Sequence[str] | None], None], argv: Sequence[str] | N
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("FOCAL_TRACEBACK"):
             raise
-        if os.environ.get("RANK", "0") == "0":
+        # Mistakes on the command line meet all processes alike, later ones perhaps one alone.
+        if os.environ.get("RANK", "0") == "0" or distributed.is_initialized():
             print(f"error: {error}", file=sys.stderr)
         return 2
     finally:

@@ -17,7 +17,8 @@ pytest.importorskip("mmdet", reason="needs OpenMMLab's packages: make setup-open
 
 from mmengine.config import Config, ConfigDict
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import DATASETS, MODELS, DefaultScope
+from mmengine.registry import DATASETS, MODELS, TASK_UTILS, DefaultScope
+from mmengine.structures import InstanceData
 
 from config import load_config
 from data.demo import DemoOptions, write_demo
@@ -278,6 +279,33 @@ def check_detections(found: Any, masks: bool, clipped: bool) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_a_detector_starts_from_the_classifiers_weights(method: str, tmp_path: Path) -> None:
+    """Which the initialization of the detector's other parts leaves as they are."""
+    model = shrunken(read(next(n for n in NAMES if n.startswith(f"{method}_"))))
+    known = inspect.signature(FocalTransformer).parameters
+    classifier = FocalTransformer(**{k: v for k, v in model.backbone.items() if k in known}, num_classes=3)
+    weights = classifier.state_dict()
+    torch.save({"model": weights}, tmp_path / "classifier.pth")
+    model.backbone.init_cfg = {"type": "Pretrained", "checkpoint": str(tmp_path / "classifier.pth")}
+    detector = MODELS.build(model)
+    detector.init_weights()
+    shared = {k: v for k, v in detector.backbone.state_dict().items() if not k.startswith("norm")}
+    assert len(shared) > 50 and all(torch.equal(value, weights[key]) for key, value in shared.items())
+
+
+def test_matching_survives_half_precision() -> None:
+    """Sparse R-CNN's cost of a match is finite, however sure the detector is."""
+    logits = torch.tensor([[-30.0, 9.0], [30.0, -18.0]], dtype=torch.float16)
+    proposals, objects = InstanceData(scores=logits), InstanceData(labels=torch.tensor([0, 1]))
+    config = read(next(n for n in NAMES if n.startswith("sparse-rcnn_")))
+    for stage in config.model.train_cfg.rcnn:
+        of_class, *others = stage.assigner.match_costs
+        assert of_class.type == "FocalLossCost" and len(others) == 2
+        with torch.autocast("cpu", torch.float16):
+            assert TASK_UTILS.build(of_class)(proposals, objects).isfinite().all()
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_pipelines_at_full_scale(method: str, scenes: Path) -> None:
     """Sizes that come out of the config's own pipelines, and objects that stay within the image."""
     name = next(n for n in reversed(NAMES) if n.startswith(f"{method}_"))
@@ -299,7 +327,7 @@ def test_pipelines_at_full_scale(method: str, scenes: Path) -> None:
 
 
 def test_weights_are_named_on_the_command_line(tmp_path: Path) -> None:
-    """As detection/configs/_base_/coco.py says: a classifier's file, from outside of the config."""
+    """Also one option at a time: a classifier's file, from outside of the config."""
     config = Config.fromfile(CONFIGS / f"{NAMES[0]}.py")
     config.merge_from_dict(
         {"model.backbone.init_cfg.type": "Pretrained", "model.backbone.init_cfg.checkpoint": "focal.pth"}

@@ -276,6 +276,16 @@ def test_flags_come_over_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert read(plain, "--launcher", "none").launcher == "none"
 
 
+def test_processes_without_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """BatchNorm over all processes exists on GPUs only."""
+    path = config_file(tmp_path, OPTIM + "sync_bn = 'torch'\nfind_unused_parameters = True\n")
+    for gpu, kept in ((True, {"sync_bn"}), (False, {"model_wrapper_cfg"})):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        config = runner.training_config(runner.parse_train([path, "--launcher", "pytorch"]))
+        assert {"sync_bn", "model_wrapper_cfg"} & {*config.to_dict()} == kept
+    assert config.model_wrapper_cfg.find_unused_parameters
+
+
 @pytest.mark.parametrize(
     ("text", "words", "message"),
     [
@@ -297,6 +307,25 @@ def test_mistakes_are_told_without_a_traceback(
     assert runner.train([path, *words]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(("group", "heard"), [(False, False), (True, True)])
+def test_a_process_that_fails_alone_is_heard(
+    group: bool, heard: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before there is a process group, all fail alike, and the first one tells."""
+
+    def fail(argv: Any) -> None:
+        if group:
+            torch.distributed.init_process_group(
+                "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+            )
+        raise ValueError("something in one image")
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("FOCAL_TRACEBACK", raising=False)
+    assert runner._run(fail, None) == 2
+    assert ("error: something in one image" in capsys.readouterr().err) == heard
 
 
 def test_mistakes_of_testing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,9 +8,14 @@ _base_ = [
     "_base_/coco.py",
     "../../openmmlab/configs/focal_tiny.py",
 ]
+stages = _base_.model.train_cfg.rcnn
+# In float16 a sure class has 1 - p = 0, and the base's eps of 1e-12 is 0 as well: the cost of a match would
+# be infinite, and matching would fail.
+costs = [dict(stages[0].assigner.match_costs[0], eps=1e-4), *stages[0].assigner.match_costs[1:]]
 model = dict(
     backbone=dict(_delete_=True, drop_path_rate=0.2, **_base_.focal_tiny),
     neck=dict(in_channels=[96, 192, 384, 768]),
+    train_cfg=dict(rcnn=[dict(stage, assigner=dict(stage.assigner, match_costs=costs)) for stage in stages]),
 )
 train_pipeline = _base_.crops_with_boxes
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))

@@ -5,7 +5,7 @@ A config's `reported` quotes the release's README: box and mask AP on val2017 in
 millions, FLOPs in G. Nothing of it was reproduced here, and the README does not give the recipe.
 
 Backbones start from fresh weights unless a classifier's are named, which the reported figures need:
-`--cfg-options model.backbone.init_cfg.type=Pretrained model.backbone.init_cfg.checkpoint=FILE`.
+`--pretrained FILE`, or `init_cfg=dict(type="Pretrained", checkpoint=FILE)` of the backbone.
 """
 
 _base_ = "../../../openmmlab/configs/recipe.py"
