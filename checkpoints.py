@@ -4,6 +4,7 @@ import logging
 import time
 from pathlib import Path
 
+import torch
 from yacs.config import CfgNode
 
 import storage
@@ -34,6 +35,7 @@ class Checkpoints:
         self.saver = Saver(config.SAVE_ASYNC, config.SAVE_FAILURES_MAX)
         self._saved_step = 0
         self._saved_time = time.monotonic()
+        self._has_just_saved = False
         self._newest: storage.Stamp | None = None
 
     def start(self, state: TrainState) -> None:
@@ -59,9 +61,11 @@ class Checkpoints:
         if wanted.stop:
             raise StopRequested
         step = state.position.step
-        is_due = wanted.save or (every > 0 and step // every > self._saved_step // every)
+        wanted_now = wanted.save and not self._has_just_saved  # the answer to a wish may be a step late
+        is_due = wanted_now or (every > 0 and step // every > self._saved_step // every)
         self._saved_step = step
-        if is_due and not (is_last and self._is_epoch_due(state.position.epoch + 1)):
+        self._has_just_saved = is_due and not (is_last and self._is_epoch_due(state.position.epoch + 1))
+        if self._has_just_saved:
             self.save(state)
 
     def after_epoch(self, state: TrainState) -> None:
@@ -96,9 +100,11 @@ class Checkpoints:
         self._newest = newest
 
     def stop(self, state: TrainState) -> None:
-        """Have the last state on the disk, before a run leaves for a signal."""
+        """Have the last state on the disk, before a run leaves for a signal; try a failed save again."""
+        self.saver.wait()
+        failed = bool(utils.gather_rows(torch.tensor([float(bool(self.saver.last_error))])).any())
         newest, stamp = self._newest, state.stamp
-        if newest is None or (newest.epoch, newest.images) != (stamp.epoch, stamp.images):
+        if failed or newest is None or (newest.epoch, newest.images) != (stamp.epoch, stamp.images):
             self.save(state)
         self.finish()
 

@@ -103,6 +103,7 @@ class Agreement:
             OSError, ValueError: what ``batches`` raises, on that process.
         """
         rounds = int(utils.gather_rows(torch.tensor([float(len(batches))])).max())
+        self.settle()  # wishes of the training before; who still has them repeats them there
         iterator, failure = iter(batches), None
         for _ in range(rounds):
             wanted = self.poll(fail=failure is not None)

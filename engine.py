@@ -202,17 +202,24 @@ def explain_bad_steps(run: Run, training: Training) -> str:
 
 
 def describe_bad_step(training: Training, bad: BadStep) -> dict[str, Any]:
-    """A bad step as plain data, with its images on every process; moves the schedule to it."""
+    """A bad step as plain data, with the images of each batch on every process; moves the schedule to it."""
     training.scheduler.step_update(bad.number)
     epoch = bad.number // training.updates_per_epoch
+    batches = range(bad.step - len(bad.losses) + 1, bad.step + 1)
     return {
         "epoch": epoch,
         "step": bad.step,
         "update": bad.number,
         "lr": training.state.optimizer.param_groups[0]["lr"],
         "grad_norm": str(bad.grad_norm),
-        "loss": [str(loss) for loss in bad.losses],
-        "images": training.batch_indices(epoch, bad.step),
+        "batches": [
+            {
+                "step": step,
+                "loss": [str(loss) for loss in losses],
+                "images": training.batch_indices(epoch, step),
+            }
+            for step, losses in zip(batches, bad.losses, strict=True)
+        ],
     }
 
 
@@ -237,7 +244,7 @@ def evaluate(run: Run, model: nn.Module, batches: Batches) -> dict[str, float]:
             images = images.to(run.device, non_blocking=True)
             targets = targets.to(run.device, non_blocking=True)
             full = max(full, len(images))
-            images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, full - len(images)))
+            images = F.pad(images, [0] * (2 * images.ndim - 1) + [full - len(images)])
             with run.precision.autocast(run.device):
                 logits = model(images)[: len(targets)]
             logits = logits.double()  # a sum in float32 would depend on the order

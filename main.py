@@ -26,7 +26,7 @@ from engine import Run, evaluate, prepare, train_one_epoch
 from logger import Metrics, create_logger
 from models import FocalTransformer, build_model, count_params_and_macs, load_checkpoint
 from throughput import measure_throughput
-from trainer import begin, finish_epoch
+from trainer import begin, finish_epoch, record_config
 
 logger = logging.getLogger("main")
 
@@ -150,9 +150,10 @@ def run_training(run: Run, model: FocalTransformer) -> None:
                 load_weights(model, config, "PRETRAINED")
             loaders = build_loaders(config)
             if utils.is_main_process():
-                (run.output / "config.yaml").write_text(config.dump(), encoding="utf-8")
+                record_config(run)
         training = prepare(run, model, loaders.steps_per_epoch, soft_targets=loaders.mixup_fn is not None)
         checkpoints = begin(run, training, loaders, checkpoint)
+        del checkpoint  # as large as the weights, their average and the optimizer's moments
         state = training.state
         try:
             if not state.evaluated:

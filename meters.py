@@ -44,13 +44,13 @@ class BadStep:
         step: its last batch in the epoch.
         number: of the update in the run.
         grad_norm: before clipping.
-        losses: of that batch, one per process.
+        losses: of the batches up to that one, each a list with one loss per process.
     """
 
     step: int
     number: int
     grad_norm: float
-    losses: list[float]
+    losses: list[list[float]]
 
 
 class TrainMeter:
@@ -79,6 +79,7 @@ class TrainMeter:
         self._numbers: list[float] = []
         self._steps: list[float] = []
         self._gathered: list[torch.Tensor] = []  # each (processes, steps, 5)
+        self._unmade: list[list[float]] = []  # losses of batches that were read before their update
 
     def add_batch(self, step: int, loss: torch.Tensor, images: int) -> None:
         """Count the mean loss of a batch of ``images``."""
@@ -129,13 +130,14 @@ class TrainMeter:
         )
 
     def _watch(self, steps: list[list[list[float]]]) -> None:
-        """Count bad updates in a row; what a batch without update spoils shows in the norm of the next."""
+        """Count bad updates in a row, each with all batches that it is made of."""
         for step in steps:
             place, _, number, _, norm = step[0]
-            losses = [batch[3] for batch in step]
+            self._unmade.append([batch[3] for batch in step])
             if number == NO_UPDATE or self.is_hopeless:
                 continue
-            if all(map(math.isfinite, [*losses, norm])):
+            losses, self._unmade = self._unmade, []
+            if all(map(math.isfinite, [norm, *sum(losses, [])])):
                 self.streak.clear()
             else:
                 self.streak.append(BadStep(int(place), int(number), norm, losses))
@@ -162,6 +164,7 @@ class TrainMeter:
             "seconds": now - self._began,
             "interval_seconds": now - self._interval_began,
             "gathered": list(self._gathered),
+            "unmade": self._unmade,
             "streak": [vars(bad) for bad in self.streak],
         }
 
@@ -172,7 +175,7 @@ class TrainMeter:
         self.replaced = int(captured["replaced"])
         self._began -= float(captured["seconds"])
         self._interval_began -= float(captured["interval_seconds"])
-        self._gathered = list(captured["gathered"])
+        self._gathered, self._unmade = list(captured["gathered"]), list(captured.get("unmade", []))
         self.streak.extend(BadStep(**bad) for bad in captured["streak"])
 
 

@@ -162,6 +162,14 @@ def read_trailer(path: Path) -> dict[str, Any] | None:
         return {}
 
 
+def is_of_older_version(path: Path) -> bool:
+    """Whether a file ends like one of a version that appended no comment; the rest of it is not read."""
+    try:
+        return read_trailer(path) is None
+    except OSError:
+        return False
+
+
 def stamp_of(path: Path) -> Stamp | None:
     """The position of a checkpoint, without verifying it; of the name where the file does not tell it.
 
@@ -216,13 +224,13 @@ def find_newest(folder: Path) -> Path | None:
     """
     found: list[tuple[Any, Path]] = []
     for path in [*checkpoints_in(folder), folder / BEST_NAME]:
-        if path.is_file():
+        with contextlib.suppress(FileNotFoundError):  # no best one, or removed meanwhile by a save
             stamp, written = stamp_of(path) or Stamp(), path.stat().st_mtime_ns
             is_old = stamp.run == 0
             found.append(((stamp.run, written if is_old else 0, stamp, written), path))
     newest = None
     for order, path in sorted(found, reverse=True):
-        if newest is not None and order[0] > 0:
+        if newest is not None and (order[0] > 0 or is_of_older_version(path)):
             continue  # whole or not, it is older; one that has lost its trailer may have been the newest
         if not is_complete(path):
             logger.warning(f"{path} is damaged or incomplete and was skipped")

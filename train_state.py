@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from timm.utils import ModelEmaV3
 from torch import nn
 from yacs.config import CfgNode
 
 import storage
 import utils
-from config import flatten
+from config import flatten, parse_yaml
+from content_check import check_content, is_number
 from meters import TrainMeter
 from models import read_checkpoint
 from models.checkpoint import check_state
@@ -203,7 +203,7 @@ class TrainState:
             old | {name: value for name, value in new.items() if name != "params"}
             for old, new in zip(saved["param_groups"], groups, strict=True)
         ]
-        self.optimizer.load_state_dict(saved | {"param_groups": merged})
+        self.optimizer.load_state_dict({**saved, "param_groups": merged})
 
 
 @dataclass(frozen=True)
@@ -233,19 +233,27 @@ def open_checkpoint(path: str | Path, model: nn.Module, config: CfgNode) -> Chec
             f"{path}: expected a training checkpoint of this project, got one without "
             f"{', '.join(missing)}; use --pretrained to start from its weights"
         )
-    if state["format"] not in READABLE:
+    if not isinstance(state["format"], int) or state["format"] not in READABLE:
         raise ValueError(
             f"{path}: expected format {' or '.join(map(str, READABLE))}, got {state['format']}; update the "
             "code"
         )
+    check_content(state, str(path))
     _compare_config(path, state["config"], config)
     check_state(state["model"], model.state_dict(), str(path))
+    check_state(state["model"] | state.get("model_ema", {}), model.state_dict(), f"{path}, model_ema,")
     return Checkpoint(str(path), state)
 
 
 def _compare_config(path: str | Path, text: str, config: CfgNode) -> None:
     """Warn of every difference in the recipe; another optimizer is an error, its state would not fit."""
-    saved = flatten(CfgNode(yaml.safe_load(text)))
+    try:
+        saved = flatten(CfgNode(parse_yaml(text)))
+    except (ValueError, TypeError, AttributeError, AssertionError) as error:  # yacs asserts
+        raise ValueError(
+            f"{path}: expected config to be the yaml text of a run's options, got: {error}; the file is "
+            "damaged, or not of this project"
+        ) from error
     for key, value in flatten(config).items():
         was = saved.get(key, value)
         if _plain(value) == _plain(was):
@@ -336,9 +344,12 @@ def resume(
         )
         position.updates = expected
     is_ours = Path(checkpoint.source).resolve().parent == output.resolve()
-    if is_ours:
-        state.max_accuracy = max(state.max_accuracy, best_accuracy(output, state.run))
-    if not is_ours or not state.run:
+    if is_ours:  # one process reads: if they took different ones for the best, they would part ways
+        with utils.failing_together():
+            best = best_accuracy(output, state.run) if utils.is_main_process() else 0.0
+        best = float(utils.gather_rows(torch.tensor([best], dtype=torch.float64)).max())
+        state.max_accuracy = max(state.max_accuracy, best)
+    if not (is_ours and state.run and state.config.TRAIN.AUTO_RESUME):  # else later files would win over ours
         state.run = storage.next_run(output)
     inside = f" and {position.images} images of the next one" if position.images else ""
     logger.info(
@@ -352,7 +363,8 @@ def best_accuracy(output: Path, run: int) -> float:
     if not (path.exists() and storage.is_complete(path)):
         return 0.0
     best = read_checkpoint(path)
-    return float(best["max_accuracy"]) if best.get("run", 0) == run else 0.0
+    accuracy = best.get("max_accuracy")
+    return float(accuracy) if is_number(accuracy) and best.get("run", 0) == run else 0.0
 
 
 def load_average(model: nn.Module, path: str | Path) -> None:
@@ -368,7 +380,8 @@ def load_average(model: nn.Module, path: str | Path) -> None:
             f"{path}: expected a checkpoint with a moving average, got one without; train with "
             "TRAIN.EMA.ENABLED True, or drop EVAL_EMA"
         )
-    weights = content["model"] | content["model_ema"]
+    check_content(content, str(path))
+    weights = dict(content.get("model", {})) | content["model_ema"]
     check_state(weights, model.state_dict(), str(path))
     model.load_state_dict(weights)
 

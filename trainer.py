@@ -1,6 +1,7 @@
 """What a training run does before its epochs and after each of them."""
 
 import logging
+import os
 from pathlib import Path
 
 import storage
@@ -11,6 +12,25 @@ from data import Loaders
 from engine import Run, Training, evaluate
 
 logger = logging.getLogger(__name__)
+
+
+def record_config(run: Run) -> None:
+    """Write the whole configuration to ``config.yaml``, or leave there what was.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    path = run.output / "config.yaml"
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(run.config.dump(), encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ValueError(
+            f"{path}: expected to write the configuration, got: {error.strerror}; make space, or choose "
+            "another --output"
+        ) from error
 
 
 def begin(
@@ -24,7 +44,9 @@ def begin(
     if checkpoint is None:
         state.run, state.position.order = storage.next_run(run.output), sampler.order
         state.meter.start_epoch()
-        recorded = 0 if state.run == 1 else None  # by an attempt that was killed before it saved
+        has_older = any(map(storage.is_of_older_version, storage.checkpoints_in(run.output)))
+        # what there is comes from an attempt that was killed before it saved
+        recorded = 0 if state.run == 1 and not has_older else None
     else:
         images = run.config.DATA.BATCH_SIZE * utils.get_world_size()
         images *= max(1, run.config.TRAIN.ACCUMULATION_STEPS)

@@ -1,5 +1,6 @@
 """How a loader's worker process starts."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -22,7 +23,9 @@ def leave_signals_to_parent(worker: int = 0) -> None:
     if not hasattr(signal, "sigwaitinfo"):
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-    threading.Thread(target=_wait_for_parent, args=(os.getppid(),), daemon=True, name="signals").start()
+    parent = multiprocessing.parent_process()  # not getppid, which may be the fork server
+    number = os.getppid() if parent is None else parent.pid
+    threading.Thread(target=_wait_for_parent, args=(number,), daemon=True, name="signals").start()
 
 
 def _wait_for_parent(parent: int) -> None:

@@ -191,8 +191,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(
         range(dump["steps"][0]["step"], dump["steps"][0]["step"] + 3)
     )
     assert dump["checkpoint"] in message
-    assert {len(bad["images"][0]) for bad in dump["steps"]} == {16}
-    assert any("nan" in (bad["grad_norm"], *bad["loss"]) for bad in dump["steps"])
+    assert {len(batch["images"][0]) for bad in dump["steps"] for batch in bad["batches"]} == {16}
+    assert any("nan" in (bad["grad_norm"], *bad["batches"][0]["loss"]) for bad in dump["steps"])
 
 
 def test_the_bad_step_is_told_with_its_own_learning_rate(
@@ -381,8 +381,8 @@ def make_run(output: Path, *opts: object) -> engine.Run:
     return engine.Run(load_config(None, opts), torch.device("cpu"), precision, output, Metrics(None))
 
 
-def test_a_compiled_model_sees_one_batch_size_in_evaluation(tmp_path: Path) -> None:
-    """A smaller last batch would be compiled anew."""
+def test_a_model_sees_one_batch_size_in_evaluation(tmp_path: Path) -> None:
+    """A smaller last batch would be compiled anew, and rounded otherwise."""
     sizes = []
 
     class Spy(torch.nn.Module):
@@ -392,9 +392,11 @@ def test_a_compiled_model_sees_one_batch_size_in_evaluation(tmp_path: Path) -> N
 
     torch.manual_seed(0)
     batches = [(torch.randn(count, 3, 4, 4), torch.randint(3, (count,))) for count in (5, 5, 2)]
-    plain = engine.evaluate(make_run(tmp_path), Spy(), batches)
-    assert engine.evaluate(make_run(tmp_path, "COMPILE", True), Spy(), batches) == plain
-    assert sizes == [5, 5, 2, 5, 5, 5]
+    result = engine.evaluate(make_run(tmp_path), Spy(), batches)
+    assert sizes == [5, 5, 5]
+    assert result == engine.evaluate(
+        make_run(tmp_path), Spy(), [tuple(map(torch.cat, zip(*batches, strict=True)))]
+    )
 
 
 def test_several_processes_cannot_share_a_card(monkeypatch: pytest.MonkeyPatch) -> None:

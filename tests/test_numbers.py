@@ -92,11 +92,21 @@ def test_bad_steps_in_a_row_end_the_run_with_a_dump(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"epoch 1, step 3: expected a finite loss.*2 updates in a row"):
         train(tmp_path, {0, 2, 3}, *opts)  # over two logging intervals
     dump = json.loads((tmp_path / engine.DUMP_NAME).read_text())
-    assert [(bad["step"], bad["grad_norm"], bad["loss"]) for bad in dump["steps"]] == [
+    assert [(bad["step"], bad["grad_norm"], bad["batches"][0]["loss"]) for bad in dump["steps"]] == [
         (2, "nan", ["nan"]),
         (3, "nan", ["nan"]),
     ]
     assert dump["steps"][0]["lr"] > dump["steps"][1]["lr"] > 0
+
+
+def test_the_dump_holds_every_batch_of_an_update(tmp_path: Path) -> None:
+    """The bad one is the first of three, and the log line comes between them."""
+    opts = ("TRAIN.BAD_STEPS_MAX", 1, "TRAIN.OPTIMIZER.NAME", "sgd", "TRAIN.ACCUMULATION_STEPS", 3)
+    with pytest.raises(ValueError, match="epoch 1, step 6"):
+        train(tmp_path, {3}, *opts, "PRINT_FREQ", 5)
+    (bad,) = json.loads((tmp_path / engine.DUMP_NAME).read_text())["steps"]
+    assert [batch["step"] for batch in bad["batches"]] == [3, 4, 5]
+    assert [batch["loss"] == ["nan"] for batch in bad["batches"]] == [True, False, False]
 
 
 def test_skipped_updates_of_the_scaler_are_counted(
@@ -183,7 +193,7 @@ def test_meters_count_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
     stats = meter.read()
     assert stats.loss == (10 + 15 + 10) / 25
     assert meter.replaced == 2
-    assert [bad.losses for bad in meter.streak] == [[1.0, math.inf]]
+    assert [bad.losses for bad in meter.streak] == [[[1.0, math.inf]]]
     assert not meter.is_hopeless
 
 

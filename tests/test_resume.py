@@ -1,11 +1,13 @@
 """A run that is killed or stopped anywhere ends like one that never was: the same bits, the same metrics."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import checkpoints
 import main
 from control import EXIT_STOPPED
 from data import ShardSampler, TrainSampler
+from data.workers import leave_signals_to_parent
 from train_state import Position, TrainState
 
 TIME_FIELDS = {"img_per_s", "memory_mb", "minutes"}
@@ -147,6 +150,55 @@ def test_a_signal_during_evaluation_stops_too(
     assert not content["evaluated"]
     assert main.main(arguments) == 0
     assert_same_end(whole, tmp_path)
+
+
+def test_metrics_beside_checkpoints_of_older_versions_stay(
+    few_images: Path, nano_opts: list[object], tmp_path: Path
+) -> None:
+    """They do not know their run, but there was one; without any checkpoint it was an attempt, done again."""
+    opts = [*nano_opts, "TRAIN.EPOCHS", 1, "TRAIN.AUTO_RESUME", False]
+    for older in (True, False):
+        folder = folder_of(tmp_path / str(older))
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text('{"kind": "epoch", "epoch": 0, "loss": 7.0}\n')
+        if older:
+            torch.save({}, folder / "ckpt_epoch_8.pth")
+        assert main.main(command(few_images, tmp_path / str(older), opts)) == 0
+        losses = [record["loss"] for record in metrics_of(tmp_path / str(older))]
+        assert (losses[0] == 7.0) is older
+
+
+def test_a_configuration_that_cannot_be_written_is_told(
+    few_images: Path, nano_opts: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder_of(tmp_path) / "config.yaml").mkdir(parents=True)
+    assert main.main(command(few_images, tmp_path, nano_opts)) == 2
+    assert "config.yaml: expected to write the configuration, got: Is a directory" in capsys.readouterr().err
+
+
+# --- Loader workers -----------------------------------------------------------------------------------------
+
+
+def wait_for_a_signal(ready: Any) -> None:
+    leave_signals_to_parent()
+    ready.set()
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_a_worker_hears_its_parent_alone(method: str) -> None:
+    """The parent may not be the process that forked it."""
+    context = multiprocessing.get_context(method)
+    ready = context.Event()
+    worker = context.Process(target=wait_for_a_signal, args=(ready,))
+    worker.start()
+    assert ready.wait(60)
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    worker.join(0.5)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(20)
+    assert worker.exitcode == 0
 
 
 # --- Which images an epoch goes on with ---------------------------------------------------------------------

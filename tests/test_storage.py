@@ -107,6 +107,23 @@ def test_of_files_of_older_versions_the_last_written_is_the_newest(tmp_path: Pat
     assert storage.find_newest(tmp_path) == path
 
 
+def test_files_of_older_versions_are_not_all_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """There may be hundreds of gigabytes of them; one that was not read cannot be called damaged."""
+    for epoch in range(3):
+        path = tmp_path / f"ckpt_epoch_{epoch}.pth"
+        torch.save(CONTENT, path)
+        os.utime(path, (1000 + epoch, 1000 + epoch))
+    content = bytearray((tmp_path / "ckpt_epoch_0.pth").read_bytes())
+    content[len(content) // 2] ^= 255
+    (tmp_path / "ckpt_epoch_0.pth").write_bytes(content)
+    os.utime(tmp_path / "ckpt_epoch_0.pth", (900, 900))
+    assert storage.find_newest(tmp_path) == path
+    assert not caplog.text
+    path.write_bytes(path.read_bytes()[:-50])
+    assert storage.find_newest(tmp_path) == tmp_path / "ckpt_epoch_1.pth"
+    assert f"{path} is damaged" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("keep", "left"),
     [
