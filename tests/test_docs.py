@@ -7,9 +7,11 @@ is an error, so that none escapes.
 """
 
 import ast
+import importlib
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -28,7 +30,18 @@ from config import load_config
 from models import count_params_and_macs
 
 DOCS = [REPO / "README.md", *sorted(REPO.glob("*/get_started.md"))]
-SHELL_WORDS = {"source", "head", "export", "cd", "pip"}  # not ours to check
+FEW_SCENES = {  # over a config of detection/ or segmentation/, so that an epoch takes a second
+    "train_dataloader.dataset.indices": 2,
+    "val_dataloader.dataset.indices": 1,
+    "test_dataloader.dataset.indices": 1,
+    "train_dataloader.num_workers": 0,
+    "train_dataloader.persistent_workers": False,
+    "val_dataloader.num_workers": 0,
+    "val_dataloader.persistent_workers": False,
+    "test_dataloader.num_workers": 0,
+    "test_dataloader.persistent_workers": False,
+}
+SHELL_WORDS = {"source", "head", "export", "cd", "pip", "["}  # not ours to check
 QUICK = {  # over the options of a command that trains, so that it takes a second
     "DATA.BATCH_SIZE": 16,
     "DATA.NUM_WORKERS": 0,
@@ -60,6 +73,9 @@ class Block:
             words = shlex.split(line, comments=True)
             while words and (words[0] == "srun" or re.match(r"[A-Za-z_]+=", words[0])):
                 words = words[1:] if words[0] == "srun" or "$(" not in words[0] else []
+            if words[:2] == ["sh", "-c"]:  # with the environment of a task, which Slurm starts
+                words = [word for word in shlex.split(words[2]) if word != "exec"]
+                words = words[next(i for i, word in enumerate(words) if "=" not in word) :]
             if words:
                 yield words
 
@@ -95,15 +111,53 @@ def load_tool(name: str) -> ModuleType:
         sys.path.remove(str(REPO / "tools"))
 
 
-def main_arguments(words: list[str]) -> list[str] | None:
-    """The arguments of main.py in a command, or None if that is not what it runs."""
-    if words[:2] == ["python", "main.py"]:
-        return words[2:]
+def script_and_arguments(words: list[str]) -> tuple[str, list[str]]:
+    """What a command runs, by python or torchrun; ("", []) for others."""
+    if words[0] == "python":
+        return words[1], words[2:]
     if words[0] == "torchrun":
         launch = get_args_parser().parse_args(words[1:])
-        assert launch.training_script == "main.py", words
-        return list(launch.training_script_args)
-    return None
+        return launch.training_script, list(launch.training_script_args)
+    return "", []
+
+
+def main_arguments(words: list[str]) -> list[str] | None:
+    """The arguments of main.py in a command, or None if that is not what it runs."""
+    script, arguments = script_and_arguments(words)
+    return arguments if script == "main.py" else None
+
+
+def task_command(words: list[str]) -> tuple[str, str, list[str]] | None:
+    """Task, command and arguments of a script of detection/ or segmentation/, or None for others."""
+    script, arguments = script_and_arguments(words)
+    task, _, name = script.partition("/")
+    return (task, name.removesuffix(".py"), arguments) if task in ("detection", "segmentation") else None
+
+
+def run_task(task: str, command: str, arguments: list[str]) -> int:
+    """Run a command of a task with few images."""
+    words = list(arguments)
+    if command in ("train", "test"):
+        from openmmlab import runner
+
+        few = [f"{key}={value}" for key, value in FEW_SCENES.items()]
+        start = words.index("--cfg-options") + 1 if "--cfg-options" in words else len(words)
+        words[start:start] = few if "--cfg-options" in words else ["--cfg-options", *few]
+        return getattr(runner, command)(words)
+    return importlib.import_module(f"{task}.{command}").main(words)
+
+
+def parse_task(task: str, command: str, arguments: list[str]) -> None:
+    """Parse a command of a task; its config loads, and has what the command sets."""
+    from openmmlab import runner
+
+    if command not in ("train", "test"):
+        importlib.import_module(f"{task}.{command}").parse(arguments)
+        return
+    args = {"train": runner.parse_train, "test": runner.parse_test}[command](arguments)
+    config = runner.read_config(args.config)
+    for key in args.cfg_options or {}:
+        assert key.split(".")[0] in config, f"{args.config} has no {key}"
 
 
 def quicken(arguments: list[str], few: Path | None = None) -> list[str]:
@@ -125,7 +179,7 @@ def quicken(arguments: list[str], few: Path | None = None) -> list[str]:
 
 def run_command(words: list[str], few: Path, where: str) -> None:
     """Run one command of a document as its reader would, within this process where possible."""
-    arguments = main_arguments(words)
+    arguments, task = main_arguments(words), task_command(words)
     plot = load_tool("plot_run")
     runners: dict[str, Callable[[list[str]], int | None]] = {
         "python -m data.demo": lambda rest: data.demo.main(rest),
@@ -133,6 +187,8 @@ def run_command(words: list[str], few: Path, where: str) -> None:
     }
     if arguments is not None:
         assert main.main(quicken(arguments, few)) == 0, f"{where}: {shlex.join(words)}"
+    elif task is not None:
+        assert run_task(*task) == 0, f"{where}: {shlex.join(words)}"
     elif words[0] == "make":
         dry = subprocess.run(["make", "-n", *words[1:]], capture_output=True, text=True, check=False)
         assert dry.returncode == 0, f"{where}: {dry.stderr}"
@@ -170,7 +226,9 @@ def test_sh_blocks_parse(doc: Path) -> None:
     for block in blocks(doc, "sh"):
         for words in block.commands():
             arguments = main_arguments(words)
-            if words[0] == "python" and words[1].startswith("tools/"):
+            if (task := task_command(words)) is not None:
+                parse_task(*task)
+            elif words[0] == "python" and words[1].startswith("tools/"):
                 load_tool(Path(words[1]).stem).parse(words[2:])
             elif arguments is None:
                 assert words[0] in SHELL_WORDS, f"{block}: unknown command {shlex.join(words)}"
@@ -179,10 +237,20 @@ def test_sh_blocks_parse(doc: Path) -> None:
 
 
 @pytest.mark.parametrize("doc", DOCS, ids=named)
-def test_python_blocks_run(doc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_blocks_run(doc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that show a config of detection or segmentation hold it as text, which loads."""
+    for configs in REPO.glob("*/configs"):
+        shutil.copytree(configs, tmp_path / configs.relative_to(REPO))
     monkeypatch.chdir(REPO)
     for block in blocks(doc, "python"):
-        exec(compile(block.text, str(block), "exec"), {})
+        names: dict[str, object] = {}
+        exec(compile(block.text, str(block), "exec"), names)
+        if isinstance(names.get("config"), str):
+            from openmmlab.runner import read_config
+
+            own = tmp_path / doc.parent.name / "configs" / "own.py"
+            own.write_text(str(names["config"]))
+            assert read_config(str(own)).model
 
 
 @pytest.mark.parametrize("doc", DOCS, ids=named)
@@ -205,7 +273,9 @@ def known_flags() -> set[str]:
         *(f"--{flag}" for flag in [*main.FLAGS, *main.SWITCHES]),
     }
     torchrun = {flag for action in get_args_parser()._actions for flag in action.option_strings}
-    return ours | torchrun | {"--kinds", "--out", "--shm-size"}
+    sources = [*REPO.glob("openmmlab/*.py"), *REPO.glob("detection/*.py"), *REPO.glob("segmentation/*.py")]
+    tasks = {flag for path in sources for flag in re.findall(r'"(--[\w-]+)"', path.read_text())}
+    return ours | torchrun | tasks | {"--kinds", "--out", "--shm-size", "--no-amp"}
 
 
 @pytest.mark.parametrize("doc", DOCS, ids=named)
