@@ -45,8 +45,10 @@ def begin(
         state.run, state.position.order = storage.next_run(run.output), sampler.order
         state.meter.start_epoch()
         has_older = any(map(storage.is_of_older_version, storage.checkpoints_in(run.output)))
-        # what there is comes from an attempt that was killed before it saved
-        recorded = 0 if state.run == 1 and not has_older else None
+        # What there is comes from an attempt that was killed before it saved, or that has lost all it saved;
+        # without AUTO_RESUME, from another run.
+        is_lost = run.config.TRAIN.AUTO_RESUME or (state.run == 1 and not has_older)
+        recorded = 0 if is_lost else None
     else:
         images = run.config.DATA.BATCH_SIZE * utils.get_world_size()
         images *= max(1, run.config.TRAIN.ACCUMULATION_STEPS)

@@ -168,6 +168,21 @@ def test_metrics_beside_checkpoints_of_older_versions_stay(
         assert (losses[0] == 7.0) is older
 
 
+def test_a_run_that_has_lost_every_checkpoint_begins_anew(
+    few_images: Path, nano_opts: list[object], tmp_path: Path
+) -> None:
+    """Its metrics too, so that no epoch is recorded twice."""
+    arguments = command(few_images, tmp_path, [*nano_opts, "TRAIN.EPOCHS", 1])
+    assert main.main(arguments) == 0
+    once = metrics_of(tmp_path)
+    for path in folder_of(tmp_path).glob("*.pth"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    assert main.main(arguments) == 0
+    assert metrics_of(tmp_path) == once
+
+
 def test_a_configuration_that_cannot_be_written_is_told(
     few_images: Path, nano_opts: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -87,10 +87,11 @@ def kill(trainer: Trainer, soak: Soak, lab: Lab) -> None:
 
 
 def damage(trainer: Trainer, soak: Soak, lab: Lab) -> None:
-    """Kill it, and spoil the newest checkpoint."""
+    """Kill it, and spoil the newest checkpoint, if another whole one is left to go on from."""
     trainer.kill()
+    files = [*storage.checkpoints_in(trainer.folder), trainer.folder / storage.BEST_NAME]
     newest = storage.find_newest(trainer.folder)
-    if newest is not None:
+    if newest is not None and sum(path.is_file() and storage.is_complete(path) for path in files) > 1:
         lab.rng.choice(list(DAMAGES.values()))(newest, lab)
 
 
