@@ -1,0 +1,9 @@
+"""UPerNet on Focal-B, crops of 512 x 512."""
+
+_base_ = ["upernet_focal-tiny_8xb2-160k_ade20k-512x512.py", "../../openmmlab/configs/focal_base.py"]
+model = dict(
+    backbone=dict(_delete_=True, drop_path_rate=0.3, **_base_.focal_base),
+    decode_head=dict(in_channels=[128, 256, 512, 1024]),
+    auxiliary_head=dict(in_channels=512),
+)
+reported = dict(miou=49.0, miou_ms=50.5, params_m=126, flops_g=1354)

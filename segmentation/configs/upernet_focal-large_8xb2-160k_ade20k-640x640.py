@@ -1,0 +1,17 @@
+"""UPerNet on Focal-L, crops of 640 x 640.
+
+The reported figures are from ImageNet-22K weights; no weights of Focal-L were released.
+"""
+
+_base_ = [
+    "_base_/upernet.py",
+    "_base_/ade20k_640x640.py",
+    "../../openmmlab/configs/focal_large.py",
+]
+model = dict(
+    data_preprocessor=dict(size=_base_.crop_size),
+    backbone=dict(_delete_=True, drop_path_rate=0.3, **_base_.focal_large),
+    decode_head=dict(in_channels=[192, 384, 768, 1536]),
+    auxiliary_head=dict(in_channels=768),
+)
+reported = dict(miou=54.0, miou_ms=55.4, params_m=240, flops_g=3376)

@@ -1,0 +1,10 @@
+"""UPerNet on Focal-T with convolutional patch embeddings, crops of 512 x 512.
+
+The release reports no segmentation results under this name; see `reported` of the variant without.
+"""
+
+_base_ = ["upernet_focal-tiny_8xb2-160k_ade20k-512x512.py", "../../openmmlab/configs/focal_tiny_conv.py"]
+model = dict(
+    backbone=dict(_delete_=True, drop_path_rate=0.3, **_base_.focal_tiny_conv),
+)
+reported = None

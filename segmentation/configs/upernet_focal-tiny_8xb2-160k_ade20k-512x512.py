@@ -1,0 +1,14 @@
+"""UPerNet on Focal-T, crops of 512 x 512."""
+
+_base_ = [
+    "_base_/upernet.py",
+    "_base_/ade20k_512x512.py",
+    "../../openmmlab/configs/focal_tiny.py",
+]
+model = dict(
+    data_preprocessor=dict(size=_base_.crop_size),
+    backbone=dict(_delete_=True, drop_path_rate=0.3, **_base_.focal_tiny),
+    decode_head=dict(in_channels=[96, 192, 384, 768]),
+    auxiliary_head=dict(in_channels=384),
+)
+reported = dict(miou=45.8, miou_ms=47.0, params_m=62, flops_g=998)

@@ -1,0 +1,374 @@
+"""Every segmenter's config: its values, and the whole of it at work with few channels on small scenes."""
+
+# ruff: noqa: E402
+import warnings
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPO
+
+pytest.importorskip("mmseg", reason="needs OpenMMLab's packages: make setup-openmmlab")
+
+import openmmlab.ops_bridge  # noqa: I001  (before mmseg.models: makes its operators importable)
+import mmseg.models  # noqa: F401
+from mmengine.config import Config, ConfigDict
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import DATASETS, MODELS, DefaultScope
+
+from data.demo import DemoOptions, write_demo
+from data.demo_scenes import SEGMENTATION_CLASSES
+from models import FocalTransformer, count_params_and_macs
+from config import load_config
+from segmentation import count
+
+CONFIGS = REPO / "segmentation" / "configs"
+NAMES = [path.stem for path in sorted(CONFIGS.glob("*_ade20k-*.py"))]
+TINY = "upernet_focal-tiny_8xb2-160k_ade20k-512x512"
+LARGE = "upernet_focal-large_8xb2-160k_ade20k-640x640"
+REPORTED = {  # single- and multi-scale mIoU, parameters (M), FLOPs (G)
+    "tiny": (45.8, 47.0, 62, 998),
+    "small": (48.0, 50.0, 85, 1130),
+    "base": (49.0, 50.5, 126, 1354),
+    "large": (54.0, 55.4, 240, 3376),
+}
+RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+HEIGHT, WIDTH = 90, 122  # of the scenes; no multiple of anything
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_mmseg() -> Iterator[None]:
+    assert openmmlab.ops_bridge
+    with DefaultScope.overwrite_default_scope("mmseg"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # mmseg's own deprecated calls
+        yield
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four scenes in ADE20K's layout."""
+    options = DemoOptions(train_scenes=4, val_scenes=2, scene_width=WIDTH, scene_height=HEIGHT)
+    return write_demo(tmp_path_factory.mktemp("scenes"), ["segmentation"], options)["segmentation"]
+
+
+@lru_cache
+def read(name: str) -> Config:
+    return Config.fromfile(CONFIGS / f"{name}.py")
+
+
+def of_backbone(name: str) -> str:
+    """'upernet_focal-fast-tiny_8xb2-160k_ade20k-512x512' -> 'focal_fast_tiny'."""
+    return name.split("_")[1].replace("-", "_")
+
+
+def size_of(name: str) -> str:
+    """'upernet_focal-fast-tiny_8xb2-160k_ade20k-512x512' -> 'tiny'."""
+    return next(size for size in REPORTED if size in name)
+
+
+# --- Values -------------------------------------------------------------------------------------------------
+
+
+def test_every_row_of_the_release_has_a_config() -> None:
+    backbones = [f"focal-{s}{k}" for s in ("tiny", "small", "base") for k in ("", "-conv")]
+    backbones += [f"focal-fast-{size}" for size in ("tiny", "small", "base")]
+    wanted = {f"upernet_{backbone}_8xb2-160k_ade20k-512x512" for backbone in backbones} | {LARGE}
+    assert set(NAMES) == wanted
+    assert all(path.stem in NAMES or path.stem.startswith("demo_") for path in CONFIGS.glob("*.py"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe(name: str) -> None:
+    config = read(name)
+    variant, crop = of_backbone(name), (640, 640) if name == LARGE else (512, 512)
+    backbone = config.model.backbone
+    assert {**backbone, **config[variant]} == backbone, "the variant's values"
+    assert {*backbone} == {*config[variant], "drop_path_rate"}, "something is left of the base's"
+    assert config.model.data_preprocessor.size == crop == config.crop_size
+    assert config.model.auxiliary_head.loss_decode.loss_weight == 0.4
+    heads = (config.model.decode_head, config.model.auxiliary_head)
+    assert [head.num_classes for head in heads] == [150, 150]
+    assert config.optim_wrapper.optimizer == dict(
+        type="AdamW", lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01
+    )
+    warm_up, poly = config.param_scheduler
+    assert (warm_up.type, warm_up.end, poly.begin) == ("LinearLR", 1500, 1500)
+    assert (poly.type, poly.power, poly.end) == ("PolyLR", 1.0, config.train_cfg.max_iters)
+    assert config.train_cfg.max_iters == 160000
+    assert config.train_dataloader.batch_size * 8 == config.auto_scale_lr.base_batch_size == 16
+    assert config.custom_imports.imports[0] == "openmmlab.ops_bridge", "first, before mmcv.ops"
+    keys = ("miou", "miou_ms", "params_m", "flops_g")
+    plain = variant == f"focal_{size_of(name)}"
+    reported = dict(zip(keys, REPORTED[size_of(name)], strict=True)) if plain else None
+    assert config.reported == reported
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_size_as_reported(name: str) -> None:
+    """The whole segmenter, on the meta device, auxiliary head included."""
+    with torch.device("meta"):
+        model = MODELS.build(read(name).model)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    assert millions == pytest.approx(REPORTED[size_of(name)][2], rel=0.026)
+
+
+@pytest.mark.parametrize("name", [TINY, LARGE])
+def test_pipelines_at_full_scale(name: str, scenes: Path) -> None:
+    """Sizes that come out of the config's own pipelines; labels of digits, and 255 where there is nothing."""
+    config = read(name)
+    crop = config.crop_size[0]
+    np.random.seed(0)
+    dataset = dataset_of(config.train_dataloader, scenes)
+    items = batch(dataset, (0, 1, 2, 3))
+    assert all(max(image.shape[1:]) <= crop for image in items["inputs"])
+    data = MODELS.build(config.model.data_preprocessor)(items, training=True)
+    assert data["inputs"].shape == (4, 3, crop, crop)
+    labels = torch.stack([sample.gt_sem_seg.data[0] for sample in data["data_samples"]])
+    assert labels.shape == (4, crop, crop)
+    assert set(labels.unique().tolist()) <= {*range(11), 255} and (labels == 0).float().mean() > 0.3
+
+    tested = dataset_of(config.test_dataloader, scenes)[0]
+    assert tested["inputs"].shape[1:] == (crop, round(WIDTH * crop / HEIGHT))
+    several = dataset_of(dict(config.test_dataloader, pipeline=config.tta_pipeline), scenes)[0]
+    shorter = [min(image.shape[1:]) for image in several["inputs"]]
+    assert sorted(shorter) == sorted(int(crop * ratio) for ratio in RATIOS for _ in range(2))
+    for item in (tested["data_samples"], *several["data_samples"]):
+        labels = item.gt_sem_seg.data
+        assert labels.shape == (1, HEIGHT, WIDTH), "labels keep their size"
+        assert torch.equal(labels, tested["data_samples"].gt_sem_seg.data)
+    assert sorted(sample.flip for sample in several["data_samples"]) == [False] * 6 + [True] * 6
+
+
+def test_weights_are_named_on_the_command_line() -> None:
+    """As segmentation/configs/_base_/upernet.py says: a classifier's file, from outside of the config."""
+    config = Config.fromfile(CONFIGS / f"{NAMES[0]}.py")
+    config.merge_from_dict(
+        {"model.backbone.init_cfg.type": "Pretrained", "model.backbone.init_cfg.checkpoint": "focal.pth"}
+    )
+    with torch.device("meta"):
+        model = MODELS.build(config.model)
+    assert model.backbone.init_cfg == {"type": "Pretrained", "checkpoint": "focal.pth"}
+
+
+# --- At work ------------------------------------------------------------------------------------------------
+
+SMALL = {"embed_dim": 8, "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 4], "drop_path_rate": 0.0}
+"""No stochastic depth: a block that happens to be dropped would get no gradient."""
+NORM = {"type": "GN", "num_groups": 4}
+HEAD = {"num_classes": len(SEGMENTATION_CLASSES), "dropout_ratio": 0.0}
+
+
+def edit(node: Any, change: Callable[[str, Any], Any]) -> Any:
+    """A copy of nested dicts and lists with every value replaced by `change(key, value)`."""
+    if isinstance(node, dict):
+        return ConfigDict({key: change(key, edit(value, change)) for key, value in node.items()})
+    return type(node)(edit(item, change) for item in node) if isinstance(node, list | tuple) else node
+
+
+def shrunken(config: Config, **backbone: Any) -> ConfigDict:
+    """The config's segmenter with the same parts and few channels."""
+    model = edit(config.model, lambda key, value: value)
+    model.backbone.update(SMALL | backbone)
+    model.decode_head.update(HEAD, in_channels=[8, 16, 32, 64], channels=16)
+    model.auxiliary_head.update(HEAD, in_channels=32, channels=16)
+    model.data_preprocessor.size = (96, 96)
+    return model
+
+
+def small_scale(key: str, value: Any) -> Any:
+    """Scales of a pipeline, to shorter sides of 80 or more pixels."""
+    return {"scale": (600, 80), "ratio_range": (1.0, 1.5), "crop_size": (96, 96)}.get(key, value)
+
+
+def dataset_of(loader: dict[str, Any], root: Path, change: Callable[[str, Any], Any] | None = None) -> Any:
+    """The config's own data set on the scenes, with its own pipeline (or the loader's), or a changed one."""
+    told = dict(loader["dataset"], type="BaseSegDataset", reduce_zero_label=True, data_root=str(root))
+    told["pipeline"] = loader.get("pipeline", told["pipeline"])
+    told["pipeline"] = edit(told["pipeline"], change) if change else told["pipeline"]
+    return DATASETS.build(told | {"metainfo": {"classes": SEGMENTATION_CLASSES}})
+
+
+def batch(dataset: Any, numbers: tuple[int, ...]) -> dict[str, list[Any]]:
+    items = [dataset[number] for number in numbers]
+    return {key: [item[key] for item in items] for key in ("inputs", "data_samples")}
+
+
+def one_step(model: torch.nn.Module, config: Config, scenes: Path) -> torch.Tensor:
+    """The loss of four images, after its backward pass."""
+    dataset = dataset_of(config.train_dataloader, scenes, small_scale)
+    data = model.data_preprocessor(batch(dataset, (0, 1, 2, 3)), training=True)
+    losses = model.train()(**data, mode="loss")
+    assert {"decode.loss_ce", "aux.loss_ce"} <= {*losses}
+    loss, _ = model.parse_losses(losses)
+    loss.backward()
+    return loss
+
+
+def segmented(model: torch.nn.Module, config: Config, scenes: Path) -> Any:
+    """What a model finds in a scene, resized to an odd size by the config's own pipeline."""
+    data = batch(dataset_of(config.test_dataloader, scenes, small_scale), (0,))
+    assert data["inputs"][0].shape[1:] == (80, 108)
+    return model.eval().test_step(data)[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_trains_and_segments(name: str, scenes: Path) -> None:
+    """A step of training reaches every parameter, with its weight decay; then an inference."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    config = read(name)
+    model = MODELS.build(shrunken(config))
+    model.init_weights()
+    wrapper = build_optim_wrapper(model, config.optim_wrapper)
+    check_weight_decay(model, wrapper.optimizer.param_groups)
+    assert torch.isfinite(one_step(model, config, scenes))
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+        assert parameter.grad.any(), f"{key}: its gradient is zero"
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    wrapper.step()
+    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+    found = segmented(model, config, scenes)
+    assert found.pred_sem_seg.data.shape == (1, HEIGHT, WIDTH)
+    assert found.seg_logits.data.shape == (11, HEIGHT, WIDTH) and found.seg_logits.data.isfinite().all()
+    assert torch.equal(found.pred_sem_seg.data[0], found.seg_logits.data.argmax(dim=0))
+
+
+def check_weight_decay(model: torch.nn.Module, groups: list[dict[str, Any]]) -> None:
+    """None for norms, bias tables and the position embedding; the recipe's for all the rest."""
+    decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    modules = [module for module in model.modules() if "Norm" in type(module).__name__]
+    norms = {id(p) for module in modules for p in module.parameters(recurse=False)}
+    assert norms
+    for key, parameter in model.named_parameters():
+        free = id(parameter) in norms or key.removeprefix("backbone.") in model.backbone.no_weight_decay()
+        assert decay[id(parameter)] == (0.0 if free else 0.01), key
+
+
+@pytest.mark.parametrize(("height", "width"), [(33, 47), (96, 96), (75, 101)])
+def test_any_size(height: int, width: int) -> None:
+    """Unpadded images: logits of the image's size."""
+    model = MODELS.build(shrunken(read(TINY))).eval()
+    with torch.no_grad():
+        found = model(torch.randn(2, 3, height, width), mode="predict")
+    assert [sample.seg_logits.data.shape for sample in found] == [(11, height, width)] * 2
+
+
+def test_slide_inference(scenes: Path) -> None:
+    """A window as large as the image gives what the whole does; smaller ones are averaged."""
+    torch.manual_seed(0)
+    config = read(TINY)
+    model = MODELS.build(shrunken(config))
+    whole = segmented(model, config, scenes).seg_logits.data
+    maps = {}
+    for side in (108, 64):
+        model.test_cfg = ConfigDict(mode="slide", crop_size=(side, side), stride=(40, 40))
+        maps[side] = segmented(model, config, scenes).seg_logits.data
+        assert maps[side].shape == whole.shape
+    torch.testing.assert_close(maps[108], whole, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(maps[64], whole, atol=1e-3)
+    image = torch.randn(1, 3, 64, 100)
+    model.test_cfg = ConfigDict(mode="slide", crop_size=(64, 64), stride=(64, 36))
+    with torch.no_grad():
+        got = model.slide_inference(image, [{"img_shape": (64, 100)}])
+        left, right = (
+            model.encode_decode(x, [{"img_shape": (64, 64)}]) for x in (image[..., :64], image[..., 36:])
+        )
+    torch.testing.assert_close(got[..., :36], left[..., :36])
+    torch.testing.assert_close(got[..., 36:64], (left[..., 36:] + right[..., :28]) / 2)
+
+
+def test_multi_scale_averages_probabilities(scenes: Path) -> None:
+    """Of all scales, flipped back; through the config's own model for it."""
+    torch.manual_seed(0)
+    config = read(TINY)
+    plain = MODELS.build(shrunken(config)).eval()
+    several = MODELS.build({**config.tta_model, "module": plain}).eval()
+    sizes = iter([(600, round(80 * ratio)) for ratio in RATIOS])
+    pipeline = edit(config.tta_pipeline, lambda key, value: next(sizes) if key == "scale" else value)
+    item = dataset_of(dict(config.test_dataloader, pipeline=pipeline), scenes)[0]
+    data = {key: [[value] for value in item[key]] for key in item}
+    with torch.no_grad():
+        merged = several.test_step(data)[0]
+        singles = [
+            plain.test_step({"inputs": [x], "data_samples": [sample]})[0].seg_logits.data.softmax(dim=0)
+            for x, sample in zip(item["inputs"], item["data_samples"], strict=True)
+        ]
+    assert len(singles) == 12
+    expected = torch.stack(singles).mean(dim=0)
+    chosen = expected.gather(0, merged.pred_sem_seg.data.view(1, HEIGHT, WIDTH))[0]
+    assert (expected.amax(dim=0) - chosen).max() < 1e-6
+
+
+def test_a_classifiers_weights(scenes: Path, tmp_path: Path) -> None:
+    """They come into the backbone and stay out of the heads; what lacks a stage is refused."""
+    config = read(TINY)
+    weights = tmp_path / "classifier.pth"
+    options = {k: v for k, v in (config.focal_tiny | SMALL).items() if k != "type"}
+    classifier = FocalTransformer(num_classes=7, **options)
+    torch.save({"model": classifier.state_dict()}, weights)
+    told = shrunken(config, init_cfg=dict(type="Pretrained", checkpoint=str(weights)))
+    model = MODELS.build(told)
+    model.init_weights()
+    own = model.backbone.state_dict()
+    shared = {key: value for key, value in classifier.state_dict().items() if key in own}
+    assert len(shared) == len(own) - 8, "all but four norms"
+    assert all(torch.equal(own[key], value) for key, value in shared.items())
+    torch.save({k: v for k, v in classifier.state_dict().items() if "layers.3" not in k}, weights)
+    with pytest.raises(ValueError, match="missing: layers.3"):
+        MODELS.build(told).init_weights()
+
+
+@pytest.mark.parametrize("frozen", [0, 2])
+def test_frozen_stages(frozen: int, scenes: Path) -> None:
+    config = read(TINY)
+    model = MODELS.build(shrunken(config, frozen_stages=frozen))
+    wrapper = build_optim_wrapper(model, config.optim_wrapper)
+    one_step(model, config, scenes)
+    still = ("patch_embed.", *(f"{part}{i}." for i in range(frozen) for part in ("layers.", "norm")))
+    before = {key: value.detach().clone() for key, value in model.named_parameters()}
+    wrapper.step()
+    for key, parameter in model.named_parameters():
+        held = key.removeprefix("backbone.").startswith(still)
+        assert (parameter.grad is None) == held, key
+        assert torch.equal(parameter, before[key]) == held, key
+
+
+# --- Counting -----------------------------------------------------------------------------------------------
+
+
+def test_count_of_a_backbone_is_that_of_the_classifier() -> None:
+    """At 224 pixels, and without the classifier's head."""
+    cost = count.count(read(TINY).model, (224, 224))
+    _, macs = count_params_and_macs(load_config(str(REPO / "configs/focal_tiny_patch4_window7_224.yaml")))
+    assert cost.backbone_macs == macs - 768 * 1000
+
+
+def test_count_of_a_head_by_hand() -> None:
+    """A UPerNet of one channel everywhere: its convolutions counted with a pencil."""
+    model = shrunken(read(TINY))
+    model.decode_head.channels = 2
+    sizes = [(16 >> i) ** 2 for i in range(4)]  # pixels of each stage's map
+    pools = sum(s * s for s in (1, 2, 3, 6)) * 64 * 2
+    bottleneck = sizes[3] * 9 * (64 + 4 * 2) * 2
+    lateral = sum(n * c * 2 for n, c in zip(sizes, (8, 16, 32), strict=False))
+    smooth = sum(n * 9 * 2 * 2 for n in sizes[:3])
+    fused = sizes[0] * 9 * 8 * 2 + sizes[0] * 2 * 11
+    assert count.count(model, (64, 64)).head_macs == pools + bottleneck + lateral + smooth + fused
+
+
+def test_count_as_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [count.image_size(read(name)) for name in (TINY, LARGE)] == [(512, 2048), (640, 2560)]
+    monkeypatch.setattr("segmentation.count.image_size", lambda config: (64, 96))
+    path = CONFIGS / f"{TINY}.py"
+    count.main([str(path), "--out", str(tmp_path / "table.md")])
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
+    assert cells[:4] == [TINY, "64 x 96", "60.5", "62"] and cells[5] == "998" and cells[-1] == "45.8, 47.0"
+    assert len(lines[0].split("|")) == len(lines[1].split("|")) == len(lines[2].split("|"))
+    assert "torch " in lines[-1] and "mmseg " in lines[-1]
