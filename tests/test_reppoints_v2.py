@@ -38,6 +38,13 @@ NO_BOXES = torch.zeros(0, 4)
 NO_LABELS = torch.zeros(0, dtype=torch.long)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def in_mmdet() -> Iterator[None]:
+    """Whatever scope an earlier Runner of the process left."""
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        yield
+
+
 def boxes_of(*boxes: tuple[float, float, float, float]) -> Tensor:
     return torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
 
@@ -503,13 +510,12 @@ def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: st
 
 
 @pytest.fixture
-def detector() -> Iterator[Any]:
+def detector() -> Any:
     """The demo's detector."""
     torch.manual_seed(0)
-    with DefaultScope.overwrite_default_scope("mmdet"):
-        model = MODELS.build(Config.fromfile(REPO / "detection/configs/demo_reppoints_v2.py").model)
-        model.init_weights()
-        yield model
+    model = MODELS.build(Config.fromfile(REPO / "detection/configs/demo_reppoints_v2.py").model)
+    model.init_weights()
+    return model
 
 
 def batch_of(*sizes: tuple[int, int]) -> dict[str, Any]:
