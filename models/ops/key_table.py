@@ -104,8 +104,14 @@ def rows_of_map(x: Tensor, table: KeyTable) -> Tensor:
 
 
 def mask_absent(bias: Tensor, visible: Tensor | None) -> Tensor:
-    """Set the bias [N, P or 1, Q, K] of absent keys (`visible` [P, 1 or Q, K]) to -inf: [N, P, Q, K]."""
-    return bias if visible is None else bias.masked_fill(~visible, float("-inf"))
+    """Set the bias [N, P or 1, Q, K] of absent keys (`visible` [P, 1 or Q, K]) to -inf: [N, P, Q, K].
+
+    By adding, since a sum has its gradient at hand: what comes back for an absent key is zero, as its weight
+    is.
+    """
+    if visible is None:
+        return bias
+    return bias + torch.zeros_like(visible, dtype=bias.dtype).masked_fill_(~visible, float("-inf"))
 
 
 def split_qkv(qkv: Tensor, table: KeyTable) -> tuple[Tensor, Tensor, Tensor]:

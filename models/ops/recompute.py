@@ -1,12 +1,11 @@
-"""Attention for training on the CPU: keeps q, k, v, the bias and the output for the backward pass, nothing
-else.
+"""Attention for training on the CPU: keeps q, k, v and the bias for the backward pass, nothing else.
 
 PyTorch's fused CPU kernel has no gradient for a bias, so with a learned one autograd falls back to plain
 products and keeps gathered keys, scores and probabilities. Here the forward pass stays fused, and the
 backward pass computes the probabilities again, a few windows of one image at a time, so that they never leave
 the cache:
 
-    P = softmax(scale q k' + bias),  dv = P' do,  ds = P * (do v' - rowsum(do * o)),
+    P = softmax(scale q k' + bias),  dv = P' do,  dP = do v',  ds = P * (dP - rowsum(dP * P)),
     dq = scale ds k,  dk = scale ds' q,  dbias = sum of ds over the batch.
 
 The gradient of a key is the sum over the slots that read it, taken in a fixed order: two runs give the same
@@ -44,78 +43,78 @@ class RecomputedAttention(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         qkv, bias, ctx.table, ctx.scale, _ = inputs
-        ctx.save_for_backward(qkv, bias, output)
+        ctx.save_for_backward(qkv, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, bias, out = ctx.saved_tensors
+        qkv, bias = ctx.saved_tensors
         table, scale = ctx.table, ctx.scale
-        heads, fine = qkv.shape[3], out.shape[1]
+        heads, fine = qkv.shape[3], grad.shape[1]
         wide = torch.promote_types(bias.dtype, torch.float32)
         gradient = torch.empty_like(qkv)
         gradient[:, fine:, 0] = 0  # nobody asks with a pooled token
         scores_bias, dbias = bias[0].to(wide), torch.zeros(bias.shape[1:], dtype=wide)  # [N*P, Q, K']
         for image in range(len(qkv)):
             q, k, v = (x.transpose(0, 1).to(wide) for x in qkv[image].unbind(1))  # [N, S, D]
-            o, do = (x[image].unflatten(-1, (heads, -1)).transpose(0, 1).to(wide) for x in (out, grad))
-            q, o, do = (_queries(x, table) for x in (q[:, :fine] * scale, o, do))  # [N*P, Q, D]
+            do = grad[image].unflatten(-1, (heads, -1)).transpose(0, 1).to(wide)
+            q, do = (_queries(x, table) for x in (q[:, :fine], do))  # [N*P, Q, D]
             k, v = (_keys(x, table) for x in (k, v))  # [N*P, K', D]
-            dq, dk, dv = _products(q, k, v, (o * do).sum(dim=-1, keepdim=True), do, scores_bias, dbias)
-            _put_queries(gradient[image, :fine, 0].transpose(0, 1), dq.mul_(scale), table)
+            dq, dk, dv = _products(q, k, v, do, scores_bias, dbias, scale)
+            _put_queries(gradient[image, :fine, 0].transpose(0, 1), dq, table)
             _put_keys(gradient[image, :, 1].transpose(0, 1), dk, table)
             _put_keys(gradient[image, :, 2].transpose(0, 1), dv, table)
         return gradient, dbias[None].to(bias.dtype), None, None, None
 
 
 def _products(
-    q: Tensor, k: Tensor, v: Tensor, delta: Tensor, grad: Tensor, bias: Tensor, dbias: Tensor
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, bias: Tensor, dbias: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of one image's windows, R = N*P of them, in pieces whose scores fit the cache.
 
     Args:
-        q, grad: queries times the scale, and the output's gradient, [R, Q, D].
+        q, grad: queries, and the output's gradient, [R, Q, D].
         k, v: [R, K', D].
-        delta: rowsum(do * o), [R, Q, 1].
         bias: [R, Q, K'].
         dbias: added to, as `bias`.
 
     Returns:
-        dq / scale [R, Q, D], dk and dv [R, K', D].
+        dq [R, Q, D], dk and dv [R, K', D].
     """
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     scores_at_once = SCORES_AT_ONCE * max(2, torch.get_num_threads())
     step = min(len(q), max(1, scores_at_once // bias[0].numel()))
     buffers = bias.new_empty(2, step, *bias.shape[1:])  # used again and again: fresh memory costs page faults
-    arrays = (q, k, v, delta, grad, bias, dbias, dq, dk, dv)
-    for qs, ks, vs, ds, gs, bs, dbs, dqs, dks, dvs in zip(*(x.split(step) for x in arrays), strict=True):
+    arrays = (q, k, v, grad, bias, dbias, dq, dk, dv)
+    for qs, ks, vs, gs, bs, dbs, dqs, dks, dvs in zip(*(x.split(step) for x in arrays), strict=True):
         scores, probabilities = buffers[:, : len(qs)]
-        torch.bmm(qs, ks.mT, out=scores)
-        torch.softmax(scores.add_(bs), dim=-1, out=probabilities)
+        torch.baddbmm(bs, qs, ks.mT, alpha=scale, out=scores)
+        torch.softmax(scores, dim=-1, out=probabilities)
         torch.bmm(probabilities.mT, gs, out=dvs)
         torch.bmm(gs, vs.mT, out=scores)
-        dscores = scores.sub_(ds).mul_(probabilities)
-        dbs += dscores
-        torch.bmm(dscores, ks, out=dqs)
-        torch.bmm(dscores.mT, qs, out=dks)
+        torch.ops.aten._softmax_backward_data.out(scores, probabilities, -1, scores.dtype, grad_input=scores)
+        dbs += scores
+        dqs.baddbmm_(scores, ks, beta=0, alpha=scale)
+        dks.baddbmm_(scores.mT, qs, beta=0, alpha=scale)
     return dq, dk, dv
 
 
 def _queries(x: Tensor, table: KeyTable) -> Tensor:
-    """[N, T, D] -> [N*P, Q, D]; the dense form is one window."""
-    if table.dense is not None:
-        return x.contiguous()
-    s = table.window
-    x = x.unflatten(1, (table.height // s, s, table.width // s, s))
-    return x.transpose(2, 3).reshape(-1, s * s, x.shape[-1])
+    """[N, T, D] -> [N*P, Q, D]."""
+    return _by_windows(x, table).contiguous().flatten(0, 2).flatten(1, 2)
 
 
 def _put_queries(target: Tensor, x: Tensor, table: KeyTable) -> None:
     """Turn `_queries` back: write [N*P, Q, D] to `target` [N, T, D]."""
-    if table.dense is None:
-        s = table.window
-        x = x.view(len(target), table.height // s, table.width // s, s, s, -1).transpose(2, 3)
-    target.copy_(x.reshape(target.shape))
+    windows = _by_windows(target, table)
+    windows.copy_(x.view(windows.shape))
+
+
+def _by_windows(x: Tensor, table: KeyTable) -> Tensor:
+    """A view: [N, T, D] -> [N, H/s, W/s, s, s, D]; the dense form is one window, [N, 1, 1, H, W, D]."""
+    height, width = (table.window,) * 2 if table.dense is None else (table.height, table.width)
+    x = x.unflatten(1, (table.height // height, height, table.width // width, width))
+    return x.transpose(2, 3)
 
 
 def _keys(x: Tensor, table: KeyTable) -> Tensor:

@@ -18,6 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from .key_table import KeyTable, fold_bias, merge_windows, split_qkv, split_windows, spread_bias
 from .recompute import RecomputedAttention, gather_heads
 
+KEYS_AT_ONCE = 2**21
+"""Values of gathered keys, and as many of values, that are worked on at once on the CPU."""
+
 
 def prepare_bias(bias: Tensor, table: KeyTable, dtype: torch.dtype) -> Tensor:
     """Mask for SDPA in `dtype`: [1, N, T, S] for the dense form, else [1, N*P, Q, K']."""
@@ -40,23 +43,42 @@ def _attend(qkv: Tensor, table: KeyTable, bias: Tensor, scale: float) -> Tensor:
     if table.dense is not None:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, N, T or S, D]
         return _attention(q, k, v, bias, scale).transpose(1, 2).flatten(2)
-    n = q.shape[2]
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if qkv.device.type == "cpu" and not torch.is_grad_enabled() and not is_traced:
+        return _attend_in_pieces(q, k, v, table, bias, scale)
+    index, heads = table.folded_index, q.shape[2]
     windows = split_windows(q, table)  # [B, N, P, Q, D]
-    keys, values = (_gather(x, table.folded_index) for x in (k, v))
+    keys, values = (
+        x.transpose(1, 2).index_select(2, index.flatten()).reshape(len(x), -1, index.shape[1], x.shape[-1])
+        for x in (k, v)
+    )  # [B, N*P, K', D]
     out = _attention(windows.flatten(1, 2), keys, values, bias, scale)
-    return merge_windows(out.unflatten(1, (n, -1)), table)
+    return merge_windows(out.unflatten(1, (heads, -1)), table)
 
 
-def _gather(x: Tensor, index: Tensor) -> Tensor:
-    """Keys of every window with windows as heads: [B, S, N, D], [P, K'] -> [B, N*P, K', D]."""
-    b, _, n, d = x.shape
-    p, k = index.shape
-    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return x.transpose(1, 2).index_select(2, index.flatten()).reshape(b, n * p, k, d)
-    gathered = x.new_empty(b, n, p * k, d)
-    for image, target in zip(x.transpose(1, 2), gathered, strict=True):
-        gather_heads(image, index, target)
-    return gathered.view(b, n * p, k, d)
+def _attend_in_pieces(q: Tensor, k: Tensor, v: Tensor, table: KeyTable, bias: Tensor, scale: float) -> Tensor:
+    """A few images at a time, whose gathered keys use the same memory again and again: fresh memory of their
+    size would cost more than filling it.
+
+    Args:
+        q: [B, T, N, D].
+        k, v: [B, S, N, D].
+
+    Returns:
+        [B, T, N*D].
+    """
+    (images, tokens, heads, dim), index = q.shape, table.folded_index
+    at_once = min(images, max(1, KEYS_AT_ONCE // (heads * index.numel() * dim)))
+    gathered = q.new_empty(2, at_once, heads, index.numel(), dim)
+    out = q.new_empty(images, tokens, heads * dim)
+    for qs, ks, vs, target in zip(*(x.split(at_once) for x in (q, k, v, out)), strict=True):
+        for source, buffer in zip((ks, vs), gathered, strict=True):
+            for image, rows in zip(source.transpose(1, 2), buffer, strict=False):
+                gather_heads(image, index, rows)
+        keys, values = gathered[:, : len(qs)].unflatten(3, index.shape).flatten(2, 3)
+        attended = _attention(split_windows(qs, table).flatten(1, 2), keys, values, bias, scale)
+        target.copy_(merge_windows(attended.unflatten(1, (heads, -1)), table))
+    return out
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:

@@ -1,0 +1,87 @@
+"""The MLP in pieces is the MLP: same output and gradients, and plain wherever somebody looks inside."""
+
+import pytest
+import timm.layers
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from models import mlp
+from models.mlp import Mlp
+
+
+@pytest.fixture
+def in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of 4 rows of 24 hidden channels, at any size."""
+    monkeypatch.setattr(mlp, "LARGE", 0)
+    monkeypatch.setattr(mlp, "HIDDEN_AT_ONCE", 4 * 24 // max(2, torch.get_num_threads()))
+
+
+def make_mlp(**options: float) -> Mlp:
+    torch.manual_seed(0)
+    return Mlp(6, 24, **options).double()
+
+
+def results(layer: nn.Module, x: Tensor) -> list[Tensor]:
+    """Output, and gradients of input and parameters."""
+    x = x.clone().requires_grad_()
+    out = layer(x)
+    grads = torch.autograd.grad(
+        (out * torch.arange(out.numel()).view_as(out)).sum(), [x, *layer.parameters()]
+    )
+    return [out, *grads]
+
+
+def runs_in_pieces(layer: nn.Module, x: Tensor) -> bool:
+    """Whether more than the two products of the plain MLP are computed."""
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        layer(x)
+    return sum(event.name == "aten::addmm" for event in trace.events()) > 2
+
+
+@pytest.mark.usefixtures("in_pieces")
+@pytest.mark.parametrize("shape", [(2, 3, 5, 6), (8, 6), (1, 6), (3, 7, 6)], ids=str)
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_pieces_change_nothing(shape: tuple[int, ...], is_transposed: bool) -> None:
+    """Whole pieces, a rest, a single row; rows that are not contiguous."""
+    layer, plain = make_mlp(), timm.layers.Mlp(6, 24).double()
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(shape, dtype=torch.float64)
+    x = x.transpose(0, -2) if is_transposed and x.dim() > 2 else x
+    for ours, timms in zip(results(layer, x), results(plain, x), strict=True):
+        torch.testing.assert_close(ours, timms)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), plain(x))
+    assert torch.autograd.gradcheck(layer, x.clone().requires_grad_())
+
+
+@pytest.mark.usefixtures("in_pieces")
+def test_plain_where_somebody_looks_inside() -> None:
+    x = torch.randn(9, 6, dtype=torch.float64)
+    layer = make_mlp()
+    assert runs_in_pieces(layer, x) and runs_in_pieces(layer.eval(), x)
+    assert not runs_in_pieces(make_mlp(drop=0.5), x)
+    assert runs_in_pieces(make_mlp(drop=0.5).eval(), x)
+    seen: list[torch.Size] = []
+    layer.fc1.register_forward_hook(lambda _, inputs, output: seen.append(output.shape))
+    layer(x)
+    assert seen == [torch.Size([9, 24])]
+    replaced = make_mlp()
+    replaced.fc2 = nn.Sequential(replaced.fc2)  # as an adapter would
+    assert not runs_in_pieces(replaced, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert make_mlp().float()(x.float()).dtype == torch.bfloat16
+
+
+def test_small_maps_are_computed_whole() -> None:
+    layer = make_mlp().float()
+    assert not runs_in_pieces(layer, torch.randn(1000, 6))
+    assert runs_in_pieces(layer, torch.randn(2**25 // 4 // 24 + 1, 6))
+
+
+@pytest.mark.usefixtures("in_pieces")
+def test_frozen_weights_get_no_gradient() -> None:
+    layer = make_mlp().requires_grad_(False)
+    x = torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None and all(p.grad is None for p in layer.parameters())
