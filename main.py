@@ -126,7 +126,8 @@ def load_weights(model: FocalTransformer, config: CfgNode, key: str) -> None:
             if config.EVAL_EMA:
                 train_state.load_average(model, config.MODEL[key])
             else:
-                load_checkpoint(model, config.MODEL[key], reset_head=config.MODEL.RESET_HEAD)
+                resize = key == "PRETRAINED" and not config.EVAL_MODE  # to start from, at any size
+                load_checkpoint(model, config.MODEL[key], config.MODEL.RESET_HEAD, resize)
         except ValueError as error:
             if "reset_head" not in str(error) or config.EVAL_MODE:
                 raise

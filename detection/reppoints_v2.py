@@ -1,4 +1,4 @@
-"""RepPoints v2 for MMDetection 3: a head, an assigner and a loss, registered by being imported.
+"""RepPoints v2 for MMDetection 3: a head and an assigner, registered by being imported, like the loss.
 
 Chen et al., "RepPoints v2: Verification Meets Regression for Object Detection" (NeurIPS 2020). MMDetection's
 RepPointsHead regresses; what is added here verifies, after section 3 of the paper:
@@ -35,9 +35,10 @@ from mmdet.models.utils import multi_apply
 from mmdet.registry import MODELS, TASK_UTILS
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid, pad
+from torch.nn.functional import pad
 
 from detection.corner_targets import LevelTargets, level_targets, snap_to_corners, stack_targets
+from detection.foreground_loss import BoxNormalizedFocalLoss
 
 EXPLICIT_CORNERS = "explicit_corners"
 TRANSFORM_METHODS = (EXPLICIT_CORNERS, "minmax", "partial_minmax", "moment")
@@ -47,7 +48,7 @@ FIXED = {"use_grid_points": False, "center_init": True, "conv_cfg": None}  # wha
 
 LOSS_CORNER = {"type": "GaussianFocalLoss", "alpha": 2.0, "gamma": 4.0, "loss_weight": 0.25}
 LOSS_OFFSET = {"type": "SmoothL1Loss", "beta": 1 / 9, "loss_weight": 1.0}
-LOSS_FOREGROUND = {"type": "BoxNormalizedFocalLoss", "gamma": 2.0, "alpha": 0.25, "loss_weight": 0.1}
+LOSS_FOREGROUND = {"type": BoxNormalizedFocalLoss, "gamma": 2.0, "alpha": 0.25, "loss_weight": 0.1}
 PRIOR = {"type": "Normal", "std": 0.01, "bias_prob": 0.01}
 INIT = {
     "type": "Normal",
@@ -74,37 +75,6 @@ class StrideATSSAssigner(ATSSAssigner):
         strides = pred_instances.priors[:, 4]
         counts = torch.unique_consecutive(strides, return_counts=True)[1].tolist()
         return super().assign(pred_instances, counts, gt_instances, gt_instances_ignore)
-
-
-@MODELS.register_module()
-class BoxNormalizedFocalLoss(nn.Module):
-    """Focal loss of foreground maps in which every box counts alike, whatever its size.
-
-    The paper's normalized focal loss: positive cells weigh as `LevelTargets.foreground` says and are divided
-    by the sum of these weights; negative cells by the number of positive ones.
-
-    Args:
-        gamma: how strongly well classified cells are played down.
-        alpha: share of the positive cells' part.
-        loss_weight: factor of the result.
-    """
-
-    def __init__(self, gamma: float = 2.0, alpha: float = 0.25, loss_weight: float = 0.1) -> None:
-        super().__init__()
-        self.gamma = gamma
-        self.alpha = alpha
-        self.loss_weight = loss_weight
-
-    def forward(self, logits: Tensor, weights: Tensor, valid: Tensor) -> Tensor:
-        """A scalar of logits, weights and valid (bool) of one shape; what is not valid does not count."""
-        logits = logits.float()
-        positive = weights > 0
-        negative = valid & ~positive
-        hit = -logsigmoid(logits) * (-logits).sigmoid().pow(self.gamma) * weights
-        false_alarm = -logsigmoid(-logits) * logits.sigmoid().pow(self.gamma) * negative
-        hits = hit.sum() / weights.sum().clamp(min=torch.finfo(logits.dtype).tiny)
-        false_alarms = false_alarm.sum() / positive.sum().clamp(min=1)
-        return self.loss_weight * (self.alpha * hits + (1 - self.alpha) * false_alarms)
 
 
 class CornerFeatures(BiCornerPool):

@@ -3,5 +3,14 @@
 from .build import build_model, count_params_and_macs
 from .checkpoint import load_checkpoint, read_checkpoint
 from .focal_transformer import FocalTransformer
+from .registry import VARIANTS, TimmFocalTransformer
 
-__all__ = ["FocalTransformer", "build_model", "count_params_and_macs", "load_checkpoint", "read_checkpoint"]
+__all__ = [
+    "VARIANTS",
+    "FocalTransformer",
+    "TimmFocalTransformer",
+    "build_model",
+    "count_params_and_macs",
+    "load_checkpoint",
+    "read_checkpoint",
+]

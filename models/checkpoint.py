@@ -2,7 +2,8 @@
 
 Parameters carry the original's names, so its files need no renaming. What they hold beside parameters are
 index tables: those that follow from the options are dropped, Focal-fast's choice of nearest keys is loaded.
-Tables are not resized: a checkpoint fits models of its own window size and focal windows only.
+A checkpoint fits models of its own window size, focal windows and input size; for others it is resized on
+request (resize.py).
 
 Files are always read with `weights_only=True`, and looked through before that by checkpoint_scan.py. The
 original pickled its yacs config into training checkpoints; that one class is read as a plain dict, any other
@@ -27,6 +28,8 @@ from torch import Tensor, nn
 from .checkpoint_scan import CodeInFileError, DamagedFileError, check_checkpoint
 from .focal_attention import FocalAttention
 from .key_selection import NearestKeys
+from .resize import choices_of_other_maps, depends_on_setting, is_plain, is_ring, resize_state
+from .safetensors_file import read_safetensors
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +45,16 @@ HEAD = ("head.weight", "head.bias")
 STATE_KEYS = ("model", "state_dict", "model_state_dict")
 """Where a file may hold its parameters; else the file is the state dict itself."""
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+GENERAL_ADVICE = "Use the config that the checkpoint was trained with, and an undamaged copy."
+HEAD_ADVICE = "Only the classifier differs: set MODEL.NUM_CLASSES, or ask for a new head (reset_head)."
+SETTING_ADVICE = (
+    "Only what depends on windows or the input size differs: set them as they were, or have the checkpoint "
+    "resized (resize; training with --pretrained does)."
+)
+BOTH_ADVICE = (
+    "Only the classifier and what depends on windows or the input size differ: set them as they were, or ask "
+    "for a new head (reset_head) and have the rest resized (resize; training with --pretrained does)."
+)
 SHOWN_KEYS = 12
 SHOWN_LETTERS = 120
 
@@ -54,19 +66,25 @@ class LoadReport:
     path: str
     reset: list[str] = field(default_factory=list)  # head parameters left at their fresh values, or dropped
     recomputed: list[str] = field(default_factory=list)  # stored choices made for another map size
+    resized: list[str] = field(default_factory=list)  # parameters of another window or input size
+    continued: list[str] = field(default_factory=list)  # rings that the file lacks, made of its own windows
+    dropped: list[str] = field(default_factory=list)  # rings that the model lacks
 
 
 def read_checkpoint(path_or_url: str | Path) -> dict[str, Any]:
     """Read a checkpoint file to the CPU without executing anything in it, in no more memory than it is long.
 
     Args:
-        path_or_url: a file, or an http(s) address, which is kept in the torch hub cache.
+        path_or_url: a file of torch.save or a `.safetensors` file, or an http(s) address of one, which is
+            kept in the torch hub cache.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: not a checkpoint, damaged, or a file that would execute code.
     """
     path = _local_file(path_or_url)
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
     try:
         with open(path, "rb") as file:
             check_checkpoint(file)
@@ -115,13 +133,16 @@ def state_dict_of(checkpoint: Mapping[str, Any], origin: str = "checkpoint") -> 
     return {key: value for key, value in state.items() if not DERIVED_BUFFERS.search(key)}
 
 
-def load_checkpoint(model: nn.Module, path_or_url: str | Path, reset_head: bool = False) -> LoadReport:
+def load_checkpoint(
+    model: nn.Module, path_or_url: str | Path, reset_head: bool = False, resize: bool = False
+) -> LoadReport:
     """Load all parameters of a model from an original or own checkpoint, or change nothing.
 
     Args:
         model: a FocalTransformer, on any device.
         path_or_url: see `read_checkpoint`.
         reset_head: leave the classifier as it is (another set of classes, or a backbone without one).
+        resize: fit what depends on window, focal windows, ring and input size to those of the model.
 
     Returns:
         What was not simply loaded; it is logged, too.
@@ -138,26 +159,39 @@ def load_checkpoint(model: nn.Module, path_or_url: str | Path, reset_head: bool 
         report.reset = sorted(key for key in HEAD if key in given or key in wanted)
         given = {key: value for key, value in given.items() if key not in HEAD}
         wanted = {key: value for key, value in wanted.items() if key not in HEAD}
-    for key in [key for key in given if CHOICE_BUFFERS.search(key)]:
-        if key in wanted and given[key].shape != wanted[key].shape:
-            report.recomputed.append(key)
-            del given[key], wanted[key]
+    elsewhere = [key for key in given if CHOICE_BUFFERS.search(key) and _differ_in_shape(given, wanted, key)]
+    if resize:
+        done = resize_state(given, wanted, getattr(model, "built_for", None))
+        report.resized, report.continued, report.dropped = done.resized, done.continued, done.dropped
+        elsewhere += [key for key in choices_of_other_maps(model, given) if key not in elsewhere]
+    for key in elsewhere:
+        report.recomputed.append(key)
+        del given[key], wanted[key]
     check_state(given, wanted, report.path)
     for name, layer in model.named_modules():
         if isinstance(layer, FocalAttention) and isinstance(layer.selection, NearestKeys):
             _check_choice(layer, layer.selection, name, given, report.path)
     model.load_state_dict(given, strict=False)  # complete but for what the report says
-    if report.reset:
-        logger.warning(
-            "%s: the classifier is not loaded (reset_head): %s", report.path, ", ".join(report.reset)
-        )
-    if report.recomputed:
-        logger.info(
-            "%s: made for another input size; nearest keys are chosen anew in %d tables",
-            report.path,
-            len(report.recomputed),
-        )
+    _log(report)
     return report
+
+
+def _differ_in_shape(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], key: str) -> bool:
+    """Whether both have the key, in different shapes."""
+    return key in given and key in wanted and given[key].shape != wanted[key].shape
+
+
+def _log(report: LoadReport) -> None:
+    """Say what was not simply loaded."""
+    for level, names, text in (
+        (logging.WARNING, report.reset, "the classifier is not loaded (reset_head)"),
+        (logging.WARNING, report.continued, "rings that it lacks are continued from its own windows' tables"),
+        (logging.WARNING, report.dropped, "rings that the model lacks are dropped"),
+        (logging.INFO, report.resized, "made for other windows or another input size, resized"),
+        (logging.INFO, report.recomputed, "made for another input size; nearest keys are chosen anew in"),
+    ):
+        if names:
+            logger.log(level, "%s: %s: %d tables: %s", report.path, text, len(names), _listed(names))
 
 
 def check_state(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], origin: str) -> None:
@@ -169,17 +203,14 @@ def check_state(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], origi
     if unexpected:
         problems.append(f"{len(unexpected)} unexpected: {_listed(unexpected)}")
     common = sorted(given.keys() & wanted.keys())
-    shapes = [
-        f"{key} is {list(given[key].shape)}, expected {list(wanted[key].shape)}"
-        for key in common
-        if given[key].shape != wanted[key].shape
-    ]
+    unlike = [key for key in common if _differ_in_shape(given, wanted, key)]
+    shapes = [f"{key} is {list(given[key].shape)}, expected {list(wanted[key].shape)}" for key in unlike]
     if shapes:
         problems.append(f"{len(shapes)} of another shape: {_listed(shapes)}")
     kinds = [
         f"{key} is {_kind(given[key])}, expected {_kind(wanted[key])}"
         for key in common
-        if not _is_plain(given[key]) or given[key].is_floating_point() != wanted[key].is_floating_point()
+        if not is_plain(given[key]) or given[key].is_floating_point() != wanted[key].is_floating_point()
     ]
     if kinds:
         problems.append(f"{len(kinds)} of another kind: {_listed(kinds)}")
@@ -189,16 +220,30 @@ def check_state(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], origi
             problems.append(f"{len(broken)} with nan or inf: {_listed(broken)}")
     if not problems:
         return
-    advice = "Use the config that the checkpoint was trained with, and an undamaged copy."
-    if (
-        all(key in HEAD for key in missing + unexpected)
-        and all(text.split()[0] in HEAD for text in shapes)
-        and not kinds
-    ):
-        advice = "Only the classifier differs: set MODEL.NUM_CLASSES, or ask for a new head (reset_head)."
+    advice = _advice([*missing, *unexpected], unlike) if not kinds else GENERAL_ADVICE
     raise ValueError(
         f"{origin} does not fit the model; nothing was loaded. {advice}\n  " + "\n  ".join(problems)
     )
+
+
+def _advice(on_one_side: list[str], unlike: list[str]) -> str:
+    """What to do about keys that only one of two state dicts has, and those of unlike shapes.
+
+    Rings come and go with the input size; other tables only change their shape with it.
+    """
+    names = [*on_one_side, *unlike]
+    head = [key for key in names if key in HEAD]
+    setting = [key for key in on_one_side if is_ring(key)]
+    setting += [key for key in unlike if depends_on_setting(key)]
+    if len(head) + len(setting) < len(names):
+        return GENERAL_ADVICE
+    by_difference = {
+        (False, False): GENERAL_ADVICE,
+        (True, False): HEAD_ADVICE,
+        (False, True): SETTING_ADVICE,
+        (True, True): BOTH_ADVICE,
+    }
+    return by_difference[bool(head), bool(setting)]
 
 
 def _check_choice(
@@ -210,12 +255,6 @@ def _check_choice(
         selection.check_choice(choice)
     except ValueError as error:
         raise ValueError(f"{origin}: {name}: {error}; nothing was loaded") from error
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor has its values at hand, in a format that converts to others."""
-    is_known = tensor.dtype in FLOATS or not (tensor.is_floating_point() or tensor.is_complex())
-    return is_known and tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_quantized)
 
 
 def _kind(tensor: Tensor) -> str:

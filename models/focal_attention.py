@@ -84,7 +84,7 @@ class FocalAttention(nn.Module):
         Returns:
             [B, H, W, C].
         """
-        _, height, width, channels = x.shape
+        height, width = int(x.shape[1]), int(x.shape[2])  # torch.jit.trace hands out tensors
         padded = padded_size(height, width, self.selection.window_size)
         if padded != (height, width):  # padding by nothing would copy the map
             x = F.pad(x, (0, 0, 0, padded[1] - width, 0, padded[0] - height))

@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import DropPath, Mlp, trunc_normal_
+from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .focal_attention import FocalAttention
 from .layers import POOLS, PatchEmbed
+from .mlp import Mlp
 from .options import KINDS, StageOptions, check_options, smallest_side
 
 
@@ -62,6 +63,13 @@ class FocalBlock(nn.Module):
         """[B, H, W, C] -> [B, H, W, C]."""
         x = x + self.drop_path(_scaled(self.attn(self.norm1(x), self.pool_layers), self.gamma_1))
         return x + self.drop_path(_scaled(self.mlp(self.norm2(x)), self.gamma_2))
+
+    def __prepare_scriptable__(self) -> None:
+        """What `torch.jit.script` asks for: a clear refusal."""
+        raise NotImplementedError(
+            "a focal model cannot be scripted, since Python chooses its keys for each input size: use "
+            "torch.jit.trace at the size it will run at, or torch.export"
+        )
 
 
 def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
@@ -210,9 +218,9 @@ class FocalTransformer(nn.Module):
             self.layers.append(FocalStage(stage_options, drop_rate, stage_rates, down, use_checkpoint))
             height, width = (height, width) if down is None else down.output_size(height, width)
 
-        self.norm = nn.LayerNorm(self.num_features)
+        self.norm: nn.Module = nn.LayerNorm(self.num_features)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
-        self.apply(_init_weights)
+        self.apply(initialise)
         if ape:
             trunc_normal_(self.absolute_pos_embed, std=0.02)
 
@@ -224,7 +232,7 @@ class FocalTransformer(nn.Module):
         """Image [B, in_chans, H, W] to the normalised last map [B, H/32, W/32, C]."""
         x = self._stem(x)
         for stage in self.layers:
-            x = _next_map(stage, stage(x))
+            x = next_map(stage, stage(x))
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -256,21 +264,12 @@ class FocalTransformer(nn.Module):
         for i, stage in enumerate(self.layers[: max(wanted) + 1]):
             x = stage(x)
             maps.append(x.permute(0, 3, 1, 2))
-            x = _next_map(stage, x) if i < max(wanted) else x
+            x = next_map(stage, x) if i < max(wanted) else x
         return [maps[i] for i in wanted]
 
     def _stem(self, x: Tensor) -> Tensor:
-        """Image [B, in_chans, H, W] to the first map [B, H/4, W/4, C], with a clear error for what cannot
-        run."""
-        if x.ndim != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(
-                f"expected images [B, {self.in_chans}, H, W], got a tensor of shape {list(x.shape)}"
-            )
-        if min(x.shape[2:]) < self.smallest_side:
-            least = f"{self.smallest_side} x {self.smallest_side}"
-            raise ValueError(
-                f"images must be at least {least} pixels, got {x.shape[2]} x {x.shape[3]}: resize"
-            )
+        """Image [B, in_chans, H, W] to the first map [B, H/4, W/4, C]."""
+        check_images(x, self.in_chans, self.smallest_side)
         x = self.patch_embed(x.permute(0, 2, 3, 1))
         if self.absolute_pos_embed is not None:
             x = x + self._position_embedding(x.shape[1], x.shape[2])
@@ -298,12 +297,21 @@ class FocalTransformer(nn.Module):
         return [attention.resolved_backend(dtype) for attention in first]
 
 
-def _next_map(stage: Any, x: Tensor) -> Tensor:
+def check_images(x: Tensor, in_chans: int, smallest_side: int) -> None:
+    """Raise ValueError for images that cannot run."""
+    if x.ndim != 4 or x.shape[1] != in_chans:
+        raise ValueError(f"expected images [B, {in_chans}, H, W], got a tensor of shape {list(x.shape)}")
+    if min(x.shape[2:]) < smallest_side:
+        least = f"{smallest_side} x {smallest_side}"
+        raise ValueError(f"images must be at least {least} pixels, got {x.shape[2]} x {x.shape[3]}: resize")
+
+
+def next_map(stage: Any, x: Tensor) -> Tensor:
     """A stage's map [B, H, W, C] on its way to the next stage (the last one's stays)."""
     return x if stage.downsample is None else stage.downsample(x)
 
 
-def _init_weights(module: nn.Module) -> None:
+def initialise(module: nn.Module) -> None:
     """Linear layers truncated normal 0.02 with zero bias; norms and convolutions as PyTorch has them."""
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)

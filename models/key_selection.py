@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -98,6 +98,10 @@ class RingPooledKeys:
     def refresh(self, layer: Any, strict: bool = False) -> None:
         """Nothing of this selection is stored."""
 
+    def made_for(self, layer: Any, map_size: tuple[int, int]) -> RingPooledKeys:
+        """The selection for another map size: the same."""
+        return self
+
     def keys(self, layer: Any, height: int, width: int, device: torch.device) -> SelectedKeys:
         """Tables for an (unpadded) map of `height` x `width` tokens."""
         numbers = (self.window_size, self.expand_size, self.focal_window, self.pooled_levels, self.shift_size)
@@ -141,9 +145,21 @@ class NearestKeys:
             nn.Sequential(nn.Linear(2, head_dim), nn.ReLU(), nn.Linear(head_dim, num_heads))
             for _ in range(1 + self.pooled_levels)
         )
+        self.store_choice(layer)
+
+    def store_choice(self, layer: Any) -> None:
+        """Put a fresh choice for the map size `built_for` on `layer`."""
+        device = layer.coord2rpb_all[0][0].weight.device
         for level, choice in enumerate(_nearest(self, *self.built_for)):
-            layer.register_buffer(_choice_name(level), torch.tensor(choice))
+            layer.register_buffer(_choice_name(level), torch.tensor(choice, device=device))
         layer.stored_from = None
+
+    def made_for(self, layer: Any, map_size: tuple[int, int]) -> NearestKeys:
+        """The selection for another map size, whose choice takes the place of this one's on `layer`."""
+        other = replace(self, built_for=map_size)
+        other.store_choice(layer)
+        other.refresh(layer)
+        return other
 
     def stored(self, layer: Any) -> list[Tensor]:
         """The choice of each level, as `layer` holds it."""

@@ -69,7 +69,7 @@ class FocalBackbone(FocalTransformer):
             self.absolute_pos_embed.requires_grad_(False)
 
     def init_weights(self) -> None:
-        """Load the classifier that `init_cfg` names; all of its stages must be in the file.
+        """Load the classifier that `init_cfg` names, all of its stages, resized to the windows here.
 
         Raises:
             FileNotFoundError: no such file.
@@ -78,12 +78,15 @@ class FocalBackbone(FocalTransformer):
         if self.init_cfg is None:
             return
         classifier = FocalTransformer(num_classes=0, **self.options)
-        report = load_checkpoint(classifier, self.init_cfg["checkpoint"], reset_head=True)
+        report = load_checkpoint(classifier, self.init_cfg["checkpoint"], reset_head=True, resize=True)
         loaded, own = classifier.state_dict(), self.state_dict()
         self.load_state_dict({key: value for key, value in loaded.items() if key in own}, strict=False)
-        dropped = ", ".join([*report.reset, *sorted(loaded.keys() - own.keys())])
+        dropped = ", ".join([*report.reset, *report.dropped, *sorted(loaded.keys() - own.keys())])
         fresh = ", ".join(sorted(own.keys() - loaded.keys()))
-        print_log(f"{report.path}: loaded; not used here: {dropped}; new: {fresh}", "current")
+        resized = ", ".join([*report.resized, *report.continued]) or "nothing"
+        print_log(
+            f"{report.path}: loaded; not used here: {dropped}; new: {fresh}; resized: {resized}", "current"
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Images [B, 3, H, W] to maps [B, C_i, H / (4 * 2^i), W / (4 * 2^i)] of the chosen stages."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import distributed
@@ -124,7 +124,20 @@ def _common_config(args: argparse.Namespace) -> "Config":
         unused = {"find_unused_parameters": config.get("find_unused_parameters", False)}
         config.setdefault("model_wrapper_cfg", wrapper | unused)
         config.pop("sync_bn", None)  # there is none on CPUs: each process normalises by its own images
+        _normalise_locally(config.get("model"))
     return config
+
+
+def _normalise_locally(options: Any) -> None:
+    """Put BatchNorm of a single process into the place of SyncBN, in all that a config's model holds."""
+    if isinstance(options, dict):
+        if options.get("type") == "SyncBN":
+            options["type"] = "BN"
+        options = options.values()
+    elif not isinstance(options, list | tuple):
+        return
+    for part in options:
+        _normalise_locally(part)
 
 
 def training_config(args: argparse.Namespace) -> "Config":

@@ -19,6 +19,15 @@ from mmengine.config import Config, ConfigDict
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, TASK_UTILS, DefaultScope
 from mmengine.structures import InstanceData
+from openmmlab_configs import (
+    SMALL,
+    batch,
+    check_backbone,
+    check_named_weights,
+    check_weight_decay,
+    edit,
+    of_backbone,
+)
 
 from config import load_config
 from data.demo import DemoOptions, write_demo
@@ -50,11 +59,6 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @lru_cache
 def read(name: str) -> Config:
     return Config.fromfile(CONFIGS / f"{name}.py")
-
-
-def of_backbone(name: str) -> str:
-    """'mask-rcnn_focal-fast-tiny_fpn_1x_coco' -> 'focal_fast_tiny'."""
-    return name.split("_")[1].replace("-", "_")
 
 
 def schedule_of(name: str) -> str:
@@ -110,10 +114,9 @@ def test_every_released_classifier_is_a_backbone() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe(name: str) -> None:
     config = read(name)
-    backbone = config.model.backbone
     variant = of_backbone(name)
-    assert {**backbone, **config[variant]} == backbone, "the variant's values"
-    assert backbone.drop_path_rate == DROP_PATH[variant.split("_")[-1]]
+    check_backbone(config, variant)
+    assert config.model.backbone.drop_path_rate == DROP_PATH[variant.split("_")[-1]]
     optimizer = config.optim_wrapper.optimizer
     assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ("AdamW", 1e-4, 0.05)
     assert {*optimizer} == {"type", "lr", "weight_decay", "betas"}, "something is left of the base's"
@@ -156,16 +159,7 @@ NARROW = {  # key -> (how its config says it, how a test does)
     "num_groups": {32: 4},
     "score_thr": {0.05: 0.0, 0.001: 0.0},
 }
-SMALL = {"embed_dim": 8, "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 4], "drop_path_rate": 0.0}
-"""No stochastic depth: a block that happens to be dropped would get no gradient."""
 ONLY_WITH_OBJECTS = "bbox_head.scales."  # ATSS: a level's factor of box sizes, for levels with objects
-
-
-def edit(node: Any, change: Callable[[str, Any], Any]) -> Any:
-    """A copy of nested dicts and lists with every value replaced by `change(key, value)`."""
-    if isinstance(node, dict):
-        return ConfigDict({key: change(key, edit(value, change)) for key, value in node.items()})
-    return type(node)(edit(item, change) for item in node) if isinstance(node, list | tuple) else node
 
 
 def narrow(key: str, value: Any) -> Any:
@@ -209,11 +203,6 @@ def dataset_of(loader: ConfigDict, root: Path, change: Callable[[str, Any], Any]
     return DATASETS.build(told)
 
 
-def batch(dataset: Any, numbers: tuple[int, ...]) -> dict[str, list[Any]]:
-    items = [dataset[number] for number in numbers]
-    return {key: [item[key] for item in items] for key in ("inputs", "data_samples")}
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_trains_and_detects(name: str, scenes: Path) -> None:
     """A step of training reaches every parameter with its weight decay, and changes it; then a detection."""
@@ -226,7 +215,7 @@ def test_trains_and_detects(name: str, scenes: Path) -> None:
         with torch.no_grad():
             model.rpn_head.init_proposal_bboxes.weight[:, 2:] = torch.linspace(0.05, 1, 30)[:, None]
     wrapper = build_optim_wrapper(model, {**config.optim_wrapper, "type": "OptimWrapper"})
-    check_weight_decay(model, wrapper.optimizer.param_groups)
+    check_weight_decay(model, wrapper.optimizer.param_groups, 0.05)
 
     loss = one_step(model.train(), dataset_of(config.train_dataloader, scenes, small_scale))
     assert torch.isfinite(loss)
@@ -248,22 +237,6 @@ def one_step(model: torch.nn.Module, dataset: Any) -> torch.Tensor:
     return loss
 
 
-def check_weight_decay(model: torch.nn.Module, groups: list[dict[str, Any]]) -> None:
-    """None for norms, bias tables and the position embedding; the recipe's for all the rest."""
-    decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
-    norms = {
-        id(parameter)
-        for module in model.modules()
-        if "Norm" in type(module).__name__
-        for parameter in module.parameters(recurse=False)
-    }
-    exempt = model.backbone.no_weight_decay()
-    assert norms
-    for key, parameter in model.named_parameters():
-        free = id(parameter) in norms or key.removeprefix("backbone.") in exempt
-        assert decay[id(parameter)] == (0.0 if free else 0.05), key
-
-
 def check_detections(found: Any, masks: bool, clipped: bool) -> None:
     """Boxes within the original image (where the method clips them), scores, labels of digits, masks of
     its size."""
@@ -280,17 +253,23 @@ def check_detections(found: Any, masks: bool, clipped: bool) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_detector_starts_from_the_classifiers_weights(method: str, tmp_path: Path) -> None:
-    """Which the initialization of the detector's other parts leaves as they are."""
+    """Which the initialization of the detector's other parts leaves as they are; pooled levels reach
+    farther here, for which their tables are resized."""
     model = shrunken(read(next(n for n in NAMES if n.startswith(f"{method}_"))))
     known = inspect.signature(FocalTransformer).parameters
-    classifier = FocalTransformer(**{k: v for k, v in model.backbone.items() if k in known}, num_classes=3)
+    options = {k: v for k, v in model.backbone.items() if k in known} | {"focal_windows": [7, 5, 3, 1]}
+    classifier = FocalTransformer(**options, num_classes=3)
     weights = classifier.state_dict()
     torch.save({"model": weights}, tmp_path / "classifier.pth")
     model.backbone.init_cfg = {"type": "Pretrained", "checkpoint": str(tmp_path / "classifier.pth")}
     detector = MODELS.build(model)
+    fresh = {key: value.clone() for key, value in detector.backbone.state_dict().items()}
     detector.init_weights()
     shared = {k: v for k, v in detector.backbone.state_dict().items() if not k.startswith("norm")}
-    assert len(shared) > 50 and all(torch.equal(value, weights[key]) for key, value in shared.items())
+    wider = {key for key, value in shared.items() if value.shape != weights[key].shape}
+    assert len(shared) > 50 and wider == {key for key in shared if "table_to_windows" in key}
+    assert all(torch.equal(value, weights[key]) for key, value in shared.items() if key not in wider)
+    assert not any(torch.equal(shared[key], fresh[key]) for key in wider)
 
 
 def test_matching_survives_half_precision() -> None:
@@ -326,12 +305,5 @@ def test_pipelines_at_full_scale(method: str, scenes: Path) -> None:
     assert tested == ((1180, 1600) if method == "htc" else (800, 1084))
 
 
-def test_weights_are_named_on_the_command_line(tmp_path: Path) -> None:
-    """Also one option at a time: a classifier's file, from outside of the config."""
-    config = Config.fromfile(CONFIGS / f"{NAMES[0]}.py")
-    config.merge_from_dict(
-        {"model.backbone.init_cfg.type": "Pretrained", "model.backbone.init_cfg.checkpoint": "focal.pth"}
-    )
-    assert config.model.backbone.init_cfg == {"type": "Pretrained", "checkpoint": "focal.pth"}
-    with torch.device("meta"):
-        assert MODELS.build(config.model.backbone).init_cfg == config.model.backbone.init_cfg
+def test_weights_are_named_on_the_command_line() -> None:
+    check_named_weights(Config.fromfile(CONFIGS / f"{NAMES[0]}.py"), MODELS.build)

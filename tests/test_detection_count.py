@@ -1,6 +1,8 @@
 """The counting of detectors' parameters and multiply-adds."""
 
 # ruff: noqa: E402
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +19,10 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 
 from config import load_config
-from detection.count import CONFIGS, count, counter, main
+from detection.count import DETECTION, count, counter, main
 from models.build import count_params_and_macs
 
-RETINANET = CONFIGS / "retinanet_focal-tiny_fpn_1x_coco.py"
+RETINANET = DETECTION.configs / "retinanet_focal-tiny_fpn_1x_coco.py"
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +37,7 @@ def test_count_agrees_with_mmengine_where_that_can_count() -> None:
         warnings.simplefilter("ignore")
         config = Config.fromstring("_base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'", ".py")
         config.model.backbone.init_cfg = None
-        cost = count(config, (96, 128))
+        cost = count(config.model, (96, 128))
         model = MODELS.build(config.model).eval()
         known = get_model_complexity_info(model, inputs=(torch.zeros(1, 3, 96, 128),), show_table=False)
     assert cost.parameters == sum(p.numel() for p in model.parameters())
@@ -43,12 +45,12 @@ def test_count_agrees_with_mmengine_where_that_can_count() -> None:
 
 
 def test_count_of_a_backbone_is_that_of_the_classifier() -> None:
-    """At 224 pixels, and without the classifier's head."""
+    """At 224 pixels, with its windows, and without its head."""
     config = Config.fromfile(RETINANET)
     model = config.model.to_dict()
-    model["backbone"]["out_indices"] = (0, 1, 2, 3)
+    model["backbone"].update(out_indices=(0, 1, 2, 3), focal_windows=[7, 5, 3, 1])
     model["neck"].update(in_channels=[96, 192, 384, 768], num_outs=6, start_level=1)
-    cost = count(ConfigDict(model=model), (224, 224))
+    cost = count(ConfigDict(model), (224, 224))
     _, macs = count_params_and_macs(load_config(str(REPO / "configs/focal_tiny_patch4_window7_224.yaml")))
     assert cost.backbone_macs == macs - 768 * 1000
 
@@ -69,6 +71,17 @@ def test_count_as_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     lines = (tmp_path / "table.md").read_text().splitlines()
     rows = [line.split("|")[1:-1] for line in lines if line.startswith("| retinanet")]
     assert [row[0].strip() for row in rows] == [path.stem for path in paths]
-    assert all(row[1].strip() == "39.1" and row[2].strip() == "39" for row in rows)
-    assert [row[-1].strip() for row in rows] == ["43.7", "45.5"] and len({row[3] for row in rows}) == 1
+    assert all([cell.strip() for cell in row[1:4]] == ["64 x 96", "39.1", "39"] for row in rows)
+    assert [row[-1].strip() for row in rows] == ["43.7", "45.5"] and len({row[4] for row in rows}) == 1
     assert "torch " in lines[-1] and "mmdet " in lines[-1]
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_missing_packages_are_named(task: str) -> None:
+    """In one line that says what to run, where OpenMMLab's packages are not installed."""
+    hidden = "import sys; sys.modules['mmengine'] = sys.modules['mmengine.config'] = None; "
+    run = f"from {task}.count import main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", hidden + run], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("error: OpenMMLab's packages are not installed")
+    assert "make setup-openmmlab" in done.stderr

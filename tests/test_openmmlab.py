@@ -179,16 +179,37 @@ def test_loading_is_logged_and_refuses_what_does_not_fit(
     assert torch.equal(backbone.state_dict()[key], state[key])
     assert said == [
         f"{path}: loaded; not used here: head.bias, head.weight, norm.bias, norm.weight; new: norm0.bias, "
-        "norm0.weight, norm1.bias, norm1.weight, norm2.bias, norm2.weight, norm3.bias, norm3.weight"
+        "norm0.weight, norm1.bias, norm1.weight, norm2.bias, norm2.weight, norm3.bias, norm3.weight; "
+        "resized: nothing"
     ]
     with pytest.raises(ValueError, match="1 missing: layers.3.blocks.0.attn.qkv.weight"):
         load({k: v for k, v in state.items() if k != key})
     with pytest.raises(ValueError, match="1 unexpected: extra"):
         load(state | {"extra": torch.zeros(1)})
     with pytest.raises(ValueError, match="of another shape"):
-        load(state, window_size=3)
+        load(state, embed_dim=16)
     with pytest.raises(FileNotFoundError, match="gone.pth"):
         build(init_cfg=dict(type="Pretrained", checkpoint=str(tmp_path / "gone.pth"))).init_weights()
+
+
+def test_windows_of_the_backbone_are_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wider ones than the classifier's: their tables are resized and named, the rest is loaded as it is."""
+    said: list[str] = []
+    monkeypatch.setattr("openmmlab.focal_backbone.print_log", lambda text, logger: said.append(text))
+    path, wide = tmp_path / "own.pth", [5, 5, 3, 3]
+    state = FocalTransformer(**NANO).state_dict()
+    torch.save(state, path)
+    backbone = build(focal_windows=wide, init_cfg=dict(type="Pretrained", checkpoint=str(path)))
+    backbone.init_weights()
+    table = "blocks.0.attn.relative_position_bias_table_to_windows.0"
+    unlike = [f"layers.{stage}.{table}" for stage in (0, 1, 3)]
+    assert said[0].endswith(f"; resized: {', '.join(unlike)}")
+    for key, value in backbone.state_dict().items():
+        if key in unlike:
+            expected = state[key].mean()
+            assert value.shape[1] > state[key].shape[1] and (value.mean() - expected).abs() < 0.01
+        elif key in state:
+            assert torch.equal(value, state[key]), key
 
 
 def test_the_choice_of_nearest_keys_is_made_anew_for_another_size(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import REPO
 from PIL import Image
 
@@ -89,6 +90,19 @@ def test_training_learns_and_keeps_checkpoints(trained: Path) -> None:
     assert len(steps) == 16 and np.mean(steps[-4:]) < 0.8 * np.mean(steps[:4])
     assert [path.name for path in sorted(trained.glob("epoch_*.pth"))] == ["epoch_6.pth", "epoch_8.pth"]
     assert len(list(trained.glob("best_mIoU_epoch_*.pth"))) == 1
+
+
+def test_processes_without_gpus_normalise_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """BatchNorm over all processes, which the released configs have, exists on GPUs only."""
+    config = str(REPO / "segmentation/configs/upernet_focal-tiny_8xb2-160k_ade20k-512x512.py")
+    for launcher, gpu, kind in (
+        ("pytorch", True, "SyncBN"),
+        ("pytorch", False, "BN"),
+        ("none", False, "SyncBN"),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        model = runner.training_config(runner.parse_train([config, "--launcher", launcher])).model
+        assert {head.norm_cfg.type for head in (model.decode_head, model.auxiliary_head)} == {kind}
 
 
 def test_resuming_goes_on(trained: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 # ruff: noqa: E402
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ import mmseg.models  # noqa: F401
 from mmengine.config import Config, ConfigDict
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, DefaultScope
+from openmmlab_configs import SMALL, batch, check_backbone, check_named_weights, check_weight_decay
+from openmmlab_configs import edit, of_backbone
 
 from data.demo import DemoOptions, write_demo
 from data.demo_scenes import SEGMENTATION_CLASSES
@@ -60,11 +63,6 @@ def read(name: str) -> Config:
     return Config.fromfile(CONFIGS / f"{name}.py")
 
 
-def of_backbone(name: str) -> str:
-    """'upernet_focal-fast-tiny_8xb2-160k_ade20k-512x512' -> 'focal_fast_tiny'."""
-    return name.split("_")[1].replace("-", "_")
-
-
 def size_of(name: str) -> str:
     """'upernet_focal-fast-tiny_8xb2-160k_ade20k-512x512' -> 'tiny'."""
     return next(size for size in REPORTED if size in name)
@@ -85,9 +83,7 @@ def test_every_row_of_the_release_has_a_config() -> None:
 def test_recipe(name: str) -> None:
     config = read(name)
     variant, crop = of_backbone(name), (640, 640) if name == LARGE else (512, 512)
-    backbone = config.model.backbone
-    assert {**backbone, **config[variant]} == backbone, "the variant's values"
-    assert {*backbone} == {*config[variant], "drop_path_rate"}, "something is left of the base's"
+    check_backbone(config, variant)
     assert config.model.data_preprocessor.size == crop == config.crop_size
     assert config.model.auxiliary_head.loss_decode.loss_weight == 0.4
     heads = (config.model.decode_head, config.model.auxiliary_head)
@@ -144,29 +140,14 @@ def test_pipelines_at_full_scale(name: str, scenes: Path) -> None:
 
 
 def test_weights_are_named_on_the_command_line() -> None:
-    """As segmentation/configs/_base_/upernet.py says: a classifier's file, from outside of the config."""
-    config = Config.fromfile(CONFIGS / f"{NAMES[0]}.py")
-    config.merge_from_dict(
-        {"model.backbone.init_cfg.type": "Pretrained", "model.backbone.init_cfg.checkpoint": "focal.pth"}
-    )
-    with torch.device("meta"):
-        model = MODELS.build(config.model)
-    assert model.backbone.init_cfg == {"type": "Pretrained", "checkpoint": "focal.pth"}
+    """As segmentation/configs/_base_/upernet.py says."""
+    check_named_weights(Config.fromfile(CONFIGS / f"{NAMES[0]}.py"), MODELS.build)
 
 
 # --- At work ------------------------------------------------------------------------------------------------
 
-SMALL = {"embed_dim": 8, "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 4], "drop_path_rate": 0.0}
-"""No stochastic depth: a block that happens to be dropped would get no gradient."""
 NORM = {"type": "GN", "num_groups": 4}
 HEAD = {"num_classes": len(SEGMENTATION_CLASSES), "dropout_ratio": 0.0}
-
-
-def edit(node: Any, change: Callable[[str, Any], Any]) -> Any:
-    """A copy of nested dicts and lists with every value replaced by `change(key, value)`."""
-    if isinstance(node, dict):
-        return ConfigDict({key: change(key, edit(value, change)) for key, value in node.items()})
-    return type(node)(edit(item, change) for item in node) if isinstance(node, list | tuple) else node
 
 
 def shrunken(config: Config, **backbone: Any) -> ConfigDict:
@@ -190,11 +171,6 @@ def dataset_of(loader: dict[str, Any], root: Path, change: Callable[[str, Any], 
     told["pipeline"] = loader.get("pipeline", told["pipeline"])
     told["pipeline"] = edit(told["pipeline"], change) if change else told["pipeline"]
     return DATASETS.build(told | {"metainfo": {"classes": SEGMENTATION_CLASSES}})
-
-
-def batch(dataset: Any, numbers: tuple[int, ...]) -> dict[str, list[Any]]:
-    items = [dataset[number] for number in numbers]
-    return {key: [item[key] for item in items] for key in ("inputs", "data_samples")}
 
 
 def one_step(model: torch.nn.Module, config: Config, scenes: Path) -> torch.Tensor:
@@ -224,7 +200,7 @@ def test_trains_and_segments(name: str, scenes: Path) -> None:
     model = MODELS.build(shrunken(config))
     model.init_weights()
     wrapper = build_optim_wrapper(model, config.optim_wrapper)
-    check_weight_decay(model, wrapper.optimizer.param_groups)
+    check_weight_decay(model, wrapper.optimizer.param_groups, 0.01)
     assert torch.isfinite(one_step(model, config, scenes))
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), key
@@ -237,17 +213,6 @@ def test_trains_and_segments(name: str, scenes: Path) -> None:
     assert found.pred_sem_seg.data.shape == (1, HEIGHT, WIDTH)
     assert found.seg_logits.data.shape == (11, HEIGHT, WIDTH) and found.seg_logits.data.isfinite().all()
     assert torch.equal(found.pred_sem_seg.data[0], found.seg_logits.data.argmax(dim=0))
-
-
-def check_weight_decay(model: torch.nn.Module, groups: list[dict[str, Any]]) -> None:
-    """None for norms, bias tables and the position embedding; the recipe's for all the rest."""
-    decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
-    modules = [module for module in model.modules() if "Norm" in type(module).__name__]
-    norms = {id(p) for module in modules for p in module.parameters(recurse=False)}
-    assert norms
-    for key, parameter in model.named_parameters():
-        free = id(parameter) in norms or key.removeprefix("backbone.") in model.backbone.no_weight_decay()
-        assert decay[id(parameter)] == (0.0 if free else 0.01), key
 
 
 @pytest.mark.parametrize(("height", "width"), [(33, 47), (96, 96), (75, 101)])
@@ -309,7 +274,7 @@ def test_a_classifiers_weights(scenes: Path, tmp_path: Path) -> None:
     """They come into the backbone and stay out of the heads; what lacks a stage is refused."""
     config = read(TINY)
     weights = tmp_path / "classifier.pth"
-    options = {k: v for k, v in (config.focal_tiny | SMALL).items() if k != "type"}
+    options = {k: v for k, v in (config.focal_tiny | SMALL | config.wide).items() if k != "type"}
     classifier = FocalTransformer(num_classes=7, **options)
     torch.save({"model": classifier.state_dict()}, weights)
     told = shrunken(config, init_cfg=dict(type="Pretrained", checkpoint=str(weights)))
@@ -343,8 +308,9 @@ def test_frozen_stages(frozen: int, scenes: Path) -> None:
 
 
 def test_count_of_a_backbone_is_that_of_the_classifier() -> None:
-    """At 224 pixels, and without the classifier's head."""
-    cost = count.count(read(TINY).model, (224, 224))
+    """At 224 pixels, with its windows, and without its head."""
+    model = edit(read(TINY).model, lambda key, value: [7, 5, 3, 1] if key == "focal_windows" else value)
+    cost = count.count(model, (224, 224))
     _, macs = count_params_and_macs(load_config(str(REPO / "configs/focal_tiny_patch4_window7_224.yaml")))
     assert cost.backbone_macs == macs - 768 * 1000
 
@@ -364,11 +330,12 @@ def test_count_of_a_head_by_hand() -> None:
 
 def test_count_as_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [count.image_size(read(name)) for name in (TINY, LARGE)] == [(512, 2048), (640, 2560)]
-    monkeypatch.setattr("segmentation.count.image_size", lambda config: (64, 96))
+    small = replace(count.SEGMENTATION, image_size=lambda config: (64, 96))
+    monkeypatch.setattr(count, "SEGMENTATION", small)
     path = CONFIGS / f"{TINY}.py"
     count.main([str(path), "--out", str(tmp_path / "table.md")])
     lines = (tmp_path / "table.md").read_text().splitlines()
     cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
-    assert cells[:4] == [TINY, "64 x 96", "60.5", "62"] and cells[5] == "998" and cells[-1] == "45.8, 47.0"
+    assert cells[:4] == [TINY, "64 x 96", "60.6", "62"] and cells[5] == "998" and cells[-1] == "45.8, 47.0"
     assert len(lines[0].split("|")) == len(lines[1].split("|")) == len(lines[2].split("|"))
     assert "torch " in lines[-1] and "mmseg " in lines[-1]

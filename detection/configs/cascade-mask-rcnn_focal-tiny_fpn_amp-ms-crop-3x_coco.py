@@ -10,7 +10,7 @@ _base_ = [
     "../../openmmlab/configs/focal_tiny.py",
 ]
 model = dict(
-    backbone=dict(_delete_=True, drop_path_rate=0.2, **_base_.focal_tiny),
+    backbone=dict(_base_.focal_tiny, _delete_=True, drop_path_rate=0.2, **_base_.wide),
     neck=dict(in_channels=[96, 192, 384, 768]),
     roi_head=dict(
         bbox_head=[

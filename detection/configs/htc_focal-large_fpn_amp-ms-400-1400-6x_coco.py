@@ -17,7 +17,7 @@ _base_ = [
 ]
 custom_imports = dict(imports=[*_base_.custom_imports.imports, "detection.instance_jitter"])
 model = dict(
-    backbone=dict(_delete_=True, drop_path_rate=0.2, with_cp=True, **_base_.focal_large),
+    backbone=dict(_base_.focal_large, _delete_=True, drop_path_rate=0.2, with_cp=True, **_base_.wide),
     neck=dict(in_channels=[192, 384, 768, 1536]),
     test_cfg=dict(rcnn=dict(nms=dict(type="soft_nms", iou_threshold=0.5))),
 )

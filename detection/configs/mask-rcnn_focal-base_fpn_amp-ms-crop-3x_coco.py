@@ -2,7 +2,7 @@
 
 _base_ = ["mask-rcnn_focal-tiny_fpn_amp-ms-crop-3x_coco.py", "../../openmmlab/configs/focal_base.py"]
 model = dict(
-    backbone=dict(_delete_=True, drop_path_rate=0.3, **_base_.focal_base),
+    backbone=dict(_base_.focal_base, _delete_=True, drop_path_rate=0.3, **_base_.wide),
     neck=dict(in_channels=[128, 256, 512, 1024]),
 )
 reported = dict(box_ap=49.0, mask_ap=43.7, params_m=110, flops_g=533)

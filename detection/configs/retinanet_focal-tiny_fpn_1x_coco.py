@@ -7,7 +7,7 @@ _base_ = [
 ]
 # the pyramid begins at stride 8: stage 0 has no output, since nothing would train its norm
 model = dict(
-    backbone=dict(_delete_=True, out_indices=(1, 2, 3), drop_path_rate=0.2, **_base_.focal_tiny),
+    backbone=dict(_base_.focal_tiny, _delete_=True, out_indices=(1, 2, 3), drop_path_rate=0.2, **_base_.wide),
     neck=dict(in_channels=[192, 384, 768], start_level=0),
 )
 optim_wrapper = dict(_delete_=True, **_base_.adamw)

@@ -13,7 +13,7 @@ stages = _base_.model.train_cfg.rcnn
 # be infinite, and matching would fail.
 costs = [dict(stages[0].assigner.match_costs[0], eps=1e-4), *stages[0].assigner.match_costs[1:]]
 model = dict(
-    backbone=dict(_delete_=True, drop_path_rate=0.2, **_base_.focal_tiny),
+    backbone=dict(_base_.focal_tiny, _delete_=True, drop_path_rate=0.2, **_base_.wide),
     neck=dict(in_channels=[96, 192, 384, 768]),
     train_cfg=dict(rcnn=[dict(stage, assigner=dict(stage.assigner, match_costs=costs)) for stage in stages]),
 )

@@ -2,7 +2,7 @@
 
 _base_ = ["upernet_focal-tiny_8xb2-160k_ade20k-512x512.py", "../../openmmlab/configs/focal_base.py"]
 model = dict(
-    backbone=dict(_delete_=True, drop_path_rate=0.3, **_base_.focal_base),
+    backbone=dict(_base_.focal_base, _delete_=True, drop_path_rate=0.3, **_base_.wide),
     decode_head=dict(in_channels=[128, 256, 512, 1024]),
     auxiliary_head=dict(in_channels=512),
 )

@@ -10,7 +10,7 @@ _base_ = [
 ]
 model = dict(
     data_preprocessor=dict(size=_base_.crop_size),
-    backbone=dict(_delete_=True, drop_path_rate=0.3, **_base_.focal_large),
+    backbone=dict(_base_.focal_large, _delete_=True, drop_path_rate=0.3, **_base_.wide),
     decode_head=dict(in_channels=[192, 384, 768, 1536]),
     auxiliary_head=dict(in_channels=768),
 )

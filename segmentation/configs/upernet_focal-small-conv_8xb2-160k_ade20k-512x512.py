@@ -5,6 +5,6 @@ The release reports no segmentation results under this name; see `reported` of t
 
 _base_ = ["upernet_focal-small_8xb2-160k_ade20k-512x512.py", "../../openmmlab/configs/focal_small_conv.py"]
 model = dict(
-    backbone=dict(_delete_=True, drop_path_rate=0.3, **_base_.focal_small_conv),
+    backbone=dict(_base_.focal_small_conv, _delete_=True, drop_path_rate=0.3, **_base_.wide),
 )
 reported = None

@@ -2,7 +2,7 @@
 
 _base_ = ["upernet_focal-tiny_8xb2-160k_ade20k-512x512.py", "../../openmmlab/configs/focal_small.py"]
 model = dict(
-    backbone=dict(_delete_=True, drop_path_rate=0.3, **_base_.focal_small),
+    backbone=dict(_base_.focal_small, _delete_=True, drop_path_rate=0.3, **_base_.wide),
     decode_head=dict(in_channels=[96, 192, 384, 768]),
     auxiliary_head=dict(in_channels=384),
 )

@@ -5,6 +5,6 @@ The release reports no segmentation results under this name; see `reported` of t
 
 _base_ = ["upernet_focal-tiny_8xb2-160k_ade20k-512x512.py", "../../openmmlab/configs/focal_tiny_conv.py"]
 model = dict(
-    backbone=dict(_delete_=True, drop_path_rate=0.3, **_base_.focal_tiny_conv),
+    backbone=dict(_base_.focal_tiny_conv, _delete_=True, drop_path_rate=0.3, **_base_.wide),
 )
 reported = None

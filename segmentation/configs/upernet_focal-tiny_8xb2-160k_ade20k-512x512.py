@@ -7,7 +7,7 @@ _base_ = [
 ]
 model = dict(
     data_preprocessor=dict(size=_base_.crop_size),
-    backbone=dict(_delete_=True, drop_path_rate=0.3, **_base_.focal_tiny),
+    backbone=dict(_base_.focal_tiny, _delete_=True, drop_path_rate=0.3, **_base_.wide),
     decode_head=dict(in_channels=[96, 192, 384, 768]),
     auxiliary_head=dict(in_channels=384),
 )

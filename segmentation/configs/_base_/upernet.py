@@ -5,8 +5,8 @@ A config's `reported` quotes the release's README: single- and multi-scale mIoU 
 percent, parameters in millions, FLOPs in G. Nothing of it was reproduced here. The README does not give the
 recipe; stochastic depth of 0.3 in every size is that of MMSegmentation's Swin configs.
 
-Backbones start from fresh weights unless a classifier's are named, which the reported figures need:
-`--cfg-options model.backbone.init_cfg.type=Pretrained model.backbone.init_cfg.checkpoint=FILE`.
+Backbones start from fresh weights unless `--pretrained FILE` names a classifier's, which the reported figures
+need.
 """
 
 _base_ = [

@@ -1,0 +1,60 @@
+"""What the tests of detectors' and segmenters' configs share."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from mmengine.config import Config, ConfigDict
+
+SMALL = {"embed_dim": 8, "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 4], "drop_path_rate": 0.0}
+"""No stochastic depth: a block that happens to be dropped would get no gradient."""
+WIDE = [15, 13, 9, 7]
+FROM_FILE = {"model.backbone.init_cfg.type": "Pretrained", "model.backbone.init_cfg.checkpoint": "focal.pth"}
+
+
+def of_backbone(name: str) -> str:
+    """'mask-rcnn_focal-fast-tiny_fpn_1x_coco' -> 'focal_fast_tiny'."""
+    return name.split("_")[1].replace("-", "_")
+
+
+def edit(node: Any, change: Callable[[str, Any], Any]) -> Any:
+    """A copy of nested dicts and lists with every value replaced by `change(key, value)`."""
+    if isinstance(node, dict):
+        return ConfigDict({key: change(key, edit(value, change)) for key, value in node.items()})
+    return type(node)(edit(item, change) for item in node) if isinstance(node, list | tuple) else node
+
+
+def batch(dataset: Any, numbers: tuple[int, ...]) -> dict[str, list[Any]]:
+    """Items of a data set as a loader collates them."""
+    items = [dataset[number] for number in numbers]
+    return {key: [item[key] for item in items] for key in ("inputs", "data_samples")}
+
+
+def check_backbone(config: Config, variant: str) -> None:
+    """The values of a variant of `openmmlab/configs`, but for the windows of Focal's pooled levels."""
+    windows = config[variant].focal_windows if "fast" in variant else WIDE
+    expected = {**config[variant], "focal_windows": windows}
+    backbone = config.model.backbone
+    assert {**backbone, **expected} == backbone
+    own = {"drop_path_rate", "out_indices", "with_cp"}
+    assert {*backbone} - {*expected} <= own, "something is left of the base's"
+
+
+def check_weight_decay(model: torch.nn.Module, groups: list[dict[str, Any]], rate: float) -> None:
+    """None for norms, bias tables and the position embedding; `rate` for all the rest."""
+    decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    modules = [module for module in model.modules() if "Norm" in type(module).__name__]
+    norms = {id(p) for module in modules for p in module.parameters(recurse=False)}
+    exempt = model.backbone.no_weight_decay()
+    assert norms
+    for key, parameter in model.named_parameters():
+        free = id(parameter) in norms or key.removeprefix("backbone.") in exempt
+        assert decay[id(parameter)] == (0.0 if free else rate), key
+
+
+def check_named_weights(config: Config, build: Callable[[Any], Any]) -> None:
+    """A classifier's file comes in from outside of the config, also one option at a time."""
+    config.merge_from_dict(FROM_FILE)
+    expected = {"type": "Pretrained", "checkpoint": "focal.pth"}
+    with torch.device("meta"):
+        assert build(config.model.backbone).init_cfg == config.model.backbone.init_cfg == expected

@@ -1,0 +1,369 @@
+"""Checkpoints of one window, ring, pooled region or input size that initialise models of another."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPO
+from golden_files import FILES, Golden
+from golden_files import SMALL as SMALL_FILES
+from torch import Tensor
+
+import main
+from config import load_config
+from models import FocalTransformer, build_model, load_checkpoint
+from models.geometry import grid, ring_offsets
+from models.resize import choices_of_other_maps, resize_state
+
+SMALL: dict[str, Any] = {
+    "embed_dim": 8,
+    "depths": [1, 1, 2, 1],
+    "num_heads": [1, 2, 2, 4],
+    "num_classes": 3,
+    "focal_pool": "fc",
+    "focal_levels": [2, 2, 2, 2],
+    "drop_path_rate": 0.0,
+}
+TINY_FILES = [file for file in FILES if file.stem.startswith(("focal_tiny_patch4", "focalv2_tiny"))]
+VARIANTS = {
+    "focal": {"kind": "focal"},
+    "focal_conv": {"kind": "focal", "use_conv_embed": True},
+    "fast": {"kind": "focalv2", "use_conv_embed": True},
+}
+"""The released families; sizes of one family differ in channels and depths only."""
+SETTINGS = {
+    "window 12": {"window_size": 12, "expand_sizes": [5] * 4, "img_size": 384},
+    "window 4": {"window_size": 4, "expand_sizes": [2] * 4},
+    "windows 15 13 9 7": {"focal_windows": [15, 13, 9, 7]},
+    "input 384": {"img_size": 384},
+    "input 320 x 192": {"img_size": [320, 192]},
+}
+PREFIX = "layers.1.blocks.0.attn."
+OWN, RING = f"{PREFIX}relative_position_bias_table", f"{PREFIX}relative_position_bias_table_to_neighbors"
+POOLED, CELL = f"{PREFIX}relative_position_bias_table_to_windows.0", "layers.1.blocks.0.pool_layers.0.weight"
+LAST_RING = "layers.3.blocks.0.attn.relative_position_bias_table_to_neighbors"
+
+
+def build(seed: int = 0, **options: Any) -> FocalTransformer:
+    """A small model with large biases."""
+    torch.manual_seed(seed)
+    model = FocalTransformer(**{**SMALL, **options}).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "bias_table" in name:
+                parameter.normal_()
+    return model
+
+
+def saved(model: FocalTransformer, folder: Path, **changes: Tensor) -> Path:
+    torch.save({"model": model.state_dict() | changes}, folder / "given.pth")
+    return folder / "given.pth"
+
+
+def image(*size: int) -> Tensor:
+    return torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1))
+
+
+def resized(value: Tensor, shape: tuple[int, ...], name: str, map_size: Any = None) -> Tensor:
+    """One parameter, of the shape that a model wants."""
+    given = {name: value}
+    resize_state(given, {name: torch.empty(shape)}, map_size)
+    return given[name]
+
+
+# --- Whole checkpoints --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", [*SMALL_FILES, *TINY_FILES], ids=lambda file: file.stem)
+def test_nothing_changes_where_the_setting_is_the_same(file: Path, tmp_path: Path) -> None:
+    """Every option, and every family of released models, with the original's own choice of nearest keys."""
+    golden = Golden(file)
+    model = golden.build()
+    fresh = FocalTransformer(kind=golden.kind, **golden.options).double()
+    report = load_checkpoint(fresh, saved(model, tmp_path), resize=True)
+    assert (report.resized, report.continued, report.dropped, report.recomputed) == ([], [], [], [])
+    given = model.state_dict()
+    assert all(torch.equal(value, given[name]) for name, value in fresh.state_dict().items())
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_model_of_another_setting(variant: str, setting: str, tmp_path: Path, caplog: Any) -> None:
+    """Only on request; what does not depend on the setting is loaded as it is, the rest reported."""
+    options = VARIANTS[variant]
+    given = build(1, **options)
+    path = saved(given, tmp_path)
+    model = build(2, **options, **SETTINGS[setting])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    unlike = [k for k, v in given.state_dict().items() if k not in before or before[k].shape != v.shape]
+    if any("topk" not in name for name in unlike):
+        with pytest.raises(ValueError, match=r"Only what depends on windows or the input .*\(resize;"):
+            load_checkpoint(model, path)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with caplog.at_level(logging.INFO):
+        report = load_checkpoint(model, path, resize=True)
+    told = [*report.resized, *report.continued, *report.dropped, *report.recomputed]
+    assert len({*told}) == len(told) and {*unlike} <= {*told}
+    assert all(name in caplog.text for name in told[:1])
+    loaded, state = model.state_dict(), given.state_dict()
+    for name, value in loaded.items():
+        if name not in told:
+            assert torch.equal(value, state[name]), name
+        else:  # nothing is left as it was made, but for nearest keys
+            assert "topk" in name or not torch.equal(value, before[name]), name
+    with torch.no_grad():
+        assert model(image(*_size(SETTINGS[setting]))).isfinite().all()
+
+
+def _size(setting: dict[str, Any]) -> tuple[int, int]:
+    size = setting.get("img_size", 224)
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_there_and_back(variant: str, tmp_path: Path) -> None:
+    """Smooth tables survive a larger window and the return: so do the model's answers, nearly."""
+    options = VARIANTS[variant]
+    first, back = build(1, **options), build(3, **options)
+    with torch.no_grad():
+        for name, value in first.named_parameters():
+            if "bias_table" in name or "pool_layers" in name:
+                value.fill_(0.02 if "pool_layers" in name else 0.3)
+    larger = build(2, **options, window_size=14, expand_sizes=[6] * 4, img_size=448)
+    load_checkpoint(larger, saved(first, tmp_path), resize=True)
+    load_checkpoint(back, saved(larger, tmp_path), resize=True)
+    with torch.no_grad():
+        torch.testing.assert_close(back(image(224, 224)), first(image(224, 224)), rtol=1e-4, atol=1e-5)
+
+
+def test_position_embedding_as_the_model_resizes_it(tmp_path: Path) -> None:
+    """A model built for 384 pixels answers as one built for 224 does at 384, but for its last stage."""
+    given = build(1, ape=True)
+    larger = build(2, ape=True, img_size=384)
+    report = load_checkpoint(larger, saved(given, tmp_path), resize=True)
+    assert report.resized == ["absolute_pos_embed"] and report.continued == [LAST_RING]
+    with torch.no_grad():
+        got = larger.forward_intermediates(image(384, 384), [0, 1, 2])
+        expected = given.forward_intermediates(image(384, 384), [0, 1, 2])
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_maps_that_are_not_square(tmp_path: Path) -> None:
+    """As long to each other as the model's are, or else square."""
+    ramp = torch.arange(8.0)[:, None].expand(8, 4).reshape(1, 32, 1)
+    tall = resized(ramp, (1, 16 * 8, 1), "absolute_pos_embed", (16, 8)).view(16, 8)
+    torch.testing.assert_close(tall[3:-3, 0], torch.arange(3.0, 13) / 2 - 0.25)
+    torch.testing.assert_close(tall, tall[:, :1].expand(16, 8))
+    square = resized(torch.ones(1, 49, 1), (1, 16 * 8, 1), "absolute_pos_embed", (16, 8))
+    torch.testing.assert_close(square, torch.ones(1, 128, 1))
+    assert resized(torch.ones(1, 12, 1), (1, 128, 1), "absolute_pos_embed", (16, 8)).shape == (1, 12, 1)
+    path = saved(build(ape=True, img_size=[160, 224]), tmp_path)
+    with pytest.raises(ValueError, match=r"absolute_pos_embed is \[1, 2240, 8\]"):
+        load_checkpoint(build(ape=True), path, resize=True)
+
+
+def test_training_starts_from_another_size_and_evaluation_does_not(
+    few_images: Path, nano_opts: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--pretrained resizes; with --eval, which measures the weights as they are, it refuses."""
+    yaml = str(REPO / "configs/focal_tiny_patch4_window7_224.yaml")
+    weights = saved(build_model(load_config(yaml, nano_opts)), tmp_path)
+    command = ["--cfg", yaml, "--dataset", "folder", "--data-path", str(few_images), "--device", "cpu"]
+    command += ["--batch-size", "16", "--pretrained", str(weights), "--output", str(tmp_path / "out")]
+    opts = ["--opts", *map(str, nano_opts), "DATA.IMG_SIZE", "64", "TRAIN.EPOCHS", "1", "SAVE_FREQ", "1"]
+    assert main.main([*command, "--eval", *opts]) == 2
+    assert "error: MODEL.PRETRAINED (--pretrained): " in capsys.readouterr().err
+    assert main.main([*command, *opts]) == 0
+    log = next((tmp_path / "out").rglob("log*.txt")).read_text()
+    assert "another input size, resized: " in log and "layers.1.blocks.0.attn.relative_position" in log
+
+
+# --- Rings come and go --------------------------------------------------------------------------------------
+
+
+def test_a_stage_that_was_a_single_window_gets_a_ring(tmp_path: Path) -> None:
+    """Its bias goes on from that of the own window: the same at the same offset, the border's beyond."""
+    given, larger = build(1), build(2, img_size=384)
+    report = load_checkpoint(larger, saved(given, tmp_path), resize=True)
+    assert (report.resized, report.continued, report.dropped) == ([], [LAST_RING], [])
+    own = given.state_dict()[f"{LAST_RING.removesuffix('_to_neighbors')}"].view(13, 13, -1)
+    ring = larger.state_dict()[LAST_RING][0]
+    offset = torch.from_numpy(grid(7, 7)[:, None] - ring_offsets(7, 3)[None]).clamp(-6, 6) + 6
+    assert torch.equal(ring, own[offset[..., 0], offset[..., 1]].permute(2, 0, 1))
+
+
+def test_a_ring_that_the_model_lacks_is_dropped(tmp_path: Path) -> None:
+    larger, smaller = build(1, img_size=384), build(2)
+    with pytest.raises(ValueError, match=r"(?s)Only what depends.*1 unexpected: layers.3.*neighbors"):
+        load_checkpoint(smaller, saved(larger, tmp_path))
+    report = load_checkpoint(smaller, saved(larger, tmp_path), resize=True)
+    assert (report.resized, report.continued, report.dropped) == ([], [], [LAST_RING])
+
+
+# --- Numbers ------------------------------------------------------------------------------------------------
+
+LINEAR: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "constant": lambda y, x: torch.full_like(y, 3.0),
+    "rows": lambda y, x: y,
+    "columns": lambda y, x: x,
+    "plane": lambda y, x: 2 * y - x + 1,
+}
+
+
+def square(function: Callable[[Tensor, Tensor], Tensor], side: int, scale: float) -> Tensor:
+    """A function of the offset from the centre, in units of `scale` cells."""
+    place = (torch.arange(side, dtype=torch.float32) - (side - 1) / 2) * scale
+    return function(place[:, None].expand(side, side), place[None].expand(side, side))
+
+
+@pytest.mark.parametrize("function", LINEAR)
+@pytest.mark.parametrize(("old", "new"), [(7, 12), (7, 8), (4, 14)])
+def test_linear_tables_stay_linear(function: str, old: int, new: int) -> None:
+    """In the interior, for all three kinds: offsets stretch with the table."""
+    sides, inner = (2 * old - 1, 2 * new - 1), slice(new, new - 1 + new // 2)
+    table, wanted = (square(LINEAR[function], side, sides[0] / side) for side in sides)
+    got = resized(table.reshape(-1, 1), (sides[1] ** 2, 1), OWN).view(sides[1], sides[1])
+    torch.testing.assert_close(got[inner, inner], wanted[inner, inner], rtol=1e-4, atol=1e-4)
+    pooled = resized(table.reshape(1, -1), (1, sides[1] ** 2), POOLED)
+    torch.testing.assert_close(pooled, got.reshape(1, -1))
+
+
+@pytest.mark.parametrize("function", LINEAR)
+@pytest.mark.parametrize(("old", "new"), [((7, 3), (12, 5)), ((7, 3), (7, 2)), ((4, 1), (8, 8))])
+def test_linear_rings_stay_linear(function: str, old: tuple[int, int], new: tuple[int, int]) -> None:
+    """Entries of a ring are read at their offset, wherever it is near enough for the border not to matter."""
+    scale = (2 * sum(old) - 1) / (2 * sum(new) - 1)
+
+    def ring(sides: tuple[int, int], unit: float) -> tuple[Tensor, Tensor]:
+        offset = torch.from_numpy(grid(sides[0], sides[0])[:, None] - ring_offsets(*sides)[None])
+        place = offset.float() * unit
+        return LINEAR[function](place[..., 0], place[..., 1])[None, None], offset.abs().amax(dim=-1)
+
+    (table, _), (wanted, distance) = ring(old, 1.0), ring(new, scale)
+    got = resized(table, tuple(wanted.shape), RING)
+    inner = (distance * scale < sum(old) - 3) | torch.tensor(function == "constant")
+    assert inner.any()
+    error = 1e-4 if scale < 1 else 0.05  # shrinking averages, over a grid that does not quite fit
+    torch.testing.assert_close(got[0, 0][inner], wanted[0, 0][inner], rtol=0, atol=error)
+
+
+@pytest.mark.parametrize("window", range(1, 10))
+def test_rings_of_any_width(window: int) -> None:
+    """A ring wider than half a window leaves offsets out; they are filled from around them."""
+    for expand in range(1, window + 1):
+        table = torch.full((1, 1, window**2, len(ring_offsets(window, expand))), 3.0)
+        got = resized(table, (1, 1, 49, len(ring_offsets(7, 3))), RING)
+        torch.testing.assert_close(got, torch.full_like(got, 3.0))
+
+
+def test_offset_zero_of_a_ring_is_between_its_neighbours() -> None:
+    """No entry says what it is, and larger rings read near it."""
+    entry = torch.from_numpy(grid(7, 7)[:, None] - ring_offsets(7, 3)[None]).abs().amax(dim=-1)
+    table = (entry <= 1).float()[None, None]  # 1 at the eight offsets around zero
+    larger = torch.from_numpy(grid(12, 12)[:, None] - ring_offsets(12, 5)[None]).abs().amax(dim=-1)
+    got = resized(table, (1, 1, 144, larger.shape[1]), RING)[0, 0]
+    assert (got[larger <= 1] > 0.9).all() and (got[larger > 6].abs() < 0.01).all()
+
+
+@pytest.mark.parametrize(("old", "new"), [((1, 49), (1, 144)), ((6, 1, 7, 7), (6, 1, 4, 4))])
+def test_pooling_keeps_the_sum_of_its_weights(old: tuple[int, ...], new: tuple[int, ...]) -> None:
+    """An even map is pooled to what it was."""
+    weight = torch.full(old, 0.1)
+    got = resized(weight, new, CELL)
+    torch.testing.assert_close(got.flatten(1).sum(dim=1), weight.flatten(1).sum(dim=1))
+    assert (got - got.flatten()[0]).abs().max() < 1e-6
+
+
+def test_half_precision_is_resized_in_full() -> None:
+    table = torch.randn(169, 2)
+    exact = resized(table, (529, 2), OWN)
+    assert resized(table.half(), (529, 2), OWN).dtype == torch.float32
+    torch.testing.assert_close(resized(table.half(), (529, 2), OWN), exact, rtol=0, atol=3e-3)
+
+
+# --- Focal-fast's choices -----------------------------------------------------------------------------------
+
+
+def test_choices_of_another_map_are_noticed_in_the_same_shape(tmp_path: Path) -> None:
+    """Windows of 12 on 384 pixels are as many as windows of 7 on 224: the file's numbers mean others."""
+    options = VARIANTS["fast"]
+    given, larger = build(1, **options), build(2, **options, window_size=12, img_size=384)
+    own = {name: value.clone() for name, value in larger.named_buffers()}
+    report = load_checkpoint(larger, saved(given, tmp_path), resize=True)
+    assert "layers.0.blocks.0.attn.topk_cloest_indice_0" in report.recomputed
+    assert choices_of_other_maps(larger, larger.state_dict()) == []
+    assert all(torch.equal(value, own[name]) for name, value in larger.named_buffers())
+
+
+def test_which_of_equally_near_keys_is_left_to_the_file(tmp_path: Path) -> None:
+    """Ties are broken as it likes, in any order; a choice that leaves a nearer key out is another map's."""
+    model = build(1, **VARIANTS["fast"])
+    name = "layers.0.blocks.0.attn.topk_cloest_indice_0"
+    flipped = {name: model.state_dict()[name].flip(1)}
+    assert choices_of_other_maps(model, flipped) == []
+    flipped[name][0, 0] = 56 * 56 - 1
+    assert choices_of_other_maps(model, flipped) == [name]
+
+
+# --- Refused ------------------------------------------------------------------------------------------------
+
+
+REFUSED = {
+    "other heads": (OWN, torch.zeros(169, 5), "another shape"),
+    "no square": (OWN, torch.zeros(170, 2), "another shape"),
+    "empty": (OWN, torch.zeros(0, 2), "another shape"),
+    "flat": (OWN, torch.zeros(169 * 2), "another shape"),
+    "numbers": (OWN, torch.zeros(121, 2, dtype=torch.long), "another shape"),
+    "complex": (OWN, torch.zeros(121, 2, dtype=torch.cfloat), "another shape"),
+    "nan": (OWN, torch.full((121, 2), float("nan")), "nan or inf"),
+    "too large": (OWN, torch.full((121, 2), 1e300, dtype=torch.float64), "nan or inf"),
+    "ring of no window": (RING, torch.zeros(1, 2, 50, 132), "another shape"),
+    "ring of no expand size": (RING, torch.zeros(1, 2, 36, 131), "another shape"),
+    "ring without slots": (RING, torch.zeros(1, 2, 36, 0), "another shape"),
+    "ring of two": (RING, torch.zeros(2, 2, 36, 108), "another shape"),
+    "pooled, no square": (POOLED, torch.zeros(2, 122), "another shape"),
+    "pool of another kind": (CELL, torch.zeros(16, 1, 7, 7), "another shape"),
+    "channels": ("layers.1.blocks.0.norm1.weight", torch.zeros(4), "another shape"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_resized_is_refused(case: str, tmp_path: Path) -> None:
+    """With the error of a load that does not resize; nothing is loaded."""
+    name, value, reason = REFUSED[case]
+    model = build(2)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"(?s)given.pth does not fit.*{reason}: {name}"):
+        load_checkpoint(model, saved(build(1), tmp_path, **{name: value}), resize=True)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"focal_levels": [3, 3, 3, 3]}, "missing: layers"),
+        ({"focal_levels": [1, 1, 1, 1]}, "unexpected: layers"),
+        ({"embed_dim": 16}, "another shape"),
+        ({"depths": [1, 1, 1, 1]}, "unexpected: layers.2.blocks.1"),
+        ({"kind": "focalv2"}, "missing: layers"),
+    ],
+)
+def test_another_model_is_refused(options: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"(?s)Use the config.*{reason}"):
+        load_checkpoint(build(**options), saved(build(), tmp_path), resize=True)
+
+
+def test_head_and_setting_at_once(tmp_path: Path) -> None:
+    """The error says both; both options together load."""
+    path = saved(build(1), tmp_path)
+    model = build(2, num_classes=5, focal_windows=[9, 7, 5, 3])
+    with pytest.raises(ValueError, match=r"Only the classifier and what.*\(reset_head\).*\(resize;"):
+        load_checkpoint(model, path)
+    with pytest.raises(ValueError, match=r"Only the classifier differs"):
+        load_checkpoint(model, path, resize=True)
+    report = load_checkpoint(model, path, reset_head=True, resize=True)
+    assert report.reset == ["head.bias", "head.weight"] and len(report.resized) == 5
