@@ -23,21 +23,25 @@ SOURCES = sorted(
 TASKS = ("classification", "detection", "segmentation")
 COMMANDS = (  # may talk to the user
     *("main.py", "tools/*", "classification/*", "detection/*", "segmentation/*"),
-    *("openmmlab/runner.py", "openmmlab/predict.py"),
+    *("openmmlab/runner.py", "openmmlab/predict.py", "openmmlab/count.py"),
 )
 
 MODEL_LEVELS = {  # a module of models/ imports only modules of lower levels
     "ops": 0,
     "geometry": 0,
     "layers": 0,
+    "mlp": 0,
     "key_selection": 1,
     "options": 2,
     "focal_attention": 2,
     "focal_transformer": 3,
     "checkpoint_scan": 0,
+    "safetensors_file": 0,
+    "resize": 3,
     "checkpoint": 4,
     "build": 4,
     "registry": 5,
+    "hub_mixin": 5,
     "__init__": 6,
 }
 MODEL_NEEDS = {"numpy", "torch", "timm"}
@@ -47,18 +51,20 @@ OPTIONAL_HOMES = {  # package -> the files that may import it
     "mmseg": ("segmentation/*",),
     "mmcv": ("openmmlab/*", "detection/*", "segmentation/*"),
     "mmengine": ("openmmlab/*", "detection/*", "segmentation/*"),
+    "safetensors": ("models/safetensors_file.py",),
+    "huggingface_hub": ("models/hub_mixin.py",),
     "onnx": ("classification/*",),
     "onnxruntime": ("classification/*",),
     "tensorboard": ("logger.py",),
     "torch.utils.tensorboard": ("logger.py",),
     "apex": ("optimizer.py",),
-    "sklearn": ("data/demo.py",),
+    "sklearn": ("data/demo.py", "tools/make_figures.py"),
     "cv2": ("data/*", "classification/*", "detection/*", "tools/*"),
     "matplotlib": ("tools/*", "classification/*"),
     "pycocotools": ("detection/*",),
 }
 OPTIONAL_AS_A_WHOLE = (  # import them at the top
-    *("models/ops/triton_*.py", "detection/*", "segmentation/*"),
+    *("models/ops/triton_*.py", "models/hub_mixin.py", "detection/*", "segmentation/*"),
     *("openmmlab/focal_backbone.py", "openmmlab/ops_bridge.py"),
 )
 CONFIG_READERS = (  # build_* functions and the run itself; everything else takes plain values

@@ -30,6 +30,7 @@ from config import load_config
 from models import count_params_and_macs
 
 DOCS = [REPO / "README.md", *sorted(REPO.glob("*/get_started.md"))]
+PAGES = [*DOCS, REPO / "MODEL_ZOO.md", REPO / "figures" / "README.md"]
 FEW_SCENES = {  # over a config of detection/ or segmentation/, so that an epoch takes a second
     "train_dataloader.dataset.indices": 2,
     "val_dataloader.dataset.indices": 1,
@@ -111,6 +112,11 @@ def load_tool(name: str) -> ModuleType:
         sys.path.remove(str(REPO / "tools"))
 
 
+def load_command(name: str) -> ModuleType:
+    """A module of classification/."""
+    return importlib.import_module(f"classification.{name}")
+
+
 def script_and_arguments(words: list[str]) -> tuple[str, list[str]]:
     """What a command runs, by python or torchrun; ("", []) for others."""
     if words[0] == "python":
@@ -180,10 +186,13 @@ def quicken(arguments: list[str], few: Path | None = None) -> list[str]:
 def run_command(words: list[str], few: Path, where: str) -> None:
     """Run one command of a document as its reader would, within this process where possible."""
     arguments, task = main_arguments(words), task_command(words)
-    plot = load_tool("plot_run")
     runners: dict[str, Callable[[list[str]], int | None]] = {
         "python -m data.demo": lambda rest: data.demo.main(rest),
-        "python tools/plot_run.py": lambda rest: plot.main(rest),
+        "python tools/plot_run.py": lambda rest: load_tool("plot_run").main(rest),
+        "python tools/visualize.py": lambda rest: load_tool("visualize").main(rest),
+        "python tools/convert_checkpoint.py": lambda rest: load_tool("convert_checkpoint").main(rest),
+        "python classification/predict.py": lambda rest: load_command("predict").main(rest),
+        "python classification/export.py": lambda rest: load_command("export").main(rest),
     }
     if arguments is not None:
         assert main.main(quicken(arguments, few)) == 0, f"{where}: {shlex.join(words)}"
@@ -221,7 +230,7 @@ def test_bash_blocks_run_in_order(
         load_config(written)
 
 
-@pytest.mark.parametrize("doc", DOCS, ids=named)
+@pytest.mark.parametrize("doc", PAGES, ids=named)
 def test_sh_blocks_parse(doc: Path) -> None:
     for block in blocks(doc, "sh"):
         for words in block.commands():
@@ -230,6 +239,8 @@ def test_sh_blocks_parse(doc: Path) -> None:
                 parse_task(*task)
             elif words[0] == "python" and words[1].startswith("tools/"):
                 load_tool(Path(words[1]).stem).parse(words[2:])
+            elif words[0] == "python" and words[1].startswith("classification/"):
+                load_command(Path(words[1]).stem).parse(words[2:])
             elif arguments is None:
                 assert words[0] in SHELL_WORDS, f"{block}: unknown command {shlex.join(words)}"
             else:
@@ -273,12 +284,13 @@ def known_flags() -> set[str]:
         *(f"--{flag}" for flag in [*main.FLAGS, *main.SWITCHES]),
     }
     torchrun = {flag for action in get_args_parser()._actions for flag in action.option_strings}
-    sources = [*REPO.glob("openmmlab/*.py"), *REPO.glob("detection/*.py"), *REPO.glob("segmentation/*.py")]
+    folders = ("openmmlab", "classification", "detection", "segmentation", "tools")
+    sources = [path for folder in folders for path in REPO.glob(f"{folder}/*.py")]
     tasks = {flag for path in sources for flag in re.findall(r'"(--[\w-]+)"', path.read_text())}
     return ours | torchrun | tasks | {"--kinds", "--out", "--shm-size", "--no-amp"}
 
 
-@pytest.mark.parametrize("doc", DOCS, ids=named)
+@pytest.mark.parametrize("doc", PAGES, ids=named)
 def test_flags_and_options_in_the_text_exist(doc: Path) -> None:
     options = set(config_module.flatten(load_config()))
     for code in inline_code(doc):
@@ -332,7 +344,7 @@ def test_quoted_messages_are_in_the_code() -> None:
     assert [message for message in messages if not any(message in text for text in texts)] == []
 
 
-@pytest.mark.parametrize("doc", DOCS, ids=named)
+@pytest.mark.parametrize("doc", PAGES, ids=named)
 def test_links_lead_somewhere(doc: Path) -> None:
     for target in LINK.findall(doc.read_text()):
         if target.startswith("https://"):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import struct
 import sys
 from pathlib import Path
@@ -15,12 +16,13 @@ import plot_run
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def train(epoch: int, step: int, loss: float | None = 1.0) -> str:
-    return json.dumps({"kind": "train", "epoch": epoch, "step": step, "loss": loss, "lr": 0.1})
+def train(epoch: int, step: int, loss: float | None = 1.0, speed: float = 100.0) -> str:
+    values = {"loss": loss, "lr": 0.1, "img_per_s": speed}
+    return json.dumps({"kind": "train", "epoch": epoch, "step": step, **values})
 
 
 def epoch(number: int, acc1: float = 50.0) -> str:
-    values = {"loss": 1.0, "val_loss": 1.1, "acc1": acc1, "acc5": 90.0}
+    values = {"loss": 1.0, "val_loss": 1.1, "acc1": acc1, "acc5": 90.0, "minutes": 30.0}
     return json.dumps({"kind": "epoch", "epoch": number, **values})
 
 
@@ -96,6 +98,50 @@ def test_several_runs(tmp_path: Path) -> None:
     size_of(out)
     assert plot_run.name_runs(folders) == ["a/default", "b/default", "c/default"]
     assert plot_run.name_runs([folders[0], folders[0]]) == ["default", "default"]
+
+
+def test_a_page_holds_everything(tmp_path: Path) -> None:
+    """Curves, what was reached, what differs; a name is text, and nothing is fetched."""
+    for name, options in (
+        ("a<b>", "TAG: one\nTRAIN: {BASE_LR: 0.5, EPOCHS: 2}\n"),
+        ("b", "TRAIN: {EPOCHS: 2}\n"),
+    ):
+        (write(tmp_path / name, RUN) / "config.yaml").write_text(options)
+    write(tmp_path / "b", [train(0, 4, 3.0, 50.0), train(0, 9, 2.0, 70.0), train(1, 0, 2.5, 60.0)])
+    out, picture = tmp_path / "page.html", tmp_path / "plot.png"
+    folders = [str(tmp_path / name) for name in ("a<b>", "b")]
+    assert plot_run.main([*folders, "--out", str(out), str(picture)]) == 0
+    size_of(picture)
+    page = out.read_text()
+    assert page.count("<svg") == page.count("</svg>") == 1
+    assert page.count("<table>") == 2
+    assert "<b>" not in page and "a&lt;b&gt;" in page
+    assert re.findall(r"<(?:script|link|img|iframe|object)\b|(?:src|href)=\"(?!#)|url\((?!#)", page) == []
+    rows = [re.findall(r"<t[dh]>(.*?)</t[dh]>", line) for line in page.splitlines() if "<tr>" in line]
+    assert rows[1] == ["a&lt;b&gt;", "2", "60.00", "1", "1.1", "100", "1.00"]
+    assert rows[2] == ["b", "0", "-", "2.5", "-", "60", "0.00"]
+    assert rows[3:] == [
+        ["option", "a&lt;b&gt;", "b"],
+        ["TAG", "one", "-"],
+        ["TRAIN.BASE_LR", "0.5", "-"],
+    ]
+
+
+def test_a_page_of_one_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A configuration that cannot be read costs the table of options alone."""
+    folder = write(tmp_path / "run", RUN)
+    (folder / "config.yaml").write_text("TAG: [")
+    assert plot_run.main([str(folder), "--out", str(folder / "page.html")]) == 0
+    assert "config.yaml: skipped" in caplog.text
+    page = (folder / "page.html").read_text()
+    assert page.count("<table>") == 1
+
+
+def test_the_average_is_drawn_where_there_is_one() -> None:
+    run = plot_run.RunMetrics("x", [json.loads(train(0, 1))], [json.loads(epoch(0)), json.loads(epoch(1))])
+    lines = len(plot_run.draw([run]).axes[1].lines)
+    run.epochs[1]["acc1_ema"] = 70.0
+    assert len(plot_run.draw([run]).axes[1].lines) == lines + 1
 
 
 def test_several_runs_need_a_file(tmp_path: Path) -> None:

@@ -1,0 +1,300 @@
+"""Names the likeliest classes of images, as a table or as JSON.
+
+    python classification/predict.py IMAGE|FOLDER ... --resume CHECKPOINT [--cfg FILE] [--json]
+
+Checkpoints are those that main.py evaluates. A training checkpoint of this project holds its configuration,
+so that --cfg is not needed; with weights alone, and with files of the original release, it is. An image that
+cannot be read is told in one sentence, the others are predicted, and the exit status is 1.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+if str(REPO) not in sys.path:
+    sys.path.insert(0, str(REPO))  # the commands are run as files
+
+import torch  # noqa: E402
+from timm.data import ImageNetInfo, infer_imagenet_subset  # noqa: E402
+from torch import Tensor  # noqa: E402
+from yacs.config import CfgNode  # noqa: E402
+
+import train_state  # noqa: E402
+import utils  # noqa: E402
+from config import load_config  # noqa: E402
+from data.folder import IMAGE_EXTENSIONS  # noqa: E402
+from data.images import decode_rgb  # noqa: E402
+from data.source import FileSource  # noqa: E402
+from data.transforms import Transform, eval_transform  # noqa: E402
+from models import FocalTransformer, build_model, load_checkpoint, read_checkpoint  # noqa: E402
+
+logger = logging.getLogger("predict")
+
+NAME_WIDTH = 60  # letters of a class name in the table
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with its weights, ready to be run, and what it was configured with."""
+
+    config: CfgNode
+    model: FocalTransformer
+    device: torch.device
+    precision: utils.Precision
+
+    def transform(self) -> Transform:
+        """From a PIL image to the input that evaluation gives the model."""
+        data, size = self.config.DATA, self.config.DATA.IMG_SIZE
+        height, width = (size, size) if isinstance(size, int) else size
+        channels, crop = self.config.MODEL.FOCAL.IN_CHANS, self.config.TEST.CROP
+        return eval_transform((height, width), channels, data.MEAN, data.STD, data.INTERPOLATION, crop)
+
+
+@dataclass
+class Prediction:
+    """What was found in an image, the likeliest class first; or why it could not be read."""
+
+    image: str
+    top: list[tuple[int, str, float]]  # class, its name, probability
+    error: str = ""
+
+    def as_json(self) -> dict[str, object]:
+        """Plain data."""
+        keys = ("class", "name", "probability")
+        top = [dict(zip(keys, entry, strict=True)) for entry in self.top]
+        return {"image": self.image, "error": self.error} if self.error else {"image": self.image, "top": top}
+
+    def as_text(self) -> str:
+        """A heading and one line per class."""
+        lines = [f"  {100 * share:5.1f} %  {name[:NAME_WIDTH]}" for _, name, share in self.top]
+        return "\n".join([self.image, *lines])
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments from which `load_config_of` and `load_trained` make a model."""
+    parser.add_argument("--cfg", metavar="FILE", help="yaml file (default: the one inside the checkpoint)")
+    parser.add_argument("--resume", metavar="FILE", help="checkpoint, as for main.py --eval")
+    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="any option of config.py")
+    parser.add_argument("--data-path", metavar="DIR", help="data set whose folders name the classes")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: CUDA where there is some)")
+    parser.add_argument("--classes", type=Path, metavar="FILE", help="class names, one per line")
+
+
+def load_config_of(args: argparse.Namespace) -> CfgNode:
+    """The configuration that --cfg or the checkpoint names, overridden by the flags that were given.
+
+    Raises:
+        ValueError: neither of them has one, or it has problems.
+    """
+    flags = {"MODEL.RESUME": args.resume, "DATA.DATA_PATH": args.data_path, "DEVICE": args.device}
+    opts = [*args.opts, *(word for key, value in flags.items() if value for word in (key, value))]
+    if args.cfg:
+        return load_config(args.cfg, opts)
+    text = read_checkpoint(args.resume).get("config") if args.resume else None
+    if not isinstance(text, str):
+        where = f"{args.resume} holds no configuration" if args.resume else "no --resume was given either"
+        raise ValueError(f"--cfg: expected a yaml file, as {where}; name the config of the model")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(text, encoding="utf-8")
+        try:
+            return load_config(path, opts)
+        except ValueError as error:
+            message = str(error).replace(os.path.realpath(path), args.resume).replace(str(path), args.resume)
+            raise ValueError(message) from error
+
+
+def load_trained(args: argparse.Namespace) -> Trained:
+    """The model of the arguments with its weights, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+        ValueError: no checkpoint was named, or it does not fit the configuration.
+    """
+    config = load_config_of(args)
+    if not config.MODEL.RESUME:
+        raise ValueError("--resume: expected a checkpoint, got none; name the file with the trained weights")
+    device = utils.pick_device(config.DEVICE)
+    model = build_model(config)
+    with train_state.naming("MODEL.RESUME (--resume)"):
+        load = train_state.load_average if config.EVAL_EMA else load_checkpoint
+        load(model, config.MODEL.RESUME)
+    precision = utils.choose_precision(config.AMP_OPT_LEVEL, config.AMP_DTYPE, device)
+    return Trained(config, model.to(device).eval(), device, precision)
+
+
+# --- Names of classes ---------------------------------------------------------------------------------------
+
+
+def class_names(config: CfgNode, file: Path | None) -> list[str]:
+    """One name per class: of a file, of ImageNet, or of the data set's folders; else its number.
+
+    Args:
+        config: its data set says where names come from.
+        file: one name per line; None to look elsewhere.
+
+    Raises:
+        ValueError: the file cannot be read, or has another number of names.
+    """
+    count = config.MODEL.NUM_CLASSES
+    if file is not None:
+        return _names_of_file(file, count)
+    names = [] if config.DATA.DATASET == "folder" else _imagenet_names(count)
+    names = names or _folder_names(config.DATA.DATA_PATH, count)
+    if not names:
+        logger.warning(
+            f"no names are known for these {count} classes, so they are numbered; name the data set's folder "
+            "with --data-path, or a file with one name per line with --classes"
+        )
+    return names or [f"class {number}" for number in range(count)]
+
+
+def _names_of_file(file: Path, count: int) -> list[str]:
+    try:
+        names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--classes: expected a text file with one name per line, got: {error}") from error
+    if len(names) != count:
+        raise ValueError(f"--classes: expected {count} names, one per class, got {len(names)} in {file}")
+    return names
+
+
+def _imagenet_names(count: int) -> list[str]:
+    """Descriptions in the order of ImageNet's sorted folders, by timm; none for other numbers of classes."""
+    subset = infer_imagenet_subset({"num_classes": count})
+    return ImageNetInfo(subset).label_descriptions() if subset else []
+
+
+def _folder_names(data_path: str, count: int) -> list[str]:
+    """The class folders of a data set, where there are as many as classes; ImageNet's are described."""
+    for split in ("train", "val"):
+        folder = Path(data_path or "-") / split
+        folders = folder.iterdir() if data_path and folder.is_dir() else ()
+        names = sorted(path.name for path in folders if path.is_dir() and not path.name.startswith("."))
+        if len(names) == count:
+            known = ImageNetInfo("imagenet-22k")
+            described = dict(zip(known.label_names(), known.label_descriptions(), strict=True))
+            return [described.get(name, name) for name in names]
+    return []
+
+
+# --- Images -------------------------------------------------------------------------------------------------
+
+
+def find_images(arguments: Sequence[str]) -> list[str]:
+    """The files that were named, and the image files in and below the folders that were named.
+
+    Raises:
+        ValueError: a folder without images.
+    """
+    images: list[str] = []
+    for argument in arguments:
+        found = [argument]
+        if Path(argument).is_dir():
+            files = sorted(path for path in Path(argument).rglob("*") if not path.name.startswith("."))
+            found = [str(path) for path in files if path.suffix.lower() in IMAGE_EXTENSIONS]
+        if not found:
+            raise ValueError(f"{argument}: expected images ({' '.join(IMAGE_EXTENSIONS)}), got none")
+        images += found
+    return images
+
+
+def read_image(path: str, transform: Transform) -> Tensor:
+    """An image file as the model's input, [C, H, W].
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it does not decode.
+    """
+    return transform(decode_rgb(FileSource(Path(), [path], [0]).read(0), path))
+
+
+def predict(
+    trained: Trained, images: Sequence[str], names: Sequence[str], batch_size: int, top: int
+) -> Iterator[Prediction]:
+    """Predictions in the order of the images.
+
+    Args:
+        trained: the model.
+        images: paths of files.
+        names: one per class.
+        batch_size: images per forward pass.
+        top: classes per image, or all there are if fewer.
+    """
+    transform = trained.transform()
+    for start in range(0, len(images), batch_size):
+        predictions = [Prediction(path, []) for path in images[start : start + batch_size]]
+        inputs = []
+        for prediction in predictions:
+            try:
+                inputs.append(read_image(prediction.image, transform))
+            except OSError as error:
+                prediction.error = f"{prediction.image}: expected an image file, got: {error.strerror}"
+            except ValueError as error:
+                prediction.error = str(error)
+        if inputs:
+            best = _best_of(trained, torch.stack(inputs), min(top, len(names)))
+            for prediction in (each for each in predictions if not each.error):
+                prediction.top = [(number, names[number], share) for number, share in next(best)]
+        yield from predictions
+
+
+@torch.inference_mode()
+def _best_of(trained: Trained, inputs: Tensor, top: int) -> Iterator[list[tuple[int, float]]]:
+    """Per image [B, C, H, W] the likeliest classes with their probabilities."""
+    with trained.precision.autocast(trained.device):
+        logits = trained.model(inputs.to(trained.device))
+    shares, classes = logits.float().softmax(dim=-1).topk(top, dim=-1)
+    pairs = zip(classes.tolist(), shares.tolist(), strict=True)
+    return iter([list(zip(numbers, values, strict=True)) for numbers, values in pairs])
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments of the command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser.add_argument("images", nargs="+", metavar="IMAGE|FOLDER", help="image files, or folders of them")
+    add_model_arguments(parser)
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at once (32)")
+    parser.add_argument("--top", type=int, default=5, metavar="N", help="classes per image (5)")
+    parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
+    args = parser.parse_args(argv)
+    for flag in ("batch_size", "top"):
+        if getattr(args, flag) < 1:
+            parser.error(f"--{flag.replace('_', '-')}: expected a number from 1 on")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 1 if an image could not be read, 2 for what else the user can correct."""
+    args = parse(argv)
+    logging.basicConfig(format="%(message)s")
+    done = []
+    try:
+        images = find_images(args.images)
+        trained = load_trained(args)
+        names = class_names(trained.config, args.classes)
+        for prediction in predict(trained, images, names, args.batch_size, args.top):
+            done.append(prediction)
+            if prediction.error:
+                print(f"error: {prediction.error}", file=sys.stderr)
+            elif not args.json:
+                print(prediction.as_text())
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("FOCAL_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps([prediction.as_json() for prediction in done], indent=2))
+    return 1 if any(prediction.error for prediction in done) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

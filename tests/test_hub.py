@@ -1,0 +1,253 @@
+"""Weights and models of other people's tools: torch.hub, safetensors, the Hugging Face Hub, conversion."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import REPO
+
+import hubconf
+from config import load_config
+from models import VARIANTS, FocalTransformer, build_model, load_checkpoint, read_checkpoint
+from models.checkpoint import DERIVED_BUFFERS, state_dict_of
+from models.hub_mixin import FocalTransformerOnHub
+from models.safetensors_file import write_safetensors
+
+sys.path.insert(0, str(REPO / "tools"))
+import convert_checkpoint  # noqa: E402
+
+OFFICIAL = [REPO / f"tests/checkpoints/official_{version}_nano.pth" for version in ("v1", "v2")]
+NANO = {"img_size": 32, "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "num_classes": 5}
+NAMES = {
+    "focal_tiny": "focal_tiny_patch4_window7_224",
+    "focal_fast_base": "focalv2_base_useconv_patch4_window7_224",
+}
+in_both_formats = pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+
+
+def nano(variant: str, seed: int = 0, **options) -> FocalTransformer:
+    torch.manual_seed(seed)
+    return FocalTransformer(**{**VARIANTS[variant], **NANO, **options}).eval()
+
+
+def image() -> torch.Tensor:
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+def same(a: torch.nn.Module, b: torch.nn.Module) -> None:
+    with torch.no_grad():
+        torch.testing.assert_close(a.eval()(image()), b.eval()(image()))
+
+
+# --- torch.hub ----------------------------------------------------------------------------------------------
+
+FROM_ELSEWHERE = """
+import sys, torch
+repo, name, weights = sys.argv[1:]
+options = dict(img_size=32, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], num_classes=5)
+model = torch.hub.load(repo, name, source="local", pretrained=weights, **options).eval()
+torch.save(model(torch.load("image.pt")), "logits.pt")
+"""
+
+
+@pytest.mark.parametrize("short", NAMES)
+def test_a_program_elsewhere_loads_a_model(short, tmp_path) -> None:
+    model = nano(NAMES[short])
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    torch.save(image(), tmp_path / "image.pt")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FROM_ELSEWHERE, str(REPO), short, "weights.pth"],
+        cwd=tmp_path,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), model(image()))
+
+
+def test_every_variant_has_an_entry_point() -> None:
+    entries = {name: f for name, f in vars(hubconf).items() if callable(f) and not name.startswith("_")}
+    assert len(entries) == len(VARIANTS)
+    assert all(name == entry.__name__ for name, entry in entries.items())
+    assert {entry.__doc__.split(".")[0] for entry in entries.values()} == set(VARIANTS)
+    for entry in entries.values():
+        with torch.device("meta"):
+            assert entry(num_classes=3).head.out_features == 3
+    for package in hubconf.dependencies:
+        __import__(package)
+
+
+def test_weights_of_an_entry_point(tmp_path) -> None:
+    model = nano("focal_tiny_patch4_window7_224")
+    write_safetensors(model.state_dict(), tmp_path / "w.safetensors")
+    same(hubconf.focal_tiny(pretrained=str(tmp_path / "w.safetensors"), **NANO), model)
+    other = {**NANO, "num_classes": 7}
+    with pytest.raises(ValueError, match="Only the classifier differs"):
+        hubconf.focal_tiny(pretrained=str(tmp_path / "w.safetensors"), **other)
+    fresh = hubconf.focal_tiny(pretrained=str(tmp_path / "w.safetensors"), reset_head=True, **other)
+    assert torch.equal(fresh.norm.weight, model.norm.weight) and fresh.head.out_features == 7
+    wide = {**NANO, "window_size": 4, "img_size": 64}
+    resized = hubconf.focal_tiny(pretrained=str(tmp_path / "w.safetensors"), resize=True, **wide)
+    assert torch.equal(resized.head.weight, model.head.weight)
+    with pytest.raises(ValueError, match="none are published for focal_tiny_patch4_window7_224"):
+        hubconf.focal_tiny(pretrained=True)
+    with pytest.raises(FileNotFoundError, match="not there"):
+        hubconf.focal_tiny(pretrained=str(tmp_path / "nothing.pth"), **NANO)
+
+
+# --- safetensors --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_safetensors_keep_every_bit(variant, tmp_path) -> None:
+    """Buffers of whole numbers, half precision and kernels in another memory order as well."""
+    model = nano(variant).half()
+    write_safetensors(model.state_dict(), tmp_path / "w.safetensors")
+    convert_checkpoint.check_same(model.state_dict(), read_checkpoint(tmp_path / "w.safetensors"), "it")
+    twin = nano(variant, seed=1)
+    report = load_checkpoint(twin, tmp_path / "w.safetensors")
+    assert not (report.reset or report.recomputed)
+    same(twin, model.float())
+
+
+def test_damaged_safetensors_are_refused(tmp_path) -> None:
+    model = nano("focal_tiny_patch4_window7_224")
+    write_safetensors(model.state_dict(), tmp_path / "w.safetensors")
+    whole = (tmp_path / "w.safetensors").read_bytes()
+    broken = {
+        "empty": b"",
+        "short": whole[:-5],
+        "header": (2**40).to_bytes(8, "little") + whole[8:],
+        "text": b"not tensors at all",
+        "pickle": OFFICIAL[0].read_bytes(),
+    }
+    for name, content in broken.items():
+        (tmp_path / f"{name}.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name}\.safetensors: not a safetensors file, or damaged"):
+            load_checkpoint(model, tmp_path / f"{name}.safetensors")
+
+
+# --- Conversion ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", OFFICIAL, ids=lambda path: path.stem)
+def test_original_to_safetensors_and_back(source, tmp_path) -> None:
+    """Every file on the way gives the same logits; the last one has the original's parameters alone."""
+    config = load_config(source.with_suffix(".yaml"))
+    expected = build_model(config)
+    load_checkpoint(expected, source)
+    steps = [source, *(tmp_path / name for name in ("a.safetensors", "b.pth", "c.safetensors", "d.pth"))]
+    for before, after in zip(steps, steps[1:], strict=False):
+        assert convert_checkpoint.main([str(before), str(after)]) == 0
+        model = build_model(config)
+        load_checkpoint(model, after)
+        same(model, expected)
+    original = torch.load(source, weights_only=False)["model"]
+    written = torch.load(steps[-1], weights_only=True)["model"]
+    assert written.keys() == {key for key in original if not DERIVED_BUFFERS.search(key)}
+    assert all(torch.equal(value, original[key]) for key, value in written.items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [path.name for path in sorted(steps[1:])]
+
+
+@in_both_formats
+def test_timm_reads_what_is_converted(suffix, tmp_path) -> None:
+    model = nano("focalv2_tiny_useconv_patch4_window7_224")
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "in.pth")
+    assert convert_checkpoint.main([str(tmp_path / "in.pth"), str(tmp_path / f"out{suffix}")]) == 0
+    name = "focalv2_tiny_useconv_patch4_window7_224"
+    same(timm.create_model(name, checkpoint_path=str(tmp_path / f"out{suffix}"), **NANO), model)
+
+
+def test_averaged_weights_of_a_training_run(tmp_path, capsys) -> None:
+    """Buffers, which are not averaged, come from the weights themselves."""
+    model = nano("focalv2_tiny_useconv_patch4_window7_224")
+    averaged = {key: value + 1 for key, value in model.named_parameters()}
+    content = {"model": model.state_dict(), "model_ema": averaged, "epoch": 3, "optimizer": {}}
+    torch.save(content, tmp_path / "run.pth")
+    source, target = str(tmp_path / "run.pth"), tmp_path / "out.safetensors"
+    assert convert_checkpoint.main([source, str(target), "--weights", "model_ema"]) == 0
+    expected = {key: averaged.get(key, value) for key, value in model.state_dict().items()}
+    convert_checkpoint.check_same(expected, read_checkpoint(target), "it")
+    assert convert_checkpoint.main([source, str(tmp_path / "b.pth"), "--weights", "ema"]) == 1
+    assert "expected weights under 'ema', found these groups: model, model_ema" in capsys.readouterr().err
+
+
+@in_both_formats
+def test_nothing_is_overwritten_or_left_behind(suffix, tmp_path, capsys) -> None:
+    target = tmp_path / f"out{suffix}"
+    target.write_text("precious")
+    source = str(OFFICIAL[0])
+
+    def said(*arguments: str) -> str:
+        assert convert_checkpoint.main([*arguments]) == 1
+        assert target.read_text() == "precious" and [*tmp_path.iterdir()] == [target]
+        return capsys.readouterr().err
+
+    assert "there already: choose another name, or replace it with --force" in said(source, str(target))
+    assert "not there" in said(str(tmp_path / "no.pth"), str(target), "--force")
+    assert "found entries that are no tensors" in said_of_text(said, tmp_path, target)
+    assert "ends in one of .pth, .safetensors" in said(source, str(tmp_path / "out.npz"))
+    assert convert_checkpoint.main([source, str(target), "--force"]) == 0
+    assert state_dict_of(read_checkpoint(target)).keys() and [*tmp_path.iterdir()] == [target]
+
+
+def said_of_text(said, folder: Path, target: Path) -> str:
+    """What is said of a file without weights, which lies beside the folder."""
+    path = folder.parent / f"{folder.name}-text.pth"
+    torch.save({"text": "no weights"}, path)
+    return said(str(path), str(target), "--force")
+
+
+@in_both_formats
+def test_a_file_that_reads_differently_is_not_kept(suffix, tmp_path, monkeypatch, capsys) -> None:
+    """A writer that loses one bit stands for a disk that does."""
+    write = convert_checkpoint.WRITERS[suffix]
+
+    def careless(state, path) -> None:
+        changed = {key: value.clone() for key, value in state.items()}
+        changed["norm.bias"][0] += 1e-6
+        write(changed, path)
+
+    monkeypatch.setitem(convert_checkpoint.WRITERS, suffix, careless)
+    assert convert_checkpoint.main([str(OFFICIAL[0]), str(tmp_path / f"out{suffix}")]) == 1
+    assert "reads differently in 1 tensors, such as norm.bias" in capsys.readouterr().err
+    assert [*tmp_path.iterdir()] == []
+
+
+# --- Hugging Face Hub ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", [*NAMES.values()])
+def test_a_folder_of_the_hubs_layout(variant, tmp_path) -> None:
+    """Options, weights and page; other tools read the weights, too."""
+    torch.manual_seed(0)
+    model = FocalTransformerOnHub(**{**VARIANTS[variant], **NANO, "use_layerscale": True})
+    model.save_pretrained(tmp_path / "model", model_card_kwargs={"model_id": "somebody/focal-digits"})
+    names = sorted(path.name for path in (tmp_path / "model").iterdir())
+    assert names == ["README.md", "config.json", "model.safetensors"]
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    assert config["use_layerscale"] and config["depths"] == NANO["depths"]
+    again = FocalTransformerOnHub.from_pretrained(tmp_path / "model")
+    same(again, model)
+    plain = FocalTransformer(**config)
+    load_checkpoint(plain, tmp_path / "model/model.safetensors")
+    same(plain, model)
+    page = (tmp_path / "model/README.md").read_text()
+    assert "license: mit" in page and "pipeline_tag: image-classification" in page
+    assert 'from_pretrained("somebody/focal-digits")' in page and "{{" not in page
+
+
+def test_a_folder_that_does_not_fit(tmp_path) -> None:
+    model = FocalTransformerOnHub(**{**VARIANTS["focal_tiny_patch4_window7_224"], **NANO})
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="size mismatch for head"):
+        FocalTransformerOnHub.from_pretrained(tmp_path, num_classes=9, strict=True)

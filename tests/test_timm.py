@@ -1,0 +1,406 @@
+"""What timm expects of a model, stated over all variants of this repository.
+
+The properties are those of timm's own suite, which tools/timm_suite.py runs where timm's sources are at hand.
+Models here have the options of their variant, but few channels and blocks.
+"""
+
+import copy
+import inspect
+
+import pytest
+import timm
+import torch
+from conftest import REPO
+from timm.models import FeatureInfo, get_notrace_functions, get_notrace_modules
+from timm.models._manipulate import group_parameters
+from timm.optim import create_optimizer_v2
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from config import load_config
+from models import (
+    VARIANTS,
+    FocalTransformer,
+    TimmFocalTransformer,
+    build_model,
+    load_checkpoint,
+    read_checkpoint,
+)
+from models.registry import checkpoint_filter_fn
+
+NANO = {"img_size": 64, "embed_dim": 8, "depths": (2, 1, 1, 1), "num_heads": (1, 1, 2, 2), "num_classes": 5}
+FAMILIES = (
+    "focal_tiny_patch4_window7_224",
+    "focal_small_useconv_patch4_window7_224",
+    "focalv2_base_useconv_patch4_window7_224",
+)
+every_name = pytest.mark.parametrize("name", VARIANTS)
+every_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+def create(name: str, seed: int = 0, **options) -> TimmFocalTransformer:
+    torch.manual_seed(seed)
+    return timm.create_model(name, **{**NANO, **options})
+
+
+def image(*size: int, batch: int = 2, channels: int = 3) -> torch.Tensor:
+    return torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(1))
+
+
+# --- Names and options --------------------------------------------------------------------------------------
+
+
+def test_names_are_listed() -> None:
+    assert set(timm.list_models("focal*_window7_224")) == set(VARIANTS)
+    assert {path.stem for path in REPO.glob("configs/focal*.yaml")} == set(VARIANTS)
+    assert all(timm.is_model(name) for name in VARIANTS)
+
+
+@every_name
+def test_a_variant_is_what_its_config_says(name) -> None:
+    """Shapes, order of parameters, key selections, dropout rates: all that a model prints, and its state."""
+    config = load_config(REPO / f"configs/{name}.yaml")
+    with torch.device("meta"):
+        ours, its = FocalTransformer(**VARIANTS[name]), build_model(config)
+        in_timm = timm.create_model(name)
+    assert repr(ours) == repr(its)
+    selections = [
+        [block.attn.selection for s in m.layers for block in s.blocks] for m in (ours, its, in_timm)
+    ]
+    assert selections[0] == selections[1] == selections[2]
+    shapes = [{key: value.shape for key, value in m.state_dict().items()} for m in (ours, its, in_timm)]
+    assert shapes[0] == shapes[1] == shapes[2]
+    assert [*shapes[0]] == [*shapes[2]]
+
+
+@every_name
+def test_default_cfg_is_true(name) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name).eval()
+        maps = model.forward_features(torch.empty(1, *model.default_cfg["input_size"]))
+    cfg, state = model.default_cfg, model.state_dict()
+    assert cfg["architecture"] == name and cfg["num_classes"] == 1000 and not cfg["fixed_input_size"]
+    assert model.in_chans == cfg["input_size"][0]
+    assert f"{cfg['classifier']}.weight" in state and f"{cfg['first_conv']}.weight" in state
+    assert maps.shape == (1, *cfg["pool_size"], model.num_features) and model.output_fmt == "NHWC"
+    data = timm.data.resolve_data_config({}, model=model)
+    config = load_config(REPO / f"configs/{name}.yaml").DATA
+    assert (list(data["mean"]), list(data["std"])) == (config.MEAN, config.STD)
+    assert data["interpolation"] == config.INTERPOLATION and data["crop_pct"] == 224 / 256
+
+
+@every_name
+def test_unknown_arguments_and_devices(name) -> None:
+    with pytest.raises(TypeError):
+        timm.create_model(name, not_an_option=1)
+    model = timm.create_model(name, device="meta", dtype=torch.bfloat16)
+    assert all(t.is_meta for t in model.state_dict().values())
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+# --- Forward and backward -----------------------------------------------------------------------------------
+
+
+@every_name
+def test_every_parameter_learns_and_checkpointing_changes_nothing(name) -> None:
+    gradients = []
+    for enable in (False, True):
+        model = create(name, drop_path_rate=0.0).train()
+        model.set_grad_checkpointing(enable)
+        logits = model(image(64, 64))
+        assert logits.shape == (2, 5) and logits.isfinite().all()
+        logits.square().sum().backward()
+        assert [key for key, p in model.named_parameters() if p.grad is None] == []
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+@every_family
+def test_it_is_the_same_network(name) -> None:
+    model = create(name).eval()
+    plain = FocalTransformer(**{**VARIANTS[name], **NANO}).eval()
+    assert [*plain.state_dict()] == [*model.state_dict()]
+    plain.load_state_dict(model.state_dict())
+    x = image(64, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), plain(x), rtol=0, atol=1e-6)
+
+
+@every_family
+def test_other_precision_after_a_forward(name) -> None:
+    model = create(name).eval()
+    with torch.no_grad():
+        model(image(64, 64))
+        assert model.to(torch.bfloat16)(image(64, 64).bfloat16()).dtype == torch.bfloat16
+
+
+# --- Classifier ---------------------------------------------------------------------------------------------
+
+
+@every_name
+def test_classifier_can_be_replaced_and_removed(name) -> None:
+    model, x = create(name).eval(), image(64, 64)
+    with torch.no_grad():
+        features = model.forward_features(x)
+        pooled = model.forward_head(features, pre_logits=True)
+        assert pooled.shape == (2, model.head_hidden_size)
+        torch.testing.assert_close(model.get_classifier()(pooled), model(x))
+        model.reset_classifier(7)
+        assert model.num_classes == 7 and model(x).shape == (2, 7)
+        torch.testing.assert_close(model.forward_head(features, pre_logits=True), pooled)
+        model.reset_classifier(0)
+        torch.testing.assert_close(model(x), pooled)
+        model.reset_classifier(0, "")
+        torch.testing.assert_close(model(x), features)
+        assert create(name, num_classes=0).eval()(x).shape == pooled.shape
+        assert create(name, num_classes=0, global_pool="").eval()(x).shape == features.shape
+    assert inspect.signature(model.reset_classifier).parameters["global_pool"].default is None
+
+
+@pytest.mark.parametrize(("pool", "width"), [("max", 64), ("avgmax", 64), ("catavgmax", 128)])
+def test_other_pooling(pool, width) -> None:
+    model = create(FAMILIES[0], global_pool=pool).eval()
+    assert model.head_hidden_size == width == model.get_classifier().in_features
+    with torch.no_grad():
+        features = model.forward_features(image(64, 64))
+        average, largest = features.mean(dim=(1, 2)), features.amax(dim=(1, 2))
+        expected = {
+            "max": largest,
+            "avgmax": (average + largest) / 2,
+            "catavgmax": torch.cat([average, largest], dim=1),
+        }
+        torch.testing.assert_close(model.forward_head(features, pre_logits=True), expected[pool])
+        assert model(image(64, 64)).shape == (2, 5)
+
+
+def test_new_classifier_is_where_the_model_is() -> None:
+    model = create(FAMILIES[2], device="meta").to(torch.float64).eval()
+    model.reset_classifier(3)
+    assert {(p.device.type, p.dtype) for p in model.head.parameters()} == {("meta", torch.float64)}
+    assert not any(module.training for module in model.modules())
+    model.requires_grad_(False)
+    model.set_input_size(128)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+# --- Maps ---------------------------------------------------------------------------------------------------
+
+
+@every_name
+def test_features_only(name) -> None:
+    backbone = create(name, features_only=True, out_indices=(1, -1)).eval()
+    assert backbone.feature_info.channels() == [16, 64]
+    assert backbone.feature_info.reduction() == [8, 32]
+    plain = FocalTransformer(**{**VARIANTS[name], **NANO, "num_classes": 0}).eval()
+    plain.load_state_dict(
+        {k.removeprefix("model."): v for k, v in backbone.state_dict().items()}, strict=False
+    )
+    with torch.no_grad():
+        maps = backbone(image(64, 96))
+        expected = plain.forward_intermediates(image(64, 96), [1, 3])
+    assert [list(m.shape) for m in maps] == [[2, 16, 8, 12], [2, 64, 2, 3]]
+    torch.testing.assert_close(maps, expected)
+    assert not any(key.startswith(("model.norm.", "model.head.")) for key in backbone.state_dict())
+
+
+@pytest.mark.parametrize("way", ["hook", "fx"])
+def test_features_by_other_means(way) -> None:
+    """timm's other extractors give the same maps, in the model's own layout."""
+    name, x = FAMILIES[0], image(64, 64)
+    getter = create(name, features_only=True, out_indices=(0, 2)).eval()
+    other = create(name, features_only=True, out_indices=(0, 2), feature_cls=way).eval()
+    with torch.no_grad():
+        expected = [m.permute(0, 2, 3, 1) for m in getter(x)]
+        torch.testing.assert_close([*other(x)], expected)
+
+
+@every_name
+def test_forward_intermediates_is_timms(name) -> None:
+    model, x = create(name).eval(), image(96, 96)
+    info = FeatureInfo(model.feature_info, len(model.feature_info))
+    with torch.no_grad():
+        last, maps = model.forward_intermediates(x)
+        torch.testing.assert_close(last, model.forward_features(x))
+        assert [m.shape[1] for m in maps] == info.channels()
+        assert [96 // m.shape[2] for m in maps] == info.reduction()
+        two = model.forward_intermediates(x, indices=2, intermediates_only=True)
+        torch.testing.assert_close(two, maps[2:])
+        rows = model.forward_intermediates(x, output_fmt="NHWC", intermediates_only=True)
+        torch.testing.assert_close([m.permute(0, 3, 1, 2) for m in rows], maps)
+        normed = model.forward_intermediates(x, [0, 3], norm=True, intermediates_only=True, output_fmt="NHWC")
+        torch.testing.assert_close(normed, [rows[0], last])
+        early, one = model.forward_intermediates(x, [1], stop_early=True)
+        torch.testing.assert_close(one[0], maps[1])
+        torch.testing.assert_close(early, rows[1])
+
+
+def test_forward_intermediates_says_what_is_wrong() -> None:
+    model = create(FAMILIES[0]).eval()
+    for indices in ([4], [-5], 5, []):
+        with pytest.raises(ValueError, match="stages 0 to 3"):
+            model.forward_intermediates(image(64, 64), indices)
+    with pytest.raises(ValueError, match="NCHW or NHWC, got 'NLC'"):
+        model.forward_intermediates(image(64, 64), output_fmt="NLC")
+
+
+@every_family
+def test_pruned_models(name) -> None:
+    """The maps stay, forward_features ends at the last one, and nothing is left that has no gradient."""
+    model, x = create(name, drop_path_rate=0.0).eval(), image(64, 64)
+    with torch.no_grad():
+        maps = model.forward_intermediates(x, intermediates_only=True)
+        whole = copy.deepcopy(model)
+        whole.prune_intermediate_layers([3], prune_head=False)
+        torch.testing.assert_close(whole(x), model(x))
+    for stage in range(4):
+        pruned = copy.deepcopy(model)
+        assert pruned.prune_intermediate_layers([stage], prune_norm=True) == [stage]
+        pruned.train()
+        (chosen,) = pruned.forward_intermediates(x, [stage], intermediates_only=True)
+        torch.testing.assert_close(chosen, maps[stage])
+        torch.testing.assert_close(pruned(x).permute(0, 3, 1, 2), maps[stage])
+        chosen.square().sum().backward()
+        assert [key for key, p in pruned.named_parameters() if p.grad is None] == []
+        pruned.reset_classifier(3, "avg")
+        assert pruned(x).shape == (2, 3)
+
+
+# --- Size ---------------------------------------------------------------------------------------------------
+
+
+@every_family
+@pytest.mark.parametrize("size", [(96, 96), (64, 96)], ids=str)
+def test_set_input_size(name, size) -> None:
+    """As created at that size, with the same parameters; any size runs before and after."""
+    model = create(name, window_size=2, expand_sizes=(1, 1, 1, 1), ape=True, img_size=128).eval()
+    before = model(image(*size))
+    model.set_input_size(img_size=size)
+    torch.testing.assert_close(model(image(*size)), before)
+    with pytest.raises(ValueError, match="at least 32 pixels"):
+        model.set_input_size(16)
+    assert model(image(64, 128)).isfinite().all()
+    made = create(name, window_size=2, expand_sizes=(1, 1, 1, 1), ape=True, img_size=size).eval()
+    assert {k: v.shape for k, v in made.named_buffers()} == {k: v.shape for k, v in model.named_buffers()}
+    assert made.absolute_pos_embed.shape == model.absolute_pos_embed.shape
+    common = {k: v for k, v in model.state_dict().items() if k in made.state_dict()}
+    if common.keys() == made.state_dict().keys() == model.state_dict().keys():
+        made.load_state_dict(common)
+        torch.testing.assert_close(made(image(*size)), model(image(*size)))
+
+
+# --- Optimizers ---------------------------------------------------------------------------------------------
+
+
+@every_name
+def test_layer_decay(name) -> None:
+    """Learning rates rise from the stem to the classifier, block by block."""
+    model = create(name, ape=True)
+    layer = group_parameters(model, model.group_matcher(), reverse=True)
+    assert layer.keys() == dict(model.named_parameters()).keys()
+    stem, first, second = (
+        "patch_embed.norm.bias",
+        "layers.0.blocks.0.attn.qkv.weight",
+        "layers.0.blocks.1.norm1.bias",
+    )
+    chain = [stem, first, second, *(f"layers.{i}.blocks.0.mlp.fc1.weight" for i in (1, 2, 3)), "head.weight"]
+    assert [layer[key] for key in chain] == [*range(7)]
+    assert layer["layers.0.downsample.proj.weight"] == layer[second]
+    assert layer["norm.weight"] == layer[chain[-2]]
+    assert layer["absolute_pos_embed"] == 0
+    coarse = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
+    assert {coarse[f"layers.2.{part}.weight"] for part in ("downsample.proj", "blocks.0.norm1")} == {3}
+    assert coarse["norm.weight"] == 4 and coarse["head.bias"] == 5
+
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1.0, weight_decay=0.1, layer_decay=0.5)
+    names = {id(p): key for key, p in model.named_parameters()}
+    scale = {names[id(p)]: group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    decay = {names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert scale.keys() == decay.keys() == layer.keys()
+    assert scale["head.weight"] == 1.0 and scale["norm.weight"] == 0.5
+    assert {key for key in model.no_weight_decay() if decay[key] != 0} == set()
+    assert decay["layers.0.blocks.0.attn.qkv.weight"] == 0.1
+
+
+# --- Tracing ------------------------------------------------------------------------------------------------
+
+
+@every_family
+def test_torchscript_is_refused_clearly(name) -> None:
+    with pytest.raises(NotImplementedError, match=r"cannot be scripted.*torch\.jit\.trace"):
+        torch.jit.script(create(name).eval())
+
+
+@every_family
+def test_symbolic_trace(name) -> None:
+    """Blocks and patch embeddings are leaves, as timm marks what symbolic tracing cannot see through."""
+    model = create(name).eval()
+    tracer = {
+        "leaf_modules": list(get_notrace_modules()),
+        "autowrap_functions": list(get_notrace_functions()),
+    }
+    traced = create_feature_extractor(model, return_nodes=["head"], tracer_kwargs=tracer)
+    for size in ((64, 64), (96, 128)):
+        torch.testing.assert_close(traced(image(*size))["head"], model(image(*size)))
+
+
+# --- Weights ------------------------------------------------------------------------------------------------
+
+
+@every_family
+def test_weights_of_a_file(name, tmp_path) -> None:
+    """Another number of channels and classes: timm adapts the first convolution, and the head stays fresh."""
+    source = create(name, num_classes=1000, in_chans=3)
+    torch.save({"model": source.state_dict()}, tmp_path / "w.pth")
+    overlay = {"file": str(tmp_path / "w.pth")}
+    same = create(name, seed=1, num_classes=1000, pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    torch.testing.assert_close(same(image(64, 64)), source.eval()(image(64, 64)))
+    other = create(name, seed=1, in_chans=1, pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    torch.testing.assert_close(
+        other.patch_embed.proj.weight, source.patch_embed.proj.weight.sum(dim=1, keepdim=True)
+    )
+    given = source.state_dict()
+    kept = {"patch_embed.proj.weight", "head.weight", "head.bias"}
+    assert all(torch.equal(v, given[k]) for k, v in other.state_dict().items() if k not in kept)
+    assert other(image(64, 64, channels=1)).shape == (2, 5)
+    backbone = create(
+        name, seed=1, features_only=True, pretrained=True, pretrained_cfg_overlay=overlay
+    ).eval()
+    with torch.no_grad():
+        expected = source.forward_intermediates(image(64, 64), intermediates_only=True)
+        torch.testing.assert_close(backbone.eval()(image(64, 64)), expected)
+
+
+@every_family
+def test_weights_made_for_another_setting_are_resized(name) -> None:
+    source = create(name, img_size=128, ape=True)
+    target = create(name, seed=1, img_size=64, window_size=4, expand_sizes=(2, 2, 2, 2), ape=True).eval()
+    target.load_state_dict(checkpoint_filter_fn(source.state_dict(), target))
+    assert target(image(64, 64)).isfinite().all()
+    qkv = "layers.0.blocks.0.attn.qkv.weight"
+    assert torch.equal(target.state_dict()[qkv], source.state_dict()[qkv])
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_a_file_of_the_original_release(version) -> None:
+    path = REPO / f"tests/checkpoints/official_{version}_nano.pth"
+    config = load_config(path.with_suffix(".yaml"))
+    focal = config.MODEL.FOCAL
+    lists = ("depths", "num_heads", "focal_levels", "focal_windows", "expand_sizes")
+    options = {key: focal[key.upper()] for key in (*lists, "embed_dim", "window_size", "focal_topk")}
+    plain = build_model(config)
+    model = timm.create_model(
+        "focal_tiny_patch4_window7_224",
+        kind=config.MODEL.TYPE,
+        use_conv_embed=focal.USE_CONV_EMBED,
+        focal_pool=focal.FOCAL_POOL,
+        img_size=config.DATA.IMG_SIZE,
+        num_classes=config.MODEL.NUM_CLASSES,
+        **options,
+    ).eval()
+    assert {k: v.shape for k, v in plain.state_dict().items()} == {
+        k: v.shape for k, v in model.state_dict().items()
+    }
+    model.load_state_dict(checkpoint_filter_fn(read_checkpoint(path), model))
+    load_checkpoint(plain, path)
+    size = config.DATA.IMG_SIZE
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    torch.testing.assert_close(model(image(*sides)), plain.eval()(image(*sides)))

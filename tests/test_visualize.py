@@ -1,0 +1,330 @@
+"""tools/visualize.py and its parts: weights are the layers' own, maps say what they are said to."""
+
+import struct
+import sys
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import NANO, REPO
+from PIL import Image
+
+from config import load_config
+from models import FocalTransformer, build_model
+from models.layers import POOLS, pooled_tokens
+from models.ops.key_table import merge_windows
+
+sys.path.insert(0, str(REPO / "tools"))
+import attention_figures
+import attention_maps
+import visualize
+
+VARIANTS = {
+    "focal": [],
+    "224": ["DATA.IMG_SIZE", 224],
+    "not square, with padding": ["DATA.IMG_SIZE", [72, 100]],
+    "three levels": ["DATA.IMG_SIZE", 112, "MODEL.FOCAL.FOCAL_LEVELS", [3, 3, 3, 3]],
+    "no pooling": ["DATA.IMG_SIZE", 112, "MODEL.FOCAL.FOCAL_LEVELS", [1, 1, 1, 1]],
+    "shift": ["DATA.IMG_SIZE", 112, "MODEL.FOCAL.USE_SHIFT", True, "MODEL.FOCAL.DEPTHS", [2, 2, 2, 2]],
+    "shift and padding": [
+        *("DATA.IMG_SIZE", [72, 100], "MODEL.FOCAL.USE_SHIFT", True, "MODEL.FOCAL.DEPTHS", [2, 2, 2, 2]),
+    ],
+    "Focal-fast": ["DATA.IMG_SIZE", 112, "MODEL.TYPE", "focalv2"],
+    "Focal-fast with padding": ["DATA.IMG_SIZE", [72, 100], "MODEL.TYPE", "focalv2"],
+    "convolutions": ["DATA.IMG_SIZE", 112, "MODEL.FOCAL.USE_CONV_EMBED", True],
+}
+
+
+def make(name: str) -> tuple[FocalTransformer, torch.Tensor]:
+    """A model whose attention is far from even, and an image."""
+    words = [word for pair in NANO.items() for word in pair]
+    config = load_config(None, [*words, *VARIANTS[name]])
+    torch.manual_seed(0)
+    model = build_model(config).eval()
+    for key, parameter in model.named_parameters():
+        if "bias_table" in key or "qkv.weight" in key or "coord2rpb" in key:
+            torch.nn.init.normal_(parameter, std=0.2)
+    size = config.DATA.IMG_SIZE
+    height, width = (size, size) if isinstance(size, int) else size
+    return model, torch.randn(1, 3, height, width)
+
+
+def record(model: FocalTransformer, image: torch.Tensor) -> list[list[attention_maps.BlockAttention]]:
+    with attention_maps.recording(model) as records, torch.no_grad():
+        model(image)
+    return records
+
+
+@pytest.fixture(scope="module", params=list(VARIANTS))
+def seen(request: pytest.FixtureRequest) -> Iterator[tuple[FocalTransformer, torch.Tensor, list]]:
+    model, image = make(request.param)
+    yield model, image, record(model, image)
+
+
+def outputs(model: FocalTransformer, image: torch.Tensor) -> list[list[torch.Tensor]]:
+    """What each attention layer returned, by stage."""
+    found: list[list[torch.Tensor]] = [[] for _ in model.layers]
+    handles = [
+        block.attn.register_forward_hook(lambda _, __, output, kept=kept: kept.append(output))
+        for kept, stage in zip(found, model.layers, strict=True)
+        for block in stage.blocks
+    ]
+    with torch.no_grad():
+        model(image)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def test_weights_reproduce_the_output(seen: tuple) -> None:
+    """Of the fast operator, in every block: weights @ values, projected, is what the layer returned."""
+    model, image, records = seen
+    for stage, expected in zip(records, outputs(model, image), strict=True):
+        assert len(stage) == len(expected)
+        for each, output in zip(stage, expected, strict=True):
+            weights, tokens = each.weights(), each.tokens
+            torch.testing.assert_close(weights.sum(dim=-1), torch.ones_like(weights[..., 0]))
+            mixed = merge_windows(weights @ each.values(), tokens.table)[0]
+            shift = tokens.layer.shift_size
+            mixed = mixed.unflatten(0, tokens.padded).roll((shift, shift), dims=(0, 1))
+            with torch.no_grad():
+                again = tokens.layer.proj(mixed[: tokens.height, : tokens.width])
+            torch.testing.assert_close(again, output[0], atol=1e-5, rtol=1e-5)
+
+
+def test_hooks_are_gone_afterwards(seen: tuple) -> None:
+    model, image, records = seen
+    counts = [len(stage) for stage in records]
+    with torch.no_grad():
+        model(image)
+    assert [len(stage) for stage in records] == counts
+
+
+def test_weights_lie_on_what_is_seen(seen: tuple) -> None:
+    """All of a query's weight falls on its grains, but for padding, which has no place on the map."""
+    _, _, records = seen
+    for stage in records:
+        tokens = stage[-1].tokens
+        for place in ((0, 0), (tokens.height - 1, tokens.width // 2)):
+            grains = tokens.seen_from(*place)
+            cells = torch.cat([grain.cells.unique() for grain in grains])
+            cells = cells[cells >= 0]
+            assert len(cells) == len(cells.unique()), "a token in two grains"
+            weights = stage[-1].of_query(*place)
+            shares = weights[:, cells].sum(dim=1)
+            if tokens.padded == (tokens.height, tokens.width):
+                torch.testing.assert_close(shares, torch.ones_like(shares))
+                mean = weights.mean(dim=0)
+                torch.testing.assert_close(tokens.evenly(mean).sum(), torch.tensor(1.0))
+            assert (shares < 1.0001).all()
+            names = [grain.name for grain in grains]
+            assert names[0] == attention_maps.OWN_WINDOW
+            own = grains[0].cells[place]
+            assert own == place[0] * tokens.padded[1] + place[1] or tokens.layer.shift_size
+
+
+def test_the_query_stands_where_it_is_said_to(seen: tuple) -> None:
+    """Every place has a window and a query of its own, and the fine token there is that query's."""
+    _, _, records = seen
+    for stage in records:
+        tokens = stage[-1].tokens
+        where = [
+            tokens.place_of(row, column) for row in range(tokens.height) for column in range(tokens.width)
+        ]
+        assert len(set(where)) == tokens.height * tokens.width
+        window, query = tokens.place_of(1 % tokens.height, 0)
+        token = attention_maps.window_tokens(tokens.table)[window, query]
+        fine = tokens.grains()[0].cells
+        assert fine[1 % tokens.height, 0] == token
+
+
+def test_rollout_is_a_share(seen: tuple) -> None:
+    _, _, records = seen
+    heat = attention_maps.rollout(records)
+    first = records[0][-1].tokens
+    assert heat.shape == (first.height, first.width)
+    assert heat.min() >= 0
+    torch.testing.assert_close(heat.sum(), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("name", ["224", "shift", "three levels", "Focal-fast"])
+def test_rollout_conserves_what_it_passes_on(name: str) -> None:
+    """Where nothing is padded; and it is linear, with the weights as its matrix."""
+    for stage in record(*make(name)):
+        tokens = stage[-1].tokens
+        assert tokens.padded == (tokens.height, tokens.width)
+        relevance = torch.rand(tokens.height, tokens.width)
+        passed = stage[-1].passed_on(relevance)
+        torch.testing.assert_close(passed.sum(), relevance.sum())
+        one = torch.zeros(tokens.height, tokens.width)
+        one[0, 2] = 1
+        expected = tokens.evenly(stage[-1].of_query(0, 2).mean(dim=0))
+        torch.testing.assert_close(stage[-1].passed_on(one), expected)
+
+
+@pytest.mark.parametrize("name", ["224", "shift"])
+def test_rollout_is_a_product_of_matrices(name: str) -> None:
+    """From the last two stages' maps: (I + A) / 2 of every block, and the mean of 2 x 2 between them."""
+    stages = record(*make(name))[-2:]
+    product_of_all = None
+    for stage in stages:
+        tokens = stage[0].tokens
+        places = list(product(range(tokens.height), range(tokens.width)))
+        total = torch.eye(len(places))
+        for each in stage:
+            rows = [each.tokens.evenly(each.of_query(*place).mean(dim=0)).flatten() for place in places]
+            total = (torch.eye(len(places)) + torch.stack(rows)) / 2 @ total
+        if product_of_all is None:
+            product_of_all, finer = total, tokens
+        else:
+            mean = torch.zeros(len(places), finer.height * finer.width)
+            for row, (y, x) in enumerate(places):
+                for dy, dx in product((0, 1), (0, 1)):
+                    mean[row, (2 * y + dy) * finer.width + 2 * x + dx] = 1 / 4
+            product_of_all = total @ mean @ product_of_all
+    expected = product_of_all.mean(dim=0)
+    heat = attention_maps.rollout(stages)
+    torch.testing.assert_close(heat.flatten(), expected / expected.sum())
+
+
+@pytest.mark.parametrize("name", ["focal", "three levels", "not square, with padding", "Focal-fast"])
+def test_pooled_tokens_stand_where_they_were_pooled(name: str) -> None:
+    """The places of a pooled token are those on which it depends."""
+    _, image = make(name)
+    for tokens in attention_maps.stage_maps(make(name)[0], *image.shape[2:]):
+        window, rows = tokens.layer.selection.window_size, tokens.padded[0] * tokens.padded[1]
+        fine = torch.zeros(1, *tokens.padded, 1, requires_grad=True)
+        pools = torch.nn.ModuleList(POOLS["mean"](0, 1) for _ in tokens.grains()[1:])
+        pooled = torch.cat(pooled_tokens(fine, pools, window), dim=1)[0, :, 0]
+        for grain in tokens.grains()[1:]:
+            numbers = grain.cells[grain.cells >= 0].unique()
+            for number in numbers[[0, -1]].tolist():
+                (gradient,) = torch.autograd.grad(pooled[number - rows], fine, retain_graph=True)
+                depends = gradient[0, : tokens.height, : tokens.width, 0] != 0
+                assert torch.equal(depends, grain.cells == number)
+
+
+def test_grad_cam() -> None:
+    """Against the gradient of the rest of the network, taken from the stage's map on."""
+    model, image = make("224")
+    for stage, target in ((-1, 3), (0, 7)):
+        heat = attention_maps.grad_cam(model, image, target, stage)
+        kept = model.forward_intermediates(image, [stage])[0].permute(0, 2, 3, 1).detach().requires_grad_()
+        x = kept
+        layers = list(model.layers)
+        for number, layer in enumerate(layers):
+            if number > stage % len(layers):
+                x = layer(x)
+            if number >= stage % len(layers) and layer.downsample is not None:
+                x = layer.downsample(x)
+        logit = model.forward_head(model.norm(x))[0, target]
+        gradient = torch.autograd.grad(logit, kept)[0].mean(dim=(1, 2))
+        expected = (kept.detach() @ gradient[0]).relu()[0]
+        torch.testing.assert_close(heat, expected, atol=1e-5, rtol=1e-4)
+        assert heat.max() > 0
+        assert len(model.layers[stage]._forward_hooks) == 0
+
+
+def test_key_sets_of_the_paper() -> None:
+    """Focal-T at 224, in the middle: 49 own, 120 around, and pooled windows (7 x 7, 5 x 5, 3 x 3, 1)."""
+    config = load_config(REPO / "configs/focal_tiny_patch4_window7_224.yaml")
+    maps = attention_maps.stage_maps(build_model(config), 224, 224)
+    counts = []
+    for tokens in maps:
+        grains = tokens.seen_from(tokens.height // 2, tokens.width // 2)
+        counts.append([int((grain.cells.unique() >= 0).sum()) for grain in grains])
+        assert all(name == "pooled 7 x 7" for name in (grain.name for grain in grains[-1:]))
+    assert counts == [[49, 120, 49], [49, 120, 16], [49, 120, 4], [49, 1]]
+    around = maps[0].seen_from(28, 28)[1].cells >= 0
+    rows, columns = around.nonzero().T
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (25, 37, 25, 37)
+    wrapped = maps[0].seen_from(0, 0)[1].cells >= 0
+    assert wrapped[55, 55] and wrapped[0, 55]  # the ring wraps round the image
+
+
+# --- Pictures -----------------------------------------------------------------------------------------------
+
+
+def size_of(png: Path) -> tuple[int, int]:
+    content = png.read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    width, height = struct.unpack(">II", content[16:24])
+    return width, height
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    words = [word for pair in NANO.items() for word in pair]
+    config = load_config(None, [*words, "DATA.IMG_SIZE", 64, "DATA.DATASET", "folder"])
+    path = tmp_path_factory.mktemp("weights") / "nano.pth"
+    torch.save({"model": build_model(config).state_dict(), "config": config.dump()}, path)
+    return path
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    pixels = np.random.RandomState(0).randint(0, 255, (50, 80, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "noise.png")
+    return tmp_path / "noise.png"
+
+
+def test_every_kind_is_written(checkpoint: Path, image: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = [str(image), "--resume", str(checkpoint), "--device", "cpu", "--out", str(out), "--at", "63", "0"]
+    assert visualize.main(words) == 0
+    files = sorted(path.stem for path in out.iterdir())
+    heads = [f"heads_stage{number}" for number in range(1, 5)]
+    assert files == ["attention", "gradcam", *heads, "keys", "rollout"]
+    for path in out.iterdir():
+        width, height = size_of(path)
+        assert width > 400
+        assert height > 200
+
+
+def test_keys_need_no_weights(image: Path, tmp_path: Path) -> None:
+    words = [str(image), "--cfg", str(REPO / "configs/demo.yaml"), "--kinds", "keys", "--out", str(tmp_path)]
+    assert visualize.main(words) == 0
+    size_of(tmp_path / "keys.png")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--kinds", "rollout", "--cfg", str(REPO / "configs/demo.yaml")], "--resume: expected a checkpoint"),
+        (["--at", "64", "0"], "--at: expected a pixel"),
+        (["--block", "1"], "--block: stage 1 has 1 blocks"),
+        (["--kinds", "gradcam", "--target", "10"], "--target: expected a class from 0 to 9"),
+        (["--kinds", "gradcam", "--stage", "5"], "--stage: expected a stage from 1 to 4"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    words: list[str],
+    message: str,
+    checkpoint: Path,
+    image: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = [] if "--cfg" in words else ["--resume", str(checkpoint)]
+    out = ["--device", "cpu", "--out", str(tmp_path / "out")]
+    assert visualize.main([str(image), *words, *given, *out]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_pixels_and_borders() -> None:
+    cells = torch.tensor([[0, 1], [0, -1]])
+    pixels = attention_figures.at_pixels(cells, 3, (7, 6))
+    assert pixels.shape == (7, 6)
+    assert (pixels[:3, 3:] == 1).all()
+    assert (pixels[6] == -1).all()  # the map ends before the image
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    attention_figures.draw_borders(axes, pixels, "black", 1)
+    lines = [segment.tolist() for segment in axes.collections[0].get_segments()]
+    length = sum(np.abs(np.subtract(*ends)).sum() for ends in lines)
+    assert length == 18 + 12 - 3  # round a cell of 3 x 6 and one of 3 x 3, less the side that they share

@@ -1,0 +1,282 @@
+"""What focal attention looks at, in numbers: its weights again, and maps of what they mean for an image.
+
+The fused operators never form the weights. Here they are made once more from what the layers themselves hold:
+a hook takes the queries, keys and values that a layer's own projection makes, its key selection says which
+keys a window sees and with which bias, and the reference operator's arithmetic does the rest.
+
+Legend: B batch, H W rows and columns of a stage's map, T fine tokens of the padded map, S = T + pooled
+tokens, N heads, P windows, Q queries of a window, K keys of a window, s window side.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models import FocalTransformer
+from models.focal_attention import FocalAttention
+from models.geometry import padded_size
+from models.ops import KeyTable, reference
+from models.ops.key_table import split_qkv, split_windows
+
+OWN_WINDOW, AROUND = "own window", "fine tokens around"
+
+
+@dataclass(frozen=True)
+class Grain:
+    """The tokens of one granularity that a query sees, on the stage's map.
+
+    Attributes:
+        name: for people.
+        cells: int64 [H, W], the token that stands for each place of the map; -1 where none is seen.
+        area: fine tokens per token.
+    """
+
+    name: str
+    cells: Tensor
+    area: int
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Values of all tokens [S] at the places of these: [H, W], nan where none is seen."""
+        return torch.where(self.cells >= 0, values[self.cells.clamp(min=0)], float("nan"))
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """Where the tokens of an attention layer lie on its map of `height` x `width` tokens."""
+
+    layer: FocalAttention
+    height: int
+    width: int
+
+    @property
+    def table(self) -> KeyTable:
+        """Which keys each window sees."""
+        device = self.layer.proj.weight.device
+        return self.layer.selection.keys(self.layer, self.height, self.width, device).table
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        return padded_size(self.height, self.width, self.layer.selection.window_size)
+
+    def grains(self) -> list[Grain]:
+        """All tokens, fine ones first."""
+        (rows, columns), s = self.padded, self.layer.selection.window_size
+        fine = torch.arange(rows * columns).view(rows, columns)
+        grains, tokens = [Grain("fine", self._in_place(fine), 1)], rows * columns
+        for level in range(self.layer.selection.pooled_levels):
+            side, down, across = s // 2**level, rows // s * 2**level, columns // s * 2**level
+            numbers = tokens + torch.arange(down * across).view(down, across)
+            block = numbers.repeat_interleave(side, 0).repeat_interleave(side, 1)
+            top, left = (rows - down * side) // 2, (columns - across * side) // 2
+            cells = torch.full((rows, columns), -1)
+            cells[top : top + down * side, left : left + across * side] = block
+            grains.append(Grain(f"pooled {side} x {side}", self._in_place(cells), side**2))
+            tokens += down * across
+        return grains
+
+    def _in_place(self, cells: Tensor) -> Tensor:
+        """Undo the shift, and cut the padding off."""
+        shift = self.layer.shift_size
+        return cells.roll((shift, shift), dims=(0, 1))[: self.height, : self.width]
+
+    def place_of(self, row: int, column: int) -> tuple[int, int]:
+        """Window and query within it of the token at a place of the map."""
+        (rows, columns), s = self.padded, self.layer.selection.window_size
+        row, column = (row - self.layer.shift_size) % rows, (column - self.layer.shift_size) % columns
+        return row // s * (columns // s) + column // s, row % s * s + column % s
+
+    def seen_from(self, row: int, column: int) -> list[Grain]:
+        """The tokens that the query at a place sees, by granularity; what is empty is left out."""
+        window, query = self.place_of(row, column)
+        table = self.table
+        index = table.index[window].cpu()
+        if table.visible is not None:
+            index = index[table.visible[window].expand(table.window**2, -1)[query].cpu()]
+        fine, *pooled = self.grains()
+        mine = torch.zeros(self.padded[0] * self.padded[1], dtype=torch.bool)
+        mine[window_tokens(table)[window]] = True
+        mine = mine[fine.cells]
+        seen = [Grain(each.name, _only(each.cells, index), each.area) for each in (fine, *pooled)]
+        own = Grain(OWN_WINDOW, seen[0].cells.masked_fill(~mine, -1), 1)
+        around = Grain(AROUND, seen[0].cells.masked_fill(mine, -1), 1)
+        return [grain for grain in (own, around, *seen[1:]) if (grain.cells >= 0).any()]
+
+    def evenly(self, values: Tensor) -> Tensor:
+        """Values of all tokens [S], each divided evenly among the places that it stands for: [H, W]."""
+        return sum(grain.spread(values).nan_to_num() / grain.area for grain in self.grains())
+
+
+def _only(cells: Tensor, index: Tensor) -> Tensor:
+    """Cells of tokens that are in `index`, -1 for the others."""
+    return torch.where(torch.isin(cells, index), cells, -1)
+
+
+def window_tokens(table: KeyTable) -> Tensor:
+    """The fine tokens of each window, [P, Q]."""
+    tokens = torch.arange(table.height * table.width).view(1, -1, 1, 1)
+    return split_windows(tokens, table)[0, 0, :, :, 0]
+
+
+# --- Weights ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BlockAttention:
+    """What an attention layer computed with.
+
+    Attributes:
+        stage: number of the stage.
+        tokens: the layer and its map.
+        qkv: what its projection made, [B, S, 3, N, D].
+    """
+
+    stage: int
+    tokens: TokenMap
+    qkv: Tensor
+
+    @torch.no_grad()
+    def weights(self) -> Tensor:
+        """softmax(q k^T * scale + bias) over a window's keys: [B, N, P, Q, K]."""
+        layer, map_ = self.tokens.layer, self.tokens
+        keys = layer.selection.keys(layer, map_.height, map_.width, self.qkv.device)
+        bias = reference.prepare_bias(layer.selection.bias(layer, keys), keys.table, self.qkv.dtype)
+        q, k, _ = split_qkv(self.qkv, keys.table)
+        wanted = k[:, keys.table.index].permute(0, 3, 1, 2, 4)  # [B, P, K, N, D] -> [B, N, P, K, D]
+        scores = (split_windows(q, keys.table) * layer.scale) @ wanted.transpose(-2, -1)
+        return (scores.to(bias.dtype) + bias).softmax(dim=-1)
+
+    def values(self) -> Tensor:
+        """The values of each window's keys: [B, N, P, K, D]."""
+        _, _, v = split_qkv(self.qkv, self.tokens.table)
+        return v[:, self.tokens.table.index].permute(0, 3, 1, 2, 4)
+
+    def of_query(self, row: int, column: int) -> Tensor:
+        """Weights of the query at a place of the first image's map, by token: [N, S]."""
+        window, query = self.tokens.place_of(row, column)
+        weights = self.weights()[0, :, window, query]
+        total = weights.new_zeros(len(weights), self.qkv.shape[1])
+        return total.index_add(1, self.tokens.table.index[window], weights).cpu()
+
+    def passed_on(self, relevance: Tensor) -> Tensor:
+        """Relevance of outputs as that of inputs, by the mean over heads of the weights: [H, W] to [H, W]."""
+        tokens, table = self.tokens, self.tokens.table
+        (rows, columns), shift = tokens.padded, tokens.layer.shift_size
+        padded = F.pad(relevance, (0, columns - tokens.width, 0, rows - tokens.height))
+        rolled = padded.roll((-shift, -shift), dims=(0, 1)).reshape(1, -1, 1, 1)
+        queries = split_windows(rolled, table)[0, 0]  # [P, Q, 1]
+        shares = (self.weights()[0].mean(dim=0).cpu() * queries).sum(dim=1)  # [P, K]
+        total = torch.zeros(self.qkv.shape[1], dtype=shares.dtype)
+        return tokens.evenly(total.index_add(0, table.index.cpu().flatten(), shares.flatten()))
+
+
+@contextmanager
+def recording(model: FocalTransformer) -> Iterator[list[list[BlockAttention]]]:
+    """One forward pass inside fills the list: per stage, what each of its blocks computed with."""
+    records: list[list[BlockAttention]] = [[] for _ in model.layers]
+    handles = []
+    for number, stage in enumerate(model.layers):
+        for block in stage.blocks:
+            handles += _hooks(block.attn, number, records[number])
+    try:
+        yield records
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hooks(layer: FocalAttention, stage: int, record: list[BlockAttention]) -> list:
+    sizes: list[tuple[int, int]] = []
+
+    def before(_: nn.Module, inputs: tuple) -> None:
+        sizes.append(tuple(inputs[0].shape[1:3]))
+
+    def projected(_: nn.Module, __: tuple, output: Tensor) -> None:
+        qkv = output.detach().unflatten(-1, (3, layer.num_heads, -1))
+        record.append(BlockAttention(stage, TokenMap(layer, *sizes.pop()), qkv))
+
+    return [layer.register_forward_pre_hook(before), layer.qkv.register_forward_hook(projected)]
+
+
+# --- Maps of an image ---------------------------------------------------------------------------------------
+
+
+def strides(model: FocalTransformer) -> list[int]:
+    """Side of a token of each stage, in pixels of the input."""
+    sides = [model.patch_embed.stride]
+    for stage in list(model.layers)[:-1]:
+        sides.append(sides[-1] * stage.downsample.stride)
+    return sides
+
+
+def stage_maps(model: FocalTransformer, height: int, width: int, block: int = -1) -> list[TokenMap]:
+    """The map of a block of each stage, for an input of `height` x `width` pixels.
+
+    Raises:
+        ValueError: a stage has no such block.
+    """
+    maps = []
+    size = model.patch_embed.output_size(height, width)
+    for number, stage in enumerate(model.layers):
+        if not -len(stage.blocks) <= block < len(stage.blocks):
+            raise ValueError(f"--block: stage {number + 1} has {len(stage.blocks)} blocks, got {block}")
+        maps.append(TokenMap(stage.blocks[block].attn, *size))
+        size = size if stage.downsample is None else stage.downsample.output_size(*size)
+    return maps
+
+
+@torch.no_grad()
+def rollout(records: Sequence[Sequence[BlockAttention]]) -> Tensor:
+    """Attention rollout (Abnar and Zuidema, 2020) of the first image: share of each token of the first stage.
+
+    The classifier takes the mean over the last map; from there backwards, half of a token's relevance stays
+    with it (the residual connection) and half goes where the mean over heads of its weights points. Pooled
+    tokens and the steps between stages divide theirs evenly among what they were made of: learned pooling,
+    overlapping patches and MLPs are not looked into.
+
+    Returns:
+        [H, W] of the first stage, of sum 1.
+    """
+    last = records[-1][-1].tokens
+    relevance = torch.full((last.height, last.width), 1 / (last.height * last.width))
+    for stage in reversed(records):
+        tokens = stage[-1].tokens
+        if tuple(relevance.shape) != (tokens.height, tokens.width):
+            relevance = _to_finer(relevance, tokens.height, tokens.width)
+        for record in reversed(stage):
+            relevance = (relevance + record.passed_on(relevance)) / 2
+    return relevance / relevance.sum()
+
+
+def _to_finer(relevance: Tensor, height: int, width: int) -> Tensor:
+    """Divide each token's share among the 2 x 2 of the stage before, [H, W] to [height, width]."""
+    finer = relevance.repeat_interleave(2, 0).repeat_interleave(2, 1) / 4
+    finer = finer[:height, :width]
+    return F.pad(finer, (0, width - finer.shape[1], 0, height - finer.shape[0]))
+
+
+def grad_cam(model: FocalTransformer, image: Tensor, target: int, stage: int = -1) -> Tensor:
+    """Grad-CAM (Selvaraju et al., 2017): where a stage's map speaks for a class.
+
+    Args:
+        model: in evaluation mode.
+        image: [1, C, H, W].
+        target: the class.
+        stage: whose output to look at.
+
+    Returns:
+        [H, W] of the stage, from 0 (nothing, or against it) up.
+    """
+    kept: list[Tensor] = []
+    handle = model.layers[stage].register_forward_hook(lambda _, __, output: kept.append(output))
+    try:
+        with torch.enable_grad():
+            logit = model(image)[0, target]
+            (gradient,) = torch.autograd.grad(logit, kept[0])
+    finally:
+        handle.remove()
+    importance = gradient.mean(dim=(1, 2), keepdim=True)  # [1, 1, 1, C]
+    return (importance * kept[0].detach()).sum(dim=-1)[0].relu().float().cpu()

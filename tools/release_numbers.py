@@ -1,0 +1,202 @@
+"""What the original release reports of its models, row by row: the tables of its README, and nothing else.
+
+Quoted, not reproduced here. tools/model_zoo.py sets beside them what this code counts, tools/make_figures.py
+draws them. The release says FLOPs where multiply-adds are meant. None stands for what it does not say.
+"""
+
+from typing import NamedTuple
+
+
+class Classifier(NamedTuple):
+    """A classifier on ImageNet-1K, trained on it alone, for images of 224 x 224."""
+
+    model: str
+    config: str
+    params_m: float | None
+    flops_g: float | None
+    top1: float | None
+    top5: float | None
+    images_per_s: int | None
+    weights: str | None
+    """Name of the file, whose link is dead."""
+
+
+CLASSIFIERS = (
+    Classifier(
+        *("Focal-T", "focal_tiny_patch4_window7_224", 28.9, 4.9, 82.2, 95.9, 319),
+        "focal-tiny-is224-ws7.pth",
+    ),
+    Classifier(
+        *("Focal-T, conv", "focal_tiny_useconv_patch4_window7_224", 30.8, 5.2, 82.7, 96.1, None),
+        "focal-tiny-useconv-is224-ws7.pth",
+    ),
+    Classifier(
+        *("Focal-fast-T, conv", "focalv2_tiny_useconv_patch4_window7_224", 30.2, 5.0, 82.4, 96.0, 483),
+        "focalv2-tiny-useconv-is224-ws7.pth",
+    ),
+    Classifier(
+        *("Focal-S", "focal_small_patch4_window7_224", 51.1, 9.4, 83.6, 96.2, 192),
+        "focal-small-is224-ws7.pth",
+    ),
+    Classifier(
+        *("Focal-S, conv", "focal_small_useconv_patch4_window7_224", 53.1, 9.7, 83.8, 96.5, None),
+        "focal-small-useconv-is224-ws7.pth",
+    ),
+    Classifier(
+        *("Focal-fast-S, conv", "focalv2_small_useconv_patch4_window7_224", 51.5, 9.4, 83.6, 96.4, 293),
+        "focalv2-small-useconv-is224-ws7.pth",
+    ),
+    Classifier(
+        *("Focal-B", "focal_base_patch4_window7_224", 89.8, 16.4, 84.0, 96.5, 138),
+        "focal-base-is224-ws7.pth",
+    ),
+    Classifier(
+        *("Focal-B, conv", "focal_base_useconv_patch4_window7_224", 93.3, 16.8, 84.2, 97.1, None),
+        "focal-base-useconv-is224-ws7.pth",
+    ),
+    Classifier(
+        *("Focal-fast-B, conv", "focalv2_base_useconv_patch4_window7_224", 91.2, 16.4, 84.0, 96.6, 203),
+        "focalv2-base-useconv-is224-ws7.pth",
+    ),
+    Classifier("Focal-L", "focal_large_patch4_window7_224", *[None] * 6),
+)
+
+
+class Detector(NamedTuple):
+    """A detector on COCO, mini-val."""
+
+    method: str
+    backbone: str
+    schedule: str
+    config: str
+    params_m: int | None
+    flops_g: int | None
+    box_ap: float
+    mask_ap: float | None
+
+
+DETECTORS = (
+    Detector("Mask R-CNN", "Focal-T", "1x", "mask-rcnn_focal-tiny_fpn_1x_coco", 49, 291, 44.8, 41.0),
+    Detector(
+        *("Mask R-CNN", "Focal-T", "3x", "mask-rcnn_focal-tiny_fpn_amp-ms-crop-3x_coco", 49, 291, 47.2, 42.7)
+    ),
+    Detector("Mask R-CNN", "Focal-S", "1x", "mask-rcnn_focal-small_fpn_1x_coco", 71, 401, 47.4, 42.8),
+    Detector(
+        *("Mask R-CNN", "Focal-S", "3x", "mask-rcnn_focal-small_fpn_amp-ms-crop-3x_coco", 71, 401, 48.8, 43.8)
+    ),
+    Detector("Mask R-CNN", "Focal-B", "1x", "mask-rcnn_focal-base_fpn_1x_coco", 110, 533, 47.8, 43.2),
+    Detector(
+        *("Mask R-CNN", "Focal-B", "3x", "mask-rcnn_focal-base_fpn_amp-ms-crop-3x_coco", 110, 533, 49.0, 43.7)
+    ),
+    Detector("RetinaNet", "Focal-T", "1x", "retinanet_focal-tiny_fpn_1x_coco", 39, 265, 43.7, None),
+    Detector(
+        "RetinaNet", "Focal-T", "3x", "retinanet_focal-tiny_fpn_amp-ms-crop-3x_coco", 39, 265, 45.5, None
+    ),
+    Detector("RetinaNet", "Focal-S", "1x", "retinanet_focal-small_fpn_1x_coco", 62, 367, 45.6, None),
+    Detector(
+        *("RetinaNet", "Focal-S", "3x", "retinanet_focal-small_fpn_amp-ms-crop-3x_coco", 62, 367, 47.3, None)
+    ),
+    Detector("RetinaNet", "Focal-B", "1x", "retinanet_focal-base_fpn_1x_coco", 101, 514, 46.3, None),
+    Detector(
+        *("RetinaNet", "Focal-B", "3x", "retinanet_focal-base_fpn_amp-ms-crop-3x_coco", 101, 514, 46.9, None)
+    ),
+    Detector(
+        *("Cascade Mask R-CNN", "Focal-T", "3x", "cascade-mask-rcnn_focal-tiny_fpn_amp-ms-crop-3x_coco"),
+        *(87, 770, 51.5, None),
+    ),
+    Detector("ATSS", "Focal-T", "3x", "atss_focal-tiny_fpn_amp-ms-crop-3x_coco", 37, 239, 49.5, None),
+    Detector(
+        *(
+            "RepPointsV2",
+            "Focal-T",
+            "3x",
+            "reppointsv2_focal-tiny_fpn_amp-ms-crop-3x_coco",
+            45,
+            491,
+            51.2,
+            None,
+        )
+    ),
+    Detector(
+        *("Sparse R-CNN", "Focal-T", "3x", "sparse-rcnn_focal-tiny_fpn_amp-ms-crop-3x_coco"),
+        *(111, 196, 49.0, None),
+    ),
+    Detector(
+        *("HTC++", "Focal-L", "6x", "htc_focal-large_fpn_amp-ms-400-1400-6x_coco", None, None, 58.7, 50.9)
+    ),
+)
+
+
+class Segmenter(NamedTuple):
+    """UPerNet on ADE20K, 160,000 iterations."""
+
+    backbone: str
+    pretraining: str
+    crop: int
+    config: str
+    params_m: int
+    flops_g: int
+    miou: float
+    miou_ms: float
+    """Tested at several scales."""
+
+
+SEGMENTERS = (
+    Segmenter(
+        *("Focal-T", "ImageNet-1K", 512, "upernet_focal-tiny_8xb2-160k_ade20k-512x512", 62, 998, 45.8, 47.0)
+    ),
+    Segmenter(
+        *("Focal-S", "ImageNet-1K", 512, "upernet_focal-small_8xb2-160k_ade20k-512x512", 85, 1130, 48.0, 50.0)
+    ),
+    Segmenter(
+        *("Focal-B", "ImageNet-1K", 512, "upernet_focal-base_8xb2-160k_ade20k-512x512", 126, 1354, 49.0, 50.5)
+    ),
+    Segmenter(
+        *(
+            "Focal-L",
+            "ImageNet-22K",
+            640,
+            "upernet_focal-large_8xb2-160k_ade20k-640x640",
+            240,
+            3376,
+            54.0,
+            55.4,
+        )
+    ),
+)
+
+
+class Speed(NamedTuple):
+    """Throughput of a classifier and of its peers on one GPU, which the release does not name."""
+
+    family: str
+    model: str
+    top1: float
+    flops_g: float
+    at_224: int
+    at_448: int | None
+    at_896: int | None
+
+
+SPEEDS = (
+    Speed("DeiT", "DeiT-Small/16", 79.8, 4.6, 939, 101, 20),
+    Speed("PVT", "PVT-Small", 79.8, 3.8, 794, 172, 31),
+    Speed("CvT", "CvT-13", 81.6, 4.5, 746, 125, 14),
+    Speed("ViL", "ViL-Small", 82.0, 5.1, 397, 87, 17),
+    Speed("Swin", "Swin-Tiny", 81.2, 4.5, 760, 189, 48),
+    Speed("Focal", "Focal-Tiny", 82.2, 4.9, 319, 105, 27),
+    Speed("PVT", "PVT-Medium", 81.2, 6.7, 517, 111, 20),
+    Speed("CvT", "CvT-21", 82.5, 7.1, 480, 85, 10),
+    Speed("ViL", "ViL-Medium", 83.3, 9.1, 251, 53, 8),
+    Speed("Swin", "Swin-Small", 83.1, 8.7, 435, 111, 28),
+    Speed("Focal", "Focal-Small", 83.6, 9.4, 192, 63, 17),
+    Speed("ViT", "ViT-Base/16", 77.9, 17.6, 291, 57, 8),
+    Speed("DeiT", "DeiT-Base/16", 81.8, 17.6, 291, 57, 8),
+    Speed("PVT", "PVT-Large", 81.7, 9.8, 352, 77, 14),
+    Speed("ViL", "ViL-Base", 83.2, 13.4, 145, 35, 5),
+    Speed("Swin", "Swin-Base", 83.4, 15.4, 291, 70, 17),
+    Speed("Focal", "Focal-Base", 84.0, 16.4, 138, 44, 11),
+    Speed("Focal-fast", "Focal-fast-Tiny, conv", 82.4, 5.0, 483, None, None),
+    Speed("Focal-fast", "Focal-fast-Small, conv", 83.6, 9.4, 293, None, None),
+    Speed("Focal-fast", "Focal-fast-Base, conv", 84.0, 16.4, 203, None, None),
+)
