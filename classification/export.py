@@ -33,8 +33,8 @@ if str(REPO) not in sys.path:
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from classification.predict import load_config_of  # noqa: E402
-from models import build_model, load_checkpoint  # noqa: E402
+from classification.predict import load_config_of, load_model  # noqa: E402
+from models import build_model  # noqa: E402
 from models.focal_attention import FocalAttention  # noqa: E402
 from models.layers import PatchEmbed  # noqa: E402
 
@@ -314,9 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         size = size_of(args.size, config.DATA.IMG_SIZE)
         if args.batch is not None and args.batch < 1:
             raise ValueError(f"--batch: expected at least 1, got {args.batch}")
-        model = build_model(config).eval()
-        if args.resume:
-            load_checkpoint(model, args.resume)
+        model = (load_model(config) if config.MODEL.RESUME else build_model(config)).eval()
         model(torch.zeros(1, model.in_chans, *size))  # says what is wrong with a size
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)

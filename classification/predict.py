@@ -94,7 +94,8 @@ def load_config_of(args: argparse.Namespace) -> CfgNode:
         ValueError: neither of them has one, or it has problems.
     """
     flags = {"MODEL.RESUME": args.resume, "DATA.DATA_PATH": args.data_path, "DEVICE": args.device}
-    opts = [*args.opts, *(word for key, value in flags.items() if value for word in (key, value))]
+    opts = [*(("EVAL_MODE", "True") if args.resume else ()), *args.opts]  # EVAL_EMA wants to know
+    opts += [word for key, value in flags.items() if value for word in (key, value)]
     if args.cfg:
         return load_config(args.cfg, opts)
     text = read_checkpoint(args.resume).get("config") if args.resume else None
@@ -111,6 +112,20 @@ def load_config_of(args: argparse.Namespace) -> CfgNode:
             raise ValueError(message) from error
 
 
+def load_model(config: CfgNode) -> FocalTransformer:
+    """The model of a configuration, with the weights of MODEL.RESUME, or with EVAL_EMA their average.
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+        ValueError: it does not fit the configuration.
+    """
+    model = build_model(config)
+    with train_state.naming("MODEL.RESUME (--resume)"):
+        load = train_state.load_average if config.EVAL_EMA else load_checkpoint
+        load(model, config.MODEL.RESUME)
+    return model
+
+
 def load_trained(args: argparse.Namespace) -> Trained:
     """The model of the arguments with its weights, in evaluation mode.
 
@@ -122,10 +137,7 @@ def load_trained(args: argparse.Namespace) -> Trained:
     if not config.MODEL.RESUME:
         raise ValueError("--resume: expected a checkpoint, got none; name the file with the trained weights")
     device = utils.pick_device(config.DEVICE)
-    model = build_model(config)
-    with train_state.naming("MODEL.RESUME (--resume)"):
-        load = train_state.load_average if config.EVAL_EMA else load_checkpoint
-        load(model, config.MODEL.RESUME)
+    model = load_model(config)
     precision = utils.choose_precision(config.AMP_OPT_LEVEL, config.AMP_DTYPE, device)
     return Trained(config, model.to(device).eval(), device, precision)
 

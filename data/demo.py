@@ -45,7 +45,7 @@ class DemoOptions:
 
     seed: int = 0
     size: int = 32
-    train_scenes: int = 120
+    train_scenes: int = 240
     val_scenes: int = 30
     scene_width: int = 160
     scene_height: int = 128

@@ -1,7 +1,7 @@
 """Trains every method of the configs, made small, on the demo scenes, and writes a table of what it reached.
 
     python -m data.demo demo --kinds detection
-    python detection/demo.py [METHOD ...] [--data demo/detection] [--out demo/output/methods] [--epochs 20]
+    python detection/demo.py [METHOD ...] [--data demo/detection] [--out demo/output/methods] [--epochs 10]
 
 A method is its full config's model with fewer channels, proposals and layers; backbone, data and schedule are
 those of detection/configs/demo_mask_rcnn.py.
@@ -120,7 +120,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"{', '.join(METHODS)}; default: all")
     parser.add_argument("--data", type=Path, default="demo/detection", help="demo scenes (demo/detection)")
     parser.add_argument("--out", type=Path, default="demo/output/methods", help="folder of runs and table.md")
-    parser.add_argument("--epochs", type=int, default=20, help="passes over the training scenes (20)")
+    parser.add_argument("--epochs", type=int, default=10, help="passes over the training scenes (10)")
     args = parser.parse_args(argv)
     unknown = sorted(set(args.methods) - set(METHODS))
     if unknown:

@@ -9,8 +9,12 @@ from __future__ import annotations
 import numpy as np
 
 DENSE_RATIO = 2.0
-"""Skip the gather where all tokens of the map are at most this many times the keys of a window (14 x 14
-maps)."""
+"""Skip the gather where all tokens of the map are at most this many times the keys of a window.
+
+Time of a Focal-T layer without the gather over that with it, on one core of a 2.8 GHz Xeon (AVX-512, float32,
+batch 8), inference and training: 14 x 14 map (1.1 times the keys) 0.65-0.97 and 0.86-0.94, 21 x 21 (2.5
+times) 1.3 and 1.1-1.5, 28 x 28 (4.1 times) 1.7-1.8 and 2.0.
+"""
 
 
 def padded_size(height: int, width: int, window: int) -> tuple[int, int]:

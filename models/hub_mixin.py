@@ -11,12 +11,14 @@ needs huggingface_hub, which comes with timm, and writing the page needs Jinja2.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 try:
     from huggingface_hub import PyTorchModelHubMixin
 except ImportError as error:
     raise ImportError("models on the Hub need huggingface_hub: pip install huggingface_hub") from error
 
+from .checkpoint import load_checkpoint
 from .focal_transformer import FocalTransformer
 
 CARD = Path(__file__).with_name("model_card.md")
@@ -32,6 +34,12 @@ class FocalTransformerOnHub(
     model_card_template=CARD.read_text(encoding="utf-8"),
 ):
     """FocalTransformer with `from_pretrained`, `save_pretrained` and `push_to_hub`."""
+
+    @classmethod
+    def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
+        """All parameters or none, whatever `strict` says: the mixin's default would leave some at random."""
+        load_checkpoint(model, model_file)
+        return model.to(map_location)
 
 
 __all__ = ["FocalTransformerOnHub"]

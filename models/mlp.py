@@ -9,7 +9,7 @@ Legend: R rows (tokens of all images), C channels, H hidden channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import repeat
 from typing import Any
 
@@ -30,8 +30,6 @@ class Mlp(timm.layers.Mlp):
 
     fc1: nn.Linear
     fc2: nn.Linear
-    drop1: nn.Dropout
-    drop2: nn.Dropout
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C]."""
@@ -39,41 +37,52 @@ class Mlp(timm.layers.Mlp):
             return super().forward(x)
         weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         rows = x.reshape(-1, x.shape[-1])
-        out = MlpInPieces.apply(rows, *weights) if torch.is_grad_enabled() else _forward(rows, *weights)
+        out = MlpInPieces.apply(rows, *weights)[0] if torch.is_grad_enabled() else _forward(rows, *weights)
         return out.view(*x.shape[:-1], -1)
 
     def _takes_pieces(self, x: Tensor) -> bool:
-        """Whether the hidden layer is large, and nobody looks at it or changes it on its way."""
+        """Whether the hidden layer is large, and this is the plain MLP that the pieces compute."""
         if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False
+        if not all(map(_is_plain, (self.fc1, self.act, self.drop1, self.norm, self.fc2, self.drop2))):
+            return False
         hidden_bytes = x.numel() // x.shape[-1] * self.fc1.out_features * x.element_size()
-        is_dropped = self.training and (self.drop1.p > 0 or self.drop2.p > 0)
-        return bool(
-            hidden_bytes >= LARGE
-            and not is_dropped
-            and not torch.is_autocast_enabled("cpu")
-            and all(_is_bare(layer) for layer in (self.fc1, self.act, self.fc2))
-        )
+        is_exact = x.dtype in (torch.float32, torch.float64)  # sums of pieces would lose bits of halves
+        return hidden_bytes >= LARGE and is_exact and not torch.is_autocast_enabled("cpu")
 
 
-def _is_bare(layer: nn.Module) -> bool:
-    """Whether a layer is PyTorch's own and has no hooks, so that its function may stand for it."""
+PLAIN: dict[type[nn.Module], Callable[[Any], bool]] = {
+    nn.Linear: lambda layer: layer.bias is not None,
+    nn.GELU: lambda layer: layer.approximate == "none",
+    nn.Dropout: lambda layer: not (layer.training and layer.p > 0),
+    nn.Identity: lambda layer: True,
+}
+"""By type: whether a layer of the MLP is what the pieces compute."""
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is PyTorch's own, set as timm sets it, and without hooks."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return type(layer) in (nn.Linear, nn.GELU) and not any(hooks)
+    return not any(hooks) and PLAIN.get(type(layer), lambda layer: False)(layer)
 
 
 class MlpInPieces(torch.autograd.Function):
     """`_forward` that keeps the inputs of the GELU, and its gradients."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    def forward(rows: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tuple[Tensor, Tensor]:
         hidden = rows.new_empty(len(rows), len(w1))
-        ctx.save_for_backward(rows, w1, w2, hidden)
-        return _forward(rows, w1, b1, w2, b2, hidden.split(_rows_at_once(len(w1))))
+        return _forward(rows, w1, b1, w2, b2, hidden.split(_rows_at_once(len(w1)))), hidden
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        rows, w1, _, w2, _ = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(rows, w1, w2, output[1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, ...]:
         rows, w1, w2, hidden = ctx.saved_tensors
         step = _rows_at_once(len(w1))
         drows, dw1, dw2 = torch.empty_like(rows), torch.zeros_like(w1), torch.zeros_like(w2)
@@ -96,7 +105,7 @@ def _forward(
 ) -> Tensor:
     """[R, C] -> [R, C], without autograd; writes the inputs of the GELU, [R, H] in pieces, to `hidden`."""
     step = _rows_at_once(len(w1))
-    out, buffer = torch.empty_like(rows), rows.new_empty(min(step, len(rows)), len(w1))
+    out, buffer = rows.new_empty(len(rows), len(w2)), rows.new_empty(min(step, len(rows)), len(w1))
     hidden = repeat(buffer) if hidden is None else hidden
     for x, y, h in zip(rows.split(step), out.split(step), hidden, strict=False):
         after = buffer[: len(x)]

@@ -25,7 +25,7 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from .checkpoint import state_dict_of
+from .checkpoint import HEAD, check_state, state_dict_of
 from .focal_transformer import FocalBlock, FocalTransformer, check_images, initialise, next_map
 from .layers import PatchEmbed
 from .resize import choices_of_other_maps, resize_state
@@ -282,13 +282,18 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     size (resize.py), and the nearest keys where they are those of its size.
 
     Raises:
-        ValueError: there are no parameters in it.
+        ValueError: there are no parameters in it, or not those of the model. timm itself fits the classifier
+            and the first convolution, and takes no notice of missing keys where features alone are wanted.
     """
     own = model.state_dict()
     state = state_dict_of(state_dict)
     resize_state(state, own, getattr(model, "built_for", None))
     elsewhere = choices_of_other_maps(model, state)
-    return state | {key: own[key] for key in elsewhere}
+    state |= {key: own[key] for key in elsewhere}
+    fitted_by_timm = (*HEAD, "patch_embed.proj.weight")
+    given, wanted = ({k: v for k, v in x.items() if k not in fitted_by_timm} for x in (state, own))
+    check_state(given, wanted, "the pretrained file")
+    return state
 
 
 def _entrypoint(variant: str) -> Callable[..., nn.Module]:

@@ -37,7 +37,7 @@ def write_safetensors(state: Mapping[str, Tensor], path: Path) -> None:
         OSError: it could not be written.
     """
     safetensors = _package()
-    plain = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    plain = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}  # own storage
     path.write_bytes(safetensors.torch.save(plain, metadata={"format": "pt"}))
 
 

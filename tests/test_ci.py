@@ -1,4 +1,4 @@
-"""The workflow of .github: it runs the oldest versions that the requirements allow, and names what exists."""
+"""The workflow of .github: it runs the oldest PyTorch and timm of the requirements, and names what exists."""
 
 import re
 import subprocess

@@ -82,7 +82,7 @@ def test_detection_is_valid_coco(demo: Path, split: str, count: int) -> None:
         with Image.open(demo / "detection" / f"{split}2017" / entry["file_name"]) as image:
             assert image.size == (entry["width"], entry["height"]) == (160, 128)
         annotations = coco.loadAnns(coco.getAnnIds(entry["id"]))
-        assert 1 <= len(annotations) <= 6
+        assert 3 <= len(annotations) <= 12
         union = np.zeros((entry["height"], entry["width"]), dtype=int)
         for annotation in annotations:
             left, top, width, height = annotation["bbox"]

@@ -249,5 +249,11 @@ def test_a_folder_of_the_hubs_layout(variant, tmp_path) -> None:
 def test_a_folder_that_does_not_fit(tmp_path) -> None:
     model = FocalTransformerOnHub(**{**VARIANTS["focal_tiny_patch4_window7_224"], **NANO})
     model.save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match="size mismatch for head"):
-        FocalTransformerOnHub.from_pretrained(tmp_path, num_classes=9, strict=True)
+    with pytest.raises(ValueError, match="head.weight is"):
+        FocalTransformerOnHub.from_pretrained(tmp_path, num_classes=9)
+    state = read_checkpoint(tmp_path / "model.safetensors")
+    missing = next(key for key in state if key.endswith("mlp.fc1.weight"))
+    rest = {key: value for key, value in state.items() if key != missing}
+    write_safetensors(rest, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"1 missing: {missing}"):
+        FocalTransformerOnHub.from_pretrained(tmp_path)

@@ -1,5 +1,8 @@
 """The MLP in pieces is the MLP: same output and gradients, and plain wherever somebody looks inside."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import timm.layers
 import torch
@@ -66,11 +69,47 @@ def test_plain_where_somebody_looks_inside() -> None:
     layer.fc1.register_forward_hook(lambda _, inputs, output: seen.append(output.shape))
     layer(x)
     assert seen == [torch.Size([9, 24])]
-    replaced = make_mlp()
-    replaced.fc2 = nn.Sequential(replaced.fc2)  # as an adapter would
-    assert not runs_in_pieces(replaced, x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert make_mlp().float()(x.float()).dtype == torch.bfloat16
+
+
+CHANGES = {  # what users do to an MLP
+    "an adapter": lambda layer: setattr(layer, "fc2", nn.Sequential(layer.fc2)),
+    "another GELU": lambda layer: setattr(layer, "act", nn.GELU("tanh")),
+    "a norm": lambda layer: setattr(layer, "norm", nn.LayerNorm(24).double()),
+    "no bias": lambda layer: setattr(layer, "fc1", nn.Linear(6, 24, bias=False).double()),
+    "dropout when evaluated": lambda layer: setattr(layer.eval(), "drop1", nn.Dropout(0.5).train()),
+    "half precision": lambda layer: layer.bfloat16(),
+}
+
+
+@pytest.mark.usefixtures("in_pieces")
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_changed_mlp_is_computed_as_timm_does(change: Callable[[Mlp], Any]) -> None:
+    layer = make_mlp()
+    change(layer)
+    x = torch.randn(9, 6).to(layer.fc1.weight.dtype)
+    assert not runs_in_pieces(layer, x)
+    torch.manual_seed(1)
+    ours = layer(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(ours, timm.layers.Mlp.forward(layer, x))
+
+
+@pytest.mark.usefixtures("in_pieces")
+def test_another_width_and_functional_gradients() -> None:
+    layer, x = make_mlp(), torch.randn(9, 6, dtype=torch.float64)
+    layer.fc2, layer.drop1 = nn.Linear(24, 10).double(), nn.Identity()
+    assert runs_in_pieces(layer, x)
+    torch.testing.assert_close(layer(x), timm.layers.Mlp.forward(layer, x))
+
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(layer, weights, (x,)).square().sum()
+
+    gradients = torch.func.grad(loss)(dict(layer.named_parameters()))
+    layer(x).square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad)
 
 
 def test_small_maps_are_computed_whole() -> None:

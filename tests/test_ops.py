@@ -8,7 +8,7 @@ import torch
 
 from models.geometry import grid, nearest_cells
 from models.key_selection import NearestKeys, RingPooledKeys, _nearest_keys, _ring_pooled_keys
-from models.ops import PORTABLE_BACKENDS, focal_attention, resolve_backend
+from models.ops import PORTABLE_BACKENDS, focal_attention, recompute, resolve_backend, sdpa
 
 CPU = torch.device("cpu")
 MAPS = [(7, 7), (14, 14), (15, 9), (28, 21), (3, 30)]
@@ -50,6 +50,19 @@ def test_backends_agree_on_ring_and_pooled_keys(size, expand, focal_window, pool
     expected = run(table, *problem, "reference")
     for backend in PORTABLE_BACKENDS:
         torch.testing.assert_close(run(table, *problem, backend), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("at_once", [1, 2**12, 2**15])
+def test_pieces_change_nothing(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images and windows are worked on a few at a time on the CPU, with a rest or one by one."""
+    monkeypatch.setattr(sdpa, "KEYS_AT_ONCE", 3 * at_once)
+    monkeypatch.setattr(recompute, "SCORES_AT_ONCE", at_once)
+    table = _ring_pooled_keys(RingPooledKeys(7, 3, 3, 1, 0), 28, 21, CPU).table
+    assert table.dense is None
+    qkv, bias = random_problem(table, tokens_of(table, 1), torch.float64, per_window=False)
+    qkv = torch.cat([qkv, qkv.flip(0), 2 * qkv[:1]]).detach().requires_grad_()  # 5 images
+    expected = run(table, qkv, bias, "reference")
+    torch.testing.assert_close(run(table, qkv, bias, "sdpa"), expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("size", MAPS, ids=str)

@@ -27,6 +27,7 @@ FEW = {  # over the demo's options: a model of few weights, evaluated after ever
     "model.decode_head.channels": 32,
     "model.auxiliary_head.in_channels": 64,
     "param_scheduler.0.end": 2,
+    "optim_wrapper.optimizer.lr": 3e-3,
     "train_cfg.val_interval": 2,
     "train_dataloader.batch_size": 2,
     "default_hooks.checkpoint.interval": 2,
@@ -120,8 +121,19 @@ def test_evaluation_repeats_what_training_saw(trained: Path, tmp_path: Path) -> 
     assert found_in(tmp_path) == evaluated(scalars(trained))
 
 
+def of_two_minds(checkpoint: Path, target: Path) -> str:
+    """A copy whose head says background or not at random features' bidding, so that a scale changes much."""
+    content = torch.load(checkpoint, weights_only=False)
+    weight, bias = (content["state_dict"][f"decode_head.conv_seg.{name}"] for name in ("weight", "bias"))
+    bias.fill_(-100.0)[:2] = 0.0
+    weight.zero_()[0] = torch.randn(weight.shape[1:], generator=torch.Generator().manual_seed(0))
+    torch.save(content, target)
+    return str(target)
+
+
 def test_multi_scale_evaluation(trained: Path, tmp_path: Path) -> None:
-    """At the test scale alone it is the plain evaluation; at the config's scales it runs."""
+    """At the test scale alone it is the plain evaluation; at the config's scales it is another."""
+    checkpoint = of_two_minds(trained / "epoch_8.pth", tmp_path / "two_minds.pth")
     once = tmp_path / "once.py"
     once.write_text(
         f"_base_ = {CONFIG!r}\n"
@@ -130,10 +142,11 @@ def test_multi_scale_evaluation(trained: Path, tmp_path: Path) -> None:
     )
     runs = {"plain": [CONFIG], "once": [str(once), "--multi-scale"], "several": [CONFIG, "--multi-scale"]}
     for name, (config, *flag) in runs.items():
-        command = [config, str(trained / "epoch_8.pth"), *flag, "--work-dir", str(tmp_path / name)]
+        command = [config, checkpoint, *flag, "--work-dir", str(tmp_path / name)]
         assert runner.test([*command, *options(8)]) == 0
     plain, at_once, at_several = (found_in(tmp_path / name) for name in runs)
-    assert at_once == plain and at_several.keys() == plain.keys()
+    assert at_once == plain and 10 < plain["aAcc"] < 90
+    assert at_several["aAcc"] != plain["aAcc"]
 
 
 def test_a_checkpoint_of_another_model_is_refused(

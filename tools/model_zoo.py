@@ -10,6 +10,7 @@ and segmentation/count.py made. Without --write, the page is printed.
 import argparse
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
@@ -131,17 +132,28 @@ def counted(path: Path) -> dict[str, tuple[str, str]]:
     Raises:
         ValueError: the file has no such table.
     """
-    rows = [
-        [cell.strip() for cell in line.strip().strip("|").split("|")]
-        for line in path.read_text(encoding="utf-8").splitlines()
-        if line.startswith("|")
-    ]
-    header = rows[0] if rows else []
     wanted = ("Config", "Params (M)", "MACs (G)")
-    if any(name not in header for name in wanted):
-        raise ValueError(f"{path}: expected a table with the columns {', '.join(wanted)}, got {header}")
+    lines = iter(path.read_text(encoding="utf-8").splitlines())
+    header = next((_cells(line) for line in lines if {*wanted} <= {*_cells(line)}), None)
+    if header is None:
+        raise ValueError(f"{path}: expected a table with the columns {', '.join(wanted)}, got none")
     name, params, macs = (header.index(column) for column in wanted)
-    return {row[name]: (row[params], row[macs]) for row in rows[2:]}
+    rows = [_cells(line) for line in takewhile(lambda line: line.startswith("|"), lines)]
+    return {row[name]: (row[params], row[macs]) for row in rows[1:]}
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def cost_of(config: str, cost: dict[str, tuple[str, str]]) -> tuple[str, str]:
+    """Parameters and multiply-adds of a config; ValueError where the table of costs lacks it."""
+    if config not in cost:
+        raise ValueError(
+            f"{config} is not in the newest table of tools/results: count all configs (python -m "
+            "detection.count, python -m segmentation.count)"
+        )
+    return cost[config]
 
 
 def classifiers_table() -> str:
@@ -169,7 +181,7 @@ def detectors_table(cost: dict[str, tuple[str, str]]) -> str:
     columns += ("Box AP (quoted)", "Mask AP (quoted)")
     rows = []
     for row in release.DETECTORS:
-        params, macs = cost[row.config]
+        params, macs = cost_of(row.config, cost)
         names = (row.method, row.backbone, row.schedule, link("detection/configs", row.config, "py"))
         rows.append((*names, params, row.params_m, macs, row.flops_g, row.box_ap, row.mask_ap))
     return markdown(columns, "llll" + 6 * "r", rows)
@@ -181,7 +193,7 @@ def segmenters_table(cost: dict[str, tuple[str, str]]) -> str:
     columns += ("mIoU (quoted)", "several scales (quoted)")
     rows = []
     for row in release.SEGMENTERS:
-        params, macs = cost[row.config]
+        params, macs = cost_of(row.config, cost)
         crop, config = f"{row.crop} x {row.crop}", link("segmentation/configs", row.config, "py")
         numbers = (params, row.params_m, macs, row.flops_g, row.miou, row.miou_ms)
         rows.append((row.backbone, row.pretraining, crop, config, *numbers))

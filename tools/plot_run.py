@@ -88,7 +88,7 @@ def read_metrics(folder: Path) -> RunMetrics:
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
             record = _parse(line)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             reason = f"{type(error).__name__}: {error}"
             logger.warning(f"{path}:{number}: skipped, expected a record of an interval or epoch ({reason})")
             continue
@@ -314,6 +314,8 @@ def write(runs: Sequence[RunMetrics], out: Path) -> None:
         ImportError: matplotlib is not installed.
         ValueError: it does not know the format.
     """
+    if not out.suffix:
+        raise ValueError(f"--out: expected a name that ends in .png, .html or the like, got {out}")
     figure = draw(runs)
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix.lower() in (".html", ".htm"):

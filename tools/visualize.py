@@ -49,7 +49,7 @@ class Scene:
             ValueError: what was asked for cannot be drawn.
         """
         self.args = args
-        if needs_weights(args.kinds):
+        if needs_weights(args.kinds) or args.resume:
             self.trained = predict.load_trained(args)
         else:
             config, device = predict.load_config_of(args), torch.device("cpu")

@@ -101,7 +101,7 @@ test_evaluator = val_evaluator
 # --- The schedule -------------------------------------------------------------------------------------------
 
 randomness = dict(seed=0)
-epochs = 20
+epochs = 10
 train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=epochs, val_interval=5)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")

@@ -43,6 +43,11 @@ def backend_module(name: str) -> ModuleType:
 def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, window: int) -> str:
     """The backend that `name` stands for in a layer: `auto` is `triton` where it runs, else `sdpa`.
 
+    Where it runs is for its module to say: on CUDA, for the head widths and windows it was written for,
+    whatever the map's size; `tools/profile_attention.py` times it against the others layer by layer, which
+    has not been done on a GPU yet. Whether `sdpa` gathers keys follows from the map (`geometry.DENSE_RATIO`,
+    measured).
+
     Args:
         name: one of `BACKEND_CHOICES`.
         device: where the layer runs.
