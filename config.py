@@ -65,6 +65,7 @@ _C.MODEL.NAME = "focal_tiny_patch4_window7_224"  # names the output folder
 _C.MODEL.RESUME = ""  # training checkpoint to continue from; with EVAL_MODE, any checkpoint; --resume
 _C.MODEL.PRETRAINED = ""  # weights (file or address) to start from; --pretrained
 _C.MODEL.RESET_HEAD = False  # with PRETRAINED: start with a new classifier, for another set of classes
+_C.MODEL.HEAD_CLASS_MAP = ""  # with PRETRAINED: file that names, for each class, its index there
 _C.MODEL.NUM_CLASSES = 1000
 _C.MODEL.DROP_RATE = 0.0  # dropout
 _C.MODEL.DROP_PATH_RATE = 0.1  # stochastic depth of the last block; rises linearly from 0
@@ -110,6 +111,9 @@ _C.TRAIN.CLIP_GRAD = 5.0  # largest gradient norm; 0 measures it without clippin
 _C.TRAIN.AUTO_RESUME = True  # continue from the newest checkpoint in the output folder
 _C.TRAIN.ACCUMULATION_STEPS = 0  # batches per optimizer update; 0 and 1 mean one; --accumulation-steps
 _C.TRAIN.USE_CHECKPOINT = False  # recompute activations in the backward pass to save memory; --use-checkpoint
+
+_C.TRAIN.LAYER_DECAY = 1.0  # share of a layer's learning rate that the layer before it gets
+_C.TRAIN.FREEZE_STAGES = -1  # not trained: -1 nothing, 0 the stem, n the first n stages too; all but the head
 
 _C.TRAIN.BAD_STEPS_MAX = 10  # updates in a row without finite loss and gradient that end the run; all skipped
 
@@ -319,6 +323,8 @@ RULES: dict[str, Rule] = {
     "TRAIN.MIN_LR": AT_LEAST_0,
     "TRAIN.CLIP_GRAD": AT_LEAST_0,
     "TRAIN.ACCUMULATION_STEPS": AT_LEAST_0,
+    "TRAIN.LAYER_DECAY": SHARE,
+    "TRAIN.FREEZE_STAGES": ("-1 or more", lambda value: value >= -1),
     "TRAIN.BAD_STEPS_MAX": AT_LEAST_1,
     "TRAIN.EMA.DECAY": FRACTION,
     "TRAIN.LR_SCHEDULER.NAME": _one_of(*SCHEDULERS),
@@ -386,11 +392,6 @@ def _combinations(config: CN) -> Iterator[tuple[str, str]]:
             f"expected either this or MODEL.RESUME, got both ({model.PRETRAINED!r} and {model.RESUME!r}); "
             "use RESUME to continue a run, PRETRAINED to start from weights",
         )
-    if model.RESET_HEAD and (config.EVAL_MODE or not model.PRETRAINED):
-        yield (
-            "MODEL.RESET_HEAD",
-            "expected only to train from MODEL.PRETRAINED, got True otherwise; name the weights or drop it",
-        )
     if config.AMP_OPT_LEVEL == "O0" and config.AMP_DTYPE:
         yield (
             "AMP_DTYPE",
@@ -405,6 +406,27 @@ def _combinations(config: CN) -> Iterator[tuple[str, str]]:
         )
     if len(modes) > 1:
         yield modes[1], f"expected at most one mode, got {' and '.join(modes)}; choose one"
+
+
+def _fine_tuning(config: CN) -> Iterator[tuple[str, str]]:
+    """Problems of what a run starts from and what it leaves alone, as (key, message)."""
+    model, stages, frozen = config.MODEL, len(config.MODEL.FOCAL.DEPTHS), config.TRAIN.FREEZE_STAGES
+    if model.RESET_HEAD and (config.EVAL_MODE or not model.PRETRAINED):
+        yield (
+            "MODEL.RESET_HEAD",
+            "expected only to train from MODEL.PRETRAINED, got True otherwise; name the weights or drop it",
+        )
+    if model.HEAD_CLASS_MAP and (config.EVAL_MODE or model.RESET_HEAD or not model.PRETRAINED):
+        yield (
+            "MODEL.HEAD_CLASS_MAP",
+            "expected only to train from MODEL.PRETRAINED, without MODEL.RESET_HEAD, got "
+            f"{model.HEAD_CLASS_MAP!r} otherwise; name the weights, and choose one of the two",
+        )
+    if frozen > stages:
+        yield (
+            "TRAIN.FREEZE_STAGES",
+            f"expected at most {stages}, the number of stages, got {frozen}; lower it",
+        )
 
 
 def _stages(config: CN) -> Iterator[tuple[str, str]]:
@@ -728,7 +750,10 @@ class _Loader:
                 each = " for every entry" if len(entries) > 1 else ""
                 self.wrong.add(key)
                 self.complain(key, f"expected {expected}{each}, got {_quoted(value)}; correct the value")
-        groups = ((_stages, ("MODEL.",)), (_maps, ("MODEL.", "DATA.IMG_SIZE")), (_combinations, ("",)))
+        groups = (
+            *((_stages, ("MODEL.",)), (_maps, ("MODEL.", "DATA.IMG_SIZE"))),
+            *((_combinations, ("",)), (_fine_tuning, ("",))),
+        )
         for group, keys in groups:
             if not any(key.startswith(keys) for key in self.wrong):
                 for key, message in group(self.config):

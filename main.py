@@ -25,6 +25,8 @@ from data import UndecodableImageError, build_loaders
 from engine import Run, evaluate, prepare, train_one_epoch
 from logger import Metrics, create_logger
 from models import FocalTransformer, build_model, count_params_and_macs, load_checkpoint
+from models.checkpoint import read_class_map
+from optimizer import freeze_stages
 from throughput import measure_throughput
 from trainer import begin, finish_epoch, record_config
 
@@ -98,6 +100,8 @@ def start(config: CfgNode) -> None:
         f"{config.MODEL.NAME}: {config.MODEL.NUM_CLASSES} classes, "
         f"attention {'/'.join(model.attention_backends(precision.dtype))}"
     )
+    if frozen := freeze_stages(model, config.TRAIN.FREEZE_STAGES):
+        logger.info(f"TRAIN.FREEZE_STAGES {config.TRAIN.FREEZE_STAGES}: {frozen:,} weights are not trained")
     if config.COMPILE:
         model.compile(dynamic=False)
     try:
@@ -121,13 +125,17 @@ def open_output(output: Path, with_metrics: bool) -> Metrics:
 
 def load_weights(model: FocalTransformer, config: CfgNode, key: str) -> None:
     """Load MODEL.RESUME or MODEL.PRETRAINED into the model; a mistake names the key and the flag."""
+    class_map = None
+    if config.MODEL.HEAD_CLASS_MAP:
+        with train_state.naming("MODEL.HEAD_CLASS_MAP"):
+            class_map = read_class_map(config.MODEL.HEAD_CLASS_MAP, config.MODEL.NUM_CLASSES)
     with train_state.naming(f"MODEL.{key} (--{key.lower()})"):
         try:
             if config.EVAL_EMA:
                 train_state.load_average(model, config.MODEL[key])
             else:
                 resize = key == "PRETRAINED" and not config.EVAL_MODE  # to start from, at any size
-                load_checkpoint(model, config.MODEL[key], config.MODEL.RESET_HEAD, resize)
+                load_checkpoint(model, config.MODEL[key], config.MODEL.RESET_HEAD, resize, class_map)
         except ValueError as error:
             if "reset_head" not in str(error) or config.EVAL_MODE:
                 raise

@@ -1,41 +1,92 @@
-"""Optimizers, with the weight decay groups of the original recipe.
+"""Optimizers and what they train: groups of weight decay and learning rate, frozen stages.
 
-No decay for biases, for parameters of one dimension, and for those the model names itself
-(``model.no_weight_decay()``: position embeddings and bias tables).
+No weight decay, as in the original recipe, for biases, for parameters of one dimension, and for those the
+model names itself (``model.no_weight_decay()``: position embeddings and bias tables). Layer-wise rates are
+those of BEiT (Bao et al., 2021): the classifier learns at the full rate, every layer below it at a fixed
+share of the rate above.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from timm.layers import DropPath
+from timm.models import group_parameters
 from torch import nn
 from yacs.config import CfgNode
+
+from models import FocalTransformer
+from models.registry import TimmFocalTransformer
 
 ParamGroups = list[dict[str, Any]]
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> ParamGroups:
-    """The trainable parameters in two groups, with and without weight decay; an empty group is left out.
+def freeze_stages(model: FocalTransformer, count: int) -> int:
+    """Exclude the beginning of the model from training; it computes what it does in evaluation, always.
+
+    Args:
+        model: its parameters get no gradient, its dropout and stochastic depth are switched off there.
+        count: -1 for nothing, 0 for the stem, n for the stem and the first n stages, each with its step to
+            the next; all stages include the final norm and leave the classifier alone.
+
+    Returns:
+        The number of weights that are frozen.
+
+    Raises:
+        ValueError: more stages than there are.
+    """
+    stages = len(model.layers)
+    if not -1 <= count <= stages:
+        raise ValueError(f"TRAIN.FREEZE_STAGES: expected -1 to {stages}, the number of stages, got {count}")
+    if count < 0:
+        return 0
+    parts = [model.patch_embed, model.pos_drop, *model.layers[:count], *[model.norm] * (count == stages)]
+    frozen = [parameter for part in parts for parameter in part.parameters()]
+    frozen += [] if model.absolute_pos_embed is None else [model.absolute_pos_embed]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    for module in (module for part in parts for module in part.modules()):
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(module, DropPath):
+            module.drop_prob = 0.0
+    return sum(parameter.numel() for parameter in frozen)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> ParamGroups:
+    """The trainable parameters, grouped by share of the learning rate and weight decay.
+
+    The largest share comes first, and of the same share the group with decay; at ``layer_decay`` 1 that is
+    two groups. Layers are the stem, each block (with the downsampler or the norm that follows) and the
+    classifier.
 
     Args:
         model: its ``no_weight_decay()``, if it has one, returns names of parameters to exempt.
-        weight_decay: decay of the first group.
+        weight_decay: decay of those that have one.
+        layer_decay: share of a layer's rate that the layer before it gets.
 
     Raises:
         ValueError: nothing to train.
     """
     exempt: set[str] = getattr(model, "no_weight_decay", set)()
-    decay: list[nn.Parameter] = []
-    no_decay: list[nn.Parameter] = []
+    layers = group_parameters(model, TimmFocalTransformer.group_matcher(model), reverse=True)
+    last = max(layers.values(), default=0)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_exempt = parameter.ndim <= 1 or name.endswith(".bias") or name in exempt
-            (no_decay if is_exempt else decay).append(parameter)
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
+            share = layer_decay ** (last - layers[name])
+            groups.setdefault((-share, is_exempt), []).append(parameter)
     if not groups:
         raise ValueError("expected at least one trainable parameter, got none; every parameter is frozen")
-    return groups
+    return [
+        {
+            "params": groups[key],
+            "weight_decay": 0.0 if key[1] else weight_decay,
+            "lr_scale": -key[0],  # timm's schedulers multiply by it
+        }
+        for key in sorted(groups)
+    ]
 
 
 def build_optimizer(config: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -45,7 +96,7 @@ def build_optimizer(config: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         ValueError: unknown name, or apex is missing for fused_adam and fused_lamb.
     """
     train = config.TRAIN
-    groups = parameter_groups(model, train.WEIGHT_DECAY)
+    groups = parameter_groups(model, train.WEIGHT_DECAY, train.LAYER_DECAY)
     on_cuda = groups[0]["params"][0].is_cuda
     adam = {"lr": train.BASE_LR, "eps": train.OPTIMIZER.EPS, "betas": train.OPTIMIZER.BETAS}
     choices: dict[str, Callable[[], torch.optim.Optimizer]] = {

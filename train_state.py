@@ -53,7 +53,10 @@ RECIPE = (
     "AUG.",
     "SEED",
 )  # differences worth a warning
-NOT_RECIPE = ("MODEL.RESUME", "MODEL.PRETRAINED", "MODEL.RESET_HEAD", "MODEL.ATTENTION_BACKEND", "MODEL.NAME")
+NOT_RECIPE = (
+    *("MODEL.RESUME", "MODEL.PRETRAINED", "MODEL.RESET_HEAD", "MODEL.HEAD_CLASS_MAP"),
+    *("MODEL.ATTENTION_BACKEND", "MODEL.NAME"),
+)
 
 logger = logging.getLogger(__name__)
 

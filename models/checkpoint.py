@@ -16,7 +16,7 @@ import logging
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ class LoadReport:
 
     path: str
     reset: list[str] = field(default_factory=list)  # head parameters left at their fresh values, or dropped
+    classes: list[str] = field(default_factory=list)  # of a class map, the indices of new classes left fresh
     recomputed: list[str] = field(default_factory=list)  # stored choices made for another map size
     resized: list[str] = field(default_factory=list)  # parameters of another window or input size
     continued: list[str] = field(default_factory=list)  # rings that the file lacks, made of its own windows
@@ -133,8 +134,45 @@ def state_dict_of(checkpoint: Mapping[str, Any], origin: str = "checkpoint") -> 
     return {key: value for key, value in state.items() if not DERIVED_BUFFERS.search(key)}
 
 
+def read_class_map(path: str | Path, num_classes: int) -> list[int | None]:
+    """Which class of an older classifier each class of a new one continues; None for one that starts afresh.
+
+    Args:
+        path: text of one line per new class: the index of the older class, counted from 0, or `-` (or -1).
+            Several classes may continue the same one.
+        num_classes: of the new classifier.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: other lines, or another number of them.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"{path}: expected a class map, but there is no such file; check the path")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected a text file that can be read, got: {_shown(error)}") from error
+    lines = [line.strip() for line in text.rstrip().splitlines()]
+    for number, line in enumerate(lines, start=1):
+        if not re.fullmatch(r"-1?|[0-9]{1,9}", line, re.ASCII):
+            raise ValueError(
+                f"{path}, line {number}: expected the index of a class in the older classifier, or - for a "
+                f"class that it lacks, got {_shown(line)!r}; correct the line"
+            )
+    if len(lines) != num_classes:
+        raise ValueError(
+            f"{path}: expected {num_classes} lines, one for each class (MODEL.NUM_CLASSES), got {len(lines)}"
+        )
+    return [None if line.startswith("-") else int(line) for line in lines]
+
+
 def load_checkpoint(
-    model: nn.Module, path_or_url: str | Path, reset_head: bool = False, resize: bool = False
+    model: nn.Module,
+    path_or_url: str | Path,
+    reset_head: bool = False,
+    resize: bool = False,
+    class_map: Sequence[int | None] | None = None,
 ) -> LoadReport:
     """Load all parameters of a model from an original or own checkpoint, or change nothing.
 
@@ -143,6 +181,8 @@ def load_checkpoint(
         path_or_url: see `read_checkpoint`.
         reset_head: leave the classifier as it is (another set of classes, or a backbone without one).
         resize: fit what depends on window, focal windows, ring and input size to those of the model.
+        class_map: for each class of the model, which class of the file's classifier it continues; None for
+            one that stays fresh (`read_class_map`). Not together with reset_head.
 
     Returns:
         What was not simply loaded; it is logged, too.
@@ -159,6 +199,9 @@ def load_checkpoint(
         report.reset = sorted(key for key in HEAD if key in given or key in wanted)
         given = {key: value for key, value in given.items() if key not in HEAD}
         wanted = {key: value for key, value in wanted.items() if key not in HEAD}
+    if class_map is not None:
+        report.classes = [str(i) for i, old in enumerate(class_map) if old is None]
+        given |= _mapped_head(given, wanted, class_map, report.path)
     elsewhere = [key for key in given if CHOICE_BUFFERS.search(key) and _differ_in_shape(given, wanted, key)]
     if resize:
         done = resize_state(given, wanted, getattr(model, "built_for", None))
@@ -176,6 +219,39 @@ def load_checkpoint(
     return report
 
 
+def _mapped_head(
+    given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], class_map: Sequence[int | None], origin: str
+) -> dict[str, Tensor]:
+    """The wanted classifier, with the rows of the given one where the map names some."""
+    heads = [(given.get(key), wanted.get(key)) for key in HEAD]
+    if not all(new is not None and old is not None and _is_weight(old) for old, new in heads):
+        raise ValueError(
+            f"{origin}: expected a classifier to take classes from, got none; drop the class map"
+        )
+    count = min(len(given[key]) for key in HEAD)
+    old_of = {new: old for new, old in enumerate(class_map) if old is not None}
+    wrong = [f"{new} (line {new + 1}) -> {old}" for new, old in old_of.items() if not 0 <= old < count]
+    if wrong:
+        raise ValueError(
+            f"{origin}: has classes 0 to {count - 1}, but the class map names others: {_listed(wrong)}; "
+            "correct the map, or use the weights it was made for"
+        )
+    classes = len(wanted[HEAD[0]])
+    if len(class_map) != classes:
+        raise ValueError(f"expected a class map of {classes} entries, one per class, got {len(class_map)}")
+    mapped = {}
+    for key in HEAD:
+        old, new = given[key], wanted[key].clone()
+        if old.shape[1:] == new.shape[1:]:  # else the comparison with the model will tell
+            new[list(old_of)] = old[list(old_of.values())].to(new)
+            mapped[key] = new
+    return mapped
+
+
+def _is_weight(tensor: Tensor) -> bool:
+    return is_plain(tensor) and tensor.is_floating_point() and tensor.ndim > 0
+
+
 def _differ_in_shape(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], key: str) -> bool:
     """Whether both have the key, in different shapes."""
     return key in given and key in wanted and given[key].shape != wanted[key].shape
@@ -185,13 +261,14 @@ def _log(report: LoadReport) -> None:
     """Say what was not simply loaded."""
     for level, names, text in (
         (logging.WARNING, report.reset, "the classifier is not loaded (reset_head)"),
+        (logging.WARNING, report.classes, "the class map leaves new classes fresh"),
         (logging.WARNING, report.continued, "rings that it lacks are continued from its own windows' tables"),
         (logging.WARNING, report.dropped, "rings that the model lacks are dropped"),
         (logging.INFO, report.resized, "made for other windows or another input size, resized"),
         (logging.INFO, report.recomputed, "made for another input size; nearest keys are chosen anew in"),
     ):
         if names:
-            logger.log(level, "%s: %s: %d tables: %s", report.path, text, len(names), _listed(names))
+            logger.log(level, "%s: %s: %d: %s", report.path, text, len(names), _listed(names))
 
 
 def check_state(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], origin: str) -> None:

@@ -187,6 +187,7 @@ def run_command(words: list[str], few: Path, where: str) -> None:
     """Run one command of a document as its reader would, within this process where possible."""
     arguments, task = main_arguments(words), task_command(words)
     runners: dict[str, Callable[[list[str]], int | None]] = {
+        "python -c": lambda rest: exec(rest[0], {}),
         "python -m data.demo": lambda rest: data.demo.main(rest),
         "python tools/plot_run.py": lambda rest: load_tool("plot_run").main(rest),
         "python tools/visualize.py": lambda rest: load_tool("visualize").main(rest),

@@ -1,0 +1,340 @@
+"""Starting from weights: classes by a map, layer-wise rates, frozen stages, and what it all gains."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import NANO, REPO
+from test_distributed import run_two
+from test_main import PLAIN, checkpoint, command
+from torch import Tensor, nn
+
+import main
+from config import load_config
+from models import FocalTransformer, build_model, load_checkpoint
+from models.checkpoint import read_class_map
+from optimizer import build_optimizer, freeze_stages, parameter_groups
+
+FINE_TUNING = sorted(REPO.glob("configs/*/focal*.yaml"))
+KINDS = ("focal", "focalv2")
+
+
+def nano(*opts: object) -> FocalTransformer:
+    torch.manual_seed(0)
+    return build_model(load_config(None, [word for pair in NANO.items() for word in pair] + list(opts)))
+
+
+def save(model: nn.Module, path: Path) -> Path:
+    torch.save({"model": model.state_dict()}, path)
+    return path
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+# --- The class map ------------------------------------------------------------------------------------------
+
+
+def test_mapped_classes_answer_as_before_and_others_start_afresh(tmp_path: Path) -> None:
+    """Classes may be reordered, left out, continued twice or new."""
+    old, new = nano(), nano("MODEL.NUM_CLASSES", 5)
+    nn.init.normal_(old.head.bias)
+    fresh = {key: value.clone() for key, value in new.head.state_dict().items()}
+    class_map = read_class_map(write(tmp_path / "map", "7\n-\n0\n7\n-1\n"), 5)
+    assert class_map == [7, None, 0, 7, None]
+    report = load_checkpoint(new, save(old, tmp_path / "old.pth"), class_map=class_map)
+    assert report.classes == ["1", "4"]
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(new.eval()(images)[:, [0, 2, 3]], old.eval()(images)[:, [7, 0, 7]])
+    for key, value in new.head.state_dict().items():
+        assert torch.equal(value[[1, 4]], fresh[key][[1, 4]])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("0\n1\n", ["expected 3 lines", "MODEL.NUM_CLASSES", "got 2"]),
+        ("0\n1\n2\n3\n", ["expected 3 lines", "got 4"]),
+        ("0\n\n2\n", ["line 2", "- for a class"]),
+        ("0\n1\nn01440764\n", ["line 3", "n01440764"]),
+        ("0\n-2\n1\n", ["line 2", "-2"]),
+        ("0\n1.0\n1\n", ["line 2"]),
+        ("0\n1\n10\n", ["classes 0 to 9", "2 (line 3) -> 10"]),
+        ("0\n1\n" + "9" * 5000 + "\n", ["line 3"]),
+    ],
+)
+def test_a_wrong_class_map_is_explained_and_loads_nothing(
+    text: str, words: list[str], tmp_path: Path
+) -> None:
+    weights, model = save(nano(), tmp_path / "old.pth"), nano("MODEL.NUM_CLASSES", 3)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError) as caught:
+        class_map = read_class_map(write(tmp_path / "map.txt", text), 3)
+        load_checkpoint(model, weights, class_map=class_map)
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert len(str(caught.value)) < 400
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_class_map_needs_a_classifier_and_a_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected a classifier to take classes from"):
+        weights = save(nano("MODEL.NUM_CLASSES", 3), tmp_path / "a.pth")
+        state = torch.load(weights, weights_only=True)["model"]
+        torch.save({key: value for key, value in state.items() if key not in ("head.weight",)}, weights)
+        load_checkpoint(nano(), weights, class_map=[None] * 10)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read_class_map(tmp_path / "none", 3)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="text file"):
+        read_class_map(tmp_path / "binary", 3)
+
+
+def test_a_wider_classifier_is_still_named(tmp_path: Path) -> None:
+    """The rows of a map do not hide that the model is another one."""
+    weights = save(nano("MODEL.FOCAL.EMBED_DIM", 32), tmp_path / "wide.pth")
+    with pytest.raises(ValueError, match="head.weight is"):
+        load_checkpoint(nano(), weights, class_map=list(range(10)))
+
+
+def test_timm_maps_all_but_one_class_of_imagenet() -> None:
+    """What get_started.md says of the map that its command writes."""
+    from timm.data import ImageNetInfo
+
+    old = set(ImageNetInfo("imagenet-22k").label_names())
+    assert [name for name in ImageNetInfo("imagenet-1k").label_names() if name not in old] == ["n04399382"]
+
+
+# --- Layer-wise rates ---------------------------------------------------------------------------------------
+
+
+def scales(model: FocalTransformer, decay: float) -> dict[str, float]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, 0.05, decay)
+    found = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
+    assert found.keys() == set(names.values())
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_layer_learns_at_its_share_of_the_rate(kind: str) -> None:
+    """Stem, four blocks and classifier are six layers."""
+    decay = 0.5
+    found = scales(nano("MODEL.TYPE", kind, "MODEL.FOCAL.APE", True), decay)
+    layer_of = {"patch_embed": 0, "absolute_pos_embed": 0, "norm": 4, "head": 5}
+    for name, scale in found.items():
+        parts = name.split(".")
+        layer = int(parts[1]) + 1 if parts[0] == "layers" else layer_of[parts[0]]
+        assert scale == decay ** (5 - layer), name
+
+
+def test_shares_of_focal_tiny_count_its_blocks() -> None:
+    with torch.device("meta"):
+        model = build_model(load_config(REPO / "configs/focal_tiny_patch4_window7_224.yaml"))
+    found = scales(model, 0.8)
+    assert found["patch_embed.proj.weight"] == pytest.approx(0.8**13)  # twelve blocks in between
+    assert found["layers.2.blocks.5.mlp.fc1.weight"] == pytest.approx(0.8**3)
+    assert found["layers.2.downsample.proj.weight"] == pytest.approx(0.8**3)
+    assert found["head.weight"] == 1.0
+
+
+def test_decay_stays_off_where_it_was(nano_opts: list[object]) -> None:
+    model = nano("MODEL.FOCAL.APE", True)
+
+    def exempt(decay: float) -> set[int]:
+        groups = parameter_groups(model, 0.05, decay)
+        return {id(p) for group in groups if group["weight_decay"] == 0 for p in group["params"]}
+
+    assert exempt(0.7) == exempt(1.0)
+    assert len(parameter_groups(model, 0.05, 0.7)) == 12
+
+
+def test_the_schedule_keeps_the_shares_and_the_log_shows_the_full_rate(nano_opts: list[object]) -> None:
+    from lr_scheduler import build_scheduler
+
+    config = load_config(None, [*nano_opts, "TRAIN.LAYER_DECAY", 0.5, "TRAIN.WARMUP_EPOCHS", 1])
+    optimizer = build_optimizer(config, build_model(config))
+    scheduler = build_scheduler(config, optimizer, 10)
+    plain = build_optimizer(load_config(None, nano_opts), nn.Linear(2, 2))
+    reference = build_scheduler(config, plain, 10)
+    for number in (0, 5, 15):
+        scheduler.step_update(number)
+        reference.step_update(number)
+        full = plain.param_groups[0]["lr"]
+        assert optimizer.param_groups[0]["lr"] == full
+        assert {group["lr"] / full for group in optimizer.param_groups} == {0.5**n for n in range(6)}
+
+
+def test_one_rate_for_all_is_two_groups_in_the_models_order() -> None:
+    model = nano()
+    with_decay, without = parameter_groups(model, 0.05)
+    assert [group["lr_scale"] for group in (with_decay, without)] == [1.0, 1.0]
+    order = {id(parameter): place for place, parameter in enumerate(model.parameters())}
+    for group in (with_decay, without):
+        places = [order[id(parameter)] for parameter in group["params"]]
+        assert places == sorted(places)
+
+
+# --- Frozen stages ------------------------------------------------------------------------------------------
+
+
+def gradients(model: FocalTransformer) -> dict[str, Tensor]:
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    model.train()(images).square().sum().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", [-1, 0, 2, 4])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_frozen_stages_get_no_gradient_and_leave_the_others_theirs(
+    kind: str, count: int, recompute: bool
+) -> None:
+    opts = ["MODEL.TYPE", kind, "MODEL.FOCAL.APE", True, "TRAIN.USE_CHECKPOINT", recompute]
+    whole, model = nano(*opts), nano(*opts)
+    frozen = freeze_stages(model, count)
+    assert frozen == sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    expected, found = gradients(whole), gradients(model)
+    stopped = ["patch_embed.", "absolute_pos_embed"] * (count >= 0)
+    stopped += [f"layers.{stage}." for stage in range(count)] + ["norm."] * (count == 4)
+    assert found.keys() == {name for name in expected if not name.startswith(tuple(stopped))}
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name])
+
+
+def test_frozen_stages_compute_what_they_do_in_evaluation() -> None:
+    model = nano("MODEL.DROP_RATE", 0.5, "MODEL.DROP_PATH_RATE", 0.5)
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        wanted = model.eval().forward_intermediates(images)
+        freeze_stages(model, 3)
+        found = model.train().forward_intermediates(images)
+        assert all(torch.equal(a, b) for a, b in zip(wanted[:3], found[:3], strict=True))
+        assert not torch.equal(wanted[3], found[3])
+        assert torch.equal(model.eval().forward_intermediates(images)[3], wanted[3])
+
+
+def test_more_stages_than_there_are_cannot_be_frozen() -> None:
+    with pytest.raises(ValueError, match=r"TRAIN.FREEZE_STAGES: expected -1 to 4"):
+        freeze_stages(nano(), 5)
+
+
+def test_two_processes_train_what_is_not_frozen(
+    few_images: Path, nano_opts: list[object], tmp_path: Path
+) -> None:
+    """Frozen weights stay, the others learn; the checkpoint and the average hold all; the run goes on."""
+    opts = [*nano_opts, *PLAIN, "TRAIN.FREEZE_STAGES", 2, "TRAIN.LAYER_DECAY", 0.8]
+    opts += ["TRAIN.EMA.ENABLED", True, "TRAIN.EMA.DECAY", 0.5]
+    start = save(nano("MODEL.DROP_PATH_RATE", 0.3), tmp_path / "start.pth")
+    arguments = command(few_images, tmp_path, opts, "--pretrained", str(start))
+    done = run_two([*arguments, "TRAIN.EPOCHS", "1"])
+    assert done.returncode == 0, done.stderr
+    assert "weights are not trained" in done.stdout
+    assert main.main(arguments) == 0  # on one process now, the second epoch
+    before = torch.load(start, weights_only=True)["model"]
+    for key in ("model", "model_ema"):
+        after = checkpoint(tmp_path, 1)[key]
+        same = {name for name in after if torch.equal(after[name], before[name])}
+        frozen = ("patch_embed.", "layers.0.", "layers.1.")
+        assert same >= {name for name in after if name.startswith(frozen)}
+        assert not {name for name in same if name.startswith(("layers.3.", "norm.", "head."))}
+    assert checkpoint(tmp_path, 1)["model"].keys() == before.keys()
+
+
+# --- Configs ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", FINE_TUNING, ids=lambda path: path.stem)
+def test_configs_take_the_weights_that_they_are_for(path: Path, tmp_path: Path) -> None:
+    """With few channels and blocks; the windows and the input size are theirs."""
+    config = load_config(path)
+    assert path.stem == config.MODEL.NAME
+    size = path.stem.split("_")[1]
+    small = ["MODEL.FOCAL.EMBED_DIM", 8, "MODEL.FOCAL.DEPTHS", [1] * 4, "MODEL.FOCAL.NUM_HEADS", [1] * 4]
+    old = build_model(load_config(REPO / f"configs/focal_{size}_patch4_window7_224.yaml", small))
+    new = build_model(load_config(path, small))
+    classes = config.MODEL.NUM_CLASSES
+    class_map = None if classes == 1000 else [None] * classes
+    report = load_checkpoint(new, save(old, tmp_path / "a.pth"), resize=True, class_map=class_map)
+    assert not report.continued
+    assert not report.dropped
+    assert bool(report.resized) == (config.DATA.IMG_SIZE == 384)
+
+
+# --- What it gains ------------------------------------------------------------------------------------------
+
+SMALL_DEMO = {
+    "DATA.NUM_WORKERS": 0,
+    "MODEL.FOCAL.EMBED_DIM": 32,
+    "MODEL.FOCAL.NUM_HEADS": [1, 2],
+    "TRAIN.WARMUP_EPOCHS": 0,
+    "SAVE_FREQ": 100,
+}
+
+
+def train(data: Path, output: Path, tag: str, *words: str, **opts: object) -> list[float]:
+    """Accuracy after every epoch of a small demo model."""
+    pairs = SMALL_DEMO | {key.replace("__", "."): value for key, value in opts.items()}
+    arguments = ["--cfg", str(REPO / "configs/demo.yaml"), "--data-path", str(data), "--output", str(output)]
+    options = [str(word) for pair in pairs.items() for word in pair]
+    assert main.main([*arguments, "--device", "cpu", "--tag", tag, *words, "--opts", *options]) == 0
+    lines = (output / "demo" / tag / "metrics.jsonl").read_text().splitlines()
+    return [record["acc1"] for record in map(json.loads, lines) if record["kind"] == "epoch"]
+
+
+@pytest.fixture(scope="session")
+def digits_run(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the ten digits at 32 pixels, trained for a few epochs."""
+    output = tmp_path_factory.mktemp("digits")
+    train(demo_data, output, "digits", TRAIN__EPOCHS=5)
+    return output / "demo/digits/best.pth"
+
+
+@pytest.fixture(scope="session")
+def five_digits(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits 0 to 4, 13 training images and 20 others of each."""
+    root = tmp_path_factory.mktemp("own")
+    for split, count in (("train", 13), ("val", 20)):
+        for digit in range(5):
+            (root / split / str(digit)).mkdir(parents=True)
+            for image in sorted((demo_data / split / str(digit)).iterdir())[:count]:
+                shutil.copy(image, root / split / str(digit))
+    return root
+
+
+def test_fine_tuning_beats_training_from_scratch(digits_run: Path, five_digits: Path, tmp_path: Path) -> None:
+    """Other classes, larger images, few of them, 24 steps."""
+    same = {"MODEL__NUM_CLASSES": 5, "DATA__IMG_SIZE": 48, "TRAIN__EPOCHS": 12}
+    scratch = train(five_digits, tmp_path, "scratch", **same)
+    start = ["--pretrained", str(digits_run)]
+    tuned = train(
+        five_digits, tmp_path, "tuned", *start, **same, MODEL__RESET_HEAD=True, TRAIN__LAYER_DECAY=0.7
+    )
+    print(f"top-1 accuracy after each epoch: from scratch {scratch}, fine-tuned {tuned}")
+    assert tuned[-1] > scratch[-1] + 10
+    assert max(tuned) > max(scratch) + 10
+
+
+def test_a_class_map_keeps_what_was_learned(digits_run: Path, five_digits: Path, tmp_path: Path) -> None:
+    """At next to no learning rate, with one class new."""
+    class_map = write(tmp_path / "map.txt", "0\n1\n2\n3\n-\n")
+    opts = {"MODEL__NUM_CLASSES": 5, "TRAIN__EPOCHS": 1, "TRAIN__BASE_LR": 1e-6}
+    words = ["--pretrained", str(digits_run)]
+    (accuracy,) = train(five_digits, tmp_path, "map", *words, **opts, MODEL__HEAD_CLASS_MAP=str(class_map))
+    assert accuracy > 45  # chance is 20
+
+
+def test_mistakes_with_a_class_map_end_in_one_message(
+    few_images: Path, nano_opts: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = save(nano(), tmp_path / "a.pth")
+    class_map = write(tmp_path / "map.txt", "0\n1\n")
+    opts = [*nano_opts, "MODEL.HEAD_CLASS_MAP", str(class_map)]
+    assert main.main(command(few_images, tmp_path, opts, "--pretrained", str(weights))) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: MODEL.HEAD_CLASS_MAP: ")
+    assert "map.txt: expected 10 lines" in error
