@@ -27,6 +27,7 @@ FEW = {  # over the demo's options: a model of few weights, evaluated after ever
     "train_cfg.val_interval": 2,
     "default_hooks.checkpoint.interval": 2,
     "default_hooks.logger.interval": 1,
+    "optim_wrapper.optimizer.lr": 3e-3,
     "train_dataloader.num_workers": 0,
     "train_dataloader.persistent_workers": False,
     "val_dataloader.num_workers": 0,
