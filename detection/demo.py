@@ -55,7 +55,7 @@ def smaller(node: Any, key: str = "") -> Any:
         return type(node)({name: smaller(value, name) for name, value in node.items()})
     if isinstance(node, list | tuple):
         return type(node)(smaller(item, key) for item in node)
-    values = ({256: 64} if "channels" in key else {}) | SMALLER.get(key, {})
+    values = ({256: 64} if "channel" in key else {}) | SMALLER.get(key, {})
     return values.get(node, node) if isinstance(node, int | float) else node
 
 
