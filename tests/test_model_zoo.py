@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -85,3 +86,13 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     monkeypatch.setattr(model_zoo, "RESULTS", REPO / "figures")
     assert model_zoo.main([]) == 2
     assert "detection_models.md, got none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("task", "package"), [("detection", "mmdet"), ("segmentation", "mmseg")])
+def test_counted_columns_are_what_counting_gives(task: str, package: str, tmp_path: Path) -> None:
+    """All configs, at full size."""
+    pytest.importorskip(package, reason=f"{package} is not installed")
+    table = tmp_path / "table.md"
+    command = [sys.executable, "-m", f"{task}.count", "--out", str(table)]
+    subprocess.run(command, cwd=REPO, check=True, capture_output=True)
+    assert model_zoo.counted(table) == model_zoo.counted(model_zoo.newest(f"{task}_models"))
