@@ -9,6 +9,7 @@ Memory is that of the training process, sampled twice a second. Its growth is th
 a process's life over that of the fifth after a warm-up, for every process that lived long enough.
 """
 
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -27,7 +28,8 @@ MOST_GROWTH = 0.01
 SAMPLE = 0.5
 FAULTS = ("kill", "damage", "full disk", "full disk")
 KILLING = ("kill", "damage")
-SAVING = {"SAVE_STEPS": 20, "SAVE_KEEP": 3, "SAVE_FAILURES_MAX": 10}
+OPTIONS = {"SAVE_STEPS": 20, "SAVE_KEEP": 3, "SAVE_FAILURES_MAX": 10, "PRINT_FREQ": 5}  # short logs: FILE_LIMIT
+REFUSAL = "expected to write"  # in what main.py says of a save that failed
 
 
 @dataclass
@@ -39,7 +41,8 @@ class Soak:
         unexpected: ends of the run that no fault explains.
         lives: (seconds, memory in kB) since the first step, of every process.
         restarts: launches after the first of each run.
-        redone: steps that were made again.
+        redone: steps that were made again, to PRINT_FREQ.
+        refused: saves that a full disk refused.
         runs: finished ones, under faults.
         lost: epochs that are missing or doubled in the metrics of a finished run.
         verified: a sentence for each finished run.
@@ -50,6 +53,7 @@ class Soak:
     lives: list[list[tuple[float, int]]] = field(default_factory=list)
     restarts: int = 0
     redone: int = 0
+    refused: int = 0
     runs: int = 0
     lost: int = 0
     verified: list[str] = field(default_factory=list)
@@ -125,7 +129,7 @@ def soak(lab: Lab, minutes: float) -> list[Row]:
 
 def sized(lab: Lab, seconds: float) -> Setting:
     """A run that takes about that long when left alone."""
-    trial = lab.trainer(Setting(1, 2, epochs=4).with_options(**SAVING))
+    trial = lab.trainer(Setting(1, 2, epochs=4).with_options(**OPTIONS))
     trial.launch()
     trial.until_step(1)
     began = time.monotonic()
@@ -146,13 +150,14 @@ def survive(lab: Lab, setting: Setting, reference: Trainer, seen: Soak, deadline
             break
         seen.restarts += 1
         words = trainer.last_words()
-        if fault not in KILLING and not (fault == "full disk" and "expected to write" in words):
+        if fault not in KILLING and not (fault == "full disk" and REFUSAL in words):
             seen.unexpected.append(f"exit code {code}: {words}")
         if len(seen.unexpected) > 3:
             raise FaultError(f"the run keeps ending: {seen.unexpected[-1]}")
     epochs = [record["epoch"] for record in metrics(trainer, "epoch")]
     seen.lost += len(set(range(setting.epochs)).symmetric_difference(epochs)) + len(epochs) - len(set(epochs))
     seen.redone += trainer.redone
+    seen.refused += len(re.findall(rf"\.pth: {REFUSAL}", trainer.log.read_text(errors="replace")))
     seen.runs += 1
     seen.verified.append(compare(trainer, reference).require_none())
 
@@ -186,8 +191,10 @@ def report(seen: Soak, setting: Setting, undisturbed: list[float], minutes: floa
         f"{minutes:g} minutes, {setting}, {seen.runs} runs of {setting.epochs} epochs ({setting.steps} steps)"
     )
     ends = "; ".join(seen.unexpected) or "0"
+    refused = seen.refused > 0 or "full disk" not in seen.faults
     rows = [
         Row("soak", where, faults, seen.restarts, seen.redone, "; ".join(sorted(set(seen.verified)))),
+        Row("soak: saves refused", where, str(seen.refused), None, None, "log_rank0.txt", refused),
         Row("soak: lost epochs", where, str(seen.lost), None, None, "metrics.jsonl", seen.lost == 0),
         Row("soak: ends without a fault", where, ends, None, None, "exit codes", not seen.unexpected),
     ]

@@ -25,7 +25,7 @@ from torch import nn
 import storage
 from saver import Saver
 
-FILE_LIMIT = 256 * 1024  # bytes; more than a log of minutes, less than a checkpoint
+FILE_LIMIT = 768 * 1024  # bytes; more than any log or metrics here, less than a checkpoint
 DISK_MB = 24
 REFUSED = (
     "File too large",
