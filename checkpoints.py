@@ -14,6 +14,9 @@ from logger import Metrics
 from saver import Saver
 from train_state import TrainState
 
+BEST_IS_LOST = "ends without the best weights"
+"""What a run says of ``best.pth`` at its end where that is so."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -33,14 +36,16 @@ class Checkpoints:
         self.agreement = agreement
         self.metrics = metrics
         self.saver = Saver(config.SAVE_ASYNC, config.SAVE_FAILURES_MAX)
+        self.best_accuracy = 0.0  # percent, of the weights in best.pth; known to the main process
         self._saved_step = 0
         self._saved_time = time.monotonic()
         self._has_just_saved = False
         self._newest: storage.Stamp | None = None
 
-    def start(self, state: TrainState) -> None:
-        """Say where the run begins; nothing needs to be saved there."""
+    def start(self, state: TrainState, best: float) -> None:
+        """Say where the run begins, where nothing needs to be saved, and what accuracy ``best.pth`` holds."""
         self._newest, self._saved_step = state.stamp, state.position.step
+        self.best_accuracy = best
 
     def after_update(self, state: TrainState, is_last: bool) -> None:
         """Save inside an epoch where SAVE_STEPS or SAVE_MINUTES asks for it.
@@ -77,26 +82,45 @@ class Checkpoints:
     def _is_epoch_due(self, done: int) -> bool:
         return done % self.config.SAVE_FREQ == 0 or done == self.config.TRAIN.EPOCHS
 
-    def save(self, state: TrainState, name: str = "") -> None:
-        """Write a checkpoint of ``state``, under the name of its position if there is no other."""
+    def save(self, state: TrainState, best: float | None = None) -> None:
+        """Write a checkpoint of ``state``, under the name of its position.
+
+        Args:
+            state: between two updates.
+            best: the accuracy (percent) for which it goes to ``best.pth`` instead.
+        """
         state.meter.gather()
         self._saved_time, stamp = time.monotonic(), state.stamp
         self._newest = stamp
         if not utils.is_main_process():
             return
-        path = self.output / (name or storage.file_name(state.position.epoch, state.position.step))
-        keep = self.config.SAVE_KEEP
-        self.saver.submit(
-            state.capture() | {"metrics_size": self.metrics.flush()},
-            path,
-            stamp,
-            then=lambda: storage.prune(self.output, stamp, keep),
-        )
+        name, content = storage.file_name(state.position.epoch, state.position.step), state.capture()
+        if best is not None:
+            name, content["accuracy"] = storage.BEST_NAME, best
+        content["metrics_size"] = self.metrics.flush()
 
-    def save_best(self, state: TrainState) -> None:
-        """Write ``best.pth``."""
+        def then() -> None:
+            self.best_accuracy = self.best_accuracy if best is None else best
+            storage.prune(self.output, stamp, self.config.SAVE_KEEP)
+
+        self.saver.submit(content, self.output / name, stamp, then, before=self.metrics.sync)
+
+    def save_if_best(self, state: TrainState, accuracy: float) -> None:
+        """Write ``best.pth`` if ``accuracy`` (percent) is above that of the weights on the disk.
+
+        What was reached once does not count: its file may have been refused, or damaged since.
+        """
+        is_best = utils.is_main_process() and accuracy > self.best_accuracy
+        if is_best:
+            self.saver.wait()  # the best one so far may be on its way to the disk
+            is_best = accuracy > self.best_accuracy
+        if utils.gather_rows(torch.tensor([float(is_best)])).any():
+            self.save_best(state, accuracy)
+
+    def save_best(self, state: TrainState, accuracy: float) -> None:
+        """Write ``best.pth``, of weights with ``accuracy`` (percent)."""
         newest = self._newest
-        self.save(state, storage.BEST_NAME)
+        self.save(state, accuracy)
         self._newest = newest
 
     def stop(self, state: TrainState) -> None:
@@ -107,6 +131,14 @@ class Checkpoints:
         if failed or newest is None or (newest.epoch, newest.images) != (stamp.epoch, stamp.images):
             self.save(state)
         self.finish()
+
+    def tell_of_best(self, state: TrainState) -> None:
+        """Warn at the end of a run if ``best.pth`` does not hold the best weights that it had."""
+        if utils.is_main_process() and self.best_accuracy < state.max_accuracy:
+            logger.warning(
+                f"{self.output / storage.BEST_NAME} {BEST_IS_LOST}: {state.max_accuracy:.2f}% was reached, "
+                f"it holds {self.best_accuracy:.2f}%; it could not be written, was damaged, or lies elsewhere"
+            )
 
     def finish(self) -> None:
         """Wait until the last checkpoint is on the disk.

@@ -183,7 +183,9 @@ def report(run: Run, training: Training, step: int, steps: int) -> None:
 def explain_bad_steps(run: Run, training: Training) -> str:
     """What the user has to know of updates that were not finite; the main process writes more to a file."""
     streak = training.state.meter.streak
-    newest = storage.find_newest(run.output) if utils.is_main_process() else None
+    newest = None
+    with contextlib.suppress(OSError):  # the reason for stopping counts more than a file that cannot be read
+        newest = storage.find_newest(run.output) if utils.is_main_process() else None
     steps = [describe_bad_step(training, bad) for bad in streak]
     dump = run.output / DUMP_NAME
     if utils.is_main_process():

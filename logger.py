@@ -1,6 +1,7 @@
 """Where a run reports: console, one log file per process, metrics.jsonl and TensorBoard."""
 
 import errno
+import itertools
 import json
 import logging
 import math
@@ -19,6 +20,7 @@ OWN_LOGGERS = (  # heard at every level
         "saver",
         "checkpoints",
         "trainer",
+        "run_folder",
         "lr_scheduler",
         "models",
         "data",
@@ -120,15 +122,17 @@ class Metrics:
         self.unwritten = b""
         if output is None:
             return
-        path = output / "metrics.jsonl"
-        _drop_partial_line(path)
-        self.file = path.open("ab", buffering=0)
-        self.size = self.file.seek(0, os.SEEK_END)
+        self._open(output / "metrics.jsonl")
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             return
         self.board = SummaryWriter(str(output / "tensorboard"))
+
+    def _open(self, path: Path) -> None:
+        _drop_partial_line(path)
+        self.file = path.open("ab", buffering=0)
+        self.size = self.file.seek(0, os.SEEK_END)
 
     def write(self, kind: str, position: int, **values: float | int) -> None:
         """Record one point. What cannot be written, for the disk is full, is kept for the next time.
@@ -167,17 +171,53 @@ class Metrics:
             logger.error(f"{self.file.name}: expected to write metrics, got: {error.strerror}; they are kept")
         return self.size + len(self.unwritten)
 
+    def sync(self) -> None:
+        """Have on the disk what is in the file, so that no checkpoint outlives lines that it counts on."""
+        if self.file is None:
+            return
+        try:
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            logger.error(f"{self.file.name}: expected to write metrics to the disk, got: {error.strerror}")
+
     def rewind(self, size: int) -> None:
         """Drop what was recorded after the first ``size`` bytes: a resumed run records it again."""
-        if self.file is not None and 0 <= size < self.size:
-            self.file.truncate(size)
-            self.size = size
+        if self.file is None:
+            return
+        if size > self.size:
+            logger.warning(
+                f"{self.file.name}: expected the {size:,} bytes that were recorded before the checkpoint, "
+                f"got {self.size:,}: lines are missing here (a power loss, or a full disk); training goes on"
+            )
+            return
+        self.file.truncate(size)
+        self.size = size
+
+    def set_aside(self) -> None:
+        """Keep what was recorded under another name, for a run that begins anew.
+
+        Raises:
+            OSError: it cannot be renamed.
+        """
+        if self.file is None or not self.size:
+            return
+        path = Path(self.file.name)
+        names = (path.with_name(f"{path.name}.before-{number}") for number in itertools.count(1))
+        kept = next(name for name in names if not name.exists())
+        self.file.close()
+        path.rename(kept)
+        self._open(path)
+        logger.warning(f"training begins anew; what {path.name} held of an earlier run is now in {kept}")
 
     def close(self) -> None:
+        """Close the files; what TensorBoard has lost is told, and ends no run."""
         if self.file is not None:
             self.file.close()
         if self.board is not None:
-            self.board.close()
+            try:
+                self.board.close()
+            except OSError as error:
+                logger.warning(f"TensorBoard lacks what was recorded last: {error}")
 
 
 def _json_number(value: float | int) -> float | int | None:

@@ -23,10 +23,10 @@ from config import load_config
 from control import EXIT_STOPPED, StopRequested, listening
 from data import UndecodableImageError, build_loaders
 from engine import Run, evaluate, prepare, train_one_epoch
-from logger import Metrics, create_logger
 from models import FocalTransformer, build_model, count_params_and_macs, load_checkpoint
 from models.checkpoint import read_class_map
 from optimizer import freeze_stages
+from run_folder import opened
 from throughput import measure_throughput
 from trainer import begin, finish_epoch, record_config
 
@@ -89,38 +89,19 @@ def start(config: CfgNode) -> None:
     output = Path(config.OUTPUT or "output") / config.MODEL.NAME / config.TAG
     modes = {"EVAL_MODE": run_evaluation, "THROUGHPUT_MODE": run_throughput, "DEBUG_MODE": run_debug}
     action = next((action for mode, action in modes.items() if config[mode]), run_training)
-    with utils.failing_together():
-        metrics = open_output(output, with_metrics=action is run_training)
-    precision = utils.choose_precision(config.AMP_OPT_LEVEL, config.AMP_DTYPE, device)
-    logger.info(f"configuration:\n{config.dump()}")
-    logger.info(f"{utils.get_world_size()} process(es) on {device}, {precision.name}, output in {output}")
-    utils.seed_everything(config.SEED)
-    model = build_model(config).to(device)
-    logger.info(
-        f"{config.MODEL.NAME}: {config.MODEL.NUM_CLASSES} classes, "
-        f"attention {'/'.join(model.attention_backends(precision.dtype))}"
-    )
-    if frozen := freeze_stages(model, config.TRAIN.FREEZE_STAGES):
-        logger.info(f"TRAIN.FREEZE_STAGES {config.TRAIN.FREEZE_STAGES}: {frozen:,} weights are not trained")
-    if config.COMPILE:
-        model.compile(dynamic=False)
-    try:
+    with opened(output, action is run_training, config.DIST_TIMEOUT_MINUTES) as metrics:
+        precision = utils.choose_precision(config.AMP_OPT_LEVEL, config.AMP_DTYPE, device)
+        logger.info(f"configuration:\n{config.dump()}")
+        logger.info(f"{utils.get_world_size()} process(es) on {device}, {precision.name}, output in {output}")
+        utils.seed_everything(config.SEED)
+        model = build_model(config).to(device)
+        attention = "/".join(model.attention_backends(precision.dtype))
+        logger.info(f"{config.MODEL.NAME}: {config.MODEL.NUM_CLASSES} classes, attention {attention}")
+        if frozen := freeze_stages(model, stages := config.TRAIN.FREEZE_STAGES):
+            logger.info(f"TRAIN.FREEZE_STAGES {stages}: {frozen:,} weights are not trained")
+        if config.COMPILE:
+            model.compile(dynamic=False)
         action(Run(config, device, precision, output, metrics), model)
-    finally:
-        metrics.close()
-
-
-def open_output(output: Path, with_metrics: bool) -> Metrics:
-    """Make the output folder and start the logs in it."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        create_logger(output, utils.get_rank())
-        return Metrics(output if with_metrics and utils.is_main_process() else None)
-    except OSError as error:
-        raise ValueError(
-            f"OUTPUT (--output): expected a folder that can be written, got {output} ({error.strerror}); "
-            "choose another"
-        ) from error
 
 
 def load_weights(model: FocalTransformer, config: CfgNode, key: str) -> None:
@@ -185,6 +166,7 @@ def run_training(run: Run, model: FocalTransformer) -> None:
         finally:
             checkpoints.saver.wait()
         checkpoints.finish()
+        checkpoints.tell_of_best(state)
     utils.barrier()  # the last checkpoint is on disk before any process returns
 
 

@@ -73,7 +73,12 @@ class Saver:
         self._thread: threading.Thread | None = None
 
     def submit(
-        self, content: dict[str, Any], path: Path, stamp: storage.Stamp, then: Callable[[], None]
+        self,
+        content: dict[str, Any],
+        path: Path,
+        stamp: storage.Stamp,
+        then: Callable[[], None],
+        before: Callable[[], None] = lambda: None,
     ) -> None:
         """Copy ``content`` and write it to ``path``; waits for the save before this one.
 
@@ -82,11 +87,12 @@ class Saver:
             path: file to write.
             stamp: the position it was taken at.
             then: called after a success, by the writing thread.
+            before: called before the file is written, by the writing thread.
         """
         self.wait()
         copied = self._snapshot.take(content)
         self._thread = threading.Thread(
-            target=self._write, args=(copied, path, stamp, then), name=f"save {path.name}"
+            target=self._write, args=(copied, path, stamp, then, before), name=f"save {path.name}"
         )
         self._thread.start()
         if not self.background:
@@ -99,7 +105,12 @@ class Saver:
             self._thread = None
 
     def _write(
-        self, content: dict[str, Any], path: Path, stamp: storage.Stamp, then: Callable[[], None]
+        self,
+        content: dict[str, Any],
+        path: Path,
+        stamp: storage.Stamp,
+        then: Callable[[], None],
+        before: Callable[[], None],
     ) -> None:
         try:
             self._snapshot.wait()
@@ -109,6 +120,7 @@ class Saver:
                     "saved; lower the learning rate or train in bf16 or full precision"
                 )
                 return
+            before()
             storage.write(content, path, stamp)
             self.failures, self.last_error = 0, ""
             logger.debug(f"saved {path}")
@@ -125,7 +137,7 @@ class Saver:
             )
         else:
             logger.error(
-                f"{reason}; older files are kept, training goes on, and the next save tries again "
+                f"{reason}; older files are kept, training goes on, and the next save is made as planned "
                 f"(failure {self.failures} of {self.most_failures})"
             )
 

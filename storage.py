@@ -8,13 +8,16 @@ versions) are checked by the checksums of the archive.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +34,10 @@ _END = b"PK\x05\x06"  # begins the last record of a zip archive, which ends with
 _END_LENGTH = 22
 _LONGEST = 1024  # of our comments
 _BLOCK = 1 << 20
+_DAMAGES = (  # what the standard library raises on an archive that is none, or no longer whole
+    *(zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError),
+    *(KeyError, RuntimeError, NotImplementedError, OverflowError),
+)
 
 logger = logging.getLogger(__name__)
 
@@ -173,12 +180,14 @@ def is_of_older_version(path: Path) -> bool:
 def stamp_of(path: Path) -> Stamp | None:
     """The position of a checkpoint, without verifying it; of the name where the file does not tell it.
 
-    None for ``best.pth`` without one, and for a file that cannot be read.
+    None for ``best.pth`` without one.
+
+    Raises:
+        FileNotFoundError: it has been removed meanwhile.
+        OSError: it cannot be read; the message says what to do.
     """
-    try:
+    with _telling(path):
         trailer = read_trailer(path)
-    except OSError:
-        return None
     if trailer:
         return Stamp(**trailer["position"])
     match = CHECKPOINT_NAME.fullmatch(path.name)
@@ -189,15 +198,46 @@ def stamp_of(path: Path) -> Stamp | None:
 
 
 def is_complete(path: Path) -> bool:
-    """Whether size and checksum of the whole file hold."""
+    """Whether size and checksum of the whole file hold; a file that is not there is not complete.
+
+    Raises:
+        OSError: it cannot be read, whole or not; the message says what to do.
+    """
     try:
-        trailer = read_trailer(path)
-        if trailer is None:
-            with zipfile.ZipFile(path) as archive:
-                return archive.testzip() is None
-        return bool(trailer) and _digest(path, trailer) == trailer["sha256"]
-    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, KeyError):
+        with _telling(path):
+            trailer = read_trailer(path)
+            if trailer is None:
+                return _is_whole_archive(path)
+            return bool(trailer) and _digest(path, trailer) == trailer.get("sha256")
+    except (FileNotFoundError, IsADirectoryError):
         return False
+
+
+@contextlib.contextmanager
+def _telling(path: Path) -> Iterator[None]:
+    """Say of a disk or a network that fails inside that it is no damage to the file, and what to do."""
+    try:
+        yield
+    except (FileNotFoundError, IsADirectoryError):
+        raise
+    except OSError as error:
+        raise OSError(
+            f"{path}: expected to read the checkpoint, got: {error.strerror or error}; nothing was changed: "
+            "start the same command again when the disk answers, or move the file away to do without it"
+        ) from error
+
+
+def _is_whole_archive(path: Path) -> bool:
+    """Whether the checksums of a zip archive hold."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except _DAMAGES:
+        return False
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # a damaged archive points to before its beginning
+            return False
+        raise
 
 
 def _digest(path: Path, trailer: dict[str, Any]) -> str:
@@ -213,17 +253,36 @@ def _digest(path: Path, trailer: dict[str, Any]) -> str:
 
 
 def checkpoints_in(folder: Path) -> Iterator[Path]:
-    """All checkpoints of a folder, whole or not, but for ``best.pth``."""
-    return (path for path in folder.glob("ckpt_epoch_*.pth") if CHECKPOINT_NAME.fullmatch(path.name))
+    """All checkpoints of a folder, whole or not, but for ``best.pth``.
+
+    Raises:
+        OSError: the folder cannot be read; ``glob`` would find it empty.
+    """
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:  # nothing was written yet
+        return
+    paths = (folder / name for name in names if CHECKPOINT_NAME.fullmatch(name))
+    yield from (path for path in paths if not path.is_dir())
+
+
+def _all_in(folder: Path) -> Iterator[Path]:
+    """All checkpoints of a folder, and where the best one is, if there is one."""
+    yield from checkpoints_in(folder)
+    if not (folder / BEST_NAME).is_dir():
+        yield folder / BEST_NAME
 
 
 def find_newest(folder: Path) -> Path | None:
     """The complete checkpoint that is furthest in the run that began last; damaged ones are skipped.
 
     Files of older versions, which do not know their run, are ordered by when they were written.
+
+    Raises:
+        OSError: one that may be the newest cannot be read.
     """
     found: list[tuple[Any, Path]] = []
-    for path in [*checkpoints_in(folder), folder / BEST_NAME]:
+    for path in _all_in(folder):
         with contextlib.suppress(FileNotFoundError):  # no best one, or removed meanwhile by a save
             stamp, written = stamp_of(path) or Stamp(), path.stat().st_mtime_ns
             is_old = stamp.run == 0
@@ -240,9 +299,16 @@ def find_newest(folder: Path) -> Path | None:
 
 
 def next_run(folder: Path) -> int:
-    """The number of a run that begins in ``folder``: greater than that of any checkpoint there."""
-    stamps = [stamp_of(path) for path in [*checkpoints_in(folder), folder / BEST_NAME] if path.is_file()]
-    return 1 + max((stamp.run for stamp in stamps if stamp is not None), default=0)
+    """The number of a run that begins in ``folder``: greater than that of any checkpoint there.
+
+    Raises:
+        OSError: one of them cannot be read.
+    """
+    last = 0
+    for path in _all_in(folder):
+        with contextlib.suppress(FileNotFoundError):
+            last = max(last, (stamp_of(path) or Stamp()).run)
+    return 1 + last
 
 
 def prune(folder: Path, newest: Stamp, keep: int) -> None:
@@ -256,7 +322,11 @@ def prune(folder: Path, newest: Stamp, keep: int) -> None:
         newest: the last one written.
         keep: how many stay at most; 0 for all those of whole epochs.
     """
-    stamps = {path: stamp_of(path) for path in checkpoints_in(folder)}
+    try:
+        stamps = {path: stamp_of(path) for path in checkpoints_in(folder)}
+    except OSError as error:
+        logger.warning(f"superfluous checkpoints stay until the next save: {error}")
+        return
     known = [(stamp, path) for path, stamp in stamps.items() if stamp is not None]
     ours = sorted((stamp, path) for stamp, path in known if stamp.run == newest.run and stamp <= newest)
     last_whole = max((stamp.epoch for stamp, _ in ours if not stamp.images), default=0)

@@ -279,8 +279,12 @@ def find_start(model: nn.Module, config: CfgNode, output: Path) -> Checkpoint | 
     Raises:
         FileNotFoundError: no such file.
         ValueError: see ``open_checkpoint``; the message begins with the key.
+        OSError: a checkpoint in ``output`` cannot be read.
     """
-    newest = storage.find_newest(output) if config.TRAIN.AUTO_RESUME and utils.is_main_process() else None
+    newest = None
+    with utils.failing_together():
+        if config.TRAIN.AUTO_RESUME and utils.is_main_process():
+            newest = storage.find_newest(output)
     found = utils.broadcast_text(str(newest or ""))
     if found and config.MODEL.RESUME and Path(found).resolve() != Path(config.MODEL.RESUME).resolve():
         logger.warning(
@@ -306,68 +310,26 @@ def naming(key: str) -> Iterator[None]:
         raise ValueError(f"{key}: {error}") from error
 
 
-def resume(
-    state: TrainState, checkpoint: Checkpoint, output: Path, updates_per_epoch: int, order: str, images: int
-) -> None:
-    """Continue from ``checkpoint``; one that lies in ``output`` knows of the best accuracy there.
-
-    Warns where the epochs had another number of updates, and where the running epoch cannot be continued.
+def best_accuracy(output: Path, run: int, reached: float = 0.0) -> float:
+    """The accuracy (percent) of the weights in the best checkpoint of a run in ``output``; 0 without one.
 
     Args:
-        state: to load into.
-        checkpoint: where from.
         output: the run's folder.
-        updates_per_epoch: of this run.
-        order: what this run's order of images depends on.
-        images: of all processes per update.
+        run: its number.
+        reached: the best accuracy that the run knows of. Where a run went back to an older checkpoint, the
+            best one may still be from before, under another number.
+
+    Raises:
+        OSError: there is one, and it cannot be read.
     """
-    state.load(checkpoint)
-    position = state.position
-    if position.images and position.order != order:
-        logger.warning(
-            f"{checkpoint.source} was written inside an epoch of {position.order}, now it is {order}: epoch "
-            f"{position.epoch + 1} begins anew"
-        )
-        position.step, position.dealt = 0, []
-        state.meter.start_epoch()
-    processes = utils.get_world_size()
-    if position.dealt and position.dealt[-1][0] != processes:
-        logger.warning(
-            f"{checkpoint.source} was written by {position.dealt[-1][0]} process(es), now there are "
-            f"{processes}: epoch {position.epoch + 1} goes on with the images that it has not seen, but not "
-            "bit for bit"
-        )
-    position.order = order
-    made, expected = position.updates, position.epoch * updates_per_epoch - (-position.images // images)
-    if made != expected:
-        logger.warning(
-            f"{checkpoint.source} made {made} updates in {position.epoch} epochs and {position.images} "
-            f"images, which are {expected} here (other data, batch size or number of processes); the "
-            "schedule goes on by images"
-        )
-        position.updates = expected
-    is_ours = Path(checkpoint.source).resolve().parent == output.resolve()
-    if is_ours:  # one process reads: if they took different ones for the best, they would part ways
-        with utils.failing_together():
-            best = best_accuracy(output, state.run) if utils.is_main_process() else 0.0
-        best = float(utils.gather_rows(torch.tensor([best], dtype=torch.float64)).max())
-        state.max_accuracy = max(state.max_accuracy, best)
-    if not (is_ours and state.run and state.config.TRAIN.AUTO_RESUME):  # else later files would win over ours
-        state.run = storage.next_run(output)
-    inside = f" and {position.images} images of the next one" if position.images else ""
-    logger.info(
-        f"resumed {checkpoint.source}: {position.epoch} epochs{inside} done, best {state.max_accuracy:.2f}%"
-    )
-
-
-def best_accuracy(output: Path, run: int) -> float:
-    """The accuracy that the best checkpoint of a run in ``output`` was saved with; 0 if there is none."""
     path = output / storage.BEST_NAME
-    if not (path.exists() and storage.is_complete(path)):
+    if not storage.is_complete(path):
         return 0.0
     best = read_checkpoint(path)
-    accuracy = best.get("max_accuracy")
-    return float(accuracy) if is_number(accuracy) and best.get("run", 0) == run else 0.0
+    accuracy = best.get("accuracy", best.get("max_accuracy"))  # the same in older files
+    if not is_number(accuracy):
+        return 0.0
+    return float(accuracy) if best.get("run", 0) == run or accuracy == reached else 0.0
 
 
 def load_average(model: nn.Module, path: str | Path) -> None:

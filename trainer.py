@@ -4,12 +4,14 @@ import logging
 import os
 from pathlib import Path
 
+import torch
+
 import storage
-import train_state
 import utils
 from checkpoints import Checkpoints
 from data import Loaders
 from engine import Run, Training, evaluate
+from train_state import Checkpoint, TrainState, best_accuracy
 
 logger = logging.getLogger(__name__)
 
@@ -33,37 +35,112 @@ def record_config(run: Run) -> None:
         ) from error
 
 
-def begin(
-    run: Run, training: Training, loaders: Loaders, checkpoint: train_state.Checkpoint | None
-) -> Checkpoints:
-    """Connect the parts of a training run, and place them where it starts or goes on."""
+def lies_in(checkpoint: Checkpoint, output: Path) -> bool:
+    """Whether a checkpoint is one of the run's own folder."""
+    return Path(checkpoint.source).resolve().parent == output.resolve()
+
+
+def resume(
+    state: TrainState, checkpoint: Checkpoint, output: Path, updates_per_epoch: int, order: str, images: int
+) -> float:
+    """Continue from ``checkpoint``; one that lies in ``output`` knows of the best accuracy there.
+
+    Warns where the epochs had another number of updates, and where the running epoch cannot be continued.
+
+    Args:
+        state: to load into.
+        checkpoint: where from.
+        output: the run's folder.
+        updates_per_epoch: of this run.
+        order: what this run's order of images depends on.
+        images: of all processes per update.
+
+    Returns:
+        The accuracy (percent) that ``best.pth`` in ``output`` holds for this run; 0 without one.
+
+    Raises:
+        OSError, ValueError: on all processes; a file in ``output`` cannot be read.
+    """
+    state.load(checkpoint)
+    position = state.position
+    if position.images and position.order != order:
+        logger.warning(
+            f"{checkpoint.source} was written inside an epoch of {position.order}, now it is {order}: epoch "
+            f"{position.epoch + 1} begins anew"
+        )
+        position.step, position.dealt = 0, []
+        state.meter.start_epoch()
+    processes = utils.get_world_size()
+    if position.dealt and position.dealt[-1][0] != processes:
+        logger.warning(
+            f"{checkpoint.source} was written by {position.dealt[-1][0]} process(es), now there are "
+            f"{processes}: epoch {position.epoch + 1} goes on with the images that it has not seen, but not "
+            "bit for bit"
+        )
+    position.order = order
+    made, expected = position.updates, position.epoch * updates_per_epoch - (-position.images // images)
+    if made != expected:
+        logger.warning(
+            f"{checkpoint.source} made {made} updates in {position.epoch} epochs and {position.images} "
+            f"images, which are {expected} here (other data, batch size or number of processes); the "
+            "schedule goes on by images"
+        )
+        position.updates = expected
+    is_ours, best = lies_in(checkpoint, output), 0.0
+    with utils.failing_together():
+        if is_ours and utils.is_main_process():  # one reads: with different best ones they would part ways
+            best = best_accuracy(output, state.run, state.max_accuracy)
+        if not (is_ours and state.run and state.config.TRAIN.AUTO_RESUME):  # else later files would win
+            state.run = storage.next_run(output)
+    best = float(utils.gather_rows(torch.tensor([best], dtype=torch.float64)).max())
+    state.max_accuracy = max(state.max_accuracy, best)
+    inside = f" and {position.images} images of the next one" if position.images else ""
+    logger.info(
+        f"resumed {checkpoint.source}: {position.epoch} epochs{inside} done, best {state.max_accuracy:.2f}%"
+    )
+    if best < state.max_accuracy:
+        logger.warning(
+            f"{output / storage.BEST_NAME} holds {best:.2f}%, not the best so far: it is written after the "
+            "next epoch that is better than what it holds"
+        )
+    return best
+
+
+def begin(run: Run, training: Training, loaders: Loaders, checkpoint: Checkpoint | None) -> Checkpoints:
+    """Connect the parts of a training run, and place them where it starts or goes on.
+
+    Raises:
+        OSError, ValueError: on all processes; a file in the run's folder cannot be read, or moved.
+    """
     state, sampler, dataset = training.state, loaders.train_sampler, loaders.train_dataset
     checkpoints = Checkpoints(run.config, run.output, run.agreement, run.metrics)
     training.after_update, training.batch_indices = checkpoints.after_update, sampler.batch_indices
     state.meter.count_replaced = lambda: dataset.undecodable
+    best = 0.0
     if checkpoint is None:
-        state.run, state.position.order = storage.next_run(run.output), sampler.order
+        state.position.order = sampler.order
         state.meter.start_epoch()
-        has_older = any(map(storage.is_of_older_version, storage.checkpoints_in(run.output)))
-        # What there is comes from an attempt that was killed before it saved, or that has lost all it saved;
-        # without AUTO_RESUME, from another run.
-        is_lost = run.config.TRAIN.AUTO_RESUME or (state.run == 1 and not has_older)
-        recorded = 0 if is_lost else None
+        with utils.failing_together():
+            state.run = storage.next_run(run.output)
+            has_older = any(map(storage.is_of_older_version, storage.checkpoints_in(run.output)))
+            # What there is comes from an attempt that was killed before it saved, or that has lost all it
+            # saved; without AUTO_RESUME, from another run.
+            if run.config.TRAIN.AUTO_RESUME or (state.run == 1 and not has_older):
+                run.metrics.set_aside()
     else:
         images = run.config.DATA.BATCH_SIZE * utils.get_world_size()
         images *= max(1, run.config.TRAIN.ACCUMULATION_STEPS)
-        train_state.resume(state, checkpoint, run.output, training.updates_per_epoch, sampler.order, images)
-        is_ours = Path(checkpoint.source).resolve().parent == run.output.resolve()
-        recorded = checkpoint.content.get("metrics_size") if is_ours else None
+        updates = training.updates_per_epoch
+        best = resume(state, checkpoint, run.output, updates, sampler.order, images)
+        if lies_in(checkpoint, run.output) and "metrics_size" in checkpoint.content:
+            run.metrics.rewind(checkpoint.content["metrics_size"])
         training.scheduler.step_update(max(0, state.position.updates - 1))  # as the last update left it
-    if recorded is not None:
-        run.metrics.rewind(recorded)
-    checkpoints.start(state)
+    checkpoints.start(state, best)
     return checkpoints
 
 
-def finish_epoch(run: Run, state: train_state.TrainState, loaders: Loaders, checkpoints: Checkpoints) -> None:
-    """Evaluate the model as it is now, record the epoch, and save it if it is the best so far."""
+def finish_epoch(run: Run, state: TrainState, loaders: Loaders, checkpoints: Checkpoints) -> None:
+    """Evaluate the model as it is now, record the epoch, and save it if it beats ``best.pth``."""
     config, meter, epoch = run.config, state.meter, state.position.epoch
     result = evaluate(run, state.model, loaders.val_loader)
     values = {"loss": meter.mean_loss, "acc1": result["acc1"], "acc5": result["acc5"]}
@@ -76,7 +153,6 @@ def finish_epoch(run: Run, state: train_state.TrainState, loaders: Loaders, chec
             "val_loss_ema": averaged["loss"],
         }
     accuracy = max(values["acc1"], values.get("acc1_ema", 0.0))  # best.pth holds both weights
-    is_best = accuracy > state.max_accuracy
     state.max_accuracy, state.evaluated = max(accuracy, state.max_accuracy), True
     if meter.replaced:
         logger.warning(f"{meter.replaced} training images of this epoch did not decode, and were replaced")
@@ -85,5 +161,4 @@ def finish_epoch(run: Run, state: train_state.TrainState, loaders: Loaders, chec
     values |= {"max_accuracy": state.max_accuracy, "minutes": minutes, "undecodable": meter.replaced}
     run.metrics.write("epoch", epoch - 1, epoch=epoch - 1, **values)
     meter.start_epoch()
-    if is_best:
-        checkpoints.save_best(state)
+    checkpoints.save_if_best(state, accuracy)

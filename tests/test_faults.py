@@ -97,6 +97,22 @@ def test_comparison_finds_lost_metrics_and_left_files(lab: fault_cases.Lab, copi
     assert found[-1] == "temporary files left: .best.pth.tmp"
 
 
+def test_comparison_misses_the_best_one_unless_the_run_itself_does(
+    lab: fault_cases.Lab, copied: Trainer
+) -> None:
+    """A save that was refused on the way excuses nothing: a later one may have made up for it, or not."""
+    path = copied.folder / "best.pth"
+    path.unlink()
+    with copied.console.open("a") as console:
+        console.write(f"{path}: expected to write a checkpoint, got: No space left on device\n")
+    assert fault_compare.compare(copied, lab.reference(ONE)).differences == [f"no {path}"]
+    with copied.console.open("a") as console:
+        console.write(f"{path} ends without the best weights: 30.00% was reached, it holds 20.00%\n")
+    compared = fault_compare.compare(copied, lab.reference(ONE))
+    assert compared.differences == []
+    assert "refused by the disk, says the run" in compared.note
+
+
 def test_steps_made_again_are_counted(tmp_path: Path) -> None:
     trainer = Trainer(tmp_path, tmp_path, ONE)
     trainer.folder.mkdir(parents=True)

@@ -179,8 +179,47 @@ def test_a_run_that_has_lost_every_checkpoint_begins_anew(
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
+    before = (folder_of(tmp_path) / "metrics.jsonl").read_bytes()
     assert main.main(arguments) == 0
     assert metrics_of(tmp_path) == once
+    assert (folder_of(tmp_path) / "metrics.jsonl.before-1").read_bytes() == before
+
+
+def test_checkpoints_that_cannot_be_read_for_a_moment_are_waited_for(
+    few_images: Path, nano_opts: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The start ends with one sentence, and nothing is touched; the system fails to read the files."""
+    arguments = command(few_images, tmp_path, [*nano_opts, "TRAIN.EPOCHS", 1])
+    assert main.main(arguments) == 0
+    folder, once = folder_of(tmp_path), metrics_of(tmp_path)
+    paths = list(folder.glob("*.pth"))
+    for path in paths:
+        path.rename(tmp_path / path.name)
+        path.symlink_to("/proc/self/mem")
+    assert main.main(arguments) == 2
+    assert "expected to read the checkpoint, got: Invalid argument" in capsys.readouterr().err
+    assert metrics_of(tmp_path) == once
+    for path in paths:
+        (tmp_path / path.name).replace(path)
+    assert main.main(arguments) == 0
+    assert metrics_of(tmp_path) == once
+    assert "resumed" in (folder / "log_rank0.txt").read_text()
+
+
+def test_a_run_from_elsewhere_has_a_best_one_of_its_own(
+    few_images: Path, nano_opts: list[object], tmp_path: Path
+) -> None:
+    """Though it does not come up to what was reached before, which it says at its end."""
+    assert main.main(command(few_images, tmp_path, [*nano_opts, "TRAIN.EPOCHS", 1])) == 0
+    content = torch.load(folder_of(tmp_path) / "ckpt_epoch_0.pth", weights_only=True)
+    torch.save(content | {"max_accuracy": 100.5, "evaluated": True}, tmp_path / "elsewhere.pth")
+    flags = ["--resume", str(tmp_path / "elsewhere.pth")]
+    assert main.main(command(few_images, tmp_path / "new", nano_opts, *flags)) == 0
+    folder = folder_of(tmp_path / "new")
+    accuracy = torch.load(folder / "best.pth", weights_only=True)["accuracy"]
+    assert 0 < accuracy <= 100
+    said = f"best.pth ends without the best weights: 100.50% was reached, it holds {accuracy:.2f}%"
+    assert said in (folder / "log_rank0.txt").read_text()
 
 
 def test_a_configuration_that_cannot_be_written_is_told(

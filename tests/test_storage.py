@@ -85,6 +85,27 @@ def test_the_newest_is_the_furthest_of_the_last_run(tmp_path: Path, caplog: pyte
     assert f"{best} is damaged or incomplete and was skipped" in caplog.text
 
 
+@pytest.mark.parametrize("stamp", [Stamp(run=1, epoch=1), Stamp(run=1, epoch=3)])
+def test_a_file_that_cannot_be_read_is_not_taken_for_damaged(tmp_path: Path, stamp: Stamp) -> None:
+    """The system has the file and fails to read it, as where a disk or network is away; none is chosen."""
+    kept = write(tmp_path, Stamp(run=1, epoch=2))
+    lost = write(tmp_path, stamp)
+    lost.unlink()
+    lost.symlink_to("/proc/self/mem")
+    for look in (storage.find_newest, storage.next_run):
+        with pytest.raises(OSError, match=rf"{lost}: expected to read the checkpoint, got: Invalid argument"):
+            look(tmp_path)
+    storage.prune(tmp_path, Stamp(run=1, epoch=9), keep=1)
+    assert kept.exists()
+    lost.unlink()
+    lost.mkdir()  # no checkpoint at all
+    assert storage.find_newest(tmp_path) == kept
+    assert storage.next_run(tmp_path / "new") == 1
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="Not a directory"):
+        storage.find_newest(tmp_path / "file")
+
+
 @pytest.mark.parametrize("length", [0, 1000])
 def test_the_newest_is_told_of_when_it_was_cut_short(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, length: int
@@ -253,6 +274,77 @@ def test_the_step_that_saves_waits_for_little(tmp_path: Path, capsys: pytest.Cap
         )
     assert min(waits) < 0.1 * min(saves)
     assert saver.failure == ""
+
+
+def test_metrics_are_on_the_disk_before_the_checkpoint_that_counts_on_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And where they were lost all the same, a resumed run says so."""
+    from test_train_state import checkpoints_of, make_state
+
+    from logger import Metrics
+
+    synced, fsync = [], os.fsync
+
+    def watched(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    state, metrics = make_state(), Metrics(tmp_path)
+    checkpoints = checkpoints_of(tmp_path, state)
+    checkpoints.metrics = metrics
+    metrics.write("epoch", 0, loss=1.0)
+    size = metrics.flush()
+    metrics.write("epoch", 1, loss=2.0)
+    assert synced == []
+    checkpoints.save(state)
+    checkpoints.finish()
+    assert synced[:2] == ["metrics.jsonl", ".ckpt_epoch_-1.pth.tmp"]
+    recorded = torch.load(tmp_path / "ckpt_epoch_-1.pth", weights_only=True)["metrics_size"]
+    metrics.rewind(recorded)
+    assert not caplog.text
+    os.truncate(tmp_path / "metrics.jsonl", size)
+    metrics = Metrics(tmp_path)
+    metrics.rewind(recorded)
+    assert (
+        f"expected the {recorded:,} bytes that were recorded before the checkpoint, got {size:,}"
+        in caplog.text
+    )
+    metrics.write("epoch", 2, loss=3.0)
+    metrics.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in lines] == [1.0, 3.0]
+
+
+def test_metrics_of_an_earlier_run_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from logger import Metrics
+
+    for loss in (1.0, 2.0, 3.0):
+        metrics = Metrics(tmp_path)
+        metrics.set_aside()
+        metrics.write("epoch", 0, loss=loss)
+        metrics.close()
+    names = [f"metrics.jsonl{end}" for end in (".before-1", ".before-2", "")]
+    losses = [json.loads((tmp_path / name).read_text())["loss"] for name in names]
+    assert losses == [1.0, 2.0, 3.0]
+    assert "is now in" in caplog.text
+
+
+def test_a_full_disk_under_tensorboard_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("tensorboard")
+    from logger import Metrics
+
+    metrics = Metrics(tmp_path)
+    for step in range(1000):
+        metrics.write("train", step, loss=1.0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        metrics.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "TensorBoard lacks what was recorded last" in caplog.text
 
 
 def test_metrics_survive_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

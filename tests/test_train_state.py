@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
+import storage
 import train_state
+import trainer
 from checkpoints import Checkpoints
 from config import load_config
 from control import Agreement
@@ -44,7 +46,7 @@ def saved(folder: Path, state: TrainState, epoch: int = 0) -> Path:
 
 def save_best(folder: Path, state: TrainState) -> None:
     checkpoints = checkpoints_of(folder, state)
-    checkpoints.save_best(state)
+    checkpoints.save_best(state, state.max_accuracy)
     checkpoints.finish()
 
 
@@ -218,7 +220,7 @@ def resumed(folder: Path, *opts: object) -> TrainState:
     state = make_state(opts=opts)
     checkpoint = train_state.find_start(state.model, state.config, folder)
     assert checkpoint is not None
-    train_state.resume(state, checkpoint, folder, updates_per_epoch=10, order="", images=8)
+    trainer.resume(state, checkpoint, folder, updates_per_epoch=10, order="", images=8)
     return state
 
 
@@ -266,13 +268,86 @@ def test_the_best_accuracy_survives(tmp_path: Path) -> None:
     assert again.max_accuracy == 10.0
 
 
+def go_on(folder: Path) -> tuple[TrainState, Checkpoints]:
+    """A run that has gone on from what is found in the folder."""
+    state = make_state()
+    checkpoint = train_state.find_start(state.model, state.config, folder)
+    assert checkpoint is not None
+    checkpoints = checkpoints_of(folder, state)
+    checkpoints.start(state, trainer.resume(state, checkpoint, folder, 10, "", 8))
+    return state, checkpoints
+
+
+def reach(checkpoints: Checkpoints, state: TrainState, accuracy: float) -> float:
+    """Have an epoch evaluated; the accuracy that best.pth holds then."""
+    state.max_accuracy = max(state.max_accuracy, accuracy)
+    checkpoints.save_if_best(state, accuracy)
+    checkpoints.saver.wait()
+    return train_state.best_accuracy(checkpoints.output, state.run)
+
+
+def test_a_refused_best_gives_way_to_the_next_that_can_be_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What counts is what lies on the disk, before and after a restart; the run says what it lacks."""
+    saved(tmp_path, make_state(), epoch=0)
+    state, checkpoints = go_on(tmp_path)
+    assert reach(checkpoints, state, 10.0) == 10.0
+    blocked = tmp_path / f".{storage.BEST_NAME}.tmp"
+    blocked.mkdir()
+    assert reach(checkpoints, state, 20.0) == 10.0
+    assert "best.pth: expected to write a checkpoint" in caplog.text
+    blocked.rmdir()
+    assert reach(checkpoints, state, 9.0) == 10.0
+    assert reach(checkpoints, state, 15.0) == 15.0
+    saved(tmp_path, state, epoch=1)
+    state, checkpoints = go_on(tmp_path)
+    assert "holds 15.00%, not the best so far" in caplog.text
+    assert state.max_accuracy == 20.0
+    checkpoints.tell_of_best(state)
+    assert "best.pth ends without the best weights: 20.00% was reached, it holds 15.00%" in caplog.text
+    assert reach(checkpoints, state, 14.0) == 15.0
+    assert reach(checkpoints, state, 20.5) == 20.5
+    caplog.clear()
+    checkpoints.tell_of_best(state)
+    assert not caplog.text
+
+
+def test_a_best_one_that_has_rotted_is_written_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved(tmp_path, make_state(), epoch=0)
+    state, checkpoints = go_on(tmp_path)
+    assert reach(checkpoints, state, 20.0) == 20.0
+    saved(tmp_path, state, epoch=1)
+    best = tmp_path / storage.BEST_NAME
+    best.write_bytes(best.read_bytes()[:-50])
+    state, checkpoints = go_on(tmp_path)
+    assert "holds 0.00%, not the best so far" in caplog.text
+    assert reach(checkpoints, state, 1.0) == 1.0
+
+
+def test_the_best_one_from_before_a_step_back_stays(tmp_path: Path) -> None:
+    """Until it is beaten, also if the run that went back is started again."""
+    state = make_state()
+    state.run = 1
+    numbered = saved(tmp_path, state, epoch=0)
+    state.max_accuracy = 20.0
+    save_best(tmp_path, state)
+    again = resumed(tmp_path, "MODEL.RESUME", str(numbered), "TRAIN.AUTO_RESUME", False)
+    assert (again.run, again.max_accuracy) == (2, 20.0)
+    saved(tmp_path, again, epoch=1)
+    state, checkpoints = go_on(tmp_path)
+    assert (state.run, checkpoints.best_accuracy) == (2, 20.0)
+
+
 def test_another_length_of_epochs_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     saved(tmp_path, make_state(), epoch=3)
     resumed(tmp_path)
     assert "made" not in caplog.text
     state = make_state()
     checkpoint = train_state.find_start(state.model, state.config, tmp_path)
-    train_state.resume(state, checkpoint, tmp_path, updates_per_epoch=7, order="", images=8)
+    trainer.resume(state, checkpoint, tmp_path, updates_per_epoch=7, order="", images=8)
     assert "made 40 updates in 4 epochs and 0 images, which are 28 here" in caplog.text
     assert state.position.updates == 28
 
@@ -288,7 +363,7 @@ def test_a_save_is_due_by_steps_and_by_minutes(tmp_path: Path) -> None:
     """At the first update at or after every third step; the last one of an epoch leaves it to the epoch's."""
     state = make_state(opts=("SAVE_STEPS", 3, "TRAIN.ACCUMULATION_STEPS", 2))
     checkpoints = checkpoints_of(tmp_path, state)
-    checkpoints.start(state)
+    checkpoints.start(state, best=0.0)
     for step in (2, 4, 6, 8, 10):
         state.position.step = step
         state.position.deal(1, 16)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from fault_common import FaultError, Trainer
 
+from checkpoints import BEST_IS_LOST
 from models import read_checkpoint
 
 TIME_FIELDS = {"img_per_s", "minutes", "memory_mb", "data_ms", "step_ms", "save_ms"}
@@ -47,8 +48,8 @@ def compare(run: Trainer, reference: Trainer) -> Comparison:
     """Last checkpoint, best checkpoint and metrics of a run against those of one that was left alone."""
     result = Comparison()
     names = [f"ckpt_epoch_{reference.setting.epochs - 1}.pth", "best.pth"]
-    if "best.pth: expected to write" in run.console.read_text(errors="replace"):
-        result.note = f" (a {names.pop()} was refused by the disk)"
+    if f"{names[-1]} {BEST_IS_LOST}" in run.text():
+        result.note = f" (the best {names.pop()} was refused by the disk, says the run)"
     for name in names:
         paths = [trainer.folder / name for trainer in (run, reference)]
         missing = [str(path) for path in paths if not path.exists()]
