@@ -10,7 +10,7 @@ weights are published: `pretrained` is a file or an address.
 from collections.abc import Callable as _Callable
 
 from models import VARIANTS as _VARIANTS
-from models import FocalTransformer as _FocalTransformer
+from models import TimmFocalTransformer as _TimmFocalTransformer
 from models import load_checkpoint as _load_checkpoint
 
 dependencies = ["numpy", "timm", "torch"]
@@ -25,16 +25,16 @@ def _short(variant: str) -> str:
     return f"{_PREFIXES[kind]}_{size}{_SUFFIXES[rest] if kind == 'focal' else ''}"
 
 
-def _entry(variant: str) -> _Callable[..., _FocalTransformer]:
+def _entry(variant: str) -> _Callable[..., _TimmFocalTransformer]:
     def create(
         pretrained: str | bool = False, reset_head: bool = False, resize: bool = False, **options: object
-    ) -> _FocalTransformer:
+    ) -> _TimmFocalTransformer:
         if pretrained is True:
             raise ValueError(
                 "pretrained must be a file or an address of weights, got True: none are published for "
                 f"{variant}"
             )
-        model = _FocalTransformer(**{**_VARIANTS[variant], **options})
+        model = _TimmFocalTransformer(**{**_VARIANTS[variant], **options})
         if pretrained:
             _load_checkpoint(model, str(pretrained), reset_head=reset_head, resize=resize)
         return model
@@ -46,7 +46,7 @@ def _entry(variant: str) -> _Callable[..., _FocalTransformer]:
         pretrained: file (.pth of the original or of this codebase, or .safetensors) or address of weights.
         reset_head: leave the classifier of the weights out, for another `num_classes`.
         resize: fit the weights to another `img_size` or `window_size`.
-        options: those of models.FocalTransformer, such as num_classes, img_size and drop_path_rate.
+        options: those of models.TimmFocalTransformer, such as num_classes, img_size and drop_path_rate.
 
     Raises:
         FileNotFoundError: there is no such file.

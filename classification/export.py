@@ -179,7 +179,8 @@ def export_model(
         batch: the only length of batches; None for any.
 
     Raises:
-        ExportError: packages are missing, the exporter fails, or its result is another function.
+        ExportError: packages are missing, the exporter fails, or its result does not run or is another
+            function.
         OSError: the file could not be written.
     """
     chosen = FORMATS[name]
@@ -190,20 +191,17 @@ def export_model(
     temporary = path.with_name(f".tmp-{path.name}")
     images = _images(batch or EXAMPLE_BATCH, channels, size, seed=0)
     try:
-        with _quietly():
-            try:
-                chosen.write(plain_copy(model, images), images, batch is None, temporary)
-                program = chosen.load(temporary)
-            except (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError) as error:
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise ExportError(f"{name}: the exporter cannot do this model: {reason}") from error
+        with _explained(f"{name}: the exporter cannot do this model"), _quietly():
+            chosen.write(plain_copy(model, images), images, batch is None, temporary)
         lengths = CHECKED_BATCHES if batch is None else (batch, batch)
-        difference = max(
-            _difference(model, program, _images(length, channels, size, seed), name)
-            for seed, length in enumerate(lengths, start=1)
-        )
         one = _images(batch or 1, channels, size, seed=9)
-        written = Written(path, difference, _milliseconds(program, one), _milliseconds(model, one))
+        with _explained(f"{name}: {path} does not load and run", "; nothing was written"), _quietly():
+            program = chosen.load(temporary)
+            difference = max(
+                _difference(model, program, _images(length, channels, size, seed), name)
+                for seed, length in enumerate(lengths, start=1)
+            )
+            written = Written(path, difference, _milliseconds(program, one), _milliseconds(model, one))
         os.replace(temporary, path)
         return written
     finally:
@@ -252,6 +250,18 @@ def _is_there(package: str) -> bool:
     except ImportError:
         return False
     return True
+
+
+@contextlib.contextmanager
+def _explained(what: str, consequence: str = "") -> Iterator[None]:
+    """What fails inside as an ExportError; exporters and runtimes raise exceptions of any kind."""
+    try:
+        yield
+    except (ExportError, OSError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ExportError(f"{what}: {reason}{consequence}") from error
 
 
 @contextlib.contextmanager

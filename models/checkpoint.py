@@ -20,12 +20,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import torch
 from torch import Tensor, nn
 
 from .checkpoint_scan import CodeInFileError, DamagedFileError, check_checkpoint
+from .download import fetch, is_address
 from .focal_attention import FocalAttention
 from .key_selection import NearestKeys
 from .resize import choices_of_other_maps, depends_on_setting, is_plain, is_ring, resize_state
@@ -84,6 +84,18 @@ def read_checkpoint(path_or_url: str | Path) -> dict[str, Any]:
         ValueError: not a checkpoint, damaged, or a file that would execute code.
     """
     path = _local_file(path_or_url)
+    try:
+        return _read_file(path)
+    except ValueError as error:
+        if not is_address(path_or_url):
+            raise
+        raise ValueError(
+            f"{error}. This is the kept copy of {path_or_url}: remove it to have it fetched again"
+        ) from error
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    """`read_checkpoint` of a file that is there."""
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     try:
@@ -351,31 +363,12 @@ def _shown(value: Any) -> str:
     return text if text.isprintable() else repr(text)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def _local_file(path_or_url: str | Path) -> Path:
     """The file itself, fetched first where it is an address."""
-    address = urlparse(str(path_or_url))
-    if address.scheme in ("http", "https"):
-        return _download(str(path_or_url), Path(address.path).name)
+    if is_address(path_or_url):
+        return fetch(str(path_or_url))
     path = Path(path_or_url).expanduser()
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "no plain file" if path.exists() else "not there"
         raise FileNotFoundError(f"{path}: expected a checkpoint file, but it is {kind}; check the path")
     return path
-
-
-def _download(url: str, name: str) -> Path:
-    """Fetch to the torch hub cache, unless it is there."""
-    target = Path(torch.hub.get_dir()) / "checkpoints" / name
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(target), progress=False)
-        except OSError as error:
-            raise ValueError(
-                f"{url}: could not be fetched ({_first_line(error)}); pass a local file instead"
-            ) from error
-    return target

@@ -2,10 +2,11 @@
 
     model = FocalTransformerOnHub(**VARIANTS["focal_tiny_patch4_window7_224"], num_classes=10)
     model.save_pretrained("focal-tiny-digits")     # or push_to_hub("somebody/focal-tiny-digits")
-    model = FocalTransformerOnHub.from_pretrained("focal-tiny-digits")
+    model = FocalTransformerOnHub.from_pretrained("focal-tiny-digits")     # ready to predict: no dropout
 
-The options given at construction are the config; the page is made from model_card.md. Importing this file
-needs huggingface_hub, which comes with timm, and writing the page needs Jinja2.
+The options given at construction are the config; the page is made from model_card.md. A repository on the
+Hub may hold pytorch_model.bin in place of model.safetensors. Importing this file needs huggingface_hub, which
+comes with timm, and writing the page needs Jinja2.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ except ImportError as error:
     raise ImportError("models on the Hub need huggingface_hub: pip install huggingface_hub") from error
 
 from .checkpoint import load_checkpoint
-from .focal_transformer import FocalTransformer
+from .registry import TimmFocalTransformer
 
 CARD = Path(__file__).with_name("model_card.md")
 
 
 class FocalTransformerOnHub(
-    FocalTransformer,
+    TimmFocalTransformer,
     PyTorchModelHubMixin,
     library_name="focal-transformer",
     pipeline_tag="image-classification",
@@ -33,13 +34,24 @@ class FocalTransformerOnHub(
     tags=["image-classification", "focal-transformer"],
     model_card_template=CARD.read_text(encoding="utf-8"),
 ):
-    """FocalTransformer with `from_pretrained`, `save_pretrained` and `push_to_hub`."""
+    """TimmFocalTransformer with `from_pretrained`, `save_pretrained` and `push_to_hub`.
+
+    Args:
+        num_classes: classes; 0 for no classifier.
+        global_pool: see `TimmFocalTransformer`.
+        options: see `FocalTransformer`.
+    """
+
+    def __init__(self, num_classes: int = 1000, global_pool: str = "avg", **options: Any) -> None:
+        super().__init__(num_classes, global_pool, **options)
 
     @classmethod
     def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
         """All parameters or none, whatever `strict` says: the mixin's default would leave some at random."""
         load_checkpoint(model, model_file)
-        return model.to(map_location)
+        return model.to(map_location).eval()
+
+    _load_as_pickle = _load_as_safetensor  # the file's ending decides how it is read
 
 
 __all__ = ["FocalTransformerOnHub"]

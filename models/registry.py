@@ -25,7 +25,7 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from .checkpoint import HEAD, check_state, state_dict_of
+from .checkpoint import CHOICE_BUFFERS, HEAD, check_state, state_dict_of
 from .focal_transformer import FocalBlock, FocalTransformer, check_images, initialise, next_map
 from .layers import PatchEmbed
 from .resize import choices_of_other_maps, resize_state
@@ -119,6 +119,12 @@ class TimmFocalTransformer(FocalTransformer):
             }
             for i, (dim, stage) in enumerate(zip(self.feature_dims, stages, strict=True))
         ]
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As of nn.Module; a state without Focal-fast's choice of nearest keys leaves the model's own."""
+        return super().load_state_dict(_with_choices(state_dict, self), strict, assign)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Last map [B, H, W, C] to logits [B, num_classes], or to what enters the classifier."""
@@ -277,16 +283,25 @@ class TimmFocalTransformer(FocalTransformer):
         return {"stem": r"^patch_embed|^absolute_pos_embed", "blocks": coarsely if coarse else fine}
 
 
+def _with_choices(state: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """A state dict with the model's own choice of nearest keys where it has none.
+
+    Of a training checkpoint timm takes the averaged weights, which hold no whole numbers.
+    """
+    own = {key: value for key, value in model.state_dict().items() if CHOICE_BUFFERS.search(key)}
+    return own | dict(state)
+
+
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """What timm loads of an original or own state dict: parameters, resized to the model's windows and input
-    size (resize.py), and the nearest keys where they are those of its size.
+    size (resize.py), and the nearest keys where they are those of its size, else the model's own.
 
     Raises:
         ValueError: there are no parameters in it, or not those of the model. timm itself fits the classifier
             and the first convolution, and takes no notice of missing keys where features alone are wanted.
     """
     own = model.state_dict()
-    state = state_dict_of(state_dict)
+    state = _with_choices(state_dict_of(state_dict), model)
     resize_state(state, own, getattr(model, "built_for", None))
     elsewhere = choices_of_other_maps(model, state)
     state |= {key: own[key] for key in elsewhere}

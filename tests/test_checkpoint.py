@@ -3,7 +3,12 @@
 import logging
 import os
 import pickle
+import re
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -12,6 +17,7 @@ from golden_files import normal
 
 from config import load_config
 from models import build_model, load_checkpoint, read_checkpoint
+from models.safetensors_file import write_safetensors
 
 FOLDER = Path(__file__).parent / "checkpoints"
 OFFICIAL = ["official_v1_nano", "official_v2_nano"]
@@ -149,3 +155,86 @@ def test_damaged_choice_is_refused(tmp_path) -> None:
     ):
         load_checkpoint(fresh, tmp_path / "damaged.pth")
     assert all(torch.equal(value, before[name]) for name, value in fresh.state_dict().items())
+
+
+# --- Addresses ----------------------------------------------------------------------------------------------
+
+
+class Answers(BaseHTTPRequestHandler):
+    """Serves `files` by path; under /cut/ half of what is announced, under /odd/ what is no HTTP."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        _, how, name = self.path.split("/")
+        content = self.files.get(f"{how}/{name}", self.files.get(name))
+        if how == "odd":
+            self.wfile.write(b"not a protocol\r\n\r\n")
+        elif content is None:
+            self.send_error(404)
+        else:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2] if how == "cut" else content)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing on the console."""
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch) -> Iterator[str]:
+    """The address of a server of this machine, and an empty cache."""
+    monkeypatch.setattr(Answers, "files", {})
+    monkeypatch.setattr(Answers, "asked", [])
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as listening:
+        thread = threading.Thread(target=listening.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{listening.server_address[1]}"
+        listening.shutdown()
+        thread.join()
+
+
+def kept(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("hub/checkpoints/*"))
+
+
+def test_addresses_of_one_name_are_told_apart(server, tmp_path) -> None:
+    """Both are fetched, once."""
+    for name in ("first", "second"):
+        write_safetensors({name: torch.ones(1)}, tmp_path / name)
+        Answers.files[f"{name}/model.safetensors"] = (tmp_path / name).read_bytes()
+    for _ in range(2):
+        for name in ("first", "second"):
+            assert [*read_checkpoint(f"{server}/{name}/model.safetensors")] == [name]
+    assert Answers.asked == ["/first/model.safetensors", "/second/model.safetensors"]
+    assert all(re.fullmatch(r"model-[0-9a-f]{8}\.safetensors", name) for name in kept(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        ("cut/w.pth", r"expected [\d,]+ bytes, got [\d,]+"),
+        ("odd/w.pth", "not a protocol"),
+        ("none/x.pth", "HTTP Error 404"),
+    ],
+)
+def test_what_cannot_be_fetched_is_not_kept(address, reason, server, tmp_path) -> None:
+    Answers.files["w.pth"] = (FOLDER / "official_v1_nano.pth").read_bytes()
+    with pytest.raises(ValueError, match=rf"{address}: could not be fetched \({reason}.*pass a local file"):
+        read_checkpoint(f"{server}/{address}")
+    assert kept(tmp_path) == []
+    assert "model" in read_checkpoint(f"{server}/whole/w.pth")
+
+
+def test_a_kept_file_that_cannot_be_read_is_named(server, tmp_path) -> None:
+    Answers.files["w.pth"] = b"<html>log in first</html>"
+    with pytest.raises(ValueError, match="not a checkpoint, or damaged") as caught:
+        read_checkpoint(f"{server}/a/w.pth")
+    (name,) = kept(tmp_path)
+    assert str(tmp_path / "hub/checkpoints" / name) in str(caught.value)
+    assert f"the kept copy of {server}/a/w.pth: remove it" in str(caught.value)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPO
+from torch import nn
 
 from classification import export
 from classification.export import FORMATS, ExportError, export_model
@@ -124,6 +125,30 @@ def test_an_exporter_that_fails_says_why(tmp_path) -> None:
     with pytest.raises(ExportError, match=r"torch_export: the exporter cannot do this model: \w"):
         export_model(Undecided(**NANO).eval(), "torch_export", (32, 32), 3, tmp_path / "m.pt2")
     assert [*tmp_path.iterdir()] == []
+
+
+def of_one_length(model: nn.Module, example: torch.Tensor, any_batch: bool, path: Path) -> None:
+    """An ONNX file that refuses batches of another length than the example's, when it runs."""
+    export.write_onnx(model, example, False, path)
+
+
+def cut(model: nn.Module, example: torch.Tensor, any_batch: bool, path: Path) -> None:
+    """An ONNX file without its second half."""
+    export.write_onnx(model, example, any_batch, path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("write", [of_one_length, cut])
+def test_a_file_that_does_not_run_is_not_kept(write, tmp_path, monkeypatch, capsys) -> None:
+    """Whatever ONNX Runtime raises is one sentence, and the next format's turn comes."""
+    for package in FORMATS["onnx"].packages:
+        pytest.importorskip(package)
+    monkeypatch.setitem(FORMATS, "onnx", dataclasses.replace(FORMATS["onnx"], write=write))
+    arguments = ["--random", "--out", str(tmp_path), "--size", "32", "--formats", "onnx", "torchscript"]
+    assert export.main([*DEMO, *arguments]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: onnx: ") and "demo_32x32.onnx does not load and run: " in line
+    assert [path.name for path in tmp_path.iterdir()] == ["demo_32x32.torchscript.pt"]
 
 
 def test_missing_packages_are_named(tmp_path, monkeypatch) -> None:

@@ -13,7 +13,14 @@ from conftest import REPO
 
 import hubconf
 from config import load_config
-from models import VARIANTS, FocalTransformer, build_model, load_checkpoint, read_checkpoint
+from models import (
+    VARIANTS,
+    FocalTransformer,
+    TimmFocalTransformer,
+    build_model,
+    load_checkpoint,
+    read_checkpoint,
+)
 from models.checkpoint import DERIVED_BUFFERS, state_dict_of
 from models.hub_mixin import FocalTransformerOnHub
 from models.safetensors_file import write_safetensors
@@ -237,8 +244,9 @@ def test_a_folder_of_the_hubs_layout(variant, tmp_path) -> None:
     config = json.loads((tmp_path / "model/config.json").read_text())
     assert config["use_layerscale"] and config["depths"] == NANO["depths"]
     again = FocalTransformerOnHub.from_pretrained(tmp_path / "model")
+    assert not any(module.training for module in again.modules())
     same(again, model)
-    plain = FocalTransformer(**config)
+    plain = TimmFocalTransformer(**config)
     load_checkpoint(plain, tmp_path / "model/model.safetensors")
     same(plain, model)
     page = (tmp_path / "model/README.md").read_text()
@@ -257,3 +265,50 @@ def test_a_folder_that_does_not_fit(tmp_path) -> None:
     write_safetensors(rest, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=rf"1 missing: {missing}"):
         FocalTransformerOnHub.from_pretrained(tmp_path)
+
+
+def repository(folder: Path, weights: object) -> dict[str, object]:
+    """The cache's layout of a repository with options and pytorch_model.bin alone; arguments that load it."""
+    commit = "0" * 40
+    root = folder / "models--somebody--digits"
+    (root / "refs").mkdir(parents=True)
+    (root / "refs/main").write_text(commit)
+    snapshot = root / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    options = {**VARIANTS["focal_tiny_patch4_window7_224"], **NANO}
+    (snapshot / "config.json").write_text(json.dumps(options))
+    torch.save(weights, snapshot / "pytorch_model.bin")
+    return {"cache_dir": folder, "local_files_only": True}
+
+
+def test_a_repository_without_safetensors(tmp_path) -> None:
+    """All of a pickled state dict, or nothing; and no code in it."""
+    model = nano("focal_tiny_patch4_window7_224")
+    state = model.state_dict()
+    again = FocalTransformerOnHub.from_pretrained("somebody/digits", **repository(tmp_path / "whole", state))
+    assert not any(module.training for module in again.modules())
+    same(again, model)
+    del state["norm.weight"]
+    with pytest.raises(ValueError, match=r"1 missing: norm\.weight"):
+        FocalTransformerOnHub.from_pretrained("somebody/digits", **repository(tmp_path / "part", state))
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: refused, because reading it would execute"):
+        FocalTransformerOnHub.from_pretrained("somebody/digits", **repository(tmp_path / "code", Running()))
+
+
+class Running:
+    """Unpickles into a call."""
+
+    def __reduce__(self):
+        return os.getcwd, ()
+
+
+def test_models_of_the_hubs_have_timms_methods(tmp_path) -> None:
+    """Options that came from a hub are enough to change classifier and size."""
+    torch.manual_seed(0)
+    FocalTransformerOnHub(**{**VARIANTS["focal_tiny_patch4_window7_224"], **NANO}).save_pretrained(tmp_path)
+    models = [hubconf.focal_tiny(**NANO).eval(), FocalTransformerOnHub.from_pretrained(tmp_path)]
+    for model in models:
+        model.reset_classifier(7)
+        model.set_input_size(64)
+        model.set_grad_checkpointing()
+        assert model.get_classifier() is model.head and model(image()).shape == (2, 7)

@@ -144,6 +144,19 @@ def test_the_average_is_drawn_where_there_is_one() -> None:
     assert len(plot_run.draw([run]).axes[1].lines) == lines + 1
 
 
+def test_the_best_accuracy_is_that_of_best_pth() -> None:
+    """Which counts the average's as well, where there is one."""
+    run = plot_run.RunMetrics("x", [], [json.loads(epoch(0, 60.0)), json.loads(epoch(1, 50.0))])
+    for averaged, best in ((None, 60.0), (55.0, 60.0), (70.0, 70.0)):
+        run.epochs[1]["acc1_ema"] = averaged
+        assert plot_run.summary([run])[1][2] == f"{best:.2f}"
+        labels = [line.get_label() for line in plot_run.draw([run]).axes[1].lines]
+        assert labels[0] == "top-1, best 60.00 %"
+        shown = [] if averaged is None else [f"top-1 of the average, best {averaged:.2f} %"]
+        assert labels[2:] == shown
+    assert plot_run.summary([plot_run.RunMetrics("x")])[1][2] == "-"
+
+
 def test_several_runs_need_a_file(tmp_path: Path) -> None:
     folder = str(write(tmp_path, RUN))
     with pytest.raises(SystemExit) as caught:

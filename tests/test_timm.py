@@ -370,6 +370,28 @@ def test_weights_of_a_file(name, tmp_path) -> None:
 
 
 @every_family
+@pytest.mark.parametrize("way", ["pretrained", "checkpoint_path"])
+def test_the_average_of_a_training_run(name, way, tmp_path) -> None:
+    """timm prefers it to the weights themselves; it holds what has decimals, so no choice of nearest keys."""
+    source = create(name)
+    average = {key: value + 0.01 for key, value in source.state_dict().items() if value.is_floating_point()}
+    torch.save({"model": source.state_dict(), "model_ema": average}, tmp_path / "run.pth")
+    file = str(tmp_path / "run.pth")
+    options = {
+        "pretrained": {"pretrained": True, "pretrained_cfg_overlay": {"file": file, "num_classes": 5}},
+        "checkpoint_path": {"checkpoint_path": file},
+    }
+    state = create(name, seed=1, **options[way]).state_dict()
+    expected = source.state_dict() | average
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in state.items())
+    del average["norm.weight"]
+    torch.save(average, file)
+    with pytest.raises((ValueError, RuntimeError), match=r"norm\.weight"):
+        create(name, seed=1, **options[way])
+
+
+@every_family
 def test_weights_made_for_another_setting_are_resized(name) -> None:
     source = create(name, img_size=128, ape=True)
     target = create(name, seed=1, img_size=64, window_size=4, expand_sizes=(2, 2, 2, 2), ape=True).eval()

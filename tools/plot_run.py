@@ -204,9 +204,10 @@ def _draw_accuracy(axis: "Axes", run: RunMetrics, colour: str, prefix: str) -> N
     best = best_of(run, "acc1")
     axis.plot(ends, top1, color=colour, label=f"{prefix}top-1, best {best:.2f} %", **_dots(run))
     axis.plot(ends, _column(run.epochs, "acc5"), color=colour, linestyle=":", label=f"{prefix}top-5")
-    averaged = _column(run.epochs, "acc1_ema")
-    if not math.isnan(best_of(run, "acc1_ema")):
-        axis.plot(ends, averaged, color=colour, linestyle="--", label=f"{prefix}top-1 of the average")
+    averaged, best = _column(run.epochs, "acc1_ema"), best_of(run, "acc1_ema")
+    if not math.isnan(best):
+        label = f"{prefix}top-1 of the average, best {best:.2f} %"
+        axis.plot(ends, averaged, color=colour, linestyle="--", label=label)
 
 
 def _draw_rate(axis: "Axes", run: RunMetrics, colour: str, prefix: str) -> None:
@@ -232,9 +233,10 @@ PANELS = {
 # --- The page -----------------------------------------------------------------------------------------------
 
 
-def best_of(run: RunMetrics, key: str) -> float:
-    """The largest value of the epochs, nan if there is none."""
-    return max((value for value in _column(run.epochs, key) if not math.isnan(value)), default=math.nan)
+def best_of(run: RunMetrics, *keys: str) -> float:
+    """The largest value of the epochs under any of the keys, nan if there is none."""
+    values = [value for key in keys for value in _column(run.epochs, key)]
+    return max((value for value in values if not math.isnan(value)), default=math.nan)
 
 
 def speed_of(run: RunMetrics) -> float:
@@ -252,7 +254,8 @@ def summary(runs: Sequence[RunMetrics]) -> list[list[str]]:
         )
         last, last_val = (values[0] if values else math.nan for values in losses)
         minutes = sum(value for value in _column(run.epochs, "minutes") if not math.isnan(value))
-        numbers = ((best_of(run, "acc1"), ".2f"), (last, ".4g"), (last_val, ".4g"))
+        best = best_of(run, "acc1", "acc1_ema")  # as best.pth, which holds both weights
+        numbers = ((best, ".2f"), (last, ".4g"), (last_val, ".4g"))
         numbers += ((speed_of(run), ".4g"), (minutes / 60, ".2f"))
         shown = ["-" if math.isnan(value) else f"{value:{form}}" for value, form in numbers]
         rows.append([run.name, str(len(run.epochs)), *shown])
