@@ -258,8 +258,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if getattr(args, key) is None:
             setattr(args, key, value)
     for key in ("batch_size", "repeats", "threads"):
-        if (getattr(args, key) or 1) < 1:
-            parser.error(f"--{key.replace('_', '-')}: expected 1 or more, got {getattr(args, key)}")
+        value = getattr(args, key)
+        if value is not None and value < 1:
+            parser.error(f"--{key.replace('_', '-')}: expected 1 or more, got {value}")
     args.name = args.name or args.preset or "custom"
     return args
 

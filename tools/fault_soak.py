@@ -28,7 +28,8 @@ MOST_GROWTH = 0.01
 SAMPLE = 0.5
 FAULTS = ("kill", "damage", "full disk", "full disk")
 KILLING = ("kill", "damage")
-OPTIONS = {"SAVE_STEPS": 20, "SAVE_KEEP": 3, "SAVE_FAILURES_MAX": 10, "PRINT_FREQ": 5}  # short logs: FILE_LIMIT
+OPTIONS = {"SAVE_STEPS": 20, "SAVE_KEEP": 3, "SAVE_FAILURES_MAX": 10}
+OPTIONS |= {"PRINT_FREQ": 5}  # logs and metrics stay below FILE_LIMIT
 REFUSAL = "expected to write"  # in what main.py says of a save that failed
 
 
@@ -83,30 +84,34 @@ def growth(life: list[tuple[float, int]]) -> float:
     return statistics.median(memory[-fifth:]) / statistics.median(memory[:fifth]) - 1
 
 
-# --- Faults: each leaves the run going or ended -------------------------------------------------------------
+# --- Faults: each leaves the run going or ended, and says whether it did what it is called ------------------
 
 
-def kill(trainer: Trainer, soak: Soak, lab: Lab) -> None:
+def kill(trainer: Trainer, soak: Soak, lab: Lab) -> bool:
     trainer.kill()
+    return True
 
 
-def damage(trainer: Trainer, soak: Soak, lab: Lab) -> None:
+def damage(trainer: Trainer, soak: Soak, lab: Lab) -> bool:
     """Kill it, and spoil the newest checkpoint, if another whole one is left to go on from."""
     trainer.kill()
     files = [*storage.checkpoints_in(trainer.folder), trainer.folder / storage.BEST_NAME]
     newest = storage.find_newest(trainer.folder)
-    if newest is not None and sum(path.is_file() and storage.is_complete(path) for path in files) > 1:
-        lab.rng.choice(list(DAMAGES.values()))(newest, lab)
+    if newest is None or sum(path.is_file() and storage.is_complete(path) for path in files) < 2:
+        return False
+    lab.rng.choice(list(DAMAGES.values()))(newest, lab)
+    return True
 
 
-def fill(trainer: Trainer, soak: Soak, lab: Lab) -> None:
+def fill(trainer: Trainer, soak: Soak, lab: Lab) -> bool:
     """No checkpoint can be written for some seconds; the run may end for that."""
     undo = limit_files(trainer)
     soak.watch(trainer, lab.rng.uniform(2, 12))
     undo()
+    return True
 
 
-ACTIONS: dict[str, Callable[[Trainer, Soak, Lab], None]] = {"kill": kill, "damage": damage, "full disk": fill}
+ACTIONS: dict[str, Callable[[Trainer, Soak, Lab], bool]] = {"kill": kill, "damage": damage, "full disk": fill}
 
 
 # --- The soak -----------------------------------------------------------------------------------------------
@@ -178,8 +183,8 @@ def live(trainer: Trainer, seen: Soak, lab: Lab, mean: float, deadline: float) -
         seen.watch(trainer, pause if time.monotonic() < deadline else float("inf"))
         if trainer.is_running and time.monotonic() < deadline:
             fault = lab.rng.choice(FAULTS)
-            seen.faults[fault] = seen.faults.get(fault, 0) + 1
-            ACTIONS[fault](trainer, seen, lab)
+            done = fault if ACTIONS[fault](trainer, seen, lab) else "kill"
+            seen.faults[done] = seen.faults.get(done, 0) + 1
     return fault
 
 
