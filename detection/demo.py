@@ -45,17 +45,20 @@ SMALLER = {  # key -> {value in a full config: value here}
     "sampling_ratio": {0: 2},
     "octave_base_scale": {8: 4},
 }
+OF_METHOD = {
+    "htc": {"conv_out_channels": {256: 64}}
+}  # mask heads that add their output to the next one's input
 LEARNING_RATE = {"sparse_rcnn": 3e-4}  # its queries and dynamic convolutions diverge at the others' 1e-3
 COLUMNS = {"box AP": "bbox_mAP", "AP50": "bbox_mAP_50", "mask AP": "segm_mAP", "mask AP50": "segm_mAP_50"}
 
 
-def smaller(node: Any, key: str = "") -> Any:
-    """A part of a model's config with the values of SMALLER, and 64 channels for every 256."""
+def smaller(node: Any, rules: dict[str, dict[Any, Any]], key: str = "") -> Any:
+    """A part of a model's config with the values of rules such as SMALLER, and 64 channels for every 256."""
     if isinstance(node, dict):
-        return type(node)({name: smaller(value, name) for name, value in node.items()})
+        return type(node)({name: smaller(value, rules, name) for name, value in node.items()})
     if isinstance(node, list | tuple):
-        return type(node)(smaller(item, key) for item in node)
-    values = ({256: 64} if "channel" in key else {}) | SMALLER.get(key, {})
+        return type(node)(smaller(item, rules, key) for item in node)
+    values = ({256: 64} if "channel" in key else {}) | rules.get(key, {})
     return values.get(node, node) if isinstance(node, int | float) else node
 
 
@@ -67,7 +70,8 @@ def demo_config(method: str) -> "Config":
     if METHODS[method].startswith("demo_"):
         return config
     base = read_config(str(CONFIGS / f"{BASE}.py"))
-    base.model, backbone = smaller(config.model), base.model.backbone
+    rules = SMALLER | OF_METHOD.get(method, {})
+    base.model, backbone = smaller(config.model, rules), base.model.backbone
     stages = base.model.backbone.get("out_indices", (0, 1, 2, 3))
     base.model.neck.in_channels = [backbone.embed_dim * 2**stage for stage in stages]
     base.model.backbone = dict(backbone, out_indices=stages)

@@ -30,9 +30,11 @@ import torch
 from mmcv.cnn import ConvModule
 from mmdet.models.dense_heads.corner_head import BiCornerPool
 from mmdet.models.dense_heads.reppoints_head import RepPointsHead
+from mmdet.models.losses import QualityFocalLoss
 from mmdet.models.task_modules import AssignResult, ATSSAssigner
 from mmdet.models.utils import multi_apply
 from mmdet.registry import MODELS, TASK_UTILS
+from mmdet.structures.bbox import bbox_overlaps
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -105,6 +107,7 @@ class RepPointsV2Head(RepPointsHead):
         transform_method: how points become a box, "explicit_corners" or one of RepPointsHead's.
         init_cfg: initialization.
         options: those of RepPointsHead; of `use_grid_points`, `center_init`, `conv_cfg` only the defaults.
+            MMDetection's QualityFocalLoss as `loss_cls` learns how well the refined boxes fit.
 
     Raises:
         ValueError: options that contradict each other or do not exist here.
@@ -268,6 +271,52 @@ class RepPointsV2Head(RepPointsHead):
             _flat([level.valid.expand_as(level.foreground) for level in targets]),
         )
         return losses
+
+    def loss_by_feat_single(
+        self,
+        cls_score: Tensor,
+        points: Tensor,
+        refined: Tensor,
+        labels: Tensor,
+        label_weights: Tensor,
+        first_truth: Tensor,
+        first_weights: Tensor,
+        truth: Tensor,
+        weights: Tensor,
+        stride: int,
+        avg_factor_init: float,
+        avg_factor_refine: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Class loss and the losses of first and refined boxes of one level, in units of its base scale.
+
+        RepPointsHead's own, but for the target of a quality focal loss (Li et al., "Generalized Focal Loss",
+        NeurIPS 2020, section 3): of a box's class, the overlap of the refined box with the true one.
+
+        Args:
+            cls_score: (B, C, H, W).
+            points: (B, H * W, 2 * num_points), x before y, in pixels, like `refined`.
+            labels: (B, H * W), C for background; `label_weights` alike.
+            first_truth: (B, H * W, 4) in pixels, like `first_weights`, `truth` and `weights`; zeros where
+                there is no box.
+        """
+        scale = self.point_base_scale * stride
+        first, final = (self.points2bbox(part.flatten(0, 1), y_first=False) for part in (points, refined))
+        truth, labels = truth.flatten(0, 1), labels.flatten()
+        quality = bbox_overlaps(final.detach(), truth, is_aligned=True)
+        target = (labels, quality) if isinstance(self.loss_cls, QualityFocalLoss) else labels
+        scores = cls_score.flatten(2).transpose(1, 2).flatten(0, 1)  # B * H * W, C
+        return (
+            self.loss_cls(scores, target, label_weights.flatten(), avg_factor=avg_factor_refine),
+            self.loss_bbox_init(
+                first / scale,
+                first_truth.flatten(0, 1) / scale,
+                first_weights.flatten(0, 1),
+                avg_factor=avg_factor_init,
+            ),
+            self.loss_bbox_refine(
+                final / scale, truth / scale, weights.flatten(0, 1), avg_factor=avg_factor_refine
+            ),
+        )
 
     def verification_targets(
         self,

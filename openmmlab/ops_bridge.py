@@ -88,13 +88,13 @@ def softnms(
         row = rows[best]
         taken.append(row)
         taken_scores.append(left[best])
-        rows, left = np.delete(rows, best), np.delete(left, best)
         top_left = np.maximum(corners[row, :2], corners[rows, :2])
         shared = (np.minimum(corners[row, 2:], corners[rows, 2:]) - top_left + offset).clip(min=0)
         overlap = shared[:, 0] * shared[:, 1]
         iou = overlap / np.maximum(areas[row] + areas[rows] - overlap, np.finfo(areas.dtype).tiny)
         left = left * DECAYS[method](iou, iou_threshold, sigma).astype(left.dtype)
         stay = left >= min_score
+        stay[best] = False
         rows, left = rows[stay], left[stay]
     indices = torch.tensor(np.array(taken, dtype=np.int64))
     dets[: len(indices), :4] = boxes[indices]

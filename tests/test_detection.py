@@ -5,13 +5,23 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import REPO
 from PIL import Image
+
+pytest.importorskip("mmdet", reason="needs OpenMMLab's packages: make setup-openmmlab")
+
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import DATASETS, MODELS
+from openmmlab_configs import batch, check_weight_decay, edit
+from openmmlab_runs import ONE_PROCESS, in_scope, run_make, scalars
+from test_detection_configs import check_detections, one_step
 
 from data.demo import DemoOptions, write_demo
 from detection import demo, predict
@@ -28,14 +38,26 @@ FEW = {  # over the demo's options: a model of few weights, evaluated after ever
     "default_hooks.checkpoint.interval": 2,
     "default_hooks.logger.interval": 1,
     "optim_wrapper.optimizer.lr": 3e-3,
-    "train_dataloader.num_workers": 0,
-    "train_dataloader.persistent_workers": False,
-    "val_dataloader.num_workers": 0,
-    "val_dataloader.persistent_workers": False,
-    "test_dataloader.num_workers": 0,
-    "test_dataloader.persistent_workers": False,
+    **ONE_PROCESS,
 }
 SCENES = DemoOptions(train_scenes=4, val_scenes=3, scene_width=122, scene_height=90)
+
+
+FEW_OF_THE_DEMO = """
+_base_ = {config!r}
+train_dataloader = dict(dataset=dict(indices=2), num_workers=0, persistent_workers=False)
+val_dataloader = dict(dataset=dict(indices=2), num_workers=0, persistent_workers=False)
+test_dataloader = val_dataloader
+train_cfg = dict(max_epochs=1, val_interval=1)
+default_hooks = dict(checkpoint=dict(interval=1))
+model = dict(test_cfg=dict(rcnn=dict(score_thr=0.0)))
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_mmdet() -> Iterator[None]:
+    with in_scope("mmdet"):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +70,6 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def options(epochs: int) -> list[str]:
     return ["--cfg-options", f"train_cfg.max_epochs={epochs}", *(f"{k}={v}" for k, v in FEW.items())]
-
-
-def scalars(work_dir: Path) -> list[dict[str, Any]]:
-    """What the newest run in a folder logged."""
-    newest = max(work_dir.glob("*/vis_data/scalars.json"), key=lambda path: path.stat().st_mtime_ns)
-    return [json.loads(line) for line in newest.read_text().splitlines()]
 
 
 def evaluated(lines: list[dict[str, Any]]) -> dict[str, float]:
@@ -202,9 +218,60 @@ def test_small_methods_keep_their_parts(method: str) -> None:
     assert config.train_dataloader.dataset.data_root.endswith("detection/")
 
 
-def test_the_table_of_methods(scenes: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", demo.METHODS)
+def test_small_methods_train_and_detect(method: str) -> None:
+    """A step reaches almost every parameter, with its weight decay; then a detection."""
+    torch.manual_seed(0)
+    config = demo.demo_config(method)
+    model = MODELS.build(edit(config.model, lambda key, value: 0.0 if key == "score_thr" else value))
+    model.init_weights()
+    wrapper = build_optim_wrapper(model, config.optim_wrapper)
+    check_weight_decay(model, wrapper.optimizer.param_groups, 0.05)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    assert torch.isfinite(one_step(model.train(), DATASETS.build(config.train_dataloader.dataset)))
+    wrapper.step()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    changed = sum(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert changed > 0.95 * len(before)
+    test_set = DATASETS.build(config.test_dataloader.dataset)
+    found = model.eval().test_step(batch(test_set, (0,)))[0].pred_instances
+    check_detections(found, "segm" in config.test_evaluator.metric, method != "sparse_rcnn")
+
+
+@pytest.mark.parametrize(("least", "logged"), [(0.0, 1), (1.0, 0)])
+def test_the_table_of_methods(
+    least: float, logged: int, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last evaluation's figures; zeros if no score was high enough and so no figure was logged."""
+    monkeypatch.setitem(demo.SMALLER, "score_thr", {0.05: least})
     row = demo.train("atss", scenes / "detection", tmp_path, epochs=1)
+    lines = [line for line in scalars(tmp_path / "atss") if "coco/bbox_mAP" in line]
+    assert len(lines) == logged
+    last = (lines or [{"coco/bbox_mAP": 0.0, "coco/bbox_mAP_50": 0.0}])[-1]
+    assert (row["box AP"], row["AP50"]) == (last["coco/bbox_mAP"], last["coco/bbox_mAP_50"])
     assert row["method"] == "atss" and 0 <= row["box AP"] <= row["AP50"] <= 1 and row["mask AP"] is None
     lines = demo.table([row]).splitlines()
     assert lines[0].startswith("| method | params (M) | AP50 at first | box AP | AP50 | mask AP |")
     assert len(lines) == 3 and lines[2].startswith("| atss | 2.02 |")
+
+
+# --- The demo -----------------------------------------------------------------------------------------------
+
+
+def test_the_demo_tells_what_it_reached(tmp_path: Path) -> None:
+    """`make demo-detection` with few of its scenes for one epoch: what it prints is what it found."""
+    few = tmp_path / "few.py"
+    few.write_text(FEW_OF_THE_DEMO.format(config=CONFIG))
+    done = run_make("demo-detection", tmp_path, f"DETECTION_CONFIG={few}", "DETECTION_LEAST=-1")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    run_dir = tmp_path / "output/detection"
+    assert f"checkpoint  {run_dir}/train/best_coco_bbox_mAP_50_epoch_1.pth" in done.stdout
+    figures = re.search(
+        r"box AP +([\d.]+), at IoU 0.5 ([\d.]+)\nmask AP +([\d.]+), at IoU 0.5 ([\d.]+)\n", done.stdout
+    )
+    report = json.loads(next(run_dir.glob("test/*/*.json")).read_text())
+    names = ("bbox_mAP", "bbox_mAP_50", "segm_mAP", "segm_mAP_50")
+    assert figures and [float(text) for text in figures.groups()] == [
+        report[f"coco/{name}"] for name in names
+    ]
+    assert len(list((run_dir / "pictures").glob("*.png"))) == 4

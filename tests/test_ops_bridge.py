@@ -130,6 +130,22 @@ def test_soft_nms_of_nothing_of_one_and_of_points() -> None:
     assert dets.shape == (3, 5)
 
 
+def test_soft_nms_class_by_class_is_soft_nms_of_all() -> None:
+    """HTC's config asks for it: from one box on, classes go into calls of their own."""
+    boxes, scores, classes = random_boxes(300), rand(300).sigmoid(), torch.arange(300) % 7
+    together, apart = (
+        mmcv_ops.batched_nms(
+            boxes, scores, classes, {"type": "soft_nms", "iou_threshold": 0.5, "split_thr": split}
+        )
+        for split in (1000, 1)
+    )
+    assert torch.equal(together[0], apart[0]) and torch.equal(together[1], apart[1])
+    ignoring = mmcv_ops.batched_nms(
+        boxes, scores, torch.zeros_like(classes), {"type": "soft_nms", "iou_threshold": 0.5}
+    )
+    assert not torch.equal(together[0][:, 4], ignoring[0][:, 4]), "classes did not matter"
+
+
 # --- Regions ------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """RepPoints v2: targets worked by hand, losses, corner pooling, joint inference, and detectors that learn."""
 
+import math
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from itertools import product
@@ -14,6 +15,7 @@ from torch import Tensor
 
 pytest.importorskip("mmdet", reason="mmdet is not installed")
 import_module("openmmlab.ops_bridge")  # before mmcv.ops
+from mmdet.models.dense_heads import RepPointsHead  # noqa: E402
 from mmdet.models.task_modules import ATSSAssigner  # noqa: E402
 from mmdet.models.utils import gaussian_radius  # noqa: E402
 from mmdet.registry import MODELS, TASK_UTILS  # noqa: E402
@@ -36,6 +38,7 @@ STRIDES = [8, 16, 32]
 SURE = 30.0  # a logit whose loss rounds to zero
 NO_BOXES = torch.zeros(0, 4)
 NO_LABELS = torch.zeros(0, dtype=torch.long)
+QUALITY = {"loss_cls": {"type": "QualityFocalLoss", "use_sigmoid": True, "beta": 2.0, "loss_weight": 1.0}}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -313,17 +316,24 @@ def test_nothing_is_gained_by_turning_a_box_inside_out(values: list[float]) -> N
     assert head.loss_bbox_refine(box, boxes_of((0, 0, 9, 7))) >= 0
 
 
-@pytest.mark.parametrize("transform", ["explicit_corners", "minmax", "partial_minmax", "moment"])
-def test_gradients_reach_every_parameter(transform: str) -> None:
-    head = make_head(transform_method=transform)
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"transform_method": kind} for kind in ("explicit_corners", "minmax", "partial_minmax", "moment")),
+        QUALITY,
+    ],
+)
+def test_gradients_reach_every_parameter(options: dict[str, Any]) -> None:
+    head = make_head(**options)
     total(head.loss(features(), scene())).backward()
     dead = [name for name, p in head.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert dead == []
     assert all(p.grad.isfinite().all() for p in head.parameters())
 
 
-def test_without_boxes_losses_are_finite_and_nothing_is_unused() -> None:
-    head = make_head()
+@pytest.mark.parametrize("options", [{}, QUALITY], ids=["focal", "quality focal"])
+def test_without_boxes_losses_are_finite_and_nothing_is_unused(options: dict[str, Any]) -> None:
+    head = make_head(**options)
     losses = head.loss(features(), [sample_of(NO_BOXES, []), sample_of(NO_BOXES, [])])
     assert total(losses).isfinite()
     assert sum(losses["loss_corner_offset"]).item() == sum(losses["loss_pts_refine"]).item() == 0
@@ -367,6 +377,64 @@ def test_losses_vanish_at_the_truth_and_only_there() -> None:
         worse = [list(part) for part in maps]
         worse[index] = [value.roll(1, -1) for value in maps[index]]  # one cell to the right
         assert float(torch.as_tensor(head.loss_by_feat(*worse, truths, metas)[name]).sum()) > 1e-3, name
+
+
+def level_of(head: RepPointsV2Head) -> list[Any]:
+    """Arguments of one level's losses: two images of 2 x 3 cells, three of which have a box of 30 x 30."""
+    generator = torch.Generator().manual_seed(2)
+    scores = torch.randn(2, CLASSES, 2, 3, generator=generator)
+    labels = torch.tensor([[0, CLASSES, 2, CLASSES, CLASSES, CLASSES], [CLASSES, CLASSES, 1, CLASSES, 2, 0]])
+    label_weights = torch.tensor([[1.0, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0]])
+    positive = ((labels < CLASSES) & (label_weights > 0))[..., None]
+    boxes = torch.tensor([10.0, 20, 40, 50]) * positive
+    weights = positive.float().expand_as(boxes)
+    points = [torch.rand(2, 6, 18, generator=generator) * 60 for _ in range(2)]
+    return [scores, *points, labels, label_weights, boxes, weights, boxes, weights, STRIDES[0]]
+
+
+@pytest.mark.parametrize("transform", ["explicit_corners", "moment"])
+def test_with_a_focal_loss_a_level_loses_what_reppoints_would(transform: str) -> None:
+    head = make_head(transform_method=transform)
+    averages = {"avg_factor_init": 2, "avg_factor_refine": 5}
+    ours = head.loss_by_feat_single(*level_of(head), **averages)
+    theirs = RepPointsHead.loss_by_feat_single(head, *level_of(head), **averages)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine > 0
+        torch.testing.assert_close(mine, other)
+
+
+def test_quality_focal_loss_asks_for_the_overlap_of_the_refined_box() -> None:
+    """By the formula: |overlap - p|^2 times the cross entropy with the overlap, of every class."""
+    head = make_head(**QUALITY)
+    arguments = level_of(head)
+    scores, _, refined, labels, weights, *_ = arguments
+    expected, overlaps = 0.0, []
+    for image, cell in product(range(2), range(6)):
+        x, y = refined[image, cell, :4].view(2, 2).unbind(dim=1)  # of the corner points
+        shared = [
+            max(0.0, float(min(p.max(), end) - max(p.min(), start)))
+            for p, start, end in ((x, 10, 40), (y, 20, 50))
+        ]
+        common = shared[0] * shared[1]
+        overlap = common / (float((x.max() - x.min()) * (y.max() - y.min())) + 30 * 30 - common)
+        label = int(labels[image, cell])
+        for number in range(CLASSES):
+            p = scores[image, number, cell // 3, cell % 3].sigmoid().item()
+            wanted = overlap if label == number else 0.0
+            entropy = -wanted * math.log(p) - (1 - wanted) * math.log(1 - p)
+            expected += float(weights[image, cell]) * (wanted - p) ** 2 * entropy
+        overlaps += [overlap] if label < CLASSES and weights[image, cell] else []
+    assert len(overlaps) == 3 and max(overlaps) > 0.1
+    loss, *_ = head.loss_by_feat_single(*arguments, avg_factor_init=2, avg_factor_refine=5)
+    assert loss.item() == pytest.approx(expected / 5, rel=1e-4)
+
+
+def test_boxes_do_not_move_to_please_the_class_loss() -> None:
+    head = make_head(**QUALITY)
+    arguments = level_of(head)
+    arguments[2].requires_grad_()
+    loss, *_ = head.loss_by_feat_single(*arguments, avg_factor_init=2, avg_factor_refine=5)
+    assert not loss.requires_grad
 
 
 def test_padding_has_no_say_in_the_verification_losses() -> None:
@@ -565,7 +633,7 @@ def test_detector_learns_one_scene(detector: Any) -> None:
 
 
 def test_coco_config_is_the_papers_head() -> None:
-    config = Config.fromfile(REPO / "detection/configs/reppointsv2_focal-tiny_fpn_amp-ms-crop-3x_coco.py")
+    config = Config.fromfile(REPO / "detection/configs/reppointsv2_focal-tiny_bifpn_amp-ms-crop-3x_coco.py")
     assert config.model.backbone.type == "FocalBackbone"
     model = config.model
     head = MODELS.build(model.bbox_head | {"train_cfg": model.train_cfg, "test_cfg": model.test_cfg})
@@ -577,3 +645,5 @@ def test_coco_config_is_the_papers_head() -> None:
     assert isinstance(head, RepPointsV2Head) and head.verifiers == {1: 0, 2: 0, 3: 1, 4: 1}
     assert head.top_left.direction1_conv.conv.out_channels == 64
     assert sum(p.numel() for p in head.parameters()) == 7_210_442
+    assert (type(head.loss_cls).__name__, head.loss_cls.beta) == ("QualityFocalLoss", 2.0)
+    assert (model.neck.type, model.neck.num_repeat) == ("BiFPN", 2)

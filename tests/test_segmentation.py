@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,11 @@ from conftest import REPO
 from PIL import Image
 
 pytest.importorskip("mmseg", reason="needs OpenMMLab's packages: make setup-openmmlab")
+
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS
+from openmmlab_configs import check_weight_decay
+from openmmlab_runs import ONE_PROCESS, in_scope, run_make, scalars
 
 from data.demo import DemoOptions, write_demo
 from openmmlab import runner
@@ -32,14 +39,26 @@ FEW = {  # over the demo's options: a model of few weights, evaluated after ever
     "train_dataloader.batch_size": 2,
     "default_hooks.checkpoint.interval": 2,
     "default_hooks.logger.interval": 1,
-    "train_dataloader.num_workers": 0,
-    "train_dataloader.persistent_workers": False,
-    "val_dataloader.num_workers": 0,
-    "val_dataloader.persistent_workers": False,
-    "test_dataloader.num_workers": 0,
-    "test_dataloader.persistent_workers": False,
+    **ONE_PROCESS,
 }
 SCENES = DemoOptions(train_scenes=4, val_scenes=3, scene_width=122, scene_height=90)
+
+
+TESTS = ("test", "test-multi-scale")  # folders of the demo's evaluations
+FEW_OF_THE_DEMO = """
+_base_ = {config!r}
+train_dataloader = dict(dataset=dict(indices=4), num_workers=0, persistent_workers=False)
+val_dataloader = dict(dataset=dict(indices=2), num_workers=0, persistent_workers=False)
+test_dataloader = val_dataloader
+train_cfg = dict(max_epochs=1, val_interval=1)
+default_hooks = dict(checkpoint=dict(interval=1))
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_mmseg() -> Iterator[None]:
+    with in_scope("mmseg"):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +71,6 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def options(epochs: int) -> list[str]:
     return ["--cfg-options", f"train_cfg.max_epochs={epochs}", *(f"{k}={v}" for k, v in FEW.items())]
-
-
-def scalars(work_dir: Path) -> list[dict[str, Any]]:
-    """What the newest run in a folder logged."""
-    newest = max(work_dir.glob("*/vis_data/scalars.json"), key=lambda path: path.stat().st_mtime_ns)
-    return [json.loads(line) for line in newest.read_text().splitlines()]
 
 
 def evaluated(lines: list[dict[str, Any]]) -> dict[str, float]:
@@ -106,6 +119,17 @@ def test_processes_without_gpus_normalise_by_themselves(monkeypatch: pytest.Monk
         assert {head.norm_cfg.type for head in (model.decode_head, model.auxiliary_head)} == {kind}
 
 
+def test_no_decay_for_norms() -> None:
+    """Not even those of the heads, which learn three times as fast as the backbone."""
+    config = runner.read_config(CONFIG)
+    model = MODELS.build(config.model)
+    groups = build_optim_wrapper(model, config.optim_wrapper).optimizer.param_groups
+    check_weight_decay(model, groups, 0.05)
+    rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    for key, parameter in model.named_parameters():
+        assert rates[id(parameter)] == pytest.approx(1e-3 if key.startswith("backbone.") else 3e-3), key
+
+
 def test_resuming_goes_on(trained: Path, tmp_path: Path) -> None:
     """From a named file in another folder, and from the newest of its own."""
     command = [CONFIG, "--work-dir", str(tmp_path)]
@@ -113,12 +137,6 @@ def test_resuming_goes_on(trained: Path, tmp_path: Path) -> None:
     assert [line["epoch"] for line in scalars(tmp_path) if "loss" in line] == [9, 9, 10, 10]
     assert runner.train([*command, "--resume", *options(12)]) == 0
     assert [line["epoch"] for line in scalars(tmp_path) if "loss" in line] == [11, 11, 12, 12]
-
-
-def test_evaluation_repeats_what_training_saw(trained: Path, tmp_path: Path) -> None:
-    command = [CONFIG, str(trained / "epoch_8.pth"), "--work-dir", str(tmp_path), *options(8)]
-    assert runner.test(command) == 0
-    assert found_in(tmp_path) == evaluated(scalars(trained))
 
 
 def of_two_minds(checkpoint: Path, target: Path) -> str:
@@ -129,6 +147,20 @@ def of_two_minds(checkpoint: Path, target: Path) -> str:
     weight.zero_()[0] = torch.randn(weight.shape[1:], generator=torch.Generator().manual_seed(0))
     torch.save(content, target)
     return str(target)
+
+
+def test_evaluation_repeats_what_training_saw(trained: Path, tmp_path: Path) -> None:
+    """Epoch by epoch, of a model that finds something else after each."""
+    start = of_two_minds(trained / "epoch_8.pth", tmp_path / "two_minds.pth")
+    each = ["train_cfg.val_interval=1", "default_hooks.checkpoint.interval=1"]
+    folder = str(tmp_path / "run")
+    assert runner.train([CONFIG, "--work-dir", folder, "--resume", start, *options(10), *each]) == 0
+    seen = [line for line in scalars(tmp_path / "run") if "mIoU" in line]
+    assert len(seen) == 2 and evaluated(seen[:1])["mIoU"] != evaluated(seen)["mIoU"]
+    for number, line in enumerate(seen, start=9):
+        command = [CONFIG, f"{folder}/epoch_{number}.pth", "--work-dir", str(tmp_path / str(number))]
+        assert runner.test([*command, *options(10)]) == 0
+        assert found_in(tmp_path / str(number)) == evaluated([line]) and 10 < line["aAcc"] < 90
 
 
 def test_multi_scale_evaluation(trained: Path, tmp_path: Path) -> None:
@@ -161,8 +193,9 @@ def test_two_processes_train_and_evaluate_all_images(scenes: Path, trained: Path
     """Through torchrun, which is noticed. One process finds the same mIoU for what the two have written."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, str(REPO / "segmentation/train.py"), CONFIG, "--work-dir", str(tmp_path / "two")]
+    start = of_two_minds(trained / "epoch_8.pth", tmp_path / "two_minds.pth")
     done = subprocess.run(
-        [*command, "--resume", str(trained / "epoch_8.pth"), *options(10)],
+        [*command, "--resume", start, *options(10)],
         cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1", "DEMO": str(scenes)},
         capture_output=True,
@@ -176,6 +209,7 @@ def test_two_processes_train_and_evaluate_all_images(scenes: Path, trained: Path
     weights = str(tmp_path / "two/epoch_10.pth")
     assert runner.test([CONFIG, weights, "--work-dir", str(tmp_path / "one"), *options(10)]) == 0
     assert found_in(tmp_path / "one") == evaluated(scalars(tmp_path / "two"))
+    assert 10 < found_in(tmp_path / "one")["aAcc"] < 90, "it finds more than one class"
 
 
 def test_the_scripts_run_without_an_installation(tmp_path: Path) -> None:
@@ -187,9 +221,26 @@ def test_the_scripts_run_without_an_installation(tmp_path: Path) -> None:
             capture_output=True,
             text=True,
             check=False,
-            timeout=120,
+            timeout=400,
         )
         assert done.returncode == 0 and "--" in done.stdout, done.stderr[-2000:]
+
+
+def test_the_demo_runs_and_judges(tmp_path: Path) -> None:
+    """`make demo-segmentation` with few scenes for one epoch: what it prints, and that a low mIoU fails."""
+    few = tmp_path / "few.py"
+    few.write_text(FEW_OF_THE_DEMO.format(config=CONFIG))
+    done = run_make("demo-segmentation", tmp_path, f"SEGMENTATION_CONFIG={few}", "SEGMENTATION_LEAST=100")
+    assert done.returncode == 2
+    assert "error: the demo is expected to pass a mIoU of 100 %" in done.stderr, done.stderr[-2000:]
+    run_dir = tmp_path / "output/segmentation"
+    assert f"checkpoint  {run_dir}/train/best_mIoU_epoch_1.pth" in done.stdout
+    figures = re.search(r"mIoU +([\d.]+) %, at several scales ([\d.]+) %\n", done.stdout)
+    reports = [json.loads(next((run_dir / name).glob("*/*.json")).read_text()) for name in TESTS]
+    assert figures and [float(text) for text in figures.groups()] == [
+        round(report["mIoU"], 2) for report in reports
+    ]
+    assert len(list((run_dir / "pictures").glob("*.png"))) == 4
 
 
 # --- Pictures -----------------------------------------------------------------------------------------------

@@ -104,7 +104,15 @@ epochs = 20
 train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=epochs, val_interval=5)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
-heads_learn_faster = dict(custom_keys=dict(_base_.no_decay.custom_keys, head=dict(lr_mult=3.0)))
+# The longest key that a name contains decides on its own, so the heads' norms need keys longer than "head".
+heads_learn_faster = dict(
+    custom_keys={
+        **_base_.no_decay.custom_keys,
+        "head": dict(lr_mult=3.0),
+        "gn.weight": dict(lr_mult=3.0, decay_mult=0.0),
+        "gn.bias": dict(lr_mult=3.0, decay_mult=0.0),
+    }
+)
 optim_wrapper = dict(
     type="OptimWrapper",
     optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.05),

@@ -1,0 +1,100 @@
+"""The tool that times detectors in training: on narrow ones, on the CPU."""
+
+# ruff: noqa: E402
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPO
+
+pytest.importorskip("mmdet", reason="needs OpenMMLab's packages: make setup-openmmlab")
+sys.path.insert(0, str(REPO / "tools"))
+import benchmark_detector as tool
+
+NARROW = {"Focal-T": {"embed_dim": 8}, "Swin-T": {"embed_dims": 8}}
+WORDS = ["--size", "64", "90", "--batch-size", "1", "--repeats", "2", "--device", "cpu"]
+
+
+@pytest.fixture
+def narrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tool's configs with fewer blocks, channels and proposals."""
+    for name, base in tool.DETECTORS.items():
+        backbone = NARROW[name] | {"depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 4]}
+        model = {
+            "backbone": backbone,
+            "neck": {"in_channels": [8, 16, 32, 64]},
+            "roi_head": {"bbox_head": {"fc_out_channels": 32}},
+            "train_cfg": {
+                "rpn_proposal": {"nms_pre": 50, "max_per_img": 50},
+                "rcnn": {"sampler": {"num": 16}},
+            },
+        }
+        path = tmp_path / f"{name}.py"
+        path.write_text(f"_base_ = {base!r}\nmodel = {model!r}\n")
+        monkeypatch.setitem(tool.DETECTORS, name, str(path))
+
+
+def test_table_of_two_detectors(narrow: None, tmp_path: Path) -> None:
+    out = tmp_path / "results"
+    assert tool.main([*WORDS, "--out", str(out), "--name", "try"]) == 0
+    (path,) = out.glob("*_try.csv")
+    with path.open() as file:
+        focal, swin = csv.DictReader(file)
+    assert (focal["backbone"], swin["backbone"]) == ("Focal-T", "Swin-T")
+    assert float(swin["vs Swin-T"]) == 1 and focal["attention"] == "sdpa" and not swin["attention"]
+    for row in (focal, swin):
+        assert float(row["img/s"]) > 0 and float(row["params M"]) > 1 and row["peak MB"] == ""
+        assert float(row["lower"]) <= float(row["vs Swin-T"]) <= float(row["upper"])
+    text = path.with_suffix(".md").read_text()
+    for fact in ("Machine: ", "mmdet 3", "Mask R-CNN, 64 x 90, batch 1, fp32", "| Focal-T |"):
+        assert fact in text
+
+
+def test_a_step_trains_the_whole_detector(narrow: None) -> None:
+    tool.keep_quiet()
+    batch = tool.make_batch(1, (64, 96))
+    contender = tool.Contender(
+        tool.DETECTORS["Focal-T"], batch, tool.Precision(torch.float32), torch.device("cpu")
+    )
+    parameters = dict(contender.model.named_parameters())
+    before = {key: parameter.detach().clone() for key, parameter in parameters.items()}
+    contender.step()
+    learning = {id(p) for group in contender.optimizer.param_groups for p in group["params"]}
+    assert learning == {id(parameter) for parameter in parameters.values()}
+    still = [key for key, parameter in parameters.items() if torch.equal(parameter, before[key])]
+    assert len(still) < 0.1 * len(parameters), still
+    assert contender.memory_mb is None and contender.images == 1
+
+
+def test_full_configs_are_the_same_detector_but_for_the_backbone() -> None:
+    configs = [tool.read_base(base) for base in tool.DETECTORS.values()]
+    for config in configs:
+        assert config.model.pop("backbone").drop_path_rate == 0.2
+        assert config.optim_wrapper.optimizer.type == "AdamW"
+    assert configs[0].model == configs[1].model
+
+
+def test_objects_lie_within_the_image() -> None:
+    batch = tool.make_batch(2, (64, 90))
+    for image, sample in zip(batch["inputs"], batch["data_samples"], strict=True):
+        assert image.shape == (3, 64, 90) and image.dtype == torch.uint8
+        truth = sample.gt_instances
+        assert len(truth) == tool.OBJECTS and truth.bboxes.min() >= 0
+        assert truth.bboxes[:, 2].max() <= 90 and truth.bboxes[:, 3].max() <= 64
+        for box, mask in zip(truth.bboxes, truth.masks.masks, strict=True):
+            rows, columns = mask.nonzero()
+            assert len(rows) > 0
+            assert box[0] <= columns.min() and columns.max() <= box[2]
+            assert box[1] <= rows.min() and rows.max() <= box[3]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--repeats", "0"], "--repeats: expected 1 or more"), (["--size", "8", "99"], "32 pixels or more")],
+)
+def test_mistakes_are_named(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        tool.main(words)
+    assert message in capsys.readouterr().err

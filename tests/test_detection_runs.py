@@ -1,0 +1,108 @@
+"""Detection's commands on configs for COCO, one of each method: a step of training, evaluations, the metric.
+
+The demo scenes stand in data/coco with COCO's 80 classes and file names. Channels and images are small; data
+sets, pipelines, samplers, loops, schedules, evaluators and hooks are those of the config.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("mmdet", reason="needs OpenMMLab's packages: make setup-openmmlab")
+
+from mmengine.config import Config
+from mmengine.evaluator import Evaluator
+from mmengine.registry import DATASETS
+from mmengine.structures import InstanceData
+from openmmlab_configs import edit
+from openmmlab_runs import ONE_PROCESS, in_scope, scalars
+from test_detection import evaluated
+from test_detection_configs import CONFIGS, METHODS, NAMES, shrunken, small_scale
+
+from data.demo import DemoOptions, write_demo
+from openmmlab import runner
+
+FEW = ONE_PROCESS | {"train_cfg.max_epochs": 1, "default_hooks.logger.interval": 1}  # one step of training
+SCENES = DemoOptions(train_scenes=2, val_scenes=1, scene_width=122, scene_height=90)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_mmdet() -> Iterator[None]:
+    with in_scope("mmdet"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data/coco: a digit's class is that of eight times its number, ids have gaps as COCO's."""
+    runner.import_mmengine()  # with the operators that mmdet imports
+    from mmdet.datasets import CocoDataset
+
+    root = tmp_path_factory.mktemp("coco")
+    scenes = write_demo(root, ["detection"], SCENES)["detection"]
+    for file in scenes.glob("annotations/*.json"):
+        content = json.loads(file.read_text())
+        names = CocoDataset.METAINFO["classes"]
+        content["categories"] = [{"id": 3 * n + 1, "name": name} for n, name in enumerate(names)]
+        for entry in content["annotations"]:
+            entry["category_id"] = 3 * 8 * (entry["category_id"] - 1) + 1
+        file.write_text(json.dumps(content))
+    (root / "data").mkdir()
+    (root / "data/coco").symlink_to(scenes)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def in_folder(coco: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(coco)
+
+
+def small_config(method: str) -> Config:
+    """The method's config, that of the longest schedule, for small images and with few channels."""
+    config = runner.read_config(
+        str(CONFIGS / next(f"{n}.py" for n in reversed(NAMES) if n.startswith(method)))
+    )
+    config.model = edit(shrunken(config), lambda key, value: 80 if key == "num_classes" else value)
+    for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
+        loader.dataset = edit(loader.dataset, small_scale)
+    return config
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_trains_and_evaluates(method: str, tmp_path: Path) -> None:
+    """Evaluation at the end of training, and that of the checkpoint, find boxes, masks, and the same AP."""
+    config = small_config(method)
+    masks = "mask_head" in config.model.get("roi_head", {})
+    config.dump(tmp_path / "small.py")
+    few = ["--cfg-options", *(f"{key}={value}" for key, value in FEW.items())]
+    command = [str(tmp_path / "small.py"), "--work-dir", str(tmp_path)]
+    assert runner.train([*command, "--no-amp", *few]) == 0
+    lines = scalars(tmp_path)
+    assert [line["step"] for line in lines if "loss" in line] == [1]
+    assert runner.test([command[0], str(tmp_path / "epoch_1.pth"), *command[1:], *few]) == 0
+    found = evaluated(scalars(tmp_path))
+    assert found == evaluated(lines)
+    assert [f"coco/{kind}_mAP" in found for kind in ("bbox", "segm")] == [True, masks]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_true_gets_full_marks(method: str) -> None:
+    """The config's evaluator, given what the config's own test set says is there."""
+    config = small_config(method)
+    dataset = DATASETS.build(config.test_dataloader.dataset)
+    sample = dataset[0]["data_samples"]
+    truth = sample.gt_instances
+    sample.pred_instances = InstanceData(
+        bboxes=truth.bboxes.tensor, labels=truth.labels, scores=truth.bboxes.tensor.new_ones(len(truth))
+    )
+    if "masks" in truth:
+        sample.pred_instances.masks = truth.masks.to_tensor(bool, "cpu")
+    evaluator = Evaluator(config.test_evaluator)
+    evaluator.dataset_meta = dataset.metainfo
+    evaluator.process([sample])
+    found = evaluator.evaluate(1)
+    assert len(truth) > 3 and {*truth.labels.tolist()} <= {8 * digit for digit in range(10)}
+    assert all(found[f"coco/{kind}_mAP"] == 1 for kind in ("bbox", *(["segm"] if "masks" in truth else [])))
+    assert ("coco/segm_mAP" in found) == ("masks" in truth)
