@@ -45,9 +45,7 @@ SMALLER = {  # key -> {value in a full config: value here}
     "sampling_ratio": {0: 2},
     "octave_base_scale": {8: 4},
 }
-OF_METHOD = {
-    "htc": {"conv_out_channels": {256: 64}}
-}  # mask heads that add their output to the next one's input
+OF_METHOD = {"htc": {"conv_out_channels": {256: 64}}}  # its mask heads add to each other's inputs
 LEARNING_RATE = {"sparse_rcnn": 3e-4}  # its queries and dynamic convolutions diverge at the others' 1e-3
 COLUMNS = {"box AP": "bbox_mAP", "AP50": "bbox_mAP_50", "mask AP": "segm_mAP", "mask AP50": "segm_mAP_50"}
 

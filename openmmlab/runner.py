@@ -188,7 +188,9 @@ def testing_config(args: argparse.Namespace) -> "Config":
         config.tta_model.module = config.model
         config.model = config.tta_model
         config.test_dataloader.dataset.pipeline = config.tta_pipeline
-    return config
+    # Another name than the training's, for the Runner writes it to the folder where that one lies.
+    name = f"{Path(args.config).stem}_test.py"
+    return type(config)(config.to_dict(), cfg_text=config.text, filename=name)
 
 
 def need_file(path: str, kind: str) -> str:

@@ -208,7 +208,7 @@ def test_the_pages_own_data_set(
     assert run("train", command, 1) == 0
     check_run(Path("out"), 1)
     for flags in ([], ["--multi-scale"]):
-        assert run("test", [command[0], "out/iter_1.pth", "--work-dir", "test", *flags], 1) == 0
+        assert run("test", [command[0], "out/iter_1.pth", "--work-dir", "out", *flags], 1) == 0
     image = "streets/images/validation/00000001.jpg"
     assert predict.main([image, "--config", "out/streets.py", "--checkpoint", "out/iter_1.pth"]) == 0
     assert Path("predictions/00000001.png").is_file()
