@@ -40,11 +40,11 @@ CASES: dict[str, Callable[[Lab], list[Row]]] = {
     "delays": fault_storage.delays,
 }
 NOTES = (
-    "Every run has 4 epochs of 160 digits and a checkpoint every 5 steps, those of a soak as many epochs as "
-    "its row says and one after each; everything random is switched on (Mixup, CutMix, drop path, erasing, "
-    "jitter). Restarted means: the same command again. *Bit-identical*: all tensors of the last checkpoint and "
-    "of best.pth (weights, their average, optimizer), and all lines of metrics.jsonl but for times and memory, "
-    "are those of a run that was left alone.",
+    "Every run has 4 epochs of 160 digits and a checkpoint every 5 steps, those of a soak as many epochs "
+    "as its row says and one after each; everything random is switched on (Mixup, CutMix, drop path, "
+    "erasing, jitter). Restarted means: the same command again. *Bit-identical*: all tensors of the last "
+    "checkpoint and of best.pth (weights, their average, optimizer), and all lines of metrics.jsonl but "
+    "for times and memory, are those of a run that was left alone.",
     "Steps redone: steps that were logged, lost, and made again.",
 )
 
