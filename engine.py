@@ -183,9 +183,11 @@ def report(run: Run, training: Training, step: int, steps: int) -> None:
 def explain_bad_steps(run: Run, training: Training) -> str:
     """What the user has to know of updates that were not finite; the main process writes more to a file."""
     streak = training.state.meter.streak
-    newest = None
-    with contextlib.suppress(OSError):  # the reason for stopping counts more than a file that cannot be read
+    newest, start = None, "there is no checkpoint yet. Start anew"
+    try:
         newest = storage.find_newest(run.output) if utils.is_main_process() else None
+    except OSError as error:  # the reason for stopping counts more
+        start = f"the checkpoints cannot be read ({error}). Start from one"
     steps = [describe_bad_step(training, bad) for bad in streak]
     dump = run.output / DUMP_NAME
     if utils.is_main_process():
@@ -194,7 +196,7 @@ def explain_bad_steps(run: Run, training: Training) -> str:
             dump.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             logger.error(f"{dump}: expected to write this, got: {error.strerror}: {content}")
-    start = "there is no checkpoint yet. Start anew" if newest is None else f"go on from {newest}"
+    start = start if newest is None else f"go on from {newest}"
     return (
         f"epoch {steps[0]['epoch'] + 1}, step {steps[0]['step'] + 1}: expected a finite loss and gradient, "
         f"got nan or inf in {len(steps)} updates in a row (TRAIN.BAD_STEPS_MAX), none of which was made, "

@@ -2,7 +2,7 @@
 
 Two runs in one folder, as when a job is queued again while its first one is dying, would mix their metrics
 and remove each other's files. The main process therefore holds a lock, which is the kernel's: it is gone as
-soon as the process is, however that ended.
+soon as the process is, however that ended. Only that of a machine that died may outlive it, on a file server.
 """
 
 import contextlib
@@ -99,7 +99,8 @@ def _take(file: IO[str], folder: Path, patience: float) -> bool:
         if time.monotonic() >= deadline:
             raise ValueError(
                 f"{folder}: expected an output folder that no other run is writing to, got one that {holder} "
-                "holds: wait for it, stop it, or choose another --tag"
+                "holds: wait for it, stop it, or choose another --tag; if its machine is gone, remove "
+                f"{file.name}"
             )
         if not told:
             logger.warning(f"{folder} is held by {holder}: waiting up to {patience:.0f} s for it to end")

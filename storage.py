@@ -311,6 +311,16 @@ def next_run(folder: Path) -> int:
     return 1 + last
 
 
+def _stamped(path: Path) -> list[tuple[Stamp, Path]]:
+    """A checkpoint with its stamp; nothing for one without, or that cannot be read, which is told."""
+    try:
+        stamp = stamp_of(path)
+    except OSError as error:
+        logger.warning(f"superfluous or not, this one stays: {error}")
+        return []
+    return [] if stamp is None else [(stamp, path)]
+
+
 def prune(folder: Path, newest: Stamp, keep: int) -> None:
     """Remove what the checkpoint of ``newest`` makes superfluous; ``best.pth`` always stays.
 
@@ -322,12 +332,12 @@ def prune(folder: Path, newest: Stamp, keep: int) -> None:
         newest: the last one written.
         keep: how many stay at most; 0 for all those of whole epochs.
     """
+    known: list[tuple[Stamp, Path]] = []
     try:
-        stamps = {path: stamp_of(path) for path in checkpoints_in(folder)}
+        for path in checkpoints_in(folder):
+            known += _stamped(path)
     except OSError as error:
         logger.warning(f"superfluous checkpoints stay until the next save: {error}")
-        return
-    known = [(stamp, path) for path, stamp in stamps.items() if stamp is not None]
     ours = sorted((stamp, path) for stamp, path in known if stamp.run == newest.run and stamp <= newest)
     last_whole = max((stamp.epoch for stamp, _ in ours if not stamp.images), default=0)
     inside = [path for stamp, path in ours if stamp.images]
@@ -345,9 +355,9 @@ def prune(folder: Path, newest: Stamp, keep: int) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files of writers that were killed; call it while nobody writes."""
-    for path in folder.glob(".*.tmp"):
-        if TEMPORARY_NAME.fullmatch(path.name):
-            with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
+        for path in folder.glob(".*.tmp"):
+            if TEMPORARY_NAME.fullmatch(path.name):
                 path.unlink()
                 logger.info(f"removed {path}, left by a save that was killed")
 

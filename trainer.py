@@ -122,21 +122,32 @@ def begin(run: Run, training: Training, loaders: Loaders, checkpoint: Checkpoint
         state.meter.start_epoch()
         with utils.failing_together():
             state.run = storage.next_run(run.output)
-            has_older = any(map(storage.is_of_older_version, storage.checkpoints_in(run.output)))
-            # What there is comes from an attempt that was killed before it saved, or that has lost all it
-            # saved; without AUTO_RESUME, from another run.
-            if run.config.TRAIN.AUTO_RESUME or (state.run == 1 and not has_older):
-                run.metrics.set_aside()
     else:
         images = run.config.DATA.BATCH_SIZE * utils.get_world_size()
         images *= max(1, run.config.TRAIN.ACCUMULATION_STEPS)
         updates = training.updates_per_epoch
         best = resume(state, checkpoint, run.output, updates, sampler.order, images)
-        if lies_in(checkpoint, run.output) and "metrics_size" in checkpoint.content:
-            run.metrics.rewind(checkpoint.content["metrics_size"])
         training.scheduler.step_update(max(0, state.position.updates - 1))  # as the last update left it
+    with utils.failing_together():
+        place_metrics(run, state, checkpoint)
     checkpoints.start(state, best)
     return checkpoints
+
+
+def place_metrics(run: Run, state: TrainState, checkpoint: Checkpoint | None) -> None:
+    """Let the metrics go on where the run does.
+
+    Raises:
+        OSError: their file cannot be changed.
+    """
+    if checkpoint is not None and lies_in(checkpoint, run.output):
+        run.metrics.rewind(checkpoint.content.get("metrics_size", run.metrics.size))
+        return
+    # What there is comes from an attempt that was killed before it saved, or that has lost all it saved;
+    # without AUTO_RESUME, from another run.
+    has_older = any(map(storage.is_of_older_version, storage.checkpoints_in(run.output)))
+    if run.config.TRAIN.AUTO_RESUME or (state.run == 1 and not has_older):
+        run.metrics.set_aside()
 
 
 def finish_epoch(run: Run, state: TrainState, loaders: Loaders, checkpoints: Checkpoints) -> None:

@@ -110,7 +110,7 @@ class BiFPN(BaseModule):
         init_cfg: dict[str, Any] = INIT,
     ) -> None:
         super().__init__(init_cfg)
-        self.pooled = num_outs - len(in_channels)
+        self.levels, self.pooled = num_outs, num_outs - len(in_channels)
         if self.pooled < 0 or num_outs < 2 or not in_channels:
             raise ValueError(
                 f"BiFPN: num_outs must be at least 2 and the number of in_channels, got {num_outs} for "
@@ -123,8 +123,17 @@ class BiFPN(BaseModule):
         self.layers = nn.ModuleList(BiFPNLayer(levels, out_channels, norm_cfg) for levels in widths)
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The backbone's maps (B, in_channels[l], H_l, W_l) to `num_outs` maps (B, C, H_l, W_l)."""
+        """The backbone's maps (B, in_channels[l], H_l, W_l) to `num_outs` maps (B, C, H_l, W_l).
+
+        Raises:
+            ValueError: another number of maps.
+        """
         maps = list(inputs)
+        if len(maps) + self.pooled != self.levels:
+            raise ValueError(
+                f"BiFPN: expected {self.levels - self.pooled} maps, as in_channels names, got {len(maps)}; "
+                "give the backbone as many out_indices"
+            )
         for _ in range(self.pooled):
             maps.append(max_pool2d(maps[-1], 3, stride=2, padding=1))
         for layer in self.layers:

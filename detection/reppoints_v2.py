@@ -147,6 +147,13 @@ class RepPointsV2Head(RepPointsHead):
                 f"verifying_levels must name, for each of {levels} levels, a level from 0 to {levels - 1} or "
                 f"{REGRESSED_ONLY} for none, got {list(verifying_levels)}"
             )
+        if isinstance(self.loss_cls, QualityFocalLoss) and (
+            not self.use_sigmoid_cls or self.loss_cls.activated
+        ):
+            raise ValueError(
+                "RepPointsV2Head gives QualityFocalLoss logits of one sigmoid per class: say "
+                "use_sigmoid=True in loss_cls, and leave out activated"
+            )
         self.verifiers = {
             level: verifier for level, verifier in enumerate(verifying_levels) if verifier != REGRESSED_ONLY
         }

@@ -9,6 +9,7 @@ of a model. No weights are published: `pretrained=True` needs `pretrained_cfg_ov
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -29,6 +30,8 @@ from .checkpoint import CHOICE_BUFFERS, HEAD, check_state, state_dict_of
 from .focal_transformer import FocalBlock, FocalTransformer, check_images, initialise, next_map
 from .layers import PatchEmbed
 from .resize import choices_of_other_maps, resize_state
+
+logger = logging.getLogger(__name__)
 
 _TINY: dict[str, Any] = {
     "drop_path_rate": 0.2,
@@ -289,7 +292,9 @@ def _with_choices(state: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     Of a training checkpoint timm takes the averaged weights, which hold no whole numbers.
     """
     own = {key: value for key, value in model.state_dict().items() if CHOICE_BUFFERS.search(key)}
-    return own | dict(state)
+    if missing := own.keys() - state.keys():
+        logger.warning(f"{len(missing)} choices of nearest keys are not in the file, the model's own stay")
+    return {**own, **state}
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:

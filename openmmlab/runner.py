@@ -188,9 +188,10 @@ def testing_config(args: argparse.Namespace) -> "Config":
         config.tta_model.module = config.model
         config.model = config.tta_model
         config.test_dataloader.dataset.pipeline = config.tta_pipeline
-    # Another name than the training's, for the Runner writes it to the folder where that one lies.
-    name = f"{Path(args.config).stem}_test.py"
-    return type(config)(config.to_dict(), cfg_text=config.text, filename=name)
+    # Another name than the training's, for the Runner writes it to the folder where that one lies. A Config
+    # takes assignments for its own options, so that its name has to be set past it.
+    object.__setattr__(config, "_filename", f"{Path(args.config).stem}_{'tta' if args.tta else 'test'}.py")
+    return config
 
 
 def need_file(path: str, kind: str) -> str:

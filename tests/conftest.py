@@ -3,6 +3,8 @@
 import os
 import shutil
 import sys
+from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,16 @@ VAL_IMAGES = 43  # no multiple of any batch size or number of processes in the t
 def repo() -> Path:
     """The repository's root."""
     return REPO
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_scope() -> Iterator[None]:
+    """Give every file MMEngine's default scope as it was: its Runners leave theirs behind."""
+    registry = sys.modules.get("mmengine.registry")
+    before = OrderedDict(registry.DefaultScope._instance_dict if registry else {})
+    yield
+    if registry := sys.modules.get("mmengine.registry"):
+        registry.DefaultScope._instance_dict = before
 
 
 @pytest.fixture

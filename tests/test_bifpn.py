@@ -164,3 +164,9 @@ def test_levels_that_cannot_be_are_refused(options: dict[str, Any], message: str
     told: dict[str, Any] = {"in_channels": (8, 12, 20), "out_channels": 16, "num_outs": 5, "norm_cfg": NORM}
     with pytest.raises(ValueError, match=message):
         BiFPN(**(told | options))
+
+
+def test_another_number_of_maps_is_refused() -> None:
+    neck = BiFPN((8, 12, 20), 16, 5, norm_cfg=NORM)
+    with pytest.raises(ValueError, match="expected 3 maps, as in_channels names, got 2"):
+        neck([torch.zeros(1, 8, 8, 8), torch.zeros(1, 12, 4, 4)])

@@ -367,6 +367,7 @@ def test_pipelines_at_full_scale(method: str, scenes: Path) -> None:
         assert len(objects) > 0 and objects.bboxes.tensor.min() >= 0
         assert objects.bboxes.tensor.max() <= max(height, width)
         assert "masks" not in objects or objects.masks.masks.shape == (len(objects), height, width)
+    assert ("clip_grad" in config.optim_wrapper) == (method == "sparse-rcnn")
     tested = dataset_of(config.test_dataloader, scenes)[0]["inputs"].shape[1:]
     assert tested == ((1180, 1600) if method == "htc" else (800, 1084))
 

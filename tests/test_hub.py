@@ -312,3 +312,14 @@ def test_models_of_the_hubs_have_timms_methods(tmp_path) -> None:
         model.set_input_size(64)
         model.set_grad_checkpointing()
         assert model.get_classifier() is model.head and model(image()).shape == (2, 7)
+
+
+@pytest.mark.parametrize("changes", [(7, "avg"), (3, "max"), (0, "")])
+def test_what_was_changed_is_saved_so(changes: tuple[int, str], tmp_path) -> None:
+    """Another classifier, another pooling, which no weight shows, and another size."""
+    model = FocalTransformerOnHub(**NANO, ape=True).eval()
+    model.reset_classifier(*changes)
+    model.set_input_size(64)
+    model.save_pretrained(tmp_path)
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(FocalTransformerOnHub.from_pretrained(tmp_path)(images), model(images))

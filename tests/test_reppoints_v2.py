@@ -567,6 +567,8 @@ def test_half_precision_gives_the_same_losses_and_boxes_in_float32(kind: torch.d
         ({"corner_overlap": 1.0}, "between 0 and 1"),
         ({"use_grid_points": True}, "use_grid_points=True; leave it out"),
         ({"conv_cfg": {"type": "DCN"}}, "conv_cfg"),
+        ({"loss_cls": {"type": "QualityFocalLoss"}}, "use_sigmoid=True"),
+        ({"loss_cls": {"type": "QualityFocalLoss", "use_sigmoid": True, "activated": True}}, "activated"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:

@@ -209,13 +209,18 @@ def test_checkpoints_that_cannot_be_read_for_a_moment_are_waited_for(
 def test_a_run_from_elsewhere_has_a_best_one_of_its_own(
     few_images: Path, nano_opts: list[object], tmp_path: Path
 ) -> None:
-    """Though it does not come up to what was reached before, which it says at its end."""
+    """Though it does not come up to what was reached before, which it says at its end.
+
+    Nor does it keep the metrics of an attempt that was killed before it saved.
+    """
     assert main.main(command(few_images, tmp_path, [*nano_opts, "TRAIN.EPOCHS", 1])) == 0
     content = torch.load(folder_of(tmp_path) / "ckpt_epoch_0.pth", weights_only=True)
     torch.save(content | {"max_accuracy": 100.5, "evaluated": True}, tmp_path / "elsewhere.pth")
-    flags = ["--resume", str(tmp_path / "elsewhere.pth")]
+    flags, folder = ["--resume", str(tmp_path / "elsewhere.pth")], folder_of(tmp_path / "new")
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text('{"kind": "train", "loss": 7.0}\n')
     assert main.main(command(few_images, tmp_path / "new", nano_opts, *flags)) == 0
-    folder = folder_of(tmp_path / "new")
+    assert 7.0 not in [record.get("loss") for record in metrics_of(tmp_path / "new")]
     accuracy = torch.load(folder / "best.pth", weights_only=True)["accuracy"]
     assert 0 < accuracy <= 100
     said = f"best.pth ends without the best weights: 100.50% was reached, it holds {accuracy:.2f}%"

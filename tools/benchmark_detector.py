@@ -78,6 +78,7 @@ class Contender:
         """One step of training; waits for nothing that training does not wait for."""
         with self.precision.autocast(self.device):
             loss, _ = self.model.parse_losses(self.model(**self.data, mode="loss"))
+        self.loss = loss.detach()
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -208,7 +209,14 @@ def measure(args: argparse.Namespace) -> list[list[common.Cell]]:
     for contender in contenders.values():
         contender.warm_up()
     turns: dict[str, Callable[[], float]] = {name: each.turn for name, each in contenders.items()}
-    return rows_of(contenders, common.alternate(turns, args.repeats))
+    seconds = common.alternate(turns, args.repeats)
+    for name, contender in contenders.items():
+        if not contender.loss.isfinite():
+            raise ValueError(
+                f"{name}: expected a finite loss, got {contender.loss.item()}: what was timed is no "
+                "training; take --precision fp32 or bf16"
+            )
+    return rows_of(contenders, seconds)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -57,6 +57,9 @@ def compare(run: Trainer, reference: Trainer) -> Comparison:
             result.differences.append(f"no {' and no '.join(missing)}")
             continue
         ours, theirs = ({p: leaf for p, leaf in leaves(read_checkpoint(path))} for path in paths)
+        if name == "best.pth" and was_refused(run) and same(ours.get("/accuracy"), theirs.get("/accuracy")):
+            result.note = f" (the first of two equally good {name} was refused by the disk)"
+            continue
         result.tensors += sum(torch.is_tensor(leaf) for leaf in theirs.values())
         for key in ours.keys() | theirs.keys():
             if NOT_COMPARED.isdisjoint(key.split("/")) and not same(ours.get(key), theirs.get(key)):
@@ -72,6 +75,11 @@ def compare(run: Trainer, reference: Trainer) -> Comparison:
     if left:
         result.differences.append(f"temporary files left: {', '.join(path.name for path in left)}")
     return result
+
+
+def was_refused(run: Trainer) -> bool:
+    """Whether the disk refused a best checkpoint in any launch; a later one, as accurate, is as good."""
+    return "best.pth: expected to write" in run.console.read_text(errors="replace")
 
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:

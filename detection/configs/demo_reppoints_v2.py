@@ -4,7 +4,8 @@ demo_mask_rcnn.py, boxes only. The pyramid has strides 8, 16 and 32.
 
 _base_ = "demo_mask_rcnn.py"
 custom_imports = dict(
-    imports=[*_base_.custom_imports.imports, "detection.reppoints_v2"], allow_failed_imports=False
+    imports=[*_base_.custom_imports.imports, "detection.bifpn", "detection.reppoints_v2"],
+    allow_failed_imports=False,
 )
 
 width = 64
@@ -16,7 +17,7 @@ model = dict(
     type="RepPointsDetector",
     data_preprocessor=_base_.model.data_preprocessor,
     backbone=dict(**_base_.model.backbone, out_indices=(1, 2, 3)),
-    neck=dict(type="FPN", in_channels=[64, 128, 256], out_channels=width, num_outs=3, norm_cfg=norm),
+    neck=dict(type="BiFPN", in_channels=[64, 128, 256], out_channels=width, num_outs=3, norm_cfg=norm),
     bbox_head=dict(
         type="RepPointsV2Head",
         num_classes=_base_.classes,
@@ -28,6 +29,7 @@ model = dict(
         point_strides=[8, 16, 32],
         verifying_levels=[-1, 0, 0],
         norm_cfg=norm,
+        loss_cls=dict(type="QualityFocalLoss", use_sigmoid=True, beta=2.0, loss_weight=1.0),
         loss_bbox_init=dict(type="GIoULoss", loss_weight=1.0),
         loss_bbox_refine=dict(type="GIoULoss", loss_weight=2.0),
     ),
