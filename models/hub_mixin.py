@@ -11,7 +11,6 @@ comes with timm, and writing the page needs Jinja2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +48,8 @@ class FocalTransformerOnHub(
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """See `TimmFocalTransformer`; what is saved from now on is built with this classifier."""
         super().reset_classifier(num_classes, global_pool)
-        self._note(num_classes=num_classes, global_pool=self.global_pool.pool_type)
-
-    def set_input_size(self, img_size: int | Sequence[int]) -> None:
-        """See `TimmFocalTransformer`; what is saved from now on is built for this size."""
-        super().set_input_size(img_size)
-        self._note(img_size=img_size if isinstance(img_size, int) else list(img_size))
-
-    def _note(self, **options: Any) -> None:
-        """Change what `save_pretrained` writes to config.json."""
-        self._hub_mixin_config = (self._hub_mixin_config or {}) | options
+        changed = {"num_classes": num_classes, "global_pool": self.global_pool.pool_type}
+        self._hub_mixin_config = (self._hub_mixin_config or {}) | changed
 
     @classmethod
     def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
