@@ -48,8 +48,9 @@ class FocalTransformerOnHub(
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """See `TimmFocalTransformer`; what is saved from now on is built with this classifier."""
         super().reset_classifier(num_classes, global_pool)
+        given = self._hub_mixin_config if isinstance(self._hub_mixin_config, dict) else {}
         changed = {"num_classes": num_classes, "global_pool": self.global_pool.pool_type}
-        self._hub_mixin_config = (self._hub_mixin_config or {}) | changed
+        self._hub_mixin_config = given | changed
 
     @classmethod
     def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
