@@ -276,7 +276,12 @@ def bad_numbers(lab: Lab) -> list[Row]:
     code, told = trainer.wait(), trainer.last_words()
     dump = trainer.folder / "bad_steps.json"
     steps = json.loads(dump.read_text())["steps"] if dump.exists() else []
-    if not code or "finite" not in told or len(steps) != 5 or not all(step["images"] for step in steps):
+    if (
+        not code
+        or "finite" not in told
+        or len(steps) != 5
+        or not all(batch["images"] for step in steps for batch in step["batches"])
+    ):
         raise FaultError(f"exit code {code}, {len(steps)} steps in the dump: {told}")
     known = ", ".join(sorted(steps[0]))
     where = f"{setting}, learning rate 1e30, TRAIN.BAD_STEPS_MAX 5"
