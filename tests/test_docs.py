@@ -183,6 +183,12 @@ def quicken(arguments: list[str], few: Path | None = None) -> list[str]:
 # --- Commands -----------------------------------------------------------------------------------------------
 
 
+def need_target(targets: list[str], where: str) -> None:
+    """What make knows how to make."""
+    dry = subprocess.run(["make", "-n", *targets], cwd=REPO, capture_output=True, text=True, check=False)
+    assert dry.returncode == 0, f"{where}: {dry.stderr}"
+
+
 def run_command(words: list[str], few: Path, where: str) -> None:
     """Run one command of a document as its reader would, within this process where possible."""
     arguments, task = main_arguments(words), task_command(words)
@@ -200,8 +206,7 @@ def run_command(words: list[str], few: Path, where: str) -> None:
     elif task is not None:
         assert run_task(*task) == 0, f"{where}: {shlex.join(words)}"
     elif words[0] == "make":
-        dry = subprocess.run(["make", "-n", *words[1:]], capture_output=True, text=True, check=False)
-        assert dry.returncode == 0, f"{where}: {dry.stderr}"
+        need_target(words[1:], where)
     else:
         for prefix, run in runners.items():
             head = prefix.split()
@@ -242,6 +247,8 @@ def test_sh_blocks_parse(doc: Path) -> None:
                 load_tool(Path(words[1]).stem).parse(words[2:])
             elif words[0] == "python" and words[1].startswith("classification/"):
                 load_command(Path(words[1]).stem).parse(words[2:])
+            elif words[0] == "make":
+                need_target(words[1:], str(block))
             elif arguments is None:
                 assert words[0] in SHELL_WORDS, f"{block}: unknown command {shlex.join(words)}"
             else:
