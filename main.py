@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from yacs.config import CfgNode
@@ -202,6 +203,17 @@ def run_debug(run: Run, model: FocalTransformer) -> None:
     evaluate(run, model, batches)
 
 
+def leave_group(status: int) -> NoReturn:
+    """End a process that cannot count on the others of its group.
+
+    Closing the group may wait for them, and an interpreter that ends with it open can abort in its threads,
+    with another status.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line.
 
@@ -221,8 +233,8 @@ def main(argv: list[str] | None = None) -> int:
         if not message:
             raise
         logger.debug("stopped", exc_info=True)
-        print(f"error: {message}", file=sys.stderr, flush=True)
-        os._exit(1)  # leaving the process group would wait for the lost process
+        print(f"error: {message}", file=sys.stderr)
+        leave_group(1)
     except (ValueError, OSError, ImportError) as error:
         logger.debug("stopped", exc_info=True)  # the traceback goes to the log file
         if os.environ.get("FOCAL_TRACEBACK") or (config is not None and config.DEBUG_MODE):
@@ -230,6 +242,8 @@ def main(argv: list[str] | None = None) -> int:
         # Under a launcher all processes tell the same, but for a training image that only one has met.
         if os.environ.get("RANK", "0") == "0" or isinstance(error, UndecodableImageError):
             print(f"error: {error}", file=sys.stderr)
+        if utils.in_group():
+            leave_group(2)
         return 2
     utils.close_distributed()
     return 0
