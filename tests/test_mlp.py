@@ -59,6 +59,17 @@ def test_pieces_change_nothing(shape: tuple[int, ...], is_transposed: bool) -> N
 
 
 @pytest.mark.usefixtures("in_pieces")
+def test_the_backward_pass_makes_nothing_as_large_as_the_hidden_layer() -> None:
+    """It is what the pieces are there to avoid: no zeros for the inputs of the GELU, which nobody reads."""
+    layer, x = make_mlp(), torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
+    out = layer(x).sum()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as trace:
+        out.backward()
+    filled = [event.input_shapes[0] for event in trace.events() if event.name == "aten::zero_"]
+    assert filled and [9, 24] not in filled, filled
+
+
+@pytest.mark.usefixtures("in_pieces")
 def test_plain_where_somebody_looks_inside() -> None:
     x = torch.randn(9, 6, dtype=torch.float64)
     layer = make_mlp()
