@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from .geometry import (
     dense_columns,
+    fill_up,
     folding,
     grid,
     nearest_cells,
@@ -47,6 +48,11 @@ from .ops import Fold, KeyTable, lookup, lookup_columns
 
 CACHED_TABLES = 64
 """Tables that a process keeps. A model uses one for each stage and input size, two where blocks alternate."""
+
+KEYS_MULTIPLE = 16
+"""Keys that the CPU gathers for a window are filled up to a multiple of this: rows of scores then begin where
+vectors do. PyTorch's fused kernel takes 0.82 to 0.87 of the time with 224 keys that it takes with 218, and
+the products of the backward pass 0.75 to 1 (two cores of a 2.8 GHz Xeon, AVX-512, float32)."""
 
 
 @dataclass(frozen=True)
@@ -274,7 +280,11 @@ def _table(
         folded_index = index[:, kept]
         folded_visible = None if visible is None else visible[..., kept]
         fold = Fold(*(place(part) for part in columns))
-    readers, first_reader = slots_of_tokens(folded_index, folded_visible, tokens)
+    dense = dense_columns(folded_index, folded_visible, tokens)
+    gathered_index, gathered_visible = folded_index, folded_visible
+    if device.type == "cpu" and dense is None:
+        gathered_index, gathered_visible = fill_up(folded_index, folded_visible, KEYS_MULTIPLE)
+    readers, first_reader = slots_of_tokens(gathered_index, gathered_visible, tokens)
     return KeyTable(
         *size,
         window,
@@ -283,9 +293,11 @@ def _table(
         fold=fold,
         folded_index=place(folded_index),
         folded_visible=place_any(folded_visible),
+        gathered_index=place(gathered_index),
+        gathered_visible=place_any(gathered_visible),
         readers=place(readers),
         first_reader=place(first_reader),
-        dense=place_any(dense_columns(folded_index, folded_visible, tokens)),
+        dense=place_any(dense),
     )
 
 

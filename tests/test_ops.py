@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models.geometry import grid, nearest_cells
-from models.key_selection import NearestKeys, RingPooledKeys, _nearest_keys, _ring_pooled_keys
+from models.key_selection import KEYS_MULTIPLE, NearestKeys, RingPooledKeys, _nearest_keys, _ring_pooled_keys
 from models.ops import PORTABLE_BACKENDS, focal_attention, recompute, resolve_backend, sdpa
 
 CPU = torch.device("cpu")
@@ -132,6 +132,24 @@ def test_key_counts_at_224() -> None:
         table = _ring_pooled_keys(RingPooledKeys(7, e, f, 1), side, side, CPU).table
         counts.append((table.index.shape[1], table.folded_index.shape[1], table.dense is not None))
     assert counts == [(230, 218, False), (206, 194, False), (190, 178, True), (50, 50, True)]
+
+
+@pytest.mark.parametrize("pooled_levels", [0, 1])
+@pytest.mark.parametrize("shift", [0, 3])
+def test_keys_are_filled_up_where_the_cpu_gathers_them(pooled_levels: int, shift: int) -> None:
+    """To whole vectors, with keys that nobody sees; elsewhere the folded keys are gathered."""
+    selection = RingPooledKeys(7, 3, 7, pooled_levels, shift)
+    for side in (14, 28, 35):
+        table = _ring_pooled_keys(selection, side, side, CPU).table
+        keys, filled = table.folded_index.shape[1], table.gathered_index.shape[1]
+        assert keys <= filled < keys + KEYS_MULTIPLE
+        assert torch.equal(table.gathered_index[:, :keys], table.folded_index)
+        assert filled == keys if table.dense is not None else filled % KEYS_MULTIPLE == 0
+        if filled > keys:
+            assert table.gathered_visible is not None and not table.gathered_visible[..., keys:].any()
+        assert int((table.readers % filled).max()) < keys
+        elsewhere = _ring_pooled_keys(selection, side, side, torch.device("meta")).table
+        assert elsewhere.gathered_index.shape[1] == keys
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 7), (5, 40), (30, 3), (20, 31)], ids=str)

@@ -44,7 +44,9 @@ class KeyTable:
     fold: Fold | None
     folded_index: Tensor  # [P, K'] int64
     folded_visible: Tensor | None  # [P, 1 or Q, K'] bool
-    readers: Tensor  # [R] int64: slots (window * K' + key) that see a token, sorted by token
+    gathered_index: Tensor  # [P, G] int64: on the CPU filled up with absent keys to whole vectors, else K'
+    gathered_visible: Tensor | None  # [P, 1 or Q, G] bool
+    readers: Tensor  # [R] int64: slots (window * G + key) that see a token, sorted by token
     first_reader: Tensor  # [S] int64: where a token's slots begin in `readers`
     dense: Tensor | None  # [P, S] int64: which of a window's K' keys a token is, K' where it is none
 
@@ -69,25 +71,29 @@ def lookup_columns(table: Tensor, index: Tensor) -> Tensor:
     return lookup(table.flatten(0, 1).t(), index).unflatten(0, table.shape[:2]).transpose(1, 2)
 
 
-def fold_bias(bias: Tensor, fold: Fold | None) -> Tensor:
-    """Merge duplicate key columns: [..., K] -> [..., K']."""
-    if fold is None:
-        return bias
-    pair = torch.logaddexp(bias.index_select(-1, fold.first), bias.index_select(-1, fold.second))
-    return torch.cat([bias.index_select(-1, fold.single), pair], dim=-1)
+def fold_bias(bias: Tensor, fold: Fold | None, filling: int = 0) -> Tensor:
+    """Merge duplicate key columns and append `filling` columns of zeros: [..., K] -> [..., K' + filling]."""
+    parts = [bias]
+    if fold is not None:
+        pair = torch.logaddexp(bias.index_select(-1, fold.first), bias.index_select(-1, fold.second))
+        parts = [bias.index_select(-1, fold.single), pair]
+    if filling:
+        parts.append(bias.new_zeros(*bias.shape[:-1], filling))
+    return torch.cat(parts, dim=-1) if len(parts) > 1 else bias
 
 
 def spread_bias(bias: Tensor, table: KeyTable) -> Tensor:
-    """A folded bias for every score that is computed, -inf where a key is not seen.
+    """A bias for every score that is computed, -inf where a key is not seen.
 
     Args:
-        bias: [N, P or 1, Q, K'].
+        bias: [N, P or 1, Q, K].
 
     Returns:
-        [N, 1, T, S] in the dense form, else [N, P, Q, K'].
+        [N, 1, T, S] in the dense form, else [N, P, Q, G].
     """
+    bias = fold_bias(bias, table.fold, table.gathered_index.shape[1] - table.folded_index.shape[1])
     if table.dense is None:
-        return mask_absent(bias, table.folded_visible).expand(-1, len(table.index), -1, -1)
+        return mask_absent(bias, table.gathered_visible).expand(-1, len(table.index), -1, -1)
     padded = F.pad(bias, (0, 1), value=float("-inf"))
     if bias.shape[1] == 1:
         every = lookup_columns(padded[:, 0], table.dense)

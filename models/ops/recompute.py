@@ -49,63 +49,89 @@ class RecomputedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         qkv, bias = ctx.saved_tensors
-        table, scale = ctx.table, ctx.scale
-        heads, fine = qkv.shape[3], grad.shape[1]
+        table, (heads, dim) = ctx.table, qkv.shape[3:]
+        fine = grad.shape[1]
         wide = torch.promote_types(bias.dtype, torch.float32)
         gradient = torch.empty_like(qkv)
         gradient[:, fine:, 0] = 0  # nobody asks with a pooled token
-        scores_bias, dbias = bias[0].to(wide), torch.zeros(bias.shape[1:], dtype=wide)  # [N*P, Q, K']
-        for image in range(len(qkv)):
-            q, k, v = (x.transpose(0, 1).to(wide) for x in qkv[image].unbind(1))  # [N, S, D]
-            do = grad[image].unflatten(-1, (heads, -1)).transpose(0, 1).to(wide)
-            q, do = (_queries(x, table) for x in (q[:, :fine], do))  # [N*P, Q, D]
-            k, v = (_keys(x, table) for x in (k, v))  # [N*P, K', D]
-            dq, dk, dv = _products(q, k, v, do, scores_bias, dbias, scale)
-            _put_queries(gradient[image, :fine, 0].transpose(0, 1), dq, table)
-            _put_keys(gradient[image, :, 1].transpose(0, 1), dk, table)
-            _put_keys(gradient[image, :, 2].transpose(0, 1), dv, table)
+        scores_bias, dbias = bias[0].to(wide), torch.zeros(bias.shape[1:], dtype=wide)  # [R, Q, G], R = N*P
+        rows, queries, keys = scores_bias.shape
+        # One image's arrays, used for the next one as well: fresh memory costs page faults.
+        q, do = scores_bias.new_empty(2, rows, queries, dim)
+        k, v = scores_bias.new_empty(2, rows, keys, dim)
+        pieces = _pieces(q, k, v, do, scores_bias, dbias)
+        for image, slopes, target in zip(qkv, grad.unflatten(-1, (heads, -1)), gradient, strict=True):
+            from_q, from_k, from_v = image.permute(1, 2, 0, 3)  # [N, S, D]
+            _get_queries(from_q[:, :fine], q, table)
+            _get_queries(slopes.transpose(0, 1), do, table)
+            _get_keys(from_k.to(wide), k, table)
+            _get_keys(from_v.to(wide), v, table)
+            for piece in pieces:
+                _to_gradients(ctx.scale, *piece)
+            dq, dk, dv = do, k, v
+            to_q, to_k, to_v = target.permute(1, 2, 0, 3)
+            _put_queries(dq, to_q[:, :fine], table)
+            _put_keys(dk, to_k, table)
+            _put_keys(dv, to_v, table)
         return gradient, dbias[None].to(bias.dtype), None, None, None
 
 
-def _products(
-    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, bias: Tensor, dbias: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of one image's windows, R = N*P of them, in pieces whose scores fit the cache.
+def _pieces(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, bias: Tensor, dbias: Tensor
+) -> list[tuple[Tensor, ...]]:
+    """Arguments of `_to_gradients` after the first: views of some windows each, whose scores fit the cache.
 
     Args:
-        q, grad: queries, and the output's gradient, [R, Q, D].
-        k, v: [R, K', D].
-        bias: [R, Q, K'].
-        dbias: added to, as `bias`.
-
-    Returns:
-        dq [R, Q, D], dk and dv [R, K', D].
+        q, do: [R, Q, D].
+        k, v: [R, G, D].
+        bias, dbias: [R, Q, G].
     """
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     scores_at_once = SCORES_AT_ONCE * max(2, torch.get_num_threads())
     step = min(len(q), max(1, scores_at_once // bias[0].numel()))
-    buffers = bias.new_empty(2, step, *bias.shape[1:])  # used again and again: fresh memory costs page faults
-    arrays = (q, k, v, grad, bias, dbias, dq, dk, dv)
-    for qs, ks, vs, gs, bs, dbs, dqs, dks, dvs in zip(*(x.split(step) for x in arrays), strict=True):
-        scores, probabilities = buffers[:, : len(qs)]
-        torch.baddbmm(bs, qs, ks.mT, alpha=scale, out=scores)
-        torch.softmax(scores, dim=-1, out=probabilities)
-        torch.bmm(probabilities.mT, gs, out=dvs)
-        torch.bmm(gs, vs.mT, out=scores)
-        torch.ops.aten._softmax_backward_data.out(scores, probabilities, -1, scores.dtype, grad_input=scores)
-        dbs += scores
-        dqs.baddbmm_(scores, ks, beta=0, alpha=scale)
-        dks.baddbmm_(scores.mT, qs, beta=0, alpha=scale)
-    return dq, dk, dv
+    buffers = bias.new_empty(2, step, *bias.shape[1:])
+    parts = zip(*(x.split(step) for x in (q, k, v, do, bias, dbias)), strict=True)
+    return [(*part, *buffers[:, : len(part[0])]) for part in parts]
 
 
-def _queries(x: Tensor, table: KeyTable) -> Tensor:
-    """[N, T, D] -> [N*P, Q, D]."""
-    return _by_windows(x, table).contiguous().flatten(0, 2).flatten(1, 2)
+def _to_gradients(
+    scale: float,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    bias: Tensor,
+    dbias: Tensor,
+    scores: Tensor,
+    probabilities: Tensor,
+) -> None:
+    """Gradients of some windows in place of what they are computed from: dk in `k`, dv in `v`, dq in `do`.
+
+    Args:
+        scale: factor of the scores.
+        q, do: queries, and the output's gradient, [r, Q, D].
+        k, v: [r, G, D].
+        bias: [r, Q, G].
+        dbias: added to, as `bias`.
+        scores, probabilities: written to, as `bias`.
+    """
+    torch.baddbmm(bias, q, k.mT, alpha=scale, out=scores)
+    torch.softmax(scores, dim=-1, out=probabilities)
+    torch.bmm(do, v.mT, out=scores)
+    torch.bmm(probabilities.mT, do, out=v)
+    torch.ops.aten._softmax_backward_data.out(scores, probabilities, -1, scores.dtype, grad_input=scores)
+    dbias += scores
+    do.baddbmm_(scores, k, beta=0, alpha=scale)
+    k.baddbmm_(scores.mT, q, beta=0, alpha=scale)
 
 
-def _put_queries(target: Tensor, x: Tensor, table: KeyTable) -> None:
-    """Turn `_queries` back: write [N*P, Q, D] to `target` [N, T, D]."""
+def _get_queries(x: Tensor, target: Tensor, table: KeyTable) -> None:
+    """Write [N, T, D] to `target` [N*P, Q, D]."""
+    windows = _by_windows(x, table)
+    target.view(windows.shape).copy_(windows)
+
+
+def _put_queries(x: Tensor, target: Tensor, table: KeyTable) -> None:
+    """Turn `_get_queries` back: write [N*P, Q, D] to `target` [N, T, D]."""
     windows = _by_windows(target, table)
     windows.copy_(x.view(windows.shape))
 
@@ -117,17 +143,16 @@ def _by_windows(x: Tensor, table: KeyTable) -> Tensor:
     return x.transpose(2, 3)
 
 
-def _keys(x: Tensor, table: KeyTable) -> Tensor:
-    """Keys of every window: [N, S, D] -> [N*P, K', D]."""
+def _get_keys(x: Tensor, target: Tensor, table: KeyTable) -> None:
+    """Write the keys of every window, of [N, S, D], to `target` [N*P, G, D]."""
     if table.dense is not None:
-        return x.contiguous()
-    gathered = x.new_empty(len(x), table.folded_index.numel(), x.shape[-1])
-    gather_heads(x, table.folded_index, gathered)
-    return gathered.view(-1, table.folded_index.shape[1], x.shape[-1])
+        target.copy_(x)
+    else:
+        gather_heads(x, table.gathered_index, target.view(len(x), -1, x.shape[-1]))
 
 
 def gather_heads(x: Tensor, index: Tensor, target: Tensor) -> None:
-    """Keys of every window of one image, without autograd: [N, S, D], [P, K'] -> `target` [N, P*K', D].
+    """Keys of every window of one image, without autograd: [N, S, D], [P, G] -> `target` [N, P*G, D].
 
     Head by head, because the CPU copies whole rows fastest.
     """
@@ -135,10 +160,10 @@ def gather_heads(x: Tensor, index: Tensor, target: Tensor) -> None:
         torch.index_select(head, 0, index.flatten(), out=rows)
 
 
-def _put_keys(target: Tensor, x: Tensor, table: KeyTable) -> None:
-    """Turn `_keys` back: add up in `target` [N, S, D] what all windows ask of a token, [N*P, K', D]."""
+def _put_keys(x: Tensor, target: Tensor, table: KeyTable) -> None:
+    """Turn `_get_keys` back: add up in `target` [N, S, D] what all windows ask of a token, [N*P, G, D]."""
     if table.dense is not None:
         target.copy_(x)
         return
-    for head, slots in zip(target, x.view(len(target), -1, x.shape[-1]), strict=True):
+    for slots, head in zip(x.view(len(target), -1, x.shape[-1]), target, strict=True):
         head.copy_(F.embedding_bag(table.readers, slots, table.first_reader, mode="sum"))

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from .key_table import KeyTable, fold_bias, merge_windows, split_qkv, split_windows, spread_bias
+from .key_table import KeyTable, merge_windows, split_qkv, split_windows, spread_bias
 from .recompute import RecomputedAttention, gather_heads
 
 KEYS_AT_ONCE = 2**21
@@ -23,8 +23,8 @@ KEYS_AT_ONCE = 2**21
 
 
 def prepare_bias(bias: Tensor, table: KeyTable, dtype: torch.dtype) -> Tensor:
-    """Mask for SDPA in `dtype`: [1, N, T, S] for the dense form, else [1, N*P, Q, K']."""
-    return spread_bias(fold_bias(bias, table.fold), table).flatten(0, 1).to(dtype)[None]
+    """Mask for SDPA in `dtype`: [1, N, T, S] for the dense form, else [1, N*P, Q, G]."""
+    return spread_bias(bias, table).flatten(0, 1).to(dtype)[None]
 
 
 def attend(qkv: Tensor, table: KeyTable, bias: Tensor, scale: float) -> Tensor:
@@ -46,12 +46,12 @@ def _attend(qkv: Tensor, table: KeyTable, bias: Tensor, scale: float) -> Tensor:
     is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if qkv.device.type == "cpu" and not torch.is_grad_enabled() and not is_traced:
         return _attend_in_pieces(q, k, v, table, bias, scale)
-    index, heads = table.folded_index, q.shape[2]
+    index, heads = table.gathered_index, q.shape[2]
     windows = split_windows(q, table)  # [B, N, P, Q, D]
     keys, values = (
         x.transpose(1, 2).index_select(2, index.flatten()).reshape(len(x), -1, index.shape[1], x.shape[-1])
         for x in (k, v)
-    )  # [B, N*P, K', D]
+    )  # [B, N*P, G, D]
     out = _attention(windows.flatten(1, 2), keys, values, bias, scale)
     return merge_windows(out.unflatten(1, (heads, -1)), table)
 
@@ -67,7 +67,7 @@ def _attend_in_pieces(q: Tensor, k: Tensor, v: Tensor, table: KeyTable, bias: Te
     Returns:
         [B, T, N*D].
     """
-    (images, tokens, heads, dim), index = q.shape, table.folded_index
+    (images, tokens, heads, dim), index = q.shape, table.gathered_index
     at_once = min(images, max(1, KEYS_AT_ONCE // (heads * index.numel() * dim)))
     gathered = q.new_empty(2, at_once, heads, index.numel(), dim)
     out = q.new_empty(images, tokens, heads * dim)
