@@ -9,6 +9,7 @@ One command for one CPU, one GPU, or many under torchrun:
 
 import argparse
 import logging
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -204,14 +205,15 @@ def run_debug(run: Run, model: FocalTransformer) -> None:
 
 
 def leave_group(status: int) -> NoReturn:
-    """End a process that cannot count on the others of its group.
-
-    Closing the group may wait for them, and an interpreter that ends with it open can abort in its threads,
-    with another status.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    """End a process with its group open: closing it may wait for processes that are gone, and an interpreter
+    that ends with it open can abort in its threads, with another status."""
+    try:
+        for worker in multiprocessing.active_children():  # of a loader; they would notice seconds later
+            worker.terminate()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -219,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         0, 2 for what the user can correct, told in one message, EXIT_STOPPED after a stop signal to training,
-        or 1 if another process is gone.
+        or 1 if another process is gone. A process of a group does not return 1 or 2: it ends with them.
     """
     config = None
     try:

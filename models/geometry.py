@@ -76,12 +76,15 @@ def seam_mask(height: int, width: int, window: int, shift: int) -> np.ndarray:
 def fill_up(
     index: np.ndarray, visible: np.ndarray | None, multiple: int
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Append absent keys to tables [P, K] and [P, 1 or Q, K] until K is a multiple of `multiple`."""
+    """Append absent keys to tables [P, K] and [P, 1 or Q, K] until K is a multiple of `multiple`.
+
+    They stand at the last key of their window, and not at all where they would be more than an eighth of K.
+    """
     filling = -index.shape[1] % multiple
-    if filling == 0:
+    if filling == 0 or 8 * filling > index.shape[1]:
         return index, visible
     visible = np.ones((len(index), 1, index.shape[1]), dtype=bool) if visible is None else visible
-    return np.pad(index, ((0, 0), (0, filling))), np.pad(visible, ((0, 0), (0, 0), (0, filling)))
+    return np.pad(index, ((0, 0), (0, filling)), "edge"), np.pad(visible, ((0, 0), (0, 0), (0, filling)))
 
 
 def slots_of_tokens(

@@ -285,16 +285,19 @@ def _table(
     if device.type == "cpu" and dense is None:
         gathered_index, gathered_visible = fill_up(folded_index, folded_visible, KEYS_MULTIPLE)
     readers, first_reader = slots_of_tokens(gathered_index, gathered_visible, tokens)
+    folded = (place(folded_index), place_any(folded_visible))
+    is_filled = gathered_index is not folded_index
+    gathered = (place(gathered_index), place_any(gathered_visible)) if is_filled else folded
     return KeyTable(
         *size,
         window,
         index=place(index),
         visible=place_any(visible),
         fold=fold,
-        folded_index=place(folded_index),
-        folded_visible=place_any(folded_visible),
-        gathered_index=place(gathered_index),
-        gathered_visible=place_any(gathered_visible),
+        folded_index=folded[0],
+        folded_visible=folded[1],
+        gathered_index=gathered[0],
+        gathered_visible=gathered[1],
         readers=place(readers),
         first_reader=place(first_reader),
         dense=place_any(dense),

@@ -76,8 +76,10 @@ def test_backends_agree_on_nearest_keys(size, topk, pooled) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision_is_no_worse_than_the_reference(dtype) -> None:
-    table = _ring_pooled_keys(RingPooledKeys(7, 3, 5, 1), 28, 28, CPU).table
+@pytest.mark.parametrize("side", [14, 28])
+def test_half_precision_is_no_worse_than_the_reference(dtype, side: int) -> None:
+    table = _ring_pooled_keys(RingPooledKeys(7, 3, 5, 1), side, side, CPU).table
+    assert (table.dense is not None) == (side == 14)
     qkv, bias = random_problem(table, tokens_of(table, 1), torch.float64, per_window=False)
     exact = run(table, qkv, bias, "reference")
     rough = [x.detach().to(dtype).requires_grad_() for x in (qkv, bias)]
@@ -93,6 +95,27 @@ def test_half_precision_is_no_worse_than_the_reference(dtype) -> None:
             name,
             errors,
         )
+
+
+@pytest.mark.parametrize("side", [14, 28])
+@pytest.mark.parametrize("images", [1, 3])
+def test_the_backward_pass_leaves_its_inputs_alone(side: int, images: int) -> None:
+    """Gradients are written over copies: asked for again, with strided inputs too, they are the same."""
+    table = _ring_pooled_keys(RingPooledKeys(7, 3, 5, 1), side, side, CPU).table
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(images, tokens_of(table, 1), 3, 2, 16, generator=generator, requires_grad=True)
+    bias = torch.randn(2, 1, 49, table.index.shape[1], generator=generator, requires_grad=True)
+    out = focal_attention(wide[..., ::2], table, bias, 0.3, "sdpa")
+    slopes = torch.randn(*out.shape[:2], 2 * out.shape[2], generator=generator)[..., ::2]
+    kept = slopes.clone()
+    first, second = (torch.autograd.grad(out, (wide, bias), slopes, retain_graph=True) for _ in range(2))
+    assert torch.equal(slopes, kept)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    exact = torch.autograd.grad(
+        focal_attention(wide[..., ::2], table, bias, 0.3, "reference"), (wide, bias), slopes
+    )
+    for ours, its in zip(first, exact, strict=True):
+        torch.testing.assert_close(ours, its, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize(("height", "width"), MAPS)

@@ -1,7 +1,8 @@
 """What an attention operator has to know about one map size: which keys each window sees.
 
 Legend: H W rows and columns of the padded map, T = H*W fine tokens, S = T + pooled tokens, s window side,
-P = (H/s)*(W/s) windows in row-major order, Q = s*s queries of a window, K keys of a window.
+P = (H/s)*(W/s) windows in row-major order, Q = s*s queries of a window, K keys of a window, K' of them after
+folding, G as they are gathered.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class KeyTable:
     """Index tables of one map size on one device.
 
     `index` points into the S tokens [fine tokens of the padded map, pooled level 0, level 1, ...]; where a
-    key is absent it points at token 0 and `visible` is False. `dense` exists where no window sees a token
+    key is absent it points at any token and `visible` is False. `dense` exists where no window sees a token
     twice: it turns a bias over the folded keys into one over all S tokens, so that small maps need no gather
     (see `spread_bias`).
     """
@@ -44,7 +45,7 @@ class KeyTable:
     fold: Fold | None
     folded_index: Tensor  # [P, K'] int64
     folded_visible: Tensor | None  # [P, 1 or Q, K'] bool
-    gathered_index: Tensor  # [P, G] int64: on the CPU filled up with absent keys to whole vectors, else K'
+    gathered_index: Tensor  # [P, G] int64: the folded ones, on the CPU filled up to whole vectors
     gathered_visible: Tensor | None  # [P, 1 or Q, G] bool
     readers: Tensor  # [R] int64: slots (window * G + key) that see a token, sorted by token
     first_reader: Tensor  # [S] int64: where a token's slots begin in `readers`

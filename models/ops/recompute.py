@@ -10,6 +10,9 @@ the cache:
 
 The gradient of a key is the sum over the slots that read it, taken in a fixed order: two runs give the same
 bits.
+
+Legend: as `key_table`. R score matrices of an image, Q x G each: N*P windows, or in the dense form N whole
+maps with Q = T and G = S.
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ class RecomputedAttention(torch.autograd.Function):
         wide = torch.promote_types(bias.dtype, torch.float32)
         gradient = torch.empty_like(qkv)
         gradient[:, fine:, 0] = 0  # nobody asks with a pooled token
-        scores_bias, dbias = bias[0].to(wide), torch.zeros(bias.shape[1:], dtype=wide)  # [R, Q, G], R = N*P
+        scores_bias, dbias = bias[0].to(wide), torch.zeros(bias.shape[1:], dtype=wide)  # [R, Q, G]
         rows, queries, keys = scores_bias.shape
         # One image's arrays, used for the next one as well: fresh memory costs page faults.
         q, do = scores_bias.new_empty(2, rows, queries, dim)
@@ -64,8 +67,8 @@ class RecomputedAttention(torch.autograd.Function):
             from_q, from_k, from_v = image.permute(1, 2, 0, 3)  # [N, S, D]
             _get_queries(from_q[:, :fine], q, table)
             _get_queries(slopes.transpose(0, 1), do, table)
-            _get_keys(from_k.to(wide), k, table)
-            _get_keys(from_v.to(wide), v, table)
+            _get_keys(from_k, k, table)
+            _get_keys(from_v, v, table)
             for piece in pieces:
                 _to_gradients(ctx.scale, *piece)
             dq, dk, dv = do, k, v
@@ -148,7 +151,7 @@ def _get_keys(x: Tensor, target: Tensor, table: KeyTable) -> None:
     if table.dense is not None:
         target.copy_(x)
     else:
-        gather_heads(x, table.gathered_index, target.view(len(x), -1, x.shape[-1]))
+        gather_heads(x.to(target.dtype), table.gathered_index, target.view(len(x), -1, x.shape[-1]))
 
 
 def gather_heads(x: Tensor, index: Tensor, target: Tensor) -> None:

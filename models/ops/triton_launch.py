@@ -8,7 +8,7 @@ window that sees any of its tokens: an *entry*. Blocks are windows moved by half
 block is seen by four windows, where a window itself is seen by nine; so the keys of a window cost about as
 much here as gathered.
 
-Legend: as `key_table`; G blocks, E entries.
+Legend: as `key_table`; M blocks, E entries.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class KernelTables:
     """Index tables of one key table, int32, on its device; -1 where there is no token, key or column."""
 
     index: Tensor  # [P, K' padded] token of every key
-    block_token: Tensor  # [G, BLOCK_KEYS] tokens of a block
-    entry_start: Tensor  # [G + 1] entries of block g are entry_start[g] .. entry_start[g + 1] - 1
+    block_token: Tensor  # [M, BLOCK_KEYS] tokens of a block
+    entry_start: Tensor  # [M + 1] entries of block g are entry_start[g] .. entry_start[g + 1] - 1
     entry_window: Tensor  # [E] window of an entry
     entry_column: Tensor  # [E, BLOCK_KEYS] the window's column for each token of the block
     keys: int  # K', not padded
