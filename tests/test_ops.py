@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.geometry import grid, nearest_cells
+from models.geometry import fill_up, grid, nearest_cells
 from models.key_selection import KEYS_MULTIPLE, NearestKeys, RingPooledKeys, _nearest_keys, _ring_pooled_keys
 from models.ops import PORTABLE_BACKENDS, focal_attention, recompute, resolve_backend, sdpa
 
@@ -173,6 +173,19 @@ def test_keys_are_filled_up_where_the_cpu_gathers_them(pooled_levels: int, shift
         assert int((table.readers % filled).max()) < keys
         elsewhere = _ring_pooled_keys(selection, side, side, torch.device("meta")).table
         assert elsewhere.gathered_index.shape[1] == keys
+
+
+@pytest.mark.parametrize(
+    ("keys", "filled"), [(17, 17), (112, 112), (113, 113), (114, 128), (128, 128), (218, 224)]
+)
+def test_few_keys_are_not_filled_up(keys: int, filled: int) -> None:
+    """What is added is at most an eighth, and repeats tokens that the window reads anyway."""
+    index, visible = fill_up(np.arange(2 * keys).reshape(2, keys), None, 16)
+    assert index.shape == (2, filled)
+    assert (index[:, keys:] == index[:, keys - 1 : keys]).all()
+    assert (visible is None) == (filled == keys)
+    if visible is not None:
+        assert visible[..., :keys].all() and not visible[..., keys:].any()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 7), (5, 40), (30, 3), (20, 31)], ids=str)
