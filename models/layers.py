@@ -132,8 +132,17 @@ class LinearPool(nn.Linear):
         self.side = side
 
     def forward(self, cells: Tensor) -> Tensor:
-        """[B, gh, p, gw, p, C] -> [B, gh, gw, C]."""
-        return torch.einsum("bhiwjc,ij->bhwc", cells, self.weight.view(self.side, self.side)) + self.bias
+        """[B, gh, p, gw, p, C] -> [B, gh, gw, C].
+
+        One product for a row of cells, [gw, p*gw*p] with [p*gw*p, C], most of whose factors are zero: that
+        costs less than bringing the p*p tokens of each cell together.
+        """
+        images, rows, side, columns, _, channels = cells.shape
+        weight = self.weight.view(1, side, 1, side)
+        weight = torch.eye(columns, dtype=weight.dtype, device=weight.device)[:, None, :, None] * weight
+        weight = weight.reshape(1, columns, -1).expand(images * rows, -1, -1)
+        tokens = cells.reshape(images * rows, -1, channels)
+        return torch.baddbmm(self.bias, weight, tokens).view(images, rows, columns, channels)
 
 
 class ConvPool(nn.Conv2d):

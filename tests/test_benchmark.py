@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import os
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import benchmark_loader
 import benchmark_models
 import profile_attention
 
-TINY = ["--batch-size", "1", "--repeats", "2", "--device", "cpu"]
+TINY = ["--batch-size", "1", "--repeats", "2", "--device", "cpu", "--processes", "0"]
 
 
 @pytest.fixture
@@ -101,6 +102,7 @@ def group_of(monkeypatch: pytest.MonkeyPatch, builders: dict, batch: int) -> ben
 def test_batch_is_halved_for_all(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     small = lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 1000))  # noqa: E731
     rows = group_of(monkeypatch, {"test_convnext": small, "hungry": Hungry}, 8).run(3)
+    benchmark.compare(rows)
     assert [(row.batch, row.note, len(row.seconds)) for row in rows] == [(2, "", 3)] * 2
     assert all(row.ratio is not None for row in rows)
     rows = group_of(monkeypatch, {"test_convnext": small, "hungry": Hungry}, 128).run(2)
@@ -130,6 +132,32 @@ def test_a_model_that_breaks_later_leaves_the_others(quick: None, monkeypatch: p
         "",
     ]
     assert [len(row.seconds) for row in rows] == [0, 0, 5]
+
+
+def test_groups_have_processes_of_their_own(nano: Path, tmp_path: Path) -> None:
+    """Rounds of all of them make a row; a process that dies is a note."""
+    words = ["--models", str(nano), "test_convnext", "--sizes", "64", "--modes", "infer"]
+    assert benchmark.main([*words, *TINY, "--processes", "2", "--out", str(tmp_path)]) == 0
+    assert [(row["note"], float(row["img/s"]) > 0) for row in table(tmp_path)] == [("", True)] * 2
+    assert "2 rounds in turns in each of 2 processes" in next(tmp_path.glob("*.md")).read_text()
+
+    args = benchmark.parse([*words, *TINY, "--processes", "2"])
+    args.device = torch.device("cpu")
+    entries, setting = (
+        benchmark_models.entries(args.models),
+        benchmark.Setting("", 64, "infer", "fp32", "eager"),
+    )
+    assert [len(row.seconds) for row in benchmark.run_apart(setting, entries, args, 3)] == [6, 6]
+    args.device = Dies()
+    (note,) = {row.note for row in benchmark.run_apart(setting, entries, args, 3)}
+    assert note == "failed: the process ended, perhaps for want of memory"
+
+
+class Dies:
+    """Ends the process that receives it."""
+
+    def __reduce__(self) -> tuple:
+        return os._exit, (1,)
 
 
 def test_models_by_name() -> None:

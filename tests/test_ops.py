@@ -8,7 +8,7 @@ import torch
 
 from models.geometry import fill_up, grid, nearest_cells
 from models.key_selection import KEYS_MULTIPLE, NearestKeys, RingPooledKeys, _nearest_keys, _ring_pooled_keys
-from models.ops import PORTABLE_BACKENDS, focal_attention, recompute, resolve_backend, sdpa
+from models.ops import PORTABLE_BACKENDS, cpu_kernel, focal_attention, resolve_backend
 
 CPU = torch.device("cpu")
 MAPS = [(7, 7), (14, 14), (15, 9), (28, 21), (3, 30)]
@@ -55,8 +55,7 @@ def test_backends_agree_on_ring_and_pooled_keys(size, expand, focal_window, pool
 @pytest.mark.parametrize("at_once", [1, 2**12, 2**15])
 def test_pieces_change_nothing(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Images and windows are worked on a few at a time on the CPU, with a rest or one by one."""
-    monkeypatch.setattr(sdpa, "KEYS_AT_ONCE", 3 * at_once)
-    monkeypatch.setattr(recompute, "SCORES_AT_ONCE", at_once)
+    monkeypatch.setattr(cpu_kernel, "SCORES_AT_ONCE", at_once)
     table = _ring_pooled_keys(RingPooledKeys(7, 3, 3, 1, 0), 28, 21, CPU).table
     assert table.dense is None
     qkv, bias = random_problem(table, tokens_of(table, 1), torch.float64, per_window=False)
@@ -95,6 +94,33 @@ def test_half_precision_is_no_worse_than_the_reference(dtype, side: int) -> None
             name,
             errors,
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("side", [14, 28])
+def test_the_operator_is_registered_as_pytorch_wants_it(side: int, dtype: torch.dtype) -> None:
+    """Schema, fake tensors, autograd and compilation, in the dense form and with gathered keys."""
+    table = _ring_pooled_keys(RingPooledKeys(7, 3, 5, 1), side, side, CPU).table
+    qkv, bias = random_problem(table, tokens_of(table, 1), dtype, per_window=False)
+    prepared = PORTABLE_BACKENDS["sdpa"].prepare_bias(bias, table, dtype).detach().requires_grad_()
+    index = None if table.dense is not None else table.gathered_index
+    rest = (prepared, index, table.readers, table.first_reader, side, side, 7, 0.4)
+    torch.library.opcheck(cpu_kernel.attention, (qkv, *rest))
+    slopes = torch.randn(2, side * side, 16).to(dtype)
+    inputs = [x.detach() if isinstance(x, torch.Tensor) else x for x in (slopes, qkv, *rest)]
+    torch.library.opcheck(cpu_kernel.attention_backward, inputs)
+
+
+def test_row_numbers_are_kept_with_their_tables() -> None:
+    """Made once for a table, and not those of another one."""
+    first, second = (
+        _ring_pooled_keys(RingPooledKeys(7, 3, focal_window, 1), 28, 28, CPU).table for focal_window in (3, 5)
+    )
+    rows = [cpu_kernel._rows(table.gathered_index, 28, 28, 7, 2, 5) for table in (first, second, first)]
+    assert rows[0] is rows[2] and rows[0] is not rows[1]
+    for table, made in zip((first, second), rows, strict=False):
+        read = torch.cat([piece[5 * 49 :] for piece in made.read[:1]])[: 5 * table.gathered_index.shape[1]]
+        assert torch.equal(read.long(), (table.gathered_index[:5].flatten() * 3 + 1) * 2)
 
 
 @pytest.mark.parametrize("side", [14, 28])

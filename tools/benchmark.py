@@ -7,17 +7,22 @@
 Modes: `infer` is the forward pass without gradients; `train` is a whole training step: forward, cross
 entropy, backward and AdamW. Inputs lie on the device; precisions other than fp32 are autocast, fp16 trains
 with loss scaling. All models of one size class run in turns in one process, so that
-`vs swin` is the median of ratios taken side by side, which a busy machine hardly disturbs. When memory runs
-out, the batch is halved for the whole group, and the table says so; a model that cannot run gets a row with
-the reason. Writes <date>_<name>.md, .csv and .png, anew after every group.
+`vs swin` is the median of ratios taken side by side, which a busy machine hardly disturbs. Every such group
+has a process of its own, and on the CPU several, one after another: how its memory happens to lie decides
+about a tenth of a model's time. When memory runs out, the batch is halved for the whole group, and the table
+says so; a model that cannot run gets a row with the reason. Writes <date>_<name>.md, .csv and .png, anew
+after every group.
 """
 
 import argparse
 import gc
 import logging
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import product
 from pathlib import Path
 
@@ -57,7 +62,8 @@ DEFAULTS = PRESETS["cpu"] | {"sizes": [224], "device": ""}
 MODES = ("infer", "train")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILE = ("eager", "compiled")
-ROUNDS = {"cpu": 7, "cuda": 20}
+PROCESSES = {"cpu": 3, "cuda": 1}
+ROUNDS = {"cpu": 5, "cuda": 20}  # in each process
 ROUND_SECONDS = {"cpu": 0.5, "cuda": 0.3}  # aimed at; a turn is at least one step
 WARM_UP_STEPS = {"cpu": 1, "cuda": 5}
 HALVINGS = 4
@@ -126,7 +132,6 @@ class Group:
             running = self._running()
             for row in running if number % 2 == 0 else reversed(running):
                 self._guarded(row, self._take_turn)
-        self._compare()
         self._release()
         return self.rows
 
@@ -206,14 +211,6 @@ class Group:
         step = self.steps[row.entry.label]
         row.seconds.append(common.seconds_of(step, row.steps, self.device))
 
-    def _compare(self) -> None:
-        """Ratios to the baseline of the same size, over the rounds that both took part in."""
-        name = benchmark_models.FAMILIES[BASELINE].get(self.setting.size)
-        base = next((row for row in self._running() if row.entry.name == name), None)
-        for row in self._running():
-            if base is not None and row.seconds:
-                row.ratio = common.speed_ratio(row.seconds, base.seconds)
-
     def _release(self) -> None:
         self.models.clear()
         self.steps.clear()
@@ -224,6 +221,45 @@ class Group:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def compare(rows: Sequence[Row]) -> None:
+    """Ratios to the baseline of the same size, over the rounds that both took part in."""
+    for row in rows:
+        name = benchmark_models.FAMILIES[BASELINE].get(row.setting.size)
+        base = next((other for other in rows if other.entry.name == name), None)
+        if base is not None and base.seconds and row.seconds:
+            row.ratio = common.speed_ratio(row.seconds, base.seconds)
+
+
+def run_group(setting: Setting, entries: Sequence[Entry], args: argparse.Namespace, rounds: int) -> list[Row]:
+    """Measure a group in this process."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    return Group(setting, entries, args).run(rounds)
+
+
+def run_apart(setting: Setting, entries: Sequence[Entry], args: argparse.Namespace, rounds: int) -> list[Row]:
+    """Measure a group in new processes, one after another, and put their rounds together."""
+    runs: list[list[Row]] = []
+    for _ in range(args.processes):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            try:
+                rows = pool.submit(run_group, setting, entries, args, rounds).result()
+            except BrokenProcessPool:
+                note = "failed: the process ended, perhaps for want of memory"
+                return [Row(entry, setting, args.batch_size, note=note) for entry in entries]
+        if runs and rows[0].batch < args.batch_size:
+            runs.clear()  # other batches are not to be compared
+        args = argparse.Namespace(**vars(args) | {"batch_size": rows[0].batch})
+        runs.append(rows)
+    for row, *others in zip(*runs, strict=True):
+        for other in others:
+            row.seconds = row.seconds + other.seconds
+            row.note = row.note or other.note
+        row.seconds = [] if row.note else row.seconds
+    return runs[0]
 
 
 def settings_of(args: argparse.Namespace) -> list[Setting]:
@@ -248,7 +284,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile", nargs="+", choices=COMPILE)
     parser.add_argument("--batch-size", type=int, help="halved when memory runs out")
     parser.add_argument("--device", help="cpu, cuda or cuda:N")
-    parser.add_argument("--repeats", type=int, help=f"rounds (default: {ROUNDS})")
+    parser.add_argument("--repeats", type=int, help=f"rounds in a process (default: {ROUNDS})")
+    parser.add_argument(
+        "--processes", type=int, help=f"for a group (default: {PROCESSES}); 0: measure all in this one"
+    )
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
     parser.add_argument("--minutes", type=float, help="begin no group after this time")
     parser.add_argument("--name", help="of the files (default: the preset, or custom)")
@@ -257,10 +296,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for key, value in (PRESETS[args.preset] if args.preset else DEFAULTS).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    for key in ("batch_size", "repeats", "threads"):
+    for key, least in (("batch_size", 1), ("repeats", 1), ("threads", 1), ("processes", 0)):
         value = getattr(args, key)
-        if value is not None and value < 1:
-            parser.error(f"--{key.replace('_', '-')}: expected 1 or more, got {value}")
+        if value is not None and value < least:
+            parser.error(f"--{key.replace('_', '-')}: expected {least} or more, got {value}")
     args.name = args.name or args.preset or "custom"
     return args
 
@@ -279,7 +318,8 @@ def measure(args: argparse.Namespace, facts: dict[str, str], notes: list[str]) -
             break
         entries = [entry for entry in args.entries if entry.size == setting.size]
         logger.info(f"{setting}: {', '.join(entry.label for entry in entries)}")
-        new = Group(setting, entries, args).run(rounds)
+        new = (run_apart if args.processes else run_group)(setting, entries, args, rounds)
+        compare(new)
         logger.info(common.markdown_table(SHOWN, [shown(row) for row in new]))
         rows += new
         write(rows, facts, notes, args.out, args.name)
@@ -295,14 +335,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.entries = benchmark_models.entries(args.models)
         args.device = pick_device(args.device)
+        args.processes = PROCESSES[args.device.type] if args.processes is None else args.processes
         if args.threads is not None:
             torch.set_num_threads(args.threads)
         facts = common.describe_run(args.device)
         rounds = args.repeats or ROUNDS[args.device.type]
         notes = [
-            f"Median and quartiles of {rounds} rounds in turns; a ratio is the median of the ratios within a "
-            f"round. `train` is forward, cross entropy, backward and AdamW; stochastic depth "
-            f"{benchmark_models.DROP_PATH} everywhere. Peak memory, on CUDA only, without other models."
+            f"Median and quartiles of {rounds} rounds in turns in each of {max(1, args.processes)} processes; "
+            "a ratio is the median of ratios within a round. `train`: forward, cross entropy, backward, AdamW. "
+            f"Stochastic depth {benchmark_models.DROP_PATH} everywhere. Peak memory: on CUDA only, without "
+            "other models."
         ]
         rows = measure(args, facts, notes)
         logger.info(f"wrote {write(rows, facts, notes, args.out, args.name)}")

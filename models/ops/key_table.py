@@ -7,11 +7,16 @@ folding, G as they are gathered.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,24 +57,28 @@ class KeyTable:
     dense: Tensor | None  # [P, S] int64: which of a window's K' keys a token is, K' where it is none
 
 
-def lookup(table: Tensor, index: Tensor) -> Tensor:
-    """Rows of a [R, N] table as a bias, heads first: index [...] -> [N, ...].
+def pick(x: Tensor, index: Tensor) -> Tensor:
+    """Columns of [N, X], the same in every row: index [...] -> [N, ...].
 
-    As an embedding, because the gradient of plain indexing is a slow scatter on the CPU.
+    On the CPU by a gather, which reads and writes in order; elsewhere its gradient would be summed in any
+    order, which an embedding's is not. (The gradient of plain indexing is a slow scatter on the CPU.)
     """
-    return F.embedding(index, table).movedim(-1, 0)
+    if x.device.type == "cpu":
+        return x.gather(1, index.flatten().expand(len(x), -1)).unflatten(1, index.shape)
+    return F.embedding(index, x.t()).movedim(-1, 0)
+
+
+def lookup(table: Tensor, index: Tensor) -> Tensor:
+    """Rows of a [R, N] table as a bias, heads first: index [...] -> [N, ...]."""
+    return pick(table.t(), index)
 
 
 def lookup_columns(table: Tensor, index: Tensor) -> Tensor:
-    """Columns of a [N, Q, U] table for every window: index [P, K] -> [N, P, Q, K].
-
-    On the CPU by a gather, which reads and writes in order; elsewhere its gradient would be summed in any
-    order, which an embedding's is not.
-    """
+    """Columns of a [N, Q, U] table for every window, as `pick` does: index [P, K] -> [N, P, Q, K]."""
     if table.device.type == "cpu":
         columns = table.gather(2, index.flatten().expand(*table.shape[:2], -1))
         return columns.unflatten(2, index.shape).transpose(1, 2)
-    return lookup(table.flatten(0, 1).t(), index).unflatten(0, table.shape[:2]).transpose(1, 2)
+    return pick(table.flatten(0, 1), index).unflatten(0, table.shape[:2]).transpose(1, 2)
 
 
 def fold_bias(bias: Tensor, fold: Fold | None, filling: int = 0) -> Tensor:
@@ -96,18 +105,16 @@ def spread_bias(bias: Tensor, table: KeyTable) -> Tensor:
     if table.dense is None:
         return mask_absent(bias, table.gathered_visible).expand(-1, len(table.index), -1, -1)
     padded = F.pad(bias, (0, 1), value=float("-inf"))
-    if bias.shape[1] == 1:
-        every = lookup_columns(padded[:, 0], table.dense)
-    else:
-        every = padded.gather(3, table.dense[:, None].expand(*bias.shape[:3], -1))
-    return rows_of_map(every, table)[:, None]
+    of_query = torch.arange(padded[0].numel(), device=bias.device).view(padded.shape[1:])[..., :1]
+    cells = rows_of_map(of_query + table.dense[:, None], table)  # [T, S] of N rows [P or 1, Q, K' + 1]
+    return pick(padded.flatten(1), cells)[:, None]
 
 
 def rows_of_map(x: Tensor, table: KeyTable) -> Tensor:
-    """Rows of windows in map order: [N, P, Q, X] -> [N, T, X]."""
+    """Rows of windows in map order: [P, Q, X] -> [T, X]."""
     s = table.window
-    x = x.unflatten(2, (s, s)).unflatten(1, (table.height // s, table.width // s)).transpose(2, 3)
-    return x.flatten(1, 4)
+    x = x.unflatten(1, (s, s)).unflatten(0, (table.height // s, table.width // s)).transpose(1, 2)
+    return x.flatten(0, 3)
 
 
 def mask_absent(bias: Tensor, visible: Tensor | None) -> Tensor:
@@ -142,3 +149,39 @@ def merge_windows(x: Tensor, table: KeyTable) -> Tensor:
     b, n, _, _, d = x.shape
     x = x.reshape(b, n, table.height // s, table.width // s, s, s, d)
     return x.permute(0, 2, 4, 3, 5, 1, 6).reshape(b, table.height * table.width, n * d)
+
+
+class _ByAddress:
+    """A tensor that equals another where both are the same array. It holds the array: while it does, no other
+    one can have that address."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self._key = (tensor.data_ptr(), tensor.shape, tensor.device)
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ByAddress) and self._key == other._key
+
+
+def kept_with_tables(most: int) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Keep what a function derives from index tables, which must not be written to, and from numbers.
+
+    Args:
+        most: results kept, with the tables they came from.
+    """
+
+    def decorate(build: Callable[..., T]) -> Callable[..., T]:
+        @lru_cache(maxsize=most)
+        def made(*arguments: Any) -> T:
+            return build(*(x.tensor if isinstance(x, _ByAddress) else x for x in arguments))
+
+        @wraps(build)
+        def get(*arguments: Any) -> T:
+            return made(*(_ByAddress(x) if isinstance(x, Tensor) else x for x in arguments))
+
+        return get
+
+    return decorate

@@ -13,13 +13,14 @@ Legend: as `key_table`; M blocks, E entries.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
 from math import ceil
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from .key_table import kept_with_tables
 
 BLOCK_KEYS = 64
 """Tokens of a block."""
@@ -76,9 +77,7 @@ class KernelTables:
     heavy_blocks: int  # the first so many blocks have far more entries than the others and should start first
 
 
-_cache: OrderedDict[tuple, tuple[Tensor, Tensor | None, KernelTables]] = OrderedDict()
-
-
+@kept_with_tables(CACHED_TABLES)
 def kernel_tables(
     index: Tensor, visible: Tensor | None, height: int, width: int, window: int, tokens: int
 ) -> KernelTables:
@@ -92,20 +91,6 @@ def kernel_tables(
         window: window side.
         tokens: S.
     """
-    addresses = (index.data_ptr(), 0 if visible is None else visible.data_ptr())
-    key = (*addresses, tuple(index.shape), str(index.device), height, width, window, tokens)
-    if key not in _cache:
-        if len(_cache) >= CACHED_TABLES:
-            _cache.popitem(last=False)
-        # The cache holds the sources too: while it does, no other table can have their addresses.
-        _cache[key] = (index, visible, _build(index, visible, height, width, window, tokens))
-    _cache.move_to_end(key)
-    return _cache[key][-1]
-
-
-def _build(
-    index: Tensor, visible: Tensor | None, height: int, width: int, window: int, tokens: int
-) -> KernelTables:
     keys = index.cpu().numpy()
     if visible is not None:
         keys = np.where(visible.any(dim=1).cpu().numpy(), keys, -1)
