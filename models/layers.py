@@ -134,15 +134,18 @@ class LinearPool(nn.Linear):
     def forward(self, cells: Tensor) -> Tensor:
         """[B, gh, p, gw, p, C] -> [B, gh, gw, C].
 
-        One product for a row of cells, [gw, p*gw*p] with [p*gw*p, C], most of whose factors are zero: that
-        costs less than bringing the p*p tokens of each cell together.
+        On the CPU by one product for a row of cells, [gw, p*gw*p] with [p*gw*p, C], most of whose factors are
+        zero: that takes less than half the time of bringing the tokens of each cell together (maps of 7 to
+        112 tokens a side, forward and backward; 2026-11-23, two cores of a 2.8 GHz Xeon, torch 2.15.0).
         """
-        images, rows, side, columns, _, channels = cells.shape
-        weight = self.weight.view(1, side, 1, side)
-        weight = torch.eye(columns, dtype=weight.dtype, device=weight.device)[:, None, :, None] * weight
-        weight = weight.reshape(1, columns, -1).expand(images * rows, -1, -1)
-        tokens = cells.reshape(images * rows, -1, channels)
-        return torch.baddbmm(self.bias, weight, tokens).view(images, rows, columns, channels)
+        weight = self.weight.view(self.side, self.side)
+        if cells.device.type != "cpu":
+            return torch.einsum("bhiwjc,ij->bhwc", cells, weight) + self.bias
+        images, rows, _, columns, _, channels = cells.shape
+        spread = torch.eye(columns, dtype=weight.dtype)[:, None, :, None] * weight[:, None]  # [gw, p, gw, p]
+        spread = spread.reshape(1, columns, -1).expand(images * rows, -1, -1)
+        tokens = cells.flatten(2, 4).flatten(0, 1)
+        return torch.baddbmm(self.bias, spread, tokens).view(images, rows, columns, channels)
 
 
 class ConvPool(nn.Conv2d):

@@ -67,31 +67,31 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 class MlpInPieces(torch.autograd.Function):
-    """`_forward` that keeps the inputs of the GELU, and its gradients."""
+    """`_forward` that keeps the inputs of the GELU, an array for each piece, and its gradients."""
 
     @staticmethod
-    def forward(rows: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = rows.new_empty(len(rows), len(w1))
-        return _forward(rows, w1, b1, w2, b2, hidden.split(_rows_at_once(len(w1)))), hidden
+    def forward(rows: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tuple[Tensor, ...]:
+        hidden = [rows.new_empty(len(x), len(w1)) for x in rows.split(_rows_at_once(len(w1)))]
+        return _forward(rows, w1, b1, w2, b2, hidden), *hidden
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
         rows, w1, _, w2, _ = inputs
-        ctx.mark_non_differentiable(output[1])
+        ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # zeros as large as the hidden layer, which nobody reads
-        ctx.save_for_backward(rows, w1, w2, output[1])
+        ctx.save_for_backward(rows, w1, w2, *output[1:])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 5
-        rows, w1, w2, hidden = ctx.saved_tensors
-        step = _rows_at_once(len(w1))
+        rows, w1, w2, *hidden = ctx.saved_tensors
+        step = len(hidden[0])
         drows, dw1, dw2 = torch.empty_like(rows), torch.zeros_like(w1), torch.zeros_like(w2)
         db1, db2 = w1.new_zeros(len(w1)), grad.sum(dim=0)
-        buffers = hidden.new_empty(2, min(step, len(rows)), len(w1))
-        for x, g, h, dx in zip(*(t.split(step) for t in (rows, grad, hidden, drows)), strict=True):
+        buffers = rows.new_empty(2, step, len(w1))
+        for x, g, h, dx in zip(rows.split(step), grad.split(step), hidden, drows.split(step), strict=True):
             after, dhidden = buffers[:, : len(h)]
             torch.ops.aten.gelu.out(h, out=after)
             dw2.addmm_(g.t(), after)

@@ -49,10 +49,41 @@ def test_torchvisions_detectors_on_the_copied_folder(tmp_path: Path) -> None:
     assert small != printed
     shutil.copytree(REPO / "models", tmp_path / "models", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "detect.py").write_text(small + AT_WORK)
+    run(tmp_path, "detect.py")
+
+
+TWO_COPIES = """
+import torch, first.models, second.models
+options = dict(img_size=64, embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), focal_pool="fc",
+               drop_path_rate=0.0, focal_levels=(2, 2, 2, 2), focal_windows=(3, 1, 1, 1))
+made = [package.models.FocalTransformer(**options).train() for package in (first, second)]
+made[1].load_state_dict(made[0].state_dict())
+images = torch.rand(2, 3, 64, 64)
+outs = [model(images) for model in made]
+for out in reversed(outs):
+    out.square().sum().backward()
+assert torch.equal(*outs)
+for a, b in zip(made[0].parameters(), made[1].parameters()):
+    assert torch.equal(a.grad, b.grad)
+"""
+
+
+def test_two_copies_work_side_by_side(tmp_path: Path) -> None:
+    """PyTorch knows operators by name: a second copy of the folder must not take the first one's away."""
+    for name in ("first", "second"):
+        shutil.copytree(
+            REPO / "models", tmp_path / name / "models", ignore=shutil.ignore_patterns("__pycache__")
+        )
+    (tmp_path / "both.py").write_text(TWO_COPIES)
+    run(tmp_path, "both.py")
+
+
+def run(folder: Path, script: str) -> None:
+    """In `folder`, where nothing of this project is at hand but what lies there."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "detect.py", str(tmp_path)],
-        cwd=tmp_path,
+        [sys.executable, "-W", "ignore", script, str(folder)],
+        cwd=folder,
         env=environment | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,

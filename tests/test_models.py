@@ -10,6 +10,8 @@ import torch._dynamo.testing
 
 from models import FocalTransformer
 from models.key_selection import CACHED_TABLES, _nearest_keys, _ring_pooled_keys
+from models.layers import LinearPool, _cells
+from models.ops import cpu_kernel
 
 NANO = {
     "img_size": 64,
@@ -103,8 +105,8 @@ def test_table_caches_are_bounded() -> None:
             focal_windows=[3, 3],
             expand_sizes=[3, 3],
         )(image(side, 32, batch=1))
-    for cache in (_ring_pooled_keys, _nearest_keys):
-        assert cache.cache_info().currsize <= CACHED_TABLES
+    for cache in (_ring_pooled_keys, _nearest_keys, cpu_kernel._rows):
+        assert 0 < cache.cache_info().currsize <= CACHED_TABLES
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -328,3 +330,21 @@ def test_all_contradictions_in_one_error() -> None:
 def test_image_too_small() -> None:
     with pytest.raises(ValueError, match="at least 32 x 32 pixels, got 31 x 64"):
         build()(image(31, 64))
+
+
+@pytest.mark.parametrize("size", [(14, 21), (7, 7), (28, 14)], ids=str)
+@pytest.mark.parametrize("level", [0, 1])
+def test_linear_pooling_is_a_weighted_sum(size: tuple[int, int], level: int) -> None:
+    """Of every cell, also where some rows and columns of a window are left out; no images make no cells."""
+    pool = LinearPool(7 // 2**level, 5).double()
+    x = torch.randn(2, *size, 5, dtype=torch.float64, requires_grad=True)
+    windows = (size[0] // 7, size[1] // 7)
+    cells = _cells(x, pool.side, windows, 2**level)
+    expected = torch.einsum("bhiwjc,ij->bhwc", cells, pool.weight.view(pool.side, pool.side)) + pool.bias
+    torch.testing.assert_close(pool(cells), expected)
+    sources = (x, pool.weight, pool.bias)
+    slopes = torch.randn_like(expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(pool(cells), sources, slopes), torch.autograd.grad(expected, sources, slopes)
+    )
+    assert pool(cells[:0]).shape == (0, *expected.shape[1:])

@@ -109,6 +109,64 @@ def test_the_operator_is_registered_as_pytorch_wants_it(side: int, dtype: torch.
     slopes = torch.randn(2, side * side, 16).to(dtype)
     inputs = [x.detach() if isinstance(x, torch.Tensor) else x for x in (slopes, qkv, *rest)]
     torch.library.opcheck(cpu_kernel.attention_backward, inputs)
+    inputs[2] = inputs[2].mT.contiguous().mT  # outputs are contiguous, however inputs lie
+    torch.library.opcheck(cpu_kernel.attention_backward, inputs)
+
+
+@pytest.mark.parametrize("side", [14, 28])
+def test_no_images_and_transforms(side: int) -> None:
+    """An empty batch has an empty result; `torch.func` differentiates what it is given."""
+    table = _ring_pooled_keys(RingPooledKeys(7, 3, 5, 1), side, side, CPU).table
+    qkv, bias = random_problem(table, tokens_of(table, 1), torch.float64, per_window=False)
+    out, d_qkv, d_bias = run(table, qkv[:0], bias, "sdpa")
+    assert out.shape == (0, side * side, 16) and d_qkv.shape == qkv[:0].shape and not d_bias.any()
+
+    def loss(qkv: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return focal_attention(qkv, table, bias, 0.4, "sdpa").square().sum()
+
+    gradients = torch.func.grad(loss, argnums=(0, 1))(qkv.detach(), bias.detach())
+    torch.testing.assert_close(list(gradients), run(table, qkv, bias, "sdpa")[1:])
+
+
+@pytest.mark.parametrize("side", [14, 28])
+def test_training_after_inference_mode(side: int) -> None:
+    """What is kept with a table serves both."""
+    table = _ring_pooled_keys.__wrapped__(RingPooledKeys(7, 3, 5, 1), side, side, CPU).table
+    problem = random_problem(table, tokens_of(table, 1), torch.float64, per_window=False)
+    with torch.inference_mode():
+        out = focal_attention(problem[0], table, problem[1], 0.4, "sdpa")
+    torch.testing.assert_close(run(table, *problem, "sdpa"), run(table, *problem, "reference"))
+    assert torch.equal(out, run(table, *problem, "sdpa")[0])
+
+
+@pytest.mark.parametrize("side", [14, 28])
+def test_graphs_have_the_operator_where_they_train(side: int) -> None:
+    """Compiled for training they have it; for inference or another place they do without."""
+    table = _ring_pooled_keys(RingPooledKeys(7, 3, 5, 1), side, side, CPU).table
+    qkv, bias = random_problem(table, tokens_of(table, 1), torch.float32, per_window=False)
+    graphs: list[torch.fx.GraphModule] = []
+
+    class Layer(torch.nn.Module):
+        def forward(self, qkv: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+            return focal_attention(qkv, table, bias, 0.4, "sdpa")
+
+    def collect(graph: torch.fx.GraphModule, example: list) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    def has_operator(graph: torch.fx.GraphModule) -> bool:
+        return any("cpu_attention" in str(node.target) for node in graph.graph.nodes)
+
+    for trains in (True, False):
+        torch.compiler.reset()
+        with torch.set_grad_enabled(trains):
+            torch.compile(Layer(), backend=collect, fullgraph=True)(qkv, bias)
+        assert has_operator(graphs.pop()) == trains and not graphs
+        with torch.set_grad_enabled(trains):
+            exported = torch.export.export(Layer(), (qkv.detach(), bias.detach()), strict=False)
+            traced = torch.jit.trace(Layer(), (qkv, bias), check_trace=False)
+        assert not has_operator(exported.graph_module)
+        assert "cpu_attention" not in str(traced.inlined_graph)
 
 
 def test_row_numbers_are_kept_with_their_tables() -> None:

@@ -18,7 +18,10 @@ import argparse
 import gc
 import logging
 import multiprocessing
+import multiprocessing.process
+import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -234,10 +237,18 @@ def compare(rows: Sequence[Row]) -> None:
 
 def run_group(setting: Setting, entries: Sequence[Entry], args: argparse.Namespace, rounds: int) -> list[Row]:
     """Measure a group in this process."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if (parent := multiprocessing.parent_process()) is not None:
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     return Group(setting, entries, args).run(rounds)
+
+
+def end_with(parent: multiprocessing.process.BaseProcess) -> None:
+    """Leave nothing behind when the parent is killed."""
+    parent.join()
+    os._exit(1)
 
 
 def run_apart(setting: Setting, entries: Sequence[Entry], args: argparse.Namespace, rounds: int) -> list[Row]:
@@ -340,11 +351,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             torch.set_num_threads(args.threads)
         facts = common.describe_run(args.device)
         rounds = args.repeats or ROUNDS[args.device.type]
+        count = max(1, args.processes)
         notes = [
-            f"Median and quartiles of {rounds} rounds in turns in each of {max(1, args.processes)} processes; "
-            "a ratio is the median of ratios within a round. `train`: forward, cross entropy, backward, AdamW. "
-            f"Stochastic depth {benchmark_models.DROP_PATH} everywhere. Peak memory: on CUDA only, without "
-            "other models."
+            f"Median and quartiles of {rounds * count} rounds in turns ({count} processes); "
+            "a ratio is the median of the ratios within a round. `train` is forward, cross entropy, "
+            f"backward and AdamW; stochastic depth {benchmark_models.DROP_PATH} everywhere. Peak memory, on "
+            "CUDA only, without other models."
         ]
         rows = measure(args, facts, notes)
         logger.info(f"wrote {write(rows, facts, notes, args.out, args.name)}")

@@ -1,8 +1,8 @@
 """Focal attention on the CPU, forward and backward: products of a few windows at a time.
 
 A piece of one image's windows gathers its queries, keys and values, and all that follows up to the result
-stays in the caches: no array as large as the gathered keys or the scores is ever written to memory. The
-backward pass keeps q, k, v and the bias, and computes the probabilities again:
+stays in the caches: gathered keys and scores are never written to memory. The backward pass keeps q, k, v and
+the bias, computes the probabilities again, and writes what gathered keys ask for, of one image at a time:
 
     P = softmax(scale q k' + bias),  dv = P' do,  dP = do v',  ds = P * (dP - rowsum(dP * P)),
     dq = scale ds k,  dk = scale ds' q,  dbias = sum of ds over the batch.
@@ -11,12 +11,12 @@ The gradient of a key is the sum over the slots that read it, taken in a fixed o
 bits. (PyTorch's fused CPU kernel has no gradient for a bias; with a learned one, autograd falls back to plain
 products and keeps gathered keys, scores and probabilities.)
 
-To PyTorch `focal::cpu_attention` is one operator with a gradient, which compile, autocast and checkpointing
+To PyTorch `cpu_attention` is one operator with a gradient, which compile, autocast and checkpointing
 see as a whole. It has no second derivative; the reference backend has.
 
-Legend: as `key_table`; B batch, N heads, D head width, R score matrices of an image, Q x G each: N*P windows,
-or in the dense form N whole maps with Q = T and G = S. An image's packed map, [S, 3, N, D], is a table of
-S*3*N *rows* of width D; so is its output, of T*N rows.
+Legend: as `key_table`; B batch, N heads, D head width, M score matrices of an image, Q x G each: N*P windows,
+or in the dense form N whole maps with Q = T and G = S; m of them in a piece. An image's packed map, [S, 3, N,
+D], is a table of S*3*N *rows* of width D; so is its output, of T*N rows.
 """
 
 from __future__ import annotations
@@ -27,15 +27,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .key_table import KeyTable, kept_with_tables
+from .key_table import NAMESPACE, KeyTable, kept_with_tables
 
 SCORES_AT_ONCE = 2**17
 """Scores per thread that are worked on at once, so that two copies of them stay in a core's cache."""
 
-_TABLE = "Tensor? index, Tensor readers, Tensor first_reader, int height, int width, int window"
 
-
-CACHED_TABLES = 32
+CACHED_TABLES = 64
 """Key tables whose row numbers are kept: some MB each for maps of 112 x 112 tokens."""
 
 
@@ -43,14 +41,14 @@ CACHED_TABLES = 32
 class Rows:
     """Which rows the pieces read and write, int32."""
 
-    read: tuple[Tensor, ...]  # [r*(Q + 2G)] rows of the packed map: q, k, v of a piece of r score matrices
-    asked: tuple[Tensor, ...]  # [r*Q] rows of the output that a piece makes
-    made_by: Tensor  # [T*N] query, of all R*Q, that makes a row of the output
+    read: tuple[Tensor, ...]  # [m*(Q + 2G)] rows of the packed map: q, k, v of a piece
+    asked: tuple[Tensor, ...]  # [m*Q] rows of the output that a piece makes
+    made_by: Tensor  # [T*N] query, of all M*Q, that makes a row of the output
 
 
 @dataclass(frozen=True)
 class Slots:
-    """Where the rows of the packed map were read into, of R*Q queries, R*G keys and R*G values, int32."""
+    """Where the rows of the packed map were read into, of M*Q queries, M*G keys and M*G values, int32."""
 
     slots: Tensor  # sorted by row
     first: Tensor  # [S*3*N] where those of a row begin
@@ -63,13 +61,17 @@ def attend(qkv: Tensor, table: KeyTable, bias: Tensor, scale: float) -> Tensor:
     return attention(qkv, bias, index, table.readers, table.first_reader, *size, scale)
 
 
+_TABLE = "Tensor? index, Tensor readers, Tensor first_reader, int height, int width, int window"
+
+
 @torch.library.custom_op(
-    "focal::cpu_attention",
+    f"{NAMESPACE}::cpu_attention",
     mutates_args=(),
+    device_types="cpu",
     schema=f"(Tensor qkv, Tensor bias, {_TABLE}, float scale) -> Tensor",
 )
 def attention(qkv, bias, index, readers, first_reader, height, width, window, scale):
-    """Output [B, T, N*D] of [B, S, 3, N, D] with the bias [1, R, Q, G]; in the dense form `index` is None."""
+    """Output [B, T, N*D] of [B, S, 3, N, D] with the bias [1, M, Q, G]; in the dense form `index` is None."""
     if index is None:
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, N, S, D]
         q = q[:, :, : height * width]
@@ -80,8 +82,9 @@ def attention(qkv, bias, index, readers, first_reader, height, width, window, sc
 
 
 @torch.library.custom_op(
-    "focal::cpu_attention_backward",
+    f"{NAMESPACE}::cpu_attention_backward",
     mutates_args=(),
+    device_types="cpu",
     schema=f"(Tensor d_out, Tensor qkv, Tensor bias, {_TABLE}, float scale) -> (Tensor, Tensor)",
 )
 def attention_backward(d_out, qkv, bias, index, readers, first_reader, height, width, window, scale):
@@ -128,7 +131,7 @@ def _forward(qkv: Tensor, bias: Tensor, index: Tensor, size: tuple[int, ...], sc
         (source, target := read[: len(source)], *_parts(target, queries, keys), b, result, scores[: len(b)])
         for source, b, result in zip(rows.read, bias.split(step), results.split(step), strict=True)
     ]
-    for image, answer in zip(_wide(qkv.reshape(len(qkv), -1, dim)), out, strict=True):
+    for image, answer in zip(_wide(qkv.flatten(1, 3)), out, strict=True):
         for source, target, q, k, v, b, result, s in pieces:
             torch.index_select(image, 0, source, out=target)
             torch.baddbmm(b, q, k.mT, alpha=scale, out=s)
@@ -138,7 +141,7 @@ def _forward(qkv: Tensor, bias: Tensor, index: Tensor, size: tuple[int, ...], sc
             torch.index_select(results.view(-1, dim), 0, rows.made_by, out=answer)
         else:
             answer.copy_(results.view(-1, dim)[rows.made_by])
-    return out.view(len(qkv), -1, heads * dim)
+    return out.view(len(qkv), size[0] * size[1], heads * dim)
 
 
 def _backward(
@@ -153,7 +156,7 @@ def _backward(
     """As `attention_backward`, with gathered keys; `size` as in `_forward`."""
     heads, dim = qkv.shape[3:]
     d_qkv, dtype, bias = qkv.new_empty(qkv.shape), bias.dtype, _wide(bias[0])
-    d_bias = torch.zeros_like(bias)
+    d_bias = bias.new_zeros(bias.shape)
     matrices, queries, keys = bias.shape
     step = _at_once(bias)
     rows = _rows(index, *size, heads, step)
@@ -168,7 +171,7 @@ def _backward(
         target, do = read[: len(source)], asked[: len(answers)]
         operands = (*_parts(target, queries, keys), do.view(-1, queries, dim), *part)
         pieces.append((source, target, answers, do, (*operands, *buffers[:, : len(part[0])])))
-    images, slopes = (_wide(x.reshape(len(qkv), -1, dim)) for x in (qkv, d_out))
+    images, slopes = _wide(qkv.flatten(1, 3)), _wide(d_out.unflatten(2, (heads, dim)).flatten(1, 2))
     for image, slope, d_image in zip(images, slopes, d_qkv, strict=True):
         for source, target, answers, do, operands in pieces:
             torch.index_select(image, 0, source, out=target)
@@ -181,7 +184,7 @@ def _backward(
 def _backward_dense(d_out: Tensor, qkv: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """As `attention_backward`, where every query sees the whole map: nothing is gathered."""
     d_qkv, dtype, bias = qkv.new_empty(qkv.shape), bias.dtype, _wide(bias[0])
-    d_bias = torch.zeros_like(bias)
+    d_bias = bias.new_zeros(bias.shape)
     heads, queries, keys = bias.shape
     step = _at_once(bias)
     dq = bias.new_empty(heads, queries, qkv.shape[4])
@@ -213,13 +216,13 @@ def _to_gradients(
     probabilities: Tensor,
     d_scores: Tensor,
 ) -> None:
-    """Gradients of a piece of r score matrices.
+    """Gradients of a piece.
 
     Args:
         scale: factor of the scores.
-        q, do: queries, and the output's gradient, [r, Q, D].
-        k, v: [r, G, D].
-        bias: [r, Q, G].
+        q, do: queries, and the output's gradient, [m, Q, D].
+        k, v: [m, G, D].
+        bias: [m, Q, G].
         dq, dk, dv: written to, as q, k, v.
         d_bias: added to, as `bias`.
         probabilities, d_scores: written to, as `bias`.
@@ -237,13 +240,13 @@ def _to_gradients(
 
 
 def _at_once(bias: Tensor) -> int:
-    """Score matrices of a piece, of all in the bias [R, Q, G]."""
+    """Score matrices of a piece, of all in the bias [M, Q, G]."""
     scores = SCORES_AT_ONCE * max(2, torch.get_num_threads())
     return min(len(bias), max(1, scores // bias[0].numel()))
 
 
 def _parts(rows: Tensor, queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of r matrices, one after another: [r*(Q + 2G), D] -> [r, Q or G, D]."""
+    """Queries, keys and values of a piece, one after another: [m*(Q + 2G), D] -> [m, Q or G, D]."""
     count = len(rows) // (queries + 2 * keys)
     q, k, v = rows.split((count * queries, count * keys, count * keys))
     return q.view(count, queries, -1), k.view(count, keys, -1), v.view(count, keys, -1)

@@ -7,6 +7,7 @@ folding, G as they are gathered.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, wraps
@@ -17,6 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 T = TypeVar("T")
+
+NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0])
+"""Of PyTorch operators: that of this package, since a copy of it elsewhere registers its own ones."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +161,7 @@ class _ByAddress:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
-        self._key = (tensor.data_ptr(), tensor.shape, tensor.device)
+        self._key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
     def __hash__(self) -> int:
         return hash(self._key)
@@ -182,6 +186,7 @@ def kept_with_tables(most: int) -> Callable[[Callable[..., T]], Callable[..., T]
         def get(*arguments: Any) -> T:
             return made(*(_ByAddress(x) if isinstance(x, Tensor) else x for x in arguments))
 
+        get.cache_info = made.cache_info  # type: ignore[attr-defined]
         return get
 
     return decorate

@@ -1,5 +1,7 @@
 """Focal attention through `torch.nn.functional.scaled_dot_product_attention`: the portable fast path.
 
+On the CPU `cpu_kernel` does the work, but for graphs that are compiled for inference or exported.
+
 Three exact rewritings of the definition: keys that stand twice are folded into one; windows become heads, so
 that the call stays four-dimensional (five-dimensional inputs fall to the slow math kernel); and on small
 maps, where a window sees nearly everything, no key is gathered at all (`KeyTable.dense`).
@@ -27,18 +29,23 @@ def prepare_bias(bias: Tensor, table: KeyTable, dtype: torch.dtype) -> Tensor:
 def attend(qkv: Tensor, table: KeyTable, bias: Tensor, scale: float) -> Tensor:
     """See `models.ops.focal_attention`; `bias` comes from `prepare_bias`."""
     trains = torch.is_grad_enabled() and (qkv.requires_grad or bias.requires_grad)
-    if qkv.device.type == "cpu" and not _is_exporting() and (trains or not torch.compiler.is_compiling()):
+    on_cpu = qkv.device.type == "cpu"
+    if on_cpu and _takes_operators() and (trains or not torch.compiler.is_compiling()):
         return cpu_kernel.attend(qkv, table, bias, scale)
-    if not trains or torch.compiler.is_compiling():
+    if on_cpu or not trains or torch.compiler.is_compiling():
         return _attend(qkv, table, bias, scale)
     # Elsewhere the kernels have all gradients; gathered keys are gathered again rather than kept.
     return checkpoint(_attend, qkv, table, bias, scale, use_reentrant=False, preserve_rng_state=False)
 
 
-def _is_exporting() -> bool:
-    """Whether the graph is made to run without this package."""
-    is_exported = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
-    return is_exported or torch.jit.is_tracing() or getattr(torch.compiler, "is_exporting", bool)()
+def _takes_operators() -> bool:
+    """Not where a graph is made to run without this package (a strict export for training by PyTorch before
+    2.9 may not be noticed), nor within `torch.func`, which wants more of an operator than its gradient."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_dynamo_compiling() and not getattr(
+            torch.compiler, "_is_exporting_flag", False
+        )
+    return not (torch.jit.is_tracing() or torch._C._are_functorch_transforms_active())
 
 
 def _attend(qkv: Tensor, table: KeyTable, bias: Tensor, scale: float) -> Tensor:

@@ -7,7 +7,7 @@ log-sum-exp, in two kernels: one over windows, for queries and bias, and one ove
 and values (see `triton_launch`). Every sum has a fixed order and nothing is added atomically, so the same
 input gives the same bits, whatever `torch.use_deterministic_algorithms` says.
 
-To PyTorch `focal::attention` is one operator with a gradient, which compile, autocast, checkpointing and
+To PyTorch `attention` is one operator with a gradient, which compile, autocast, checkpointing and
 export see as a whole. It saves its input, its output and one number per query and head. On CPU tensors the
 kernels run only in Triton's interpreter (TRITON_INTERPRET=1), for tests.
 
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .key_table import KeyTable, fold_bias, mask_absent
+from .key_table import NAMESPACE, KeyTable, fold_bias, mask_absent
 from .triton_launch import (
     KernelTables,
     check_offsets,
@@ -88,7 +88,7 @@ _SIZES = "Tensor bias, Tensor index, Tensor? visible, int height, int width, int
 
 
 @torch.library.custom_op(
-    "focal::attention", mutates_args=(), schema=f"(Tensor qkv, {_SIZES}) -> (Tensor, Tensor)"
+    f"{NAMESPACE}::attention", mutates_args=(), schema=f"(Tensor qkv, {_SIZES}) -> (Tensor, Tensor)"
 )
 def attention(qkv, bias, index, visible, height, width, window, scale):
     """Output [B, T, N*D] and log-sum-exp, base 2, [B, N, P, Q], of [B, S, 3, N, D]."""
@@ -97,7 +97,7 @@ def attention(qkv, bias, index, visible, height, width, window, scale):
 
 
 @torch.library.custom_op(
-    "focal::attention_backward",
+    f"{NAMESPACE}::attention_backward",
     mutates_args=(),
     schema=f"(Tensor d_out, Tensor qkv, Tensor out, Tensor lse, {_SIZES}, bool with_bias)"
     " -> (Tensor, Tensor)",
