@@ -51,9 +51,9 @@ CACHED_TABLES = 64
 
 KEYS_MULTIPLE = 16
 """Keys that the CPU gathers for a window are filled up to a multiple of this: rows of scores then begin where
-vectors do. PyTorch's fused kernel takes 0.82 to 0.87 of the time with 224 keys that it takes with 218, and
-the products of the backward pass 0.75 to 1 (2026-11-23, two cores of a 2.8 GHz Xeon, AVX-512, torch 2.15.0,
-float32, 192 windows of 49 queries, head width 32, medians and minima of repeated calls)."""
+vectors do. The products of attention take 0.75 to 1 of the time with 224 keys that they take with 218
+(2026-11-23, two cores of a 2.8 GHz Xeon, AVX-512, torch 2.15.0, float32, 192 windows of 49 queries, head
+width 32, medians and minima of repeated calls)."""
 
 
 @dataclass(frozen=True)
