@@ -140,8 +140,8 @@ def test_training_after_inference_mode(side: int) -> None:
 
 
 @pytest.mark.parametrize("side", [14, 28])
-def test_graphs_have_the_operator_where_they_train(side: int) -> None:
-    """Compiled for training they have it; for inference or another place they do without."""
+def test_graphs_have_the_operator_where_they_run_here(side: int) -> None:
+    """Compiled they have it; made to run in another place they do without."""
     table = _ring_pooled_keys(RingPooledKeys(7, 3, 5, 1), side, side, CPU).table
     qkv, bias = random_problem(table, tokens_of(table, 1), torch.float32, per_window=False)
     graphs: list[torch.fx.GraphModule] = []
@@ -161,7 +161,7 @@ def test_graphs_have_the_operator_where_they_train(side: int) -> None:
         torch.compiler.reset()
         with torch.set_grad_enabled(trains):
             torch.compile(Layer(), backend=collect, fullgraph=True)(qkv, bias)
-        assert has_operator(graphs.pop()) == trains and not graphs
+        assert has_operator(graphs.pop()) and not graphs
         with torch.set_grad_enabled(trains):
             exported = torch.export.export(Layer(), (qkv.detach(), bias.detach()), strict=False)
             traced = torch.jit.trace(Layer(), (qkv, bias), check_trace=False)

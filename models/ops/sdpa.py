@@ -1,6 +1,6 @@
 """Focal attention through `torch.nn.functional.scaled_dot_product_attention`: the portable fast path.
 
-On the CPU `cpu_kernel` does the work, but for graphs that are compiled for inference or exported.
+On the CPU `cpu_kernel` does the work, but not in exported graphs.
 
 Three exact rewritings of the definition: keys that stand twice are folded into one; windows become heads, so
 that the call stays four-dimensional (five-dimensional inputs fall to the slow math kernel); and on small
@@ -28,11 +28,10 @@ def prepare_bias(bias: Tensor, table: KeyTable, dtype: torch.dtype) -> Tensor:
 
 def attend(qkv: Tensor, table: KeyTable, bias: Tensor, scale: float) -> Tensor:
     """See `models.ops.focal_attention`; `bias` comes from `prepare_bias`."""
+    if qkv.device.type == "cpu":
+        return (cpu_kernel.attend if _takes_operators() else _attend)(qkv, table, bias, scale)
     trains = torch.is_grad_enabled() and (qkv.requires_grad or bias.requires_grad)
-    on_cpu = qkv.device.type == "cpu"
-    if on_cpu and _takes_operators() and (trains or not torch.compiler.is_compiling()):
-        return cpu_kernel.attend(qkv, table, bias, scale)
-    if on_cpu or not trains or torch.compiler.is_compiling():
+    if not trains or torch.compiler.is_compiling():
         return _attend(qkv, table, bias, scale)
     # Elsewhere the kernels have all gradients; gathered keys are gathered again rather than kept.
     return checkpoint(_attend, qkv, table, bias, scale, use_reentrant=False, preserve_rng_state=False)
