@@ -136,13 +136,15 @@ class LinearPool(nn.Linear):
 
         On the CPU by one product for a row of cells, [gw, p*gw*p] with [p*gw*p, C], most of whose factors are
         zero: that takes less than half the time of bringing the tokens of each cell together (maps of 7 to
-        112 tokens a side, forward and backward; 2026-11-23, two cores of a 2.8 GHz Xeon, torch 2.15.0).
+        112 tokens a side, forward and backward; 2026-11-23, two cores of a 2.8 GHz Xeon, torch 2.15.0). A
+        token that is not finite spoils its whole row there, elsewhere its cell.
         """
         weight = self.weight.view(self.side, self.side)
         if cells.device.type != "cpu":
             return torch.einsum("bhiwjc,ij->bhwc", cells, weight) + self.bias
         images, rows, _, columns, _, channels = cells.shape
-        spread = torch.eye(columns, dtype=weight.dtype)[:, None, :, None] * weight[:, None]  # [gw, p, gw, p]
+        spread = torch.eye(columns, dtype=weight.dtype, device=weight.device)
+        spread = spread[:, None, :, None] * weight[:, None]  # [gw, p, gw, p]
         spread = spread.reshape(1, columns, -1).expand(images * rows, -1, -1)
         tokens = cells.flatten(2, 4).flatten(0, 1)
         return torch.baddbmm(self.bias, spread, tokens).view(images, rows, columns, channels)

@@ -152,7 +152,10 @@ def test_groups_have_processes_of_their_own(nano: Path, tmp_path: Path) -> None:
     assert [len(row.seconds) for row in benchmark.run_apart(setting, entries, args, 3)] == [6, 6]
     args.device = Dies()
     (note,) = {row.note for row in benchmark.run_apart(setting, entries, args, 3)}
-    assert note == "failed: the process ended, perhaps for want of memory"
+    assert note == "failed: its process ended, for want of memory or as said above"
+    args.device, args.threads = torch.device("cpu"), -1
+    (note,) = {row.note for row in benchmark.run_apart(setting, entries, args, 3)}
+    assert note.startswith("failed: RuntimeError: ") and "threads" in note
 
 
 class Dies:

@@ -104,9 +104,11 @@ def test_table_caches_are_bounded() -> None:
             focal_levels=[2, 2],
             focal_windows=[3, 3],
             expand_sizes=[3, 3],
-        )(image(side, 32, batch=1))
-    for cache in (_ring_pooled_keys, _nearest_keys, cpu_kernel._rows):
+        )(image(side, 32, batch=1)).sum().backward()
+    for cache in (_ring_pooled_keys, _nearest_keys):
         assert 0 < cache.cache_info().currsize <= CACHED_TABLES
+    for cache in (cpu_kernel._rows, cpu_kernel._slots):
+        assert 0 < cache.cache_info().currsize <= cpu_kernel.CACHED_TABLES
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -267,6 +269,19 @@ def test_copies_and_pickles(kind) -> None:
         expected = model(x)
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             torch.testing.assert_close(twin(x), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_gradients(kind) -> None:
+    """Those of the model as it is, through what compilation makes of the backward pass."""
+    model = build(kind=kind)
+    gradients = []
+    for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        run(image(64, 96)).square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        model.zero_grad()
+    assert all(gradient is not None for gradient in gradients[1])
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("kind", KINDS)

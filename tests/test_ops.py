@@ -5,10 +5,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from models.geometry import fill_up, grid, nearest_cells
 from models.key_selection import KEYS_MULTIPLE, NearestKeys, RingPooledKeys, _nearest_keys, _ring_pooled_keys
-from models.ops import PORTABLE_BACKENDS, cpu_kernel, focal_attention, resolve_backend
+from models.ops import PORTABLE_BACKENDS, cpu_kernel, focal_attention, resolve_backend, sdpa
 
 CPU = torch.device("cpu")
 MAPS = [(7, 7), (14, 14), (15, 9), (28, 21), (3, 30)]
@@ -124,8 +125,29 @@ def test_no_images_and_transforms(side: int) -> None:
     def loss(qkv: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         return focal_attention(qkv, table, bias, 0.4, "sdpa").square().sum()
 
-    gradients = torch.func.grad(loss, argnums=(0, 1))(qkv.detach(), bias.detach())
-    torch.testing.assert_close(list(gradients), run(table, qkv, bias, "sdpa")[1:])
+    transformed = torch.func.grad(loss, argnums=(0, 1))
+    torch.compiler.reset()
+    compiled = torch.compile(transformed, backend="aot_eager", fullgraph=True, dynamic=False)
+    for function in (transformed, compiled):
+        gradients = function(qkv.detach(), bias.detach())
+        torch.testing.assert_close(list(gradients), run(table, qkv, bias, "sdpa")[1:])
+
+
+@pytest.mark.parametrize("side", [14, 28])
+@pytest.mark.parametrize("trains", [True, False])
+def test_forward_mode_reaches_the_queries_keys_and_values(side: int, trains: bool) -> None:
+    """A derivative along a direction is that of the reference, whether or not weights want gradients."""
+    table = _ring_pooled_keys(RingPooledKeys(7, 3, 5, 1), side, side, CPU).table
+    qkv, bias = random_problem(table, tokens_of(table, 1), torch.float64, per_window=False)
+    direction = torch.randn_like(qkv)
+    tangents = []
+    for backend in ("sdpa", "reference"):
+        with torch.set_grad_enabled(trains), forward_ad.dual_level():
+            dual = forward_ad.make_dual(qkv.detach(), direction)
+            out = focal_attention(dual, table, bias if trains else bias.detach(), 0.4, backend)
+            tangents.append(forward_ad.unpack_dual(out).tangent)
+    assert tangents[0] is not None
+    torch.testing.assert_close(*tangents)
 
 
 @pytest.mark.parametrize("side", [14, 28])
@@ -161,12 +183,16 @@ def test_graphs_have_the_operator_where_they_run_here(side: int) -> None:
         torch.compiler.reset()
         with torch.set_grad_enabled(trains):
             torch.compile(Layer(), backend=collect, fullgraph=True)(qkv, bias)
-        assert has_operator(graphs.pop()) and not graphs
-        with torch.set_grad_enabled(trains):
-            exported = torch.export.export(Layer(), (qkv.detach(), bias.detach()), strict=False)
-            traced = torch.jit.trace(Layer(), (qkv, bias), check_trace=False)
+        assert has_operator(graphs.pop()) == (trains or sdpa.TELLS_EXPORTS) and not graphs
+    inputs = (qkv.detach(), bias.detach())
+    expected = Layer()(*inputs)
+    for strict in (True, False) if sdpa.TELLS_EXPORTS else (False,):
+        exported = torch.export.export(Layer(), inputs, strict=strict)
         assert not has_operator(exported.graph_module)
-        assert "cpu_attention" not in str(traced.inlined_graph)
+        torch.testing.assert_close(exported.module()(*inputs), expected)
+    traced = torch.jit.trace(Layer(), (qkv, bias), check_trace=False)
+    assert "cpu_attention" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(qkv, bias), expected)
 
 
 def test_row_numbers_are_kept_with_their_tables() -> None:

@@ -242,6 +242,8 @@ def run_group(setting: Setting, entries: Sequence[Entry], args: argparse.Namespa
         threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    if args.device.type == "cuda":
+        torch.cuda.set_device(args.device)
     return Group(setting, entries, args).run(rounds)
 
 
@@ -258,8 +260,10 @@ def run_apart(setting: Setting, entries: Sequence[Entry], args: argparse.Namespa
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             try:
                 rows = pool.submit(run_group, setting, entries, args, rounds).result()
-            except BrokenProcessPool:
-                note = "failed: the process ended, perhaps for want of memory"
+            except Exception as error:
+                ended = "its process ended, for want of memory or as said above"
+                reason = ended if isinstance(error, BrokenProcessPool) else common.short_reason(error)
+                note = f"failed: {reason}"
                 return [Row(entry, setting, args.batch_size, note=note) for entry in entries]
         if runs and rows[0].batch < args.batch_size:
             runs.clear()  # other batches are not to be compared

@@ -33,7 +33,7 @@ SCORES_AT_ONCE = 2**17
 """Scores per thread that are worked on at once, so that two copies of them stay in a core's cache."""
 
 
-CACHED_TABLES = 64
+CACHED_TABLES = 128
 """Key tables whose row numbers are kept: some MB each for maps of 112 x 112 tokens."""
 
 

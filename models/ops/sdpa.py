@@ -1,6 +1,6 @@
 """Focal attention through `torch.nn.functional.scaled_dot_product_attention`: the portable fast path.
 
-On the CPU `cpu_kernel` does the work, but not in exported graphs.
+On the CPU `cpu_kernel` does the work, but for what its operator has no rules for (`_takes_operators`).
 
 Three exact rewritings of the definition: keys that stand twice are folded into one; windows become heads, so
 that the call stays four-dimensional (five-dimensional inputs fall to the slow math kernel); and on small
@@ -13,12 +13,16 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from . import cpu_kernel
 from .key_table import KeyTable, merge_windows, split_qkv, split_windows, spread_bias
+
+TELLS_EXPORTS = torch.__version__ >= "2.9"
+"""Whether a strict export can be told from torch.compile; else compiled inference goes without operators."""
 
 
 def prepare_bias(bias: Tensor, table: KeyTable, dtype: torch.dtype) -> Tensor:
@@ -28,23 +32,26 @@ def prepare_bias(bias: Tensor, table: KeyTable, dtype: torch.dtype) -> Tensor:
 
 def attend(qkv: Tensor, table: KeyTable, bias: Tensor, scale: float) -> Tensor:
     """See `models.ops.focal_attention`; `bias` comes from `prepare_bias`."""
-    if qkv.device.type == "cpu":
-        return (cpu_kernel.attend if _takes_operators() else _attend)(qkv, table, bias, scale)
     trains = torch.is_grad_enabled() and (qkv.requires_grad or bias.requires_grad)
+    if qkv.device.type == "cpu":
+        return (cpu_kernel.attend if _takes_operators(trains) else _attend)(qkv, table, bias, scale)
     if not trains or torch.compiler.is_compiling():
         return _attend(qkv, table, bias, scale)
     # Elsewhere the kernels have all gradients; gathered keys are gathered again rather than kept.
     return checkpoint(_attend, qkv, table, bias, scale, use_reentrant=False, preserve_rng_state=False)
 
 
-def _takes_operators() -> bool:
-    """Not where a graph is made to run without this package (a strict export for training by PyTorch before
-    2.9 may not be noticed), nor within `torch.func`, which wants more of an operator than its gradient."""
+def _takes_operators(trains: bool) -> bool:
+    """Whether this runs here, with nothing asked of an operator but its gradient.
+
+    Not in graphs that are made to run without this package, within `torch.func` or in forward-mode AD.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return False
     if torch.compiler.is_compiling():
-        return torch.compiler.is_dynamo_compiling() and not getattr(
-            torch.compiler, "_is_exporting_flag", False
-        )
-    return not (torch.jit.is_tracing() or torch._C._are_functorch_transforms_active())
+        is_export = torch.compiler._is_exporting_flag if TELLS_EXPORTS else not trains
+        return torch.compiler.is_dynamo_compiling() and not is_export
+    return not torch.jit.is_tracing() and forward_ad._current_level < 0
 
 
 def _attend(qkv: Tensor, table: KeyTable, bias: Tensor, scale: float) -> Tensor:
@@ -66,7 +73,9 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> T
     """Four-dimensional attention with an additive mask.
 
     On CUDA the cuDNN kernel is kept out: with a mask it has returned wrong values and NaN gradients.
+    Forward-mode AD has only the plain products.
     """
-    kernels = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    with sdpa_kernel(kernels) if q.is_cuda else nullcontext():
+    is_dual = forward_ad._current_level >= 0
+    kernels = [SDPBackend.MATH] if is_dual else [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(kernels) if q.is_cuda or is_dual else nullcontext():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
