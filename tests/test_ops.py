@@ -317,7 +317,8 @@ def test_focal_fast_never_sees_padding() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_training_keeps_no_gathered_keys(device) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_training_keeps_no_gathered_keys(device, compiled) -> None:
     """What sdpa saves for the backward pass is its input, bias and output, here and on other devices."""
     table = _ring_pooled_keys(RingPooledKeys(7, 3, 7, 1), 28, 28, torch.device(device)).table
     qkv = torch.randn(8, tokens_of(table, 1), 3, 2, 8, device=device, requires_grad=True)
@@ -331,8 +332,15 @@ def test_training_keeps_no_gathered_keys(device) -> None:
 
     module = PORTABLE_BACKENDS["sdpa"]
     prepared = module.prepare_bias(bias, table, torch.float32)
+
+    def attend(qkv: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return module.attend(qkv, table, bias, 0.4)
+
+    if compiled:
+        torch.compiler.reset()
+        attend = torch.compile(attend, backend="aot_eager_decomp_partition", fullgraph=True, dynamic=False)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        out = module.attend(qkv, table, prepared, 0.4)
+        out = attend(qkv, prepared)
     assert sum(saved.values()) <= sum(x.untyped_storage().nbytes() for x in (qkv, prepared, out))
 
 

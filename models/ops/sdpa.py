@@ -1,6 +1,6 @@
 """Focal attention through `torch.nn.functional.scaled_dot_product_attention`: the portable fast path.
 
-On the CPU `cpu_kernel` does the work, but for what its operator has no rules for (`_takes_operators`).
+On the CPU `cpu_kernel` does the work, but for what its operator has no rules for (`_may_wrap`).
 
 Three exact rewritings of the definition: keys that stand twice are folded into one; windows become heads, so
 that the call stays four-dimensional (five-dimensional inputs fall to the slow math kernel); and on small
@@ -33,16 +33,17 @@ def prepare_bias(bias: Tensor, table: KeyTable, dtype: torch.dtype) -> Tensor:
 def attend(qkv: Tensor, table: KeyTable, bias: Tensor, scale: float) -> Tensor:
     """See `models.ops.focal_attention`; `bias` comes from `prepare_bias`."""
     trains = torch.is_grad_enabled() and (qkv.requires_grad or bias.requires_grad)
-    if qkv.device.type == "cpu":
-        return (cpu_kernel.attend if _takes_operators(trains) else _attend)(qkv, table, bias, scale)
-    if not trains or torch.compiler.is_compiling():
+    on_cpu = qkv.device.type == "cpu"
+    if not (trains or on_cpu) or not _may_wrap(trains):
         return _attend(qkv, table, bias, scale)
+    if on_cpu:
+        return cpu_kernel.attend(qkv, table, bias, scale)
     # Elsewhere the kernels have all gradients; gathered keys are gathered again rather than kept.
     return checkpoint(_attend, qkv, table, bias, scale, use_reentrant=False, preserve_rng_state=False)
 
 
-def _takes_operators(trains: bool) -> bool:
-    """Whether this runs here, with nothing asked of an operator but its gradient.
+def _may_wrap(trains: bool) -> bool:
+    """Whether this runs here, with nothing asked of it but its gradient.
 
     Not in graphs that are made to run without this package, within `torch.func` or in forward-mode AD.
     """
