@@ -128,8 +128,17 @@ class Problem:
         windows = self.tokens // self.table.window**2
         pooled = sum(windows * 4**level for level in range(selection.pooled_levels))
         self.qkv = torch.randn(batch, self.tokens + pooled, 3, heads, head_dim).to(dtype)
-        self.bias = selection.bias(layer, keys).detach().to(dtype).float()  # kernels take it in `dtype`
+        bias = (
+            selection.bias(layer, keys).detach() / self.scale
+        )  # kernels take it in `dtype`, divided by that
+        self.bias = bias.to(dtype).float() * self.scale
         self.cotangent = torch.randn(batch, self.tokens, heads * head_dim).to(dtype)
+
+    def kernel_tables(self) -> triton_launch.KernelTables:
+        """What the kernels are launched with."""
+        table, tokens = self.table, self.qkv.shape[1]
+        keys = (table.folded_index, table.folded_visible)
+        return triton_launch.kernel_tables(*keys, table.height, table.width, table.window, tokens)
 
     def run(self, backend: Any, dtype: torch.dtype | None = None) -> list[Tensor]:
         """Output and gradients of queries, keys, values and bias."""
@@ -158,6 +167,7 @@ RING = {
 }
 NEAREST = {
     "nearest": (NearestKeys(4, 20, 1, (8, 12)), (8, 12), 32),
+    "whole tiles of keys": (NearestKeys(4, 26, 1, (8, 12)), (8, 12), 16),
     "nearest at another size, with padding": (NearestKeys(7, 30, 1, (14, 14)), (9, 13), 48),
 }
 LONG = {"nearest, more than 256 keys": (NearestKeys(12, 270, 0, (12, 24)), (12, 24), 64)}
@@ -185,6 +195,18 @@ def test_as_exact_as_definition(case: str, dtype: torch.dtype) -> None:
     problem = Problem(*CASES[case], dtype, heads=1)
     errors, allowed = problem.errors(problem.run(triton_kernel)), problem.errors(problem.run(reference))
     assert all(mine <= 2 * theirs for mine, theirs in zip(errors, allowed, strict=True)), (errors, allowed)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 1e-3])
+def test_any_scale(scale: float, dtype: torch.dtype) -> None:
+    """Also one that a bias cannot be divided by."""
+    problem = Problem(*CASES["tiny"], dtype, heads=1)
+    problem.scale = scale
+    found, expected = problem.run(triton_kernel), problem.run(reference, torch.float64)
+    for x, y in zip(found, expected, strict=True):
+        assert (x.double() - y).norm() <= (1e-5 if dtype == torch.float32 else 5e-2) * y.norm()
 
 
 @interpreted
@@ -346,18 +368,19 @@ def test_refuses_what_32_bits_do_not_address() -> None:
         tokens = (side // 4) ** 2
         qkv = torch.empty(1000, tokens, 3, 4, 32, dtype=torch.bfloat16, device="meta")
         with pytest.raises(ValueError, match="sdpa") if many else nullcontext():
-            triton_kernel._strides(*triton_kernel._unpack(qkv, tokens))
+            triton_kernel._sizes(qkv, Problem(*CASES["tiny"], torch.float32).kernel_tables(), side // 4)
 
 
 def test_precision_of_float32_follows_pytorch() -> None:
     """Three products unless TF32 is allowed, by whichever name of the switch."""
-    matmul, q = torch.backends.cuda.matmul, torch.empty(0, 32)
+    matmul = torch.backends.cuda.matmul
+    arrays = (torch.empty(0, 34, 3, 1, 32), torch.empty(1, 1, 64, 64), 7)
     name, allow = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)
     before = getattr(matmul, name)
-    found = [triton_kernel._compile_time("forward", q, 64, 64, 7)["PRECISION"]]
+    found = [triton_kernel._compile_time("forward", *arrays)["PRECISION"]]
     setattr(matmul, name, allow)
     try:
-        found.append(triton_kernel._compile_time("forward", q, 64, 64, 7)["PRECISION"])
+        found.append(triton_kernel._compile_time("forward", *arrays)["PRECISION"])
     finally:
         setattr(matmul, name, before)
     assert found == ["tf32x3", "tf32"]
@@ -374,17 +397,17 @@ def test_every_sight_has_one_entry(case: str) -> None:
     """Entries name exactly the window, column and token of every key; blocks hold every token once."""
     selection, size, dim = CASES[case]
     problem = Problem(selection, size, dim, torch.float32, heads=1)
-    table, tokens = problem.table, problem.qkv.shape[1]
-    made = triton_launch.kernel_tables(
-        table.folded_index, table.folded_visible, table.height, table.width, table.window, tokens
-    )
+    table, tokens, made = problem.table, problem.qkv.shape[1], problem.kernel_tables()
     assert made.block_token[made.block_token >= 0].sort().values.tolist() == list(range(tokens))
     block = torch.repeat_interleave(torch.arange(len(made.block_token)), made.entry_start.diff().long())
-    entry, slot = torch.nonzero(made.entry_column >= 0, as_tuple=True)
+    entry, slot = torch.nonzero(made.entry_column < made.keys, as_tuple=True)
     column, window = made.entry_column[entry, slot].long(), made.entry_window[entry].long()
     token = made.block_token[block[entry], slot]
     assert torch.equal(made.index[window, column], token)
     assert len({*zip(window.tolist(), column.tolist(), strict=True)}) == len(entry) == (made.index >= 0).sum()
+    assert made.keys == table.folded_index.shape[1] < made.index.shape[1]  # absent keys have a column of bias
+    assert (made.index[:, : made.always_seen] >= 0).all()
+    assert made.always_seen == made.keys or (made.index[:, made.always_seen] < 0).any()
 
 
 def test_blocks_are_seen_by_four_windows() -> None:

@@ -13,13 +13,14 @@ kernels run only in Triton's interpreter (TRITON_INTERPRET=1), for tests.
 
 Legend: as `key_table`; B batch, N heads, D head width, C = N*D; a *group* is the windows that share a bias
 (all of them, or one), an *item* one window of one image. Names ending in `_ptr` are arrays, capitals are
-known at compile time, `q_batch, q_token, q_head` are the steps between images, tokens and heads of `q`.
+known at compile time.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from math import ceil
+from functools import lru_cache
+from math import e, log2
 from typing import Any
 
 import torch
@@ -28,8 +29,10 @@ from torch.nn import functional as F
 
 from .key_table import NAMESPACE, KeyTable, fold_bias, mask_absent
 from .triton_launch import (
+    PIPELINE_BYTES,
     KernelTables,
     check_offsets,
+    computed_keys,
     config,
     divide,
     kernel_tables,
@@ -41,6 +44,10 @@ from .triton_passes import INTERPRETED, forward_kernel, key_gradient_kernel, que
 HEAD_DIMS = (16, 32, 48, 64)
 MAX_WINDOW = 12
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LOG2E = log2(e)
+LEAST_SCALE = 2**-6
+LARGEST_BIAS = 1e30
+"""A finite stand-in for infinity, which products with an identity would turn into NaN."""
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, window: int) -> str | None:
@@ -59,20 +66,19 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, window:
 
 
 def prepare_bias(bias: Tensor, table: KeyTable, dtype: torch.dtype) -> Tensor:
-    """Bias of the folded keys, padded to whole tiles: [N, P or 1, Q padded, K' padded].
+    """Bias of the folded keys, -inf where there is none, in float32: [N, P or 1, Q padded, K' padded].
 
     Keys that a whole window lacks stay out of it (the index table marks them); only where single queries of a
     window lack some (`USE_SHIFT`) it is spread over all windows and -inf there. Kernels read it in `dtype`,
-    as the sdpa backend does; for training it is converted inside the operator, so its gradient is float32.
+    as the sdpa backend does; it is converted inside the operator, so its gradient is float32.
     """
     bias = fold_bias(bias, table.fold)
     visible = table.folded_visible
     if visible is not None and visible.shape[1] > 1:
         bias = mask_absent(bias, visible)
     queries, keys = bias.shape[-2:]
-    bias = F.pad(bias, (0, padded_keys(keys) - keys, 0, padded_queries(queries) - queries))
-    training = torch.is_grad_enabled() and bias.requires_grad
-    return bias.to(torch.float32 if training else dtype)
+    missing = (0, padded_keys(keys) - keys, 0, padded_queries(queries) - queries)
+    return F.pad(bias.float(), missing, value=float("-inf"))
 
 
 def attend(qkv: Tensor, table: KeyTable, bias: Tensor, scale: float) -> Tensor:
@@ -81,6 +87,8 @@ def attend(qkv: Tensor, table: KeyTable, bias: Tensor, scale: float) -> Tensor:
     if reason is not None:
         raise ValueError(reason)
     size = (table.height, table.width, table.window)
+    if not LEAST_SCALE <= scale <= 1 / LEAST_SCALE:  # the bias is divided by it
+        qkv, scale = torch.cat((scale * qkv[:, :, :1], qkv[:, :, 1:]), dim=2), 1.0
     return attention(qkv, bias, table.folded_index, table.folded_visible, *size, scale)[0]
 
 
@@ -91,9 +99,10 @@ _SIZES = "Tensor bias, Tensor index, Tensor? visible, int height, int width, int
     f"{NAMESPACE}::attention", mutates_args=(), schema=f"(Tensor qkv, {_SIZES}) -> (Tensor, Tensor)"
 )
 def attention(qkv, bias, index, visible, height, width, window, scale):
-    """Output [B, T, N*D] and log-sum-exp, base 2, [B, N, P, Q], of [B, S, 3, N, D]."""
+    """Output [B, T, N*D] of [B, S, 3, N, D], and log-sum-exp, in the unit that the kernels give scores,
+    [B, N, P, Q padded]."""
     tables = kernel_tables(index, visible, height, width, window, qkv.shape[1])
-    return _forward(*_unpack(qkv, height * width), bias.to(qkv.dtype), tables, width, window, scale)
+    return _forward(qkv.contiguous(), _kernel_bias(bias, scale, qkv.dtype), tables, width, window, scale)
 
 
 @torch.library.custom_op(
@@ -105,20 +114,27 @@ def attention(qkv, bias, index, visible, height, width, window, scale):
 def attention_backward(d_out, qkv, out, lse, bias, index, visible, height, width, window, scale, with_bias):
     """Gradients of `qkv`, one tensor that the kernels write in place, and of the bias, float32 (or empty)."""
     tables = kernel_tables(index, visible, height, width, window, qkv.shape[1])
-    bias = bias.to(qkv.dtype).transpose(-1, -2).contiguous()
-    qkv_parts = _unpack(qkv, height * width)
-    return _backward(d_out, *qkv_parts, out, lse, bias, tables, width, window, scale, with_bias)
+    qkv, d_out, bias = qkv.contiguous(), d_out.contiguous(), _kernel_bias(bias, scale, qkv.dtype)
+    d_qkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
+    d_qkv[:, height * width :, 0].zero_()
+    arrays = (qkv, bias, tables, out, d_out, lse, delta, d_qkv)
+    d_bias = _query_gradient(*arrays, width, window, scale, with_bias)
+    _key_gradient(*arrays, width, window, scale)
+    return d_qkv, d_bias
 
 
-def _unpack(qkv: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries of the fine tokens, keys and values: views."""
-    return qkv[:, :tokens, 0], qkv[:, :, 1], qkv[:, :, 2]
+def _kernel_bias(bias: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """The bias as the kernels read it, finite: where they add it to products before these are scaled (all
+    but float32), divided by the scale."""
+    limit = min(torch.finfo(dtype).max, LARGEST_BIAS)
+    factor = 1 if dtype == torch.float32 else 1 / scale
+    return (bias.float() * factor).clamp_(-limit, limit).to(dtype).contiguous()
 
 
 @attention.register_fake
 def _attention_fake(qkv, bias, index, visible, height, width, window, scale):
     b, _, _, n, d = qkv.shape
-    lse = qkv.new_empty((b, n, index.shape[0], window * window), dtype=torch.float32)
+    lse = qkv.new_empty((b, n, index.shape[0], padded_queries(window * window)), dtype=torch.float32)
     return qkv.new_empty((b, height * width, n * d)), lse
 
 
@@ -126,9 +142,8 @@ def _attention_fake(qkv, bias, index, visible, height, width, window, scale):
 def _attention_backward_fake(
     d_out, qkv, out, lse, bias, index, visible, height, width, window, scale, with_bias
 ):
-    *front, queries, keys = bias.shape
-    d_bias = bias.new_empty((*front, keys, queries) if with_bias else (0,), dtype=torch.float32)
-    return qkv.new_empty(qkv.shape), d_bias.transpose(-1, -2) if with_bias else d_bias
+    d_bias = bias.new_empty(bias.shape if with_bias else (0,), dtype=torch.float32)
+    return qkv.new_empty(qkv.shape), d_bias
 
 
 def _keep(ctx, inputs, output) -> None:
@@ -149,17 +164,6 @@ def _gradients(ctx, d_out, d_lse):
 attention.register_autograd(_gradients, setup_context=_keep)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """`x` with contiguous channels: itself, unless someone made an unusual view."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _strides(*tensors: Tensor) -> tuple[int, ...]:
-    """Steps between images, tokens and heads of tensors [B, S, N, D]."""
-    check_offsets(max(x.shape[1] * x.stride(1) for x in tensors))
-    return tuple(step for x in tensors for step in x.stride()[:3])
-
-
 def _on_device(x: Tensor) -> AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
@@ -172,103 +176,152 @@ def _tf32_allowed() -> bool:
     return matmul.allow_tf32 if newer is None else newer == "tf32"
 
 
-def _compile_time(kernel: str, q: Tensor, queries: int, keys: int, window: int) -> dict[str, Any]:
+@lru_cache
+def _may_pipeline(device: torch.device) -> bool:
+    """Whether a block has the shared memory to fetch one item while another is computed."""
+    if device.type != "cuda":
+        return True
+    import triton
+
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
+    return properties["max_shared_mem"] >= PIPELINE_BYTES
+
+
+def _compile_time(kernel: str, qkv: Tensor, bias: Tensor, window: int) -> dict[str, Any]:
     """Compile-time arguments that all kernels share, and how to compile."""
-    chosen = config(kernel, q.shape[-1], q.element_size())
-    block_q, block_k = min(chosen.block_queries, queries), min(chosen.block_keys, keys)
-    exact = q.dtype == torch.float32 and not _tf32_allowed()
+    heads, dim = qkv.shape[3:]
+    groups, queries, row = bias.shape[1:]
+    chosen = config(kernel, dim, qkv.element_size())
+    exact = qkv.dtype == torch.float32 and not _tf32_allowed()
+    block_queries = min(chosen.block_queries, queries)
     return {
+        "HEADS": heads,
+        "HEAD_DIM": dim,
         "SIDE": window,
-        "QUERIES": window * window,
-        "HEAD_DIM": q.shape[-1],
-        "BLOCK_D": 1 << (q.shape[-1] - 1).bit_length(),
-        "BLOCK_Q": block_q,
-        "Q_BLOCKS": queries // block_q,
-        "BLOCK_K": block_k,
+        "SHARED": groups == 1,
+        "ROW": row,
+        "BLOCK_Q": block_queries,
+        "Q_BLOCKS": queries // block_queries,
+        "BLOCK_K": chosen.block_keys,
+        "BLOCK_D": 1 << (dim - 1).bit_length(),
         "PRECISION": "tf32x3" if exact else "tf32",
-        "num_warps": chosen.num_warps if block_k == chosen.block_keys else 4,
-        "num_stages": chosen.num_stages,
+        "num_warps": chosen.num_warps,
+        "num_stages": chosen.num_stages if _may_pipeline(qkv.device) else 1,
+        "enable_fp_fusion": True,  # later releases of Triton leave it off unless asked
     }
 
 
+def _sizes(qkv: Tensor, tables: KernelTables, width: int) -> tuple[int, int, int]:
+    """Tokens of an image, its windows, and columns of the map.
+
+    Raises:
+        ValueError: the kernels cannot address an image.
+    """
+    check_offsets(qkv[0].numel() if len(qkv) else 0)
+    return qkv.shape[1], len(tables.index), width
+
+
+def forward_tiles(keys: int, always_seen: int, block_keys: int) -> dict[str, int]:
+    """How the forward pass cuts keys into tiles.
+
+    Args:
+        keys: of a window.
+        always_seen: the first so many are there for every window.
+        block_keys: of a tile.
+    """
+    tiles, tail = divmod(computed_keys(keys), block_keys)
+    return {"TILES": tiles, "TAIL": tail, "PLAIN": always_seen // block_keys}
+
+
+def gradient_tiles(
+    keys: int, always_seen: int, block_keys: int, most: int, with_bias: bool
+) -> list[tuple[int, dict[str, Any]]]:
+    """Launches of the gradients of queries and bias: first key, and compile-time arguments.
+
+    One launch, or where the keys fill more tiles than fit into registers, one for the queries and several
+    for the bias.
+
+    Args:
+        keys: of a window.
+        always_seen: the first so many are there for every window.
+        block_keys: of a tile.
+        most: tiles whose gradients of the bias fit into registers.
+        with_bias: whether the bias wants a gradient.
+    """
+    tiles = computed_keys(keys) // block_keys
+
+    def part(first: int, count: int, bias: bool, query: bool) -> tuple[int, dict[str, Any]]:
+        plain = max(0, always_seen // block_keys - first)
+        arguments = {"TILES": count, "PLAIN": plain, "WITH_BIAS": bias, "WITH_QUERY": query}
+        return first * block_keys, arguments
+
+    if not with_bias or tiles <= most:
+        return [part(0, tiles, with_bias, True)]
+    rest = [part(first, min(most, tiles - first), True, False) for first in range(0, tiles, most)]
+    return [part(0, tiles, False, True), *rest]
+
+
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, tables: KernelTables, width: int, window: int, scale: float
+    qkv: Tensor, bias: Tensor, tables: KernelTables, width: int, window: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    q, k, v, bias = _rows(q), _rows(k), _rows(v), bias.contiguous()
-    b, t, n, d = q.shape
-    windows, row_keys = tables.index.shape
+    tokens, windows, width = _sizes(qkv, tables, width)
+    b, _, _, n, d = qkv.shape
     groups, queries = bias.shape[1:3]
-    out = q.new_empty((b, t, n * d))
-    lse = q.new_empty((b, n, windows, window * window), dtype=torch.float32)
-    fixed = _compile_time("forward", q, queries, row_keys, window)
-    tiles = ceil(tables.keys / fixed["BLOCK_K"])
+    out = qkv.new_empty((b, windows * window * window, n * d))
+    lse = qkv.new_empty((b, n, windows, queries), dtype=torch.float32)
+    fixed = _compile_time("forward", qkv, bias, window)
+    tiles = forward_tiles(tables.keys, tables.always_seen, fixed["BLOCK_K"])
     items = b * windows // groups
     slices, slice_items = divide(items, n * groups * fixed["Q_BLOCKS"])
-    with _on_device(q):
+    with _on_device(qkv):
         forward_kernel[(n * groups * slices * fixed["Q_BLOCKS"],)](
-            q, k, v, bias, tables.index, out, lse, *_strides(q, k, v),
-            slices, slice_items, items, windows // groups, windows, row_keys, width, n, scale,
-            TILES=tiles, **fixed,
+            qkv, bias, tables.index, tables.first, out, lse,
+            tokens, slices, slice_items, items, windows, width, scale * LOG2E, **tiles, **fixed,
         )  # fmt: skip
     return out, lse
 
 
-def _backward(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: Tensor,
-    tables: KernelTables, width: int, window: int, scale: float, with_bias: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `attention_backward`; `bias` is [N, groups, keys, queries]."""
-    q, k, v, d_out = _rows(q), _rows(k), _rows(v), _rows(d_out)
-    d_qkv = k.new_empty((k.shape[0], k.shape[1], 3, *k.shape[2:]))
-    d_qkv[:, q.shape[1] :, 0].zero_()
-    dq, dk, dv = _unpack(d_qkv, q.shape[1])
-    delta = torch.empty_like(lse)
-    with _on_device(q):
-        d_bias = _query_gradient(
-            q, k, v, bias, tables, out, d_out, lse, delta, dq, width, window, scale, with_bias
-        )
-        b, _, n, _ = k.shape
-        windows, row_keys = tables.index.shape
-        blocks = tables.block_token.shape[0]
-        fixed = _compile_time("key_gradient", q, bias.shape[3], row_keys, window)
+def _query_gradient(
+    qkv: Tensor, bias: Tensor, tables: KernelTables, out: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor,
+    d_qkv: Tensor, width: int, window: int, scale: float, with_bias: bool,
+) -> Tensor:  # fmt: skip
+    """Write the queries' part of `d_qkv`, and `delta`; return the gradient of the bias (empty if not
+    wanted)."""
+    tokens, windows, width = _sizes(qkv, tables, width)
+    b, _, _, n, d = qkv.shape
+    groups = bias.shape[1]
+    fixed = _compile_time("query_gradient", qkv, bias, window)
+    most = config("query_gradient", d, qkv.element_size()).static_tiles
+    items = b * windows // groups
+    slices, slice_items = divide(items, n * groups * fixed["Q_BLOCKS"])
+    d_bias = bias.new_empty((slices, *bias.shape) if with_bias else (0,), dtype=torch.float32)
+    launches = gradient_tiles(tables.keys, tables.always_seen, fixed["BLOCK_K"], most, with_bias)
+    with _on_device(qkv):
+        for first_column, tiles in launches:
+            query_gradient_kernel[(n * groups * slices * fixed["Q_BLOCKS"],)](
+                qkv, bias, tables.index, tables.first, out, d_out, lse, delta, d_qkv, d_bias,
+                tokens, slices, slice_items, items, first_column, windows, width, scale * LOG2E,
+                **tiles, **fixed,
+            )  # fmt: skip
+    if with_bias:
+        d_bias = d_bias.sum(0)
+        d_bias[..., computed_keys(tables.keys) :] = 0
+    return d_bias
+
+
+def _key_gradient(
+    qkv: Tensor, bias: Tensor, tables: KernelTables, out: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor,
+    d_qkv: Tensor, width: int, window: int, scale: float,
+) -> None:  # fmt: skip
+    """Write the keys' and values' part of `d_qkv`, after `delta` was written."""
+    tokens, windows, width = _sizes(qkv, tables, width)
+    b, _, _, n, _ = qkv.shape
+    fixed = _compile_time("key_gradient", qkv, bias, window)
+    blocks = len(tables.block_token)
+    with _on_device(qkv):
         key_gradient_kernel[(b * n * blocks,)](
-            q, k, v, bias, d_out, lse, delta, dk, dv,
-            tables.block_token, tables.entry_start, tables.entry_window, tables.entry_column,
-            *_strides(q, k, v), *_strides(d_out)[:2], *_strides(dk),
-            tables.heavy_blocks, blocks, b, windows // bias.shape[1], windows, row_keys, width, n, scale,
+            qkv, bias.transpose(-1, -2).contiguous(), d_out, lse, delta, d_qkv,
+            tables.block_token, tables.entry_start, tables.entry_window, tables.entry_first,
+            tables.entry_column, tokens, tables.heavy_blocks, blocks, b, windows, width, scale * LOG2E,
             **fixed,
         )  # fmt: skip
-    return d_qkv, d_bias
-
-
-def _query_gradient(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, tables: KernelTables, out: Tensor, d_out: Tensor,
-    lse: Tensor, delta: Tensor, dq: Tensor, width: int, window: int, scale: float, with_bias: bool,
-) -> Tensor:  # fmt: skip
-    """Write `dq` and `delta`; return the bias's gradient [N, groups, queries, keys] (empty if not wanted).
-
-    One launch, or where the keys fill more tiles than fit into registers, one for each of the two gradients.
-    """
-    b, _, n, d = q.shape
-    windows, row_keys = tables.index.shape
-    groups, queries = bias.shape[1], bias.shape[3]
-    fixed = _compile_time("query_gradient", q, queries, row_keys, window)
-    tiles = row_keys // fixed["BLOCK_K"]
-    static_tiles = config("query_gradient", d, q.element_size()).static_tiles
-    items = b * windows // groups
-
-    def launch(tiles: int, chunks: int, with_bias: bool, with_query: bool) -> Tensor:
-        slices, slice_items = divide(items, n * groups * fixed["Q_BLOCKS"] * chunks)
-        d_bias = bias.new_empty((slices, *bias.shape) if with_bias else (0,), dtype=torch.float32)
-        query_gradient_kernel[(n * groups * slices * fixed["Q_BLOCKS"] * chunks,)](
-            q, k, v, bias, tables.index, out, d_out, lse, delta, dq, d_bias,
-            *_strides(q, k, v), *_strides(d_out)[:2], *_strides(dq),
-            slices, slice_items, items, windows // groups, windows, row_keys, width, n, scale,
-            TILES=tiles, WITH_BIAS=with_bias, WITH_QUERY=with_query, **fixed,
-        )  # fmt: skip
-        return d_bias.sum(0).transpose(-1, -2) if with_bias else d_bias
-
-    if not with_bias or tiles <= static_tiles:
-        return launch(tiles, 1, with_bias, True)
-    launch(tiles, 1, False, True)
-    return launch(1, tiles, True, False)

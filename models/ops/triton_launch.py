@@ -35,12 +35,19 @@ CACHED_TABLES = 128
 """Key tables whose kernel tables are kept (Focal-fast has one per layer and map size)."""
 
 
+KEYS_MULTIPLE = 32
+"""Keys that are computed, and those of a row of tables, are filled up to a multiple of this."""
+
+PIPELINE_BYTES = 200 * 1024
+"""Shared memory of a block from which the next item is fetched while one is computed: what Hopper has."""
+
+
 @dataclass(frozen=True)
 class Config:
     """How a kernel is compiled."""
 
     num_warps: int
-    num_stages: int
+    num_stages: int  # 1 on GPUs with less shared memory than PIPELINE_BYTES
     block_queries: int  # most queries of a tile
     block_keys: int  # most keys of a tile
     static_tiles: int = 0  # of query_gradient: tiles of keys whose bias gradient fits into registers
@@ -49,31 +56,36 @@ class Config:
 CONFIGS: dict[tuple[str, int, int], Config] = {
     ("forward", 32, 2): Config(4, 2, 64, 64),
     ("forward", 64, 2): Config(4, 2, 64, 64),
-    ("forward", 32, 4): Config(4, 1, 64, 64),
+    ("forward", 32, 4): Config(4, 1, 64, 32),
     ("forward", 64, 4): Config(4, 1, 64, 32),
-    ("query_gradient", 32, 2): Config(8, 2, 32, 128, 2),
-    ("query_gradient", 64, 2): Config(8, 1, 32, 128, 2),
-    ("query_gradient", 32, 4): Config(4, 1, 16, 64, 1),
-    ("query_gradient", 64, 4): Config(4, 1, 16, 32, 1),
-    ("key_gradient", 32, 2): Config(4, 2, 64, BLOCK_KEYS),
-    ("key_gradient", 64, 2): Config(4, 2, 64, BLOCK_KEYS),
+    ("query_gradient", 32, 2): Config(4, 2, 64, 32, 7),
+    ("query_gradient", 64, 2): Config(4, 2, 64, 32, 5),
+    ("query_gradient", 32, 4): Config(4, 1, 16, 32, 1),
+    ("query_gradient", 64, 4): Config(8, 1, 16, 32, 1),
+    ("key_gradient", 32, 2): Config(4, 1, 32, BLOCK_KEYS),
+    ("key_gradient", 64, 2): Config(4, 1, 32, BLOCK_KEYS),
     ("key_gradient", 32, 4): Config(4, 1, 32, BLOCK_KEYS),
-    ("key_gradient", 64, 4): Config(4, 1, 16, BLOCK_KEYS),
+    ("key_gradient", 64, 4): Config(8, 1, 16, BLOCK_KEYS),
 }
 """By pass, head width up to which it serves, and bytes of a number. Chosen so that nothing spills on Hopper
-with Triton 3.6 and 3.9, which leaves a reserve (tests/test_triton_hopper.py compiles them); not yet timed."""
+with Triton 3.6, 3.8 and 3.9 (tests/test_triton_hopper.py compiles them); not yet timed."""
 
 
 @dataclass(frozen=True)
 class KernelTables:
-    """Index tables of one key table, int32, on its device; -1 where there is no token, key or column."""
+    """Index tables of one key table, int32, on its device; -1 where there is no token or key."""
 
-    index: Tensor  # [P, K' padded] token of every key
+    index: Tensor  # [P, row] token of every key
+    first: Tensor  # [P] first token of every window
     block_token: Tensor  # [M, BLOCK_KEYS] tokens of a block
     entry_start: Tensor  # [M + 1] entries of block g are entry_start[g] .. entry_start[g + 1] - 1
     entry_window: Tensor  # [E] window of an entry
-    entry_column: Tensor  # [E, BLOCK_KEYS] the window's column for each token of the block
+    entry_first: Tensor  # [E] first token of that window
+    entry_column: (
+        Tensor  # [E, BLOCK_KEYS] the window's column for each token of the block; K' where it has none
+    )
     keys: int  # K', not padded
+    always_seen: int  # the first so many keys are there for every window
     heavy_blocks: int  # the first so many blocks have far more entries than the others and should start first
 
 
@@ -107,8 +119,12 @@ def kernel_tables(
     block_tokens[rank[block], slot] = np.arange(tokens)
     by_block = np.argsort(rank[entry_block], kind="stable")
     columns, entry_window = columns[by_block], entry_window[by_block]
-    missing = padded_keys(keys.shape[1]) - keys.shape[1]
-    padded = np.pad(keys, ((0, 0), (0, missing)), constant_values=-1)
+    columns = np.where(columns < 0, keys.shape[1], columns)
+    padded = np.pad(keys, ((0, 0), (0, padded_keys(keys.shape[1]) - keys.shape[1])), constant_values=-1)
+    absent = np.flatnonzero((keys < 0).any(axis=0))
+    across = width // window
+    number = np.arange(len(keys))
+    first = number // across * (window * width) + number % across * window
 
     def place(array: np.ndarray) -> Tensor:
         check_offsets(array.size)
@@ -116,11 +132,14 @@ def kernel_tables(
 
     return KernelTables(
         index=place(padded),
+        first=place(first),
         block_token=place(block_tokens),
         entry_start=place(np.concatenate([[0], np.cumsum(count[order])])),
         entry_window=place(entry_window),
+        entry_first=place(first[entry_window]),
         entry_column=place(columns),
         keys=keys.shape[1],
+        always_seen=int(absent[0]) if len(absent) else keys.shape[1],
         heavy_blocks=int((count > 2 * np.median(count)).sum()),
     )
 
@@ -210,8 +229,13 @@ def _entries(
 
 
 def padded_keys(keys: int) -> int:
-    """Keys of a row of the index table and of the bias: 64, 128 or a multiple of 256, so whole tiles."""
-    return next((size for size in (64, 128) if keys <= size), ceil(keys / 256) * 256)
+    """Keys of a row of the index table and of the bias: at least one more, which stands for absent ones."""
+    return computed_keys(keys + 1)
+
+
+def computed_keys(keys: int) -> int:
+    """Keys whose scores are computed: whole tiles of KEYS_MULTIPLE."""
+    return ceil(keys / KEYS_MULTIPLE) * KEYS_MULTIPLE
 
 
 def padded_queries(queries: int) -> int:
