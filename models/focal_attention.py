@@ -89,18 +89,28 @@ class FocalAttention(nn.Module):
         if padded != (height, width):  # padding by nothing would copy the map
             x = F.pad(x, (0, 0, 0, padded[1] - width, 0, padded[0] - height))
         x = torch.roll(x, (-self.shift_size, -self.shift_size), dims=(1, 2)) if self.shift_size else x
-        tokens = [
-            x.flatten(1, 2),
-            *pooled_tokens(x, pools, self.selection.window_size),
-        ]  # T fine, then pooled
-        qkv = self.qkv(torch.cat(tokens, dim=1)).unflatten(-1, (3, self.num_heads, -1))  # [B, S, 3, N, D]
+        pooled = pooled_tokens(x, pools, self.selection.window_size)
+        return self.attend(torch.cat([x.flatten(1, 2), *pooled], dim=1), (height, width))
 
-        keys = self.selection.keys(self, height, width, x.device)
+    def attend(self, tokens: Tensor, map_size: tuple[int, int]) -> Tensor:
+        """Attend over the tokens of a map.
+
+        Args:
+            tokens: [B, S, C]: T fine ones, those of the normalised map after padding and shift, then the
+                pooled ones of each level, all row-major.
+            map_size: rows and columns of the map, H and W.
+
+        Returns:
+            [B, H, W, C].
+        """
+        height, width = map_size
+        qkv = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1))  # [B, S, 3, N, D]
+        keys = self.selection.keys(self, height, width, tokens.device)
         backend = self.resolved_backend(qkv.dtype)
-        bias = self._prepared_bias(keys, backend, qkv.dtype, (height, width))
+        bias = self._prepared_bias(keys, backend, qkv.dtype, map_size)
         x = backend_module(backend).attend(qkv, keys.table, bias, self.scale)  # [B, T, C]
 
-        x = x.unflatten(1, padded)
+        x = x.unflatten(1, padded_size(height, width, self.selection.window_size))
         x = torch.roll(x, (self.shift_size, self.shift_size), dims=(1, 2)) if self.shift_size else x
         return self.proj_drop(self.proj(x[:, :height, :width]))
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .block_ops import add_and_norm, normed_attention, takes_kernels
 from .focal_attention import FocalAttention
 from .layers import POOLS, PatchEmbed
 from .mlp import Mlp
@@ -61,8 +62,10 @@ class FocalBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
-        x = x + self.drop_path(_scaled(self.attn(self.norm1(x), self.pool_layers), self.gamma_1))
-        return x + self.drop_path(_scaled(self.mlp(self.norm2(x)), self.gamma_2))
+        fused = takes_kernels(x, self.attn)
+        attended = normed_attention(x, self.norm1, self.attn, self.pool_layers, fused)
+        x, normed = add_and_norm(x, _scaled(attended, self.gamma_1), self.drop_path, self.norm2, fused)
+        return x + self.drop_path(_scaled(self.mlp(normed), self.gamma_2))
 
     def __prepare_scriptable__(self) -> None:
         """What `torch.jit.script` asks for: a clear refusal."""

@@ -62,8 +62,13 @@ PLAIN: dict[type[nn.Module], Callable[[Any], bool]] = {
 
 def _is_plain(layer: nn.Module) -> bool:
     """Whether a layer is PyTorch's own, set as timm sets it, and without hooks."""
+    return not is_hooked(layer) and PLAIN.get(type(layer), lambda layer: False)(layer)
+
+
+def is_hooked(layer: nn.Module) -> bool:
+    """Whether somebody looks at what goes through a layer, or replaced its `forward`."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return not any(hooks) and PLAIN.get(type(layer), lambda layer: False)(layer)
+    return any(hooks) or "forward" in vars(layer)
 
 
 class MlpInPieces(torch.autograd.Function):

@@ -34,16 +34,17 @@ MODEL_LEVELS = {  # a module of models/ imports only modules of lower levels
     "key_selection": 1,
     "options": 2,
     "focal_attention": 2,
-    "focal_transformer": 3,
+    "block_ops": 3,
+    "focal_transformer": 4,
     "checkpoint_scan": 0,
     "download": 0,
     "safetensors_file": 0,
     "resize": 3,
     "checkpoint": 4,
-    "build": 4,
-    "registry": 5,
-    "hub_mixin": 6,
-    "__init__": 6,
+    "build": 5,
+    "registry": 6,
+    "hub_mixin": 7,
+    "__init__": 7,
 }
 MODEL_NEEDS = {"numpy", "torch", "timm"}
 OPTIONAL_HOMES = {  # package -> the files that may import it

@@ -1,0 +1,104 @@
+"""LayerNorm in a block, with what precedes or follows it: one kernel each where attention has fused kernels.
+
+In eager mode nobody but the kernels joins these steps, and each of them reads or writes the whole map. They
+take part wherever attention's own do (`ops.triton_kernel`); compiled, traced, exported or transformed by
+`torch.func`, with a module that is not PyTorch's or ours as it was built, or with hooks, modules run as ever.
+
+Legend: B batch, H W rows and columns, C channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from .focal_attention import FocalAttention
+from .layers import LinearPool
+from .mlp import is_hooked
+from .ops import sdpa
+
+
+def takes_kernels(x: Tensor, attention: FocalAttention) -> bool:
+    """Whether a block that holds such an attention layer may run in fused kernels.
+
+    Args:
+        x: the block's input, [B, H, W, C].
+        attention: its attention layer, or what a user put in its place.
+    """
+    if torch.compiler.is_compiling() or type(attention) is not FocalAttention:
+        return False
+    if x.device.type == "cpu" and attention.backend != "triton":  # spares the CPU the rest
+        return False
+    is_eager = sdpa._may_wrap(trains=torch.is_grad_enabled())
+    return is_eager and attention.resolved_backend(_working_dtype(x)) == "triton"
+
+
+def normed_attention(
+    x: Tensor, norm: nn.Module, attention: FocalAttention, pools: nn.ModuleList, fused: bool
+) -> Tensor:
+    """`attention(norm(x), pools)`: [B, H, W, C] -> [B, H, W, C].
+
+    Args:
+        x: the map.
+        norm: LayerNorm, or what stands in its place.
+        attention: the attention layer.
+        pools: its pooling modules.
+        fused: what `takes_kernels` answers.
+    """
+    if not (fused and _is_plain(norm, x) and _makes_tokens(attention, pools)):
+        return attention(norm(x), pools)
+    from .ops import triton_norm  # needs an optional package
+
+    pool = (pools[0].weight, pools[0].bias) if len(pools) else (None, None)
+    settings = (attention.selection.window_size, norm.eps, _working_dtype(x))
+    tokens = triton_norm.norm_tokens(x, norm.weight, norm.bias, *pool, *settings)[0]
+    return attention.attend(tokens, (x.shape[1], x.shape[2]))
+
+
+def add_and_norm(
+    x: Tensor, branch: Tensor, drop_path: nn.Module, norm: nn.Module, fused: bool
+) -> tuple[Tensor, Tensor]:
+    """The sum `x + drop_path(branch)` and `norm` of it, both [B, H, W, C].
+
+    Args:
+        x: the map.
+        branch: what is added to it.
+        drop_path: stochastic depth.
+        norm: LayerNorm, or what stands in its place.
+        fused: what `takes_kernels` answers.
+    """
+    is_plain = fused and _is_plain(norm, x) and type(drop_path) in (DropPath, nn.Identity)
+    if not is_plain or is_hooked(drop_path) or torch.promote_types(x.dtype, branch.dtype) != x.dtype:
+        x = x + drop_path(branch)
+        return x, norm(x)
+    from .ops import triton_norm  # needs an optional package
+
+    factor = None
+    if drop_path.training and type(drop_path) is DropPath:
+        factor = drop_path(branch.new_ones(len(branch), 1, 1, 1)).flatten()  # draws what it would draw
+    settings = (norm.eps, _working_dtype(x))
+    return triton_norm.add_norm(x, branch, factor, norm.weight, norm.bias, *settings)[:2]
+
+
+def _working_dtype(x: Tensor) -> torch.dtype:
+    """What a linear layer computes in where it is given `x`."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _is_plain(norm: nn.Module, x: Tensor) -> bool:
+    """Whether a module is PyTorch's LayerNorm over the channels of `x`, affine and without hooks."""
+    if type(norm) is not nn.LayerNorm or norm.weight is None or norm.bias is None or is_hooked(norm):
+        return False
+    from .ops import triton_norm  # needs an optional package
+
+    return norm.normalized_shape == (x.shape[-1],) and triton_norm.supports(x, norm.weight)
+
+
+def _makes_tokens(attention: FocalAttention, pools: nn.ModuleList) -> bool:
+    """Whether the tokens of a layer are those of its map and at most one linearly pooled one per window."""
+    if attention.shift_size or is_hooked(attention) or len(pools) > 1:
+        return False
+    side = attention.selection.window_size
+    return all(type(pool) is LinearPool and pool.side == side and not is_hooked(pool) for pool in pools)

@@ -1,0 +1,602 @@
+"""The fused LayerNorm kernels in Triton's interpreter, against plain PyTorch; and compiled for Hopper.
+
+As test_triton.py, this file runs itself once more with TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+pytest.importorskip("triton")
+
+import test_triton_hopper
+from test_triton import bfloat16_as_on_a_gpu, compiled, interpreted  # noqa: F401
+
+from models import FocalTransformer, block_ops, focal_transformer
+from models.ops import triton_norm, triton_norm_passes
+
+EPS = 1e-5
+BFLOAT16 = torch.bfloat16
+
+
+@compiled
+def test_in_interpreter() -> None:
+    """All tests of this file that need the interpreter."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        command, env=environment, cwd=Path(__file__).parent.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+# --- The operators ------------------------------------------------------------------------------------------
+
+
+class Tokens:
+    """Random inputs of `norm_tokens`, and what it and plain PyTorch make of them."""
+
+    def __init__(
+        self,
+        size: tuple[int, int, int],
+        channels: int,
+        window: int,
+        with_pool: bool = True,
+        dtype: torch.dtype = torch.float32,
+        out_dtype: torch.dtype | None = None,
+    ) -> None:
+        """
+        Args:
+            size: images, rows and columns.
+            channels: C.
+            window: side.
+            with_pool: whether windows have a pooled token.
+            dtype: of the map and all parameters.
+            out_dtype: of the tokens; None for `dtype`.
+        """
+        torch.manual_seed(0)
+        self.window, self.dtype, self.out_dtype = window, dtype, out_dtype or dtype
+        shapes = [(*size, channels), (channels,), (channels,), *([(1, window**2), (1,)] if with_pool else [])]
+        self.inputs = [(torch.randn(shape) + 0.5).to(dtype) for shape in shapes]
+        self.cotangent = (torch.randn_like(self.plain(*self.inputs)) + 0.5).to(self.out_dtype)
+
+    def fused(self, *inputs: Tensor) -> Tensor:
+        pool = inputs[3:] or (None, None)
+        return triton_norm.norm_tokens(*inputs[:3], *pool, self.window, EPS, self.out_dtype)[0]
+
+    def plain(self, x: Tensor, weight: Tensor, bias: Tensor, *pool: Tensor) -> Tensor:
+        x = F.layer_norm(x, weight.shape, weight, bias, EPS)
+        height, width = x.shape[1:3]
+        x = F.pad(x, (0, 0, 0, -width % self.window, 0, -height % self.window))
+        if not pool:
+            return x.flatten(1, 2)
+        cells = x.unflatten(2, (-1, self.window)).unflatten(1, (-1, self.window))
+        pooled = torch.einsum("bhiwjc,ij->bhwc", cells, pool[0].view(self.window, -1)) + pool[1]
+        return torch.cat([x.flatten(1, 2), pooled.flatten(1, 2)], dim=1)
+
+
+class Sum:
+    """Random inputs of `add_norm`, and what it and plain PyTorch make of them."""
+
+    def __init__(
+        self,
+        size: tuple[int, ...],
+        channels: int,
+        with_factor: bool = True,
+        dtype: torch.dtype = torch.float32,
+        out_dtype: torch.dtype | None = None,
+    ) -> None:
+        """
+        Args:
+            size: images, then any dimensions.
+            channels: C.
+            with_factor: whether branches are multiplied.
+            dtype: of the map and LayerNorm's parameters.
+            out_dtype: of the branch and the result; None for `dtype`.
+        """
+        torch.manual_seed(0)
+        self.dtype, self.out_dtype = dtype, out_dtype or dtype
+        shapes = [(*size, channels), (*size, channels), (channels,), (channels,)]
+        self.inputs = [(torch.randn(shape) + 0.5).to(dtype) for shape in shapes]
+        self.inputs[1] = self.inputs[1].to(self.out_dtype)
+        self.factor = 1.25 * (torch.arange(size[0]) % 3 > 0).to(self.out_dtype) if with_factor else None
+        self.cotangent = (torch.randn(2, *shapes[0]) + 0.5).to(self.out_dtype)
+
+    def fused(self, x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        made = triton_norm.add_norm(x, branch, self.factor, weight, bias, EPS, self.out_dtype)
+        return torch.stack([made[0].to(made[1].dtype), made[1]])
+
+    def plain(self, x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if self.factor is not None:
+            branch = branch * self.factor.to(branch.dtype).view(-1, *[1] * (branch.ndim - 1))
+        x = x + branch
+        normed = F.layer_norm(x, weight.shape, weight, bias, EPS)
+        return torch.stack([x, normed])
+
+
+Problem = Tokens | Sum
+
+
+def run(problem: Problem, function: Callable[..., Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Output and all gradients; everything in `dtype` if it is given."""
+    inputs = [x.detach().to(dtype or x.dtype, copy=True).requires_grad_() for x in problem.inputs]
+    out = function(*inputs)
+    out.backward(problem.cotangent.to(out.dtype))
+    return [out.detach(), *(x.grad for x in inputs if x.grad is not None)]
+
+
+def errors(results: Sequence[Tensor], problem: Problem) -> list[float]:
+    """Error of each result against float64, relative to its norm."""
+    exact = run(problem, problem.plain, torch.float64)
+    return [float((x.double() - y).norm() / y.norm()) for x, y in zip(results, exact, strict=True)]
+
+
+# images, rows and columns; channels; window; pooled tokens
+TOKENS: dict[str, tuple[tuple[int, int, int], int, int, bool]] = {
+    "whole windows": ((2, 8, 4), 16, 4, True),
+    "padding": ((2, 7, 9), 48, 4, True),
+    "no pooled tokens": ((1, 5, 7), 48, 4, False),
+    "shipped window": ((1, 7, 9), 96, 7, True),
+    "several warps": ((2, 3, 4), 192, 3, True),
+    "an odd number of channels, one image": ((1, 4, 3), 19, 3, True),
+    "windows of 12": ((1, 12, 5), 16, 12, True),
+}
+SUMS: dict[str, tuple[tuple[int, ...], int, bool]] = {
+    "a factor": ((5, 3, 3), 16, True),
+    "no factor": ((2, 3, 7), 48, False),
+    "wide": ((3, 5), 96, True),
+    "several warps": ((2, 3, 2), 192, True),
+    "one row an image": ((3,), 19, True),
+}
+PROBLEMS: list[tuple[type[Problem], tuple]] = [
+    *((Tokens, arguments) for arguments in TOKENS.values()),
+    *((Sum, arguments) for arguments in SUMS.values()),
+]
+NAMES = [*(f"tokens, {name}" for name in TOKENS), *(f"sum, {name}" for name in SUMS)]
+SMALL = [(Tokens, TOKENS["padding"]), (Sum, SUMS["a factor"])]
+each_problem = pytest.mark.parametrize(("kind", "arguments"), PROBLEMS, ids=NAMES)
+small_problems = pytest.mark.parametrize(("kind", "arguments"), SMALL, ids=["tokens", "sum"])
+
+
+@interpreted
+@each_problem
+def test_equals_plain(kind: Callable[..., Problem], arguments: tuple) -> None:
+    """float32: output and every gradient."""
+    problem = kind(*arguments)
+    found = errors(run(problem, problem.fused), problem)
+    assert max(found) < 2e-6, found
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float16, BFLOAT16])
+@pytest.mark.parametrize(
+    ("kind", "arguments"), [*SMALL, (Tokens, TOKENS["several warps"])], ids=["tokens", "sum", "wide"]
+)
+def test_as_exact_as_plain(kind: Callable[..., Problem], arguments: tuple, dtype: torch.dtype) -> None:
+    """Half precision throughout: at most twice the error of plain PyTorch."""
+    problem = kind(*arguments, dtype)
+    found, allowed = (
+        errors(run(problem, problem.fused), problem),
+        errors(run(problem, problem.plain), problem),
+    )
+    assert all(mine <= 2 * theirs for mine, theirs in zip(found, allowed, strict=True)), (found, allowed)
+
+
+@interpreted
+@small_problems
+def test_mixed_precision(kind: Callable[..., Problem], arguments: tuple) -> None:
+    """A float32 map and bfloat16 beside it, as under autocast: errors are those of rounding the result."""
+    problem = kind(*arguments, torch.float32, BFLOAT16)
+    results = run(problem, problem.fused)
+    assert results[0].dtype == BFLOAT16 and results[1].dtype == torch.float32
+    assert max(errors(results, problem)) < 2**-8, errors(results, problem)
+    if isinstance(problem, Sum):
+        x, branch, weight, bias = problem.inputs
+        total = triton_norm.add_norm(x, branch, problem.factor, weight, bias, EPS, BFLOAT16)[0]
+        exact = problem.plain(*(x.double() for x in problem.inputs))[0]
+        torch.testing.assert_close(total, exact.float())  # not rounded
+
+
+@interpreted
+@small_problems
+def test_slices_and_determinism(
+    kind: Callable[..., Problem], arguments: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the items are divided; and the same bits twice."""
+    problem = kind(*arguments)
+    expected = run(problem, problem.fused)
+    assert all(torch.equal(x, y) for x, y in zip(run(problem, problem.fused), expected, strict=True))
+    for warps in (1, 4):
+        monkeypatch.setattr(triton_norm, "TARGET_WARPS", warps)
+        torch.testing.assert_close(run(problem, problem.fused), expected, rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+@small_problems
+def test_an_empty_batch(kind: Callable[..., Problem], arguments: tuple) -> None:
+    """No image: an empty output, and gradients of parameters that are zero."""
+    size, *rest = arguments
+    problem = kind((0, *size[1:]), *rest)
+    out, dx, *others = run(problem, problem.fused)
+    assert out.numel() == dx.numel() == 0
+    assert not any(gradient.any() for gradient in others)
+
+
+@interpreted
+@small_problems
+def test_odd_strides(kind: Callable[..., Problem], arguments: tuple) -> None:
+    """Inputs and gradients that are permuted, cut out or expanded are read all the same."""
+    problem = kind(*arguments)
+    problem.cotangent = torch.ones_like(problem.cotangent)
+    expected = run(problem, problem.fused)
+    x = problem.inputs[0]
+    for view in (
+        x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
+        F.pad(x, (0, 0, 1, 2, 3, 1))[:, 3:-1, 1:-2],
+        F.pad(x, (2, 1))[..., 2:-1],
+    ):
+        view = view.detach().requires_grad_()
+        out = problem.fused(view, *problem.inputs[1:])
+        out.backward(torch.ones(()).expand_as(out))
+        torch.testing.assert_close([out.detach(), view.grad], expected[:2])
+
+
+@interpreted
+@small_problems
+def test_frozen_inputs(kind: Callable[..., Problem], arguments: tuple) -> None:
+    """Each input may be the only one that wants a gradient, which is the same then."""
+    problem = kind(*arguments)
+    expected = run(problem, problem.fused)[1:]
+    for i, gradient in enumerate(expected):
+        inputs = [x.detach().requires_grad_(i == j) for j, x in enumerate(problem.inputs)]
+        problem.fused(*inputs).backward(problem.cotangent)
+        assert torch.equal(inputs[i].grad, gradient), i
+        assert all(x.grad is None for j, x in enumerate(inputs) if i != j)
+
+
+@interpreted
+@pytest.mark.parametrize("used", [0, 1])
+def test_one_result_without_the_other(used: int) -> None:
+    """The sum alone, or the normalised sum alone, has a gradient too."""
+    problem = Sum(*SUMS["a factor"])
+    found = [x.clone().requires_grad_() for x in problem.inputs]
+    made = triton_norm.add_norm(*found[:2], problem.factor, *found[2:], EPS, torch.float32)
+    made[used].backward(problem.cotangent[used])
+    plain = [x.clone().requires_grad_() for x in problem.inputs]
+    problem.plain(*plain)[used].backward(problem.cotangent[used])
+    for mine, theirs in zip(found, plain, strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("with_pool", [True, False])
+def test_operator_contract_of_tokens(with_pool: bool) -> None:
+    """Schema, fake and gradient agree with what runs."""
+    problem = Tokens((2, 3, 5), 16, 4, with_pool)
+    inputs = [x.requires_grad_() for x in problem.inputs]
+    pool = inputs[3:] or [None, None]
+    for dtype in (torch.float32, BFLOAT16):
+        torch.library.opcheck(triton_norm.norm_tokens, (*inputs[:3], *pool, 4, EPS, dtype))
+    x, *parameters = (x.detach() for x in inputs)
+    _, mean, rstd = triton_norm.norm_tokens(x, *parameters[:2], *(parameters[2:] or pool), 4, EPS, dtype)
+    for wanted in (True, False):
+        saved = (x, mean, rstd, *parameters[:2], parameters[2] if with_pool else None)
+        torch.library.opcheck(triton_norm.norm_tokens_backward, (problem.cotangent, *saved, 4, wanted))
+
+
+@interpreted
+@pytest.mark.parametrize("with_factor", [True, False])
+def test_operator_contract_of_sum(with_factor: bool) -> None:
+    """Schema, fake and gradient agree with what runs."""
+    problem = Sum((2, 3), 16, with_factor)
+    x, branch, *parameters = (x.requires_grad_() for x in problem.inputs)
+    inputs = (x, branch, problem.factor, *parameters, EPS)
+    for dtype in (torch.float32, BFLOAT16):
+        torch.library.opcheck(triton_norm.add_norm, (*inputs, dtype))
+    total, _, mean, rstd = (made.detach() for made in triton_norm.add_norm(*inputs, torch.float32))
+    for wanted in (True, False):
+        saved = (total, mean, rstd, problem.factor, parameters[0].detach(), BFLOAT16, wanted, wanted)
+        torch.library.opcheck(triton_norm.add_norm_backward, (*problem.cotangent, *saved))
+
+
+def test_refuses_what_32_bits_do_not_address() -> None:
+    """A map of 9600 x 9600 pixels of the largest first stage; a batch of any size is fine."""
+    norm = torch.ones(192), torch.ones(192)
+    for shape, many in (((10**6, 224, 224, 192), False), ((1, 3400, 3400, 192), True)):
+        x = torch.empty(shape, device="meta")
+        with pytest.raises(ValueError, match="sdpa") if many else nullcontext():
+            triton_norm._flat(x)
+    with pytest.raises(ValueError, match="sdpa"):
+        triton_norm.norm_tokens(torch.ones(1).expand(1, 3400, 3400, 192), *norm, None, None, 7, EPS, BFLOAT16)
+
+
+# --- In a model ---------------------------------------------------------------------------------------------
+
+
+def tiny(kind: str = "focal", **more: Any) -> FocalTransformer:
+    """Two stages of a block; the second has a map with padding, and stochastic depth."""
+    torch.manual_seed(0)
+    sizes = dict(img_size=32, num_classes=3, embed_dim=16, depths=(1, 1), num_heads=(1, 1), window_size=4)
+    levels = dict(focal_levels=(2, 2), focal_windows=(3, 1), expand_sizes=(2, 2), focal_topk=8)
+    rest = dict(focal_pool="fc", focal_stages=(0, 1), drop_path_rate=0.5, attention_backend="triton")
+    model = FocalTransformer(kind=kind, **(sizes | levels | rest | more))
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            nn.init.normal_(parameter, mean=0.5, std=0.3)
+    return model
+
+
+IMAGES = torch.randn(3, 3, 32, 40, generator=torch.Generator().manual_seed(0))
+
+
+def results(model: nn.Module, autocast: bool = False) -> list[Tensor]:
+    """Logits, and in training the gradient of every parameter."""
+    torch.manual_seed(1)
+    images = IMAGES.to(next(model.parameters()).dtype)
+    with torch.autocast("cpu", BFLOAT16, enabled=autocast), torch.set_grad_enabled(model.training):
+        logits = model(images)
+    if not model.training:
+        return [logits]
+    model.zero_grad()
+    logits.double().square().sum().backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert all(gradient is not None for gradient in gradients.values()), gradients
+    return [logits.detach(), *gradients.values()]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the operators that a model called, in order."""
+    made: list[str] = []
+    for name in ("norm_tokens", "add_norm"):
+        operator = getattr(triton_norm, name)
+
+        def called(*arguments: Any, name: str = name, operator: Any = operator) -> Any:
+            made.append(name)
+            return operator(*arguments)
+
+        monkeypatch.setattr(triton_norm, name, called)
+    return made
+
+
+def plainly(model: nn.Module, monkeypatch: pytest.MonkeyPatch, autocast: bool = False) -> list[Tensor]:
+    """`results` without the operators."""
+    with monkeypatch.context() as patch:
+        patch.setattr(focal_transformer, "takes_kernels", lambda *_: False)
+        return results(model, autocast)
+
+
+@interpreted
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("kind", ["focal", "focalv2"])
+def test_a_model_is_the_same(
+    kind: str, train: bool, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits and every gradient, with the same images dropped from the same branches."""
+    model = tiny(kind).train(train)
+    expected = plainly(model, monkeypatch)
+    assert not calls
+    found = results(model)
+    assert calls == ["norm_tokens", "add_norm"] * 2
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+
+
+@interpreted
+def test_a_model_under_autocast(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As exact as without the operators, over all gradients."""
+    model = tiny().train()
+    exact = results(tiny(attention_backend="reference").double())
+    errors = []
+    for made in (results(model, True), plainly(model, monkeypatch, True)):
+        off = [(x.double() - y).norm() / y.norm() for x, y in zip(made, exact, strict=True)]
+        errors.append([float(off[0]), float(torch.stack(off).median())])
+    assert calls == ["norm_tokens", "add_norm"] * 2
+    assert all(mine <= 1.5 * theirs for mine, theirs in zip(*errors, strict=True)), errors
+
+
+@interpreted
+def test_layer_scale_and_half_precision(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layer scale comes before the sum; a model in bfloat16 has parameters of that."""
+    model = tiny(use_layerscale=True, layerscale_value=0.5).to(BFLOAT16).eval()
+    expected = plainly(model, monkeypatch)
+    torch.testing.assert_close(results(model), expected, rtol=0.05, atol=0.05)
+    assert calls == ["norm_tokens", "add_norm"] * 2
+
+
+@interpreted
+def test_compiles_into_one_graph_without_them(calls: list[str]) -> None:
+    """`torch.compile` gets the steps themselves, to fuse as it likes."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    model = tiny().train()
+    torch.compiler.reset()
+    expected = results(model)[0]
+    calls.clear()
+    torch.manual_seed(1)
+    found = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(IMAGES)
+    assert found.shape == expected.shape and len(graphs) == 1 and not calls
+    code = graphs[0].code
+    assert "attention" in code and "norm_tokens" not in code and "add_norm" not in code
+    compiled = torch.compile(tiny().eval(), backend="aot_eager", fullgraph=True, dynamic=False)
+    torch.testing.assert_close(results(compiled)[0], results(tiny().eval())[0])
+
+
+class OtherNorm(nn.LayerNorm):
+    """A norm of the user's own."""
+
+
+def replace_norms(model: FocalTransformer, make: Callable[[int], nn.Module]) -> None:
+    for block in (stage.blocks[0] for stage in model.layers):
+        block.norm1, block.norm2 = (make(block.norm1.normalized_shape[0]) for _ in range(2))
+
+
+def on_blocks(change: Callable[[Any], Any]) -> Callable[[FocalTransformer], None]:
+    def apply(model: FocalTransformer) -> None:
+        for stage in model.layers:
+            change(stage.blocks[0])
+
+    return apply
+
+
+def ignore(*_: Any) -> None:
+    """A hook."""
+
+
+def patch_forward(module: nn.Module) -> None:
+    module.forward = module.forward  # as accelerate does
+
+
+CHANGES: dict[str, tuple[dict, Callable[[FocalTransformer], Any], set[str]]] = {
+    "another norm": ({}, lambda m: replace_norms(m, OtherNorm), set()),
+    "no affine": ({}, lambda m: replace_norms(m, lambda c: nn.LayerNorm(c, elementwise_affine=False)), set()),
+    "no bias": ({}, lambda m: replace_norms(m, lambda c: nn.LayerNorm(c, bias=False)), set()),
+    "hook on norm1": ({}, on_blocks(lambda b: b.norm1.register_forward_hook(ignore)), {"add_norm"}),
+    "hook before norm2": (
+        {},
+        on_blocks(lambda b: b.norm2.register_forward_pre_hook(ignore)),
+        {"norm_tokens"},
+    ),
+    "hook on attention": ({}, on_blocks(lambda b: b.attn.register_forward_hook(ignore)), {"add_norm"}),
+    "hook on a pool": (
+        {},
+        on_blocks(lambda b: b.pool_layers[0].register_forward_hook(ignore)),
+        {"add_norm"},
+    ),
+    "another forward": ({}, on_blocks(lambda b: patch_forward(b.attn)), {"add_norm"}),
+    "dropout as stochastic depth": (
+        {},
+        on_blocks(lambda b: setattr(b, "drop_path", nn.Dropout(0.5))),
+        {"norm_tokens"},
+    ),
+    "mean pool": ({"focal_pool": "mean"}, ignore, {"add_norm"}),
+    "two pooled levels": ({"focal_levels": (3, 3)}, ignore, {"add_norm"}),
+    "no pool": ({"focal_pool": "none", "focal_levels": (1, 1)}, ignore, {"norm_tokens", "add_norm"}),
+    "shift": ({"use_shift": True, "depths": (2, 1)}, ignore, {"norm_tokens", "add_norm"}),
+    "another backend": ({"attention_backend": "sdpa"}, ignore, set()),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_model_is_computed_as_ever(
+    change: str, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the operators do not compute is left to the modules, with the same result."""
+    options, apply, expected_calls = CHANGES[change]
+    model = tiny(**options)
+    apply(model)
+    model.train() if change == "dropout as stochastic depth" else model.eval()
+    found = results(model)
+    assert set(calls) == expected_calls
+    if change == "shift":  # of the odd block
+        assert calls.count("norm_tokens") == 2 and calls.count("add_norm") == 3
+    for mine, theirs in zip(found, plainly(model, monkeypatch), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+
+
+@interpreted
+def test_hooks_see_what_they_saw(calls: list[str]) -> None:
+    """On the attention layer the normalised map and the pools; on its projection the tokens, either way."""
+    block = tiny().eval().layers[0].blocks[0]
+    x, seen = torch.randn(2, 6, 8, 16), {}
+    block.attn.qkv.register_forward_pre_hook(lambda _, inputs: seen.update(tokens=inputs[0]))
+    expected = block(x)
+    assert calls == ["norm_tokens", "add_norm"]
+    tokens = seen["tokens"]
+    assert tokens.shape == (2, 8 * 8 + 4, 16)
+    block.attn.register_forward_pre_hook(lambda _, inputs: seen.update(inputs=inputs))
+    torch.testing.assert_close(block(x), expected)
+    torch.testing.assert_close(seen["tokens"], tokens)
+    torch.testing.assert_close(seen["inputs"][0], block.norm1(x))
+    assert seen["inputs"][1] is block.pool_layers and calls.count("norm_tokens") == 1
+
+
+@interpreted
+def test_traces_and_transforms_do_without_them(calls: list[str]) -> None:
+    """`torch.jit.trace`, and `torch.func`: what has no rule for the operators does not meet them."""
+    block = tiny(attention_backend="triton").eval().layers[0].blocks[0]
+    x = torch.randn(1, 4, 8, 16)
+    with torch.no_grad():
+        expected = block(x)
+        calls.clear()
+        traced = torch.jit.trace(copy.deepcopy(block), x, check_trace=False)
+        torch.testing.assert_close(traced(x), expected)
+    assert not calls
+
+    def asks(x: Tensor) -> Tensor:
+        seen.append(block_ops.takes_kernels(x, block.attn))
+        return x.sum()
+
+    seen: list[bool] = []
+    torch.func.grad(asks)(x)
+    torch.func.jvp(asks, (x,), (x,))
+    with torch.autograd.forward_ad.dual_level():
+        asks(x)
+    asks(x)
+    assert seen == [False, False, False, True]
+
+
+@compiled
+def test_the_cpu_does_without_them(calls: list[str]) -> None:
+    model = tiny(attention_backend="auto").eval()
+    assert not block_ops.takes_kernels(torch.zeros(1, 8, 8, 16), model.layers[0].blocks[0].attn)
+    results(model)
+    assert not calls
+
+
+# --- Compiled for Hopper ------------------------------------------------------------------------------------
+
+WIDTHS = (96, 192, 384, 768, 1024, 1536)
+CASES: dict[str, dict[str, Any]] = {
+    "norm_tokens": {"SIDE": 7, "WITH_POOL": True, "EPS": EPS},
+    "norm_tokens_gradient": {"SIDE": 7, "WITH_POOL": True, "WITH_PARAMETERS": True},
+    "add_norm": {"WITH_FACTOR": True, "EPS": EPS},
+    "add_norm_gradient": {"WITH_FACTOR": True, "WITH_BRANCH": True, "WITH_PARAMETERS": True},
+}
+FLOAT_POINTERS = (
+    *("x_ptr", "dx_ptr", "sum_ptr", "d_sum_ptr", "mean_ptr", "rstd_ptr", "weight_ptr", "bias_ptr"),
+    *("pool_weight_ptr", "pool_bias_ptr", "d_norm_ptr", "d_pool_ptr"),
+)
+"""What is float32 under autocast; the tokens, the branch and the factor are not."""
+
+
+@compiled
+@pytest.mark.parametrize("channels", WIDTHS)
+@pytest.mark.parametrize("name", CASES)
+def test_compiles_for_hopper_without_spills(
+    name: str, channels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A float32 map and bfloat16 beside it: no spilled registers, and at least 16 warps on an SM."""
+    monkeypatch.setattr(test_triton_hopper, "FLOAT_POINTERS", FLOAT_POINTERS)
+    arguments = triton_norm._compile_time(name, channels) | CASES[name]
+    kernel = getattr(triton_norm_passes, f"{name}_kernel")
+    usage = test_triton_hopper._hopper_usage(kernel, BFLOAT16, arguments, tmp_path)
+    assert usage["STACK"] == usage["LOCAL"] == 0, usage
+    assert usage["REG"] <= 128, usage
+    assert usage["shared"] <= 1024, usage  # for sums: no tile moves through it
+
+
+@compiled
+@pytest.mark.parametrize("name", CASES)
+def test_sizes_make_no_kernel_of_their_own(name: str) -> None:
+    """So what is compiled above is what runs, and a last batch of another size compiles nothing."""
+    kernel = getattr(triton_norm_passes, f"{name}_kernel")
+    free = [p.name for p in kernel.params if not p.is_constexpr and not p.do_not_specialize]
+    assert all(name.endswith(("_ptr", "_batch", "_token")) for name in free), free
