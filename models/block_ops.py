@@ -36,8 +36,8 @@ def takes_kernels(x: Tensor, attention: FocalAttention) -> bool:
 
 def normed_attention(
     x: Tensor, norm: nn.Module, attention: FocalAttention, pools: nn.ModuleList, fused: bool
-) -> Tensor:
-    """`attention(norm(x), pools)`: [B, H, W, C] -> [B, H, W, C].
+) -> tuple[Tensor, Tensor]:
+    """The map, to go on with instead of `x`, and `attention(norm(x), pools)`, both [B, H, W, C].
 
     Args:
         x: the map.
@@ -47,13 +47,13 @@ def normed_attention(
         fused: what `takes_kernels` answers.
     """
     if not (fused and _is_plain(norm, x) and _makes_tokens(attention, pools)):
-        return attention(norm(x), pools)
+        return x, attention(norm(x), pools)
     from .ops import triton_norm  # needs an optional package
 
     pool = (pools[0].weight, pools[0].bias) if len(pools) else (None, None)
     settings = (attention.selection.window_size, norm.eps, _working_dtype(x))
-    tokens = triton_norm.norm_tokens(x, norm.weight, norm.bias, *pool, *settings)[0]
-    return attention.attend(tokens, (x.shape[1], x.shape[2]))
+    x, tokens = triton_norm.NormTokens.apply(x, norm.weight, norm.bias, *pool, *settings)
+    return x, attention.attend(tokens, (x.shape[1], x.shape[2]))
 
 
 def add_and_norm(

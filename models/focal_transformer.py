@@ -63,7 +63,7 @@ class FocalBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
         fused = takes_kernels(x, self.attn)
-        attended = normed_attention(x, self.norm1, self.attn, self.pool_layers, fused)
+        x, attended = normed_attention(x, self.norm1, self.attn, self.pool_layers, fused)
         x, normed = add_and_norm(x, _scaled(attended, self.gamma_1), self.drop_path, self.norm2, fused)
         return x + self.drop_path(_scaled(self.mlp(normed), self.gamma_2))
 

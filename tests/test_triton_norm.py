@@ -5,7 +5,6 @@ As test_triton.py, this file runs itself once more with TRITON_INTERPRET=1.
 
 from __future__ import annotations
 
-import copy
 import os
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 pytest.importorskip("triton")
@@ -24,7 +23,6 @@ pytest.importorskip("triton")
 import test_triton_hopper
 from test_triton import bfloat16_as_on_a_gpu, compiled, interpreted  # noqa: F401
 
-from models import FocalTransformer, block_ops, focal_transformer
 from models.ops import triton_norm, triton_norm_passes
 
 EPS = 1e-5
@@ -42,11 +40,8 @@ def test_in_interpreter() -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
-# --- The operators ------------------------------------------------------------------------------------------
-
-
 class Tokens:
-    """Random inputs of `norm_tokens`, and what it and plain PyTorch make of them."""
+    """Random inputs of `norm_tokens`, and what it and plain PyTorch make of them: [B, numbers]."""
 
     def __init__(
         self,
@@ -54,6 +49,7 @@ class Tokens:
         channels: int,
         window: int,
         with_pool: bool = True,
+        with_map: bool = True,
         dtype: torch.dtype = torch.float32,
         out_dtype: torch.dtype | None = None,
     ) -> None:
@@ -63,28 +59,34 @@ class Tokens:
             channels: C.
             window: side.
             with_pool: whether windows have a pooled token.
+            with_map: whether the map is handed on.
             dtype: of the map and all parameters.
             out_dtype: of the tokens; None for `dtype`.
         """
         torch.manual_seed(0)
-        self.window, self.dtype, self.out_dtype = window, dtype, out_dtype or dtype
+        self.window, self.with_map, self.dtype, self.out_dtype = window, with_map, dtype, out_dtype or dtype
         shapes = [(*size, channels), (channels,), (channels,), *([(1, window**2), (1,)] if with_pool else [])]
         self.inputs = [(torch.randn(shape) + 0.5).to(dtype) for shape in shapes]
         self.cotangent = (torch.randn_like(self.plain(*self.inputs)) + 0.5).to(self.out_dtype)
 
     def fused(self, *inputs: Tensor) -> Tensor:
         pool = inputs[3:] or (None, None)
-        return triton_norm.norm_tokens(*inputs[:3], *pool, self.window, EPS, self.out_dtype)[0]
+        arguments = (*inputs[:3], *pool, self.window, EPS, self.out_dtype)
+        if not self.with_map:
+            return triton_norm.norm_tokens(*arguments)[0].flatten(1)
+        x, tokens = triton_norm.NormTokens.apply(*arguments)
+        return torch.cat([tokens.flatten(1), x.flatten(1).to(tokens.dtype)], dim=1)
 
     def plain(self, x: Tensor, weight: Tensor, bias: Tensor, *pool: Tensor) -> Tensor:
-        x = F.layer_norm(x, weight.shape, weight, bias, EPS)
+        normed = F.layer_norm(x, weight.shape, weight, bias, EPS)
         height, width = x.shape[1:3]
-        x = F.pad(x, (0, 0, 0, -width % self.window, 0, -height % self.window))
-        if not pool:
-            return x.flatten(1, 2)
-        cells = x.unflatten(2, (-1, self.window)).unflatten(1, (-1, self.window))
-        pooled = torch.einsum("bhiwjc,ij->bhwc", cells, pool[0].view(self.window, -1)) + pool[1]
-        return torch.cat([x.flatten(1, 2), pooled.flatten(1, 2)], dim=1)
+        normed = F.pad(normed, (0, 0, 0, -width % self.window, 0, -height % self.window))
+        parts = [normed, x] if self.with_map else [normed]
+        if pool:
+            cells = normed.unflatten(2, (-1, self.window)).unflatten(1, (-1, self.window))
+            pooled = torch.einsum("bhiwjc,ij->bhwc", cells, pool[0].view(self.window, -1)) + pool[1]
+            parts.insert(1, pooled)
+        return torch.cat([part.flatten(1) for part in parts], dim=1)
 
 
 class Sum:
@@ -143,11 +145,12 @@ def errors(results: Sequence[Tensor], problem: Problem) -> list[float]:
     return [float((x.double() - y).norm() / y.norm()) for x, y in zip(results, exact, strict=True)]
 
 
-# images, rows and columns; channels; window; pooled tokens
-TOKENS: dict[str, tuple[tuple[int, int, int], int, int, bool]] = {
-    "whole windows": ((2, 8, 4), 16, 4, True),
+# images, rows and columns; channels; window; pooled tokens; the map handed on
+TOKENS: dict[str, tuple] = {
+    "whole windows, no map": ((2, 8, 4), 16, 4, True, False),
     "padding": ((2, 7, 9), 48, 4, True),
     "no pooled tokens": ((1, 5, 7), 48, 4, False),
+    "no pooled tokens, no map": ((1, 5, 7), 48, 4, False, False),
     "shipped window": ((1, 7, 9), 96, 7, True),
     "several warps": ((2, 3, 4), 192, 3, True),
     "an odd number of channels, one image": ((1, 4, 3), 19, 3, True),
@@ -186,7 +189,7 @@ def test_equals_plain(kind: Callable[..., Problem], arguments: tuple) -> None:
 )
 def test_as_exact_as_plain(kind: Callable[..., Problem], arguments: tuple, dtype: torch.dtype) -> None:
     """Half precision throughout: at most twice the error of plain PyTorch."""
-    problem = kind(*arguments, dtype)
+    problem = kind(*arguments, dtype=dtype)
     found, allowed = (
         errors(run(problem, problem.fused), problem),
         errors(run(problem, problem.plain), problem),
@@ -198,7 +201,7 @@ def test_as_exact_as_plain(kind: Callable[..., Problem], arguments: tuple, dtype
 @small_problems
 def test_mixed_precision(kind: Callable[..., Problem], arguments: tuple) -> None:
     """A float32 map and bfloat16 beside it, as under autocast: errors are those of rounding the result."""
-    problem = kind(*arguments, torch.float32, BFLOAT16)
+    problem = kind(*arguments, out_dtype=BFLOAT16)
     results = run(problem, problem.fused)
     assert results[0].dtype == BFLOAT16 and results[1].dtype == torch.float32
     assert max(errors(results, problem)) < 2**-8, errors(results, problem)
@@ -267,6 +270,17 @@ def test_frozen_inputs(kind: Callable[..., Problem], arguments: tuple) -> None:
 
 
 @interpreted
+def test_the_map_handed_on_alone() -> None:
+    """What leads only through the map gives its gradient back as it is."""
+    problem = Tokens(*TOKENS["padding"])
+    inputs = [x.requires_grad_() for x in problem.inputs]
+    x, _ = triton_norm.NormTokens.apply(*inputs, problem.window, EPS, torch.float32)
+    cotangent = torch.randn_like(x)
+    x.backward(cotangent)
+    assert torch.equal(inputs[0].grad, cotangent) and all(x.grad is None for x in inputs[1:])
+
+
+@interpreted
 @pytest.mark.parametrize("used", [0, 1])
 def test_one_result_without_the_other(used: int) -> None:
     """The sum alone, or the normalised sum alone, has a gradient too."""
@@ -284,16 +298,17 @@ def test_one_result_without_the_other(used: int) -> None:
 @pytest.mark.parametrize("with_pool", [True, False])
 def test_operator_contract_of_tokens(with_pool: bool) -> None:
     """Schema, fake and gradient agree with what runs."""
-    problem = Tokens((2, 3, 5), 16, 4, with_pool)
+    problem = Tokens((2, 3, 5), 16, 4, with_pool, with_map=False)
     inputs = [x.requires_grad_() for x in problem.inputs]
     pool = inputs[3:] or [None, None]
     for dtype in (torch.float32, BFLOAT16):
         torch.library.opcheck(triton_norm.norm_tokens, (*inputs[:3], *pool, 4, EPS, dtype))
     x, *parameters = (x.detach() for x in inputs)
-    _, mean, rstd = triton_norm.norm_tokens(x, *parameters[:2], *(parameters[2:] or pool), 4, EPS, dtype)
+    out, mean, rstd = triton_norm.norm_tokens(x, *parameters[:2], *(parameters[2:] or pool), 4, EPS, dtype)
     for wanted in (True, False):
         saved = (x, mean, rstd, *parameters[:2], parameters[2] if with_pool else None)
-        torch.library.opcheck(triton_norm.norm_tokens_backward, (problem.cotangent, *saved, 4, wanted))
+        gradients = (torch.randn_like(out), torch.randn_like(x) if wanted else None)
+        torch.library.opcheck(triton_norm.norm_tokens_backward, (*gradients, *saved, 4, wanted))
 
 
 @interpreted
@@ -322,257 +337,18 @@ def test_refuses_what_32_bits_do_not_address() -> None:
         triton_norm.norm_tokens(torch.ones(1).expand(1, 3400, 3400, 192), *norm, None, None, 7, EPS, BFLOAT16)
 
 
-# --- In a model ---------------------------------------------------------------------------------------------
-
-
-def tiny(kind: str = "focal", **more: Any) -> FocalTransformer:
-    """Two stages of a block; the second has a map with padding, and stochastic depth."""
-    torch.manual_seed(0)
-    sizes = dict(img_size=32, num_classes=3, embed_dim=16, depths=(1, 1), num_heads=(1, 1), window_size=4)
-    levels = dict(focal_levels=(2, 2), focal_windows=(3, 1), expand_sizes=(2, 2), focal_topk=8)
-    rest = dict(focal_pool="fc", focal_stages=(0, 1), drop_path_rate=0.5, attention_backend="triton")
-    model = FocalTransformer(kind=kind, **(sizes | levels | rest | more))
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            nn.init.normal_(parameter, mean=0.5, std=0.3)
-    return model
-
-
-IMAGES = torch.randn(3, 3, 32, 40, generator=torch.Generator().manual_seed(0))
-
-
-def results(model: nn.Module, autocast: bool = False) -> list[Tensor]:
-    """Logits, and in training the gradient of every parameter."""
-    torch.manual_seed(1)
-    images = IMAGES.to(next(model.parameters()).dtype)
-    with torch.autocast("cpu", BFLOAT16, enabled=autocast), torch.set_grad_enabled(model.training):
-        logits = model(images)
-    if not model.training:
-        return [logits]
-    model.zero_grad()
-    logits.double().square().sum().backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    assert all(gradient is not None for gradient in gradients.values()), gradients
-    return [logits.detach(), *gradients.values()]
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the operators that a model called, in order."""
-    made: list[str] = []
-    for name in ("norm_tokens", "add_norm"):
-        operator = getattr(triton_norm, name)
-
-        def called(*arguments: Any, name: str = name, operator: Any = operator) -> Any:
-            made.append(name)
-            return operator(*arguments)
-
-        monkeypatch.setattr(triton_norm, name, called)
-    return made
-
-
-def plainly(model: nn.Module, monkeypatch: pytest.MonkeyPatch, autocast: bool = False) -> list[Tensor]:
-    """`results` without the operators."""
-    with monkeypatch.context() as patch:
-        patch.setattr(focal_transformer, "takes_kernels", lambda *_: False)
-        return results(model, autocast)
-
-
-@interpreted
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("kind", ["focal", "focalv2"])
-def test_a_model_is_the_same(
-    kind: str, train: bool, calls: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Logits and every gradient, with the same images dropped from the same branches."""
-    model = tiny(kind).train(train)
-    expected = plainly(model, monkeypatch)
-    assert not calls
-    found = results(model)
-    assert calls == ["norm_tokens", "add_norm"] * 2
-    for mine, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
-
-
-@interpreted
-def test_a_model_under_autocast(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As exact as without the operators, over all gradients."""
-    model = tiny().train()
-    exact = results(tiny(attention_backend="reference").double())
-    errors = []
-    for made in (results(model, True), plainly(model, monkeypatch, True)):
-        off = [(x.double() - y).norm() / y.norm() for x, y in zip(made, exact, strict=True)]
-        errors.append([float(off[0]), float(torch.stack(off).median())])
-    assert calls == ["norm_tokens", "add_norm"] * 2
-    assert all(mine <= 1.5 * theirs for mine, theirs in zip(*errors, strict=True)), errors
-
-
-@interpreted
-def test_layer_scale_and_half_precision(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layer scale comes before the sum; a model in bfloat16 has parameters of that."""
-    model = tiny(use_layerscale=True, layerscale_value=0.5).to(BFLOAT16).eval()
-    expected = plainly(model, monkeypatch)
-    torch.testing.assert_close(results(model), expected, rtol=0.05, atol=0.05)
-    assert calls == ["norm_tokens", "add_norm"] * 2
-
-
-@interpreted
-def test_compiles_into_one_graph_without_them(calls: list[str]) -> None:
-    """`torch.compile` gets the steps themselves, to fuse as it likes."""
-    graphs: list[torch.fx.GraphModule] = []
-
-    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    model = tiny().train()
-    torch.compiler.reset()
-    expected = results(model)[0]
-    calls.clear()
-    torch.manual_seed(1)
-    found = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(IMAGES)
-    assert found.shape == expected.shape and len(graphs) == 1 and not calls
-    code = graphs[0].code
-    assert "attention" in code and "norm_tokens" not in code and "add_norm" not in code
-    compiled = torch.compile(tiny().eval(), backend="aot_eager", fullgraph=True, dynamic=False)
-    torch.testing.assert_close(results(compiled)[0], results(tiny().eval())[0])
-
-
-class OtherNorm(nn.LayerNorm):
-    """A norm of the user's own."""
-
-
-def replace_norms(model: FocalTransformer, make: Callable[[int], nn.Module]) -> None:
-    for block in (stage.blocks[0] for stage in model.layers):
-        block.norm1, block.norm2 = (make(block.norm1.normalized_shape[0]) for _ in range(2))
-
-
-def on_blocks(change: Callable[[Any], Any]) -> Callable[[FocalTransformer], None]:
-    def apply(model: FocalTransformer) -> None:
-        for stage in model.layers:
-            change(stage.blocks[0])
-
-    return apply
-
-
-def ignore(*_: Any) -> None:
-    """A hook."""
-
-
-def patch_forward(module: nn.Module) -> None:
-    module.forward = module.forward  # as accelerate does
-
-
-CHANGES: dict[str, tuple[dict, Callable[[FocalTransformer], Any], set[str]]] = {
-    "another norm": ({}, lambda m: replace_norms(m, OtherNorm), set()),
-    "no affine": ({}, lambda m: replace_norms(m, lambda c: nn.LayerNorm(c, elementwise_affine=False)), set()),
-    "no bias": ({}, lambda m: replace_norms(m, lambda c: nn.LayerNorm(c, bias=False)), set()),
-    "hook on norm1": ({}, on_blocks(lambda b: b.norm1.register_forward_hook(ignore)), {"add_norm"}),
-    "hook before norm2": (
-        {},
-        on_blocks(lambda b: b.norm2.register_forward_pre_hook(ignore)),
-        {"norm_tokens"},
-    ),
-    "hook on attention": ({}, on_blocks(lambda b: b.attn.register_forward_hook(ignore)), {"add_norm"}),
-    "hook on a pool": (
-        {},
-        on_blocks(lambda b: b.pool_layers[0].register_forward_hook(ignore)),
-        {"add_norm"},
-    ),
-    "another forward": ({}, on_blocks(lambda b: patch_forward(b.attn)), {"add_norm"}),
-    "dropout as stochastic depth": (
-        {},
-        on_blocks(lambda b: setattr(b, "drop_path", nn.Dropout(0.5))),
-        {"norm_tokens"},
-    ),
-    "mean pool": ({"focal_pool": "mean"}, ignore, {"add_norm"}),
-    "two pooled levels": ({"focal_levels": (3, 3)}, ignore, {"add_norm"}),
-    "no pool": ({"focal_pool": "none", "focal_levels": (1, 1)}, ignore, {"norm_tokens", "add_norm"}),
-    "shift": ({"use_shift": True, "depths": (2, 1)}, ignore, {"norm_tokens", "add_norm"}),
-    "another backend": ({"attention_backend": "sdpa"}, ignore, set()),
-}
-
-
-@interpreted
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_model_is_computed_as_ever(
-    change: str, calls: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What the operators do not compute is left to the modules, with the same result."""
-    options, apply, expected_calls = CHANGES[change]
-    model = tiny(**options)
-    apply(model)
-    model.train() if change == "dropout as stochastic depth" else model.eval()
-    found = results(model)
-    assert set(calls) == expected_calls
-    if change == "shift":  # of the odd block
-        assert calls.count("norm_tokens") == 2 and calls.count("add_norm") == 3
-    for mine, theirs in zip(found, plainly(model, monkeypatch), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
-
-
-@interpreted
-def test_hooks_see_what_they_saw(calls: list[str]) -> None:
-    """On the attention layer the normalised map and the pools; on its projection the tokens, either way."""
-    block = tiny().eval().layers[0].blocks[0]
-    x, seen = torch.randn(2, 6, 8, 16), {}
-    block.attn.qkv.register_forward_pre_hook(lambda _, inputs: seen.update(tokens=inputs[0]))
-    expected = block(x)
-    assert calls == ["norm_tokens", "add_norm"]
-    tokens = seen["tokens"]
-    assert tokens.shape == (2, 8 * 8 + 4, 16)
-    block.attn.register_forward_pre_hook(lambda _, inputs: seen.update(inputs=inputs))
-    torch.testing.assert_close(block(x), expected)
-    torch.testing.assert_close(seen["tokens"], tokens)
-    torch.testing.assert_close(seen["inputs"][0], block.norm1(x))
-    assert seen["inputs"][1] is block.pool_layers and calls.count("norm_tokens") == 1
-
-
-@interpreted
-def test_traces_and_transforms_do_without_them(calls: list[str]) -> None:
-    """`torch.jit.trace`, and `torch.func`: what has no rule for the operators does not meet them."""
-    block = tiny(attention_backend="triton").eval().layers[0].blocks[0]
-    x = torch.randn(1, 4, 8, 16)
-    with torch.no_grad():
-        expected = block(x)
-        calls.clear()
-        traced = torch.jit.trace(copy.deepcopy(block), x, check_trace=False)
-        torch.testing.assert_close(traced(x), expected)
-    assert not calls
-
-    def asks(x: Tensor) -> Tensor:
-        seen.append(block_ops.takes_kernels(x, block.attn))
-        return x.sum()
-
-    seen: list[bool] = []
-    torch.func.grad(asks)(x)
-    torch.func.jvp(asks, (x,), (x,))
-    with torch.autograd.forward_ad.dual_level():
-        asks(x)
-    asks(x)
-    assert seen == [False, False, False, True]
-
-
-@compiled
-def test_the_cpu_does_without_them(calls: list[str]) -> None:
-    model = tiny(attention_backend="auto").eval()
-    assert not block_ops.takes_kernels(torch.zeros(1, 8, 8, 16), model.layers[0].blocks[0].attn)
-    results(model)
-    assert not calls
-
-
 # --- Compiled for Hopper ------------------------------------------------------------------------------------
 
 WIDTHS = (96, 192, 384, 768, 1024, 1536)
 CASES: dict[str, dict[str, Any]] = {
     "norm_tokens": {"SIDE": 7, "WITH_POOL": True, "EPS": EPS},
-    "norm_tokens_gradient": {"SIDE": 7, "WITH_POOL": True, "WITH_PARAMETERS": True},
+    "norm_tokens_gradient": {"SIDE": 7, "WITH_MAP": True, "WITH_POOL": True, "WITH_PARAMETERS": True},
     "add_norm": {"WITH_FACTOR": True, "EPS": EPS},
     "add_norm_gradient": {"WITH_FACTOR": True, "WITH_BRANCH": True, "WITH_PARAMETERS": True},
 }
 FLOAT_POINTERS = (
-    *("x_ptr", "dx_ptr", "sum_ptr", "d_sum_ptr", "mean_ptr", "rstd_ptr", "weight_ptr", "bias_ptr"),
-    *("pool_weight_ptr", "pool_bias_ptr", "d_norm_ptr", "d_pool_ptr"),
+    *("x_ptr", "dx_ptr", "d_map_ptr", "sum_ptr", "d_sum_ptr", "mean_ptr", "rstd_ptr"),
+    *("weight_ptr", "bias_ptr", "pool_weight_ptr", "pool_bias_ptr", "d_norm_ptr", "d_pool_ptr"),
 )
 """What is float32 under autocast; the tokens, the branch and the factor are not."""
 

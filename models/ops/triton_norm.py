@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .key_table import NAMESPACE
 from .triton_kernel import DTYPES, _on_device, _rows
@@ -94,12 +95,21 @@ def norm_tokens(x, weight, bias, pool_weight, pool_bias, window, eps, dtype):
 @torch.library.custom_op(
     f"{NAMESPACE}::norm_tokens_backward",
     mutates_args=(),
-    schema="(Tensor d_tokens, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias,"
+    schema="(Tensor d_tokens, Tensor? d_map, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias,"
     " Tensor? pool_weight, int window, bool with_parameters) -> (Tensor, Tensor, Tensor)",
 )
-def norm_tokens_backward(d_tokens, x, mean, rstd, weight, bias, pool_weight, window, with_parameters):
-    """Gradients of `x`, of LayerNorm's weight and bias, float32 [2, C], and of the pooling weights, float32
-    [s*s]; those of parameters are empty where they are not wanted."""
+def norm_tokens_backward(d_tokens, d_map, x, mean, rstd, weight, bias, pool_weight, window, with_parameters):
+    """Gradients of a map, of LayerNorm's parameters and of the pooling weights.
+
+    Args:
+        d_tokens: [B, S, C].
+        d_map: what else is to be added to the gradient of `x`, [B, H, W, C], or None.
+        x, mean, rstd, weight, bias, pool_weight, window: as for `norm_tokens`.
+        with_parameters: whether those of parameters are wanted; else they are empty.
+
+    Returns:
+        Gradient of `x`, and float32 ones of weight and bias, [2, C], and of `pool_weight`, [s*s].
+    """
     b, height, width, channels = x.shape
     with_pool = pool_weight is not None
     across, windows, tokens = _sizes(height, width, window, with_pool)
@@ -111,11 +121,13 @@ def norm_tokens_backward(d_tokens, x, mean, rstd, weight, bias, pool_weight, win
     d_pool = mean.new_empty((slices, window * window) if with_parameters and with_pool else (1, 0))
     with _on_device(x):
         norm_tokens_gradient_kernel[(slices,)](
-            d_tokens, x, mean, rstd, weight.contiguous(), bias.contiguous(),
+            d_tokens, dx if d_map is None else d_map.contiguous(),
+            x, mean, rstd, weight.contiguous(), bias.contiguous(),
             pool_weight.contiguous() if with_pool else weight, dx, d_norm, d_pool,
             *x.stride()[:2], *d_tokens.stride()[:2],
             height, width, windows, across, b * windows, slice_items,
-            WITH_PARAMETERS=with_parameters, SIDE=window, WITH_POOL=with_pool, **fixed,
+            WITH_MAP=d_map is not None, WITH_PARAMETERS=with_parameters, WITH_POOL=with_pool, SIDE=window,
+            **fixed,
         )  # fmt: skip
     return dx, d_norm.sum(0), d_pool.sum(0)
 
@@ -129,7 +141,9 @@ def _norm_tokens_fake(x, weight, bias, pool_weight, pool_bias, window, eps, dtyp
 
 
 @norm_tokens_backward.register_fake
-def _norm_tokens_backward_fake(d_tokens, x, mean, rstd, weight, bias, pool_weight, window, with_parameters):
+def _norm_tokens_backward_fake(
+    d_tokens, d_map, x, mean, rstd, weight, bias, pool_weight, window, with_parameters
+):
     d_norm = mean.new_empty((2, x.shape[3]) if with_parameters else (0,))
     d_pool = mean.new_empty((window * window if with_parameters and pool_weight is not None else 0,))
     return x.new_empty(x.shape), d_norm, d_pool
@@ -141,13 +155,13 @@ def _keep_for_tokens(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _gradients_of_tokens(ctx, d_tokens, *_):
+def _gradients_of_tokens(ctx, d_tokens, d_mean, d_rstd, d_map=None):
     if d_tokens is None:
-        return (None,) * 8
+        return d_map, *(None,) * 7
     *saved, pool_bias = ctx.saved_tensors
     x, _, _, weight, bias, pool_weight = saved
     wanted = ctx.needs_input_grad
-    dx, d_norm, d_pool = norm_tokens_backward(d_tokens, *saved, ctx.window, any(wanted[1:4]))
+    dx, d_norm, d_pool = norm_tokens_backward(d_tokens, d_map, *saved, ctx.window, any(wanted[1:4]))
     d_pool_bias = None
     if wanted[4]:
         fine = _sizes(x.shape[1], x.shape[2], ctx.window, False)[2]
@@ -163,6 +177,25 @@ def _gradients_of_tokens(ctx, d_tokens, *_):
 
 
 norm_tokens.register_autograd(_gradients_of_tokens, setup_context=_keep_for_tokens)
+
+
+class NormTokens(torch.autograd.Function):
+    """`norm_tokens` that hands its map on: arguments -> (map, tokens).
+
+    What follows should use that map: then the gradient that comes back through it is added to the tokens' in
+    their kernel, and not by a pass of autograd over three maps.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+        made = norm_tokens(x, *settings)
+        _keep_for_tokens(ctx, (x, *settings), made)
+        return x, made[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_map: Tensor | None, d_tokens: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradients_of_tokens(ctx, d_tokens, None, None, d_map)
 
 
 @torch.library.custom_op(

@@ -125,12 +125,12 @@ def norm_tokens_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def norm_tokens_gradient_kernel(
-    d_tokens_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, pool_weight_ptr,
+    d_tokens_ptr, d_map_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, pool_weight_ptr,
     dx_ptr, d_norm_ptr, d_pool_ptr,
     x_batch, x_token, d_tokens_batch, d_tokens_token,
     height, width, windows, windows_across, items, slice_items,
     SIDE: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr,
-    ROWS: tl.constexpr, WITH_POOL: tl.constexpr, WITH_PARAMETERS: tl.constexpr,
+    ROWS: tl.constexpr, WITH_MAP: tl.constexpr, WITH_POOL: tl.constexpr, WITH_PARAMETERS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the map, and a share of those of the parameters, for a slice of all images' windows.
 
@@ -173,6 +173,9 @@ def norm_tokens_gradient_kernel(
                 d_weight += tl.sum(d_out * normal, 0)
                 d_bias += tl.sum(d_out, 0)
             dx = _norm_gradient(d_out, normal, rstd, weight, CHANNELS)
+            if WITH_MAP:
+                d_map_base = d_map_ptr + first_token * CHANNELS
+                dx += _load_tile(d_map_base, token, CHANNELS, real, channel, CHANNELS)
             _store_tile(dx_ptr + first_token * CHANNELS, dx, token, real, channel, CHANNELS)
         if WITH_POOL and WITH_PARAMETERS:
             d_pool_base = d_pool_ptr + tl.program_id(0) * (SIDE * SIDE)
