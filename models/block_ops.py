@@ -28,8 +28,8 @@ def takes_kernels(x: Tensor, attention: FocalAttention) -> bool:
     """
     if torch.compiler.is_compiling() or type(attention) is not FocalAttention:
         return False
-    if x.device.type == "cpu" and attention.backend != "triton":  # spares the CPU the rest
-        return False
+    if x.device.type not in (("cuda", "cpu") if attention.backend == "triton" else ("cuda",)):
+        return False  # the kernels run on a CPU in their interpreter alone, which nobody gets unasked
     is_eager = sdpa._may_wrap(trains=torch.is_grad_enabled())
     return is_eager and attention.resolved_backend(_working_dtype(x)) == "triton"
 
