@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .key_table import NAMESPACE
-from .triton_kernel import DTYPES, _on_device, _rows
+from .triton_kernel import DTYPES, _on_device
 from .triton_launch import check_offsets
 from .triton_norm_passes import (
     add_norm_gradient_kernel,
@@ -39,7 +39,7 @@ TARGET_WARPS = 4224
 
 ROWS = {
     "norm_tokens": (4, 2),
-    "norm_tokens_gradient": (4, 2),
+    "norm_tokens_gradient": (4, 4),
     "add_norm": (4, 4),
     "add_norm_gradient": (4, 4),
 }
@@ -81,12 +81,12 @@ def norm_tokens(x, weight, bias, pool_weight, pool_bias, window, eps, dtype):
     check_offsets(tokens * channels)
     out = x.new_empty((b, tokens, channels), dtype=dtype)
     mean, rstd = (x.new_empty(x.shape[:3], dtype=torch.float32) for _ in range(2))
-    x = _flat(x)
+    x = x.contiguous()
     pool = (pool_weight.contiguous(), pool_bias) if with_pool else (weight, bias)  # any pointers
     with _on_device(x):
         norm_tokens_kernel[(b * windows,)](
             x, weight.contiguous(), bias.contiguous(), *pool, out, mean, rstd,
-            *x.stride()[:2], height, width, tokens, windows, across,
+            height, width, tokens, windows, across,
             EPS=eps, SIDE=window, WITH_POOL=with_pool, **_compile_time("norm_tokens", channels),
         )  # fmt: skip
     return out, mean, rstd
@@ -114,7 +114,7 @@ def norm_tokens_backward(d_tokens, d_map, x, mean, rstd, weight, bias, pool_weig
     with_pool = pool_weight is not None
     across, windows, tokens = _sizes(height, width, window, with_pool)
     dx = x.new_empty(x.shape)
-    x, d_tokens = _flat(x), _flat(d_tokens)
+    x, d_tokens = x.contiguous(), d_tokens.contiguous()
     fixed = _compile_time("norm_tokens_gradient", channels)
     slices, slice_items = _divide(b * windows, fixed["num_warps"])
     d_norm = mean.new_empty((slices, 2, channels) if with_parameters else (1, 0))
@@ -124,8 +124,7 @@ def norm_tokens_backward(d_tokens, d_map, x, mean, rstd, weight, bias, pool_weig
             d_tokens, dx if d_map is None else d_map.contiguous(),
             x, mean, rstd, weight.contiguous(), bias.contiguous(),
             pool_weight.contiguous() if with_pool else weight, dx, d_norm, d_pool,
-            *x.stride()[:2], *d_tokens.stride()[:2],
-            height, width, windows, across, b * windows, slice_items,
+            height, width, tokens, windows, across, b * windows, slice_items,
             WITH_MAP=d_map is not None, WITH_PARAMETERS=with_parameters, WITH_POOL=with_pool, SIDE=window,
             **fixed,
         )  # fmt: skip
@@ -315,13 +314,6 @@ def _sizes(height: int, width: int, window: int, with_pool: bool) -> tuple[int, 
     across = ceil(width / window)
     windows = ceil(height / window) * across
     return across, windows, windows * (window * window + with_pool)
-
-
-def _flat(x: Tensor) -> Tensor:
-    """[B, H, W, C] -> [B, H*W, C] with contiguous channels: a view, unless someone made an unusual one."""
-    x = _rows(x.flatten(1, -2))
-    check_offsets(x.shape[1] * x.stride(1))
-    return x
 
 
 def _row_sizes(x: Tensor, fixed: dict[str, Any]) -> tuple[int, tuple[int, ...]]:

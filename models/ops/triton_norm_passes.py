@@ -35,15 +35,16 @@ def _load_channels(base, channel, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _load_tile(base, row, step, real, channel, CHANNELS: tl.constexpr):
-    """All channels of some rows, float32: [ROWS, BLOCK_C], 0 where there is nothing."""
+def _load_tile(base, row, real, channel, CHANNELS: tl.constexpr):
+    """All channels of some rows, float32: [ROWS, BLOCK_C], 0 for those that are not real."""
     mask = real[:, None] & (channel < CHANNELS)[None, :]
-    return tl.load(base + row[:, None] * step + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+    offset = row[:, None] * CHANNELS + channel[None, :]
+    return tl.load(base + offset, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _store_tile(base, value, row, real, channel, CHANNELS: tl.constexpr):
-    """Write rows that follow one another, those that are real."""
+    """Write what `_load_tile` reads."""
     mask = real[:, None] & (channel < CHANNELS)[None, :]
     offset = row[:, None] * CHANNELS + channel[None, :]
     tl.store(base + offset, value.to(base.dtype.element_ty), mask=mask)
@@ -88,7 +89,7 @@ def _place_in_map(window, windows_across, place, height, width, SIDE: tl.constex
 @triton.jit(do_not_specialize=SIZES)
 def norm_tokens_kernel(
     x_ptr, weight_ptr, bias_ptr, pool_weight_ptr, pool_bias_ptr, tokens_ptr, mean_ptr, rstd_ptr,
-    x_batch, x_token, height, width, tokens, windows, windows_across,
+    height, width, tokens, windows, windows_across,
     SIDE: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr, WITH_POOL: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
@@ -99,7 +100,7 @@ def norm_tokens_kernel(
     channel = _channels(BLOCK_C)
     weight = _load_channels(weight_ptr, channel, CHANNELS)
     bias = _load_channels(bias_ptr, channel, CHANNELS)
-    x_base = x_ptr + image * x_batch
+    x_base = x_ptr + image * (height * width * CHANNELS)
     tokens_base = tokens_ptr + image * (tokens * CHANNELS)
     first_statistic = image * (height * width)
     pooled = tl.zeros([BLOCK_C], tl.float32)
@@ -107,7 +108,7 @@ def norm_tokens_kernel(
         place = tile * ROWS + tl.arange(0, ROWS)
         row, column, inside, real = _place_in_map(window, windows_across, place, height, width, SIDE)
         token = row * width + column
-        x = _load_tile(x_base, token, x_token, real, channel, CHANNELS)
+        x = _load_tile(x_base, token, real, channel, CHANNELS)
         normal, mean, rstd = _normalised(x, channel, CHANNELS, EPS)
         out = tl.where(real[:, None], normal * weight[None, :] + bias[None, :], 0.0)
         padded_token = row * (windows_across * SIDE) + column
@@ -127,8 +128,7 @@ def norm_tokens_kernel(
 def norm_tokens_gradient_kernel(
     d_tokens_ptr, d_map_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, pool_weight_ptr,
     dx_ptr, d_norm_ptr, d_pool_ptr,
-    x_batch, x_token, d_tokens_batch, d_tokens_token,
-    height, width, windows, windows_across, items, slice_items,
+    height, width, tokens, windows, windows_across, items, slice_items,
     SIDE: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr, WITH_MAP: tl.constexpr, WITH_POOL: tl.constexpr, WITH_PARAMETERS: tl.constexpr,
 ):  # fmt: skip
@@ -156,15 +156,15 @@ def norm_tokens_gradient_kernel(
             row, column, inside, real = _place_in_map(window, windows_across, place, height, width, SIDE)
             token = row * width + column
             padded_token = row * (windows_across * SIDE) + column
-            d_base = d_tokens_ptr + image * d_tokens_batch
+            d_base = d_tokens_ptr + image * (tokens * CHANNELS)
             first_token = image * (height * width)
-            x = _load_tile(x_ptr + image * x_batch, token, x_token, real, channel, CHANNELS)
-            d_out = _load_tile(d_base, padded_token, d_tokens_token, real, channel, CHANNELS)
+            x = _load_tile(x_ptr + first_token * CHANNELS, token, real, channel, CHANNELS)
+            d_out = _load_tile(d_base, padded_token, real, channel, CHANNELS)
             mean = tl.load(mean_ptr + first_token + token, mask=real, other=0.0)
             rstd = tl.load(rstd_ptr + first_token + token, mask=real, other=0.0)
             normal = (x - mean[:, None]) * rstd[:, None]
             if WITH_POOL:
-                d_pooled = _load_channels(d_base + (fine + window) * d_tokens_token, channel, CHANNELS)
+                d_pooled = _load_channels(d_base + (fine + window) * CHANNELS, channel, CHANNELS)
                 if WITH_PARAMETERS:
                     out = normal * weight[None, :] + bias[None, :]
                     d_share += tl.where(real, tl.sum(out * d_pooled[None, :], 1), 0.0)
@@ -175,7 +175,7 @@ def norm_tokens_gradient_kernel(
             dx = _norm_gradient(d_out, normal, rstd, weight, CHANNELS)
             if WITH_MAP:
                 d_map_base = d_map_ptr + first_token * CHANNELS
-                dx += _load_tile(d_map_base, token, CHANNELS, real, channel, CHANNELS)
+                dx += _load_tile(d_map_base, token, real, channel, CHANNELS)
             _store_tile(dx_ptr + first_token * CHANNELS, dx, token, real, channel, CHANNELS)
         if WITH_POOL and WITH_PARAMETERS:
             d_pool_base = d_pool_ptr + tl.program_id(0) * (SIDE * SIDE)
@@ -201,10 +201,10 @@ def add_norm_kernel(
         row = (first + step) * ROWS + here
         real = row < rows
         start = (first + step).to(tl.int64) * (ROWS * CHANNELS)
-        branch = _load_tile(branch_ptr + start, here, CHANNELS, real, channel, CHANNELS)
+        branch = _load_tile(branch_ptr + start, here, real, channel, CHANNELS)
         if WITH_FACTOR:
             branch *= tl.load(factor_ptr + row // image_rows, mask=real, other=0.0).to(tl.float32)[:, None]
-        x = _load_tile(x_ptr + start, here, CHANNELS, real, channel, CHANNELS)
+        x = _load_tile(x_ptr + start, here, real, channel, CHANNELS)
         total = (x + branch).to(sum_ptr.dtype.element_ty)
         _store_tile(sum_ptr + start, total, here, real, channel, CHANNELS)
         normal, mean, rstd = _normalised(total.to(tl.float32), channel, CHANNELS, EPS)
@@ -236,8 +236,8 @@ def add_norm_gradient_kernel(
         row = (first + step) * ROWS + here
         real = row < rows
         start = (first + step).to(tl.int64) * (ROWS * CHANNELS)
-        total = _load_tile(sum_ptr + start, here, CHANNELS, real, channel, CHANNELS)
-        d_out = _load_tile(d_out_ptr + start, here, CHANNELS, real, channel, CHANNELS)
+        total = _load_tile(sum_ptr + start, here, real, channel, CHANNELS)
+        d_out = _load_tile(d_out_ptr + start, here, real, channel, CHANNELS)
         mean = tl.load(mean_ptr + row, mask=real, other=0.0)
         rstd = tl.load(rstd_ptr + row, mask=real, other=0.0)
         normal = (total - mean[:, None]) * rstd[:, None]
@@ -245,7 +245,7 @@ def add_norm_gradient_kernel(
             d_weight += tl.sum(d_out * normal, 0)
             d_bias += tl.sum(d_out, 0)
         dx = _norm_gradient(d_out, normal, rstd, weight, CHANNELS)
-        dx += _load_tile(d_sum_ptr + start, here, CHANNELS, real, channel, CHANNELS)
+        dx += _load_tile(d_sum_ptr + start, here, real, channel, CHANNELS)
         _store_tile(dx_ptr + start, dx, here, real, channel, CHANNELS)
         if WITH_BRANCH:
             if WITH_FACTOR:
