@@ -9,6 +9,11 @@ PYTHON ?= python3
 PIP_ARGS ?=
 # threads of the demo's training: one, since more than there are free cores make it many times slower
 OMP_NUM_THREADS ?= 1
+# minutes after which gpu-report begins no further group of models
+GPU_MINUTES ?= 60
+GPU_KERNELS = --device cuda --batch-size 128 --out tools/results
+# processes that share the files of tests: one for each processor
+TEST_PROCESSES ?= auto
 VENV = .venv
 RUN = $(VENV)/bin/python
 SETUP = $(VENV)/.ready-dev
@@ -25,7 +30,8 @@ SEGMENTATION_RUN = $(DEMO)/output/segmentation
 SEGMENTATION_CONFIG = segmentation/configs/demo_upernet.py
 SEGMENTATION_LEAST = 50
 
-.PHONY: help setup setup-openmmlab setup-detection setup-segmentation demo demo-detection demo-segmentation test clean distclean
+.PHONY: help setup setup-openmmlab setup-detection setup-segmentation demo demo-detection demo-segmentation test \
+	gpu-report clean distclean
 
 help:
 	@echo 'make setup      create .venv with what the code needs (PYTHON=... names another interpreter)'
@@ -34,6 +40,7 @@ help:
 	@echo 'make demo-detection    train Mask R-CNN on scenes of digits, evaluate it, draw what it finds'
 	@echo 'make demo-segmentation   train UPerNet on such scenes, evaluate it, colour what it finds'
 	@echo 'make test       ruff, mypy and pytest'
+	@echo 'make gpu-report check and time the kernels and the models on a GPU, into tools/results (GPU_MINUTES=60)'
 	@echo 'make clean      remove the demo and caches; output/ stays'
 	@echo 'make distclean  remove .venv as well'
 
@@ -149,7 +156,16 @@ test: $(SETUP) $(SETUP_OPENMMLAB)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	OMP_NUM_THREADS=1 $(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_PROCESSES) --maxprocesses 8 --dist loadfile
+
+# All of it, whatever fails; the status says whether something did.
+gpu-report: $(SETUP)
+	@status=0; \
+	$(RUN) tools/profile_attention.py $(GPU_KERNELS) --precisions bf16 fp16 fp32 --sizes 224 448 || status=1; \
+	$(RUN) tools/profile_block_ops.py $(GPU_KERNELS) --precisions bf16 fp32 --sizes 224 448 || status=1; \
+	$(RUN) tools/tune_attention.py $(GPU_KERNELS) --precisions bf16 --sizes 224 || status=1; \
+	$(RUN) tools/benchmark.py --preset gpu --minutes $(GPU_MINUTES) || status=1; \
+	exit $$status
 
 clean:
 	rm -rf $(DEMO) .pytest_cache .ruff_cache .mypy_cache

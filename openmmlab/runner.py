@@ -6,6 +6,7 @@ and what the user can correct is told in one line (the variable FOCAL_TRACEBACK 
 """
 
 import argparse
+import gc
 import os
 import pickle
 import struct
@@ -243,6 +244,7 @@ def _run(action: Callable[[Sequence[str] | None], None], argv: Sequence[str] | N
         return 2
     finally:
         if distributed.is_initialized():
+            gc.collect()  # the model's wrapper holds the group; threads of one that outlives it can abort
             distributed.destroy_process_group()
     return 0
 

@@ -25,10 +25,11 @@ pytest.importorskip("triton")
 sys.path.insert(0, str(REPO / "tools"))
 import profile_attention
 import profile_block_ops
+import tune_attention
 from test_triton import bfloat16_as_on_a_gpu, compiled, interpreted  # noqa: F401
 
 from models import FocalTransformer, block_ops, focal_transformer
-from models.ops import triton_norm
+from models.ops import triton_launch, triton_norm
 
 BFLOAT16 = torch.bfloat16
 
@@ -313,4 +314,38 @@ def test_profile_checks_and_times(
 @compiled
 def test_profile_says_what_it_needs(nano: list[str], caplog: pytest.LogCaptureFixture) -> None:
     assert profile_block_ops.main(nano) == 2
+    assert "CUDA" in caplog.text
+
+
+@interpreted
+def test_tuning_checks_and_times(nano: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row for each stage and setting that is another; afterwards the settings are what they were."""
+    changes = {
+        "forward": {"block_keys": (32, 64)},
+        "query_gradient": {"static_tiles": (1,)},
+        "key_gradient": {"block_queries": (16,)},
+    }
+    monkeypatch.setattr(tune_attention, "CHANGES", changes)
+    monkeypatch.setattr(tune_attention, "PROGRAMS", (1,))
+    monkeypatch.setitem(tune_attention.ROUND_SECONDS, "cpu", 0.0)
+    before = dict(triton_launch.CONFIGS), triton_launch.TARGET_PROGRAMS
+    assert tune_attention.main([*nano, "--out", str(tmp_path)]) == 0
+    assert before == (triton_launch.CONFIGS, triton_launch.TARGET_PROGRAMS)
+    (report,) = tmp_path.glob("*_tuning.csv")
+    rows = list(csv.DictReader(report.read_text().splitlines()))
+    assert len(rows) == len(NANO["MODEL.FOCAL.DEPTHS"]) * 4
+    assert all(row["check"] == "ok" and float(row["times as fast"]) > 0 for row in rows)
+    honest = tune_attention.Contender.results
+
+    def lying(self: tune_attention.Contender) -> list[Tensor]:
+        factor = 1 if before[0] == triton_launch.CONFIGS else 1.1
+        return [factor * x for x in honest(self)]
+
+    monkeypatch.setattr(tune_attention.Contender, "results", lying)
+    assert tune_attention.main(nano) == 1
+
+
+@compiled
+def test_tuning_says_what_it_needs(nano: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    assert tune_attention.main(nano) == 2
     assert "CUDA" in caplog.text

@@ -139,19 +139,29 @@ def test_resuming_goes_on(trained: Path, tmp_path: Path) -> None:
     assert [line["epoch"] for line in scalars(tmp_path) if "loss" in line] == [11, 11, 12, 12]
 
 
-def of_two_minds(checkpoint: Path, target: Path) -> str:
-    """A copy whose head says background or not at random features' bidding, so that a scale changes much."""
+def of_two_minds(checkpoint: Path, target: Path, scenes: Path) -> str:
+    """A copy whose head says background or not at random features' bidding, each for half of an image's
+    pixels, so that a scale changes much."""
+    from mmseg.apis import inference_model  # needs the operators that `runner` stands in for
+
     content = torch.load(checkpoint, weights_only=False)
     weight, bias = (content["state_dict"][f"decode_head.conv_seg.{name}"] for name in ("weight", "bias"))
     bias.fill_(-100.0)[:2] = 0.0
     weight.zero_()[0] = torch.randn(weight.shape[1:], generator=torch.Generator().manual_seed(0))
+    config = runner.read_config(CONFIG)
+    config.merge_from_dict(FEW)
+    model = MODELS.build(config.model).eval()
+    model.load_state_dict(content["state_dict"])
+    model.cfg = config
+    image = min((scenes / "segmentation/images/validation").iterdir())
+    bias[1] = inference_model(model, str(image)).seg_logits.data[0].median()
     torch.save(content, target)
     return str(target)
 
 
-def test_evaluation_repeats_what_training_saw(trained: Path, tmp_path: Path) -> None:
+def test_evaluation_repeats_what_training_saw(scenes: Path, trained: Path, tmp_path: Path) -> None:
     """Epoch by epoch, of a model that finds something else after each."""
-    start = of_two_minds(trained / "epoch_8.pth", tmp_path / "two_minds.pth")
+    start = of_two_minds(trained / "epoch_8.pth", tmp_path / "two_minds.pth", scenes)
     each = ["train_cfg.val_interval=1", "default_hooks.checkpoint.interval=1"]
     folder = str(tmp_path / "run")
     assert runner.train([CONFIG, "--work-dir", folder, "--resume", start, *options(10), *each]) == 0
@@ -163,9 +173,9 @@ def test_evaluation_repeats_what_training_saw(trained: Path, tmp_path: Path) -> 
         assert found_in(tmp_path / str(number)) == evaluated([line]) and 10 < line["aAcc"] < 90
 
 
-def test_multi_scale_evaluation(trained: Path, tmp_path: Path) -> None:
+def test_multi_scale_evaluation(scenes: Path, trained: Path, tmp_path: Path) -> None:
     """At the test scale alone it is the plain evaluation; at the config's scales it is another."""
-    checkpoint = of_two_minds(trained / "epoch_8.pth", tmp_path / "two_minds.pth")
+    checkpoint = of_two_minds(trained / "epoch_8.pth", tmp_path / "two_minds.pth", scenes)
     once = tmp_path / "once.py"
     once.write_text(
         f"_base_ = {CONFIG!r}\n"
@@ -193,7 +203,7 @@ def test_two_processes_train_and_evaluate_all_images(scenes: Path, trained: Path
     """Through torchrun, which is noticed. One process finds the same mIoU for what the two have written."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, str(REPO / "segmentation/train.py"), CONFIG, "--work-dir", str(tmp_path / "two")]
-    start = of_two_minds(trained / "epoch_8.pth", tmp_path / "two_minds.pth")
+    start = of_two_minds(trained / "epoch_8.pth", tmp_path / "two_minds.pth", scenes)
     done = subprocess.run(
         [*command, "--resume", start, *options(10)],
         cwd=tmp_path,

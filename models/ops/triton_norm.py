@@ -340,4 +340,5 @@ def _compile_time(kernel: str, channels: int) -> dict[str, Any]:
         "ROWS": ROWS[kernel][block > 128],
         "num_warps": max(1, block // 128),
         "num_stages": 1,
+        "enable_fp_fusion": True,  # as in `triton_kernel`
     }

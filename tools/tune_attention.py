@@ -1,0 +1,155 @@
+"""Times and checks the attention kernels with other settings than those of `models/ops/triton_launch.py`.
+
+    python tools/tune_attention.py --device cuda --precisions bf16 --batch-size 128
+
+One setting is changed at a time, at every stage of a model, and timed in turns with what is in force. A ratio
+above 1 is a setting that is faster: put it into CONFIGS there (tests/test_triton_hopper.py says whether it
+spills). Results must stay those of the settings in force, but for rounding.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import benchmark_common as common
+import torch
+from profile_attention import DTYPES, LEAST_ERROR, ROUND_SECONDS, ROUNDS, Contender, Shape, errors, shapes_of
+
+from models.ops import resolve_backend
+from utils import pick_device
+
+logger = logging.getLogger("tune_attention")
+
+CHANGES: dict[str, dict[str, tuple[int, ...]]] = {  # kernel -> setting -> values
+    "forward": {"num_stages": (1, 2, 3), "num_warps": (4, 8), "block_keys": (32, 64)},
+    "query_gradient": {"num_stages": (1, 2, 3), "num_warps": (4, 8), "static_tiles": (2, 4, 7)},
+    "key_gradient": {"num_stages": (1, 2, 3), "num_warps": (4, 8), "block_queries": (16, 32, 64)},
+}
+PROGRAMS = (264, 528, 1056, 2112, 4224)  # TARGET_PROGRAMS
+COLUMNS = (
+    *("stage", "resolution", "map", "heads", "precision", "pass", "kernel", "setting"),
+    *("ms", "lower quartile", "upper quartile", "times as fast", "check"),
+)
+
+
+@contextmanager
+def changed(kernel: str, setting: str, value: int, head_dim: int, dtype: torch.dtype) -> Iterator[bool]:
+    """With one setting changed; yields whether it is another one than in force."""
+    from models.ops import triton_launch
+
+    if kernel == "all":
+        before = triton_launch.TARGET_PROGRAMS
+        triton_launch.TARGET_PROGRAMS = value
+        try:
+            yield value != before
+        finally:
+            triton_launch.TARGET_PROGRAMS = before
+        return
+    key = (kernel, 32 if head_dim <= 32 else 64, dtype.itemsize)
+    before = triton_launch.CONFIGS[key]
+    triton_launch.CONFIGS[key] = replace(before, **{setting: value})
+    try:
+        yield triton_launch.CONFIGS[key] != before
+    finally:
+        triton_launch.CONFIGS[key] = before
+
+
+def candidates() -> Iterator[tuple[str, str, int]]:
+    """Kernel (`all` for all of them), setting and value."""
+    for kernel, settings in CHANGES.items():
+        for setting, values in settings.items():
+            yield from ((kernel, setting, value) for value in values)
+    yield from (("all", "TARGET_PROGRAMS", value) for value in PROGRAMS)
+
+
+def tune(shape: Shape, precision: str, args: argparse.Namespace) -> list[list[common.Cell]]:
+    """Rows of the table for one operator."""
+    device, dtype, table = args.device, DTYPES[precision], shape.table
+    torch.manual_seed(1)
+    qkv = torch.randn(args.batch_size, shape.tokens, 3, shape.heads, shape.head_dim, device=device).to(dtype)
+    width = shape.heads * shape.head_dim
+    d_out = torch.randn(args.batch_size, table.height * table.width, width, device=device).to(dtype)
+    contender = Contender("triton", shape, qkv, d_out)
+    truth = contender.results()
+    head = [shape.stage, shape.resolution, f"{table.height}x{table.width}", shape.heads, precision]
+    rows = []
+    for kernel, setting, value in candidates():
+        for kind in ("forward",) if kernel == "forward" else ("forward+backward",):
+            action = contender.forward if kind == "forward" else contender.both
+            name = [*head, kind, kernel, f"{setting} {value}"]
+            with changed(kernel, setting, value, shape.head_dim, dtype) as is_other:
+                if not is_other:
+                    continue
+                try:
+                    off = errors(contender.results(), truth)
+                    single = min(common.seconds_of(action, 1, device) for _ in range(2))
+                except Exception as error:  # shared memory, registers: whatever a compiler or driver says
+                    rows.append([*name, *[None] * 4, f"cannot run: {common.short_reason(error)}"])
+                    continue
+            repeats = common.repeats_for(ROUND_SECONDS[device.type], single)
+
+            def with_change(change=(kernel, setting, value), action=action, repeats=repeats) -> float:
+                with changed(*change, shape.head_dim, dtype):
+                    return common.seconds_of(action, repeats, device)
+
+            def in_force(action=action, repeats=repeats) -> float:
+                return common.seconds_of(action, repeats, device)
+
+            timers = {"other": with_change, "in force": in_force}
+            times = common.alternate(timers, args.repeats or ROUNDS[device.type])
+            ms = common.Spread.of([1e3 * seconds for seconds in times["other"]])
+            ratio = common.speed_ratio(times["other"], times["in force"]).median
+            verdict = "ok" if max(off) <= LEAST_ERROR[dtype] else f"WRONG: off by {max(off):.1e}"
+            rows.append([*name, ms.median, ms.lower, ms.upper, ratio, verdict])
+    return rows
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Time the attention kernels with other settings.")
+    default = common.REPO / "configs" / "focal_tiny_patch4_window7_224.yaml"
+    parser.add_argument("--cfg", type=Path, default=default, help="configuration (default: Focal-T)")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[224], help="resolutions in pixels")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=["bf16"])
+    parser.add_argument("--device", default="", help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    parser.add_argument("--repeats", type=int, help=f"rounds (default: {ROUNDS})")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write <date>_tuning.md and .csv here")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 1 if a result is wrong, 2 for what the user can correct."""
+    args = parse(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        args.device = pick_device(args.device)
+        resolve_backend("triton", args.device, torch.float32, 32, 7)  # says why the kernels cannot run
+        facts = common.describe_run(args.device)
+        facts["Configuration"] = f"{args.cfg.stem}, batch {args.batch_size}"
+        rows: list[list[common.Cell]] = []
+        for resolution in args.sizes:
+            for shape in shapes_of(args.cfg, resolution, args.device):
+                for precision in args.precisions:
+                    rows += tune(shape, precision, args)
+    except (ValueError, OSError) as error:
+        logger.error(f"error: {error}")
+        return 2
+    note = "Times as fast: the settings in force take so many times as long, in the same rounds."
+    report = common.markdown_report(
+        "Settings of the attention kernels", facts, [note], [common.markdown_table(COLUMNS, rows)]
+    )
+    logger.info(report)
+    if args.out is not None:
+        stem = common.result_stem(args.out, "tuning")
+        (stem.parent / f"{stem.name}.md").write_text(report, encoding="utf-8")
+        common.write_csv(stem.parent / f"{stem.name}.csv", COLUMNS, rows)
+    return 1 if any(str(row[-1]).startswith("WRONG") for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
