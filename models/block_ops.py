@@ -3,6 +3,7 @@
 In eager mode nobody but the kernels joins these steps, and each of them reads or writes the whole map. They
 take part wherever attention's own do (`ops.triton_kernel`); compiled, traced, exported or transformed by
 `torch.func`, with a module that is not PyTorch's or ours as it was built, or with hooks, modules run as ever.
+Under autocast the MLP then gets its input in the dtype of autocast, where LayerNorm gives it float32.
 
 Legend: B batch, H W rows and columns, C channels.
 """
@@ -30,7 +31,7 @@ def takes_kernels(x: Tensor, attention: FocalAttention) -> bool:
         return False
     if x.device.type not in (("cuda", "cpu") if attention.backend == "triton" else ("cuda",)):
         return False  # the kernels run on a CPU in their interpreter alone, which nobody gets unasked
-    is_eager = sdpa._may_wrap(trains=torch.is_grad_enabled())
+    is_eager = sdpa.may_wrap(trains=torch.is_grad_enabled())
     return is_eager and attention.resolved_backend(_working_dtype(x)) == "triton"
 
 
@@ -46,7 +47,7 @@ def normed_attention(
         pools: its pooling modules.
         fused: what `takes_kernels` answers.
     """
-    if not (fused and _is_plain(norm, x) and _makes_tokens(attention, pools)):
+    if not (fused and _is_plain(norm, x) and makes_tokens(attention, pools)):
         return x, attention(norm(x), pools)
     from .ops import triton_norm  # needs an optional package
 
@@ -69,7 +70,8 @@ def add_and_norm(
         fused: what `takes_kernels` answers.
     """
     is_plain = fused and _is_plain(norm, x) and type(drop_path) in (DropPath, nn.Identity)
-    if not is_plain or is_hooked(drop_path) or torch.promote_types(x.dtype, branch.dtype) != x.dtype:
+    is_alike = x.shape == branch.shape and torch.promote_types(x.dtype, branch.dtype) == x.dtype
+    if not (is_plain and is_alike) or is_hooked(drop_path):
         x = x + drop_path(branch)
         return x, norm(x)
     from .ops import triton_norm  # needs an optional package
@@ -93,12 +95,15 @@ def _is_plain(norm: nn.Module, x: Tensor) -> bool:
         return False
     from .ops import triton_norm  # needs an optional package
 
-    return norm.normalized_shape == (x.shape[-1],) and triton_norm.supports(x, norm.weight)
+    return norm.normalized_shape == (x.shape[-1],) and triton_norm.supports(x, norm.weight, norm.bias)
 
 
-def _makes_tokens(attention: FocalAttention, pools: nn.ModuleList) -> bool:
+def makes_tokens(attention: FocalAttention, pools: nn.ModuleList) -> bool:
     """Whether the tokens of a layer are those of its map and at most one linearly pooled one per window."""
     if attention.shift_size or is_hooked(attention) or len(pools) > 1:
         return False
     side = attention.selection.window_size
-    return all(type(pool) is LinearPool and pool.side == side and not is_hooked(pool) for pool in pools)
+    return all(
+        type(pool) is LinearPool and pool.side == side and pool.bias is not None and not is_hooked(pool)
+        for pool in pools
+    )

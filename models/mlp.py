@@ -66,9 +66,11 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 def is_hooked(layer: nn.Module) -> bool:
-    """Whether somebody looks at what goes through a layer, or replaced its `forward`."""
+    """Whether somebody looks at what goes through a layer or through all, compiled it, or replaced its
+    `forward`."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(layer)
+    is_other = "forward" in vars(layer) or layer._compiled_call_impl is not None
+    return any(hooks) or is_other or nn.modules.module._has_any_global_hook()
 
 
 class MlpInPieces(torch.autograd.Function):

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import copy
 import csv
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +24,7 @@ sys.path.insert(0, str(REPO / "tools"))
 import profile_attention
 import profile_block_ops
 import tune_attention
-from test_triton import bfloat16_as_on_a_gpu, compiled, interpreted  # noqa: F401
+from test_triton import bfloat16_as_on_a_gpu, compiled, interpreted, run_in_interpreter  # noqa: F401
 
 from models import FocalTransformer, block_ops, focal_transformer
 from models.ops import triton_launch, triton_norm
@@ -37,10 +35,7 @@ BFLOAT16 = torch.bfloat16
 @compiled
 def test_in_interpreter() -> None:
     """All tests of this file that need the interpreter."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, cwd=REPO, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    run_in_interpreter(__file__)
 
 
 def tiny(kind: str = "focal", **more: Any) -> FocalTransformer:
@@ -196,6 +191,16 @@ CHANGES: dict[str, tuple[dict, Callable[[FocalTransformer], Any], set[str]]] = {
         on_blocks(lambda b: b.pool_layers[0].register_forward_hook(ignore)),
         {"add_norm"},
     ),
+    "hook that broadcasts": (
+        {},
+        on_blocks(lambda b: b.attn.register_forward_hook(lambda m, i, o: o.mean((1, 2), keepdim=True))),
+        set(),
+    ),
+    "compiled attention": (
+        {},
+        on_blocks(lambda b: b.attn.compile(backend="eager", dynamic=False)),
+        {"add_norm"},
+    ),
     "another forward": ({}, on_blocks(lambda b: patch_forward(b.attn)), {"add_norm"}),
     "dropout as stochastic depth": (
         {},
@@ -226,6 +231,19 @@ def test_a_changed_model_is_computed_as_ever(
         assert calls.count("norm_tokens") == 2 and calls.count("add_norm") == 3
     for mine, theirs in zip(found, plainly(model, monkeypatch), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+
+
+@interpreted
+def test_hooks_of_all_modules_are_called(calls: list[str]) -> None:
+    """Those that trackers register for every module."""
+    block, x, seen = tiny().eval().layers[0].blocks[0], torch.randn(1, 8, 8, 16), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        block(x)
+    finally:
+        handle.remove()
+    assert not calls
+    assert {block.norm1, block.norm2, block.attn, block.pool_layers[0]} <= {*seen}
 
 
 @interpreted
@@ -321,14 +339,13 @@ def test_profile_says_what_it_needs(nano: list[str], caplog: pytest.LogCaptureFi
 def test_tuning_checks_and_times(nano: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row for each stage and setting that is another; afterwards the settings are what they were."""
     changes = {
-        "forward": {"block_keys": (32, 64)},
+        "forward": {"block_keys": (32, 64), "programs": (1,)},
         "query_gradient": {"static_tiles": (1,)},
         "key_gradient": {"block_queries": (16,)},
     }
     monkeypatch.setattr(tune_attention, "CHANGES", changes)
-    monkeypatch.setattr(tune_attention, "PROGRAMS", (1,))
     monkeypatch.setitem(tune_attention.ROUND_SECONDS, "cpu", 0.0)
-    before = dict(triton_launch.CONFIGS), triton_launch.TARGET_PROGRAMS
+    before = dict(triton_launch.CONFIGS), dict(triton_launch.TARGET_PROGRAMS)
     assert tune_attention.main([*nano, "--out", str(tmp_path)]) == 0
     assert before == (triton_launch.CONFIGS, triton_launch.TARGET_PROGRAMS)
     (report,) = tmp_path.glob("*_tuning.csv")

@@ -5,9 +5,6 @@ As test_triton.py, this file runs itself once more with TRITON_INTERPRET=1.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ from torch.nn import functional as F
 pytest.importorskip("triton")
 
 import test_triton_hopper
-from test_triton import bfloat16_as_on_a_gpu, compiled, interpreted  # noqa: F401
+from test_triton import bfloat16_as_on_a_gpu, compiled, interpreted, run_in_interpreter  # noqa: F401
 
 from models.ops import triton_norm, triton_norm_passes
 
@@ -31,12 +28,7 @@ BFLOAT16 = torch.bfloat16
 @compiled
 def test_in_interpreter() -> None:
     """All tests of this file that need the interpreter."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        command, env=environment, cwd=Path(__file__).parent.parent, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    run_in_interpreter(__file__)
 
 
 class Tokens:

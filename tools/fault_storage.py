@@ -182,7 +182,9 @@ def refused_save(lab: Lab, name: str, refuse: Callable[[Trainer], Undo], trainer
             time.sleep(0.01)
         told = refusal(trainer)
         kept = {path: digest(path) for path in trainer.checkpoints()[:1] if storage.is_complete(path)}
-        time.sleep(1)
+        enough = trainer.last_step() + SAVE_EVERY  # one more is refused, and not that of the run's end
+        while trainer.is_running and trainer.last_step() < enough and time.monotonic() < deadline:
+            time.sleep(0.01)
         changed = [path.name for path, was in kept.items() if digest(path) != was]
     finally:
         undo()

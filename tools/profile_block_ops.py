@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from config import load_config
-from models import build_model
+from models import block_ops, build_model
 from models.focal_transformer import FocalBlock
 from models.geometry import padded_size
 from models.layers import pooled_tokens
@@ -172,6 +172,9 @@ def time_in_turns(
 def profile_model(resolution: int, bandwidth: float, args: argparse.Namespace) -> list[list[common.Cell]]:
     """Rows of the table for the first block of every stage."""
     model = build_model(load_config(args.cfg, ["DATA.IMG_SIZE", resolution])).to(args.device).train()
+    blocks = [stage.blocks[0] for stage in model.layers]
+    if not all(block_ops.makes_tokens(block.attn, block.pool_layers) for block in blocks):
+        raise ValueError(f"{args.cfg.stem}: the operators take one level of linear pooling; use another")
     rows: list[list[common.Cell]] = []
     size = model.built_for
     for stage, layer in enumerate(model.layers):

@@ -24,12 +24,21 @@ from utils import pick_device
 
 logger = logging.getLogger("tune_attention")
 
-CHANGES: dict[str, dict[str, tuple[int, ...]]] = {  # kernel -> setting -> values
-    "forward": {"num_stages": (1, 2, 3), "num_warps": (4, 8), "block_keys": (32, 64)},
-    "query_gradient": {"num_stages": (1, 2, 3), "num_warps": (4, 8), "static_tiles": (2, 4, 7)},
+CHANGES: dict[str, dict[str, tuple[int, ...]]] = {  # kernel -> setting -> values; `programs`: TARGET_PROGRAMS
+    "forward": {
+        "num_stages": (1, 2, 3),
+        "num_warps": (4, 8),
+        "block_keys": (32, 64),
+        "programs": (264, 528, 1056, 2112, 4224),
+    },
+    "query_gradient": {
+        "num_stages": (1, 2, 3),
+        "num_warps": (4, 8),
+        "static_tiles": (2, 4, 7),
+        "programs": (132, 264, 528, 1056, 2112),
+    },
     "key_gradient": {"num_stages": (1, 2, 3), "num_warps": (4, 8), "block_queries": (16, 32, 64)},
 }
-PROGRAMS = (264, 528, 1056, 2112, 4224)  # TARGET_PROGRAMS
 COLUMNS = (
     *("stage", "resolution", "map", "heads", "precision", "pass", "kernel", "setting"),
     *("ms", "lower quartile", "upper quartile", "times as fast", "check"),
@@ -41,29 +50,24 @@ def changed(kernel: str, setting: str, value: int, head_dim: int, dtype: torch.d
     """With one setting changed; yields whether it is another one than in force."""
     from models.ops import triton_launch
 
-    if kernel == "all":
-        before = triton_launch.TARGET_PROGRAMS
-        triton_launch.TARGET_PROGRAMS = value
-        try:
-            yield value != before
-        finally:
-            triton_launch.TARGET_PROGRAMS = before
-        return
-    key = (kernel, 32 if head_dim <= 32 else 64, dtype.itemsize)
-    before = triton_launch.CONFIGS[key]
-    triton_launch.CONFIGS[key] = replace(before, **{setting: value})
+    if setting == "programs":
+        table, key, new = triton_launch.TARGET_PROGRAMS, kernel, value
+    else:
+        table, key = triton_launch.CONFIGS, (kernel, 32 if head_dim <= 32 else 64, dtype.itemsize)
+        new = replace(table[key], **{setting: value})
+    before = table[key]
+    table[key] = new
     try:
-        yield triton_launch.CONFIGS[key] != before
+        yield new != before
     finally:
-        triton_launch.CONFIGS[key] = before
+        table[key] = before
 
 
 def candidates() -> Iterator[tuple[str, str, int]]:
-    """Kernel (`all` for all of them), setting and value."""
+    """Kernel, setting and value."""
     for kernel, settings in CHANGES.items():
         for setting, values in settings.items():
             yield from ((kernel, setting, value) for value in values)
-    yield from (("all", "TARGET_PROGRAMS", value) for value in PROGRAMS)
 
 
 def tune(shape: Shape, precision: str, args: argparse.Namespace) -> list[list[common.Cell]]:

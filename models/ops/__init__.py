@@ -6,6 +6,7 @@ width, P windows, Q queries of a window, K keys of a window.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from types import ModuleType
 
 import torch
@@ -60,13 +61,19 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, head_di
     """
     if check_backend(name) in PORTABLE_BACKENDS or (name == "auto" and device.type != "cuda"):
         return "sdpa" if name == "auto" else name
-    try:
-        reason = backend_module("triton").unsupported(device, dtype, head_dim, window)
-    except ImportError as error:
-        reason = str(error)
+    reason = _why_not_triton(device, dtype, head_dim, window)
     if reason is not None and name != "auto":
         raise ValueError(reason)
     return "triton" if reason is None else "sdpa"
+
+
+@lru_cache(maxsize=1024)
+def _why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int, window: int) -> str | None:
+    """Why the backend `triton` cannot run; None if it can. Kept, since an import that fails is tried anew."""
+    try:
+        return backend_module("triton").unsupported(device, dtype, head_dim, window)
+    except ImportError as error:
+        return str(error)
 
 
 def focal_attention(

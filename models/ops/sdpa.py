@@ -1,6 +1,6 @@
 """Focal attention through `torch.nn.functional.scaled_dot_product_attention`: the portable fast path.
 
-On the CPU `cpu_kernel` does the work, but for what its operator has no rules for (`_may_wrap`).
+On the CPU `cpu_kernel` does the work, but for what its operator has no rules for (`may_wrap`).
 
 Three exact rewritings of the definition: keys that stand twice are folded into one; windows become heads, so
 that the call stays four-dimensional (five-dimensional inputs fall to the slow math kernel); and on small
@@ -34,7 +34,7 @@ def attend(qkv: Tensor, table: KeyTable, bias: Tensor, scale: float) -> Tensor:
     """See `models.ops.focal_attention`; `bias` comes from `prepare_bias`."""
     trains = torch.is_grad_enabled() and (qkv.requires_grad or bias.requires_grad)
     on_cpu = qkv.device.type == "cpu"
-    if not (trains or on_cpu) or not _may_wrap(trains):
+    if not (trains or on_cpu) or not may_wrap(trains):
         return _attend(qkv, table, bias, scale)
     if on_cpu:
         return cpu_kernel.attend(qkv, table, bias, scale)
@@ -42,7 +42,7 @@ def attend(qkv: Tensor, table: KeyTable, bias: Tensor, scale: float) -> Tensor:
     return checkpoint(_attend, qkv, table, bias, scale, use_reentrant=False, preserve_rng_state=False)
 
 
-def _may_wrap(trains: bool) -> bool:
+def may_wrap(trains: bool) -> bool:
     """Whether this runs here, with nothing asked of it but its gradient.
 
     Not in graphs that are made to run without this package, within `torch.func` or in forward-mode AD.

@@ -8,8 +8,9 @@ and values (see `triton_launch`). Every sum has a fixed order and nothing is add
 input gives the same bits, whatever `torch.use_deterministic_algorithms` says.
 
 To PyTorch `attention` is one operator with a gradient, which compile, autocast, checkpointing and
-export see as a whole. It saves its input, its output and one number per query and head. On CPU tensors the
-kernels run only in Triton's interpreter (TRITON_INTERPRET=1), for tests.
+export see as a whole. It saves its input, its output and one number per query and head, those that fill a
+window up included. On CPU tensors the kernels run only in Triton's interpreter (TRITON_INTERPRET=1), for
+tests.
 
 Legend: as `key_table`; B batch, N heads, D head width, C = N*D; a *group* is the windows that share a bias
 (all of them, or one), an *item* one window of one image. Names ending in `_ptr` are arrays, capitals are
@@ -46,8 +47,9 @@ MAX_WINDOW = 12
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LOG2E = log2(e)
 LEAST_SCALE = 2**-6
-LARGEST_BIAS = 1e30
-"""A finite stand-in for infinity, which products with an identity would turn into NaN."""
+LARGEST_BIAS = 2.0**16
+"""A stand-in for infinity, which products with an identity would turn into NaN. Where all scores of a tile
+are its negative, what is left before the exponential is its rounding error, which must stay small."""
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, window: int) -> str | None:
@@ -128,7 +130,8 @@ def _kernel_bias(bias: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     but float32), divided by the scale."""
     limit = min(torch.finfo(dtype).max, LARGEST_BIAS)
     factor = 1 if dtype == torch.float32 else 1 / scale
-    return (bias.float() * factor).clamp_(-limit, limit).to(dtype).contiguous()
+    scaled = bias.new_empty(bias.shape, dtype=dtype)  # contiguous
+    return torch.mul(bias, factor, out=scaled).clamp_(-limit, limit)
 
 
 @attention.register_fake
@@ -164,7 +167,7 @@ def _gradients(ctx, d_out, d_lse):
 attention.register_autograd(_gradients, setup_context=_keep)
 
 
-def _on_device(x: Tensor) -> AbstractContextManager:
+def on_device(x: Tensor) -> AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
@@ -236,7 +239,7 @@ def forward_tiles(keys: int, always_seen: int, block_keys: int) -> dict[str, int
 def gradient_tiles(
     keys: int, always_seen: int, block_keys: int, most: int, with_bias: bool
 ) -> list[tuple[int, dict[str, Any]]]:
-    """Launches of the gradients of queries and bias: first key, and compile-time arguments.
+    """Launches of the gradients of queries and bias: first tile, and compile-time arguments.
 
     One launch, or where the keys fill more tiles than fit into registers, one for the queries and several
     for the bias.
@@ -251,9 +254,9 @@ def gradient_tiles(
     tiles = computed_keys(keys) // block_keys
 
     def part(first: int, count: int, bias: bool, query: bool) -> tuple[int, dict[str, Any]]:
-        plain = max(0, always_seen // block_keys - first)
+        plain = min(count, max(0, always_seen // block_keys - first)) if bias else 0
         arguments = {"TILES": count, "PLAIN": plain, "WITH_BIAS": bias, "WITH_QUERY": query}
-        return first * block_keys, arguments
+        return first, arguments
 
     if not with_bias or tiles <= most:
         return [part(0, tiles, with_bias, True)]
@@ -272,8 +275,8 @@ def _forward(
     fixed = _compile_time("forward", qkv, bias, window)
     tiles = forward_tiles(tables.keys, tables.always_seen, fixed["BLOCK_K"])
     items = b * windows // groups
-    slices, slice_items = divide(items, n * groups * fixed["Q_BLOCKS"])
-    with _on_device(qkv):
+    slices, slice_items = divide("forward", items, n * groups * fixed["Q_BLOCKS"])
+    with on_device(qkv):
         forward_kernel[(n * groups * slices * fixed["Q_BLOCKS"],)](
             qkv, bias, tables.index, tables.first, out, lse,
             tokens, slices, slice_items, items, windows, width, scale * LOG2E, **tiles, **fixed,
@@ -293,18 +296,18 @@ def _query_gradient(
     fixed = _compile_time("query_gradient", qkv, bias, window)
     most = config("query_gradient", d, qkv.element_size()).static_tiles
     items = b * windows // groups
-    slices, slice_items = divide(items, n * groups * fixed["Q_BLOCKS"])
+    slices, slice_items = divide("query_gradient", items, n * groups * fixed["Q_BLOCKS"])
     d_bias = bias.new_empty((slices, *bias.shape) if with_bias else (0,), dtype=torch.float32)
     launches = gradient_tiles(tables.keys, tables.always_seen, fixed["BLOCK_K"], most, with_bias)
-    with _on_device(qkv):
-        for first_column, tiles in launches:
+    with on_device(qkv):
+        for first_tile, tiles in launches:
             query_gradient_kernel[(n * groups * slices * fixed["Q_BLOCKS"],)](
                 qkv, bias, tables.index, tables.first, out, d_out, lse, delta, d_qkv, d_bias,
-                tokens, slices, slice_items, items, first_column, windows, width, scale * LOG2E,
+                tokens, slices, slice_items, items, first_tile, windows, width, scale * LOG2E,
                 **tiles, **fixed,
             )  # fmt: skip
     if with_bias:
-        d_bias = d_bias.sum(0)
+        d_bias = d_bias[0] if slices == 1 else d_bias.sum(0)
         d_bias[..., computed_keys(tables.keys) :] = 0
     return d_bias
 
@@ -318,7 +321,7 @@ def _key_gradient(
     b, _, _, n, _ = qkv.shape
     fixed = _compile_time("key_gradient", qkv, bias, window)
     blocks = len(tables.block_token)
-    with _on_device(qkv):
+    with on_device(qkv):
         key_gradient_kernel[(b * n * blocks,)](
             qkv, bias.transpose(-1, -2).contiguous(), d_out, lse, delta, d_qkv,
             tables.block_token, tables.entry_start, tables.entry_window, tables.entry_first,

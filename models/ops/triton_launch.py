@@ -25,8 +25,9 @@ from .key_table import kept_with_tables
 BLOCK_KEYS = 64
 """Tokens of a block."""
 
-TARGET_PROGRAMS = 1056
-"""Programs to divide a pass into, where it has as many items: eight for each of the 132 SMs of a Hopper."""
+TARGET_PROGRAMS = {"forward": 1056, "query_gradient": 528}
+"""Programs to divide a pass into, where it has as many items: eight for each of the 132 SMs of a Hopper, and
+four where each leaves a gradient of the whole bias behind, to be read again and summed."""
 
 MOST_NUMBERS = 2**31 - 1
 """Kernels count with 32 bits within an image and within an index table."""
@@ -38,7 +39,7 @@ CACHED_TABLES = 128
 KEYS_MULTIPLE = 32
 """Keys that are computed, and those of a row of tables, are filled up to a multiple of this."""
 
-PIPELINE_BYTES = 200 * 1024
+PIPELINE_BYTES = 220 * 1024
 """Shared memory of a block from which the next item is fetched while one is computed: what Hopper has."""
 
 
@@ -59,7 +60,7 @@ CONFIGS: dict[tuple[str, int, int], Config] = {
     ("forward", 32, 4): Config(4, 1, 64, 32),
     ("forward", 64, 4): Config(4, 1, 64, 32),
     ("query_gradient", 32, 2): Config(4, 2, 64, 32, 7),
-    ("query_gradient", 64, 2): Config(4, 2, 64, 32, 5),
+    ("query_gradient", 64, 2): Config(4, 2, 64, 32, 4),
     ("query_gradient", 32, 4): Config(4, 1, 16, 32, 1),
     ("query_gradient", 64, 4): Config(8, 1, 16, 32, 1),
     ("key_gradient", 32, 2): Config(4, 1, 32, BLOCK_KEYS),
@@ -261,8 +262,8 @@ def check_offsets(numbers: int) -> None:
         )
 
 
-def divide(items: int, programs: int) -> tuple[int, int]:
+def divide(kernel: str, items: int, programs: int) -> tuple[int, int]:
     """Slices to divide `items` into where there are `programs` for each slice: slices, items of a slice."""
-    slices = max(1, min(items, TARGET_PROGRAMS // programs))
+    slices = max(1, min(items, TARGET_PROGRAMS[kernel] // programs))
     size = max(1, ceil(items / slices))
     return ceil(items / size), size

@@ -2,7 +2,7 @@
 
 `norm_tokens` makes the tokens that attention projects, of the map: normalised, zero-padded to whole windows,
 and a pooled one for each window. `add_norm` adds a branch to the map, with stochastic depth, and normalises
-the sum. Both read and write every number once, in the precision that is wanted next; so do their backward
+the sum. Both read and write the map once, in the precision that is wanted next; so do their backward
 passes. Means, variances and sums are in float32. Each program adds up the gradients of parameters for its own
 part of the map, and then they are summed in a fixed order: the same input gives the same bits.
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .key_table import NAMESPACE
-from .triton_kernel import DTYPES, _on_device
+from .triton_kernel import DTYPES, on_device
 from .triton_launch import check_offsets
 from .triton_norm_passes import (
     add_norm_gradient_kernel,
@@ -47,9 +47,11 @@ ROWS = {
 Hopper and several programs run on an SM (tests/test_triton_norm.py compiles them); not yet timed."""
 
 
-def supports(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels can normalise the last dimension of `x` with such a weight."""
-    return x.dtype in DTYPES and weight.dtype in DTYPES and weight.numel() <= MAX_CHANNELS
+def supports(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    """Whether the kernels can normalise the last dimension of `x` with such parameters."""
+    tensors = (x, weight, bias)
+    is_here = all(tensor.dtype in DTYPES and tensor.device == x.device for tensor in tensors)
+    return is_here and weight.numel() <= MAX_CHANNELS
 
 
 @torch.library.custom_op(
@@ -83,7 +85,7 @@ def norm_tokens(x, weight, bias, pool_weight, pool_bias, window, eps, dtype):
     mean, rstd = (x.new_empty(x.shape[:3], dtype=torch.float32) for _ in range(2))
     x = x.contiguous()
     pool = (pool_weight.contiguous(), pool_bias) if with_pool else (weight, bias)  # any pointers
-    with _on_device(x):
+    with on_device(x):
         norm_tokens_kernel[(b * windows,)](
             x, weight.contiguous(), bias.contiguous(), *pool, out, mean, rstd,
             height, width, tokens, windows, across,
@@ -119,7 +121,7 @@ def norm_tokens_backward(d_tokens, d_map, x, mean, rstd, weight, bias, pool_weig
     slices, slice_items = _divide(b * windows, fixed["num_warps"])
     d_norm = mean.new_empty((slices, 2, channels) if with_parameters else (1, 0))
     d_pool = mean.new_empty((slices, window * window) if with_parameters and with_pool else (1, 0))
-    with _on_device(x):
+    with on_device(x):
         norm_tokens_gradient_kernel[(slices,)](
             d_tokens, dx if d_map is None else d_map.contiguous(),
             x, mean, rstd, weight.contiguous(), bias.contiguous(),
@@ -217,14 +219,19 @@ def add_norm(x, branch, factor, weight, bias, eps, dtype):
     Returns:
         Sum, in the dtype of `x`; normalised sum; mean and reciprocal standard deviation of every token of the
         sum, float32, [B, ...].
+
+    Raises:
+        ValueError: a branch of another shape.
     """
+    if x.shape != branch.shape:
+        raise ValueError(f"expected a branch of shape {list(x.shape)}, got {list(branch.shape)}: expand it")
     x, branch = x.contiguous(), branch.contiguous()
     total = x.new_empty(x.shape)
     out = x.new_empty(x.shape, dtype=dtype)
     mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
     fixed = _compile_time("add_norm", x.shape[-1])
     slices, sizes = _row_sizes(x, fixed)
-    with _on_device(x):
+    with on_device(x):
         add_norm_kernel[(slices,)](
             x, branch, weight if factor is None else factor.contiguous(),
             weight.contiguous(), bias.contiguous(), total, out, mean, rstd, *sizes,
@@ -251,7 +258,7 @@ def add_norm_backward(
     fixed = _compile_time("add_norm_gradient", total.shape[-1])
     slices, sizes = _row_sizes(total, fixed)
     d_norm = mean.new_empty((slices, 2, total.shape[-1]) if with_parameters else (1, 0))
-    with _on_device(total):
+    with on_device(total):
         add_norm_gradient_kernel[(slices,)](
             d_sum, d_out, total, mean, rstd, weight if factor is None else factor.contiguous(),
             weight.contiguous(), dx, d_branch, d_norm, *sizes,

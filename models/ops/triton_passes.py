@@ -31,7 +31,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1.0e38)  # a finite "no score yet", below all scores
 
 SIZES = (
-    *("tokens", "slices", "slice_items", "items", "first_column", "windows", "map_width"),
+    *("tokens", "slices", "slice_items", "items", "first_tile", "windows", "map_width"),
     *("heavy", "blocks", "images"),
 )
 """Arguments whose value, such as 1 or a multiple of 16, makes no kernel of its own."""
@@ -289,7 +289,7 @@ def _store_tile(pointer, value, TILE: tl.constexpr, TILES: tl.constexpr, BLOCK_K
 @triton.jit(do_not_specialize=SIZES)
 def query_gradient_kernel(
     qkv_ptr, bias_ptr, index_ptr, first_ptr, out_ptr, d_out_ptr, lse_ptr, delta_ptr, d_qkv_ptr, d_bias_ptr,
-    tokens, slices, slice_items, items, first_column, windows, map_width, scale,
+    tokens, slices, slice_items, items, first_tile, windows, map_width, scale,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SIDE: tl.constexpr, SHARED: tl.constexpr,
     ROW: tl.constexpr, BLOCK_Q: tl.constexpr, Q_BLOCKS: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr, TILES: tl.constexpr, PLAIN: tl.constexpr, WITH_BIAS: tl.constexpr,
@@ -297,8 +297,8 @@ def query_gradient_kernel(
 ):  # fmt: skip
     """Gradients of queries and bias over a slice of the items of one group, head and block of queries.
 
-    d_bias is [slices, N, groups, queries, keys], padded. WITH_BIAS: at most eight tiles of keys from
-    `first_column` on, whose bias and bias gradient stay at hand. Where there are more keys, a launch with
+    d_bias is [slices, N, groups, queries, keys], padded. WITH_BIAS: at most seven tiles of keys from
+    `first_tile` on, whose bias and bias gradient stay at hand. Where there are more keys, a launch with
     WITH_BIAS alone finds the gradient of the bias, part by part, and one without it that of the queries.
     WITH_QUERY also writes `delta`, the sum over channels of output times its gradient.
 
@@ -311,6 +311,7 @@ def query_gradient_kernel(
     group = place // slices
     part = place % slices
     first = part * slice_items
+    first_column = first_tile * BLOCK_K
     query = query_block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     real = query < SIDE * SIDE
     query_token = _query_tokens(query, map_width, SIDE)
@@ -323,7 +324,6 @@ def query_gradient_kernel(
     bias_4 = _bias_tile(bias, 4, STATIC, BLOCK_K)
     bias_5 = _bias_tile(bias, 5, STATIC, BLOCK_K)
     bias_6 = _bias_tile(bias, 6, STATIC, BLOCK_K)
-    bias_7 = _bias_tile(bias, 7, STATIC, BLOCK_K)
     sum_0 = _no_gradient(0, STATIC, BLOCK_Q, BLOCK_K)
     sum_1 = _no_gradient(1, STATIC, BLOCK_Q, BLOCK_K)
     sum_2 = _no_gradient(2, STATIC, BLOCK_Q, BLOCK_K)
@@ -331,7 +331,6 @@ def query_gradient_kernel(
     sum_4 = _no_gradient(4, STATIC, BLOCK_Q, BLOCK_K)
     sum_5 = _no_gradient(5, STATIC, BLOCK_Q, BLOCK_K)
     sum_6 = _no_gradient(6, STATIC, BLOCK_Q, BLOCK_K)
-    sum_7 = _no_gradient(7, STATIC, BLOCK_Q, BLOCK_K)
     image = first // windows if SHARED else first
     window = first % windows if SHARED else group
     for _item in range(first, tl.minimum(first + slice_items, items)):
@@ -378,10 +377,6 @@ def query_gradient_kernel(
             dq, sum_6, q, d_out, lse, delta, bias_6, base, key, scale, 6, STATIC,
             WIDTH, HEAD_DIM, BLOCK_D, BLOCK_K, PLAIN < 7, WITH_BIAS, PRECISION,
         )  # fmt: skip
-        dq, sum_7 = _gradient_tile(
-            dq, sum_7, q, d_out, lse, delta, bias_7, base, key, scale, 7, STATIC,
-            WIDTH, HEAD_DIM, BLOCK_D, BLOCK_K, PLAIN < 8, WITH_BIAS, PRECISION,
-        )  # fmt: skip
         if STATIC == 0:
             for tile in range(TILES):
                 start = tile * BLOCK_K
@@ -405,7 +400,6 @@ def query_gradient_kernel(
     _store_tile(d_bias, sum_4, 4, STATIC, BLOCK_K)
     _store_tile(d_bias, sum_5, 5, STATIC, BLOCK_K)
     _store_tile(d_bias, sum_6, 6, STATIC, BLOCK_K)
-    _store_tile(d_bias, sum_7, 7, STATIC, BLOCK_K)
 
 
 @triton.jit(do_not_specialize=SIZES)
