@@ -43,8 +43,9 @@ ROWS = {
     "add_norm": (4, 4),
     "add_norm_gradient": (4, 4),
 }
-"""Tokens of a tile, where one warp takes all channels and where several do. Chosen so that nothing spills on
-Hopper and several programs run on an SM (tests/test_triton_norm.py compiles them); not yet timed."""
+"""Tokens of a tile, where one warp takes all channels and where several do; two where they are most. Chosen so
+that nothing spills on Hopper and several programs run on an SM (tests/test_triton_norm.py compiles them); not
+yet timed."""
 
 
 def supports(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
@@ -344,7 +345,7 @@ def _compile_time(kernel: str, channels: int) -> dict[str, Any]:
     return {
         "CHANNELS": channels,
         "BLOCK_C": block,
-        "ROWS": ROWS[kernel][block > 128],
+        "ROWS": min(ROWS[kernel][block > 128], 2 * MAX_CHANNELS // block),
         "num_warps": max(1, block // 128),
         "num_stages": 1,
         "enable_fp_fusion": True,  # as in `triton_kernel`
