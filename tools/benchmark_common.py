@@ -5,6 +5,7 @@ in turns in one process, and compared by the median of the ratios within a round
 """
 
 import csv
+import logging
 import os
 import platform
 import shlex
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
+
+logger = logging.getLogger("benchmark")
 
 REPO = Path(__file__).resolve().parent.parent
 if str(REPO) not in sys.path:
@@ -158,6 +161,24 @@ def markdown_report(title: str, facts: dict[str, str], notes: Sequence[str], tab
     return "\n".join(
         [f"# {title}", "", *listed, "", *(f"{note}\n" for note in notes), "\n\n".join(tables), ""]
     )
+
+
+def publish(
+    out: Path | None,
+    name: str,
+    title: str,
+    facts: dict[str, str],
+    notes: Sequence[str],
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Cell]],
+) -> None:
+    """Log a report of one table, and write <date>_<name>.md and .csv to the folder `out`, if there is one."""
+    report = markdown_report(title, facts, notes, [markdown_table(columns, rows)])
+    logger.info(report)
+    if out is not None:
+        stem = result_stem(out, name)
+        (stem.parent / f"{stem.name}.md").write_text(report, encoding="utf-8")
+        write_csv(stem.parent / f"{stem.name}.csv", columns, rows)
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> None:

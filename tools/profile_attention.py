@@ -254,20 +254,27 @@ def _listed(values: Sequence[float]) -> str:
     return " ".join(f"{value:.1e}" for value in values)
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Time and check the attention operator alone.")
+def operator_parser(description: str, precision: str = "fp32") -> argparse.ArgumentParser:
+    """What the command lines of tools that time a model's operators share; `precision` is the one that is not
+    given."""
+    parser = argparse.ArgumentParser(description=description)
     default = common.REPO / "configs" / "focal_tiny_patch4_window7_224.yaml"
     parser.add_argument("--cfg", type=Path, default=default, help="configuration (default: Focal-T)")
     parser.add_argument("--sizes", type=int, nargs="+", default=[224], help="resolutions in pixels")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=["fp32"])
-    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
+    parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=[precision])
     parser.add_argument("--device", default="", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     parser.add_argument("--repeats", type=int, help=f"rounds (default: {ROUNDS})")
     parser.add_argument("--check-images", type=int, default=2, help="images of the check of results")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write a dated .md and .csv here")
+    return parser
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = operator_parser("Time and check the attention operator alone.")
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write <date>_attention.md and .csv here")
     parser.add_argument("--name", default="attention", help="of the files")
     return parser.parse_args(argv)
 
@@ -294,13 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.error(f"error: {error}")
         return 2
     note = "Errors, relative to the largest value: output, gradient of q, k and v, gradient of the bias."
-    table = common.markdown_table(COLUMNS, rows)
-    report = common.markdown_report("The attention operator", facts, [note], [table])
-    logger.info(report)
-    if args.out is not None:
-        stem = common.result_stem(args.out, args.name)
-        (stem.parent / f"{stem.name}.md").write_text(report, encoding="utf-8")
-        common.write_csv(stem.parent / f"{stem.name}.csv", COLUMNS, rows)
+    common.publish(args.out, args.name, "The attention operator", facts, [note], COLUMNS, rows)
     return 1 if any(str(row[-1]).startswith("WRONG") for row in rows) else 0
 
 

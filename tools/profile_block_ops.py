@@ -14,11 +14,10 @@ import copy
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import benchmark_common as common
 import torch
-from profile_attention import DTYPES, ROUND_SECONDS, ROUNDS, TOLERANCE, measure_peaks
+from profile_attention import DTYPES, ROUND_SECONDS, ROUNDS, TOLERANCE, measure_peaks, operator_parser
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -190,17 +189,7 @@ def profile_model(resolution: int, bandwidth: float, args: argparse.Namespace) -
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Time and check the LayerNorm operators of a block.")
-    default = common.REPO / "configs" / "focal_tiny_patch4_window7_224.yaml"
-    parser.add_argument("--cfg", type=Path, default=default, help="configuration (default: Focal-T)")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[224], help="resolutions in pixels")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=["fp32"])
-    parser.add_argument("--device", default="", help="cpu, cuda or cuda:N (default: cuda if there is one)")
-    parser.add_argument("--repeats", type=int, help=f"rounds (default: {ROUNDS})")
-    parser.add_argument("--check-images", type=int, default=2, help="images of the check of results")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write <date>_block_ops.md and .csv here")
-    return parser.parse_args(argv)
+    return operator_parser("Time and check the LayerNorm operators of a block.").parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -218,13 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         logger.error(f"error: {error}")
         return 2
-    table = common.markdown_table(COLUMNS, rows)
-    report = common.markdown_report("The LayerNorm operators of a block", facts, [], [table])
-    logger.info(report)
-    if args.out is not None:
-        stem = common.result_stem(args.out, "block_ops")
-        (stem.parent / f"{stem.name}.md").write_text(report, encoding="utf-8")
-        common.write_csv(stem.parent / f"{stem.name}.csv", COLUMNS, rows)
+    common.publish(args.out, "block_ops", "The LayerNorm operators of a block", facts, [], COLUMNS, rows)
     return 1 if any(str(row[-1]).startswith("WRONG") for row in rows) else 0
 
 

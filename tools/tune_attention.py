@@ -13,11 +13,20 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import benchmark_common as common
 import torch
-from profile_attention import DTYPES, LEAST_ERROR, ROUND_SECONDS, ROUNDS, Contender, Shape, errors, shapes_of
+from profile_attention import (
+    DTYPES,
+    LEAST_ERROR,
+    ROUND_SECONDS,
+    ROUNDS,
+    Contender,
+    Shape,
+    errors,
+    operator_parser,
+    shapes_of,
+)
 
 from models.ops import resolve_backend
 from utils import pick_device
@@ -78,7 +87,9 @@ def tune(shape: Shape, precision: str, args: argparse.Namespace) -> list[list[co
     width = shape.heads * shape.head_dim
     d_out = torch.randn(args.batch_size, table.height * table.width, width, device=device).to(dtype)
     contender = Contender("triton", shape, qkv, d_out)
-    truth = contender.results()
+    few = slice(0, min(args.batch_size, args.check_images))
+    checked = Contender("triton", shape, qkv[few], d_out[few])
+    truth = checked.results()
     head = [shape.stage, shape.resolution, f"{table.height}x{table.width}", shape.heads, precision]
     rows = []
     for kernel, setting, value in candidates():
@@ -89,7 +100,7 @@ def tune(shape: Shape, precision: str, args: argparse.Namespace) -> list[list[co
                 if not is_other:
                     continue
                 try:
-                    off = errors(contender.results(), truth)
+                    off = errors(checked.results(), truth)
                     single = min(common.seconds_of(action, 1, device) for _ in range(2))
                 except Exception as error:  # shared memory, registers: whatever a compiler or driver says
                     rows.append([*name, *[None] * 4, f"cannot run: {common.short_reason(error)}"])
@@ -114,16 +125,7 @@ def tune(shape: Shape, precision: str, args: argparse.Namespace) -> list[list[co
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Time the attention kernels with other settings.")
-    default = common.REPO / "configs" / "focal_tiny_patch4_window7_224.yaml"
-    parser.add_argument("--cfg", type=Path, default=default, help="configuration (default: Focal-T)")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[224], help="resolutions in pixels")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=["bf16"])
-    parser.add_argument("--device", default="", help="cpu, cuda or cuda:N (default: cuda if there is one)")
-    parser.add_argument("--repeats", type=int, help=f"rounds (default: {ROUNDS})")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write <date>_tuning.md and .csv here")
-    return parser.parse_args(argv)
+    return operator_parser("Time the attention kernels with other settings.", "bf16").parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -144,14 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.error(f"error: {error}")
         return 2
     note = "Times as fast: the settings in force take so many times as long, in the same rounds."
-    report = common.markdown_report(
-        "Settings of the attention kernels", facts, [note], [common.markdown_table(COLUMNS, rows)]
-    )
-    logger.info(report)
-    if args.out is not None:
-        stem = common.result_stem(args.out, "tuning")
-        (stem.parent / f"{stem.name}.md").write_text(report, encoding="utf-8")
-        common.write_csv(stem.parent / f"{stem.name}.csv", COLUMNS, rows)
+    common.publish(args.out, "tuning", "Settings of the attention kernels", facts, [note], COLUMNS, rows)
     return 1 if any(str(row[-1]).startswith("WRONG") for row in rows) else 0
 
 

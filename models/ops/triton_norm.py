@@ -43,9 +43,9 @@ ROWS = {
     "add_norm": (4, 4),
     "add_norm_gradient": (4, 4),
 }
-"""Tokens of a tile, where one warp takes all channels and where several do; two where they are most. Chosen so
-that nothing spills on Hopper and several programs run on an SM (tests/test_triton_norm.py compiles them); not
-yet timed."""
+"""Tokens of a tile, where one warp takes all channels and where several do; two where they are most. Chosen
+so that nothing spills on Hopper and several programs run on an SM (tests/test_triton_norm.py compiles them);
+not yet timed."""
 
 
 def supports(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
