@@ -11,13 +11,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from golden_files import normal
+from golden_files import FILES, Golden, normal
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -28,6 +29,7 @@ import triton.language as tl
 
 from config import load_config
 from models import FocalTransformer, build_model, load_checkpoint
+from models.focal_attention import FocalAttention
 from models.key_selection import NearestKeys, RingPooledKeys, SelectedKeys
 from models.ops import reference, triton_kernel, triton_launch, triton_passes
 
@@ -263,6 +265,43 @@ def test_the_originals_logits(name: str) -> None:
     with torch.no_grad():
         logits = model(image[:1])
     assert (logits - torch.from_numpy(expected["logits"][:1])).abs().max() < 1e-5
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["focal_tiny_patch4_window7_224", "focalv2_tiny_useconv_patch4_window7_224"])
+def test_the_originals_gradients(name: str) -> None:
+    """Shipped models in training: logits, maps of the stages and every gradient, as the original recorded
+    them. (The small recordings have heads of 8 channels.)"""
+    golden = Golden(next(path for path in FILES if path.stem == name))
+    model = golden.build().float().train()
+    for module in model.modules():
+        if isinstance(module, FocalAttention):
+            module.backend = "triton"
+    image = golden.input().float()
+    logits = model(image)
+    (logits * golden.tensor("cotangent", logits.shape).float()).sum().backward()
+    golden.check_gradients(model, 1e-3)
+    with torch.no_grad():
+        golden.check_forward(logits, model.forward_intermediates(image), 5e-6)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_window_without_pooled_keys(dtype: torch.dtype) -> None:
+    """All of them masked in some windows: the others share the softmax."""
+    problem = Problem(*CASES["border, padding, two pooled levels"], dtype, heads=1)
+    table = problem.table
+    assert table.fold is not None and table.visible is not None
+    visible = table.visible.clone()
+    pooled = (table.index >= problem.tokens).any(dim=0)
+    visible[::2, :, pooled] = False
+    assert visible[1, :, pooled].any()
+    kept = torch.cat((table.fold.single, table.fold.first))
+    problem.table = replace(table, visible=visible, folded_visible=visible[..., kept])
+    errors, allowed = problem.errors(problem.run(triton_kernel)), problem.errors(problem.run(reference))
+    if dtype == torch.float32:
+        allowed = [1e-6] * len(allowed)
+    assert all(mine <= 2 * theirs for mine, theirs in zip(errors, allowed, strict=True)), (errors, allowed)
 
 
 @interpreted
