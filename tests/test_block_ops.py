@@ -363,6 +363,14 @@ def test_tuning_checks_and_times(nano: list[str], tmp_path: Path, monkeypatch: p
 
 
 @compiled
+@pytest.mark.parametrize("off", [[0.0, float("nan"), 0.0], [float("nan")] * 3, [0.0, 0.0, 1.0]])
+def test_tuning_passes_over_nothing(off: list[float]) -> None:
+    """Not even over what is no number."""
+    assert tune_attention.verdict(off, torch.bfloat16).startswith("WRONG")
+    assert tune_attention.verdict([0.0, 1e-3, 0.0], torch.bfloat16) == "ok"
+
+
+@compiled
 def test_tuning_says_what_it_needs(nano: list[str], caplog: pytest.LogCaptureFixture) -> None:
     assert tune_attention.main(nano) == 2
     assert "CUDA" in caplog.text

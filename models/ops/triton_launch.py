@@ -35,7 +35,6 @@ MOST_NUMBERS = 2**31 - 1
 CACHED_TABLES = 128
 """Key tables whose kernel tables are kept (Focal-fast has one per layer and map size)."""
 
-
 KEYS_MULTIPLE = 32
 """Keys that are computed, and those of a row of tables, are filled up to a multiple of this."""
 
