@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .focal_attention import FocalAttention
 from .layers import LinearPool
-from .mlp import is_hooked
+from .linear import is_hooked
 from .ops import sdpa
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import linear
 from .geometry import padded_size
 from .key_selection import NearestKeys, RingPooledKeys, SelectedKeys
 from .layers import TensorCache, pooled_tokens
@@ -104,7 +105,7 @@ class FocalAttention(nn.Module):
             [B, H, W, C].
         """
         height, width = map_size
-        qkv = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1))  # [B, S, 3, N, D]
+        qkv = linear.run(self.qkv, tokens).unflatten(-1, (3, self.num_heads, -1))  # [B, S, 3, N, D]
         keys = self.selection.keys(self, height, width, tokens.device)
         backend = self.resolved_backend(qkv.dtype)
         bias = self._prepared_bias(keys, backend, qkv.dtype, map_size)
@@ -112,7 +113,7 @@ class FocalAttention(nn.Module):
 
         x = x.unflatten(1, padded_size(height, width, self.selection.window_size))
         x = torch.roll(x, (self.shift_size, self.shift_size), dims=(1, 2)) if self.shift_size else x
-        return self.proj_drop(self.proj(x[:, :height, :width]))
+        return self.proj_drop(linear.run(self.proj, x[:, :height, :width]))
 
     def resolved_backend(self, dtype: torch.dtype) -> str:
         """Name of the backend that runs for queries, keys and values of `dtype` where the layer is now."""

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import linear
+
 T = TypeVar("T")
 
 
@@ -67,14 +69,14 @@ class PatchEmbed(nn.Module):
         if x.device.type != "cpu":
             return self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         patches = OverlappingPatches.apply(x, self.kernel, self.stride, self.padding)
-        return F.linear(patches, self._rows(), self.proj.bias)
+        return linear.product(patches, self._rows(), self.proj.bias)
 
     def _separate(self, x: Tensor) -> Tensor:
         """Patches that do not overlap make the convolution a matrix product: faster in [B, H, W, C]."""
         rows, columns = self.output_size(x.shape[1], x.shape[2])
         x = x[:, : rows * self.stride, : columns * self.stride]
         x = x.unflatten(2, (columns, self.stride)).unflatten(1, (rows, self.stride)).transpose(2, 3)
-        return F.linear(x.flatten(3), self._rows(), self.proj.bias)
+        return linear.product(x.flatten(3), self._rows(), self.proj.bias)
 
     def _rows(self) -> Tensor:
         """The kernel as a matrix that takes patches in the order of [B, H, W, C]; no copy."""

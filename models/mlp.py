@@ -9,8 +9,7 @@ Legend: R rows (tokens of all images), C channels, H hidden channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from itertools import repeat
+from collections.abc import Callable
 from typing import Any
 
 import timm.layers
@@ -18,11 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from . import linear
+
 LARGE = 2**25
 """Bytes from which the C library's allocator maps fresh memory for every array (32 MiB on 64-bit Linux)."""
 
-HIDDEN_AT_ONCE = 2**18
-"""Hidden values per thread that are worked on at once, so that two copies stay in a core's cache."""
+ROWS_AT_ONCE = 1024
+"""Rows per thread that are worked on at once: enough to pay for bringing weights into the products' order."""
 
 
 class Mlp(timm.layers.Mlp):
@@ -34,7 +35,8 @@ class Mlp(timm.layers.Mlp):
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C]."""
         if not self._takes_pieces(x):
-            return super().forward(x)
+            x = self.drop1(self.act(linear.run(self.fc1, x)))
+            return self.drop2(linear.run(self.fc2, self.norm(x)))
         weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         rows = x.reshape(-1, x.shape[-1])
         out = MlpInPieces.apply(rows, *weights)[0] if torch.is_grad_enabled() else _forward(rows, *weights)
@@ -62,15 +64,7 @@ PLAIN: dict[type[nn.Module], Callable[[Any], bool]] = {
 
 def _is_plain(layer: nn.Module) -> bool:
     """Whether a layer is PyTorch's own, set as timm sets it, and without hooks."""
-    return not is_hooked(layer) and PLAIN.get(type(layer), lambda layer: False)(layer)
-
-
-def is_hooked(layer: nn.Module) -> bool:
-    """Whether somebody looks at what goes through a layer or through all, compiled it, or replaced its
-    `forward`."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    is_other = "forward" in vars(layer) or layer._compiled_call_impl is not None
-    return any(hooks) or is_other or nn.modules.module._has_any_global_hook()
+    return not linear.is_hooked(layer) and PLAIN.get(type(layer), lambda layer: False)(layer)
 
 
 class MlpInPieces(torch.autograd.Function):
@@ -78,7 +72,7 @@ class MlpInPieces(torch.autograd.Function):
 
     @staticmethod
     def forward(rows: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tuple[Tensor, ...]:
-        hidden = [rows.new_empty(len(x), len(w1)) for x in rows.split(_rows_at_once(len(w1)))]
+        hidden: list[Tensor] = []
         return _forward(rows, w1, b1, w2, b2, hidden), *hidden
 
     @staticmethod
@@ -95,35 +89,33 @@ class MlpInPieces(torch.autograd.Function):
             return (None,) * 5
         rows, w1, w2, *hidden = ctx.saved_tensors
         step = len(hidden[0])
-        drows, dw1, dw2 = torch.empty_like(rows), torch.zeros_like(w1), torch.zeros_like(w2)
-        db1, db2 = w1.new_zeros(len(w1)), grad.sum(dim=0)
-        buffers = rows.new_empty(2, step, len(w1))
+        drows, after = torch.empty_like(rows), torch.empty_like(hidden[0])
+        totals = [w1.new_zeros(shape) for shape in (w1.shape, w1.shape[:1], w2.shape, w2.shape[:1])]
         for x, g, h, dx in zip(rows.split(step), grad.split(step), hidden, drows.split(step), strict=True):
-            after, dhidden = buffers[:, : len(h)]
-            torch.ops.aten.gelu.out(h, out=after)
-            dw2.addmm_(g.t(), after)
-            torch.mm(g, w2, out=dhidden)
+            torch.ops.aten.gelu.out(h, out=after[: len(h)])
+            dhidden, *second = linear.gradients(g, after[: len(h)], w2)
             torch.ops.aten.gelu_backward.grad_input(dhidden, h, grad_input=dhidden)
-            dw1.addmm_(dhidden.t(), x)
-            db1 += dhidden.sum(dim=0)
-            torch.mm(dhidden, w1, out=dx)
-        return drows, dw1, db1, dw2, db2
+            part, *first = linear.gradients(dhidden, x, w1)
+            dx.copy_(part)
+            for total, gradient in zip(totals, (*first, *second), strict=True):
+                total += gradient
+        return drows, *totals
 
 
 def _forward(
-    rows: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, hidden: Iterable[Tensor] | None = None
+    rows: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, hidden: list[Tensor] | None = None
 ) -> Tensor:
-    """[R, C] -> [R, C], without autograd; writes the inputs of the GELU, [R, H] in pieces, to `hidden`."""
-    step = _rows_at_once(len(w1))
-    out, buffer = rows.new_empty(len(rows), len(w2)), rows.new_empty(min(step, len(rows)), len(w1))
-    hidden = repeat(buffer) if hidden is None else hidden
-    for x, y, h in zip(rows.split(step), out.split(step), hidden, strict=False):
-        after = buffer[: len(x)]
-        torch.addmm(b1, x, w1.t(), out=h[: len(x)])
-        torch.ops.aten.gelu.out(h[: len(x)], out=after)
-        torch.addmm(b2, after, w2.t(), out=y)
+    """[R, C] -> [R, C], without autograd; appends the inputs of the GELU, [R, H] in pieces, to `hidden`."""
+    step = _rows_at_once()
+    out, after = rows.new_empty(len(rows), len(w2)), rows.new_empty(min(step, len(rows)), len(w1))
+    for x, y in zip(rows.split(step), out.split(step), strict=True):
+        before = linear.product(x, w1, b1)
+        torch.ops.aten.gelu.out(before, out=after[: len(x)])
+        y.copy_(linear.product(after[: len(x)], w2, b2))
+        if hidden is not None:
+            hidden.append(before)
     return out
 
 
-def _rows_at_once(width: int) -> int:
-    return max(1, HIDDEN_AT_ONCE * max(2, torch.get_num_threads()) // width)
+def _rows_at_once() -> int:
+    return ROWS_AT_ONCE * max(2, torch.get_num_threads())

@@ -15,9 +15,9 @@ from models.mlp import Mlp
 
 @pytest.fixture
 def in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces of 4 rows of 24 hidden channels, at any size."""
+    """Pieces of 4 rows, at any size."""
     monkeypatch.setattr(mlp, "LARGE", 0)
-    monkeypatch.setattr(mlp, "HIDDEN_AT_ONCE", 4 * 24 // max(2, torch.get_num_threads()))
+    monkeypatch.setattr(mlp, "_rows_at_once", lambda: 4)
 
 
 def make_mlp(**options: float) -> Mlp:

@@ -1,0 +1,100 @@
+"""Linear layers, which on some processors convolutions of one pixel outrun.
+
+PyTorch hands products of float32 matrices to MKL and convolutions to oneDNN. On AMD's processors with AVX-512
+oneDNN is the faster one, once there are rows enough to pay for bringing the weight into its order: in a
+training step of a linear layer of Focal-T by 2 to 25 % from 1500 rows on, not at 800 rows and not in one
+thread (2026-11-26, two cores of an EPYC of the fourth generation, torch 2.14.1;
+`tools/profile_linear.py` measures it elsewhere). On Intel's MKL stays.
+
+Legend: R rows (tokens of all images), I and O channels of input and output.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+FEWEST_ROWS = 1024
+"""Rows from which a convolution is the faster one."""
+
+FEWEST_VALUES = 20481
+"""Values of the input from which PyTorch gives a convolution of one image to oneDNN."""
+
+CPU_INFO = "/proc/cpuinfo"
+"""Where Linux names the maker of the processor."""
+
+
+def run(layer: nn.Linear, x: Tensor) -> Tensor:
+    """`layer(x)`: [..., I] -> [..., O]; with hooks, or of another class, the layer runs as ever."""
+    if type(layer) is not nn.Linear or is_hooked(layer):
+        return layer(x)
+    return product(x, layer.weight, layer.bias)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`torch.nn.functional.linear`: [..., I] with a weight [O, I] -> [..., O]."""
+    if not is_convolution(x, weight, bias):
+        return F.linear(x, weight, bias)
+    y = F.conv2d(_as_image(x.reshape(-1, x.shape[-1])), weight[:, :, None, None], bias)
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))
+
+
+def gradients(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of `product` with a bias, where its output [R, O] has `grad`: for [R, I], the weight and the bias."""
+    if not is_convolution(x, weight, None):
+        return grad @ weight, grad.t() @ x, grad.sum(dim=0)
+    images, kernel = (_as_image(grad), _as_image(x)), weight[:, :, None, None]
+    dx, dweight, dbias = torch.ops.aten.convolution_backward(
+        *images, kernel, [len(weight)], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, True]
+    )
+    return dx.permute(0, 2, 3, 1).reshape(x.shape), dweight.reshape(weight.shape), dbias
+
+
+def is_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the product of [..., I] with a weight [O, I] is computed as a convolution.
+
+    Only in eager mode, between plain tensors (not fake or distributed ones), and where nobody asked PyTorch
+    for faster and less exact products, which convolutions would not be.
+    """
+    if x.device.type != "cpu" or x.numel() < max(FEWEST_ROWS * x.shape[-1], FEWEST_VALUES):
+        return False
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return False
+    operands = (x, weight) if bias is None else (x, weight, bias)
+    if any(type(t) not in (Tensor, nn.Parameter) or t.dtype != torch.float32 for t in operands):
+        return False
+    is_exact = torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled("cpu")
+    return is_exact and torch.get_num_threads() > 1 and torch._C._get_mkldnn_enabled() and _outrun_products()
+
+
+@cache
+def _outrun_products() -> bool:
+    """Whether convolutions were found to be faster than products on this processor."""
+    libraries = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return libraries and torch.backends.cpu.get_cpu_capability() == "AVX512" and _maker() == "AuthenticAMD"
+
+
+def _maker() -> str:
+    """Who made the processor, as it says itself; empty where the system does not tell."""
+    try:
+        with open(CPU_INFO) as file:
+            lines = (line for line in file if line.startswith("vendor_id"))
+            return next(lines, "").partition(":")[2].strip()
+    except OSError:
+        return ""
+
+
+def _as_image(rows: Tensor) -> Tensor:
+    """[R, I] -> [1, I, 1, R], channels last: without a copy where the rows are contiguous."""
+    return rows.contiguous()[None, None].permute(0, 3, 1, 2)
+
+
+def is_hooked(layer: nn.Module) -> bool:
+    """Whether somebody looks at what goes through a layer or through all, compiled it, or replaced its
+    `forward`."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    is_other = "forward" in vars(layer) or layer._compiled_call_impl is not None
+    return any(hooks) or is_other or nn.modules.module._has_any_global_hook()
