@@ -3,8 +3,7 @@
 PyTorch hands products of float32 matrices to MKL and convolutions to oneDNN. On AMD's processors with AVX-512
 oneDNN is the faster one, once there are rows enough to pay for bringing the weight into its order: in a
 training step of a linear layer of Focal-T by 2 to 25 % from 1500 rows on, not at 800 rows and not in one
-thread (2026-11-26, two cores of an EPYC of the fourth generation, torch 2.14.1;
-`tools/profile_linear.py` measures it elsewhere). On Intel's MKL stays.
+thread (2026-11-26, two cores of an EPYC of the fourth generation, torch 2.14.1). Elsewhere products stay.
 
 Legend: R rows (tokens of all images), I and O channels of input and output.
 """
@@ -59,9 +58,10 @@ def is_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     Only in eager mode, between plain tensors (not fake or distributed ones), and where nobody asked PyTorch
     for faster and less exact products, which convolutions would not be.
     """
-    if x.device.type != "cpu" or x.numel() < max(FEWEST_ROWS * x.shape[-1], FEWEST_VALUES):
-        return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return False
+    # After that: sizes of an exported program are symbols, and comparing them would bind them.
+    if x.device.type != "cpu" or x.numel() < max(FEWEST_ROWS * x.shape[-1], FEWEST_VALUES):
         return False
     operands = (x, weight) if bias is None else (x, weight, bias)
     if any(type(t) not in (Tensor, nn.Parameter) or t.dtype != torch.float32 for t in operands):
