@@ -27,16 +27,18 @@ CPU_INFO = "/proc/cpuinfo"
 
 
 def run(layer: nn.Linear, x: Tensor) -> Tensor:
-    """`layer(x)`: [..., I] -> [..., O]; with hooks, or of another class, the layer runs as ever."""
-    if type(layer) is not nn.Linear or is_hooked(layer):
-        return layer(x)
-    return product(x, layer.weight, layer.bias)
+    """`layer(x)`: [..., I] -> [..., O]; but for what is computed as a convolution, the layer runs as ever."""
+    if type(layer) is nn.Linear and not is_hooked(layer) and is_convolution(x, layer.weight, layer.bias):
+        return _convolution(x, layer.weight, layer.bias)
+    return layer(x)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`torch.nn.functional.linear`: [..., I] with a weight [O, I] -> [..., O]."""
-    if not is_convolution(x, weight, bias):
-        return F.linear(x, weight, bias)
+    return (_convolution if is_convolution(x, weight, bias) else F.linear)(x, weight, bias)
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y = F.conv2d(_as_image(x.reshape(-1, x.shape[-1])), weight[:, :, None, None], bias)
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))
 
@@ -46,28 +48,45 @@ def gradients(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, 
     if not is_convolution(x, weight, None):
         return grad @ weight, grad.t() @ x, grad.sum(dim=0)
     images, kernel = (_as_image(grad), _as_image(x)), weight[:, :, None, None]
-    dx, dweight, dbias = torch.ops.aten.convolution_backward(
-        *images, kernel, [len(weight)], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, True]
-    )
-    return dx.permute(0, 2, 3, 1).reshape(x.shape), dweight.reshape(weight.shape), dbias
+    dx, dweight, _ = torch.ops.aten.convolution_backward(
+        *images, kernel, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, False]
+    )  # the bias apart: oneDNN's sum of many rows is 50 times less exact
+    return dx.permute(0, 2, 3, 1).reshape(x.shape), dweight.reshape(weight.shape), grad.sum(dim=0)
 
 
 def is_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the product of [..., I] with a weight [O, I] is computed as a convolution.
 
-    Only in eager mode, between plain tensors (not fake or distributed ones), and where nobody asked PyTorch
-    for faster and less exact products, which convolutions would not be.
+    Only in eager mode, between plain dense tensors (not fake or distributed ones), where nobody asked PyTorch
+    for faster and less exact products, which convolutions would not be, and where all operands want gradients
+    or none does: a convolution keeps its input and its weight for any of them.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
-        return False
-    # After that: sizes of an exported program are symbols, and comparing them would bind them.
-    if x.device.type != "cpu" or x.numel() < max(FEWEST_ROWS * x.shape[-1], FEWEST_VALUES):
+    if not _outrun_products() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     operands = (x, weight) if bias is None else (x, weight, bias)
-    if any(type(t) not in (Tensor, nn.Parameter) or t.dtype != torch.float32 for t in operands):
+    if not all(map(_is_plain, operands)) or torch._C._are_functorch_transforms_active():
         return False
-    is_exact = torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled("cpu")
-    return is_exact and torch.get_num_threads() > 1 and torch._C._get_mkldnn_enabled() and _outrun_products()
+    # After that: sizes of an exported program are symbols, and comparing them would bind them.
+    if x.numel() < max(FEWEST_ROWS * x.shape[-1], FEWEST_VALUES) or not len(weight):
+        return False
+    if torch.is_grad_enabled() and len({t.requires_grad for t in operands}) > 1:
+        return False
+    is_exact = not torch.is_autocast_enabled("cpu") and _wants_exact_products()
+    has_shapes = weight.shape[1:] == x.shape[-1:] and (bias is None or bias.shape == weight.shape[:1])
+    return is_exact and has_shapes and torch.get_num_threads() > 1 and torch._C._get_mkldnn_enabled()
+
+
+def _is_plain(x: Tensor) -> bool:
+    is_dense = type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided
+    return is_dense and x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def _wants_exact_products() -> bool:
+    """Whether products of float32 matrices are to be as exact as float32 allows."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set by newer settings, that of each library apart
+        return False
 
 
 @cache
@@ -80,7 +99,7 @@ def _outrun_products() -> bool:
 def _maker() -> str:
     """Who made the processor, as it says itself; empty where the system does not tell."""
     try:
-        with open(CPU_INFO) as file:
+        with open(CPU_INFO, encoding="utf-8", errors="replace") as file:
             lines = (line for line in file if line.startswith("vendor_id"))
             return next(lines, "").partition(":")[2].strip()
     except OSError:

@@ -106,7 +106,7 @@ def _forward(
     rows: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, hidden: list[Tensor] | None = None
 ) -> Tensor:
     """[R, C] -> [R, C], without autograd; appends the inputs of the GELU, [R, H] in pieces, to `hidden`."""
-    step = _rows_at_once()
+    step = _rows_at_once(len(w1))
     out, after = rows.new_empty(len(rows), len(w2)), rows.new_empty(min(step, len(rows)), len(w1))
     for x, y in zip(rows.split(step), out.split(step), strict=True):
         before = linear.product(x, w1, b1)
@@ -117,5 +117,6 @@ def _forward(
     return out
 
 
-def _rows_at_once() -> int:
-    return ROWS_AT_ONCE * max(2, torch.get_num_threads())
+def _rows_at_once(width: int) -> int:
+    """Rows of a piece of that many hidden channels, well below what is mapped anew."""
+    return max(1, min(ROWS_AT_ONCE * max(2, torch.get_num_threads()), LARGE // 2 // (4 * width)))

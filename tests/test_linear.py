@@ -113,12 +113,27 @@ def hooked(layer: nn.Linear) -> nn.Linear:
     return layer
 
 
+def biases_only(layer: nn.Linear) -> nn.Linear:
+    layer.weight.requires_grad_(False)
+    return layer
+
+
+def sparse(layer: nn.Linear) -> nn.Linear:
+    layer.weight = nn.Parameter(layer.weight.detach().to_sparse_csr(), requires_grad=False)
+    layer.bias.requires_grad_(False)
+    return layer
+
+
 ROWS = torch.randn(1100, 24, generator=torch.Generator().manual_seed(0))
 PLAIN: dict[
     str, Callable[[], tuple[nn.Linear, Tensor]]
 ] = {  # layers and inputs that are not for convolutions
     "few rows": lambda: (nn.Linear(24, 40), ROWS[:1023]),
     "few values": lambda: (nn.Linear(18, 40), ROWS[:, :18]),
+    "frozen": lambda: (nn.Linear(24, 40).requires_grad_(False), ROWS.clone().requires_grad_()),
+    "a trained bias alone": lambda: (biases_only(nn.Linear(24, 40)), ROWS),
+    "a sparse weight": lambda: (sparse(nn.Linear(24, 40)), ROWS),
+    "no output": lambda: (nn.Linear(24, 0), ROWS.clone().requires_grad_()),
     "no row": lambda: (nn.Linear(24, 40), ROWS[:0]),
     "double": lambda: (nn.Linear(24, 40).double(), ROWS.double()),
     "half": lambda: (nn.Linear(24, 40).bfloat16(), ROWS.bfloat16()),
@@ -164,6 +179,28 @@ def test_what_is_asked_of_pytorch_is_respected() -> None:
         assert count() == 0
     torch.set_num_threads(1)
     assert count() == 0
+
+
+@pytest.mark.usefixtures("fast")
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="a setting of PyTorch 2.9"
+)
+def test_newer_settings_of_precision_are_no_error() -> None:
+    layer = nn.Linear(24, 40).requires_grad_(False)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        torch.testing.assert_close(linear.run(layer, ROWS), layer(ROWS))
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.usefixtures("fast")
+def test_the_bias_is_summed_as_exactly_as_ever() -> None:
+    """Over many rows of one sign, where sums in a row lose digits."""
+    grad, x, weight = torch.rand(100_000, 8) + 0.5, torch.rand(100_000, 8), torch.rand(8, 8)
+    exact = grad.double().sum(dim=0)
+    assert ((linear.gradients(grad, x, weight)[2] - exact) / exact).abs().max() < 1e-6
 
 
 @pytest.mark.usefixtures("fast")
@@ -230,10 +267,10 @@ def test_a_model_computes_the_same(kind: str, in_pieces: bool, monkeypatch: pyte
         drop_path_rate=0.0,
         **sizes,
     )
-    images = torch.randn(2, 3, 72, 60)
+    images = torch.randn(2, 3, 72, 60, requires_grad=True)
     if in_pieces:
         monkeypatch.setattr(mlp, "LARGE", 0)
-        monkeypatch.setattr(mlp, "_rows_at_once", lambda: 50)
+        monkeypatch.setattr(mlp, "_rows_at_once", lambda _: 50)
     monkeypatch.setattr(linear, "FEWEST_ROWS", 1)
     monkeypatch.setattr(linear, "FEWEST_VALUES", 1)
     ours = results(model, images)

@@ -17,7 +17,7 @@ from models.mlp import Mlp
 def in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of 4 rows, at any size."""
     monkeypatch.setattr(mlp, "LARGE", 0)
-    monkeypatch.setattr(mlp, "_rows_at_once", lambda: 4)
+    monkeypatch.setattr(mlp, "_rows_at_once", lambda _: 4)
 
 
 def make_mlp(**options: float) -> Mlp:
@@ -127,6 +127,16 @@ def test_small_maps_are_computed_whole() -> None:
     layer = make_mlp().float()
     assert not runs_in_pieces(layer, torch.randn(1000, 6))
     assert runs_in_pieces(layer, torch.randn(2**25 // 4 // 24 + 1, 6))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 64])
+@pytest.mark.parametrize("width", [384, 3072, 2**24])
+def test_no_piece_is_large(threads: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many threads there are: else each piece would be mapped anew."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    rows = mlp._rows_at_once(width)
+    assert rows == 1 or rows * width * 4 <= mlp.LARGE // 2
+    assert rows <= mlp.ROWS_AT_ONCE * max(2, threads)
 
 
 @pytest.mark.usefixtures("in_pieces")
