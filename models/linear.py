@@ -4,6 +4,9 @@ PyTorch hands products of float32 matrices to MKL and convolutions to oneDNN. On
 oneDNN is the faster one, once there are rows enough to pay for bringing the weight into its order: in a
 training step of a linear layer of Focal-T by 2 to 25 % from 1500 rows on, not at 800 rows and not in one
 thread (2026-11-26, two cores of an EPYC of the fourth generation, torch 2.14.1). Elsewhere products stay.
+As for any convolution on a CPU, oneDNN keeps some 0.5 MB for each number of rows it has met, up to 1024 of
+them; where maps have ever new sizes the variables LRU_CACHE_CAPACITY and ONEDNN_PRIMITIVE_CACHE_CAPACITY,
+both 16, bound that.
 
 Legend: R rows (tokens of all images), I and O channels of input and output.
 """
@@ -61,12 +64,13 @@ def is_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     for faster and less exact products, which convolutions would not be, and where all operands want gradients
     or none does: a convolution keeps its input and its weight for any of them.
     """
-    if not _outrun_products() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    # In this order: the compiler cannot follow what comes next, and the sizes of an exported program are
+    # symbols, which a comparison would bind.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _outrun_products():
         return False
     operands = (x, weight) if bias is None else (x, weight, bias)
     if not all(map(_is_plain, operands)) or torch._C._are_functorch_transforms_active():
         return False
-    # After that: sizes of an exported program are symbols, and comparing them would bind them.
     if x.numel() < max(FEWEST_ROWS * x.shape[-1], FEWEST_VALUES) or not len(weight):
         return False
     if torch.is_grad_enabled() and len({t.requires_grad for t in operands}) > 1:
