@@ -4,8 +4,9 @@ PyTorch hands products of float32 matrices to MKL and convolutions to oneDNN. On
 oneDNN is the faster one, once there are rows enough to pay for bringing the weight into its order: in a
 training step of a linear layer of Focal-T by 2 to 25 % from 1500 rows on, not at 800 rows and not in one
 thread (2026-11-26, two cores of an EPYC of the fourth generation, torch 2.14.1). Elsewhere products stay.
-As for any convolution on a CPU, oneDNN keeps some 0.5 MB for each number of rows it has met, up to 1024 of
-them; where maps have ever new sizes the variables LRU_CACHE_CAPACITY and ONEDNN_PRIMITIVE_CACHE_CAPACITY,
+oneDNN sums the gradient of a bias less exactly (1e-5 of it over 100000 rows, in a product 2e-7), and keeps
+0.1 MB (training: 0.3 MB) for each number of rows and shape of a layer that it met, as for any convolution on
+a CPU; where maps have ever new sizes the variables LRU_CACHE_CAPACITY and ONEDNN_PRIMITIVE_CACHE_CAPACITY,
 both 16, bound that.
 
 Legend: R rows (tokens of all images), I and O channels of input and output.
@@ -30,8 +31,8 @@ CPU_INFO = "/proc/cpuinfo"
 
 
 def run(layer: nn.Linear, x: Tensor) -> Tensor:
-    """`layer(x)`: [..., I] -> [..., O]; but for what is computed as a convolution, the layer runs as ever."""
-    if type(layer) is nn.Linear and not is_hooked(layer) and is_convolution(x, layer.weight, layer.bias):
+    """`layer(x)`: [..., I] -> [..., O]; the layer itself runs, unless it is computed as a convolution."""
+    if type(layer) is nn.Linear and is_convolution(x, layer.weight, layer.bias) and not is_hooked(layer):
         return _convolution(x, layer.weight, layer.bias)
     return layer(x)
 
@@ -69,7 +70,7 @@ def is_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _outrun_products():
         return False
     operands = (x, weight) if bias is None else (x, weight, bias)
-    if not all(map(_is_plain, operands)) or torch._C._are_functorch_transforms_active():
+    if not all(map(_is_dense_float32, operands)) or torch._C._are_functorch_transforms_active():
         return False
     if x.numel() < max(FEWEST_ROWS * x.shape[-1], FEWEST_VALUES) or not len(weight):
         return False
@@ -77,10 +78,10 @@ def is_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False
     is_exact = not torch.is_autocast_enabled("cpu") and _wants_exact_products()
     has_shapes = weight.shape[1:] == x.shape[-1:] and (bias is None or bias.shape == weight.shape[:1])
-    return is_exact and has_shapes and torch.get_num_threads() > 1 and torch._C._get_mkldnn_enabled()
+    return is_exact and has_shapes and torch.get_num_threads() > 1 and bool(torch.backends.mkldnn.enabled)
 
 
-def _is_plain(x: Tensor) -> bool:
+def _is_dense_float32(x: Tensor) -> bool:
     is_dense = type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided
     return is_dense and x.device.type == "cpu" and x.dtype == torch.float32
 
@@ -95,7 +96,7 @@ def _wants_exact_products() -> bool:
 
 @cache
 def _outrun_products() -> bool:
-    """Whether convolutions were found to be faster than products on this processor."""
+    """Whether this is one of the processors that the rule was made for (one of them was measured)."""
     libraries = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     return libraries and torch.backends.cpu.get_cpu_capability() == "AVX512" and _maker() == "AuthenticAMD"
 
@@ -118,6 +119,7 @@ def _as_image(rows: Tensor) -> Tensor:
 def is_hooked(layer: nn.Module) -> bool:
     """Whether somebody looks at what goes through a layer or through all, compiled it, or replaced its
     `forward`."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    is_other = "forward" in vars(layer) or layer._compiled_call_impl is not None
-    return any(hooks) or is_other or nn.modules.module._has_any_global_hook()
+    of_all, kinds = nn.modules.module, ("forward", "forward_pre", "backward", "backward_pre")
+    if any(getattr(layer, f"_{kind}_hooks") or getattr(of_all, f"_global_{kind}_hooks") for kind in kinds):
+        return True
+    return "forward" in layer.__dict__ or layer._compiled_call_impl is not None

@@ -87,26 +87,31 @@ class MlpInPieces(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 5
-        rows, w1, w2, *hidden = ctx.saved_tensors
-        step = len(hidden[0])
-        drows, after = torch.empty_like(rows), torch.empty_like(hidden[0])
-        totals = [w1.new_zeros(shape) for shape in (w1.shape, w1.shape[:1], w2.shape, w2.shape[:1])]
-        for x, g, h, dx in zip(rows.split(step), grad.split(step), hidden, drows.split(step), strict=True):
-            torch.ops.aten.gelu.out(h, out=after[: len(h)])
-            dhidden, *second = linear.gradients(g, after[: len(h)], w2)
-            torch.ops.aten.gelu_backward.grad_input(dhidden, h, grad_input=dhidden)
-            part, *first = linear.gradients(dhidden, x, w1)
-            dx.copy_(part)
-            for total, gradient in zip(totals, (*first, *second), strict=True):
-                total += gradient
-        return drows, *totals
+        with torch.autocast("cpu", enabled=False):  # as in the forward pass, wherever this one is called
+            return _backward(grad, *ctx.saved_tensors)
+
+
+def _backward(grad: Tensor, rows: Tensor, w1: Tensor, w2: Tensor, *hidden: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of rows, weights and biases."""
+    step = len(hidden[0])
+    drows, after = torch.empty_like(rows), torch.empty_like(hidden[0])
+    totals = [w1.new_zeros(shape) for shape in (w1.shape, w1.shape[:1], w2.shape, w2.shape[:1])]
+    for x, g, h, dx in zip(rows.split(step), grad.split(step), hidden, drows.split(step), strict=True):
+        torch.ops.aten.gelu.out(h, out=after[: len(h)])
+        dhidden, *second = linear.gradients(g, after[: len(h)], w2)
+        torch.ops.aten.gelu_backward.grad_input(dhidden, h, grad_input=dhidden)
+        part, *first = linear.gradients(dhidden, x, w1)
+        dx.copy_(part)
+        for total, gradient in zip(totals, (*first, *second), strict=True):
+            total += gradient
+    return drows, *totals
 
 
 def _forward(
     rows: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, hidden: list[Tensor] | None = None
 ) -> Tensor:
     """[R, C] -> [R, C], without autograd; appends the inputs of the GELU, [R, H] in pieces, to `hidden`."""
-    step = _rows_at_once(len(w1))
+    step = _rows_at_once(w1)
     out, after = rows.new_empty(len(rows), len(w2)), rows.new_empty(min(step, len(rows)), len(w1))
     for x, y in zip(rows.split(step), out.split(step), strict=True):
         before = linear.product(x, w1, b1)
@@ -117,6 +122,7 @@ def _forward(
     return out
 
 
-def _rows_at_once(width: int) -> int:
-    """Rows of a piece of that many hidden channels, well below what is mapped anew."""
-    return max(1, min(ROWS_AT_ONCE * max(2, torch.get_num_threads()), LARGE // 2 // (4 * width)))
+def _rows_at_once(w1: Tensor) -> int:
+    """Rows of a piece of the hidden channels that a weight [H, C] makes, well below what is mapped anew."""
+    most = LARGE // 2 // (len(w1) * w1.element_size())
+    return max(1, min(ROWS_AT_ONCE * max(2, torch.get_num_threads()), most))

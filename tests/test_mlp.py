@@ -134,9 +134,23 @@ def test_small_maps_are_computed_whole() -> None:
 def test_no_piece_is_large(threads: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many threads there are: else each piece would be mapped anew."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    rows = mlp._rows_at_once(width)
-    assert rows == 1 or rows * width * 4 <= mlp.LARGE // 2
-    assert rows <= mlp.ROWS_AT_ONCE * max(2, threads)
+    for dtype in (torch.float32, torch.float64):
+        rows = mlp._rows_at_once(torch.empty(width, 8, dtype=dtype, device="meta"))
+        assert rows == 1 or rows * width * dtype.itemsize <= mlp.LARGE // 2
+        assert rows <= mlp.ROWS_AT_ONCE * max(2, threads)
+
+
+@pytest.mark.usefixtures("in_pieces")
+def test_a_backward_pass_under_autocast_is_as_exact() -> None:
+    """What was computed in float32 has gradients computed in float32."""
+    layer, x = make_mlp().float(), torch.randn(9, 6)
+    expected = results(layer, x)[1:]
+    leaves = [x.requires_grad_(), *layer.parameters()]
+    out = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(out, leaves, torch.arange(out.numel()).view_as(out).float())
+    for mine, other in zip(found, expected, strict=True):
+        assert torch.equal(mine, other)
 
 
 @pytest.mark.usefixtures("in_pieces")
