@@ -165,7 +165,7 @@ class Problem:
 # window, ring, focal window, pooled levels, shift; then the map
 RING = {
     "small window": (RingPooledKeys(4, 2, 3, 1), (8, 12), 16),
-    "border, padding, two pooled levels": (RingPooledKeys(4, 1, 3, 2), (10, 7), 32),
+    "border, padding, two pooled levels": (RingPooledKeys(4, 1, 3, 2), (10, 7), 24),
     "shipped window": (RingPooledKeys(7, 3, 5, 1), (14, 14), 32),
     "one window": (RingPooledKeys(7, 0, 1, 1), (7, 7), 48),
     "ring meets itself": (RingPooledKeys(5, 2, 1, 1), (5, 10), 64),
@@ -404,7 +404,7 @@ def test_no_bias_gradient_and_odd_strides() -> None:
 def test_refuses() -> None:
     """What the kernels cannot do is said, with what to use instead."""
     table = Problem(*CASES["tiny"], torch.float32).table
-    for qkv in (torch.zeros(1, 34, 3, 1, 24), torch.zeros(1, 34, 3, 1, 16, dtype=torch.float64)):
+    for qkv in (torch.zeros(1, 34, 3, 1, 12), torch.zeros(1, 34, 3, 1, 16, dtype=torch.float64)):
         assert "use" in (triton_kernel.unsupported(qkv.device, qkv.dtype, qkv.shape[-1], table.window) or "")
         with pytest.raises(ValueError, match="triton backend needs"):
             triton_kernel.attend(qkv, table, torch.zeros(1, 1, 16, 64), 1.0)

@@ -42,7 +42,7 @@ from .triton_launch import (
 )
 from .triton_passes import INTERPRETED, forward_kernel, key_gradient_kernel, query_gradient_kernel
 
-HEAD_DIMS = (16, 32, 48, 64)
+MAX_HEAD_DIM = 64
 MAX_WINDOW = 12
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LOG2E = log2(e)
@@ -60,10 +60,15 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, window:
         return "the triton backend needs a GPU of compute capability 8.0 or later: use the backend sdpa"
     if dtype not in DTYPES:
         return f"the triton backend needs float16, bfloat16 or float32, got {dtype}: use the backend sdpa"
-    if head_dim not in HEAD_DIMS:
-        return f"the triton backend needs a head width of 16, 32, 48 or 64, got {head_dim}: use sdpa"
+    if head_dim % 8 or not 0 < head_dim <= MAX_HEAD_DIM:
+        return (
+            f"the triton backend needs a head width that is a multiple of 8 up to {MAX_HEAD_DIM}, "
+            f"got {head_dim}: use the backend sdpa"
+        )
     if window > MAX_WINDOW:
-        return f"the triton backend needs a window side up to {MAX_WINDOW}, got {window}: use sdpa"
+        return (
+            f"the triton backend needs a window side up to {MAX_WINDOW}, got {window}: use the backend sdpa"
+        )
     return None
 
 
@@ -206,7 +211,7 @@ def _compile_time(kernel: str, qkv: Tensor, bias: Tensor, window: int) -> dict[s
         "BLOCK_Q": block_queries,
         "Q_BLOCKS": queries // block_queries,
         "BLOCK_K": chosen.block_keys,
-        "BLOCK_D": 1 << (dim - 1).bit_length(),
+        "BLOCK_D": max(16, 1 << (dim - 1).bit_length()),  # the least that tensor cores sum over
         "PRECISION": "tf32x3" if exact else "tf32",
         "num_warps": chosen.num_warps,
         "num_stages": chosen.num_stages if _may_pipeline(qkv.device) else 1,
