@@ -33,16 +33,17 @@ CPU_INFO = "/proc/cpuinfo"
 def run(layer: nn.Linear, x: Tensor) -> Tensor:
     """`layer(x)`: [..., I] -> [..., O]; the layer itself runs, unless it is computed as a convolution."""
     if type(layer) is nn.Linear and is_convolution(x, layer.weight, layer.bias) and not is_hooked(layer):
-        return _convolution(x, layer.weight, layer.bias)
+        return convolution(x, layer.weight, layer.bias)
     return layer(x)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`torch.nn.functional.linear`: [..., I] with a weight [O, I] -> [..., O]."""
-    return (_convolution if is_convolution(x, weight, bias) else F.linear)(x, weight, bias)
+    return (convolution if is_convolution(x, weight, bias) else F.linear)(x, weight, bias)
 
 
-def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`product`, by oneDNN."""
     y = F.conv2d(_as_image(x.reshape(-1, x.shape[-1])), weight[:, :, None, None], bias)
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import csv
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,9 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import REPO
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
+
+sys.path.insert(0, str(REPO / "tools"))
+import profile_linear
 
 from models import FocalTransformer, linear, mlp
 from models.layers import PatchEmbed
@@ -310,3 +316,15 @@ def test_an_embedding_keeps_its_convolution_as_parameter() -> None:
     assert convolutions(lambda: embed(maps).sum().backward()) == 2
     gradient = embed.proj.weight.grad
     assert gradient is not None and gradient.shape == embed.proj.weight.shape
+
+
+def test_profile_times_every_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four in each stage, without and with gradients; a mistake ends in one message."""
+    monkeypatch.setitem(profile_linear.ROUND_SECONDS, "cpu", 0.0)
+    nano = ["--cfg", str(REPO / "tests/checkpoints/official_v1_nano.yaml"), "--repeats", "1"]
+    assert profile_linear.main([*nano, "--sizes", "64", "--batch-size", "3", "--out", str(tmp_path)]) == 0
+    (report,) = tmp_path.glob("*_linear.csv")
+    rows = list(csv.DictReader(report.read_text().splitlines()))
+    assert len(rows) == 4 * 4 * 2 and {row["rows"] for row in rows} == {"768", "192", "48", "12"}
+    assert all(float(row["product ms"]) > 0 and float(row["speed-up"]) > 0 for row in rows)
+    assert profile_linear.main(["--cfg", str(tmp_path / "none.yaml")]) == 2
