@@ -149,7 +149,8 @@ class LinearPool(nn.Linear):
         spread = spread[:, None, :, None] * weight[:, None]  # [gw, p, gw, p]
         spread = spread.reshape(1, columns, -1).expand(images * rows, -1, -1)
         tokens = cells.flatten(2, 4).flatten(0, 1)
-        return torch.baddbmm(self.bias, spread, tokens).view(images, rows, columns, channels)
+        pooled = torch.bmm(spread, tokens)  # no baddbmm, which PyTorch 2.6 cannot export
+        return (pooled + self.bias.to(pooled.dtype)).view(images, rows, columns, channels)
 
 
 class ConvPool(nn.Conv2d):

@@ -129,7 +129,7 @@ def mask_absent(bias: Tensor, visible: Tensor | None) -> Tensor:
     """
     if visible is None:
         return bias
-    return bias + torch.zeros_like(visible, dtype=bias.dtype).masked_fill_(~visible, float("-inf"))
+    return bias + torch.zeros_like(visible, dtype=bias.dtype).masked_fill(~visible, float("-inf"))
 
 
 def split_qkv(qkv: Tensor, table: KeyTable) -> tuple[Tensor, Tensor, Tensor]:

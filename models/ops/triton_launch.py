@@ -240,7 +240,9 @@ def computed_keys(keys: int) -> int:
 
 def padded_queries(queries: int) -> int:
     """Queries of a row of the bias: whole tiles of 16, 32 or 64."""
-    return next((size for size in (16, 32) if queries <= size), ceil(queries / 64) * 64)
+    if queries <= 32:
+        return 16 if queries <= 16 else 32
+    return ceil(queries / 64) * 64
 
 
 def config(kernel: str, head_dim: int, element_size: int) -> Config:
