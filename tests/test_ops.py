@@ -53,16 +53,33 @@ def test_backends_agree_on_ring_and_pooled_keys(size, expand, focal_window, pool
         torch.testing.assert_close(run(table, *problem, backend), expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("at_once", [1, 2**12, 2**15])
+@pytest.mark.parametrize("at_once", [1, 7, 24])
 def test_pieces_change_nothing(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images and windows are worked on a few at a time on the CPU, with a rest or one by one."""
-    monkeypatch.setattr(cpu_kernel, "SCORES_AT_ONCE", at_once)
+    """Windows are worked on a few at a time on the CPU: one by one, with a rest, and all of an image."""
+    monkeypatch.setattr(cpu_kernel, "_at_once", lambda _: at_once)
     table = _ring_pooled_keys(RingPooledKeys(7, 3, 3, 1, 0), 28, 21, CPU).table
     assert table.dense is None
     qkv, bias = random_problem(table, tokens_of(table, 1), torch.float64, per_window=False)
     qkv = torch.cat([qkv, qkv.flip(0), 2 * qkv[:1]]).detach().requires_grad_()  # 5 images
     expected = run(table, qkv, bias, "reference")
     torch.testing.assert_close(run(table, qkv, bias, "sdpa"), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 6])
+@pytest.mark.parametrize("matrices", [1, 12, 96, 191, 192])
+@pytest.mark.parametrize("scores", [49, 49 * 224, 2**20])
+def test_pieces_suit_threads(
+    threads: int, matrices: int, scores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same number of matrices for each thread, near the number of scores that is wanted."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    threads = max(2, threads)
+    wanted = threads * cpu_kernel.SCORES_AT_ONCE
+    step = cpu_kernel._at_once(torch.empty(matrices, scores, 1, device="meta"))
+    assert 1 <= step <= matrices
+    assert step % threads == 0 or step == matrices
+    assert step * scores <= 1.5 * wanted + threads * scores
+    assert step == matrices or step * scores >= 0.6 * wanted
 
 
 @pytest.mark.parametrize("size", MAPS, ids=str)

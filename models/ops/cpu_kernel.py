@@ -22,6 +22,7 @@ D], is a table of S*3*N *rows* of width D; so is its output, of T*N rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -240,9 +241,10 @@ def _to_gradients(
 
 
 def _at_once(bias: Tensor) -> int:
-    """Score matrices of a piece, of all in the bias [M, Q, G]."""
-    scores = SCORES_AT_ONCE * max(2, torch.get_num_threads())
-    return min(len(bias), max(1, scores // bias[0].numel()))
+    """Score matrices of a piece, of all in the bias [M, Q, G]; as many for each thread, if possible."""
+    threads = max(2, torch.get_num_threads())
+    pieces = max(1, round(bias.numel() / (SCORES_AT_ONCE * threads)))
+    return min(len(bias), threads * ceil(len(bias) / (pieces * threads)))
 
 
 def _parts(rows: Tensor, queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
