@@ -149,8 +149,10 @@ class LinearPool(nn.Linear):
         spread = spread[:, None, :, None] * weight[:, None]  # [gw, p, gw, p]
         spread = spread.reshape(1, columns, -1).expand(images * rows, -1, -1)
         tokens = cells.flatten(2, 4).flatten(0, 1)
-        pooled = torch.bmm(spread, tokens)  # no baddbmm, which PyTorch 2.6 cannot export
-        return (pooled + self.bias.to(pooled.dtype)).view(images, rows, columns, channels)
+        # No baddbmm, which PyTorch 2.6 cannot write to ONNX for batches of any length.
+        pooled = torch.bmm(spread, tokens)
+        bias = self.bias.to(pooled.dtype)  # under autocast the product is in half precision
+        return (pooled + bias).view(images, rows, columns, channels)
 
 
 class ConvPool(nn.Conv2d):

@@ -1,9 +1,9 @@
 """Linear layers, which on some processors convolutions of one pixel outrun.
 
 PyTorch hands products of float32 matrices to MKL and convolutions to oneDNN. On AMD's processors with AVX-512
-oneDNN is the faster one, once there are rows enough to pay for bringing the weight into its order: in a
-training step of a linear layer of Focal-T by 2 to 25 % from 1500 rows on, not at 800 rows and not in one
-thread (2026-11-26, two cores of an EPYC of the fourth generation, torch 2.14.1). Elsewhere products stay.
+oneDNN is the faster one, once there are rows enough to pay for bringing the weight into its order: forward
+and backward through a linear layer of Focal-T by 1 to 29 % from 1500 rows on, not at 400 (two cores of an
+EPYC of the fourth generation, tools/results/2026-11-26_linear.md). Elsewhere products stay.
 oneDNN sums the gradient of a bias less exactly (1e-5 of it over 100000 rows, in a product 2e-7), and keeps
 0.1 MB (training: 0.3 MB) for each number of rows and shape of a layer that it met, as for any convolution on
 a CPU; where maps have ever new sizes the variables LRU_CACHE_CAPACITY and ONEDNN_PRIMITIVE_CACHE_CAPACITY,

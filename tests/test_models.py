@@ -363,3 +363,7 @@ def test_linear_pooling_is_a_weighted_sum(size: tuple[int, int], level: int) -> 
         torch.autograd.grad(pool(cells), sources, slopes), torch.autograd.grad(expected, sources, slopes)
     )
     assert pool(cells[:0]).shape == (0, *expected.shape[1:])
+    with torch.autocast("cpu", torch.bfloat16):
+        half = pool.float()(cells.float())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.double(), expected, rtol=0.05, atol=0.05)

@@ -38,9 +38,11 @@ HOPPER = [
         (8, torch.bfloat16, 218),
         (24, torch.bfloat16, 218),
         (40, torch.bfloat16, 218),
+        (56, torch.bfloat16, 218),
         (32, torch.float16, 218),
         (32, torch.float32, 218),
         (64, torch.float32, 218),
+        (8, torch.float32, 218),
     )
 ]
 

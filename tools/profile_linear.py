@@ -2,7 +2,7 @@
 
     python tools/profile_linear.py --batch-size 8 --sizes 224 448
 
-What the rule of `models/linear.py` was made from; `chosen` says what it takes on this machine. A row is one
+What the rule of `models/linear.py` is about; `chosen` says what it takes on this machine. A row is one
 layer over the tokens of all images, in float32: the forward pass, and the one with gradients of input, weight
 and bias.
 """
@@ -38,7 +38,7 @@ def layers_of(block: FocalBlock) -> dict[str, nn.Linear]:
 
 
 def profile(layer: nn.Linear, tokens: int, args: argparse.Namespace) -> list[list[common.Cell]]:
-    """Rows of one layer from `rows` on: forward, and with backward."""
+    """The two rows of one layer over so many tokens: forward, and with backward."""
     torch.manual_seed(1)
     x = torch.randn(tokens, layer.in_features, requires_grad=True)
     cotangent = torch.randn(tokens, layer.out_features)
@@ -62,7 +62,8 @@ def profile(layer: nn.Linear, tokens: int, args: argparse.Namespace) -> list[lis
         times = common.alternate(timers, args.repeats or ROUNDS["cpu"])
         product, convolution = (1e3 * common.Spread.of(times[key]).median for key in calls)
         ratio = common.speed_ratio(times["convolution"], times["product"])
-        chosen = "convolution" if linear.is_convolution(x, layer.weight, layer.bias) else "product"
+        with torch.set_grad_enabled(name != "forward"):
+            chosen = "convolution" if linear.is_convolution(x, layer.weight, layer.bias) else "product"
         sizes = [tokens, layer.in_features, layer.out_features]
         spread = [ratio.median, ratio.lower, ratio.upper]
         rows.append([*sizes, name, product, convolution, *spread, chosen])
@@ -101,6 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         if args.threads is not None:
+            if args.threads < 1:
+                raise ValueError(f"--threads: expected 1 or more, got {args.threads}")
             torch.set_num_threads(args.threads)
         facts = common.describe_run(CPU)
         facts["Configuration"] = f"{args.cfg.stem}, batch {args.batch_size}, float32"

@@ -243,8 +243,8 @@ def _to_gradients(
 def _at_once(bias: Tensor) -> int:
     """Score matrices of a piece, of all in the bias [M, Q, G]; as many for each thread, if possible."""
     threads = max(2, torch.get_num_threads())
-    pieces = max(1, round(bias.numel() / (SCORES_AT_ONCE * threads)))
-    return min(len(bias), threads * ceil(len(bias) / (pieces * threads)))
+    step = ceil(len(bias) / max(1, round(bias.numel() / (SCORES_AT_ONCE * threads))))
+    return min(len(bias), threads * ceil(step / threads)) if step > threads else step
 
 
 def _parts(rows: Tensor, queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:

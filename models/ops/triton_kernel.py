@@ -211,7 +211,7 @@ def _compile_time(kernel: str, qkv: Tensor, bias: Tensor, window: int) -> dict[s
         "BLOCK_Q": block_queries,
         "Q_BLOCKS": queries // block_queries,
         "BLOCK_K": chosen.block_keys,
-        "BLOCK_D": max(16, 1 << (dim - 1).bit_length()),  # the least that tensor cores sum over
+        "BLOCK_D": max(16, 1 << (dim - 1).bit_length()),  # the least that Triton's products take
         "PRECISION": "tf32x3" if exact else "tf32",
         "num_warps": chosen.num_warps,
         "num_stages": chosen.num_stages if _may_pipeline(qkv.device) else 1,
