@@ -3,11 +3,12 @@
 PyTorch hands products of float32 matrices to MKL and convolutions to oneDNN. On AMD's processors with AVX-512
 oneDNN is the faster one, once there are rows enough to pay for bringing the weight into its order: forward
 and backward through a linear layer of Focal-T by 1 to 29 % from 1500 rows on, not at 400 (two cores of an
-EPYC of the fourth generation, tools/results/2026-11-26_linear.md). Elsewhere products stay.
+EPYC of the fourth generation, tools/results/2026-11-26_linear.md), and not in one thread (there 0.74 to 1.05
+of a product's speed: `tools/profile_linear.py --threads 1 --repeats 3`). Elsewhere products stay.
 oneDNN sums the gradient of a bias less exactly (1e-5 of it over 100000 rows, in a product 2e-7), and keeps
 0.1 MB (training: 0.3 MB) for each number of rows and shape of a layer that it met, as for any convolution on
 a CPU; where maps have ever new sizes the variables LRU_CACHE_CAPACITY and ONEDNN_PRIMITIVE_CACHE_CAPACITY,
-both 16, bound that.
+both 16, bound that. (All on 2026-11-26, with torch 2.14.1.)
 
 Legend: R rows (tokens of all images), I and O channels of input and output.
 """
