@@ -72,15 +72,32 @@ def add_and_norm(
     is_plain = fused and _is_plain(norm, x) and type(drop_path) in (DropPath, nn.Identity)
     is_alike = x.shape == branch.shape and torch.promote_types(x.dtype, branch.dtype) == x.dtype
     if not (is_plain and is_alike) or is_hooked(drop_path):
-        x = x + drop_path(branch)
+        x = add(x, branch, drop_path)
         return x, norm(x)
     from .ops import triton_norm  # needs an optional package
 
-    factor = None
-    if drop_path.training and type(drop_path) is DropPath:
-        factor = drop_path(branch.new_ones(len(branch), 1, 1, 1)).flatten()  # draws what it would draw
+    factor = _factor(drop_path, branch).flatten() if _is_drawn(drop_path) else None
     settings = (norm.eps, _working_dtype(x))
     return triton_norm.add_norm(x, branch, factor, norm.weight, norm.bias, *settings)[:2]
+
+
+def add(x: Tensor, branch: Tensor, drop_path: nn.Module) -> Tensor:
+    """The sum `x + drop_path(branch)`, [B, H, W, C]; in eager training without an array between."""
+    is_eager = not torch.compiler.is_compiling() and sdpa.may_wrap(trains=torch.is_grad_enabled())
+    is_alike = (x.shape, x.dtype) == (branch.shape, branch.dtype)
+    if not (is_eager and is_alike and _is_drawn(drop_path)) or is_hooked(drop_path):
+        return x + drop_path(branch)
+    return torch.addcmul(x, branch, _factor(drop_path, branch))
+
+
+def _is_drawn(drop_path: nn.Module) -> bool:
+    """Whether this is timm's stochastic depth, in training."""
+    return type(drop_path) is DropPath and drop_path.training
+
+
+def _factor(drop_path: nn.Module, branch: Tensor) -> Tensor:
+    """What stochastic depth multiplies each image by, [B, 1, 1, 1]; draws what it would draw."""
+    return drop_path(branch.new_ones(len(branch), 1, 1, 1))
 
 
 def _working_dtype(x: Tensor) -> torch.dtype:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .block_ops import add_and_norm, normed_attention, takes_kernels
+from .block_ops import add, add_and_norm, normed_attention, takes_kernels
 from .focal_attention import FocalAttention
 from .layers import POOLS, PatchEmbed
 from .mlp import Mlp
@@ -65,7 +65,7 @@ class FocalBlock(nn.Module):
         fused = takes_kernels(x, self.attn)
         x, attended = normed_attention(x, self.norm1, self.attn, self.pool_layers, fused)
         x, normed = add_and_norm(x, _scaled(attended, self.gamma_1), self.drop_path, self.norm2, fused)
-        return x + self.drop_path(_scaled(self.mlp(normed), self.gamma_2))
+        return add(x, _scaled(self.mlp(normed), self.gamma_2), self.drop_path)
 
     def __prepare_scriptable__(self) -> None:
         """What `torch.jit.script` asks for: a clear refusal."""

@@ -7,8 +7,10 @@ import pickle
 import pytest
 import torch
 import torch._dynamo.testing
+from timm.layers import DropPath
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from models import FocalTransformer
+from models import FocalTransformer, block_ops
 from models.key_selection import CACHED_TABLES, _nearest_keys, _ring_pooled_keys
 from models.layers import LinearPool, _cells
 from models.ops import cpu_kernel
@@ -143,6 +145,71 @@ def test_drop_path_rises_linearly() -> None:
     model = build(drop_path_rate=0.4)
     rates = [getattr(b.drop_path, "drop_prob", 0.0) for stage in model.layers for b in stage.blocks]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that ran inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+DROPS = {
+    "plain": lambda: DropPath(0.5),
+    "rate 0": lambda: DropPath(0.0),
+    "unscaled": lambda: DropPath(0.5, scale_by_keep=False),
+    "evaluation": lambda: DropPath(0.5).eval(),
+    "identity": torch.nn.Identity,
+    "dropout": lambda: torch.nn.Dropout(0.5),
+}
+
+
+@pytest.mark.parametrize("look", ["", "hook", "dtype", "shape"])
+@pytest.mark.parametrize("drop", DROPS)
+def test_sum_with_stochastic_depth_is_what_the_module_makes(drop: str, look: str) -> None:
+    """Value, gradients and the numbers drawn; one operation where nobody looks and operands are alike."""
+    drop_path, seen = DROPS[drop](), []
+    if look == "hook":
+        drop_path.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
+    x, branch = torch.randn(2, 8, 3, 5, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    branch = {"dtype": branch.bfloat16(), "shape": branch[:, :1, :, :1]}.get(look, branch)
+
+    results, operators = [], []
+    for add in (block_ops.add, lambda x, branch, drop_path: x + drop_path(branch)):
+        torch.manual_seed(3)
+        with Operators() as recorded:
+            y = add(x, branch, drop_path)
+        gradients = torch.autograd.grad(y.square().sum(), [x, branch], retain_graph=True)
+        results.append([y, *gradients, torch.rand(2)])
+        operators.append(recorded.names)
+    torch.testing.assert_close(*results)
+    is_one = drop in ("plain", "rate 0", "unscaled") and not look
+    assert ["addcmul" in names for names in operators] == [is_one, False]
+    assert seen == ([branch.shape] * 2 if look == "hook" else [])
+    is_random = drop in ("plain", "unscaled")
+    assert not is_random or 0 < sum(map(torch.equal, results[0][0], x)) < len(x)
+
+
+def test_compiled_and_transformed_sums_leave_stochastic_depth_to_its_module() -> None:
+    """The compiler joins the operations itself, and `torch.func` has rules of its own for random numbers."""
+    drop_path = DropPath(0.5)
+    x, branch = torch.randn(2, 4, 2, 2, 3)
+    counted = torch._dynamo.testing.EagerAndRecordGraphs()
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return block_ops.add(x, branch, drop_path).sum()
+
+    torch.compile(loss, backend=counted, fullgraph=True)(x)
+    (graph,) = counted.graphs
+    assert "addcmul" not in str(graph.graph) and "bernoulli" in str(graph.graph)
+    with Operators() as recorded:
+        torch.func.vmap(torch.func.grad(loss), randomness="same")(torch.stack([x, x]))
+    assert "addcmul" not in recorded.names and "bernoulli_" in recorded.names
 
 
 def test_no_head_and_other_channels() -> None:
