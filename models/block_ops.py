@@ -1,9 +1,10 @@
 """LayerNorm in a block, with what precedes or follows it: one kernel each where attention has fused kernels.
 
-In eager mode nobody but the kernels joins these steps, and each of them reads or writes the whole map. They
+In eager mode nobody else joins these steps, and each of them reads or writes the whole map. The kernels
 take part wherever attention's own do (`ops.triton_kernel`); compiled, traced, exported or transformed by
 `torch.func`, with a module that is not PyTorch's or ours as it was built, or with hooks, modules run as ever.
-Under autocast the MLP then gets its input in the dtype of autocast, where LayerNorm gives it float32.
+Under autocast the MLP then gets its input in the dtype of autocast, where LayerNorm gives it float32. A sum
+with stochastic depth is one operation without them as well, on any device in eager training (`add`).
 
 Legend: B batch, H W rows and columns, C channels.
 """
@@ -70,8 +71,7 @@ def add_and_norm(
         fused: what `takes_kernels` answers.
     """
     is_plain = fused and _is_plain(norm, x) and type(drop_path) in (DropPath, nn.Identity)
-    is_alike = x.shape == branch.shape and torch.promote_types(x.dtype, branch.dtype) == x.dtype
-    if not (is_plain and is_alike) or is_hooked(drop_path):
+    if not is_plain or is_hooked(drop_path) or not _is_alike(x, branch):
         x = add(x, branch, drop_path)
         return x, norm(x)
     from .ops import triton_norm  # needs an optional package
@@ -82,12 +82,25 @@ def add_and_norm(
 
 
 def add(x: Tensor, branch: Tensor, drop_path: nn.Module) -> Tensor:
-    """The sum `x + drop_path(branch)`, [B, H, W, C]; in eager training without an array between."""
-    is_eager = not torch.compiler.is_compiling() and sdpa.may_wrap(trains=torch.is_grad_enabled())
-    is_alike = (x.shape, x.dtype) == (branch.shape, branch.dtype)
-    if not (is_eager and is_alike and _is_drawn(drop_path)) or is_hooked(drop_path):
+    """The sum `x + drop_path(branch)`, [B, H, W, C].
+
+    In eager training without an array between, and rounded once, where both have one dtype: not under
+    autocast, which leaves the map in float32.
+    """
+    if not _is_drawn(drop_path) or is_hooked(drop_path) or torch.compiler.is_compiling():
+        return x + drop_path(branch)  # the compiler joins the operations itself
+    if (
+        not sdpa.may_wrap(trains=torch.is_grad_enabled())
+        or x.dtype != branch.dtype
+        or x.shape != branch.shape
+    ):
         return x + drop_path(branch)
     return torch.addcmul(x, branch, _factor(drop_path, branch))
+
+
+def _is_alike(x: Tensor, branch: Tensor) -> bool:
+    """Whether the sum of both has the shape and the dtype of `x`."""
+    return x.shape == branch.shape and torch.promote_types(x.dtype, branch.dtype) == x.dtype
 
 
 def _is_drawn(drop_path: nn.Module) -> bool:
@@ -96,8 +109,9 @@ def _is_drawn(drop_path: nn.Module) -> bool:
 
 
 def _factor(drop_path: nn.Module, branch: Tensor) -> Tensor:
-    """What stochastic depth multiplies each image by, [B, 1, 1, 1]; draws what it would draw."""
-    return drop_path(branch.new_ones(len(branch), 1, 1, 1))
+    """What stochastic depth multiplies each image of a [B, ...] branch by, [B, 1, ...]; draws what it would
+    draw."""
+    return drop_path(branch.new_ones(len(branch), *[1] * (branch.ndim - 1)))
 
 
 def _working_dtype(x: Tensor) -> torch.dtype:

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import pickle
+from collections import Counter
 
 import pytest
 import torch
@@ -148,18 +149,26 @@ def test_drop_path_rises_linearly() -> None:
 
 
 class Operators(TorchDispatchMode):
-    """Names of the operators that ran inside it."""
+    """How often each operator ran inside it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.names = set()
+        self.counts = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(func.overloadpacket.__name__)
+        self.counts[func.overloadpacket.__name__] += 1
         return func(*args, **(kwargs or {}))
 
 
+class DropNothing(DropPath):
+    """Stochastic depth as a user might write it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+
 DROPS = {
+    "subclass": lambda: DropNothing(0.5),
     "plain": lambda: DropPath(0.5),
     "rate 0": lambda: DropPath(0.0),
     "unscaled": lambda: DropPath(0.5, scale_by_keep=False),
@@ -169,7 +178,7 @@ DROPS = {
 }
 
 
-@pytest.mark.parametrize("look", ["", "hook", "dtype", "shape"])
+@pytest.mark.parametrize("look", ["", "hook", "dtype", "shape", "half"])
 @pytest.mark.parametrize("drop", DROPS)
 def test_sum_with_stochastic_depth_is_what_the_module_makes(drop: str, look: str) -> None:
     """Value, gradients and the numbers drawn; one operation where nobody looks and operands are alike."""
@@ -178,6 +187,7 @@ def test_sum_with_stochastic_depth_is_what_the_module_makes(drop: str, look: str
         drop_path.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
     x, branch = torch.randn(2, 8, 3, 5, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
     branch = {"dtype": branch.bfloat16(), "shape": branch[:, :1, :, :1]}.get(look, branch)
+    x, branch = (x.bfloat16(), branch.bfloat16()) if look == "half" else (x, branch)
 
     results, operators = [], []
     for add in (block_ops.add, lambda x, branch, drop_path: x + drop_path(branch)):
@@ -186,30 +196,44 @@ def test_sum_with_stochastic_depth_is_what_the_module_makes(drop: str, look: str
             y = add(x, branch, drop_path)
         gradients = torch.autograd.grad(y.square().sum(), [x, branch], retain_graph=True)
         results.append([y, *gradients, torch.rand(2)])
-        operators.append(recorded.names)
+        operators.append(recorded.counts)
     torch.testing.assert_close(*results)
-    is_one = drop in ("plain", "rate 0", "unscaled") and not look
-    assert ["addcmul" in names for names in operators] == [is_one, False]
+    is_one = drop in ("plain", "rate 0", "unscaled") and look in ("", "half")
+    assert [counts["addcmul"] for counts in operators] == [is_one, 0]
     assert seen == ([branch.shape] * 2 if look == "hook" else [])
     is_random = drop in ("plain", "unscaled")
     assert not is_random or 0 < sum(map(torch.equal, results[0][0], x)) < len(x)
 
 
-def test_compiled_and_transformed_sums_leave_stochastic_depth_to_its_module() -> None:
+def test_a_block_adds_both_branches_in_one_operation_each() -> None:
+    block, x = build(drop_path_rate=0.5).train().layers[1].blocks[0], torch.randn(2, 8, 8, 16)
+    for train in (True, False):
+        with Operators() as recorded:
+            block.train(train)(x)
+        assert recorded.counts["addcmul"] == (2 if train else 0)
+
+
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
+def test_compiled_traced_and_transformed_sums_leave_stochastic_depth_to_its_module() -> None:
     """The compiler joins the operations itself, and `torch.func` has rules of its own for random numbers."""
     drop_path = DropPath(0.5)
     x, branch = torch.randn(2, 4, 2, 2, 3)
-    counted = torch._dynamo.testing.EagerAndRecordGraphs()
+    graphs = torch._dynamo.testing.EagerAndRecordGraphs()
 
     def loss(x: torch.Tensor) -> torch.Tensor:
         return block_ops.add(x, branch, drop_path).sum()
 
-    torch.compile(loss, backend=counted, fullgraph=True)(x)
-    (graph,) = counted.graphs
+    torch.compile(loss, backend=graphs, fullgraph=True)(x)
+    (graph,) = graphs.graphs
     assert "addcmul" not in str(graph.graph) and "bernoulli" in str(graph.graph)
+    traced = str(torch.jit.trace(loss, x, check_trace=False).graph)
+    assert "addcmul" not in traced and "bernoulli" in traced
     with Operators() as recorded:
         torch.func.vmap(torch.func.grad(loss), randomness="same")(torch.stack([x, x]))
-    assert "addcmul" not in recorded.names and "bernoulli_" in recorded.names
+    assert not recorded.counts["addcmul"] and recorded.counts["bernoulli_"]
+    with Operators() as recorded, torch.autograd.forward_ad.dual_level():
+        loss(torch.autograd.forward_ad.make_dual(x, x))
+    assert not recorded.counts["addcmul"] and recorded.counts["bernoulli_"]
 
 
 def test_no_head_and_other_channels() -> None:
