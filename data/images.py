@@ -37,7 +37,7 @@ _STRAY_MARKERS = {  # by whether a file is progressive: what no intact scan cont
 _BASELINE_FRAME = b"\xff\xc0\x00\x11\x08"  # then height, width; of a file with one scan of three colours
 _RESTARTS = b"\xff\xdd"
 _END = b"\xff\xd9"
-_ROWS_BELOW = 16  # a block of subsampled colours, which reaches into the rows above
+_ROWS_BELOW = 16  # a row of blocks with subsampled colours, which reaches into the rows above
 
 
 class UndecodableImageError(ValueError):
@@ -116,8 +116,9 @@ class EncodedImage:
             return None
         top, left, height, width = box
         factor = next((n for n in _REDUCTIONS if height >= n * size[0] and width >= n * size[1]), 1)
-        flag = cv2.IMREAD_COLOR if factor == 1 else getattr(cv2, f"IMREAD_REDUCED_COLOR_{factor}")
-        flag |= cv2.IMREAD_IGNORE_ORIENTATION
+        flag = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+        if factor > 1:
+            flag |= getattr(cv2, f"IMREAD_REDUCED_GRAYSCALE_{factor}")  # the first flag makes it colours
         pixels = None
         for data in (self._upper_part(top + height), self._encoded):
             if pixels is None and data is not None:
@@ -127,19 +128,20 @@ class EncodedImage:
             return None
         rows = slice(round(top / factor), round((top + height) / factor))
         columns = slice(round(left / factor), round((left + width) / factor))
-        return cv2.cvtColor(_resized(pixels[rows, columns], size, mode), cv2.COLOR_BGR2RGB)
+        return _resized(pixels[rows, columns], size, mode)
 
     def _upper_part(self, rows: int) -> bytearray | None:
         """A JPEG file that ends soon after a number of rows, which decode as they do in the whole file.
 
         That is the file with a smaller height and without its end mark, for which the decoder would look.
-        None where the file has not the usual form, or lacks its end and may be damaged.
+        None where the file has not the usual form, lacks its end and may be damaged, or where its last row of
+        blocks may be needed, for then the decoder misses the end.
         """
         height = rows + _ROWS_BELOW
         frame = self._encoded.rfind(_BASELINE_FRAME, 0, self._scan_start)
         usual = frame > 0 and self._encoded.endswith(_END)
         if (
-            height >= self.header.height
+            height + _ROWS_BELOW > self.header.height
             or not usual
             or self._encoded.find(_RESTARTS, 0, self._scan_start) > 0
         ):
@@ -164,14 +166,20 @@ def _resized(pixels: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarray
 
 
 def check_opencv() -> None:
-    """ValueError if OpenCV is not installed."""
+    """ValueError if OpenCV is not installed, or too old."""
     try:
-        import cv2  # noqa: F401
+        import cv2
     except ImportError as error:
-        raise ValueError(
-            "DATA.DECODER: expected 'pil', as OpenCV cannot be imported, got 'opencv'; "
-            "pip install opencv-python-headless, or set it to 'pil'"
-        ) from error
+        raise _unusable_opencv("OpenCV cannot be imported") from error
+    if not hasattr(cv2, "IMREAD_COLOR_RGB"):
+        raise _unusable_opencv(f"OpenCV {cv2.__version__} is older than 4.11")
+
+
+def _unusable_opencv(reason: str) -> ValueError:
+    return ValueError(
+        f"DATA.DECODER: expected 'pil', as {reason}, got 'opencv'; pip install "
+        "'opencv-python-headless>=4.11', or set it to 'pil'"
+    )
 
 
 def without_opencv_threads(worker: int = 0) -> None:

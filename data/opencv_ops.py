@@ -1,8 +1,8 @@
 """The operations of timm's RandAugment and AutoAugment on arrays (height, width, 3) of bytes, with OpenCV.
 
 timm goes on drawing which operation comes with which strength; only the computation is exchanged. Those that
-map each value to another are bit for bit what Pillow computes; blends may differ by rounding, and shifted or
-turned images by OpenCV's cubic kernel and its soft edge to the fill colour.
+map each value to another are bit for bit what Pillow computes. Blends and shifted images may differ by
+rounding, shifted and turned ones at their edge to the fill colour, turned ones also by OpenCV's cubic kernel.
 """
 
 import math
@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from timm.data import auto_augment
 
 Operation = Callable[..., np.ndarray]
 _VALUES = np.arange(256)
+_CUT_OFF = 0.498  # what Pillow cuts off where OpenCV rounds; less than a half, so that whole values stay
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], dtype=np.float32) / 13  # Pillow's ImageFilter.SMOOTH
 
 
@@ -26,12 +28,17 @@ def _mapped(pixels: np.ndarray, table: np.ndarray) -> np.ndarray:
     return cv2.LUT(pixels, table.astype(np.uint8).reshape(1, 256, -1))
 
 
-def _histograms(pixels: np.ndarray) -> list[np.ndarray]:
-    """How often each value occurs, by channel: three of [256]."""
+def _histograms(pixels: np.ndarray) -> np.ndarray:
+    """How often each value occurs in each channel: [3, 256]."""
     import cv2
 
-    counts = (cv2.calcHist([pixels], [channel], None, [256], [0, 256]) for channel in range(3))
-    return [count.ravel().astype(np.int64) for count in counts]
+    counts = [cv2.calcHist([pixels], [channel], None, [256], [0, 256]) for channel in range(3)]
+    return np.stack(counts).reshape(3, 256).astype(np.int64)
+
+
+def _highest(counts: np.ndarray) -> np.ndarray:
+    """The highest value that occurs in each channel: [3, 1]."""
+    return 255 - (counts[:, ::-1] > 0).argmax(axis=1, keepdims=True)
 
 
 def _blend_table(base: int, factor: float) -> np.ndarray:
@@ -41,24 +48,20 @@ def _blend_table(base: int, factor: float) -> np.ndarray:
 
 def auto_contrast(pixels: np.ndarray, **_: Any) -> np.ndarray:
     """Stretch every channel to the whole range."""
-    tables = []
-    for count in _histograms(pixels):
-        low, high = np.flatnonzero(count)[[0, -1]]
-        scale = 255 / max(high - low, 1)
-        stretched = (_VALUES * scale - low * scale).astype(np.int64).clip(0, 255)
-        tables.append(stretched if high > low else _VALUES)
-    return _mapped(pixels, np.stack(tables, axis=-1))
+    counts = _histograms(pixels)
+    low, high = (counts > 0).argmax(axis=1, keepdims=True), _highest(counts)
+    scale = 255 / np.maximum(high - low, 1)
+    stretched = (_VALUES * scale - low * scale).astype(np.int64).clip(0, 255)
+    return _mapped(pixels, np.where(high > low, stretched, _VALUES).T)
 
 
 def equalize(pixels: np.ndarray, **_: Any) -> np.ndarray:
     """Spread the values of every channel evenly."""
-    tables = []
-    for count in _histograms(pixels):
-        used = count[count > 0]
-        step = (used.sum() - used[-1]) // 255 if len(used) > 1 else 0
-        below = np.concatenate([[0], np.cumsum(count)[:-1]])
-        tables.append(((step // 2 + below) // step).clip(0, 255) if step else _VALUES)
-    return _mapped(pixels, np.stack(tables, axis=-1))
+    counts = _histograms(pixels)
+    below = counts.cumsum(axis=1) - counts
+    step = np.take_along_axis(below, _highest(counts), axis=1) // 255
+    spread = ((step // 2 + below) // np.maximum(step, 1)).clip(0, 255)
+    return _mapped(pixels, np.where(step > 0, spread, _VALUES).T)
 
 
 def invert(pixels: np.ndarray, **_: Any) -> np.ndarray:
@@ -134,8 +137,12 @@ def _moved(
     cubic = _drawn(resample) == Image.Resampling.BICUBIC
     fill = tuple(fillcolor) if isinstance(fillcolor, list | tuple) else (fillcolor,) * 3
     a, b, c, d, e, f = matrix
-    if (a, b, d, e) == (1, 0, 0, 1) and 0 in (c, f):
-        return _shifted(pixels, c or f, 1 if f == 0 else 0, fill, cubic)
+    if (a, d, e, f) == (1, 0, 1, 0):
+        return _sheared(pixels, b, c, fill, cubic) if b else _translated(pixels, c, fill, cubic)
+    if (a, b, c, e) == (1, 0, 0, 1):
+        across = cv2.transpose(pixels)
+        moved = _sheared(across, d, f, fill, cubic) if d else _translated(across, f, fill, cubic)
+        return cv2.transpose(moved)
     centred = np.array([[a, b, c + (a + b - 1) / 2], [d, e, f + (d + e - 1) / 2]])
     method = cv2.INTER_CUBIC if cubic else cv2.INTER_LINEAR
     return cv2.warpAffine(
@@ -153,24 +160,58 @@ def _drawn(resample: Any) -> Any:
     return random.choice(resample) if isinstance(resample, list | tuple) else resample
 
 
-def _shifted(pixels: np.ndarray, shift: float, axis: int, fill: Sequence[int], cubic: bool) -> np.ndarray:
-    """What `_moved` makes of a shift along one axis, by a filter of four taps, which is far faster."""
+def _translated(pixels: np.ndarray, shift: float, fill: Sequence[int], cubic: bool) -> np.ndarray:
+    """What `_moved` makes of a matrix (1, 0, shift, 0, 1, 0), by a filter of four taps along rows.
+
+    It is far faster than OpenCV's function for any matrix, and nearer to Pillow, whose cubic kernel it has.
+    """
     import cv2
 
+    width = pixels.shape[1]
+    shift = min(max(shift, -width), width)  # beyond, all is filled
     whole = math.floor(shift)
-    t = shift - whole
-    a = -1.0 if cubic else 0.0  # of the cubic kernel of PIL.Image.transform
-    near, far = ((a + 2) * t - (a + 3)) * t * t + 1, ((a + 2) * (1 - t) - (a + 3)) * (1 - t) ** 2 + 1
-    taps = [a * t * (1 - t) ** 2, near, far, a * (1 - t) * t * t] if cubic else [0.0, 1 - t, t, 0.0]
-    kernel = np.array([taps], dtype=np.float32)
-    length = pixels.shape[axis]
-    before, after = 1 + max(-whole, 0), 2 + max(whole, 0)
-    margins = (before, after, 0, 0) if axis == 0 else (0, 0, before, after)
-    framed = cv2.copyMakeBorder(pixels, *margins, cv2.BORDER_CONSTANT, value=fill)
-    start = max(whole, 0)
-    used = framed[start : start + length + 3] if axis == 0 else framed[:, start : start + length + 3]
-    moved = cv2.filter2D(used, -1, kernel.T if axis == 0 else kernel, anchor=(0, 0))
-    return np.ascontiguousarray(moved[:length] if axis == 0 else moved[:, :length])
+    taps = np.array([_taps(shift - whole, cubic)], dtype=np.float32)
+    framed = _framed(pixels, whole, whole, fill)[:, max(whole, 0) :]
+    moved = cv2.filter2D(framed[:, : width + 3], -1, taps, anchor=(0, 0), delta=-_CUT_OFF)
+    return np.ascontiguousarray(moved[:, :width])
+
+
+def _sheared(pixels: np.ndarray, shear: float, shift: float, fill: Sequence[int], cubic: bool) -> np.ndarray:
+    """As `_translated`, of a matrix (1, shear, shift, 0, 1, 0), where each row has a shift of its own."""
+    import cv2
+
+    height, width = pixels.shape[:2]
+    shifts = (shift + shear * (np.arange(height) + 0.5)).clip(-width, width)
+    floors = np.floor(shifts)
+    whole = floors.astype(np.int64)
+    framed = _framed(pixels, whole.min(), whole.max(), fill)
+    starts = whole + (np.arange(height) * framed.shape[1] - min(whole.min(), 0))  # of rows in the result
+    windows = np.lib.stride_tricks.sliding_window_view(framed.reshape(-1), 3 * (width + 3))
+    values = torch.from_numpy(windows[3 * starts]).float()
+    taps = np.stack(_taps(shifts - floors, cubic)).astype(np.float32)
+    total = torch.full((height, 3 * width), -_CUT_OFF)
+    for tap in range(4) if cubic else (1, 2):  # the others are zero
+        total.addcmul_(values[:, 3 * tap : 3 * (tap + width)], torch.from_numpy(taps[tap, :, None]))
+    return cv2.add(total.numpy(), 0, dtype=cv2.CV_8U).reshape(height, width, 3)  # rounds
+
+
+def _framed(pixels: np.ndarray, lowest: int, highest: int, fill: Sequence[int]) -> np.ndarray:
+    """The image between as many filled columns as four taps reach, shifted by `lowest` to `highest`."""
+    import cv2
+
+    before, after = 1 + max(-int(lowest), 0), 2 + max(int(highest), 0)
+    return cv2.copyMakeBorder(pixels, 0, 0, before, after, cv2.BORDER_CONSTANT, value=fill)
+
+
+def _taps(t: Any, cubic: bool) -> list[Any]:
+    """Weights of four neighbours at the place `t` from the second (0) to the third (1), a number or an array.
+
+    They are those of PIL.Image.transform, whose cubic kernel has a = -1.
+    """
+    u = 1 - t
+    if not cubic:
+        return [0 * t, u, t, 0 * t]
+    return [-t * u * u, (t - 2) * t * t + 1, (u - 2) * u * u + 1, -u * t * t]
 
 
 def shear_x(pixels: np.ndarray, factor: float, **options: Any) -> np.ndarray:
@@ -247,9 +288,33 @@ class Flip:
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         import cv2
-        import torch
 
         return cv2.flip(pixels, 1) if torch.rand(1) < self._probability else pixels
+
+
+class ToTensorByTable:
+    """Gives what a step gives that turns every value of an array into one of a tensor, by looking values up.
+
+    From bytes (height, width, channels), or (height, width) of one channel, to float32 (channels, height,
+    width), to the bit.
+    """
+
+    def __init__(self, step: Callable[[np.ndarray], torch.Tensor], channels: int) -> None:
+        """
+        Args:
+            step: takes the same arrays.
+            channels: of the arrays.
+        """
+        ramp = np.repeat(_VALUES.astype(np.uint8)[None, :, None], channels, axis=2)
+        self._tables = step(ramp).numpy()  # (channels, 1, 256)
+
+    def __call__(self, pixels: np.ndarray) -> torch.Tensor:
+        import cv2
+
+        values = np.empty((len(self._tables), *pixels.shape[:2]), dtype=np.float32)
+        for plane, table, place in zip(cv2.split(pixels), self._tables, values, strict=True):
+            cv2.LUT(plane, table, dst=place)
+        return torch.from_numpy(values)
 
 
 def exchange_operations(operations: Sequence[auto_augment.AugmentOp]) -> None:

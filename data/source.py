@@ -91,7 +91,9 @@ class FileSource:
         """
         with open(self.name(index), "rb", opener=_open_without_waiting) as file:
             status = os.fstat(file.fileno())
-            content = file.read(MAX_BYTES + 1) if stat.S_ISREG(status.st_mode) else None
+            content = file.read(min(status.st_size, MAX_BYTES) + 1) if stat.S_ISREG(status.st_mode) else None
+            if content is not None and len(content) > status.st_size:  # grew, or does not tell its size
+                content += file.read(MAX_BYTES + 1)
         if content is None or len(content) > MAX_BYTES:
             raise UndecodableImageError(
                 f"{self.name(index)}: expected an image file of at most {MAX_BYTES >> 20} MiB, got "

@@ -16,10 +16,11 @@ from torchvision import transforms
 from yacs.config import CfgNode
 
 from config import load_config
-from data import EvalSampler, Loaders, ShardSampler, TrainSampler, build_loaders
+from data import EvalSampler, Loaders, ShardSampler, TrainSampler, build_loaders, source
 from data.images import UndecodableImageError, decode_rgb
 from data.mixing import build_mixup
 from data.seeding import seeded_rngs
+from data.source import FileSource
 from data.transforms import Recipe, eval_transform, train_transform
 
 CLASSES = ("ant", "bee", "cat")
@@ -233,6 +234,46 @@ def test_every_draw_of_a_policy_works(policy: str) -> None:
     for seed in range(60):
         with seeded_rngs(seed):
             assert transform(image).isfinite().all()
+
+
+def test_seeded_generators_are_given_back() -> None:
+    """Each of the three draws what its seed says, then goes on as if nobody had drawn."""
+
+    def draw() -> tuple[float, float, float]:
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    expected = [draw() for _ in range(3)]
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    numpy_generator = np.random.get_bit_generator()
+    first = draw()
+    with seeded_rngs(2**40 + 5):
+        outer = [draw()]
+        with seeded_rngs(7):
+            inner = draw()
+        outer.append(draw())
+    second = draw()
+    with pytest.raises(KeyError), seeded_rngs(7):
+        assert draw() == inner
+        raise KeyError
+    with pytest.raises(ValueError), seeded_rngs(-1):
+        pass
+    assert [first, second, draw()] == expected
+    assert np.random.get_bit_generator() is numpy_generator
+    np.random.seed([5, 2**8])  # of the low and the high half of the number
+    assert [values[1] for values in outer] == np.random.rand(2).tolist()
+
+
+def test_files_that_do_not_tell_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are read whole, up to the limit."""
+    version = FileSource(Path("/proc"), ["version"], [0])
+    content = Path("/proc/version").read_bytes()
+    for most in (len(content), len(content) + 1, 2**20):
+        monkeypatch.setattr(source, "MAX_BYTES", most)
+        assert version.read(0) == content
+    monkeypatch.setattr(source, "MAX_BYTES", len(content) - 1)
+    with pytest.raises(UndecodableImageError, match="at most"):
+        version.read(0)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import sys
 from io import BytesIO
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -15,9 +16,9 @@ from torchvision import transforms
 from yacs.config import CfgNode
 
 from config import load_config
-from data import build_loaders
+from data import build_loaders, opencv_ops
 from data.images import EncodedImage, UndecodableImageError, check_opencv, decode_rgb
-from data.opencv_ops import OPERATIONS
+from data.opencv_ops import OPERATIONS, ToTensorByTable
 from data.seeding import seeded_rngs
 from data.transforms import Recipe, ToNormalizedTensor, train_transform, with_decoder
 
@@ -90,7 +91,8 @@ def test_reduced_sizes_move_by_half_a_pixel_at_most(height: int, width: int) -> 
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"subsampling": 0}, {"progressive": True}, {"restart_marker_rows": 1}]
+    "options",
+    [{}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}, {"restart_marker_rows": 1}],
 )
 @pytest.mark.parametrize("factor", [1, 2])
 def test_rows_below_the_crop_make_no_difference(
@@ -100,10 +102,10 @@ def test_rows_below_the_crop_make_no_difference(
     boxes = [(top, 7, rows, 90) for top in (0, 21) for rows in (40, 100, 145, 169)]
     crops = [image.opencv_crop(box, (40 // factor, 90 // factor), "bicubic") for box in boxes]
     assert capfd.readouterr().err == ""  # the decoder has nothing to complain about
-    parts = [image._upper_part(top + rows) for top, _, rows, _ in boxes]
-    assert any(part is not None for part in parts) == (
-        not set(options) & {"progressive", "restart_marker_rows"}
-    )
+    parts = [image._upper_part(rows) for rows in range(1, 191)]
+    parts = [np.frombuffer(part, dtype=np.uint8) for part in parts if part is not None]
+    assert bool(parts) == (not set(options) & {"progressive", "restart_marker_rows"})
+    assert all(cv2.imdecode(part, cv2.IMREAD_COLOR) is not None for part in parts)  # none is tried in vain
     monkeypatch.setattr(EncodedImage, "_upper_part", lambda self, rows: None)
     for box, crop in zip(boxes, crops, strict=True):
         whole = image.opencv_crop(box, (40 // factor, 90 // factor), "bicubic")
@@ -164,6 +166,10 @@ def test_operations_are_those_of_timm(theirs, image: Image.Image) -> None:
                 np.testing.assert_array_equal(got, expected)
             else:
                 assert np.abs(got - expected).mean() < 2, level
+            if theirs.__name__.startswith(("shear", "translate")):
+                differ = np.abs(got - expected)
+                assert (differ > 1).sum() <= 3 * 3 * max(image.size), level  # at the edge to the fill colour
+                assert (differ == 1).mean() < 0.1, level
 
 
 def test_every_operation_of_a_policy_is_known() -> None:
@@ -237,8 +243,11 @@ def test_unknown_and_missing_decoders(monkeypatch: pytest.MonkeyPatch) -> None:
         with_decoder("turbo", train_transform(SIZE, 3, MEAN, STD, "bicubic", PLAIN))
     with pytest.raises(ValueError, match="DATA.DECODER"):
         load_config(opts=["DATA.DECODER", "turbo"])
+    monkeypatch.delattr(cv2, "IMREAD_COLOR_RGB")
+    with pytest.raises(ValueError, match="older than 4.11"):
+        check_opencv()
     monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(ValueError, match="pip install opencv-python-headless"):
+    with pytest.raises(ValueError, match="pip install 'opencv-python-headless"):
         check_opencv()
 
 
@@ -250,6 +259,27 @@ def test_normalized_tensor_is_exact(mode: str) -> None:
     ours = ToNormalizedTensor(MEAN[:count], STD[:count])
     assert torch.equal(ours(image), expected(image))
     assert torch.equal(ours(np.array(image)), expected(image))
+
+
+@pytest.mark.parametrize("shape", [(50, 31), (1, 40), (40, 1), (1, 1)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_tensors_by_table_are_exact(channels: int, shape: tuple[int, int]) -> None:
+    step = ToNormalizedTensor(MEAN[:channels], STD[:channels])
+    by_table = ToTensorByTable(step, channels)
+    array = np.random.default_rng(0).integers(0, 256, (*shape, channels), dtype=np.uint8)
+    for pixels in (array, array[:, ::-1], array[..., 0] if channels == 1 else array[..., ::-1]):
+        expected = step(pixels.copy())
+        got = by_table(pixels)
+        assert torch.equal(got, expected)
+        got.zero_()  # as erasing does
+        assert torch.equal(by_table(pixels), expected)
+
+
+def test_far_shifts_are_filled() -> None:
+    pixels = np.zeros((3, 200, 3), dtype=np.uint8)
+    for shift in (1e7, -1e7):
+        for move in (opencv_ops.shear_x, opencv_ops.translate_x_abs, opencv_ops.translate_y_abs):
+            assert (move(pixels, shift, fillcolor=9, resample=Image.Resampling.BICUBIC) == 9).all()
 
 
 # --- In the loaders -----------------------------------------------------------------------------------------
