@@ -16,7 +16,7 @@ from torchvision import transforms
 from yacs.config import CfgNode
 
 from config import load_config
-from data import EvalSampler, Loaders, ShardSampler, TrainSampler, build_loaders, source
+from data import EvalSampler, Loaders, ShardSampler, TrainSampler, build_loaders, seeding, source
 from data.images import UndecodableImageError, decode_rgb
 from data.mixing import build_mixup
 from data.seeding import seeded_rngs
@@ -260,6 +260,8 @@ def test_seeded_generators_are_given_back() -> None:
         pass
     assert [first, second, draw()] == expected
     assert np.random.get_bit_generator() is numpy_generator
+    spare = [id(generator) for generator in seeding._SPARE]
+    assert len(set(spare)) == len(spare) and id(numpy_generator) not in spare
     np.random.seed([5, 2**8])  # of the low and the high half of the number
     assert [values[1] for values in outer] == np.random.rand(2).tolist()
 
