@@ -118,7 +118,7 @@ class EncodedImage:
         factor = next((n for n in _REDUCTIONS if height >= n * size[0] and width >= n * size[1]), 1)
         flag = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
         if factor > 1:
-            flag |= getattr(cv2, f"IMREAD_REDUCED_GRAYSCALE_{factor}")  # the first flag makes it colours
+            flag |= getattr(cv2, f"IMREAD_REDUCED_GRAYSCALE_{factor}")  # in colours, by the RGB flag
         pixels = None
         for data in (self._upper_part(top + height), self._encoded):
             if pixels is None and data is not None:

@@ -266,6 +266,7 @@ def test_seeded_generators_are_given_back() -> None:
     assert [values[1] for values in outer] == np.random.rand(2).tolist()
 
 
+@pytest.mark.skipif(not Path("/proc/version").exists(), reason="only Linux has such files at hand")
 def test_files_that_do_not_tell_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are read whole, up to the limit."""
     version = FileSource(Path("/proc"), ["version"], [0])
