@@ -220,9 +220,38 @@ def test_row_numbers_are_kept_with_their_tables() -> None:
     rows = [cpu_kernel._rows(table.gathered_index, 28, 28, 7, 2, 5) for table in (first, second, first)]
     assert rows[0] is rows[2] and rows[0] is not rows[1]
     for table, made in zip((first, second), rows, strict=False):
-        keys = table.gathered_index.shape[1]
-        read = made.read[0].view(5, 49 + 2 * keys)[:, 49 : 49 + keys]
-        assert torch.equal(read.long(), (table.gathered_index[:5] * 3 + 1) * 2)
+        _, keys, _ = cpu_kernel._gathered_parts(made.read[0][:, None], 49, table.gathered_index.shape[1])
+        assert torch.equal(keys[..., 0].long(), (table.gathered_index[:5] * 3 + 1) * 2)
+
+
+def test_what_a_score_matrix_needs_lies_together() -> None:
+    """Equal runs of rows, matrix by matrix, in every piece; gradients are arrays that products fill."""
+    table = _ring_pooled_keys(RingPooledKeys(7, 3, 3, 1), 28, 28, CPU).table
+    keys = table.gathered_index.shape[1]
+    pieces = cpu_kernel._rows(table.gathered_index, 28, 28, 7, 2, 5).read
+    assert [len(piece) // (49 + 2 * keys) for piece in pieces] == [
+        5,
+        5,
+        5,
+        5,
+        5,
+        5,
+        2,
+    ]  # of 2 heads, 16 windows
+    for number, piece in enumerate(pieces):
+        matrices = piece.view(-1, 49 + 2 * keys)
+        for matrix, parts in enumerate(
+            zip(*cpu_kernel._gathered_parts(piece[:, None], 49, keys), strict=True)
+        ):
+            assert torch.equal(torch.cat(parts)[:, 0], matrices[matrix])
+            head, window = divmod(5 * number + matrix, 16)
+            tokens = table.gathered_index[window]
+            q, k, v = (part[:, 0].long() for part in parts)
+            assert torch.equal(k, (tokens * 3 + 1) * 2 + head) and torch.equal(v, (tokens * 3 + 2) * 2 + head)
+            first = window // 4 * 7 * 28 + window % 4 * 7
+            assert q[0] == first * 3 * 2 + head and (q % 6 == head).all()
+    for part in cpu_kernel._gradient_parts(torch.empty(5 * (49 + 2 * keys), 8), 49, keys):
+        assert part.is_contiguous()
 
 
 @pytest.mark.parametrize("side", [14, 28])

@@ -1,15 +1,19 @@
 """Focal attention on the CPU, forward and backward: products of a few windows at a time.
 
 A piece of one image's windows gathers its queries, keys and values, and all that follows up to the result
-stays in the caches: gathered keys and scores are never written to memory. What a score matrix needs lies
-together, so that every operation gives a thread the matrices that it had before: where two cores share no
-cache, the other one's rows are dear. (There forward takes 0.74 and backward 0.85 to 0.88 of the time that it
-takes where a piece's queries, keys and values are three arrays; where they share one, as long. Stages 1 and 2
-of Focal-T, 2026-11-27, two cores of a fourth-generation EPYC, torch 2.14.1.) The backward pass keeps q, k, v
-and the bias, computes the probabilities again, and writes what gathered keys ask for, of one image at a time:
+stays in the caches: gathered keys and scores are never written to memory. The backward pass keeps q, k, v and
+the bias, computes the probabilities again, and writes what gathered keys ask for, of one image at a time:
 
     P = softmax(scale q k' + bias),  dv = P' do,  dP = do v',  ds = P * (dP - rowsum(dP * P)),
     dq = scale ds k,  dk = scale ds' q,  dbias = sum of ds over the batch.
+
+A piece holds q, k and v of one score matrix beside each other. PyTorch shares an operation out to threads in
+equal runs of rows, so most give a thread the matrices that it had before; what another core has in its cache
+is dear where the two share none. On two virtual cores of an EPYC, at times when they did not (200 ns for a
+cache line from one to the other, else 50), forward took 0.74 and backward 0.85 to 0.88 of the time that it
+took with all q, all k and all v of a piece after one another; at other times both took the same (stages 1 and
+2 of Focal-T, 2026-11-27, torch 2.14.1). Where products of float32 matrices may run in bfloat16, oneDNN copies
+q, k and v first.
 
 The gradient of a key is the sum over the slots that read it, taken in a fixed order: two runs give the same
 bits. (PyTorch's fused CPU kernel has no gradient for a bias; with a learned one, autograd falls back to plain
@@ -135,7 +139,7 @@ def _forward(qkv: Tensor, bias: Tensor, index: Tensor, size: tuple[int, ...], sc
     pieces = []
     for source, b, result in zip(rows.read, bias.split(step), results.split(step), strict=True):
         target = read[: len(source)]
-        pieces.append((source, target, *_operands(target, queries, keys), b, result, scores[: len(b)]))
+        pieces.append((source, target, *_gathered_parts(target, queries, keys), b, result, scores[: len(b)]))
     for image, answer in zip(_wide(qkv.flatten(1, 3)), out, strict=True):
         for source, target, q, k, v, b, result, s in pieces:
             torch.index_select(image, 0, source, out=target)
@@ -170,11 +174,11 @@ def _backward(
     asked = bias.new_empty(step * queries, dim)
     gradients = bias.new_empty(matrices * (queries + 2 * keys), dim)
     buffers = bias.new_empty(2, step, queries, keys)
-    parts = (bias, *_results(gradients, queries, keys), d_bias)
+    parts = (bias, *_gradient_parts(gradients, queries, keys), d_bias)
     pieces = []
     for source, answers, *part in zip(rows.read, rows.asked, *(x.split(step) for x in parts), strict=True):
         target, do = read[: len(source)], asked[: len(answers)]
-        operands = (*_operands(target, queries, keys), do.view(-1, queries, dim), *part)
+        operands = (*_gathered_parts(target, queries, keys), do.view(-1, queries, dim), *part)
         pieces.append((source, target, answers, do, (*operands, *buffers[:, : len(part[0])])))
     images, slopes = _wide(qkv.flatten(1, 3)), _wide(d_out.unflatten(2, (heads, dim)).flatten(1, 2))
     for image, slope, d_image in zip(images, slopes, d_qkv, strict=True):
@@ -251,13 +255,17 @@ def _at_once(bias: Tensor) -> int:
     return min(len(bias), threads * ceil(step / threads)) if step > threads else step
 
 
-def _operands(rows: Tensor, queries: int, keys: int) -> tuple[Tensor, ...]:
-    """Queries, keys and values that lie together for each matrix: [m*(Q + 2G), D] -> [m, Q or G, D]."""
-    return rows.unflatten(0, (-1, queries + 2 * keys)).split((queries, keys, keys), dim=1)
+def _gathered_parts(rows: Tensor, queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, which lie beside each other: [m*(Q + 2G), D] -> [m, Q or G, D]."""
+    q, k, v = rows.unflatten(0, (-1, queries + 2 * keys)).split((queries, keys, keys), dim=1)
+    return q, k, v
 
 
-def _results(rows: Tensor, queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Those of all matrices, one after another, as products want their results: likewise."""
+def _gradient_parts(rows: Tensor, queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of all queries, of all keys and of all values, as `Slots` counts them: likewise, contiguous.
+
+    Into other arrays PyTorch computes one product after another.
+    """
     count = len(rows) // (queries + 2 * keys)
     q, k, v = rows.split((count * queries, count * keys, count * keys))
     return q.view(count, queries, -1), k.view(count, keys, -1), v.view(count, keys, -1)
