@@ -229,20 +229,11 @@ def test_what_a_score_matrix_needs_lies_together() -> None:
     table = _ring_pooled_keys(RingPooledKeys(7, 3, 3, 1), 28, 28, CPU).table
     keys = table.gathered_index.shape[1]
     pieces = cpu_kernel._rows(table.gathered_index, 28, 28, 7, 2, 5).read
-    assert [len(piece) // (49 + 2 * keys) for piece in pieces] == [
-        5,
-        5,
-        5,
-        5,
-        5,
-        5,
-        2,
-    ]  # of 2 heads, 16 windows
+    assert [len(piece) // (49 + 2 * keys) for piece in pieces] == 6 * [5] + [2]  # 2 heads, 16 windows
     for number, piece in enumerate(pieces):
         matrices = piece.view(-1, 49 + 2 * keys)
-        for matrix, parts in enumerate(
-            zip(*cpu_kernel._gathered_parts(piece[:, None], 49, keys), strict=True)
-        ):
+        gathered = cpu_kernel._gathered_parts(piece[:, None], 49, keys)
+        for matrix, parts in enumerate(zip(*gathered, strict=True)):
             assert torch.equal(torch.cat(parts)[:, 0], matrices[matrix])
             head, window = divmod(5 * number + matrix, 16)
             tokens = table.gathered_index[window]

@@ -11,9 +11,9 @@ A piece holds q, k and v of one score matrix beside each other. PyTorch shares a
 equal runs of rows, so most give a thread the matrices that it had before; what another core has in its cache
 is dear where the two share none. On two virtual cores of an EPYC, at times when they did not (200 ns for a
 cache line from one to the other, else 50), forward took 0.74 and backward 0.85 to 0.88 of the time that it
-took with all q, all k and all v of a piece after one another; at other times both took the same (stages 1 and
-2 of Focal-T, 2026-11-27, torch 2.14.1). Where products of float32 matrices may run in bfloat16, oneDNN copies
-q, k and v first.
+took with all q, all k and all v of a piece after one another, as in commit 212d091; at other times both took
+the same (stages 1 and 2 of Focal-T, batch 8, 2026-11-27, torch 2.14.1). Where products of float32 matrices
+may run in bfloat16, oneDNN copies q, k and v first.
 
 The gradient of a key is the sum over the slots that read it, taken in a fixed order: two runs give the same
 bits. (PyTorch's fused CPU kernel has no gradient for a bias; with a learned one, autograd falls back to plain
@@ -262,9 +262,9 @@ def _gathered_parts(rows: Tensor, queries: int, keys: int) -> tuple[Tensor, Tens
 
 
 def _gradient_parts(rows: Tensor, queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Those of all queries, of all keys and of all values, as `Slots` counts them: likewise, contiguous.
+    """Gradients of all queries, then all keys, then all values: [m*(Q + 2G), D] -> [m, Q or G, D].
 
-    Into other arrays PyTorch computes one product after another.
+    `Slots` counts them so; and PyTorch computes products into arrays that are not contiguous one by one.
     """
     count = len(rows) // (queries + 2 * keys)
     q, k, v = rows.split((count * queries, count * keys, count * keys))
