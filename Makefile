@@ -162,7 +162,6 @@ test: $(SETUP) $(SETUP_OPENMMLAB)
 gpu-report: $(SETUP)
 	@status=0; \
 	$(RUN) tools/profile_attention.py $(GPU_KERNELS) --precisions bf16 fp16 fp32 --sizes 224 448 || status=1; \
-	$(RUN) tools/profile_block_ops.py $(GPU_KERNELS) --precisions bf16 fp32 --sizes 224 448 || status=1; \
 	$(RUN) tools/tune_attention.py $(GPU_KERNELS) --precisions bf16 --sizes 224 || status=1; \
 	$(RUN) tools/benchmark.py --preset gpu --minutes $(GPU_MINUTES) || status=1; \
 	exit $$status

@@ -26,7 +26,14 @@ from yacs.config import CfgNode as CN
 
 DATASETS = ("imagenet", "imagenet22k", "imagewoof", "folder")
 MODEL_TYPES = ("focal", "focalv2")
-ATTENTION_BACKENDS = ("auto", "reference", "sdpa", "triton")
+ATTENTION_BACKENDS = (
+    "auto",
+    "plain",
+    "cpu",
+    "triton",
+    "sdpa",
+    "reference",
+)  # the last two: plain, in older files
 DECODERS = ("pil", "opencv")
 OPTIMIZERS = ("adamw", "sgd", "fused_adam", "fused_lamb")
 SCHEDULERS = ("cosine", "linear", "step")
@@ -70,7 +77,7 @@ _C.MODEL.NUM_CLASSES = 1000
 _C.MODEL.DROP_RATE = 0.0  # dropout
 _C.MODEL.DROP_PATH_RATE = 0.1  # stochastic depth of the last block; rises linearly from 0
 _C.MODEL.LABEL_SMOOTHING = 0.1
-_C.MODEL.ATTENTION_BACKEND = "auto"  # auto | reference | sdpa | triton
+_C.MODEL.ATTENTION_BACKEND = "auto"  # auto | plain | cpu | triton
 _C.MODEL.SPEC = CN(new_allowed=True)  # no effect; holds anything
 
 _C.MODEL.FOCAL = CN()

@@ -16,7 +16,6 @@ from torch import nn
 from yacs.config import CfgNode
 
 from models import FocalTransformer
-from models.registry import TimmFocalTransformer
 
 ParamGroups = list[dict[str, Any]]
 
@@ -61,7 +60,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
     classifier.
 
     Args:
-        model: its ``no_weight_decay()``, if it has one, returns names of parameters to exempt.
+        model: its ``no_weight_decay()`` and timm's ``group_matcher()`` are used if there are such.
         weight_decay: decay of those that have one.
         layer_decay: share of a layer's rate that the layer before it gets.
 
@@ -69,7 +68,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
         ValueError: nothing to train.
     """
     exempt: set[str] = getattr(model, "no_weight_decay", set)()
-    layers = group_parameters(model, TimmFocalTransformer.group_matcher(model), reverse=True)
+    matcher: dict[str, Any] = getattr(model, "group_matcher", dict)()
+    layers = group_parameters(model, matcher, reverse=True)
     last = max(layers.values(), default=0)
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

@@ -1,9 +1,12 @@
 """Focal Transformer: everything about the network. Needs torch and timm, nothing else of this repository."""
 
+from . import ops
 from .build import build_model, count_params_and_macs
 from .checkpoint import load_checkpoint, read_checkpoint
 from .focal_transformer import FocalTransformer
-from .registry import VARIANTS, TimmFocalTransformer
+from .registry import VARIANTS
+
+TimmFocalTransformer = FocalTransformer  # one class now; the name for code that was written with two
 
 __all__ = [
     "VARIANTS",
@@ -12,5 +15,6 @@ __all__ = [
     "build_model",
     "count_params_and_macs",
     "load_checkpoint",
+    "ops",
     "read_checkpoint",
 ]

@@ -58,15 +58,15 @@ def build_model(config: CfgNode) -> FocalTransformer:
 def count_params_and_macs(config: CfgNode) -> tuple[int, int]:
     """Parameters, and multiply-accumulates of one image at DATA.IMG_SIZE.
 
-    Counted on the meta device with the reference backend, every matrix product and convolution that its
+    Counted on the meta device with the plain operator, every matrix product and convolution that its
     definition needs; norms, activations and softmax are not counted.
     """
     config = config.clone()
     config.defrost()
-    config.MODEL.ATTENTION_BACKEND = "reference"
+    config.MODEL.ATTENTION_BACKEND = "plain"
     size = config.DATA.IMG_SIZE
     size = [size, size] if isinstance(size, int) else size
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
         model = build_model(config).to("meta").eval()
-        model(torch.empty(1, model.in_chans, *size))
+        model(torch.empty(1, model.in_chans, *size, device="meta"))
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2

@@ -1,35 +1,29 @@
-"""Checkpoints: the original release's and ours, read safely and completely or not at all.
+"""Read checkpoints safely, and load them completely or not at all.
 
-Parameters carry the original's names, so its files need no renaming. What they hold beside parameters are
-index tables: those that follow from the options are dropped, Focal-fast's choice of nearest keys is loaded.
-A checkpoint fits models of its own window size, focal windows and input size; for others it is resized on
-request (resize.py).
-
-Files are always read with `weights_only=True`, and looked through before that by checkpoint_scan.py. The
-original pickled its yacs config into training checkpoints; that one class is read as a plain dict, any other
-code in a file is refused.
+Files of the original release, of this codebase and of common tools (timm, mmdet, mmseg, Lightning) are read.
+Parameters keep the original's names. Tables that follow from the options are skipped; Focal-fast's choice of
+nearest keys is loaded. A checkpoint fits models of its own window size, focal windows, input size and input
+channels; with `resize` it is adapted to others (resize.py).
 """
 
 from __future__ import annotations
 
 import logging
-import pickle
 import re
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from .checkpoint_scan import CodeInFileError, DamagedFileError, check_checkpoint
 from .download import fetch, is_address
-from .focal_attention import FocalAttention
-from .key_selection import NearestKeys
+from .focal_transformer import FocalFastAttention
 from .resize import choices_of_other_maps, depends_on_setting, is_plain, is_ring, resize_state
 from .safetensors_file import read_safetensors
+from .torch_file import read_torch_file, shown
 
 logger = logging.getLogger(__name__)
 
@@ -45,18 +39,18 @@ HEAD = ("head.weight", "head.bias")
 STATE_KEYS = ("model", "state_dict", "model_state_dict")
 """Where a file may hold its parameters; else the file is the state dict itself."""
 
+STEM = "patch_embed.proj.weight"
+"""The first convolution, [C, in_chans, k, k]; every file of weights has one."""
+
+RGB = 3
+PREFIXES = re.compile(r"(?:(?:module|_orig_mod|model|backbone|encoder)\.)*")
+"""What wrappers and larger models put before the names of this one."""
+
+WRAPPERS = re.compile(r"(?:module|_orig_mod)\.")
+"""The prefixes of DataParallel, DistributedDataParallel and torch.compile."""
+
 GENERAL_ADVICE = "Use the config that the checkpoint was trained with, and an undamaged copy."
-HEAD_ADVICE = "Only the classifier differs: set MODEL.NUM_CLASSES, or ask for a new head (reset_head)."
-SETTING_ADVICE = (
-    "Only what depends on windows or the input size differs: set them as they were, or have the checkpoint "
-    "resized (resize; training with --pretrained does)."
-)
-BOTH_ADVICE = (
-    "Only the classifier and what depends on windows or the input size differ: set them as they were, or ask "
-    "for a new head (reset_head) and have the rest resized (resize; training with --pretrained does)."
-)
 SHOWN_KEYS = 12
-SHOWN_LETTERS = 120
 
 
 @dataclass
@@ -70,10 +64,12 @@ class LoadReport:
     resized: list[str] = field(default_factory=list)  # parameters of another window or input size
     continued: list[str] = field(default_factory=list)  # rings that the file lacks, made of its own windows
     dropped: list[str] = field(default_factory=list)  # rings that the model lacks
+    adapted: list[str] = field(default_factory=list)  # the first convolution, of other input channels
+    left_out: list[str] = field(default_factory=list)  # of a larger model, what is not this one's
 
 
 def read_checkpoint(path_or_url: str | Path) -> dict[str, Any]:
-    """Read a checkpoint file to the CPU without executing anything in it, in no more memory than it is long.
+    """Read a checkpoint file to the CPU without executing anything in it.
 
     Args:
         path_or_url: a file of torch.save or a `.safetensors` file, or an http(s) address of one, which is
@@ -85,7 +81,7 @@ def read_checkpoint(path_or_url: str | Path) -> dict[str, Any]:
     """
     path = _local_file(path_or_url)
     try:
-        return _read_file(path)
+        return read_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
     except ValueError as error:
         if not is_address(path_or_url):
             raise
@@ -94,40 +90,22 @@ def read_checkpoint(path_or_url: str | Path) -> dict[str, Any]:
         ) from error
 
 
-def _read_file(path: Path) -> dict[str, Any]:
-    """`read_checkpoint` of a file that is there."""
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
-    try:
-        with open(path, "rb") as file:
-            check_checkpoint(file)
-            file.seek(0)
-            with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
-                content = torch.load(file, map_location="cpu", weights_only=True)
-    except CodeInFileError as error:
-        raise ValueError(
-            f"{path}: refused, because reading it would execute code ({_shown(error)}). A checkpoint may "
-            "hold tensors, numbers, text, lists and dicts; save it again without the rest"
-        ) from error
-    except DamagedFileError as error:
-        raise ValueError(f"{path}: not a checkpoint, or damaged ({_shown(error)}); get it again") from error
-    except OSError as error:
-        raise ValueError(f"{path}: expected a file that can be read, got: {_shown(error)}") from error
-    except MemoryError as error:
-        raise ValueError(f"{path}: {path.stat().st_size:,} bytes do not fit into memory") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not a checkpoint, or damaged ({_shown(error)}); get it again") from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path}: expected a dict of tensors, found {type(content).__name__}")
-    return dict(content)
-
-
 def state_dict_of(checkpoint: Mapping[str, Any], origin: str = "checkpoint") -> dict[str, Tensor]:
     """The parameters in what `read_checkpoint` returned, under today's names.
+
+    Prefixes of wrappers (module., _orig_mod.) and of larger models (backbone., encoder., model.) are removed,
+    in any order. What a larger model has beside this one is left out, and logged.
 
     Raises:
         ValueError: there are none, an entry is no tensor, or a name is none or occurs twice.
     """
+    state, left_out = _own_state(checkpoint, origin)
+    _log(LoadReport(origin, left_out=left_out))
+    return state
+
+
+def _own_state(checkpoint: Mapping[str, Any], origin: str) -> tuple[dict[str, Tensor], list[str]]:
+    """`state_dict_of`, and the names that it leaves out."""
     state = next(
         (checkpoint[key] for key in STATE_KEYS if isinstance(checkpoint.get(key), Mapping)), checkpoint
     )
@@ -139,11 +117,37 @@ def state_dict_of(checkpoint: Mapping[str, Any], origin: str = "checkpoint") -> 
             f"{origin}: expected a state dict, bare or under one of {', '.join(STATE_KEYS)}; found "
             f"{'no entries' if not state else 'entries that are no tensors: ' + _listed(not_tensors)}"
         )
-    count = len(state)
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    if len(state) < count:
-        raise ValueError(f"{origin}: expected every name once, found names both with and without 'module.'")
-    return {key: value for key, value in state.items() if not DERIVED_BUFFERS.search(key)}
+    own, left_out = _without_prefixes(state, origin)
+    return {key: value for key, value in own.items() if not DERIVED_BUFFERS.search(key)}, left_out
+
+
+def _without_prefixes(state: Mapping[str, Tensor], origin: str) -> tuple[dict[str, Tensor], list[str]]:
+    """The entries that stand beside the first convolution, under bare names, and the names of all others.
+
+    {module.backbone.patch_embed.proj.weight: a, module.neck.weight: b} -> {patch_embed.proj.weight: a},
+    [neck.weight]. Without prefix, nothing is left out: what else is there is unexpected.
+
+    Raises:
+        ValueError: a name occurs twice.
+    """
+    places: dict[str, dict[str, Tensor]] = {}  # prefix without wrappers -> bare name -> entry
+    twice: set[str] = set()
+    for key, value in state.items():
+        name = PREFIXES.sub("", key, count=1)
+        place = places.setdefault(WRAPPERS.sub("", key.removesuffix(name)), {})
+        twice |= {name} & place.keys()
+        place[name] = value
+    homes = [place for place, entries in places.items() if STEM in entries]
+    home = homes[0] if homes else "" if len(places) > 1 else next(iter(places))
+    own = places.pop(home, {})
+    rest = {place + name: value for place, entries in places.items() for name, value in entries.items()}
+    twice |= own.keys() & rest.keys() | ({STEM} if len(homes) > 1 else set())
+    if twice:
+        raise ValueError(
+            f"{origin}: expected every name once, found these with different prefixes or with and without "
+            f"one: {_listed(sorted(twice))}"
+        )
+    return (own, sorted(rest)) if home else (own | rest, [])
 
 
 def read_class_map(path: str | Path, num_classes: int) -> list[int | None]:
@@ -164,13 +168,13 @@ def read_class_map(path: str | Path, num_classes: int) -> list[int | None]:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected a text file that can be read, got: {_shown(error)}") from error
+        raise ValueError(f"{path}: expected a text file that can be read, got: {shown(error)}") from error
     lines = [line.strip() for line in text.rstrip().splitlines()]
     for number, line in enumerate(lines, start=1):
         if not re.fullmatch(r"-1?|[0-9]{1,9}", line, re.ASCII):
             raise ValueError(
                 f"{path}, line {number}: expected the index of a class in the older classifier, or - for a "
-                f"class that it lacks, got {_shown(line)!r}; correct the line"
+                f"class that it lacks, got {shown(line)!r}; correct the line"
             )
     if len(lines) != num_classes:
         raise ValueError(
@@ -189,10 +193,12 @@ def load_checkpoint(
     """Load all parameters of a model from an original or own checkpoint, or change nothing.
 
     Args:
-        model: a FocalTransformer, on any device.
+        model: a FocalTransformer, on any device; also inside torch.compile, DataParallel or
+            DistributedDataParallel.
         path_or_url: see `read_checkpoint`.
         reset_head: leave the classifier as it is (another set of classes, or a backbone without one).
-        resize: fit what depends on window, focal windows, ring and input size to those of the model.
+        resize: fit what depends on window, focal windows, ring and input size to those of the model, and the
+            first convolution from 3 input channels to other numbers.
         class_map: for each class of the model, which class of the file's classifier it continues; None for
             one that stays fresh (`read_class_map`). Not together with reset_head.
 
@@ -204,9 +210,10 @@ def load_checkpoint(
         ValueError: unreadable, or keys that are missing, unexpected, mis-shaped, of another kind or not
             finite, all listed.
     """
-    given = state_dict_of(read_checkpoint(path_or_url), str(path_or_url))
+    model = _unwrapped(model)
+    given, left_out = _own_state(read_checkpoint(path_or_url), str(path_or_url))
     wanted = model.state_dict()
-    report = LoadReport(str(path_or_url))
+    report = LoadReport(str(path_or_url), left_out=left_out)
     if reset_head:
         report.reset = sorted(key for key in HEAD if key in given or key in wanted)
         given = {key: value for key, value in given.items() if key not in HEAD}
@@ -216,7 +223,8 @@ def load_checkpoint(
         given |= _mapped_head(given, wanted, class_map, report.path)
     elsewhere = [key for key in given if CHOICE_BUFFERS.search(key) and _differ_in_shape(given, wanted, key)]
     if resize:
-        done = resize_state(given, wanted, getattr(model, "built_for", None))
+        report.adapted = _adapt_stem(given, wanted)
+        done = resize_state(given, wanted, getattr(model, "train_resolution", None))
         report.resized, report.continued, report.dropped = done.resized, done.continued, done.dropped
         elsewhere += [key for key in choices_of_other_maps(model, given) if key not in elsewhere]
     for key in elsewhere:
@@ -224,11 +232,35 @@ def load_checkpoint(
         del given[key], wanted[key]
     check_state(given, wanted, report.path)
     for name, layer in model.named_modules():
-        if isinstance(layer, FocalAttention) and isinstance(layer.selection, NearestKeys):
-            _check_choice(layer, layer.selection, name, given, report.path)
+        if isinstance(layer, FocalFastAttention):
+            _check_choice(layer, name, given, report.path)
     model.load_state_dict(given, strict=False)  # complete but for what the report says
     _log(report)
     return report
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile, DataParallel and DistributedDataParallel."""
+    while (inner := model._modules.get("_orig_mod", model._modules.get("module"))) is not None:
+        model = inner
+    return model
+
+
+def _adapt_stem(given: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    """Fit a first convolution of 3 input channels to the model's number, as timm does; what was changed."""
+    old, new = given.get(STEM), wanted.get(STEM)
+    if old is None or new is None or not _is_weight(old):
+        return []
+    if not _differs_in_channels(old, new) or old.shape[1] != RGB:
+        return []
+    given[STEM] = adapt_input_conv(new.shape[1], old)
+    return [STEM]
+
+
+def _differs_in_channels(old: Tensor, new: Tensor) -> bool:
+    """Whether two kernels [C, in_chans, k, k] differ in in_chans alone."""
+    rest = [(len(x), *x.shape[2:]) for x in (old, new) if x.ndim == 4]
+    return len(rest) == 2 and rest[0] == rest[1] and old.shape[1] != new.shape[1]
 
 
 def _mapped_head(
@@ -276,6 +308,8 @@ def _log(report: LoadReport) -> None:
         (logging.WARNING, report.classes, "the class map leaves new classes fresh"),
         (logging.WARNING, report.continued, "rings that it lacks are continued from its own windows' tables"),
         (logging.WARNING, report.dropped, "rings that the model lacks are dropped"),
+        (logging.WARNING, report.left_out, "parts of a larger model are left out"),
+        (logging.WARNING, report.adapted, "made for 3 input channels, adapted to the model's number"),
         (logging.INFO, report.resized, "made for other windows or another input size, resized"),
         (logging.INFO, report.recomputed, "made for another input size; nearest keys are chosen anew in"),
     ):
@@ -309,13 +343,15 @@ def check_state(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], origi
             problems.append(f"{len(broken)} with nan or inf: {_listed(broken)}")
     if not problems:
         return
-    advice = _advice([*missing, *unexpected], unlike) if not kinds else GENERAL_ADVICE
+    advice = GENERAL_ADVICE if kinds else _advice(given, wanted, [*missing, *unexpected], unlike)
     raise ValueError(
         f"{origin} does not fit the model; nothing was loaded. {advice}\n  " + "\n  ".join(problems)
     )
 
 
-def _advice(on_one_side: list[str], unlike: list[str]) -> str:
+def _advice(
+    given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], on_one_side: list[str], unlike: list[str]
+) -> str:
     """What to do about keys that only one of two state dicts has, and those of unlike shapes.
 
     Rings come and go with the input size; other tables only change their shape with it.
@@ -324,24 +360,38 @@ def _advice(on_one_side: list[str], unlike: list[str]) -> str:
     head = [key for key in names if key in HEAD]
     setting = [key for key in on_one_side if is_ring(key)]
     setting += [key for key in unlike if depends_on_setting(key)]
-    if len(head) + len(setting) < len(names):
+    stem = [key for key in unlike if key == STEM and _differs_in_channels(given[key], wanted[key])]
+    if not names or len(head) + len(setting) + len(stem) < len(names):
         return GENERAL_ADVICE
-    by_difference = {
-        (False, False): GENERAL_ADVICE,
-        (True, False): HEAD_ADVICE,
-        (False, True): SETTING_ADVICE,
-        (True, True): BOTH_ADVICE,
-    }
-    return by_difference[bool(head), bool(setting)]
+    what, remedies = [], []
+    if head:
+        what.append("the classifier")
+        remedies.append("set MODEL.NUM_CLASSES, or ask for a new head (reset_head)")
+    if setting:
+        what.append("what depends on windows or the input size")
+        remedies.append(
+            "set windows and input size as they were, or have the checkpoint resized (resize; training with "
+            "--pretrained does)"
+        )
+    if stem:
+        channels = given[STEM].shape[1]
+        what.append("the number of input channels")
+        remedies.append(
+            f"set MODEL.FOCAL.IN_CHANS (in_chans) to {channels}, or "
+            + (
+                "have the first convolution adapted (resize; training with --pretrained does)"
+                if channels == RGB
+                else f"use weights of {RGB} channels, which can be adapted (resize)"
+            )
+        )
+    return f"Only {' and '.join(what)} differ{'s' * (len(what) == 1)}: {'; '.join(remedies)}."
 
 
-def _check_choice(
-    layer: FocalAttention, selection: NearestKeys, name: str, given: Mapping[str, Tensor], origin: str
-) -> None:
-    """Raise ValueError where the file's choice of nearest keys cannot be."""
-    choice = [given.get(f"{name}.{key}", own) for key, own in layer.named_buffers(recurse=False)]
+def _check_choice(layer: FocalFastAttention, name: str, given: Mapping[str, Tensor], origin: str) -> None:
+    """Raise ValueError where the file's choice of nearest keys names tokens that do not exist."""
+    choice = [given.get(f"{name}.{key}", getattr(layer, key)) for key in layer.choice_names]
     try:
-        selection.check_choice(choice)
+        layer.check_choice(choice)
     except ValueError as error:
         raise ValueError(f"{origin}: {name}: {error}; nothing was loaded") from error
 
@@ -353,14 +403,7 @@ def _kind(tensor: Tensor) -> str:
 
 def _listed(names: list[Any]) -> str:
     more = f", ... ({len(names) - SHOWN_KEYS} more)" if len(names) > SHOWN_KEYS else ""
-    return ", ".join(_shown(name) for name in names[:SHOWN_KEYS]) + more
-
-
-def _shown(value: Any) -> str:
-    """Text of a file for a message: not endless, in one line, and nothing that steers a terminal."""
-    text = " ".join(str(value).split()) or type(value).__name__
-    text = text if len(text) <= SHOWN_LETTERS else f"{text[:SHOWN_LETTERS]}..."
-    return text if text.isprintable() else repr(text)
+    return ", ".join(shown(name) for name in names[:SHOWN_KEYS]) + more
 
 
 def _local_file(path_or_url: str | Path) -> Path:

@@ -1,293 +1,911 @@
-"""Focal Transformer (Yang et al., "Focal Self-attention for Local-Global Interactions in Vision
-Transformers", NeurIPS 2021), classifier and backbone, Focal and Focal-fast, in one class.
+"""Focal Transformer (Yang et al., NeurIPS 2021, arXiv 2107.00641): the whole network, in one file.
 
-Four stages of blocks (paper section 3.1, figure 2); every stage but the last ends in a patch embedding that
-halves the map and doubles the channels. Departures from the original: any input size, whatever the model was
-built for; contradictory options are refused; the maps stay [B, H, W, C] from the stem to the head.
+Needs only torch and timm. Works as a single file with the plain attention operator; ops/ adds faster ones.
 
-Legend: B batch, H W rows and columns, C channels, s window side, e expand size.
+Focal attention (section 3.2, equation 3): every token attends finely to its surroundings and coarsely to the
+rest. The map is cut into windows of s x s tokens. All queries of a window share one list of keys:
+
+    own window   its s x s tokens
+    ring         four copies of the window, moved diagonally by e tokens, without what falls into the window;
+                 tokens in two copies count twice; beyond the border of the map the ring wraps around
+    level k      m x m coarse tokens, m = f + 2^k - 1, centred on the window and including its own ones; a
+                 coarse token is pooled from p x p fine ones, p = s // 2^k; outside the map they are masked
+
+    out = softmax(scale * q k^T + bias) v,      one softmax over all keys of the window
+
+One linear layer makes q, k and v of fine and coarse tokens. The bias is learned per head, and all windows
+share it: own window and levels by relative position, the ring by query and slot. Focal-fast (only in the
+released code) attends to the fine and coarse tokens nearest to the window's centre instead, and an MLP
+computes the bias from the offset query - key.
+
+Differences from the original: any input size; contradictory options are refused; masks are -inf, not -100.
+
+Legend: B batch, H W rows and columns of a map, T = H*W fine tokens (inside attention including the padding to
+whole windows), S = T + coarse tokens, C channels, N heads, D = C/N, s window side, e expand size, f focal
+window, P windows, Q = s*s queries of a window, K its keys. Maps are [B, H, W, C], positions (row, column);
+everything is numbered row by row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import logging
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from threading import Lock
+from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
-from timm.layers import DropPath, trunc_normal_
+from timm.layers import DropPath, Mlp, SelectAdaptivePool2d, to_2tuple, trunc_normal_
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from .block_ops import add, add_and_norm, normed_attention, takes_kernels
-from .focal_attention import FocalAttention
-from .layers import POOLS, PatchEmbed
-from .mlp import Mlp
-from .options import KINDS, StageOptions, check_options, smallest_side
+logger = logging.getLogger(__name__)
+
+# --- Which keys a window sees: integers that follow from the size of the map --------------------------------
+
+CACHED_INDEXES = 64  # per family and process; a model needs one or two per stage and input size
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionIndex:
+    """The keys of every window of one map size, on one device."""
+
+    height: int  # of the padded map
+    width: int
+    window: int  # s
+    windows: int  # P
+    keys: Tensor  # int64 [P, K]: token of each key; masked keys hold the window's first token
+    visible: Tensor | None  # bool [P, 1 or Q, K]: False for masked keys; None if all are visible
+    bias_index: tuple[tuple[Tensor, ...], ...]  # what the layer's `bias` looks up, per group of keys
+    backend: str = "plain"  # the operator that this is for
+    tables: Any = None  # what that operator derived from the above
+
+
+def grid(height: int, width: int) -> np.ndarray:
+    """Row and column of every cell: [height * width, 2]."""
+    return np.stack(np.divmod(np.arange(height * width), width), axis=-1)
+
+
+def padded_size(height: int, width: int, window: int) -> tuple[int, int]:
+    """Rows and columns of a map padded to whole windows."""
+    return -(-height // window) * window, -(-width // window) * window
+
+
+def ring_offsets(window: int, expand: int) -> np.ndarray:
+    """Position of every ring slot relative to the window's first token: [slots, 2].
+
+    Four copies of the window, moved by `expand` towards each corner, without what falls into the window.
+    """
+    corners = np.array([(1, 1), (1, -1), (-1, 1), (-1, -1)]) * expand
+    moved = (grid(window, window) + corners[:, None]).reshape(-1, 2)
+    return moved[((moved < 0) | (moved >= window)).any(axis=1)]
+
+
+def relative_index(window: int, region: int) -> np.ndarray:
+    """Row of the bias table for each query of a window and cell of a square: [Q, region * region]."""
+    offset = grid(window, window)[:, None] - grid(region, region)[None] + region - 1
+    return offset[..., 0] * (window + region - 1) + offset[..., 1]
+
+
+def shift_mask(height: int, width: int, window: int, shift: int) -> np.ndarray:
+    """Which tokens of a window each of its queries may see on a rolled map, as in Swin: bool [P, Q, Q]."""
+    sides = [np.searchsorted((n - window, n - shift), np.arange(n), side="right") for n in (height, width)]
+    label = sides[0][:, None] * 3 + sides[1][None]  # of 3 x 3 regions
+    label = label.reshape(height // window, window, width // window, window).swapaxes(1, 2)
+    label = label.reshape(-1, window * window)
+    return label[:, :, None] == label[:, None, :]
+
+
+def nearest_cells(rows: np.ndarray, columns: np.ndarray, height: int, width: int, count: int) -> np.ndarray:
+    """The `count` nearest cells of a map for each centre, nearest first, ties row by row.
+
+    Centres are all pairs of `rows` [R] and `columns` [X]; they may lie outside the map. Those with the same
+    distances to the border, as far as these matter, share one answer. Returns int64 [R * X, count].
+    """
+    farthest = int(np.abs(rows).max() + np.abs(columns).max()) + height + width
+    radius = 2 * int(np.ceil(np.sqrt(count / np.pi))) + 1  # a quarter of such a disc holds `count` cells
+    while True:
+        offset = grid(2 * radius + 1, 2 * radius + 1) - radius
+        distance = (offset**2).sum(axis=1)
+        disc = offset[np.argsort(distance, kind="stable")]
+        disc = disc[: np.count_nonzero(distance <= radius**2)]
+        in_rows, row_class = _inside(rows, height, disc[:, 0], radius)
+        in_columns, column_class = _inside(columns, width, disc[:, 1], radius)
+        inside = in_rows[:, None] & in_columns  # bool [row classes, column classes, offsets]
+        rank = inside.cumsum(axis=-1, dtype=np.int32)
+        if rank[..., -1].min() >= count or radius >= farthest:
+            break
+        radius += radius // 2
+    chosen = np.flatnonzero(inside & (rank <= count)).reshape(*inside.shape[:2], count) % len(disc)
+    step = (disc @ (width, 1))[chosen]  # cell - centre, [row classes, column classes, count]
+    centre = rows[:, None] * width + columns
+    return (centre[..., None] + step[row_class[:, None], column_class]).reshape(-1, count)
+
+
+def _inside(places: np.ndarray, side: int, offset: np.ndarray, radius: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which offsets from rows (or columns) stay in the map, bool [classes, offsets]; class of each row."""
+    to_border = np.stack([np.minimum(places, radius), np.minimum(side - 1 - places, radius)], axis=1)
+    classes, class_of = np.unique(to_border, axis=0, return_inverse=True)
+    return (offset >= -classes[:, :1]) & (offset <= classes[:, 1:]), class_of.reshape(-1)
+
+
+def cached_unless_traced(build: Callable[..., AttentionIndex]) -> Callable[..., AttentionIndex]:
+    """Cache an index by its arguments. The decorated function takes one more, first: whether the model is
+    traced, when tensors belong to that trace and must not be kept. torch.compile sees a constant."""
+    fresh = torch.inference_mode(False)(build)  # inference tensors could not be used in training
+    cached = lru_cache(maxsize=CACHED_INDEXES)(fresh)
+
+    @torch.compiler.assume_constant_result
+    def get(traced: bool, *key: Any) -> AttentionIndex:
+        return (fresh if traced else cached)(*key)
+
+    return get
+
+
+@cached_unless_traced
+def ring_index(
+    height: int, width: int, config: tuple[int, ...], device: torch.device, backend: str
+) -> AttentionIndex:
+    """Keys of Focal attention on a map of any size: own window, ring, pooled levels."""
+    window, expand, focal_window, pooled_levels, shift = config
+    height, width = padded_size(height, width, window)
+    rows, columns = np.arange(height // window)[:, None], np.arange(width // window)[:, None]
+    dy, dx = np.concatenate([grid(window, window), ring_offsets(window, expand)]).T
+    y, x = (rows * window + dy) % height, (columns * window + dx) % width
+    keys = [y[:, None] * width + x]
+    masks = [np.ones(keys[0].shape, dtype=bool)]
+    bias_index, tokens = [(relative_index(window, window),)], height * width
+    for level in range(pooled_levels):
+        scale, region = 2**level, focal_window + 2**level - 1
+        dy, dx = (grid(region, region) - focal_window // 2).T
+        y, x = rows * scale + dy, columns * scale + dx
+        inside = ((y >= 0) & (y < len(rows) * scale))[:, None] & (x >= 0) & (x < len(columns) * scale)
+        keys.append(np.where(inside, tokens + y[:, None] * (len(columns) * scale) + x, keys[0][..., :1]))
+        masks.append(inside)
+        bias_index.append((relative_index(window, region),))
+        tokens += len(rows) * len(columns) * scale**2
+    windows = len(rows) * len(columns)
+    visible = np.concatenate(masks, axis=-1).reshape(windows, 1, -1)
+    if shift:
+        visible = np.repeat(visible, window**2, axis=1)
+        visible[..., : window**2] = shift_mask(height, width, window, shift)
+    all_keys = np.concatenate(keys, axis=-1).reshape(windows, -1)
+    return make_index((height, width, window), all_keys, visible, bias_index, device, backend)
+
+
+@cached_unless_traced
+def nearest_index(
+    height: int, width: int, config: tuple[Any, ...], device: torch.device, backend: str
+) -> AttentionIndex:
+    """Keys of Focal-fast attention on an unpadded map: the nearest tokens of each level, or those that are
+    stored, in bytes so that they can be a key of the cache."""
+    window, topk, pooled_levels, stored = config
+    padded = padded_size(height, width, window)
+    windows = grid(padded[0] // window, padded[1] // window)
+    if stored is None:
+        levels = nearest_choice(height, width, window, topk, pooled_levels)
+    else:
+        levels = [np.frombuffer(level, dtype=np.int64).reshape(len(windows), -1) for level in stored]
+    rows, columns = np.divmod(levels[0], width)
+    keys = [rows * padded[1] + columns]
+    centre = (windows * window + window // 2)[..., None]
+    to_centre = [(centre[:, 0] - rows, centre[:, 1] - columns, 1)]  # window centre - key, [P, K] each
+    if pooled_levels:
+        keys.append(padded[0] * padded[1] + levels[1])
+        to_centre.append((*(side[:, None] - side[levels[1]] for side in windows.T), window))
+    bias_index = [offset_index(*offset, grid(window, window) - window // 2) for offset in to_centre]
+    return make_index((*padded, window), np.concatenate(keys, axis=1), None, bias_index, device, backend)
+
+
+def nearest_choice(height: int, width: int, window: int, topk: int, pooled_levels: int) -> list[np.ndarray]:
+    """For every window the nearest fine tokens [P, K_0], numbered on the map without padding, and with a
+    pooled level the nearest windows [P, K_1]."""
+    rows, columns = (np.arange(-(-side // window)) for side in (height, width))
+    centres = (rows * window + window // 2, columns * window + window // 2)
+    choice = [nearest_cells(*centres, height, width, min(topk, height * width))]
+    if pooled_levels:
+        count = min(topk, len(rows) * len(columns))
+        choice.append(nearest_cells(rows, columns, len(rows), len(columns), count))
+    return choice
+
+
+def offset_index(y: np.ndarray, x: np.ndarray, unit: int, place: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Tables that look the bias of query - key up by the few offsets that occur.
+
+    Args:
+        y, x: rows and columns of centre - key, [P, K], in units of `unit` tokens.
+        place: query - centre, [Q, 2], in tokens.
+
+    Returns:
+        offsets: those for the MLP, float32 [R, 2], the box of all query - key.
+        rows: for each cell of the box of all centre - key and each query its row of `offsets`, [U, Q].
+        cell: the cell of each key, [P, K].
+    """
+    low, size = np.array([y.min(), x.min()]), (np.ptp(y) + 1, np.ptp(x) + 1)
+    cells, first = grid(*size) * unit, place.min(axis=0)
+    box = cells[-1] + np.ptp(place, axis=0) + 1
+    offsets = grid(*box) + low * unit + first
+    rows = (cells[:, None] + place - first) @ (box[1], 1)
+    return offsets.astype(np.float32), rows, (y - low[0]) * size[1] + x - low[1]
+
+
+def make_index(
+    size: tuple[int, int, int], keys: Any, visible: Any, bias_index: Any, device: torch.device, backend: str
+) -> AttentionIndex:
+    """Move the arrays to `device` and let the backend add its tables."""
+    seen = None if visible is None or visible.all() else torch.tensor(visible, device=device)
+    groups = tuple(tuple(torch.tensor(array, device=device) for array in group) for group in bias_index)
+    index = AttentionIndex(*size, len(keys), torch.tensor(keys, device=device), seen, groups, backend)
+    return replace(index, tables=BACKENDS[backend].tables(index))
+
+
+# --- The operator that computes attention -------------------------------------------------------------------
+
+
+def plain_attention(
+    qkv: Tensor, index: AttentionIndex, bias: Tensor, scale: float, fused: bool = True
+) -> Tensor:
+    """Attention of every window's queries to its keys, in PyTorch's own operations: [B, T, C].
+
+    Args:
+        qkv: [B, S, 3, N, D]; the T fine tokens come first, and the queries of the others are not used.
+        index: which keys each window sees.
+        bias: added to the scores, [N, P or 1, Q, K].
+        scale: factor of the scores.
+        fused: whether PyTorch's fused kernels may run. They have no second derivative.
+    """
+    batch = -1  # as a number from the shape it would become a constant in ONNX files of TorchScript
+    heads, dim, keys = (operator.index(n) for n in (*qkv.shape[3:], bias.shape[-1]))
+    s, windows = index.window, index.windows
+    rows, columns = index.height // s, index.width // s
+    q, k, v = qkv.transpose(1, 3).unbind(2)  # [B, N, S, D]
+    q = q[:, :, : index.height * index.width].reshape(batch, heads, rows, s, columns, s, dim)
+    q = q.transpose(3, 4).reshape(batch, heads * windows, s * s, dim)
+    every_key = index.keys.flatten()
+    k, v = (x.index_select(2, every_key).reshape(batch, heads * windows, keys, dim) for x in (k, v))
+    if index.visible is not None:
+        bias = torch.where(index.visible, bias, float("-inf"))
+    mask = bias.expand(-1, windows, -1, -1).flatten(0, 1)[None].to(q.dtype)  # [1, N*P, Q, K]
+    out = softmax_attention(q, k, v, mask, scale, fused)
+    out = out.reshape(batch, heads, rows, columns, s, s, dim).permute(0, 2, 4, 3, 5, 1, 6)
+    out = out.clone(memory_format=torch.contiguous_format)  # exporters may choose other strides of `out`
+    return out.view(batch, rows * s * columns * s, heads * dim)
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, fused: bool) -> Tensor:
+    """softmax(scale * q k^T + mask) v of [B, M, Q or K, D] with a mask [1, M, Q, K].
+
+    PyTorch's fused kernels have no second or forward-mode derivatives, and on a CPU no gradient of the mask.
+    """
+    trains = torch.is_grad_enabled() and (q.requires_grad or mask.requires_grad)
+    if not fused or is_traced(q) or (trains and q.device.type == "cpu"):
+        wide = torch.promote_types(q.dtype, torch.float32)
+        scores = scale * q.to(wide) @ k.to(wide).transpose(-2, -1) + mask
+        return scores.softmax(dim=-1).to(v.dtype) @ v
+    if q.device.type != "cuda":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    # cuDNN's kernel has returned wrong values with a mask. The choice of kernels is global to the process.
+    lock = nullcontext() if torch.compiler.is_compiling() else SDPA_LOCK
+    with lock, sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+SDPA_LOCK = Lock()
+
+
+class Backend(NamedTuple):
+    """An attention operator that equals `plain_attention`."""
+
+    # why_not(device, dtype, head width D, window side s): why it cannot run there, or None
+    why_not: Callable[[torch.device, torch.dtype, int, int], str | None]
+    # tables(index): what it derives from an index, once for each
+    tables: Callable[[AttentionIndex], Any]
+    # attend(qkv, index, bias, scale): as `plain_attention`
+    attend: Callable[[Tensor, AttentionIndex, Tensor, float], Tensor]
+
+
+BACKENDS: dict[str, Backend] = {"plain": Backend(lambda *_: None, lambda _: None, plain_attention)}
+"""Attention operators by name; the modules of ops/ add theirs. `auto` takes the last one that can run."""
+
+FORMER_BACKENDS = {"sdpa": "plain", "reference": "plain"}  # names in older configs
+
+
+@torch.compiler.assume_constant_result
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, window: int) -> str:
+    """The operator that `name` stands for where a layer runs; ValueError, saying why, if it cannot."""
+    if name == "auto":
+        able = [n for n, b in BACKENDS.items() if b.why_not(device, dtype, head_dim, window) is None]
+        return able[-1]
+    if name not in BACKENDS:
+        raise ValueError(f"attention_backend must be one of auto, {', '.join(BACKENDS)}, got {name!r}")
+    if reason := BACKENDS[name].why_not(device, dtype, head_dim, window):
+        raise ValueError(f"attention_backend {name}: {reason}; choose auto, or one of {', '.join(BACKENDS)}")
+    return name
+
+
+_is_exporting = getattr(torch.compiler, "is_exporting", None)  # from PyTorch 2.7 on
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether the model is exported, traced or transformed, so that the plain operator must run.
+
+    True in torch.export, torch.jit.trace, torch.func, forward-mode AD and for subclasses of Tensor (fake,
+    distributed, ...). False in torch.compile, which supports custom operators. PyTorch 2.6 cannot tell that
+    from a strict export, so there it is True as well where gradients are disabled.
+    """
+    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing() or type(x) is not Tensor:
+        return True
+    if torch.compiler.is_compiling():
+        exporting = _is_exporting() if _is_exporting else not torch.is_grad_enabled()
+        return exporting or not torch.compiler.is_dynamo_compiling()
+    return forward_ad._current_level >= 0
+
+
+# --- Attention ----------------------------------------------------------------------------------------------
+
+POOLS: dict[str, Callable[[int, int], nn.Module]] = {
+    "fc": lambda side, dim: nn.Linear(side * side, 1),
+    "conv": lambda side, dim: nn.Conv2d(dim, dim, side, stride=side, groups=dim),
+    "mean": lambda side, dim: nn.AvgPool2d(side),
+    "max": lambda side, dim: nn.MaxPool2d(side),
+}
+"""Modules that make a coarse token of side x side fine ones of `dim` channels."""
+
+
+def padded(x: Tensor, rows: int, columns: int) -> Tensor:
+    """[B, H, W, C] with zeros at the bottom and right: [B, rows, columns, C]."""
+    more = (0, 0, 0, columns - x.shape[2], 0, rows - x.shape[1])
+    return F.pad(x, more) if any(more) else x
+
+
+def rolled(x: Tensor, shift: int) -> Tensor:
+    """[B, H, W, C] moved down and right by `shift` tokens, around the border."""
+    return torch.roll(x, (shift, shift), dims=(1, 2)) if shift else x
+
+
+def columns_of(table: Tensor, index: Tensor) -> Tensor:
+    """Columns of a table [N, Q, U] for every window: index [P, K] -> [N, P, Q, K].
+
+    A gather is faster on a CPU; elsewhere its gradient would be summed in any order, an embedding's is not.
+    """
+    if table.device.type == "cpu":
+        columns = table.contiguous().gather(2, index.flatten().expand(*table.shape[:2], -1))
+        return columns.unflatten(2, index.shape).transpose(1, 2)
+    rows = table.flatten(0, 1).t()  # [U, N*Q]
+    return F.embedding(index, rows).unflatten(-1, table.shape[:2]).permute(2, 0, 3, 1)
+
+
+class FocalAttention(nn.Module):
+    """Focal attention (paper, section 3.2): every token sees its window, a ring and pooled tokens."""
+
+    def __init__(
+        self,
+        dim: int,  # channels C
+        num_heads: int,  # N; divides C
+        window_size: int,  # s
+        expand_size: int = 0,  # e, how far the ring reaches; 0 for none
+        focal_window: int = 1,  # f, side of the region of the pooled levels, in windows; odd
+        pool: str = "none",  # how coarse tokens are made: none, or a key of POOLS
+        pooled_levels: int = 0,
+        shift_size: int = 0,  # the map is rolled by so many tokens before attention, and back after it
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,  # factor of the scores; None for D ** -0.5
+        proj_drop: float = 0.0,  # dropout after the output projection
+        backend: str = "auto",  # auto, or a key of BACKENDS
+        **bias_options: Any,  # arguments of `add_bias`
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.window_size, self.expand_size, self.focal_window = window_size, expand_size, focal_window
+        self.pool, self.pooled_levels, self.shift_size = pool, pooled_levels, shift_size
+        self.scale = self.head_dim**-0.5 if qk_scale is None else qk_scale
+        self.backend = backend
+        self.add_bias(**bias_options)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def add_bias(self) -> None:
+        """Add the three kinds of bias tables, under the original's names."""
+        s, e, n = self.window_size, self.expand_size, self.num_heads
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * s - 1) ** 2, n))
+        if e > 0:
+            ring = torch.zeros(1, n, s * s, len(ring_offsets(s, e)))
+            self.relative_position_bias_table_to_neighbors = nn.Parameter(trunc_normal_(ring, std=0.02))
+        if self.pooled_levels > 0:
+            sides = [s + self.focal_window + 2**level - 2 for level in range(self.pooled_levels)]
+            self.relative_position_bias_table_to_windows = nn.ParameterList(
+                nn.Parameter(trunc_normal_(torch.zeros(n, side**2), std=0.02)) for side in sides
+            )
+
+    def forward(self, x: Tensor, pools: nn.ModuleList) -> Tensor:
+        """Attend over a map.
+
+        Args:
+            x: normalised map, [B, H, W, C], of any size. Zeros that pad it to whole windows are keys, too.
+            pools: for each pooled level the module that makes its tokens.
+
+        Returns:
+            [B, H, W, C].
+        """
+        height, width = operator.index(x.shape[1]), operator.index(x.shape[2])  # integers in any trace
+        rows, columns = padded_size(height, width, self.window_size)
+        x = self.pad_and_roll(x, rows, columns)
+        coarse = [self.coarse_tokens(x, level, pool) for level, pool in enumerate(pools)]
+        qkv = self.qkv(torch.cat([x.flatten(1, 2), *coarse], dim=1))  # [B, S, 3C]
+        qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
+        index = self.index(height, width, qkv)
+        bias = self.bias(index, x.dtype)
+        x = BACKENDS[index.backend].attend(qkv, index, bias, self.scale)  # [B, T, C]
+        x = self.unroll_and_crop(x.unflatten(1, (rows, columns)), height, width)
+        return self.proj_drop(self.proj(x))
+
+    def pad_and_roll(self, x: Tensor, rows: int, columns: int) -> Tensor:
+        """[B, H, W, C] -> [B, rows, columns, C]."""
+        return rolled(padded(x, rows, columns), -self.shift_size)
+
+    def unroll_and_crop(self, x: Tensor, height: int, width: int) -> Tensor:
+        """Undo `pad_and_roll`."""
+        return rolled(x, self.shift_size)[:, :height, :width]
+
+    def coarse_tokens(self, x: Tensor, level: int, pool: nn.Module) -> Tensor:
+        """Tokens of a pooled level: [B, H, W, C] -> [B, P * 4^level, C]. Where cells do not fill the map, the
+        rest is cropped evenly on both sides."""
+        side = self.window_size // 2**level
+        rows, columns = (n // self.window_size * 2**level for n in x.shape[1:3])
+        top, left = (x.shape[1] - rows * side) // 2, (x.shape[2] - columns * side) // 2
+        x = x[:, top : top + rows * side, left : left + columns * side]
+        if self.pool != "fc":
+            return pool(x.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
+        cells = x.unflatten(2, (columns, side)).unflatten(1, (rows, side))  # [B, rows, p, columns, p, C]
+        cells = cells.permute(2, 4, 0, 1, 3, 5).flatten(2).flatten(0, 1)  # [p*p, B*rows*columns*C]
+        return pool(cells.t()).view(x.shape[0], rows * columns, x.shape[3])
+
+    def running_backend(self, qkv: Tensor) -> str:
+        """Name of the operator that serves these queries, keys and values."""
+        if is_traced(qkv):
+            return "plain"
+        return choose_backend(self.backend, qkv.device, qkv.dtype, self.head_dim, self.window_size)
+
+    def index(self, height: int, width: int, qkv: Tensor) -> AttentionIndex:
+        """The keys of every window of an unpadded map, on the device of `qkv`."""
+        config = (self.window_size, self.expand_size, self.focal_window, self.pooled_levels, self.shift_size)
+        size = padded_size(height, width, self.window_size)  # which is all that matters
+        return ring_index(is_traced(qkv), *size, config, qkv.device, self.running_backend(qkv))
+
+    def bias(self, index: AttentionIndex, dtype: torch.dtype) -> Tensor:
+        """Bias of the scores, the same in all windows: [N, 1, Q, K]."""
+        own, *levels = (rows for (rows,) in index.bias_index)
+        parts = [F.embedding(own, self.relative_position_bias_table).permute(2, 0, 1)]
+        if self.expand_size > 0:
+            parts.append(self.relative_position_bias_table_to_neighbors[0])
+        for level, rows in enumerate(levels):
+            table = self.relative_position_bias_table_to_windows[level].t()
+            parts.append(F.embedding(rows, table).permute(2, 0, 1))
+        return torch.cat(parts, dim=-1)[:, None]
+
+
+class FocalFastAttention(FocalAttention):
+    """Focal-fast attention: every token sees the fine and coarse tokens nearest to its window's centre.
+
+    The original broke ties by an unstable sort, and released weights are trained with its choice. So the
+    state dict stores the chosen keys (`topk_cloest_indice_k`, the original's spelling). They are used at the
+    size they were made for, `train_resolution`; at other sizes the first token wins.
+    """
+
+    def add_bias(self, topk: int, train_resolution: tuple[int, int]) -> None:  # type: ignore[override]
+        """Add an MLP from offset to bias for every level, and the choice of keys.
+
+        Args:
+            topk: keys of each level, or all there are if fewer.
+            train_resolution: H, W of the map that the choice is for.
+        """
+        self.topk = topk
+        self.coord2rpb_all = nn.ModuleList(
+            nn.Sequential(nn.Linear(2, self.head_dim), nn.ReLU(), nn.Linear(self.head_dim, self.num_heads))
+            for _ in range(1 + self.pooled_levels)
+        )
+        self.choice_names = [f"topk_cloest_indice_{level}" for level in range(1 + self.pooled_levels)]
+        self.set_train_resolution(train_resolution, None)
+        self.register_load_state_dict_post_hook(FocalFastAttention.read_choice)
+
+    def set_train_resolution(self, map_size: tuple[int, int], device: torch.device | None) -> None:
+        """Store the nearest keys of a map size in place of those that are stored."""
+        self.train_resolution = map_size
+        choice = nearest_choice(*map_size, self.window_size, self.topk, self.pooled_levels)
+        for name, numbers in zip(self.choice_names, choice, strict=True):
+            self.register_buffer(name, torch.tensor(numbers, device=device))
+        self.stored: tuple[bytes, ...] = tuple(keys.tobytes() for keys in choice)
+        self.stored_versions: tuple | None = None  # of the buffers when `stored` was read
+
+    def pad_and_roll(self, x: Tensor, rows: int, columns: int) -> Tensor:
+        """[B, H, W, C] -> [B, rows, columns, C]; keys are chosen where the map was before padding."""
+        return padded(rolled(x, -self.shift_size), rows, columns)
+
+    def unroll_and_crop(self, x: Tensor, height: int, width: int) -> Tensor:
+        """Undo `pad_and_roll`."""
+        return rolled(x[:, :height, :width], self.shift_size)
+
+    def choice(self) -> list[Tensor]:
+        """The stored keys of each level."""
+        return [getattr(self, name) for name in self.choice_names]
+
+    def check_choice(self, choice: Sequence[Tensor]) -> None:
+        """Raise ValueError for stored keys that name tokens which do not exist."""
+        limits = (self.train_resolution[0] * self.train_resolution[1], len(choice[0]))
+        for name, keys, limit in zip(("fine tokens", "windows"), choice, limits, strict=False):
+            low, high = int(keys.min()), int(keys.max())
+            if low < 0 or high >= limit:
+                found = f"stored nearest {name} run from {low} to {high}, expected 0 to {limit - 1}"
+                raise ValueError(f"{found}: the checkpoint was made for another map size, or is damaged")
+
+    @torch.compiler.assume_constant_result
+    def read_choice(self, _: Any = None) -> None:
+        """Follow the stored keys after they were loaded, moved or written to; a compiled model does when it
+        is compiled and when a state dict is loaded."""
+        choice = self.choice()
+        if torch._C._are_functorch_transforms_active() or any(
+            type(x) is not Tensor or x.is_meta for x in choice
+        ):
+            return
+        versions = tuple((x.data_ptr(), None if x.is_inference() else x._version) for x in choice)
+        if versions != self.stored_versions:
+            self.check_choice(choice)
+            self.stored = tuple(level.long().cpu().numpy().tobytes() for level in choice)
+            self.stored_versions = versions
+
+    def index(self, height: int, width: int, qkv: Tensor) -> AttentionIndex:
+        """The keys of every window of an unpadded map, on the device of `qkv`."""
+        traced, choice = is_traced(qkv), None
+        if (height, width) == self.train_resolution:
+            self.read_choice()
+            choice = self.stored
+        config = (self.window_size, self.topk, self.pooled_levels, choice)
+        return nearest_index(traced, height, width, config, qkv.device, self.running_backend(qkv))
+
+    def bias(self, index: AttentionIndex, dtype: torch.dtype) -> Tensor:
+        """Bias of every window's scores, [N, P, Q, K]; the MLPs get offsets of `dtype`."""
+        parts = []
+        for mlp, (offsets, rows, cell) in zip(self.coord2rpb_all, index.bias_index, strict=True):
+            parts.append(columns_of(F.embedding(rows, mlp(offsets.to(dtype))).permute(2, 1, 0), cell))
+        return torch.cat(parts, dim=-1)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load; where the state lacks a choice of keys, as averaged weights do, the layer's own stays."""
+        own = {prefix + name: value for name, value in zip(self.choice_names, self.choice(), strict=True)}
+        if missing := own.keys() - state_dict.keys():
+            logger.info(f"not in the state, the model's own choice stays: {', '.join(sorted(missing))}")
+        super()._load_from_state_dict({**own, **state_dict}, prefix, *args)
+
+
+# --- The network --------------------------------------------------------------------------------------------
 
 
 class FocalBlock(nn.Module):
-    """Pre-norm transformer block with focal attention.
+    """Pre-norm transformer block with focal attention."""
 
-    Args:
-        options: what the stage has in common.
-        index: number of the block in its stage; decides about shift and ring in alternating layouts.
-        drop: dropout rate.
-        drop_path: stochastic depth rate.
-    """
-
-    def __init__(self, options: StageOptions, index: int, drop: float, drop_path: float) -> None:
+    def __init__(
+        self,
+        attn: FocalAttention,
+        dim: int,  # channels C
+        mlp_ratio: float = 4.0,  # hidden channels of the MLP over C
+        drop: float = 0.0,
+        drop_path: float = 0.0,  # rate of stochastic depth
+        layerscale: float | None = None,  # first value of the factors of both branches; None for no factors
+    ) -> None:
         super().__init__()
-        dim, window = options.dim, options.window_size
-        self.pool_layers = nn.ModuleList(
-            POOLS[options.pool](window // 2**level, dim) for level in range(options.pooled_levels)
-        )
+        sides = [attn.window_size // 2**level for level in range(attn.pooled_levels)]
+        # Here and not in `attn`, as in the original's state dict.
+        self.pool_layers = nn.ModuleList(POOLS[attn.pool](side, dim) for side in sides)
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = FocalAttention(
-            dim,
-            options.num_heads,
-            options.selection(index),
-            qkv_bias=options.qkv_bias,
-            qk_scale=options.qk_scale,
-            proj_drop=drop,
-            backend=options.attention_backend,
-            shift_size=options.shift(index),
-        )
+        self.attn = attn
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * options.mlp_ratio), drop=drop)
-        scale = options.layerscale_value
-        self.gamma_1 = None if scale is None else nn.Parameter(torch.full((dim,), scale))
-        self.gamma_2 = None if scale is None else nn.Parameter(torch.full((dim,), scale))
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
+        self.gamma_1 = None if layerscale is None else nn.Parameter(torch.full((dim,), layerscale))
+        self.gamma_2 = None if layerscale is None else nn.Parameter(torch.full((dim,), layerscale))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
-        fused = takes_kernels(x, self.attn)
-        x, attended = normed_attention(x, self.norm1, self.attn, self.pool_layers, fused)
-        x, normed = add_and_norm(x, _scaled(attended, self.gamma_1), self.drop_path, self.norm2, fused)
-        return add(x, _scaled(self.mlp(normed), self.gamma_2), self.drop_path)
+        if isinstance(x, torch.fx.Proxy):  # torch.fx cannot trace sizes: record the block as one module
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
+        x = x + self.drop_path(scaled(self.attn(self.norm1(x), self.pool_layers), self.gamma_1))
+        return x + self.drop_path(scaled(self.mlp(self.norm2(x)), self.gamma_2))
 
     def __prepare_scriptable__(self) -> None:
-        """What `torch.jit.script` asks for: a clear refusal."""
-        raise NotImplementedError(
-            "a focal model cannot be scripted, since Python chooses its keys for each input size: use "
-            "torch.jit.trace at the size it will run at, or torch.export"
-        )
+        """Refuse `torch.jit.script`."""
+        reason = "a focal model cannot be scripted, since keys follow from the size of its input"
+        raise NotImplementedError(f"{reason}: use torch.jit.trace or torch.export")
 
 
-def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
+def scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
     """Layer scale, where there is one."""
     return x if gamma is None else x * gamma
 
 
-class FocalStage(nn.Module):
-    """Blocks at one resolution and the patch embedding that leads to the next.
+class PatchEmbed(nn.Module):
+    """Convolution that shrinks the map, then LayerNorm: the stem and the step between two stages.
 
-    Args:
-        options: what the blocks have in common.
-        drop: dropout rate.
-        drop_path: stochastic depth rate of each block.
-        downsample: [B, H, W, C] -> next map; None for the last stage.
-        use_checkpoint: recompute activations in the backward pass instead of keeping them.
+    Rows and columns left over at the bottom and right are ignored; the original refuses them.
     """
 
     def __init__(
         self,
-        options: StageOptions,
-        drop: float,
-        drop_path: Sequence[float],
-        downsample: PatchEmbed | None,
-        use_checkpoint: bool = False,
+        in_chans: int,
+        dim: int,  # channels of the output
+        stride: int,  # factor by which the map shrinks
+        overlap: bool = False,  # patches overlap: kernel 7 stride 4, kernel 3 stride 2
+        norm: bool = True,  # LayerNorm after the convolution
+        pre_norm: bool = False,  # GroupNorm with one group before it
     ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(FocalBlock(options, i, drop, rate) for i, rate in enumerate(drop_path))
-        self.downsample = downsample
-        self.use_checkpoint = use_checkpoint
+        self.pre_norm = nn.GroupNorm(1, in_chans) if pre_norm else nn.Identity()
+        kernel, padding = (2 * stride - 1, stride // 2) if overlap else (stride, 0)
+        self.proj = nn.Conv2d(in_chans, dim, kernel, stride, padding)
+        self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
+        self.stride, self.lost = stride, kernel - 2 * padding
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the map made from an input of `height` x `width`."""
+        return (height - self.lost) // self.stride + 1, (width - self.lost) // self.stride + 1
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, H, W, C] -> [B, H, W, C], before the downsampler."""
+        """[B, C_in, H, W] -> [B, H/stride, W/stride, C]."""
+        return self.norm(self.proj(self.pre_norm(x)).permute(0, 2, 3, 1))
+
+
+class FocalStage(nn.Module):
+    """Blocks at one resolution, and the patch embedding that leads to the next stage, if there is one."""
+
+    def __init__(self, blocks: Sequence[FocalBlock], downsample: PatchEmbed | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+        self.use_checkpoint = False  # recompute activations in the backward pass of training
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, H, W, C] -> the map of the last block, [B, H, W, C], and that of the next stage."""
         for block in self.blocks:
             if self.use_checkpoint and self.training:
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)
-        return x
+        return x, x if self.downsample is None else self.downsample(x.permute(0, 3, 1, 2))
 
 
 class FocalTransformer(nn.Module):
-    """Classifier and backbone.
+    """Classifier and backbone, with timm's interface.
 
-    Args:
-        img_size: input size the parameters are shaped for, pixels, one side or (rows, columns); any other
-            size from 32 x 32 runs as well.
-        patch_size: stride of the stem.
-        in_chans: input channels.
-        num_classes: classes; 0 for no head.
-        embed_dim: channels of the first stage; each following stage doubles them.
-        depths: blocks per stage.
-        num_heads: heads per stage.
-        window_size: window side s; a stage whose smaller side is not larger, at `img_size`, is one window.
-        mlp_ratio: hidden width of the MLP over C.
-        qkv_bias: bias of the query, key and value projections.
-        qk_scale: factor of the scores; None or False for (C / heads) ** -0.5.
-        drop_rate: dropout.
-        drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
-        ape: learned absolute position embedding after the stem (resized bicubically to other sizes).
-        patch_norm: LayerNorm in the stem.
-        use_shift: roll the map by s // 2 in odd blocks.
-        focal_pool: fc | conv | mean | max | none, how coarse tokens are made.
-        focal_stages: stages that pool.
-        focal_levels: per stage 0 (own window only), 1 (and the ring), 2 or 3 (and one or two pooled levels);
-            in Focal-fast 1 or 2.
-        focal_windows: per stage the region of the pooled levels, in windows; odd.
-        focal_topk: Focal-fast: keys per level.
-        expand_sizes: per stage how far the ring reaches, tokens.
-        expand_layer: all | even | odd; `even` takes the ring from blocks 0, 2, ..., `odd` from 1, 3, ....
-        use_conv_embed: overlapping patch embeddings.
-        use_layerscale: learned factor per channel on both branches of a block.
-        layerscale_value: its initial value.
-        use_pre_norm: GroupNorm before the downsampling convolutions.
-        use_checkpoint: gradient checkpointing of every block in training.
-        kind: focal | focalv2 (Focal-fast).
-        attention_backend: auto | reference | sdpa | triton.
-
-    Raises:
-        ValueError: options that contradict each other, all of them in one message.
+    Raises ValueError for options that contradict each other, all of them in one message.
     """
+
+    output_fmt = "NHWC"
+    global_pool: SelectAdaptivePool2d
 
     def __init__(
         self,
-        img_size: int | Sequence[int] = 224,
-        patch_size: int = 4,
+        img_size: int | Sequence[int] = 224,  # pixels, one side or two; sets shapes, other sizes run as well
+        patch_size: int = 4,  # stride of the stem
         in_chans: int = 3,
-        num_classes: int = 1000,
-        embed_dim: int = 96,
-        depths: Sequence[int] = (2, 2, 6, 2),
+        num_classes: int = 1000,  # 0 for no classifier
+        embed_dim: int = 96,  # channels of the first stage; each following stage doubles them
+        depths: Sequence[int] = (2, 2, 6, 2),  # blocks of each stage
         num_heads: Sequence[int] = (3, 6, 12, 24),
-        window_size: int = 7,
+        window_size: int = 7,  # s; at most the smaller side of the map, and then without ring and shift
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
-        qk_scale: float | None = None,
+        qk_scale: float | None = None,  # factor of the scores; None or False for D ** -0.5
         drop_rate: float = 0.0,
-        drop_path_rate: float = 0.1,
-        ape: bool = False,
-        patch_norm: bool = True,
-        use_shift: bool = False,
-        focal_pool: str = "none",
-        focal_stages: Sequence[int] = (0, 1, 2, 3),
-        focal_levels: Sequence[int] = (1, 1, 1, 1),
-        focal_windows: Sequence[int] = (7, 5, 3, 1),
-        focal_topk: int = 128,
-        expand_sizes: Sequence[int] = (3, 3, 3, 3),
-        expand_layer: str = "all",
-        use_conv_embed: bool = False,
-        use_layerscale: bool = False,
+        drop_path_rate: float = 0.1,  # stochastic depth of the last block, rising from 0 at the first
+        ape: bool = False,  # learned absolute position embedding, resized bicubically to other sizes
+        patch_norm: bool = True,  # LayerNorm in the stem
+        use_shift: bool = False,  # roll the map by s // 2 in odd blocks
+        focal_pool: str = "none",  # how coarse tokens are made: none, or a key of POOLS
+        focal_stages: Sequence[int] = (0, 1, 2, 3),  # stages that have coarse tokens
+        focal_levels: Sequence[int] = (1, 1, 1, 1),  # 0 own window, 1 + ring, 2 + one pooled level, 3 + two
+        focal_windows: Sequence[int] = (7, 5, 3, 1),  # f, side of the pooled levels' region, in windows; odd
+        focal_topk: int = 128,  # Focal-fast: keys of each level
+        expand_sizes: Sequence[int] = (3, 3, 3, 3),  # how far the ring reaches, tokens
+        expand_layer: str = "all",  # even: blocks 0, 2, ... have no ring; odd: blocks 1, 3, ...
+        use_conv_embed: bool = False,  # overlapping patch embeddings
+        use_layerscale: bool = False,  # learned factor for each channel of both branches of a block
         layerscale_value: float = 1e-4,
-        use_pre_norm: bool = False,
-        use_checkpoint: bool = False,
-        kind: str = "focal",
-        attention_backend: str = "auto",
+        use_pre_norm: bool = False,  # GroupNorm before the downsampling convolutions
+        use_checkpoint: bool = False,  # recompute activations in the backward pass of training
+        kind: str = "focal",  # focal, or focalv2 (Focal-fast)
+        attention_backend: str = "auto",  # auto, or a key of BACKENDS
+        global_pool: str = "avg",  # avg, max, avgmax, catavgmax, or "" for the map itself
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        attention_backend = FORMER_BACKENDS.get(attention_backend, attention_backend)
         options = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         super().__init__()
         check_options(options)
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.smallest_side = smallest_side(options)
-        dims = [embed_dim * 2**i for i in range(len(depths))]
-        self.feature_dims = tuple(dims)
-        self.num_features = dims[-1]
-
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        self.patch_embed = PatchEmbed(
-            in_chans, embed_dim, patch_size, overlap=use_conv_embed, norm=patch_norm
-        )
-        height, width = self.patch_embed.output_size(height, width)
-        self.built_for = (height, width)
-        self.absolute_pos_embed = nn.Parameter(torch.zeros(1, height * width, embed_dim)) if ape else None
-        self.pos_drop = nn.Dropout(drop_rate)
-
+        self.in_chans, self.smallest_side = in_chans, smallest_side(options)
+        self.feature_dims = tuple(embed_dim * 2**i for i in range(len(depths)))
+        self.num_features = self.feature_dims[-1]
+        layerscale = layerscale_value if use_layerscale else None
         rates = iter([drop_path_rate * block / max(sum(depths) - 1, 1) for block in range(sum(depths))])
-        self.layers = nn.ModuleList()
-        for i, depth in enumerate(depths):
-            last = i == len(depths) - 1
-            down = (
-                None
-                if last
-                else PatchEmbed(dims[i], dims[i + 1], 2, overlap=use_conv_embed, pre_norm=use_pre_norm)
+        with nullcontext() if device is None else torch.device(device):
+            self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, use_conv_embed, patch_norm)
+            self.train_resolution = size = self.patch_embed.output_size(*to_2tuple(img_size))
+            self.absolute_pos_embed = (
+                nn.Parameter(torch.zeros(1, size[0] * size[1], embed_dim)) if ape else None
             )
-            stage_options = StageOptions.of_stage(options, i, (height, width))
-            stage_rates = [next(rates) for _ in range(depth)]
-            self.layers.append(FocalStage(stage_options, drop_rate, stage_rates, down, use_checkpoint))
-            height, width = (height, width) if down is None else down.output_size(height, width)
+            self.pos_drop = nn.Dropout(drop_rate)
+            self.layers = nn.ModuleList()
+            for i, (dim, depth) in enumerate(zip(self.feature_dims, depths, strict=True)):
+                attns = [make_attention(options, i, block, size) for block in range(depth)]
+                blocks = [FocalBlock(a, dim, mlp_ratio, drop_rate, next(rates), layerscale) for a in attns]
+                last = i == len(depths) - 1
+                down = None if last else PatchEmbed(dim, 2 * dim, 2, use_conv_embed, pre_norm=use_pre_norm)
+                self.layers.append(FocalStage(blocks, down))
+                size = size if down is None else down.output_size(*size)
+            self.norm: nn.Module = nn.LayerNorm(self.num_features)
+            self.apply(initialise)
+            if ape:
+                trunc_normal_(self.absolute_pos_embed, std=0.02)
+            self.reset_classifier(num_classes, global_pool)
+        self.set_grad_checkpointing(use_checkpoint)
+        if dtype is not None:
+            self.to(dtype)
+        self.feature_info = [
+            {"num_chs": dim, "reduction": patch_size * 2**i, "module": f"layers.{i}.blocks.{depth - 1}"}
+            for i, (dim, depth) in enumerate(zip(self.feature_dims, depths, strict=True))
+        ]  # the last block, since a stage returns two maps
 
-        self.norm: nn.Module = nn.LayerNorm(self.num_features)
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
-        self.apply(initialise)
-        if ape:
-            trunc_normal_(self.absolute_pos_embed, std=0.02)
+    @property
+    def stages(self) -> list[FocalStage]:
+        """The stages, `layers`, as a list."""
+        return cast("list[FocalStage]", [*self.layers])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Image [B, in_chans, H, W], at least 32 x 32, to logits [B, num_classes]."""
+        """Images [B, in_chans, H, W], at least 32 x 32, to logits [B, num_classes]."""
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Image [B, in_chans, H, W] to the normalised last map [B, H/32, W/32, C]."""
-        x = self._stem(x)
+        """Images [B, in_chans, H, W] to the normalised last map [B, H/32, W/32, C]."""
+        x = self.stem(x)
         for stage in self.layers:
-            x = next_map(stage, stage(x))
+            _, x = stage(x)
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Last map [B, H, W, C] to logits [B, num_classes], or to the mean token [B, C] if `pre_logits`."""
-        x = x.mean(dim=(1, 2))
+        """Last map [B, H, W, C] to logits [B, num_classes], or to what enters the classifier."""
+        x = self.global_pool(x)
         return x if pre_logits else self.head(x)
 
-    def forward_intermediates(self, x: Tensor, indices: Sequence[int] | None = None) -> list[Tensor]:
-        """Maps of chosen stages, after the stage's last block and before its downsampler, not normalised.
-
-        Args:
-            x: image, [B, in_chans, H, W].
-            indices: stages, ascending; negative ones count from the end. None for all.
-
-        Returns:
-            [B, C_i, H / (4 * 2^i), W / (4 * 2^i)] per chosen stage, rounded down.
-
-        Raises:
-            ValueError: a stage that does not exist.
-        """
-        count = len(self.layers)
-        wanted = range(count) if indices is None else [i + count if i < 0 else i for i in indices]
-        if any(not 0 <= i < count for i in wanted) or len(wanted) == 0:
-            raise ValueError(
-                f"indices must name stages 0 to {count - 1} (or -{count} to -1), got {list(indices or ())}"
-            )
-        x = self._stem(x)
-        maps = []
-        for i, stage in enumerate(self.layers[: max(wanted) + 1]):
-            x = stage(x)
-            maps.append(x.permute(0, 3, 1, 2))
-            x = next_map(stage, x) if i < max(wanted) else x
-        return [maps[i] for i in wanted]
-
-    def _stem(self, x: Tensor) -> Tensor:
-        """Image [B, in_chans, H, W] to the first map [B, H/4, W/4, C]."""
+    def stem(self, x: Tensor) -> Tensor:
+        """Images [B, in_chans, H, W] to the first map [B, H/4, W/4, C]."""
         check_images(x, self.in_chans, self.smallest_side)
-        x = self.patch_embed(x.permute(0, 2, 3, 1))
+        x = self.patch_embed(x)
         if self.absolute_pos_embed is not None:
-            x = x + self._position_embedding(x.shape[1], x.shape[2])
+            size = (x.shape[1], x.shape[2])
+            x = x + resized_positions(self.absolute_pos_embed, self.train_resolution, size)
         return self.pos_drop(x)
 
-    def _position_embedding(self, height: int, width: int) -> Tensor:
-        """Absolute position embedding at a map size: [1, H, W, C]."""
-        assert self.absolute_pos_embed is not None
-        embedding = self.absolute_pos_embed.unflatten(1, self.built_for)
-        if (height, width) == self.built_for:
-            return embedding
-        resized = F.interpolate(
-            embedding.permute(0, 3, 1, 2), (height, width), mode="bicubic", antialias=True
-        )
-        return resized.permute(0, 2, 3, 1)
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Maps of chosen stages, after the stage's last block and before its downsampler; as of timm.
+
+        Args:
+            x: images, [B, in_chans, H, W].
+            indices: stages; a number n for the last n, None for all.
+            norm: apply the final norm to the last stage's map.
+            stop_early: do not run stages after the last chosen one.
+            output_fmt: NCHW | NHWC, of the maps.
+            intermediates_only: return only the list of maps, without the last map [B, H, W, C] before it.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt must be NCHW or NHWC, got {output_fmt!r}")
+        wanted, last, maps = self.chosen_stages(indices), len(self.layers) - 1, []
+        until = max(wanted) if stop_early or intermediates_only else last
+        x = self.stem(x)
+        for i, stage in enumerate(self.layers[: until + 1]):
+            found, x = stage(x)
+            if i in wanted:
+                maps.append(self.norm(found) if norm and i == last else found)
+        maps = [m.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else m for m in maps]
+        return maps if intermediates_only else (self.norm(found) if until == last else found, maps)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the maps of chosen stages do not need; returns these stages, counted from the first.
+
+        If the last stage goes, norm, pooling and classifier go too.
+        """
+        wanted = self.chosen_stages(indices)
+        shortened = max(wanted) < len(self.layers) - 1
+        self.layers = self.layers[: max(wanted) + 1]
+        self.stages[-1].downsample = None
+        self.num_features = self.feature_dims[max(wanted)]
+        if prune_norm or shortened:
+            self.norm = nn.Identity()
+        if prune_head or shortened:
+            self.reset_classifier(0, "")
+        return wanted
+
+    def chosen_stages(self, indices: int | Sequence[int] | None) -> list[int]:
+        """The stages that `indices` of `forward_intermediates` mean."""
+        count = len(self.layers)
+        indices = count if indices is None else indices
+        named = [*range(-indices, 0)] if isinstance(indices, int) else [*indices]
+        if not named or min(named) < -count or max(named) >= count:
+            raise ValueError(
+                f"indices must name stages 0 to {count - 1} (or -{count} to -1), or say how many of the last "
+                f"are meant, got {indices}"
+            )
+        return [i % count for i in named]
+
+    def get_classifier(self) -> nn.Module:
+        """The layer that makes logits."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a fresh one; `global_pool` None keeps the pooling."""
+        pool = self.global_pool.pool_type if global_pool is None else global_pool
+        self.global_pool = SelectAdaptivePool2d(pool_type=pool, flatten=bool(pool), input_fmt="NHWC")
+        self.num_classes = num_classes
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        like = next(self.parameters())
+        self.head: nn.Module = nn.Identity()
+        if num_classes > 0:
+            self.head = nn.Linear(self.head_hidden_size, num_classes, device=like.device, dtype=like.dtype)
+        initialise(self.head)
+        for module in (self.global_pool, self.head):
+            module.train(self.training)
+
+    def set_input_size(self, img_size: int | Sequence[int]) -> None:
+        """Become the model that is built for another size, but keep window sizes and parameters.
+
+        Any size runs without it. It resizes the position embedding for good, and stores Focal-fast's nearest
+        keys for the new size in place of the old ones.
+        """
+        height, width = to_2tuple(img_size)
+        if min(height, width) < self.smallest_side:
+            expected = f"img_size must be at least {self.smallest_side} pixels a side"
+            raise ValueError(f"{expected}, got {height} x {width}")
+        size = self.patch_embed.output_size(height, width)
+        if (old := self.absolute_pos_embed) is not None:
+            new = resized_positions(old.detach(), self.train_resolution, size).flatten(1, 2).clone()
+            self.absolute_pos_embed = nn.Parameter(new, old.requires_grad)
+        self.train_resolution = size
+        for stage in self.stages:
+            for layer in stage.modules():
+                if isinstance(layer, FocalFastAttention):
+                    layer.set_train_resolution(size, layer.choice()[0].device)
+            size = size if stage.downsample is None else stage.downsample.output_size(*size)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute activations in the backward pass of training instead of keeping them."""
+        for stage in self.stages:
+            stage.use_checkpoint = enable
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Parameters in the order of the layers, for timm's layer-wise learning rates: the stem, each block
+        (each stage if `coarse`) with a downsampler or norm that follows it, the classifier."""
+        block = r"^layers\.(\d+)" if coarse else r"^layers\.(\d+)\.blocks\.(\d+)"
+        after = [(r"^layers\.(\d+)\.downsample", (99999,)), (r"^norm", (99999,))]  # with the one before
+        return {
+            "stem": r"^patch_embed|^absolute_pos_embed",
+            "blocks": [(block, None), *after[1 if coarse else 0 :]],
+        }
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay, beyond biases and one-dimensional ones."""
@@ -295,23 +913,62 @@ class FocalTransformer(nn.Module):
         return {name for name, _ in self.named_parameters() if any(word in name for word in keywords)}
 
     def attention_backends(self, dtype: torch.dtype = torch.float32) -> list[str]:
-        """Attention backend of each stage, for activations of `dtype`, on the device where the model is."""
+        """Attention operator of each stage, for activations of `dtype` where the model is."""
+        device = next(self.parameters()).device
         first = [next(m for m in stage.modules() if isinstance(m, FocalAttention)) for stage in self.layers]
-        return [attention.resolved_backend(dtype) for attention in first]
+        return [choose_backend(m.backend, device, dtype, m.head_dim, m.window_size) for m in first]
 
 
+def make_attention(
+    options: Mapping[str, Any], stage: int, block: int, map_size: tuple[int, int]
+) -> FocalAttention:
+    """The attention of one block whose map at `img_size` is `map_size`, from the model's options."""
+    window, levels, scale = options["window_size"], options["focal_levels"][stage], options["qk_scale"]
+    single = min(map_size) <= window
+    pools = options["focal_pool"] != "none" and stage in options["focal_stages"]
+    rings = not single and levels > 0 and block % 2 not in RINGLESS[options["expand_layer"]]
+    family: dict[str, Any] = {"expand_size": options["expand_sizes"][stage] if rings else 0}
+    if options["kind"] == "focalv2":
+        family = {"topk": options["focal_topk"], "train_resolution": map_size}
+    window, pooled_levels = min(window, *map_size), max(levels - 1, 0) if pools else 0
+    if window < 2 ** max(pooled_levels - 1, 0):
+        cells = f"a window of {window} cannot be divided into {2 ** (pooled_levels - 1)} cells a side"
+        raise ValueError(f"the model's options do not fit together:\n  stage {stage}: {cells}")
+    return FAMILIES[options["kind"]](
+        options["embed_dim"] * 2**stage,
+        options["num_heads"][stage],
+        window,
+        focal_window=options["focal_windows"][stage],
+        pool=options["focal_pool"] if pools else "none",
+        pooled_levels=pooled_levels,
+        shift_size=window // 2 if options["use_shift"] and not single and block % 2 == 1 else 0,
+        qkv_bias=options["qkv_bias"],
+        qk_scale=None if scale is None or scale is False else float(scale),
+        proj_drop=options["drop_rate"],
+        backend=options["attention_backend"],
+        **family,
+    )
+
+
+@torch.fx.wrap  # symbolic traces leave what looks at sizes to be called
+def resized_positions(embedding: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Absolute position embedding [1, T, C] of one map size at another: [1, H, W, C]."""
+    embedding = embedding.unflatten(1, old)
+    if new == old:
+        return embedding
+    wide = embedding.permute(0, 3, 1, 2).to(torch.promote_types(embedding.dtype, torch.float32))
+    resized = F.interpolate(wide, new, mode="bicubic", antialias=True)
+    return resized.permute(0, 2, 3, 1).to(embedding.dtype)
+
+
+@torch.fx.wrap
 def check_images(x: Tensor, in_chans: int, smallest_side: int) -> None:
     """Raise ValueError for images that cannot run."""
     if x.ndim != 4 or x.shape[1] != in_chans:
         raise ValueError(f"expected images [B, {in_chans}, H, W], got a tensor of shape {list(x.shape)}")
-    if min(x.shape[2:]) < smallest_side:
+    if min(x.shape[2], x.shape[3]) < smallest_side:
         least = f"{smallest_side} x {smallest_side}"
         raise ValueError(f"images must be at least {least} pixels, got {x.shape[2]} x {x.shape[3]}: resize")
-
-
-def next_map(stage: Any, x: Tensor) -> Tensor:
-    """A stage's map [B, H, W, C] on its way to the next stage (the last one's stays)."""
-    return x if stage.downsample is None else stage.downsample(x)
 
 
 def initialise(module: nn.Module) -> None:
@@ -322,4 +979,67 @@ def initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-__all__ = ["KINDS", "FocalTransformer"]
+# --- Options ------------------------------------------------------------------------------------------------
+
+FAMILIES: dict[str, type[FocalAttention]] = {"focal": FocalAttention, "focalv2": FocalFastAttention}
+RINGLESS = {"all": (), "even": (0,), "odd": (1,)}  # expand_layer -> remainders by 2 of blocks without ring
+
+
+def smallest_side(options: Mapping[str, Any]) -> int:
+    """Pixels that an image needs on a side for the last stage to have a token; never fewer than 32."""
+    return max(32, options["patch_size"] * 2 ** (len(options["depths"]) - 1))
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for options that contradict each other, with every problem."""
+    stages, size, least = len(options["depths"]), options["img_size"], smallest_side(options)
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    unknown = [
+        stage for stage in options["focal_stages"] if not 0 <= stage < max(stages, 4)
+    ]  # 4: the default
+    conv = options["use_conv_embed"]
+    checks = [
+        ("img_size", len(sides) == 2 and min(sides) >= least, f"a side or two of at least {least} pixels"),
+        ("num_classes", options["num_classes"] >= 0, "0 (no classifier) or more"),
+        ("mlp_ratio", options["mlp_ratio"] > 0, "positive"),
+        ("depths", min(options["depths"], default=0) >= 1, "at least one stage of at least one block"),
+        ("patch_size", not conv or options["patch_size"] == 4, "4 with use_conv_embed, whose stride is 4"),
+        ("focal_stages", not unknown, f"stages from 0 to {stages - 1}"),
+    ]
+    for key, names in (
+        ("kind", [*FAMILIES]),
+        ("focal_pool", ["none", *POOLS]),
+        ("expand_layer", [*RINGLESS]),
+        ("attention_backend", ["auto", *BACKENDS]),
+    ):
+        checks.append((key, options[key] in names, f"one of {', '.join(names)}"))
+    for key in ("num_heads", "focal_levels", "focal_windows", "expand_sizes"):
+        checks.append((key, len(options[key]) == stages, f"one entry for each of the {stages} depths"))
+    for key in ("patch_size", "in_chans", "embed_dim", "window_size", "focal_topk"):
+        checks.append((key, options[key] >= 1, "at least 1"))
+    for key in ("drop_rate", "drop_path_rate"):
+        checks.append((key, 0 <= options[key] < 1, "in [0, 1)"))
+    problems = [f"{key} must be {text}, got {options[key]!r}" for key, fits, text in checks if not fits]
+    if not problems:
+        problems = [problem for stage in range(stages) for problem in _stage_problems(options, stage)]
+    if problems:
+        raise ValueError("the model's options do not fit together:\n  " + "\n  ".join(problems))
+
+
+def _stage_problems(options: Mapping[str, Any], stage: int) -> list[str]:
+    """What is wrong in one stage."""
+    dim, heads, window = options["embed_dim"] * 2**stage, options["num_heads"][stage], options["window_size"]
+    levels, focal_window = options["focal_levels"][stage], options["focal_windows"][stage]
+    pools = levels > 1 and options["focal_pool"] != "none" and stage in options["focal_stages"]
+    checks = [(heads >= 1 and dim % heads == 0, f"num_heads must divide the {dim} channels, got {heads}")]
+    if options["kind"] == "focalv2":
+        need = "focal_levels 2 of Focal-fast needs a pool: set focal_pool or list the stage in focal_stages"
+        checks.append((levels in (1, 2), f"Focal-fast has focal_levels 1 or 2, got {levels}"))
+        checks.append((levels != 2 or pools, need))
+    else:
+        expand = options["expand_sizes"][stage]
+        fits = f"expand_sizes must lie between 0 and the window size {window}, got {expand}"
+        checks.append((levels in (0, 1, 2, 3), f"focal_levels must be 0 to 3, got {levels}"))
+        checks.append((0 <= expand <= window, fits))
+        checks.append((not pools or focal_window % 2 == 1, f"focal_windows must be odd, got {focal_window}"))
+    return [f"stage {stage}: {text}" for fits, text in checks if not fits]

@@ -28,9 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .focal_attention import FocalAttention
-from .geometry import grid, nearest_cells, padded_size, ring_offsets
-from .key_selection import NearestKeys
+from .focal_transformer import FocalFastAttention, grid, nearest_choice, ring_offsets
 
 OWN, RING = "relative_position_bias_table", "relative_position_bias_table_to_neighbors"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -97,16 +95,31 @@ def resize_state(
 
 
 def choices_of_other_maps(model: nn.Module, given: Mapping[str, Tensor]) -> list[str]:
-    """Names of stored choices of nearest keys that are not the nearest on this model's maps."""
+    """Names of stored choices of nearest keys that are not the nearest on this model's maps; which of equally
+    near ones is left open."""
     names = []
     for layer_name, layer in model.named_modules():
-        if isinstance(layer, FocalAttention) and isinstance(layer.selection, NearestKeys):
-            own = [f"{layer_name}.{key}" for key, _ in layer.named_buffers(recurse=False)]
-            for (centres, size), key in zip(_places(layer.selection), own, strict=False):
-                choice = given.get(key)
-                if choice is not None and _is_choice(choice) and not _is_nearest(choice, centres, size):
-                    names.append(key)
+        if not isinstance(layer, FocalFastAttention):
+            continue
+        (height, width), s = layer.train_resolution, layer.window_size
+        windows = grid(-(-height // s), -(-width // s))
+        places = ((windows * s + s // 2, width), (windows, -(-width // s)))  # centres, columns of their map
+        nearest = nearest_choice(height, width, s, layer.topk, layer.pooled_levels)
+        for key, own, (centres, columns) in zip(layer.choice_names, nearest, places, strict=False):
+            choice = given.get(f"{layer_name}.{key}")
+            if choice is None or not is_plain(choice) or choice.is_floating_point():
+                continue
+            if choice.shape != own.shape or not np.array_equal(
+                _distances(choice.long().cpu().numpy(), centres, columns), _distances(own, centres, columns)
+            ):
+                names.append(f"{layer_name}.{key}")
     return names
+
+
+def _distances(cells: np.ndarray, centres: np.ndarray, columns: int) -> np.ndarray:
+    """Sorted squared distances of cells [P, K], numbered row-major, from centres [P, 2]."""
+    place = np.stack(np.divmod(cells, columns), axis=-1)
+    return np.sort(((place - centres[:, None]) ** 2).sum(axis=-1), axis=1)
 
 
 # --- Pictures -----------------------------------------------------------------------------------------------
@@ -211,34 +224,6 @@ def _continued(own: Tensor, shape: Sequence[int]) -> Tensor:
     side = 2 * window - 1
     image = F.pad(own.t().reshape(1, -1, side, side), (expand,) * 4, mode="replicate")
     return image.flatten(2)[:, :, _cells(window, expand)]
-
-
-# --- Choices of nearest keys --------------------------------------------------------------------------------
-
-
-def _places(selection: NearestKeys) -> list[tuple[np.ndarray, tuple[int, int]]]:
-    """For fine and pooled keys: what they should be near to [P, 2], and the rows and columns they lie in."""
-    s = selection.window_size
-    rows, columns = (side // s for side in padded_size(*selection.built_for, s))
-    windows = grid(rows, columns)
-    return [(windows * s + s // 2, selection.built_for), (windows, (rows, columns))]
-
-
-def _is_choice(choice: Tensor) -> bool:
-    return is_plain(choice) and not choice.is_floating_point() and choice.ndim == 2
-
-
-def _is_nearest(choice: Tensor, centres: np.ndarray, size: tuple[int, int]) -> bool:
-    """Whether cells [P, K] of a grid are as near to their centres as any; which of equals is left open."""
-    if len(choice) != len(centres) or choice.shape[1] > prod(size):
-        return False
-
-    def distances(cells: np.ndarray) -> np.ndarray:
-        place = np.stack([cells // size[1], cells % size[1]], axis=-1)
-        return np.sort(((place - centres[:, None]) ** 2).sum(axis=-1), axis=1)
-
-    nearest = nearest_cells(centres, *size, choice.shape[1])
-    return np.array_equal(distances(choice.long().cpu().numpy()), distances(nearest))
 
 
 Resizer = Callable[[Tensor, Sequence[int], "tuple[int, int] | None"], "Tensor | None"]

@@ -55,7 +55,7 @@ class Task:
 
 def plain_backbone(backbone: "ConfigDict") -> dict[str, Any]:
     """A Focal backbone's config with attention as plain matrix products; others as they are. No weights."""
-    plain = {"attention_backend": "reference", "with_cp": False} if backbone.type == "FocalBackbone" else {}
+    plain = {"attention_backend": "plain", "with_cp": False} if backbone.type == "FocalBackbone" else {}
     return {**backbone, **plain, "init_cfg": None}
 
 

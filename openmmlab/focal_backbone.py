@@ -59,8 +59,7 @@ class FocalBackbone(FocalTransformer):
             raise ValueError(f"frozen_stages must be -1 to {out_indices[-1] + 1}, got {frozen_stages}")
         self.options, self.init_cfg = options, init_cfg
         self.out_indices, self.frozen_stages = tuple(out_indices), frozen_stages
-        del self.layers[out_indices[-1] + 1 :], self.norm
-        self.layers[-1].downsample = None
+        self.prune_intermediate_layers(out_indices, prune_norm=True)
         for index in out_indices:
             self.add_module(f"norm{index}", nn.LayerNorm(self.feature_dims[index]))
         for module in self._frozen():
@@ -83,17 +82,16 @@ class FocalBackbone(FocalTransformer):
         self.load_state_dict({key: value for key, value in loaded.items() if key in own}, strict=False)
         dropped = ", ".join([*report.reset, *report.dropped, *sorted(loaded.keys() - own.keys())])
         fresh = ", ".join(sorted(own.keys() - loaded.keys()))
-        resized = ", ".join([*report.resized, *report.continued]) or "nothing"
+        resized = ", ".join([*report.resized, *report.continued, *report.adapted]) or "nothing"
         print_log(
             f"{report.path}: loaded; not used here: {dropped}; new: {fresh}; resized: {resized}", "current"
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Images [B, 3, H, W] to maps [B, C_i, H / (4 * 2^i), W / (4 * 2^i)] of the chosen stages."""
-        maps = self.forward_intermediates(x, self.out_indices)
+        maps = self.forward_intermediates(x, self.out_indices, output_fmt="NHWC", intermediates_only=True)
         norms = [self.get_submodule(f"norm{index}") for index in self.out_indices]
-        last = [norm(x.permute(0, 2, 3, 1)) for norm, x in zip(norms, maps, strict=True)]
-        return tuple(x.permute(0, 3, 1, 2).contiguous() for x in last)
+        return tuple(norm(x).permute(0, 3, 1, 2).contiguous() for norm, x in zip(norms, maps, strict=True))
 
     def _frozen(self) -> list[nn.Module]:
         """What does not learn: the stem, stages with the step to the next, and their output norms."""

@@ -27,35 +27,27 @@ COMMANDS = (  # may talk to the user
 )
 
 MODEL_LEVELS = {  # a module of models/ imports only modules of lower levels
-    "ops": 0,
-    "geometry": 0,
-    "linear": 0,
-    "layers": 1,
-    "mlp": 1,
-    "key_selection": 2,
-    "options": 3,
-    "focal_attention": 3,
-    "block_ops": 4,
-    "focal_transformer": 5,
-    "checkpoint_scan": 0,
+    "focal_transformer": 0,
+    "ops": 1,
+    "resize": 1,
+    "torch_file": 0,
     "download": 0,
     "safetensors_file": 0,
-    "resize": 4,
-    "checkpoint": 5,
-    "build": 6,
-    "registry": 7,
-    "hub_mixin": 8,
-    "__init__": 8,
+    "checkpoint": 2,
+    "registry": 3,
+    "build": 4,
+    "hub": 4,
+    "__init__": 5,
 }
 MODEL_NEEDS = {"numpy", "torch", "timm"}
 OPTIONAL_HOMES = {  # package -> the files that may import it
-    "triton": ("models/ops/triton_*.py",),
+    "triton": ("models/ops/triton/*",),
     "mmdet": ("detection/*", "tools/benchmark_detector.py"),
     "mmseg": ("segmentation/*",),
     "mmcv": ("openmmlab/*", "detection/*", "segmentation/*"),
     "mmengine": ("openmmlab/*", "detection/*", "segmentation/*", "tools/benchmark_detector.py"),
     "safetensors": ("models/safetensors_file.py",),
-    "huggingface_hub": ("models/hub_mixin.py",),
+    "huggingface_hub": ("models/hub.py",),
     "onnx": ("classification/*",),
     "onnxruntime": ("classification/*",),
     "tensorboard": ("logger.py",),
@@ -67,7 +59,7 @@ OPTIONAL_HOMES = {  # package -> the files that may import it
     "pycocotools": ("detection/*",),
 }
 OPTIONAL_AS_A_WHOLE = (  # import them at the top
-    *("models/ops/triton_*.py", "models/hub_mixin.py", "detection/*", "segmentation/*"),
+    *("models/ops/triton/*", "models/hub.py", "detection/*", "segmentation/*"),
     *("openmmlab/focal_backbone.py", "openmmlab/ops_bridge.py"),
 )
 CONFIG_READERS = (  # build_* functions and the run itself; everything else takes plain values
@@ -144,8 +136,15 @@ def test_models_need_torch_timm_and_themselves(source: str) -> None:
         assert top in allowed or matches(source, OPTIONAL_HOMES.get(top, ())), f"{source} imports {name}"
 
 
+def test_the_network_is_one_file() -> None:
+    """Which runs where it is copied to."""
+    allowed = {"numpy", "torch"} | sys.stdlib_module_names
+    for name in imports_of("models/focal_transformer.py"):
+        assert name.split(".")[0] in allowed or is_in(name, "timm.layers"), f"it imports {name}"
+
+
 def model_part(dotted: str) -> str:
-    """'models.ops.sdpa.attend' -> 'ops'."""
+    """'models.ops.cpu.attend' -> 'ops'."""
     return dotted.split(".")[1]
 
 
@@ -295,7 +294,7 @@ def test_importing_has_no_effects(tmp_path: Path) -> None:
         if source.split("/")[0] not in (*TASKS, "tools", "hubconf.py")
         and not matches(source, OPTIONAL_AS_A_WHOLE)
     ]
-    assert {"models", "models.ops.sdpa", "data.demo", "main"} <= set(names)
+    assert {"models", "models.ops.cpu", "data.demo", "main"} <= set(names)
     done = run_python(IMPORT_ALL, tmp_path, json.dumps(names), path=REPO)
     assert done.returncode == 0, done.stderr
     assert (done.stdout, done.stderr) == ("", "")

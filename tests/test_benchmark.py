@@ -12,6 +12,8 @@ import yaml
 from conftest import NANO, REPO
 from torch import nn
 
+from models.focal_transformer import BACKENDS
+
 sys.path.insert(0, str(REPO / "tools"))
 import benchmark
 import benchmark_common as common
@@ -214,9 +216,9 @@ def test_profile_checks_and_times(quick: None, nano: Path, tmp_path: Path) -> No
     assert profile_attention.main([*words, *TINY]) == 0
     rows = table(out)
     stages = len(NANO["MODEL.FOCAL.DEPTHS"])
-    assert len(rows) == stages * 2 * 2 * len(profile_attention.BACKENDS)
+    assert len(rows) == stages * 2 * 2 * len(BACKENDS)
     for row in rows:
-        if row["backend"] in ("reference", "sdpa"):
+        if row["backend"] in ("plain", "cpu"):
             assert row["check"] == "ok" and float(row["ms"]) > 0 and float(row["times floor"]) > 0
         else:
             assert row["check"].startswith("cannot run: ") and not row["ms"]
@@ -229,10 +231,10 @@ def test_profile_finds_a_wrong_backend(
 
     def lying(self: profile_attention.Contender) -> list[torch.Tensor]:
         out, d_qkv, d_bias = honest(self)
-        return [out, d_qkv * (1.01 if self.backend.__name__.endswith("sdpa") else 1), d_bias]
+        return [out, d_qkv * (1.01 if self.name == "cpu" else 1), d_bias]
 
     monkeypatch.setattr(profile_attention.Contender, "results", lying)
-    words = ["--cfg", str(nano), "--sizes", "32", "--backends", "reference", "sdpa"]
+    words = ["--cfg", str(nano), "--sizes", "32", "--backends", "plain", "cpu"]
     assert profile_attention.main([*words, *TINY]) == 1
     off = profile_attention.verdict([0.0, float("nan"), 0.0], [0.0] * 3, torch.float32)
     assert off == "WRONG: d_qkv"

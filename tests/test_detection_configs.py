@@ -106,7 +106,7 @@ def test_backbones_are_the_released_ones(variant: str, monkeypatch: pytest.Monke
     own = Config.fromfile(BACKBONES / f"{variant}.py")[variant].to_dict()
     assert own.pop("type") == "FocalBackbone"
     assert own.keys() <= defaults.keys()
-    asked = {**defaults, **own}
+    asked, received = {**defaults, **own}, {**defaults, **received}
     for key in {*asked} - {"num_classes", "drop_path_rate", "use_checkpoint"}:
         assert (asked[key] or None) == (received[key] or None), key
 

@@ -1,12 +1,14 @@
 """Files for other runtimes: what is written gives the model's logits, and nothing else is written."""
 
 import dataclasses
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import REPO
-from torch import nn
+from torch import Tensor, nn
 
 from classification import export
 from classification.export import FORMATS, ExportError, export_model
@@ -25,11 +27,12 @@ NANO = {
     "focal_windows": [3, 1],
     "expand_sizes": [2, 2],
 }
-MODELS = {
+FAMILIES = {
     "focal": {"kind": "focal"},
     "focal_fast": {"kind": "focalv2", "use_conv_embed": True, "focal_topk": 20},
 }
-ODD = (40, 52)  # neither square, nor what the models are built for, nor whole windows
+ODD = (3, 40, 52)  # neither square, nor what the models are built for, nor whole windows
+SQUARE = (3, 32, 32)
 DEMO = ["--cfg", str(REPO / "configs/demo.yaml")]
 
 
@@ -38,27 +41,49 @@ def build(**options) -> FocalTransformer:
     return FocalTransformer(**{**NANO, **options}).eval()
 
 
-def images(batch: int, size: tuple[int, int], channels: int = 3) -> torch.Tensor:
-    return torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(77))
+def images(batch: int, shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(77))
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("name", FORMATS)
-def test_files_agree_for_any_length_of_batches(name, kind, tmp_path) -> None:
+@torch.no_grad()
+def assert_same(
+    program: export.Program, model: nn.Module, shape: tuple[int, int, int], *batches: int
+) -> None:
+    for batch in batches:
+        x = images(batch, shape)
+        torch.testing.assert_close(program(x), model(x), rtol=0, atol=1e-5)
+
+
+def need_packages(name: str) -> None:
     for package in FORMATS[name].packages:
         pytest.importorskip(package)
-    model = build(**MODELS[kind])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", FORMATS)
+def test_files_agree_for_any_length_of_batches(name, family, tmp_path) -> None:
+    need_packages(name)
+    model = build(**FAMILIES[family])
     path = tmp_path / f"new/model{FORMATS[name].suffix}"
-    written = export_model(model, name, ODD, 3, path)
-    assert [*path.parent.iterdir()] == [path] and written.path == path
-    assert written.difference < 1e-5 and written.milliseconds > 0 and written.eager_milliseconds > 0
-    program = FORMATS[name].load(path)
-    with torch.no_grad():
-        for batch in (1, 2, 5):
-            torch.testing.assert_close(
-                program(images(batch, ODD)), model(images(batch, ODD)), rtol=0, atol=1e-5
-            )
-    assert "differs by at most" in str(written) and str(path) in str(written)
+    summary = export_model(model, name, ODD, path)
+    assert summary.startswith(f"{path}: ") and "differs by at most" in summary
+    assert [*path.parent.iterdir()] == [path]
+    assert_same(FORMATS[name].load(path), model, ODD, 1, 2, 5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plain_calls_work_without_this_tool(family, tmp_path) -> None:
+    """With gradients on, as nobody turns them off; tracing with PyTorch's check of itself."""
+    model, x = build(**FAMILIES[family]), images(2, ODD)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False)
+    assert_same(program.module(), model, ODD, 1, 2, 5)
+    assert_same(torch.jit.trace(model, (x,)), model, ODD, 1, 2, 5)
+    need_packages("onnx")
+    for dynamo in (True, False):
+        path = tmp_path / f"{dynamo}.onnx"
+        torch.onnx.export(model, (x,), path, dynamo=dynamo, input_names=["images"])
+        assert_same(export.load_onnx(path), model, ODD, 2)
 
 
 @pytest.mark.parametrize(
@@ -72,121 +97,186 @@ def test_files_agree_for_any_length_of_batches(name, kind, tmp_path) -> None:
     ids=str,
 )
 def test_every_option_can_be_traced(options, tmp_path) -> None:
-    """The model that is given stays as it was."""
-    model = build(**options)
-    before = repr(model)
-    written = export_model(model, "torchscript", ODD, model.in_chans, tmp_path / "m.torchscript.pt")
-    assert written.difference < 1e-5
-    assert repr(model) == before and all(p.requires_grad for p in model.parameters())
+    """And what was traced can still be trained."""
+    model, path = build(**options), tmp_path / "m.torchscript.pt"
+    shape = (model.in_chans, *ODD[1:])
+    export_model(model, "torchscript", shape, path)
+    assert_same(torch.jit.load(path), model, shape, 4)
+    model(images(1, shape)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_a_fixed_length_of_batches(tmp_path) -> None:
-    model = build()
-    export_model(model, "torch_export", (32, 32), 3, tmp_path / "m.pt2", batch=4)
-    program = FORMATS["torch_export"].load(tmp_path / "m.pt2")
-    with torch.no_grad():
-        torch.testing.assert_close(program(images(4, (32, 32))), model(images(4, (32, 32))))
-        with pytest.raises(Exception, match="(?i)shape|size|guard"):
-            program(images(3, (32, 32)))
+    model, path = build(), tmp_path / "m.pt2"
+    export_model(model, "torch_export", SQUARE, path, batch=4)
+    program = FORMATS["torch_export"].load(path)
+    assert_same(program, model, SQUARE, 4)
+    with pytest.raises(Exception, match="(?i)shape|size|guard"):
+        program(images(3, SQUARE))
 
 
 # --- Refusals -----------------------------------------------------------------------------------------------
 
 
-def off_by(change: float):
-    """A reader of files whose programs answer a little wrong."""
+def read_as(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -> None:
+    """Let the programs of TorchScript files answer something else."""
 
     def load(path: Path) -> export.Program:
         program = torch.jit.load(path)
-        return lambda x: program(x) + change
+        return lambda x: change(program(x))
 
-    return load
+    monkeypatch.setitem(FORMATS, "torchscript", dataclasses.replace(FORMATS["torchscript"], load=load))
 
 
-@pytest.mark.parametrize("change", [1e-3, float("nan")])
-def test_a_file_that_disagrees_is_not_kept(change, tmp_path, monkeypatch) -> None:
+def write_as(
+    monkeypatch: pytest.MonkeyPatch, name: str, write: Callable[[nn.Module, Tensor, bool, Path], None]
+) -> None:
+    monkeypatch.setitem(FORMATS, name, dataclasses.replace(FORMATS[name], write=write))
+
+
+def garbage(model: nn.Module, example: Tensor, any_length: bool, path: Path) -> None:
+    path.write_bytes(b"garbage")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda y: y + 1e-3, "differs from the model by 1.0e-03 for 1 images"),
+        (lambda y: y + 1e-3 * (len(y) == 3), "differs from the model by 1.0e-03 for 3 images"),
+        (lambda y: y * float("nan"), "differs from the model by nan"),
+        (lambda y: y[:, :1], r"for 1 images it answers \[1, 1\], expected \[1, 5\]"),
+    ],
+    ids=["all", "three", "nan", "shape"],
+)
+def test_a_file_that_disagrees_is_not_kept(change, message, tmp_path, monkeypatch) -> None:
     kept = tmp_path / "m.torchscript.pt"
     kept.write_text("an older file")
-    wrong = dataclasses.replace(FORMATS["torchscript"], load=off_by(change))
-    monkeypatch.setitem(FORMATS, "torchscript", wrong)
-    with pytest.raises(ExportError, match="torchscript: differs from the model by .* nothing was written"):
-        export_model(build(), "torchscript", (32, 32), 3, kept)
+    read_as(monkeypatch, change)
+    with pytest.raises(ExportError, match=f"torchscript: {message}.*; nothing was written"):
+        export_model(build(), "torchscript", SQUARE, kept)
     assert kept.read_text() == "an older file" and [*tmp_path.iterdir()] == [kept]
+
+
+@pytest.mark.parametrize("largest", [0.5, 100.0])
+def test_rounding_is_allowed_in_proportion_to_large_logits(largest, tmp_path, monkeypatch) -> None:
+    model, path = build(), tmp_path / "m.torchscript.pt"
+    nn.init.constant_(model.head.weight, 0.0)
+    nn.init.constant_(model.head.bias, largest)
+    read_as(monkeypatch, lambda y: y + 0.5e-4 * max(1.0, largest))
+    export_model(model, "torchscript", SQUARE, path)
+    read_as(monkeypatch, lambda y: y + 2e-4 * max(1.0, largest))
+    with pytest.raises(ExportError, match="differs from the model"):
+        export_model(model, "torchscript", SQUARE, path)
+
+
+def test_images_that_the_exporter_did_not_see_decide(tmp_path, monkeypatch) -> None:
+    """With a fixed length, too: this file knows the answer for the example alone."""
+
+    class Constant(nn.Module):
+        def __init__(self, logits: Tensor) -> None:
+            super().__init__()
+            self.logits = logits
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.logits.clone()
+
+    def answer(model: nn.Module, example: Tensor, any_length: bool, path: Path) -> None:
+        torch.jit.save(torch.jit.trace(Constant(model(example)), example), path)
+
+    write_as(monkeypatch, "torchscript", answer)
+    with pytest.raises(ExportError, match="differs from the model"):
+        export_model(build(), "torchscript", SQUARE, tmp_path / "m.torchscript.pt", batch=2)
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_an_exporter_that_fails_says_why(tmp_path) -> None:
     """A model that looks at its values, which no exporter can follow."""
 
     class Undecided(FocalTransformer):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: Tensor) -> Tensor:
             logits = super().forward(x)
             return logits if logits.sum() > 0 else -logits
 
-    with pytest.raises(ExportError, match=r"torch_export: the exporter cannot do this model: \w"):
-        export_model(Undecided(**NANO).eval(), "torch_export", (32, 32), 3, tmp_path / "m.pt2")
+    with pytest.raises(
+        ExportError, match=r"\Atorch_export: the exporter cannot do this model: [^;].*; nothing was written\Z"
+    ):
+        export_model(Undecided(**NANO).eval(), "torch_export", SQUARE, tmp_path / "m.pt2")
     assert [*tmp_path.iterdir()] == []
 
 
-def of_one_length(model: nn.Module, example: torch.Tensor, any_batch: bool, path: Path) -> None:
-    """An ONNX file that refuses batches of another length than the example's, when it runs."""
-    export.write_onnx(model, example, False, path)
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_file_that_does_not_load_is_not_kept(name, tmp_path, monkeypatch) -> None:
+    """One sentence, whatever was raised."""
+    need_packages(name)
+    write_as(monkeypatch, name, garbage)
+    with pytest.raises(
+        ExportError, match=rf"\A{name}: .* does not load and run: [^;].*; nothing was written\Z"
+    ):
+        export_model(build(), name, SQUARE, tmp_path / "m")
+    assert [*tmp_path.iterdir()] == []
 
 
-def cut(model: nn.Module, example: torch.Tensor, any_batch: bool, path: Path) -> None:
-    """An ONNX file without its second half."""
-    export.write_onnx(model, example, any_batch, path)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-@pytest.mark.parametrize("write", [of_one_length, cut])
-def test_a_file_that_does_not_run_is_not_kept(write, tmp_path, monkeypatch, capsys) -> None:
-    """Whatever ONNX Runtime raises is one sentence, and the next format's turn comes."""
-    for package in FORMATS["onnx"].packages:
-        pytest.importorskip(package)
-    monkeypatch.setitem(FORMATS, "onnx", dataclasses.replace(FORMATS["onnx"], write=write))
-    arguments = ["--random", "--out", str(tmp_path), "--size", "32", "--formats", "onnx", "torchscript"]
-    assert export.main([*DEMO, *arguments]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: onnx: ") and "demo_32x32.onnx does not load and run: " in line
-    assert [path.name for path in tmp_path.iterdir()] == ["demo_32x32.torchscript.pt"]
+def test_a_file_that_does_not_run_is_not_kept(tmp_path, monkeypatch) -> None:
+    """Here because it wants batches of the exporter's length."""
+    need_packages("onnx")
+    write_as(monkeypatch, "onnx", lambda model, x, any_length, path: export.write_onnx(model, x, False, path))
+    with pytest.raises(ExportError, match=r"\Aonnx: .* does not load and run: [^;].*; nothing was written\Z"):
+        export_model(build(), "onnx", SQUARE, tmp_path / "m.onnx")
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_missing_packages_are_named(tmp_path, monkeypatch) -> None:
     needy = dataclasses.replace(FORMATS["onnx"], packages=("torch", "no_such_package"))
     monkeypatch.setitem(FORMATS, "onnx", needy)
-    with pytest.raises(ExportError, match="onnx: needs no_such_package: pip install no_such_package"):
-        export_model(build(), "onnx", (32, 32), 3, tmp_path / "m.onnx")
+    with pytest.raises(ExportError, match=r"\Aonnx: needs no_such_package: pip install no_such_package\Z"):
+        export_model(build(), "onnx", SQUARE, tmp_path / "m.onnx")
 
 
 # --- Command line -------------------------------------------------------------------------------------------
 
 
 def test_command_line(tmp_path, capsys) -> None:
-    """Weights of a checkpoint, in a file that says what it is."""
+    """Weights of a checkpoint, in a file that says what it is; no warnings of exporters."""
     torch.manual_seed(1)
     model = build_model(load_config(DEMO[1])).eval()
     torch.save({"model": model.state_dict()}, tmp_path / "w.pth")
-    arguments = [
-        *DEMO,
-        "--resume",
-        str(tmp_path / "w.pth"),
-        "--formats",
-        "torchscript",
-        "--out",
-        str(tmp_path),
-    ]
-    assert export.main([*arguments, "--size", "48", "32"]) == 0
+    arguments = ["--resume", str(tmp_path / "w.pth"), "--out", str(tmp_path), "--formats", "torchscript"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert export.main([*DEMO, *arguments, "--size", "48", "32"]) == 0
     path = tmp_path / "demo_48x32.torchscript.pt"
     assert capsys.readouterr().out.startswith(f"{path}: ")
-    with torch.no_grad():
-        torch.testing.assert_close(torch.jit.load(path)(images(3, (48, 32))), model(images(3, (48, 32))))
+    assert_same(torch.jit.load(path), model, (3, 48, 32), 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shape", "batch"),
+    [([], (3, 32, 32), None), (["--size", "64", "--batch", "4"], (3, 64, 64), 4)],
+    ids=["default", "given"],
+)
+def test_command_line_writes_every_format(arguments, shape, batch, tmp_path, monkeypatch) -> None:
+    calls = []
+    monkeypatch.setattr(export, "export_model", lambda model, *rest: calls.append(rest))
+    assert export.main([*DEMO, "--random", "--out", str(tmp_path), *arguments]) == 0
+    stem = f"demo_{shape[1]}x{shape[2]}"
+    files = {"torch_export": ".pt2", "onnx": ".onnx", "torchscript": ".torchscript.pt"}
+    assert calls == [(name, shape, tmp_path / (stem + end), batch) for name, end in files.items()]
+
+
+def test_after_a_format_that_fails_comes_the_next(tmp_path, monkeypatch, capsys) -> None:
+    write_as(monkeypatch, "torch_export", garbage)
+    arguments = ["--random", "--out", str(tmp_path), "--formats", "torch_export", "torchscript"]
+    assert export.main([*DEMO, *arguments]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: torch_export: ") and "demo_32x32.pt2 does not load and run: " in line
+    assert [path.name for path in tmp_path.iterdir()] == ["demo_32x32.torchscript.pt"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--size", "any"], "A size that stays open cannot be exported, in any format"),
-        (["--size", "1", "2", "3"], "expected one or two numbers of pixels, got 3"),
+        (["--size", "any"], "got any. A file has one input size, in every format"),
+        (["--size", "1", "2", "3"], "expected one or two numbers of pixels, got 1 2 3"),
         (["--size", "16"], "images must be at least 32 x 32 pixels"),
         (["--batch", "0"], "--batch: expected at least 1, got 0"),
         (["--opts", "MODEL.TYPE", "swin"], "MODEL.TYPE"),
@@ -195,6 +285,14 @@ def test_command_line(tmp_path, capsys) -> None:
 def test_command_line_says_what_is_wrong(arguments, message, tmp_path, capsys) -> None:
     assert export.main([*DEMO, "--random", "--out", str(tmp_path / "new"), *arguments]) == 1
     assert message in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    arguments = ["--random", "--out", str(tmp_path / "file"), "--formats", "torchscript"]
+    assert export.main([*DEMO, *arguments]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and str(tmp_path / "file") in line
 
 
 def test_weights_are_never_random_unasked(tmp_path, capsys) -> None:

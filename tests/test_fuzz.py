@@ -23,14 +23,12 @@ from data.images import MAX_PIXELS, decode_rgb
 from data.maps import read_map
 from data.source import FileSource
 from data.transforms import eval_transform
-from models.checkpoint_scan import MAX_PICKLE
 
 CASES = [(target, number) for target in fuzz.TARGETS.values() for number in range(len(target.named))]
-SLOW = ("endless", "many dicts", "a million keys", "packed record", "base tree", "many keys", "nested tuples")
+SLOW = ("endless", "a million keys", "base tree", "many keys")
 """Cases that the tool runs in a process with limited memory; they need more time than a test should."""
-MUTATED = {"checkpoints": 10, "yaml": 20, "maps": 60, "archives": 60, "images": 10}
+MUTATED = {"yaml": 20, "maps": 60, "archives": 60, "images": 10}
 ACCEPTED = {
-    "checkpoints": {"fits", "fits, legacy", "under model", "ordered", "with module.", "half", "transposed"},
     "yaml": {"empty", "bom", "free section"},
     "maps": {"good", "crlf", "bom", "json", "json text"},
     "archives": {"good", "deflated", "with something before it", "zip64 as usual", "absolute path"},
@@ -46,21 +44,6 @@ ACCEPTED = {
     },
 }
 REFUSED = {  # and what the refusal says
-    "checkpoints": {
-        "bomb os.system, archive": "execute code (posix.system)",
-        "bomb beside weights, legacy": "execute code (__builtin__.eval)",
-        "nan": "1 with nan or inf: head.weight",
-        "overflow to inf": "1 with nan or inf: head.weight",
-        "sparse": "execute code (torch._utils._rebuild_sparse_tensor)",
-        "claim: huge storage": "should have 4398046511104 bytes",
-        "claim: huge shape": "a tensor of 1099511627776 values in a storage of 8",
-        "claim: one value too many, legacy": "has another size",
-        "pickle: nested tuple as key": "a key that is neither text nor number",
-        "pickle: a hidden method": "the state of an object",
-        "two records of one name": "two records of one name",
-        "number as key": "no tensors: 7",
-        "with and without module.": "expected every name once",
-    },
     "yaml": {
         "tag os.system": "could not determine a constructor",
         "laughs": "got the alias *a0; write its value",
@@ -266,20 +249,6 @@ def test_any_bytes_are_an_image_or_named(content: bytes, start: bytes) -> None:
 # --- Bounds -------------------------------------------------------------------------------------------------
 
 
-def test_instructions_of_a_large_model_are_far_below_the_bound() -> None:
-    import io
-
-    import torch
-
-    names = {
-        f"layers.{n}.blocks.0.attn.relative_position_bias_table_to_windows": torch.zeros(2, 2)
-        for n in range(3000)
-    }
-    buffer = io.BytesIO()
-    torch.save(names, buffer)
-    assert buffer.getvalue().find(b"archive/byteorder") < MAX_PICKLE / 8
-
-
 @pytest.mark.parametrize("shape", [(400, 3), (3, 400), (40_000, 2)])
 def test_a_line_of_pixels_shows_its_middle(shape: tuple[int, int]) -> None:
     """The ends that no crop shows are cut off first; the middle is what a whole resize would show."""
@@ -319,5 +288,5 @@ def test_links_in_a_circle_list_images_once(tmp_path: Path) -> None:
 
 
 def test_targets_have_names_of_their_own() -> None:
-    assert len(CASES) == sum(len(target.named) for target in fuzz.TARGETS.values()) > 350
+    assert len(CASES) == sum(len(target.named) for target in fuzz.TARGETS.values()) > 200
     assert fuzz_text.CLASSES and fuzz_common.REPO == REPO

@@ -16,13 +16,12 @@ from config import load_config
 from models import (
     VARIANTS,
     FocalTransformer,
-    TimmFocalTransformer,
     build_model,
     load_checkpoint,
     read_checkpoint,
 )
 from models.checkpoint import DERIVED_BUFFERS, state_dict_of
-from models.hub_mixin import FocalTransformerOnHub
+from models.hub import FocalTransformerOnHub
 from models.safetensors_file import write_safetensors
 
 sys.path.insert(0, str(REPO / "tools"))
@@ -246,7 +245,7 @@ def test_a_folder_of_the_hubs_layout(variant, tmp_path) -> None:
     again = FocalTransformerOnHub.from_pretrained(tmp_path / "model")
     assert not any(module.training for module in again.modules())
     same(again, model)
-    plain = TimmFocalTransformer(**config)
+    plain = FocalTransformer(**config)
     load_checkpoint(plain, tmp_path / "model/model.safetensors")
     same(plain, model)
     page = (tmp_path / "model/README.md").read_text()

@@ -71,7 +71,7 @@ def test_maps_are_the_classifiers_normalised(variant: str, size: tuple[int, int]
         shared = {k: v for k, v in own.items() if k in classifier.state_dict()}
         classifier.load_state_dict(shared, strict=False)
         maps = backbone.eval()(images(*size))
-        plain = classifier.eval().forward_intermediates(images(*size), stages)
+        plain = classifier.eval().forward_intermediates(images(*size), stages, intermediates_only=True)
         assert isinstance(maps, tuple) and len(maps) == len(stages)
         for stage, got, bare in zip(stages, maps, plain, strict=True):
             assert got.shape == bare.shape and got.shape[1] == 8 * 2**stage
@@ -154,8 +154,8 @@ def test_the_originals_checkpoints(name: str, stages: list[int], capsys: pytest.
     classifier = FocalTransformer(num_classes=10, **official_options(name)).eval()
     classifier.load_state_dict(given, strict=False)
     with torch.no_grad():
-        got = backbone.eval().forward_intermediates(images(96, 120), stages)
-        expected = classifier.forward_intermediates(images(96, 120), stages)
+        got = backbone.eval().forward_intermediates(images(96, 120), stages, intermediates_only=True)
+        expected = classifier.forward_intermediates(images(96, 120), stages, intermediates_only=True)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 

@@ -1,280 +1,253 @@
-"""The attention operator alone: tables against brute force, backends against each other."""
+"""Attention operators against the definition; which keys a window sees, slot by slot; what compilers see."""
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
+import attention_definition as definition
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from torch._dynamo.testing import EagerAndRecordGraphs
 from torch.autograd import forward_ad
 
-from models.geometry import fill_up, grid, nearest_cells
-from models.key_selection import KEYS_MULTIPLE, NearestKeys, RingPooledKeys, _nearest_keys, _ring_pooled_keys
-from models.ops import PORTABLE_BACKENDS, cpu_kernel, focal_attention, resolve_backend, sdpa
+from models.focal_transformer import (
+    BACKENDS,
+    FAMILIES,
+    AttentionIndex,
+    FocalBlock,
+    choose_backend,
+    grid,
+    is_traced,
+    nearest_cells,
+    nearest_index,
+    ring_index,
+)
+from models.ops import cpu
+from models.ops.tables import merge_bias, merge_duplicates
 
-CPU = torch.device("cpu")
+CPU, META = torch.device("cpu"), torch.device("meta")
+TELLS_EXPORTS = hasattr(torch.compiler, "is_exporting")  # from PyTorch 2.7 on
+KINDS = ("focal", "focalv2")
 MAPS = [(7, 7), (14, 14), (15, 9), (28, 21), (3, 30)]
+RINGS = [(3, 3, 1, 0), (0, 5, 2, 0), (2, 1, 0, 0), (4, 3, 1, 3), (7, 7, 1, 0), (1, 3, 1, 0)]
+COUNTS_AT_224 = [  # map, ring and region of each stage; keys as defined and after merging
+    (56, (3, 7, 1, 0), 230, 218),
+    (28, (3, 5, 1, 0), 206, 194),
+    (14, (3, 3, 1, 0), 190, 178),
+    (7, (0, 1, 1, 0), 50, 50),
+]
+
+Attend = Callable[[Tensor, AttentionIndex, Tensor, float], Tensor]
 
 
-def random_problem(table, tokens: int, dtype: torch.dtype, per_window: bool, heads: int = 2, dim: int = 8):
-    """Queries, keys and values, and a bias."""
+def ring(size: tuple[int, int], numbers: tuple[int, ...]) -> AttentionIndex:
+    """Keys of windows of 7; numbers: expand size, region, pooled levels, shift."""
+    return ring_index(True, *size, (7, *numbers), CPU, "cpu")
+
+
+def nearest(size: tuple[int, int], topk: int, levels: int) -> AttentionIndex:
+    return nearest_index(True, *size, (7, topk, levels, None), CPU, "cpu")
+
+
+def by_hand(keys: list[list[int]] | Tensor, visible: Tensor | None = None) -> AttentionIndex:
+    """Windows of one token beside each other, with any keys."""
+    keys = torch.as_tensor(keys)
+    return AttentionIndex(1, len(keys), 1, len(keys), keys, visible, ())
+
+
+def problem(index: AttentionIndex, dtype: torch.dtype = torch.float64, images: int = 2, dim: int = 8):
+    """Queries, keys and values of two heads, and a bias."""
     generator = torch.Generator().manual_seed(0)
-    qkv = (
-        torch.randn(2, tokens, 3, heads, dim, generator=generator, dtype=torch.float64)
-        .to(dtype)
-        .requires_grad_()
-    )
-    windows, keys = table.index.shape
-    queries = table.window**2
-    shape = (heads, windows if per_window else 1, queries, keys)
-    bias = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-    return qkv, bias
+    coarse = index.windows * (1 + 4 + 16)  # as many as three levels have
+    tokens = index.height * index.width + coarse
+    differs = index.windows if index.visible is None else 1
+    shapes = (images, tokens, 3, 2, dim), (2, differs, index.window**2, index.keys.shape[1])
+    made = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    return [x.to(dtype).requires_grad_() for x in made]
 
 
-def run(table, qkv, bias, backend: str):
-    out = focal_attention(qkv, table, bias, 0.4, backend)
+def results(attend: Attend, index: AttentionIndex, qkv: Tensor, bias: Tensor) -> list[Tensor]:
+    """Output and gradients."""
+    out = attend(qkv, index, bias, 0.4)
     return [out, *torch.autograd.grad(out.square().sum(), (qkv, bias))]
 
 
-def tokens_of(table, pooled: int) -> int:
-    windows = table.index.shape[0]
-    return table.height * table.width + sum(windows * 4**level for level in range(pooled))
+def agree(index: AttentionIndex, qkv: Tensor, bias: Tensor) -> None:
+    expected = results(definition.attend, index, qkv, bias)
+    for name in ("plain", "cpu"):
+        found = results(BACKENDS[name].attend, index, qkv, bias)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12, msg=lambda m, name=name: name + m)
 
 
+def prepared(index: AttentionIndex, bias: Tensor) -> Tensor:
+    """The bias as the CPU's operator gets it."""
+    found = []
+
+    def keep(qkv: Tensor, bias: Tensor, *_: Any) -> Tensor:
+        found.append(bias)
+        return qkv
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "attention", keep)
+        cpu.attend(torch.empty(0, dtype=bias.dtype), index, bias.detach(), 1.0)
+    return found[0].contiguous()
+
+
+# --- The same numbers as the definition ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("numbers", RINGS, ids=str)
 @pytest.mark.parametrize("size", MAPS, ids=str)
-@pytest.mark.parametrize(
-    ("expand", "focal_window", "pooled", "shift"),
-    [(3, 3, 1, 0), (0, 5, 2, 0), (2, 1, 0, 0), (4, 3, 1, 3), (7, 7, 1, 0), (1, 3, 1, 0)],
-)
-def test_backends_agree_on_ring_and_pooled_keys(size, expand, focal_window, pooled, shift) -> None:
-    table = _ring_pooled_keys(RingPooledKeys(7, expand, focal_window, pooled, shift), *size, CPU).table
-    problem = random_problem(table, tokens_of(table, pooled), torch.float64, per_window=False)
-    expected = run(table, *problem, "reference")
-    for backend in PORTABLE_BACKENDS:
-        torch.testing.assert_close(run(table, *problem, backend), expected, rtol=1e-9, atol=1e-12)
+def test_ring_and_pooled_keys(size, numbers) -> None:
+    index = ring(size, numbers)
+    agree(index, *problem(index))
+
+
+@pytest.mark.parametrize(("topk", "levels"), [(40, 1), (128, 1), (1000, 0)])
+@pytest.mark.parametrize("size", MAPS, ids=str)
+def test_nearest_keys(size, topk, levels) -> None:
+    index = nearest(size, topk, levels)
+    assert index.visible is None
+    agree(index, *problem(index))
 
 
 @pytest.mark.parametrize("at_once", [1, 7, 24])
-def test_pieces_change_nothing(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_change_nothing(at_once, monkeypatch) -> None:
     """Windows are worked on a few at a time on the CPU: one by one, with a rest, and all of an image."""
-    monkeypatch.setattr(cpu_kernel, "_at_once", lambda _: at_once)
-    table = _ring_pooled_keys(RingPooledKeys(7, 3, 3, 1, 0), 28, 21, CPU).table
-    assert table.dense is None
-    qkv, bias = random_problem(table, tokens_of(table, 1), torch.float64, per_window=False)
-    qkv = torch.cat([qkv, qkv.flip(0), 2 * qkv[:1]]).detach().requires_grad_()  # 5 images
-    expected = run(table, qkv, bias, "reference")
-    torch.testing.assert_close(run(table, qkv, bias, "sdpa"), expected, rtol=1e-9, atol=1e-12)
+    monkeypatch.setattr(cpu, "_at_once", lambda _: at_once)
+    index = ring((28, 21), (3, 3, 1, 0))
+    assert index.windows * 2 == 24
+    agree(index, *problem(index, images=3))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 6])
 @pytest.mark.parametrize("matrices", [1, 12, 96, 191, 192])
 @pytest.mark.parametrize("scores", [49, 49 * 224, 2**20])
-def test_pieces_suit_threads(
-    threads: int, matrices: int, scores: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pieces_suit_threads(threads, matrices, scores, monkeypatch) -> None:
     """The same number of matrices for each thread, near the number of scores that is wanted."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     threads = max(2, threads)
-    wanted = threads * cpu_kernel.SCORES_AT_ONCE
-    step = cpu_kernel._at_once(torch.empty(matrices, scores, 1, device="meta"))
+    wanted = threads * cpu.SCORES_AT_ONCE
+    step = cpu._at_once(torch.empty(matrices, scores, 1, device="meta"))
     assert 1 <= step <= matrices
     assert step % threads == 0 or step < threads or step == matrices
     assert step * scores <= 1.5 * wanted + (threads if step > threads else 1) * scores
     assert step == matrices or step * scores >= 0.6 * wanted
 
 
-@pytest.mark.parametrize("size", MAPS, ids=str)
-@pytest.mark.parametrize(("topk", "pooled"), [(40, 1), (128, 1), (1000, 0)])
-def test_backends_agree_on_nearest_keys(size, topk, pooled) -> None:
-    table = _nearest_keys(NearestKeys(7, topk, pooled, (14, 14)), *size, CPU).table
-    problem = random_problem(table, tokens_of(table, pooled), torch.float64, per_window=True)
-    expected = run(table, *problem, "reference")
-    for backend in PORTABLE_BACKENDS:
-        torch.testing.assert_close(run(table, *problem, backend), expected, rtol=1e-9, atol=1e-12)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("side", [14, 28])
-def test_half_precision_is_no_worse_than_the_reference(dtype, side: int) -> None:
-    table = _ring_pooled_keys(RingPooledKeys(7, 3, 5, 1), side, side, CPU).table
-    assert (table.dense is not None) == (side == 14)
-    qkv, bias = random_problem(table, tokens_of(table, 1), torch.float64, per_window=False)
-    exact = run(table, qkv, bias, "reference")
-    rough = [x.detach().to(dtype).requires_grad_() for x in (qkv, bias)]
-    errors = {
-        name: [
-            float((a - b).detach().abs().max() / b.detach().abs().max())
-            for a, b in zip(run(table, *rough, name), exact, strict=True)
-        ]
-        for name in PORTABLE_BACKENDS
-    }
-    for name, found in errors.items():
-        assert all(mine <= 2 * its + 1e-3 for mine, its in zip(found, errors["reference"], strict=True)), (
-            name,
-            errors,
-        )
+def test_half_precision_is_no_worse_than_the_definition(dtype, side) -> None:
+    index = ring((side, side), (3, 5, 1, 0))
+    exact = results(definition.attend, index, *problem(index))
+    rough = [x.detach().to(dtype).requires_grad_() for x in problem(index)]
+
+    def errors(attend: Attend) -> list[float]:
+        pairs = zip(results(attend, index, *rough), exact, strict=True)
+        return [float((a - b).detach().abs().max() / b.detach().abs().max()) for a, b in pairs]
+
+    allowed = errors(definition.attend)
+    for name in ("plain", "cpu"):
+        found = errors(BACKENDS[name].attend)
+        assert all(ours <= 2 * its + 1e-3 for ours, its in zip(found, allowed, strict=True)), (name, found)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("side", [14, 28])
-def test_the_operator_is_registered_as_pytorch_wants_it(side: int, dtype: torch.dtype) -> None:
-    """Schema, fake tensors, autograd and compilation, in the dense form and with gathered keys."""
-    table = _ring_pooled_keys(RingPooledKeys(7, 3, 5, 1), side, side, CPU).table
-    qkv, bias = random_problem(table, tokens_of(table, 1), dtype, per_window=False)
-    prepared = PORTABLE_BACKENDS["sdpa"].prepare_bias(bias, table, dtype).detach().requires_grad_()
-    index = None if table.dense is not None else table.gathered_index
-    rest = (prepared, index, table.readers, table.first_reader, side, side, 7, 0.4)
-    torch.library.opcheck(cpu_kernel.attention, (qkv, *rest))
-    slopes = torch.randn(2, side * side, 16).to(dtype)
-    inputs = [x.detach() if isinstance(x, torch.Tensor) else x for x in (slopes, qkv, *rest)]
-    torch.library.opcheck(cpu_kernel.attention_backward, inputs)
-    inputs[2] = inputs[2].mT.contiguous().mT  # outputs are contiguous, however inputs lie
-    torch.library.opcheck(cpu_kernel.attention_backward, inputs)
+@pytest.mark.parametrize("wanted", [(0,), (1,), (0, 1)], ids=["qkv", "bias", "both"])
+def test_second_derivatives(wanted) -> None:
+    """Of the gradients that are asked for; the others' inputs do not want any."""
+    index, found = ring((14, 7), (3, 3, 1, 0)), []
+    for attend in (definition.attend, cpu.attend):
+        inputs = problem(index)
+        inputs = [x if i in wanted else x.detach() for i, x in enumerate(inputs)]
+        asked = [inputs[i] for i in wanted]
+        out = attend(inputs[0], index, inputs[1], 0.4)
+        gradients = torch.autograd.grad(out.pow(3).sum(), asked, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in gradients), asked))
+    torch.testing.assert_close(*found)
 
 
-@pytest.mark.parametrize("side", [14, 28])
-def test_no_images_and_transforms(side: int) -> None:
-    """An empty batch has an empty result; `torch.func` differentiates what it is given."""
-    table = _ring_pooled_keys(RingPooledKeys(7, 3, 5, 1), side, side, CPU).table
-    qkv, bias = random_problem(table, tokens_of(table, 1), torch.float64, per_window=False)
-    out, d_qkv, d_bias = run(table, qkv[:0], bias, "sdpa")
-    assert out.shape == (0, side * side, 16) and d_qkv.shape == qkv[:0].shape and not d_bias.any()
-
-    def loss(qkv: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return focal_attention(qkv, table, bias, 0.4, "sdpa").square().sum()
-
-    transformed = torch.func.grad(loss, argnums=(0, 1))
-    torch.compiler.reset()
-    compiled = torch.compile(transformed, backend="aot_eager", fullgraph=True, dynamic=False)
-    for function in (transformed, compiled):
-        gradients = function(qkv.detach(), bias.detach())
-        torch.testing.assert_close(list(gradients), run(table, qkv, bias, "sdpa")[1:])
+def test_no_images() -> None:
+    index = ring((14, 14), (3, 5, 1, 0))
+    qkv, bias = problem(index, images=0)
+    out, d_qkv, d_bias = results(cpu.attend, index, qkv, bias)
+    assert out.shape == (0, 196, 16) and d_qkv.shape == qkv.shape and not d_bias.any()
 
 
-@pytest.mark.parametrize("side", [14, 28])
-@pytest.mark.parametrize("trains", [True, False])
-def test_forward_mode_reaches_the_queries_keys_and_values(side: int, trains: bool) -> None:
-    """A derivative along a direction is that of the reference, whether or not weights want gradients."""
-    table = _ring_pooled_keys(RingPooledKeys(7, 3, 5, 1), side, side, CPU).table
-    qkv, bias = random_problem(table, tokens_of(table, 1), torch.float64, per_window=False)
-    direction = torch.randn_like(qkv)
-    tangents = []
-    for backend in ("sdpa", "reference"):
-        with torch.set_grad_enabled(trains), forward_ad.dual_level():
-            dual = forward_ad.make_dual(qkv.detach(), direction)
-            out = focal_attention(dual, table, bias if trains else bias.detach(), 0.4, backend)
-            tangents.append(forward_ad.unpack_dual(out).tangent)
-    assert tangents[0] is not None
-    torch.testing.assert_close(*tangents)
-
-
-@pytest.mark.parametrize("side", [14, 28])
-def test_training_after_inference_mode(side: int) -> None:
-    """What is kept with a table serves both."""
-    table = _ring_pooled_keys.__wrapped__(RingPooledKeys(7, 3, 5, 1), side, side, CPU).table
-    problem = random_problem(table, tokens_of(table, 1), torch.float64, per_window=False)
-    with torch.inference_mode():
-        out = focal_attention(problem[0], table, problem[1], 0.4, "sdpa")
-    torch.testing.assert_close(run(table, *problem, "sdpa"), run(table, *problem, "reference"))
-    assert torch.equal(out, run(table, *problem, "sdpa")[0])
-
-
-@pytest.mark.parametrize("side", [14, 28])
-def test_graphs_have_the_operator_where_they_run_here(side: int) -> None:
-    """Compiled they have it; made to run in another place they do without."""
-    table = _ring_pooled_keys(RingPooledKeys(7, 3, 5, 1), side, side, CPU).table
-    qkv, bias = random_problem(table, tokens_of(table, 1), torch.float32, per_window=False)
-    graphs: list[torch.fx.GraphModule] = []
-
-    class Layer(torch.nn.Module):
-        def forward(self, qkv: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-            return focal_attention(qkv, table, bias, 0.4, "sdpa")
-
-    def collect(graph: torch.fx.GraphModule, example: list) -> torch.fx.GraphModule:
-        graphs.append(graph)
-        return graph
-
-    def has_operator(graph: torch.fx.GraphModule) -> bool:
-        return any("cpu_attention" in str(node.target) for node in graph.graph.nodes)
-
-    for trains in (True, False):
-        torch.compiler.reset()
-        with torch.set_grad_enabled(trains):
-            torch.compile(Layer(), backend=collect, fullgraph=True)(qkv, bias)
-        assert has_operator(graphs.pop()) == (trains or sdpa.TELLS_EXPORTS) and not graphs
-    inputs = (qkv.detach(), bias.detach())
-    expected = Layer()(*inputs)
-    for strict in (True, False) if sdpa.TELLS_EXPORTS else (False,):
-        exported = torch.export.export(Layer(), inputs, strict=strict)
-        assert not has_operator(exported.graph_module)
-        torch.testing.assert_close(exported.module()(*inputs), expected)
-    traced = torch.jit.trace(Layer(), (qkv, bias), check_trace=False)
-    assert "cpu_attention" not in str(traced.inlined_graph)
-    torch.testing.assert_close(traced(qkv, bias), expected)
-
-
-def test_row_numbers_are_kept_with_their_tables() -> None:
-    """Made once for a table, and not those of another one."""
-    first, second = (
-        _ring_pooled_keys(RingPooledKeys(7, 3, focal_window, 1), 28, 28, CPU).table for focal_window in (3, 5)
-    )
-    rows = [cpu_kernel._rows(table.gathered_index, 28, 28, 7, 2, 5) for table in (first, second, first)]
-    assert rows[0] is rows[2] and rows[0] is not rows[1]
-    for table, made in zip((first, second), rows, strict=False):
-        _, keys, _ = cpu_kernel._gathered_parts(made.read[0][:, None], 49, table.gathered_index.shape[1])
-        assert torch.equal(keys[..., 0].long(), (table.gathered_index[:5] * 3 + 1) * 2)
-
-
-def test_what_a_score_matrix_needs_lies_together() -> None:
-    """Equal runs of rows, matrix by matrix, in every piece; gradients are arrays that products fill."""
-    table = _ring_pooled_keys(RingPooledKeys(7, 3, 3, 1), 28, 28, CPU).table
-    keys = table.gathered_index.shape[1]
-    pieces = cpu_kernel._rows(table.gathered_index, 28, 28, 7, 2, 5).read
-    assert [len(piece) // (49 + 2 * keys) for piece in pieces] == 6 * [5] + [2]  # 2 heads, 16 windows
-    for number, piece in enumerate(pieces):
-        matrices = piece.view(-1, 49 + 2 * keys)
-        gathered = cpu_kernel._gathered_parts(piece[:, None], 49, keys)
-        for matrix, parts in enumerate(zip(*gathered, strict=True)):
-            assert torch.equal(torch.cat(parts)[:, 0], matrices[matrix])
-            head, window = divmod(5 * number + matrix, 16)
-            tokens = table.gathered_index[window]
-            q, k, v = (part[:, 0].long() for part in parts)
-            assert torch.equal(k, (tokens * 3 + 1) * 2 + head) and torch.equal(v, (tokens * 3 + 2) * 2 + head)
-            first = window // 4 * 7 * 28 + window % 4 * 7
-            assert q[0] == first * 3 * 2 + head and (q % 6 == head).all()
-    for part in cpu_kernel._gradient_parts(torch.empty(5 * (49 + 2 * keys), 8), 49, keys):
-        assert part.is_contiguous()
-
-
-@pytest.mark.parametrize("side", [14, 28])
 @pytest.mark.parametrize("images", [1, 3])
-def test_the_backward_pass_leaves_its_inputs_alone(side: int, images: int) -> None:
-    """Gradients are written over copies: asked for again, with strided inputs too, they are the same."""
-    table = _ring_pooled_keys(RingPooledKeys(7, 3, 5, 1), side, side, CPU).table
-    generator = torch.Generator().manual_seed(0)
-    wide = torch.randn(images, tokens_of(table, 1), 3, 2, 16, generator=generator, requires_grad=True)
-    bias = torch.randn(2, 1, 49, table.index.shape[1], generator=generator, requires_grad=True)
-    out = focal_attention(wide[..., ::2], table, bias, 0.3, "sdpa")
-    slopes = torch.randn(*out.shape[:2], 2 * out.shape[2], generator=generator)[..., ::2]
-    kept = slopes.clone()
-    first, second = (torch.autograd.grad(out, (wide, bias), slopes, retain_graph=True) for _ in range(2))
-    assert torch.equal(slopes, kept)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    exact = torch.autograd.grad(
-        focal_attention(wide[..., ::2], table, bias, 0.3, "reference"), (wide, bias), slopes
+@pytest.mark.parametrize("side", [14, 28])
+def test_the_backward_pass_leaves_its_inputs_alone(side, images) -> None:
+    """Asked for again, gradients are the same bits; inputs need not be contiguous."""
+    index = ring((side, side), (3, 5, 1, 0))
+    qkv, bias = problem(index, images=images, dim=16)
+    slopes = torch.randn(images, side**2, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    strided, kept = qkv[..., ::2], [x.detach().clone() for x in (qkv, bias, slopes)]
+    out = cpu.attend(strided, index, bias.mT.contiguous().mT, 0.4)
+    first, second = (
+        torch.autograd.grad(out, (qkv, bias), slopes[..., ::2], retain_graph=True) for _ in range(2)
     )
-    for ours, its in zip(first, exact, strict=True):
-        torch.testing.assert_close(ours, its, atol=2e-5, rtol=2e-5)
+    assert all(map(torch.equal, first, second))
+    assert all(map(torch.equal, kept, (qkv, bias, slopes)))
+    out = definition.attend(strided, index, bias, 0.4)
+    torch.testing.assert_close(first, torch.autograd.grad(out, (qkv, bias), slopes[..., ::2]))
 
 
+@pytest.mark.parametrize(
+    "build", [lambda: ring((14, 21), (3, 5, 1, 0)), lambda: nearest((14, 21), 40, 1)], ids=KINDS
+)
+def test_training_after_inference_mode(build) -> None:
+    """What is kept with an index serves both."""
+    with torch.inference_mode():
+        index = build()
+        qkv, bias = (x.detach() for x in problem(index))
+        out = cpu.attend(qkv, index, bias, 0.4)
+    agree(index, *problem(index))
+    assert torch.equal(out, cpu.attend(*(problem(index)[:1]), index, problem(index)[1], 0.4))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_training_keeps_no_gathered_keys(compiled) -> None:
+    """What is saved for the backward pass is qkv, the bias of every window, and little more."""
+    index = ring((28, 28), (3, 7, 1, 0))
+    qkv, bias = problem(index, torch.float32, images=8)
+    saved = {}
+
+    def keep(x: Tensor) -> Tensor:
+        if x.is_floating_point():
+            saved[id(x.untyped_storage())] = x.untyped_storage().nbytes()
+        return x
+
+    def attend(qkv: Tensor, bias: Tensor) -> Tensor:
+        return cpu.attend(qkv, index, bias, 0.4)
+
+    if compiled:
+        torch.compiler.reset()
+        attend = torch.compile(attend, backend="aot_eager_decomp_partition", fullgraph=True, dynamic=False)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out = attend(qkv, bias)
+    assert out.requires_grad
+    gathered = 8 * 2 * 16 * 2 * 218 * 8 * 4  # bytes of 8 images' keys and values, 2 heads, 16 windows
+    needed = sum(x.untyped_storage().nbytes() for x in (qkv, prepared(index, bias)))
+    assert needed <= sum(saved.values()) <= needed + 4 * bias.untyped_storage().nbytes() < needed + gathered
+
+
+# --- Which keys a window sees -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shift", [0, 3])
 @pytest.mark.parametrize(("height", "width"), MAPS)
-def test_ring_and_pooled_keys_against_the_definition(height, width) -> None:
+def test_ring_and_pooled_keys_against_the_definition(height, width, shift) -> None:
     """Every slot of every window, one by one, as the paper's figure 3 and the release have it."""
     s, e, f, levels = 7, 3, 3, 2
-    table = _ring_pooled_keys(RingPooledKeys(s, e, f, levels), height, width, CPU).table
+    index = ring_index(True, height, width, (s, e, f, levels, shift), CPU, "plain")
     padded_h, padded_w = -(-height // s) * s, -(-width // s) * s
-    assert (table.height, table.width) == (padded_h, padded_w)
-    for number, (i, j) in enumerate(itertools.product(range(padded_h // s), range(padded_w // s))):
-        slots = [(i * s + y, j * s + x) for y in range(s) for x in range(s)]
+    assert (index.height, index.width, index.window) == (padded_h, padded_w, s)
+    windows = [*itertools.product(range(padded_h // s), range(padded_w // s))]
+    assert index.windows == len(windows) == len(index.keys)
+    for number, (i, j) in enumerate(windows):
+        own = [(i * s + y, j * s + x) for y in range(s) for x in range(s)]
+        slots = [*own]
         for dy, dx in ((e, e), (e, -e), (-e, e), (-e, -e)):
             for y, x in itertools.product(range(s), range(s)):
                 if (y >= s - e if dy > 0 else y < e) or (x >= s - e if dx > 0 else x < e):
@@ -289,105 +262,326 @@ def test_ring_and_pooled_keys_against_the_definition(height, width) -> None:
                 y, x = i * 2**k - c + a, j * 2**k - c + b
                 inside = 0 <= y < gh and 0 <= x < gw
                 seen.append(inside)
-                expected.append(offset + y * gw + x if inside else 0)
+                expected.append(offset + y * gw + x if inside else expected[0])
             offset += gh * gw
-        assert table.index[number].tolist() == expected
-        visible = [True] * len(expected) if table.visible is None else table.visible[number, 0].tolist()
-        assert visible == seen
+        assert index.keys[number].tolist() == expected
+        rolled = [(y >= padded_h - shift, x >= padded_w - shift) for y, x in own]  # they came from the front
+        visible = [[*(mine == its for its in rolled), *seen[s * s :]] for mine in rolled] if shift else [seen]
+        found = [[True] * len(seen)] if index.visible is None else index.visible[number].tolist()
+        assert found == visible
 
 
-def test_key_counts_at_224() -> None:
-    """230 / 206 / 190 / 50 keys as defined, 218 / 194 / 178 / 50 after folding."""
-    counts = []
-    for side, f, e in ((56, 7, 3), (28, 5, 3), (14, 3, 3), (7, 1, 0)):
-        table = _ring_pooled_keys(RingPooledKeys(7, e, f, 1), side, side, CPU).table
-        counts.append((table.index.shape[1], table.folded_index.shape[1], table.dense is not None))
-    assert counts == [(230, 218, False), (206, 194, False), (190, 178, True), (50, 50, True)]
+@pytest.mark.parametrize("size", [(1, 1), (7, 7), (5, 40), (30, 3), (20, 31)], ids=str)
+@pytest.mark.parametrize("count", [1, 5, 40, 128])
+@pytest.mark.parametrize("where", ["windows", "outside"])
+def test_nearest_cells_against_a_full_sort(size, count, where) -> None:
+    count = min(count, size[0] * size[1])
+    rows, columns = (np.arange(-(-side // 7)) * 7 + 3 for side in size)
+    if where == "outside":
+        rows, columns = np.array([-40, -1, 2, 90, size[0]]), np.array([size[1] - 1, -2, 200])
+    crossings = np.array([*itertools.product(rows, columns)])
+    cells = np.array([*itertools.product(*map(range, size))])
+    distance = ((crossings[:, None] - cells[None]) ** 2).sum(-1)
+    expected = np.argsort(distance, axis=1, kind="stable")[:, :count]
+    assert np.array_equal(nearest_cells(rows, columns, *size, count), expected)
 
 
-@pytest.mark.parametrize("pooled_levels", [0, 1])
-@pytest.mark.parametrize("shift", [0, 3])
-def test_keys_are_filled_up_where_the_cpu_gathers_them(pooled_levels: int, shift: int) -> None:
-    """To whole vectors, with keys that nobody sees; elsewhere the folded keys are gathered."""
-    selection = RingPooledKeys(7, 3, 7, pooled_levels, shift)
-    for side in (14, 28, 35):
-        table = _ring_pooled_keys(selection, side, side, CPU).table
-        keys, filled = table.folded_index.shape[1], table.gathered_index.shape[1]
-        assert keys <= filled < keys + KEYS_MULTIPLE
-        assert torch.equal(table.gathered_index[:, :keys], table.folded_index)
-        assert filled == keys if table.dense is not None else filled % KEYS_MULTIPLE == 0
-        if filled > keys:
-            assert table.gathered_visible is not None and not table.gathered_visible[..., keys:].any()
-        assert int((table.readers % filled).max()) < keys
-        elsewhere = _ring_pooled_keys(selection, side, side, torch.device("meta")).table
-        assert elsewhere.gathered_index.shape[1] == keys
+@pytest.mark.parametrize("size", [(8, 8), (15, 9), (1, 1), (3, 30)], ids=str)
+def test_focal_fast_never_sees_padding(size) -> None:
+    index, fine = nearest(size, 128, 1), min(128, size[0] * size[1])
+    rows, columns = index.keys[:, :fine] // index.width, index.keys[:, :fine] % index.width
+    assert (rows < size[0]).all() and (columns < size[1]).all()
+    coarse = index.keys[:, fine:] - index.height * index.width
+    assert (
+        coarse.shape[1] == min(128, index.windows) and (coarse >= 0).all() and (coarse < index.windows).all()
+    )
+
+
+@pytest.mark.parametrize("size", [(15, 9), (3, 30), (28, 21)], ids=str)
+def test_focal_fast_looks_up_offsets_from_key_to_query(size) -> None:
+    """In tokens, at full resolution; a coarse token lies where its window's centre is."""
+    index = nearest(size, 20, 1)
+    columns = index.width // 7
+    corners = 7 * torch.stack(
+        [torch.arange(index.windows) // columns, torch.arange(index.windows) % columns], 1
+    )
+    queries = corners[:, None] + torch.from_numpy(grid(7, 7))
+    fine, coarse = index.keys[:, :20], index.keys[:, 20:] - index.height * index.width
+    places = (torch.stack([fine // index.width, fine % index.width], -1), corners[coarse] + 3)
+    for (offsets, rows, place), keys in zip(index.bias_index, places, strict=True):
+        assert torch.equal(offsets[rows[place]], (queries[:, None] - keys[:, :, None]).float())
+
+
+# --- Keys that stand twice, and filling up ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("side", "numbers", "defined", "merged"), COUNTS_AT_224)
+def test_key_counts_at_224(side, numbers, defined, merged) -> None:
+    index = ring((side, side), numbers)
+    assert (index.keys.shape[1], merge_duplicates(index).keys.shape[1]) == (defined, merged)
+
+
+def merging_is_exact(index: AttentionIndex) -> int:
+    """Attend with merged keys; returns how many pairs there are."""
+    merged = merge_duplicates(index)
+    qkv, bias = problem(index)
+    shorter = AttentionIndex(
+        index.height, index.width, index.window, index.windows, merged.keys, merged.visible, ()
+    )
+
+    def attend(qkv: Tensor, _: AttentionIndex, bias: Tensor, scale: float) -> Tensor:
+        return definition.attend(qkv, shorter, merge_bias(merged, bias), scale)
+
+    expected = results(definition.attend, index, qkv, bias)
+    torch.testing.assert_close(results(attend, index, qkv, bias), expected, rtol=1e-9, atol=1e-12)
+    if index.visible is not None:
+        both = torch.cat([merged.first, merged.second])
+        assert index.visible.index_select(-1, both).all()
+    return len(merged.first)
+
+
+@pytest.mark.parametrize("numbers", [(3, 3, 1, 0), (3, 3, 1, 3), (7, 5, 2, 0), (2, 1, 0, 3)], ids=str)
+@pytest.mark.parametrize("size", [(7, 7), (7, 21), (14, 14), (21, 28)], ids=str)
+def test_merging_is_exact(size, numbers) -> None:
+    """Also on small maps, whose ring wraps onto the window itself, on rolled ones, and with absent keys."""
+    assert (merging_is_exact(ring(size, numbers)) > 0) == (numbers[0] < 4 or min(size) <= 14)
+
+
+@pytest.mark.parametrize(
+    ("keys", "pairs"),
+    [
+        ([[5, 5, 5, 2]], 1),
+        ([[5, 5, 5, 5]], 1),
+        ([[1, 3, 1, 2], [4, 3, 4, 0]], 1),
+        ([[1, 1, 2], [1, 3, 2]], 0),
+        ([[1, 2, 2, 1], [1, 2, 3, 1]], 0),
+        ([[1, 2, 3], [1, 2, 3]], 0),
+    ],
+    ids=str,
+)
+def test_which_keys_are_merged(keys, pairs) -> None:
+    """Of many copies two; columns must be alike in every window."""
+    assert merging_is_exact(by_hand(keys)) == pairs
+
+
+def test_absent_keys_are_not_merged() -> None:
+    """Neither with each other nor with the token that stands in for them."""
+    visible = torch.tensor([True, False, False, True, True, True]).view(1, 1, 6)
+    assert merging_is_exact(by_hand([[4, 4, 4, 2, 2, 3]], visible)) == 1
+    assert merge_duplicates(by_hand([[4, 4, 4, 2, 2, 3]], visible)).keys.tolist() == [[4, 4, 4, 3, 2]]
 
 
 @pytest.mark.parametrize(
     ("keys", "filled"), [(17, 17), (112, 112), (113, 113), (114, 128), (128, 128), (218, 224)]
 )
-def test_few_keys_are_not_filled_up(keys: int, filled: int) -> None:
-    """What is added is at most an eighth, and repeats tokens that the window reads anyway."""
-    index, visible = fill_up(np.arange(2 * keys).reshape(2, keys), None, 16)
-    assert index.shape == (2, filled)
-    assert (index[:, keys:] == index[:, keys - 1 : keys]).all()
-    assert (visible is None) == (filled == keys)
-    if visible is not None:
-        assert visible[..., :keys].all() and not visible[..., keys:].any()
+def test_keys_are_filled_up_where_that_adds_an_eighth_at_most(keys, filled) -> None:
+    """With what the window reads anyway, and nobody sees."""
+    index = by_hand(torch.arange(2 * keys).view(2, keys))
+    made = cpu.tables(index)
+    assert made.keys.shape == (2, filled) and torch.equal(made.keys[:, :keys], index.keys)
+    assert (made.keys[:, keys:] == index.keys[:, -1:]).all()
+    assert (made.mask is None) == (filled == keys)
+    if made.mask is not None:
+        assert (made.mask[..., :keys] == 0).all() and (made.mask[..., keys:] == -torch.inf).all()
 
 
-@pytest.mark.parametrize("size", [(1, 1), (7, 7), (5, 40), (30, 3), (20, 31)], ids=str)
-@pytest.mark.parametrize("count", [1, 5, 40, 128])
-def test_nearest_cells_against_a_full_sort(size, count) -> None:
-    count = min(count, size[0] * size[1])
-    centres = grid(-(-size[0] // 7), -(-size[1] // 7)) * 7 + 3
-    cells = grid(*size)
-    distance = ((centres[:, None] - cells[None]) ** 2).sum(-1)
-    expected = np.argsort(distance, axis=1, kind="stable")[:, :count]
-    assert np.array_equal(nearest_cells(centres, *size, count), expected)
+@pytest.mark.parametrize("numbers", [(3, 7, 0, 0), (3, 7, 1, 0), (3, 7, 0, 3), (3, 7, 1, 3)], ids=str)
+@pytest.mark.parametrize("side", [14, 28, 35])
+def test_the_mask_is_where_keys_are_absent_or_fill_up(side, numbers) -> None:
+    made = cpu.tables(ring((side, side), numbers))
+    keys, filled = made.merged.keys.shape[1], made.keys.shape[1]
+    assert filled % cpu.KEYS_MULTIPLE == 0 and filled - keys == made.filling < cpu.KEYS_MULTIPLE
+    assert made.mask is not None and (made.mask[..., keys:] == -torch.inf).all()
+    seen = torch.ones(1, dtype=torch.bool) if made.merged.visible is None else made.merged.visible
+    assert torch.equal(made.mask[..., :keys] == 0, seen.expand_as(made.mask[..., :keys]))
+    assert ((made.mask == 0) | (made.mask == -torch.inf)).all()
 
 
-def test_focal_fast_never_sees_padding() -> None:
-    for height, width in ((8, 8), (15, 9), (1, 1), (3, 30)):
-        table = _nearest_keys(NearestKeys(7, 128, 1, (14, 14)), height, width, CPU).table
-        fine = table.index[:, : min(128, height * width)]
-        assert (fine // table.width < height).all() and (fine % table.width < width).all()
+# --- Row numbers of the CPU's operator ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_training_keeps_no_gathered_keys(device, compiled) -> None:
-    """What sdpa saves for the backward pass is its input, bias and output, here and on other devices."""
-    table = _ring_pooled_keys(RingPooledKeys(7, 3, 7, 1), 28, 28, torch.device(device)).table
-    qkv = torch.randn(8, tokens_of(table, 1), 3, 2, 8, device=device, requires_grad=True)
-    bias = torch.randn(2, 16, 49, table.index.shape[1], device=device, requires_grad=True)
-    saved = {}
+def rows_by_definition(keys: Tensor, height: int, width: int, heads: int) -> list[tuple[list[int], ...]]:
+    """Rows of q, k and v that every score matrix reads: token, one of three, head."""
+    matrices = []
+    for head, i, j in itertools.product(range(heads), range(height // 7), range(width // 7)):
+        own = [(i * 7 + y) * width + j * 7 + x for y in range(7) for x in range(7)]
+        tokens = keys[i * (width // 7) + j].tolist()
+        reads = ((own, 0), (tokens, 1), (tokens, 2))
+        matrices.append(tuple([(t * 3 + part) * heads + head for t in which] for which, part in reads))
+    return matrices
 
-    def keep(x: torch.Tensor) -> torch.Tensor:
-        if x.is_floating_point():
-            saved[id(x.untyped_storage())] = x.untyped_storage().nbytes()
-        return x
 
-    module = PORTABLE_BACKENDS["sdpa"]
-    prepared = module.prepare_bias(bias, table, torch.float32)
+@pytest.mark.parametrize("step", [1, 5, 24])
+def test_rows_of_pieces(step) -> None:
+    """What a score matrix needs lies together; every row of the output is made by the query that it is of."""
+    keys = cpu.tables(ring((28, 21), (3, 3, 1, 0))).keys
+    count, expected = keys.shape[1], rows_by_definition(keys, 28, 21, 2)
+    made = cpu._rows(keys, 28, 21, 7, 2, step)
+    read, asked = (
+        [m.tolist() for piece in pieces for m in piece.view(-1, width)]
+        for pieces, width in ((made.read, 49 + 2 * count), (made.asked, 49))
+    )
+    assert [len(piece) // 49 for piece in made.asked] == [len(p) // (49 + 2 * count) for p in made.read]
+    assert all(len(piece) == step * 49 for piece in made.asked[:-1])
+    assert read == [q + k + v for q, k, v in expected]
+    assert asked == [[row // 6 * 2 + row % 2 for row in q] for q, _, _ in expected]  # [T, N] of [S, 3, N]
+    assert torch.equal(torch.tensor(asked).flatten()[made.made_by], torch.arange(28 * 21 * 2))
+    for part, width in zip(
+        cpu._gathered_parts(made.read[0][:, None], 49, count), (49, count, count), strict=True
+    ):
+        assert part.shape == (step, width, 1)
+    parts = zip(*cpu._gathered_parts(made.read[0][:, None], 49, count), strict=True)
+    assert [tuple(x.flatten().tolist() for x in matrix) for matrix in parts] == expected[:step]
 
-    def attend(qkv: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return module.attend(qkv, table, bias, 0.4)
 
-    if compiled:
+@pytest.mark.parametrize(
+    "build", [lambda: ring((14, 21), (3, 3, 1, 0)), lambda: nearest((15, 9), 40, 1)], ids=KINDS
+)
+def test_every_slot_belongs_to_its_row(build) -> None:
+    """Each place that is read into is in one list, that of the row it was read from."""
+    index = build()
+    keys, heads = index.tables.keys, 2
+    tokens = problem(index)[0].shape[1]
+    source = []
+    for part in zip(*rows_by_definition(keys, index.height, index.width, heads), strict=True):
+        rows = torch.tensor(part).flatten()
+        token, which, head = rows // (3 * heads), rows // heads % 3, rows % heads
+        source.append((which * heads + head) * tokens + token)
+    source = torch.cat(source)
+    made = cpu._slots(keys, index.height, index.width, 7, heads, tokens)
+    ends = torch.cat([made.first[1:], torch.tensor([len(made.slots)])])
+    row_of_slot = torch.arange(3 * heads * tokens).repeat_interleave(ends - made.first)
+    assert torch.equal(made.slots.sort().values.long(), torch.arange(len(source)))
+    assert torch.equal(source[made.slots], row_of_slot)
+    parts = cpu._gradient_parts(torch.arange(len(source))[:, None], 49, keys.shape[1])
+    assert torch.equal(torch.cat([x.flatten() for x in parts]), torch.arange(len(source)))
+    assert all(x.is_contiguous() for x in parts)
+
+
+def test_row_numbers_are_kept_with_their_tables() -> None:
+    """Made once for an index, and not those of another one."""
+    first = ring((28, 28), (3, 5, 1, 0)).tables.keys
+    rows = [cpu._rows(keys, 28, 28, 7, 2, 5) for keys in (first, first.flip(0), first)]
+    assert rows[0] is rows[2] and not torch.equal(rows[0].read[0], rows[1].read[0])
+    assert cpu._rows(first, 28, 28, 7, 2, 6) is not rows[0]
+
+
+# --- Who runs which operator --------------------------------------------------------------------------------
+
+
+def test_the_choice_of_an_operator() -> None:
+    for name in ("plain", "cpu"):
+        assert choose_backend(name, CPU, torch.float32, 32, 7) == name
+    assert choose_backend("auto", CPU, torch.bfloat16, 32, 7) == "cpu"
+    assert choose_backend("auto", CPU, torch.int8, 32, 7) == "plain"
+    assert choose_backend("auto", META, torch.float32, 32, 7) == "plain"
+    with pytest.raises(
+        ValueError, match="attention_backend cpu: needs tensors on the CPU, got meta; choose auto"
+    ):
+        choose_backend("cpu", META, torch.float32, 32, 7)
+    with pytest.raises(ValueError, match="must be one of auto, plain, triton, cpu, got 'flash'"):
+        choose_backend("flash", CPU, torch.float32, 32, 7)
+    with pytest.raises(
+        ValueError, match="attention_backend triton: .*; choose auto, or one of plain, triton, cpu"
+    ):
+        choose_backend("triton", META, torch.float32, 512, 7)
+
+
+def test_operators_are_registered_as_pytorch_wants_it() -> None:
+    """Schema, fake tensors, autograd and compilation; outputs are contiguous, however inputs lie."""
+    index = ring((14, 14), (3, 5, 1, 0))
+    for dtype in (torch.float32, torch.bfloat16):
+        qkv, bias = problem(index, dtype)
+        bias = prepared(index, bias)
+        rest = (index.tables.keys, 14, 14, 7, 0.4)
+        torch.library.opcheck(cpu.attention, (qkv, bias.requires_grad_(), *rest))
+        slopes = torch.randn(2, 196, 16).to(dtype)
+        for turned in (bias, bias.mT.contiguous().mT):
+            torch.library.opcheck(cpu.attention_backward, (slopes, qkv.detach(), turned.detach(), *rest))
+
+
+def block(kind: str, backend: str) -> FocalBlock:
+    torch.manual_seed(0)
+    family = (
+        {"expand_size": 3, "focal_window": 3}
+        if kind == "focal"
+        else {"topk": 40, "train_resolution": (14, 14)}
+    )
+    attn = FAMILIES[kind](16, 2, 7, pool="fc", pooled_levels=1, backend=backend, **family)
+    return FocalBlock(attn, 16).double()
+
+
+def maps(*size: int) -> Tensor:
+    return torch.randn(2, *size, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def loss_of(layer: FocalBlock) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
+    return lambda weights, x: torch.func.functional_call(layer, weights, (x,)).square().sum()
+
+
+def calls_operator(graph: torch.fx.GraphModule) -> bool:
+    return any("cpu_attention" in str(node.target) for node in graph.graph.nodes)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("size", [(14, 14), (15, 9)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_graphs_have_the_operator_where_they_run_here(kind, size) -> None:
+    """Compiled they have it; made to run in another place they do without."""
+    layer, x = block(kind, "cpu"), maps(*size)
+    expected = layer(x).detach()
+    torch.testing.assert_close(expected, block(kind, "plain")(x).detach())
+    for trains in (True, False):
         torch.compiler.reset()
-        attend = torch.compile(attend, backend="aot_eager_decomp_partition", fullgraph=True, dynamic=False)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        out = attend(qkv, prepared)
-    assert sum(saved.values()) <= sum(x.untyped_storage().nbytes() for x in (qkv, prepared, out))
+        graphs = EagerAndRecordGraphs()
+        with torch.set_grad_enabled(trains):
+            found = torch.compile(layer, backend=graphs, fullgraph=True, dynamic=False)(x)
+        torch.testing.assert_close(found, expected)
+        assert [calls_operator(graph) for graph in graphs.graphs] == [trains or TELLS_EXPORTS]
+    for strict in (True, False) if TELLS_EXPORTS else (False,):
+        torch.compiler.reset()
+        exported = torch.export.export(layer, (x,), strict=strict)
+        assert not calls_operator(exported.graph_module)
+        torch.testing.assert_close(exported.module()(x), expected)
+    traced = torch.jit.trace(layer, x, check_trace=False)
+    assert "cpu_attention" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(x), expected)
 
 
-def test_the_choice_of_a_backend() -> None:
-    for name in ("reference", "sdpa"):
-        assert resolve_backend(name, CPU, torch.float32, 32, 7) == name
-    assert resolve_backend("auto", CPU, torch.float32, 32, 7) == "sdpa"
-    assert resolve_backend("auto", torch.device("meta"), torch.float32, 32, 7) == "sdpa"
-    with pytest.raises(ValueError, match="choose one of auto, reference, sdpa, triton"):
-        resolve_backend("flash", CPU, torch.float32, 32, 7)
-    with pytest.raises(ValueError, match="triton.*: (use|install)"):
-        resolve_backend("triton", CPU, torch.float32, 32, 7)
+@pytest.mark.parametrize("kind", KINDS)
+def test_functional_gradients(kind) -> None:
+    """`torch.func` differentiates and maps what runs here, as it is and compiled."""
+    layer, plain, x = block(kind, "cpu"), block(kind, "plain"), maps(14, 9)
+    plain(x).square().sum().backward()
+    expected = {name: p.grad for name, p in plain.named_parameters()}
+    transformed = torch.func.grad(loss_of(layer))
+    torch.compiler.reset()
+    for function in (transformed, torch.compile(transformed, backend="aot_eager", dynamic=False)):
+        found = function({name: p.detach() for name, p in layer.named_parameters()}, x)
+        torch.testing.assert_close(found, expected)
+    with torch.no_grad():
+        one_by_one = torch.func.vmap(lambda image: layer(image[None])[0])(x)
+        torch.testing.assert_close(one_by_one, plain(x))
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_mode(kind, trains) -> None:
+    """A derivative along a direction is the gradient's product with it."""
+    layer, x, direction = block(kind, "cpu"), maps(14, 9).requires_grad_(), maps(14, 9).flip(0)
+    (slope,) = torch.autograd.grad(block(kind, "plain")(x).square().sum(), x)
+    layer.requires_grad_(trains)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x.detach(), direction)
+        tangent = forward_ad.unpack_dual(layer(dual).square().sum()).tangent
+    assert tangent is not None
+    torch.testing.assert_close(tangent, (slope * direction).sum())
+
+
+def test_subclasses_of_tensors_are_computed_plainly() -> None:
+    class Tagged(Tensor):
+        pass
+
+    assert is_traced(torch.ones(2).as_subclass(Tagged)) and not is_traced(torch.ones(2))
+    layer, x = block("focal", "cpu"), maps(14, 14)
+    torch.testing.assert_close(layer(x.as_subclass(Tagged)).as_subclass(Tensor), layer(x))

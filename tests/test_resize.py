@@ -15,7 +15,7 @@ from torch import Tensor
 import main
 from config import load_config
 from models import FocalTransformer, build_model, load_checkpoint
-from models.geometry import grid, ring_offsets
+from models.focal_transformer import grid, ring_offsets
 from models.resize import choices_of_other_maps, resize_state
 
 SMALL: dict[str, Any] = {
@@ -146,8 +146,8 @@ def test_position_embedding_as_the_model_resizes_it(tmp_path: Path) -> None:
     report = load_checkpoint(larger, saved(given, tmp_path), resize=True)
     assert report.resized == ["absolute_pos_embed"] and report.continued == [LAST_RING]
     with torch.no_grad():
-        got = larger.forward_intermediates(image(384, 384), [0, 1, 2])
-        expected = given.forward_intermediates(image(384, 384), [0, 1, 2])
+        got = larger.forward_intermediates(image(384, 384), [0, 1, 2], intermediates_only=True)
+        expected = given.forward_intermediates(image(384, 384), [0, 1, 2], intermediates_only=True)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b)
 

@@ -9,18 +9,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import attention_definition as definition
 import numpy as np
 import pytest
 import torch
 from golden_files import normal
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
 
@@ -29,8 +31,15 @@ import triton.language as tl
 
 from config import load_config
 from models import FocalTransformer, build_model, load_checkpoint
-from models.key_selection import NearestKeys, RingPooledKeys, SelectedKeys
-from models.ops import reference, triton_kernel, triton_launch, triton_passes
+from models.focal_transformer import (
+    BACKENDS,
+    AttentionIndex,
+    choose_backend,
+    nearest_index,
+    plain_attention,
+    ring_index,
+)
+from models.ops.triton import attention, kernels, launch, tables
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the subprocess of test_in_interpreter")
@@ -110,78 +119,90 @@ def product_in_one_part(_: Any, a: Any, b: Any, total: Any, *__: Any) -> Any:
     return TensorHandle(cut(a.data) @ cut(b.data) + total.data, total.dtype.scalar)
 
 
+CPU = torch.device("cpu")
+
+
+def ring(window: int, expand: int, focal_window: int, levels: int, *size: int, shift: int = 0) -> Any:
+    """Arguments of `Problem`: an index of Focal attention, and its pooled levels."""
+    numbers = (window, expand, focal_window, levels, shift)
+    return ring_index(False, *size, numbers, CPU, "triton"), levels
+
+
+def nearest(window: int, topk: int, levels: int, *size: int) -> Any:
+    """Arguments of `Problem`: an index of Focal-fast, and its pooled levels."""
+    return nearest_index(False, *size, (window, topk, levels), None, CPU, "triton"), levels
+
+
+Attend = Callable[[Tensor, AttentionIndex, Tensor, float], Tensor]
+
+
 class Problem:
-    """Random inputs of one selection and map size, and what a backend makes of them."""
+    """Random inputs of one index, and what an operator makes of them."""
 
     def __init__(
         self,
-        selection: RingPooledKeys | NearestKeys,
-        size: tuple[int, int],
+        index: tuple[AttentionIndex, int],
         head_dim: int,
         dtype: torch.dtype,
         heads: int = 2,
         batch: int = 1,
     ) -> None:
         torch.manual_seed(0)
-        layer = nn.Module()
-        selection.register(layer, heads, head_dim)
-        for parameter in layer.parameters():
-            nn.init.normal_(parameter, std=0.5)
-        if isinstance(selection, NearestKeys):
-            selection.refresh(layer)
-        keys: SelectedKeys = selection.keys(layer, *size, torch.device("cpu"))
-        self.table, self.dtype, self.scale = keys.table, dtype, head_dim**-0.5
-        self.tokens = self.table.height * self.table.width
-        windows = self.tokens // self.table.window**2
-        pooled = sum(windows * 4**level for level in range(selection.pooled_levels))
-        self.qkv = torch.randn(batch, self.tokens + pooled, 3, heads, head_dim).to(dtype)
-        bias = (
-            selection.bias(layer, keys).detach() / self.scale
-        )  # kernels take it in `dtype`, divided by that
+        (self.index, levels), self.dtype, self.scale = index, dtype, head_dim**-0.5
+        windows, keys = self.index.keys.shape
+        self.tokens = self.index.height * self.index.width
+        coarse = sum(windows * 4**level for level in range(levels))
+        self.qkv = torch.randn(batch, self.tokens + coarse, 3, heads, head_dim).to(dtype)
+        groups = windows if len(self.index.bias_index[0]) > 1 else 1  # Focal-fast has a bias for each window
+        # Rounded as the kernels take it, in `dtype` and divided by the scale.
+        bias = torch.randn(heads, groups, self.index.window**2, keys) / self.scale / 2
         self.bias = bias.to(dtype).float() * self.scale
         self.cotangent = torch.randn(batch, self.tokens, heads * head_dim).to(dtype)
 
-    def kernel_tables(self) -> triton_launch.KernelTables:
-        """What the kernels are launched with."""
-        table, tokens = self.table, self.qkv.shape[1]
-        keys = (table.folded_index, table.folded_visible)
-        return triton_launch.kernel_tables(*keys, table.height, table.width, table.window, tokens)
+    def blocks(self) -> tables.Blocks:
+        """What the backward pass is launched with."""
+        made, index = self.index.tables, self.index
+        size = (index.height, index.width, index.window)
+        return tables.build_blocks(made.keys, made.first, made.merged.keys.shape[1], *size, self.qkv.shape[1])
 
-    def run(self, backend: Any, dtype: torch.dtype | None = None) -> list[Tensor]:
+    def run(self, attend: Attend, dtype: torch.dtype | None = None) -> list[Tensor]:
         """Output and gradients of queries, keys, values and bias."""
         dtype = dtype or self.dtype
         qkv = self.qkv.detach().to(dtype, copy=True).requires_grad_()
         bias = self.bias.to(torch.promote_types(dtype, torch.float32), copy=True).requires_grad_()
-        out = backend.attend(qkv, self.table, backend.prepare_bias(bias, self.table, dtype), self.scale)
+        out = attend(qkv, self.index, bias, self.scale)
         out.backward(self.cotangent.to(dtype))
         return [out.detach(), *qkv.grad.unbind(2), bias.grad]
 
     def errors(self, results: list[Tensor]) -> list[float]:
         """Error of each result against float64, relative to its norm."""
-        exact = self.run(reference, torch.float64)
+        exact = self.run(definition.attend, torch.float64)
         return [float((x.double() - y).norm() / y.norm()) for x, y in zip(results, exact, strict=True)]
 
+    def inputs(self) -> tuple[Any, ...]:
+        """Arguments of `attention.attention`."""
+        index, made = self.index, self.index.tables
+        size = (index.height, index.width, index.window)
+        qkv, bias = self.qkv.clone().requires_grad_(), made.merged.merge(self.bias).requires_grad_()
+        return qkv, bias, made.keys, made.first, made.always_seen, *size, 0.25
 
-# window, ring, focal window, pooled levels, shift; then the map
+
 RING = {
-    "small window": (RingPooledKeys(4, 2, 3, 1), (8, 12), 16),
-    "border, padding, two pooled levels": (RingPooledKeys(4, 1, 3, 2), (10, 7), 24),
-    "shipped window": (RingPooledKeys(7, 3, 5, 1), (14, 14), 32),
-    "one window": (RingPooledKeys(7, 0, 1, 1), (7, 7), 56),
-    "ring meets itself": (RingPooledKeys(5, 2, 1, 1), (5, 10), 64),
-    "queries of a window see different keys": (RingPooledKeys(4, 2, 3, 1, 2), (8, 8), 16),
-    "several blocks of queries, more than 256 keys": (RingPooledKeys(12, 3, 3, 1), (12, 24), 16),
+    "small window": (ring(4, 2, 3, 1, 8, 12), 16),
+    "border, padding, two pooled levels": (ring(4, 1, 3, 2, 10, 7), 24),
+    "shipped window": (ring(7, 3, 5, 1, 14, 14), 32),
+    "one window": (ring(7, 0, 1, 1, 7, 7), 56),
+    "ring meets itself": (ring(5, 2, 1, 1, 5, 10), 64),
+    "queries of a window see different keys": (ring(4, 2, 3, 1, 8, 8, shift=2), 16),
+    "several blocks of queries, more than 256 keys": (ring(12, 3, 3, 1, 12, 24), 16),
 }
 NEAREST = {
-    "nearest": (NearestKeys(4, 20, 1, (8, 12)), (8, 12), 32),
-    "whole tiles of keys": (NearestKeys(4, 26, 1, (8, 12)), (8, 12), 40),
-    "nearest at another size, with padding": (NearestKeys(7, 30, 1, (14, 14)), (9, 13), 48),
+    "nearest": (nearest(4, 20, 1, 8, 12), 32),
+    "whole tiles of keys": (nearest(4, 26, 1, 8, 12), 40),
+    "nearest, with padding": (nearest(7, 30, 1, 9, 13), 48),
 }
-LONG = {"nearest, more than 256 keys": (NearestKeys(12, 270, 0, (12, 24)), (12, 24), 64)}
-TINY = {
-    "tiny": (RingPooledKeys(4, 1, 1, 1), (4, 8), 16),
-    "tiny nearest": (NearestKeys(4, 12, 1, (4, 8)), (4, 8), 16),
-}
+LONG = {"nearest, more than 256 keys": (nearest(12, 270, 0, 12, 24), 64)}
+TINY = {"tiny": (ring(4, 1, 1, 1, 4, 8), 16), "tiny nearest": (nearest(4, 12, 1, 4, 8), 16)}
 CASES = RING | NEAREST | LONG | TINY
 
 
@@ -190,7 +211,7 @@ CASES = RING | NEAREST | LONG | TINY
 def test_equals_definition(case: str) -> None:
     """float32: output and every gradient."""
     problem = Problem(*CASES[case], torch.float32, heads=2 if "small" in case else 1)
-    errors = problem.errors(problem.run(triton_kernel))
+    errors = problem.errors(problem.run(attention.attend))
     assert max(errors) < 2e-6, errors
 
 
@@ -200,14 +221,17 @@ def test_equals_definition(case: str) -> None:
 def test_as_exact_as_definition(case: str, dtype: torch.dtype) -> None:
     """Half precision: at most twice the error of the definition in the same precision."""
     problem = Problem(*CASES[case], dtype, heads=1)
-    errors, allowed = problem.errors(problem.run(triton_kernel)), problem.errors(problem.run(reference))
+    errors, allowed = (
+        problem.errors(problem.run(attention.attend)),
+        problem.errors(problem.run(definition.attend)),
+    )
     assert all(mine <= 2 * theirs for mine, theirs in zip(errors, allowed, strict=True)), (errors, allowed)
 
 
 @triton.jit
 def fused_weight(score, row, scale, dtype: tl.constexpr):
-    """`triton_passes._weight` in half precision, as hardware computes it."""
-    unit = triton_passes._unit(scale, dtype)
+    """`kernels._weight` in half precision, as hardware computes it."""
+    unit = kernels._unit(scale, dtype)
     exact = score.to(tl.float64) * unit - (row * unit).to(tl.float64)
     return tl.exp2(exact.to(tl.float32))
 
@@ -218,10 +242,12 @@ def fused_weight(score, row, scale, dtype: tl.constexpr):
 def test_a_tile_without_keys(window: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond the seam of a rolled map queries may see no key of their first tile; the product and the sum
     before the exponential are rounded once, as on a GPU."""
-    monkeypatch.setattr(triton_passes, "_weight", fused_weight)
-    selection = RingPooledKeys(window, 0, 1, 0, window // 2)
-    problem = Problem(selection, (2 * window, window), 16, dtype, heads=1)
-    errors, allowed = problem.errors(problem.run(triton_kernel)), problem.errors(problem.run(reference))
+    monkeypatch.setattr(kernels, "_weight", fused_weight)
+    problem = Problem(ring(window, 0, 1, 0, 2 * window, window, shift=window // 2), 16, dtype, heads=1)
+    errors, allowed = (
+        problem.errors(problem.run(attention.attend)),
+        problem.errors(problem.run(definition.attend)),
+    )
     assert all(mine <= 2 * theirs for mine, theirs in zip(errors, allowed, strict=True)), (errors, allowed)
 
 
@@ -232,7 +258,7 @@ def test_any_scale(scale: float, dtype: torch.dtype) -> None:
     """Also one that a bias cannot be divided by."""
     problem = Problem(*CASES["tiny"], dtype, heads=1)
     problem.scale = scale
-    found, expected = problem.run(triton_kernel), problem.run(reference, torch.float64)
+    found, expected = problem.run(attention.attend), problem.run(definition.attend, torch.float64)
     for x, y in zip(found, expected, strict=True):
         assert (x.double() - y).norm() <= (1e-5 if dtype == torch.float32 else 5e-2) * y.norm()
 
@@ -242,13 +268,11 @@ def test_any_scale(scale: float, dtype: torch.dtype) -> None:
 def test_slices_and_determinism(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """However the items are divided; and the same bits twice."""
     problem = Problem(*CASES[case], torch.float32, heads=1, batch=5)
-    expected = problem.run(triton_kernel)
-    assert all(torch.equal(x, y) for x, y in zip(problem.run(triton_kernel), expected, strict=True))
+    expected = problem.run(attention.attend)
+    assert all(torch.equal(x, y) for x, y in zip(problem.run(attention.attend), expected, strict=True))
     for programs in (1, 4):
-        monkeypatch.setattr(
-            triton_launch, "TARGET_PROGRAMS", dict.fromkeys(("forward", "query_gradient"), programs)
-        )
-        for x, y in zip(problem.run(triton_kernel), expected, strict=True):
+        monkeypatch.setattr(launch, "TARGET_PROGRAMS", dict.fromkeys(("forward", "query_gradient"), programs))
+        for x, y in zip(problem.run(attention.attend), expected, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
@@ -271,15 +295,18 @@ def test_the_originals_logits(name: str) -> None:
 def test_a_window_without_pooled_keys(dtype: torch.dtype) -> None:
     """All of them masked in some windows: the others share the softmax."""
     problem = Problem(*CASES["border, padding, two pooled levels"], dtype, heads=1)
-    table = problem.table
-    assert table.fold is not None and table.visible is not None
-    visible = table.visible.clone()
-    pooled = (table.index >= problem.tokens).any(dim=0)
+    assert problem.index.visible is not None
+    visible = problem.index.visible.clone()
+    pooled = (problem.index.keys >= problem.tokens).any(dim=0)
     visible[::2, :, pooled] = False
     assert visible[1, :, pooled].any()
-    kept = torch.cat((table.fold.single, table.fold.first))
-    problem.table = replace(table, visible=visible, folded_visible=visible[..., kept])
-    errors, allowed = problem.errors(problem.run(triton_kernel)), problem.errors(problem.run(reference))
+    index = replace(problem.index, visible=visible)
+    problem.index = replace(index, tables=tables.build_tables(index))
+    assert len(problem.index.tables.merged.first)
+    errors, allowed = (
+        problem.errors(problem.run(attention.attend)),
+        problem.errors(problem.run(definition.attend)),
+    )
     if dtype == torch.float32:
         allowed = [1e-6] * len(allowed)
     assert all(mine <= 2 * theirs for mine, theirs in zip(errors, allowed, strict=True)), (errors, allowed)
@@ -289,15 +316,13 @@ def test_a_window_without_pooled_keys(dtype: torch.dtype) -> None:
 def test_operator_contract() -> None:
     """Schema, fake and gradient agree with what runs."""
     problem = Problem(*CASES["tiny"], torch.float32, heads=1)
-    table = problem.table
-    bias = triton_kernel.prepare_bias(problem.bias, table, torch.float32).requires_grad_()
-    qkv = problem.qkv.clone().requires_grad_()
-    rest = (bias, table.folded_index, table.folded_visible, table.height, table.width, table.window, 0.25)
-    torch.library.opcheck(triton_kernel.attention, (qkv, *rest))
-    out, lse = triton_kernel.attention(qkv.detach(), *rest)
+    inputs = problem.inputs()
+    torch.library.opcheck(attention.attention, inputs)
+    inputs = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
+    out, lse = attention.attention(*inputs)
     for with_bias in (True, False):
-        inputs = (problem.cotangent, qkv.detach(), out.detach(), lse.detach(), bias.detach(), *rest[1:])
-        torch.library.opcheck(triton_kernel.attention_backward, (*inputs, with_bias))
+        backward = (problem.cotangent, inputs[0], out, lse, *inputs[1:], with_bias)
+        torch.library.opcheck(attention.attention_backward, backward)
 
 
 @interpreted
@@ -305,7 +330,7 @@ def test_operator_contract() -> None:
 def test_an_empty_batch(case: str) -> None:
     """No image: an empty output, and a gradient of the bias that is zero."""
     problem = Problem(*CASES[case], torch.float32, heads=1, batch=0)
-    out, *_, d_bias = problem.run(triton_kernel)
+    out, *_, d_bias = problem.run(attention.attend)
     assert out.shape == (0, problem.tokens, 16)
     assert not d_bias.any()
 
@@ -313,10 +338,8 @@ def test_an_empty_batch(case: str) -> None:
 @interpreted
 def test_what_training_keeps() -> None:
     """The input, the bias, the output and a number per query; checkpointing changes no gradient."""
-    problem = Problem(*CASES["tiny"], torch.bfloat16, heads=1)
-    bias = triton_kernel.prepare_bias(problem.bias.requires_grad_(), problem.table, torch.bfloat16)
-    bias = bias.detach().requires_grad_()
-    qkv = problem.qkv.clone().requires_grad_()
+    problem = Problem(*CASES["tiny nearest"], torch.bfloat16, heads=1)
+    qkv, bias = problem.qkv.clone().requires_grad_(), problem.bias.clone().requires_grad_()
     kept: dict[int, int] = {}
 
     def keep(x: Tensor) -> Tensor:
@@ -325,11 +348,11 @@ def test_what_training_keeps() -> None:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        out = triton_kernel.attend(qkv, problem.table, bias, 0.25)
+        out = attention.attend(qkv, problem.index, bias, 0.25)
     lse_bytes = 4 * problem.tokens  # a window of 16 queries needs no padding
     assert sum(kept.values()) == sum(x.untyped_storage().nbytes() for x in (qkv, bias, out)) + lse_bytes
     expected = torch.autograd.grad(out, (qkv, bias), problem.cotangent)
-    again = checkpoint(triton_kernel.attend, qkv, problem.table, bias, 0.25, use_reentrant=False)
+    again = checkpoint(attention.attend, qkv, problem.index, bias, 0.25, use_reentrant=False)
     found = torch.autograd.grad(again, (qkv, bias), problem.cotangent)
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
@@ -360,12 +383,12 @@ def test_products_in_three_parts_are_float32(case: str, monkeypatch: pytest.Monk
     """`tf32x3` as the tensor cores do it: at most twice the error of the definition in float32; one part
     (`tf32`) is not."""
     problem = Problem(*CASES[case], torch.float32, heads=1)
-    allowed = problem.errors(problem.run(reference))
+    allowed = problem.errors(problem.run(definition.attend))
     errors = {}
     for name, product in {"tf32x3": product_in_three_parts, "tf32": product_in_one_part}.items():
         with monkeypatch.context() as patch:
             patch.setattr("triton.runtime.interpreter.InterpreterBuilder.create_dot", product)
-            errors[name] = problem.errors(problem.run(triton_kernel))
+            errors[name] = problem.errors(problem.run(attention.attend))
     assert all(x <= 2 * y for x, y in zip(errors["tf32x3"], allowed, strict=True)), (errors, allowed)
     assert all(x > 2 * y for x, y in zip(errors["tf32"], allowed, strict=True)), (errors, allowed)
 
@@ -374,10 +397,9 @@ def test_products_in_three_parts_are_float32(case: str, monkeypatch: pytest.Monk
 def test_compiles_into_one_graph() -> None:
     """`torch.compile` sees one operator, and gets the same numbers."""
     problem = Problem(*CASES["tiny"], torch.float32, heads=1)
-    prepared = triton_kernel.prepare_bias(problem.bias, problem.table, torch.float32)
 
     def attend(qkv: Tensor) -> Tensor:
-        return triton_kernel.attend(qkv, problem.table, prepared, 0.25)
+        return BACKENDS["triton"].attend(qkv, problem.index, problem.bias, 0.25)
 
     results = []
     for function in (attend, torch.compile(attend, backend="aot_eager", fullgraph=True)):
@@ -391,33 +413,91 @@ def test_compiles_into_one_graph() -> None:
 def test_no_bias_gradient_and_odd_strides() -> None:
     """A frozen bias gets no gradient; a cotangent that is expanded or permuted is read all the same."""
     problem = Problem(*CASES["tiny"], torch.float32, heads=1)
-    prepared = triton_kernel.prepare_bias(problem.bias, problem.table, torch.float32)
     gradients = []
     for cotangent in (torch.ones(1, problem.tokens, 16), torch.ones(()).expand(1, problem.tokens, 16)):
         qkv = problem.qkv.permute(0, 2, 4, 3, 1).contiguous().permute(0, 4, 1, 3, 2).requires_grad_()
-        triton_kernel.attend(qkv, problem.table, prepared, 0.25).backward(cotangent)
+        BACKENDS["triton"].attend(qkv, problem.index, problem.bias, 0.25).backward(cotangent)
         gradients.append(qkv.grad)
     torch.testing.assert_close(*gradients)
 
 
 @interpreted
 def test_refuses() -> None:
-    """What the kernels cannot do is said, with what to use instead."""
-    table = Problem(*CASES["tiny"], torch.float32).table
-    for qkv in (torch.zeros(1, 34, 3, 1, 12), torch.zeros(1, 34, 3, 1, 16, dtype=torch.float64)):
-        assert "use" in (triton_kernel.unsupported(qkv.device, qkv.dtype, qkv.shape[-1], table.window) or "")
-        with pytest.raises(ValueError, match="triton backend needs"):
-            triton_kernel.attend(qkv, table, torch.zeros(1, 1, 16, 64), 1.0)
-    assert triton_kernel.unsupported(torch.device("cpu"), torch.float32, 16, table.window) is None
+    """What the kernels cannot do is said."""
+    for dtype, head_dim, window in ((torch.float32, 12, 4), (torch.float64, 16, 4), (torch.float32, 16, 13)):
+        with pytest.raises(ValueError, match="attention_backend triton: needs .* choose auto"):
+            choose_backend("triton", CPU, dtype, head_dim, window)
+    assert choose_backend("triton", CPU, torch.float32, 16, 4) == "triton"
+
+
+def test_auto_is_never_the_interpreter() -> None:
+    """Without a GPU, whether or not the interpreter could run."""
+    assert choose_backend("auto", CPU, torch.float32, 16, 4) == "cpu"
+
+
+@compiled
+def test_refuses_cpu_tensors() -> None:
+    with pytest.raises(ValueError, match="needs a CUDA device, got cpu"):
+        choose_backend("triton", CPU, torch.float32, 16, 4)
+
+
+@compiled
+def test_triton_is_imported_when_it_is_needed() -> None:
+    """Where it is missing the network runs with the other operators, and says so."""
+    code = (
+        "import models, sys, torch\n"
+        "from models.focal_transformer import BACKENDS\n"
+        "assert 'models.ops.triton.kernels' not in sys.modules\n"
+        "sys.modules['triton'] = None\n"
+        "print(BACKENDS['triton'].why_not(torch.device('cuda'), torch.float32, 32, 7))"
+    )
+    command = [sys.executable, "-c", code]
+    folder = Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    assert "needs the package triton" in done.stdout
+
+
+@interpreted
+@pytest.mark.parametrize("case", [*TINY, "queries of a window see different keys"])
+def test_second_derivative(case: str) -> None:
+    """Gradients of a function of the gradients are those of the plain operator."""
+    found = []
+    problem = Problem(*CASES[case], torch.float32, heads=1)
+    for attend in (attention.attend, lambda *inputs: plain_attention(*inputs, fused=False)):
+        qkv, bias = problem.qkv.clone().requires_grad_(), problem.bias.clone().requires_grad_()
+        out = attend(qkv, problem.index, bias, 0.25)
+        d_qkv, d_bias = torch.autograd.grad(out, (qkv, bias), problem.cotangent, create_graph=True)
+        loss = d_qkv.square().sum() + d_bias.square().sum()
+        found.append([d_qkv, d_bias, *torch.autograd.grad(loss, (qkv, bias))])
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("case", TINY)
+def test_flops_are_counted(case: str) -> None:
+    """Those of the products with the keys of a window: two forward, five backward."""
+    problem = Problem(*CASES[case], torch.float32, batch=2)
+    windows, keys = problem.index.tables.merged.keys.shape
+    product = 2 * 2 * 2 * windows * keys * 16 * 16  # batch, heads, ..., queries, head width
+    qkv = problem.qkv.clone().requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        out = attention.attend(qkv, problem.index, problem.bias, 0.25)
+    assert counter.get_total_flops() == 2 * product
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == 5 * product
 
 
 def test_refuses_what_32_bits_do_not_address() -> None:
     """A map of 9500 x 9500 pixels of the largest first stage; at 896 a batch of any size is fine."""
+    made = Problem(*CASES["tiny"], torch.float32).index.tables
     for side, many in ((896, False), (9600, True)):
         tokens = (side // 4) ** 2
         qkv = torch.empty(1000, tokens, 3, 4, 32, dtype=torch.bfloat16, device="meta")
-        with pytest.raises(ValueError, match="sdpa") if many else nullcontext():
-            triton_kernel._sizes(qkv, Problem(*CASES["tiny"], torch.float32).kernel_tables(), side // 4)
+        arguments = launch.Tables(made.keys, made.first, 50, 50, side // 4, 7, 1.0)
+        with pytest.raises(ValueError, match="another attention_backend") if many else nullcontext():
+            launch._sizes(qkv, arguments)
 
 
 def test_precision_of_float32_follows_pytorch() -> None:
@@ -426,43 +506,101 @@ def test_precision_of_float32_follows_pytorch() -> None:
     arrays = (torch.empty(0, 34, 3, 1, 32), torch.empty(1, 1, 64, 64), 7)
     name, allow = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)
     before = getattr(matmul, name)
-    found = [triton_kernel._compile_time("forward", *arrays)["PRECISION"]]
+    found = [launch.compile_time("forward", *arrays)["PRECISION"]]
     setattr(matmul, name, allow)
     try:
-        found.append(triton_kernel._compile_time("forward", *arrays)["PRECISION"])
+        found.append(launch.compile_time("forward", *arrays)["PRECISION"])
     finally:
         setattr(matmul, name, before)
     assert found == ["tf32x3", "tf32"]
 
 
+BLOCKS = CASES | {
+    "one window, no ring": (ring(4, 0, 1, 0, 3, 2), 16),
+    "one column of windows, ring as wide as a window": (ring(4, 4, 3, 2, 25, 3), 16),
+    "keys that stand three times": (ring(7, 7, 1, 1, 7, 7), 16),
+    "large map": (ring(7, 3, 7, 1, 61, 100), 16),
+    "large map, no ring": (ring(7, 0, 3, 2, 61, 100), 16),
+    "large map, shift": (ring(7, 3, 3, 1, 40, 50, shift=3), 16),
+    "two columns of windows, shift": (ring(7, 7, 3, 1, 60, 14, shift=3), 16),
+    "large windows": (ring(12, 6, 3, 2, 70, 50), 16),
+    "several windows in a block": (ring(3, 1, 3, 1, 50, 41), 16),
+    "nearest, large map": (nearest(7, 128, 1, 61, 100), 16),
+    "nearest, thin map": (nearest(7, 60, 1, 3, 90), 16),
+}
+
+
 @compiled
-def test_refuses_cpu_tensors() -> None:
-    reason = triton_kernel.unsupported(torch.device("cpu"), torch.float32, 16, 4)
-    assert reason is not None and "CUDA" in reason
+@pytest.mark.parametrize("case", BLOCKS)
+def test_blocks_are_the_inverse_of_the_keys(case: str) -> None:
+    """They name window, column and token of every key exactly once, and hold every token once."""
+    problem = Problem(*BLOCKS[case], torch.float32, heads=1)
+    index, tokens, blocks = problem.index, problem.qkv.shape[1], problem.blocks()
+    made, merged = index.tables, index.tables.merged
+    keys, first, count = made.keys.long(), made.first.long(), merged.keys.shape[1]
+    for array in (made.keys, made.first, *(x for x in vars(blocks).values() if isinstance(x, Tensor))):
+        assert array.dtype == torch.int32 and array.is_contiguous()
+
+    seen = torch.ones_like(merged.keys, dtype=torch.bool)
+    seen = seen if merged.visible is None else merged.visible.any(dim=1)
+    assert torch.equal(keys[:, :count], merged.keys.where(seen, -1))
+    assert (keys[:, count:] == -1).all() and keys.shape[1] > count  # absent keys have a column of bias
+    assert (keys[:, : made.always_seen] >= 0).all()
+    assert made.always_seen == count or (keys[:, made.always_seen] < 0).any()
+    assert first.tolist() == [
+        y * index.width + x
+        for y in range(0, index.height, index.window)
+        for x in range(0, index.width, index.window)
+    ]
+
+    assert blocks.token[blocks.token >= 0].sort().values.tolist() == list(range(tokens))
+    lengths = blocks.start.diff().long()
+    assert blocks.start[0] == 0 and blocks.start[-1] == len(blocks.window) == len(blocks.column)
+    assert torch.equal(lengths, lengths.sort(descending=True).values)
+    assert torch.equal(blocks.first, made.first[blocks.window.long()])
+    block = torch.arange(len(blocks.token)).repeat_interleave(lengths)
+    visit, place = torch.nonzero(blocks.column < count, as_tuple=True)
+    assert len(visit.unique()) == len(blocks.window)  # none for nothing
+    column, window = blocks.column[visit, place].long(), blocks.window[visit].long()
+    assert torch.equal(keys[window, column], blocks.token[block[visit], place].long())
+    assert len((window * count + column).unique()) == len(visit) == (keys >= 0).sum()
+    assert (blocks.column <= count).all()
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_every_sight_has_one_entry(case: str) -> None:
-    """Entries name exactly the window, column and token of every key; blocks hold every token once."""
-    selection, size, dim = CASES[case]
-    problem = Problem(selection, size, dim, torch.float32, heads=1)
-    table, tokens, made = problem.table, problem.qkv.shape[1], problem.kernel_tables()
-    assert made.block_token[made.block_token >= 0].sort().values.tolist() == list(range(tokens))
-    block = torch.repeat_interleave(torch.arange(len(made.block_token)), made.entry_start.diff().long())
-    entry, slot = torch.nonzero(made.entry_column < made.keys, as_tuple=True)
-    column, window = made.entry_column[entry, slot].long(), made.entry_window[entry].long()
-    token = made.block_token[block[entry], slot]
-    assert torch.equal(made.index[window, column], token)
-    assert len({*zip(window.tolist(), column.tolist(), strict=True)}) == len(entry) == (made.index >= 0).sum()
-    assert made.keys == table.folded_index.shape[1] < made.index.shape[1]  # absent keys have a column of bias
-    assert (made.index[:, : made.always_seen] >= 0).all()
-    assert made.always_seen == made.keys or (made.index[:, made.always_seen] < 0).any()
+@compiled
+def test_blocks_are_read_by_four_windows() -> None:
+    """Moved by half a window, where a ring is as wide; else a block is a window."""
+    for expand, visits in ((3, 4), (0, 1)):
+        blocks = Problem(ring(7, expand, 7, 1, 56, 56), 16, torch.float32).blocks()
+        assert blocks.heavy == 1
+        assert len(blocks.token) == 65
+        assert len(blocks.window) == 64 * visits + 64
 
 
-def test_blocks_are_seen_by_four_windows() -> None:
-    """Moved by half a window, a block costs four tiles per window, as its gathered keys would."""
-    table = RingPooledKeys(7, 3, 7, 1).keys(nn.Module(), 56, 56, torch.device("cpu")).table
-    made = triton_launch.kernel_tables(table.folded_index, table.folded_visible, 56, 56, 7, 56 * 56 + 64)
-    assert made.heavy_blocks == 1
-    assert len(made.block_token) == 65
-    assert len(made.entry_window) == 64 * 4 + 64
+@compiled
+@pytest.mark.parametrize("case", ["ring meets itself", "nearest, large map"])
+def test_blocks_of_large_maps(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys are sorted as numbers of 64 bits where 32 are too few."""
+    problem = Problem(*BLOCKS[case], torch.float32, heads=1)
+    expected, made, index = problem.blocks(), problem.index.tables, problem.index
+    monkeypatch.setattr(tables, "MOST_NUMBERS", 0)
+    size = (made.merged.keys.shape[1], index.height, index.width, index.window, problem.qkv.shape[1])
+    blocks = tables.build_blocks.__wrapped__(made.keys, made.first, *size)
+    for name, value in vars(expected).items():
+        found = getattr(blocks, name)
+        assert torch.equal(found, value) and found.dtype == value.dtype if name != "heavy" else found == value
+
+
+@interpreted
+def test_blocks_are_built_once_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the first backward pass, for all layers."""
+    built = []
+    build = launch.build_blocks
+    monkeypatch.setattr(launch, "build_blocks", lambda *inputs: built.append(build(*inputs)) or built[-1])
+    problem = Problem(ring(4, 1, 1, 1, 4, 4), 16, torch.float32, heads=1)
+    with torch.no_grad():
+        attention.attend(problem.qkv, problem.index, problem.bias, 0.25)
+    assert not built
+    for _ in range(2):
+        problem.run(attention.attend)
+    assert len(built) == 2 and built[0] is built[1]

@@ -15,7 +15,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from models.ops import triton_kernel, triton_launch, triton_passes
+from models.ops.triton import kernels, launch, tables
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled")
 
@@ -53,7 +53,7 @@ def test_compiles_for_hopper_without_spills(
 ) -> None:
     """As launched for windows of 7: no spilled registers, and the tensor cores' wgmma instructions."""
     for arguments in _launches(name, head_dim, dtype, keys):
-        usage = _hopper_usage(getattr(triton_passes, f"{name}_kernel"), dtype, arguments, tmp_path)
+        usage = _hopper_usage(getattr(kernels, f"{name}_kernel"), dtype, arguments, tmp_path)
         print(name, head_dim, dtype, keys, arguments, usage)
         assert usage["STACK"] == usage["LOCAL"] == 0, usage
         assert usage["REG"] <= 255
@@ -65,7 +65,7 @@ def test_compiles_for_hopper_without_spills(
 @pytest.mark.parametrize("name", ["forward", "query_gradient", "key_gradient"])
 def test_sizes_make_no_kernel_of_their_own(name: str) -> None:
     """So what is compiled above is what runs, and a last batch of another size compiles nothing."""
-    kernel = getattr(triton_passes, f"{name}_kernel")
+    kernel = getattr(kernels, f"{name}_kernel")
     free = [p for p in kernel.params if not p.is_constexpr and not p.do_not_specialize]
     assert all(p.name.endswith(("_ptr", "scale")) for p in free)
 
@@ -73,17 +73,17 @@ def test_sizes_make_no_kernel_of_their_own(name: str) -> None:
 def _launches(name: str, head_dim: int, dtype: torch.dtype, keys: int) -> Iterator[dict[str, Any]]:
     """Compile-time arguments of every launch of a kernel, taken from the code that launches it."""
     for groups, seen in ((1, keys * 3 // 4), (2, keys)):
-        row, queries = triton_launch.padded_keys(keys), triton_launch.padded_queries(49)
+        row, queries = tables.padded_keys(keys), launch.padded_queries(49)
         arrays = torch.empty(0, 8, 3, 3, head_dim, dtype=dtype), torch.empty(3, groups, queries, row)
-        shared = triton_kernel._compile_time(name, *arrays, 7)
+        shared = launch.compile_time(name, *arrays, 7)
         if name == "key_gradient":
             yield shared
         elif name == "forward":
-            yield shared | triton_kernel.forward_tiles(keys, seen, shared["BLOCK_K"])
+            yield shared | launch.forward_tiles(keys, seen, shared["BLOCK_K"])
         else:
-            most = triton_launch.config(name, head_dim, dtype.itemsize).static_tiles
+            most = launch.config(name, head_dim, dtype.itemsize).static_tiles
             for with_bias in (True, False):
-                for _, tiles in triton_kernel.gradient_tiles(keys, seen, shared["BLOCK_K"], most, with_bias):
+                for _, tiles in launch.gradient_tiles(keys, seen, shared["BLOCK_K"], most, with_bias):
                     yield shared | tiles
 
 

@@ -14,8 +14,6 @@ from PIL import Image
 
 from config import load_config
 from models import FocalTransformer, build_model
-from models.layers import POOLS, pooled_tokens
-from models.ops.key_table import merge_windows
 
 sys.path.insert(0, str(REPO / "tools"))
 import attention_figures
@@ -87,9 +85,11 @@ def test_weights_reproduce_the_output(seen: tuple) -> None:
         for each, output in zip(stage, expected, strict=True):
             weights, tokens = each.weights(), each.tokens
             torch.testing.assert_close(weights.sum(dim=-1), torch.ones_like(weights[..., 0]))
-            mixed = merge_windows(weights @ each.values(), tokens.table)[0]
+            mixed = (weights @ each.values())[0].permute(1, 2, 0, 3).flatten(2)  # [P, Q, C]
+            places = attention_maps.window_tokens(tokens.index).flatten()
+            merged = torch.empty_like(mixed.flatten(0, 1)).index_copy(0, places, mixed.flatten(0, 1))
             shift = tokens.layer.shift_size
-            mixed = mixed.unflatten(0, tokens.padded).roll((shift, shift), dims=(0, 1))
+            mixed = merged.unflatten(0, tokens.padded).roll((shift, shift), dims=(0, 1))
             with torch.no_grad():
                 again = tokens.layer.proj(mixed[: tokens.height, : tokens.width])
             torch.testing.assert_close(again, output[0], atol=1e-5, rtol=1e-5)
@@ -136,7 +136,7 @@ def test_the_query_stands_where_it_is_said_to(seen: tuple) -> None:
         ]
         assert len(set(where)) == tokens.height * tokens.width
         window, query = tokens.place_of(1 % tokens.height, 0)
-        token = attention_maps.window_tokens(tokens.table)[window, query]
+        token = attention_maps.window_tokens(tokens.index)[window, query]
         fine = tokens.grains()[0].cells
         assert fine[1 % tokens.height, 0] == token
 
@@ -195,10 +195,12 @@ def test_pooled_tokens_stand_where_they_were_pooled(name: str) -> None:
     """The places of a pooled token are those on which it depends."""
     _, image = make(name)
     for tokens in attention_maps.stage_maps(make(name)[0], *image.shape[2:]):
-        window, rows = tokens.layer.selection.window_size, tokens.padded[0] * tokens.padded[1]
+        layer, rows = tokens.layer, tokens.padded[0] * tokens.padded[1]
         fine = torch.zeros(1, *tokens.padded, 1, requires_grad=True)
-        pools = torch.nn.ModuleList(POOLS["mean"](0, 1) for _ in tokens.grains()[1:])
-        pooled = torch.cat(pooled_tokens(fine, pools, window), dim=1)[0, :, 0]
+        layer.pool = "mean"
+        sides = [layer.window_size // 2**level for level in range(layer.pooled_levels)]
+        pooled = [layer.coarse_tokens(fine, k, torch.nn.AvgPool2d(side)) for k, side in enumerate(sides)]
+        pooled = torch.cat(pooled, dim=1)[0, :, 0] if pooled else torch.empty(0)
         for grain in tokens.grains()[1:]:
             numbers = grain.cells[grain.cells >= 0].unique()
             for number in numbers[[0, -1]].tolist():
@@ -212,14 +214,14 @@ def test_grad_cam() -> None:
     model, image = make("224")
     for stage, target in ((-1, 3), (0, 7)):
         heat = attention_maps.grad_cam(model, image, target, stage)
-        kept = model.forward_intermediates(image, [stage])[0].permute(0, 2, 3, 1).detach().requires_grad_()
+        kept = model.forward_intermediates(image, [stage], output_fmt="NHWC")[1][0].detach().requires_grad_()
         x = kept
         layers = list(model.layers)
         for number, layer in enumerate(layers):
             if number > stage % len(layers):
-                x = layer(x)
-            if number >= stage % len(layers) and layer.downsample is not None:
-                x = layer.downsample(x)
+                _, x = layer(x)
+            elif number == stage % len(layers) and layer.downsample is not None:
+                x = layer.downsample(x.permute(0, 3, 1, 2))
         logit = model.forward_head(model.norm(x))[0, target]
         gradient = torch.autograd.grad(logit, kept)[0].mean(dim=(1, 2))
         expected = (kept.detach() @ gradient[0]).relu()[0]

@@ -1,8 +1,8 @@
 """What focal attention looks at, in numbers: its weights again, and maps of what they mean for an image.
 
 The fused operators never form the weights. Here they are made once more from what the layers themselves hold:
-a hook takes the queries, keys and values that a layer's own projection makes, its key selection says which
-keys a window sees and with which bias, and the reference operator's arithmetic does the rest.
+a hook takes the queries, keys and values that a layer's own projection makes, and the layer says which keys
+a window sees and with which bias.
 
 Legend: B batch, H W rows and columns of a stage's map, T fine tokens of the padded map, S = T + pooled
 tokens, N heads, P windows, Q queries of a window, K keys of a window, s window side.
@@ -17,10 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models import FocalTransformer
-from models.focal_attention import FocalAttention
-from models.geometry import padded_size
-from models.ops import KeyTable, reference
-from models.ops.key_table import split_qkv, split_windows
+from models.focal_transformer import AttentionIndex, FocalAttention, padded_size
 
 OWN_WINDOW, AROUND = "own window", "fine tokens around"
 
@@ -53,21 +50,21 @@ class TokenMap:
     width: int
 
     @property
-    def table(self) -> KeyTable:
+    def index(self) -> AttentionIndex:
         """Which keys each window sees."""
-        device = self.layer.proj.weight.device
-        return self.layer.selection.keys(self.layer, self.height, self.width, device).table
+        parameter = next(self.layer.parameters())
+        return self.layer.index(self.height, self.width, torch.empty(0, device=parameter.device))
 
     @property
     def padded(self) -> tuple[int, int]:
-        return padded_size(self.height, self.width, self.layer.selection.window_size)
+        return padded_size(self.height, self.width, self.layer.window_size)
 
     def grains(self) -> list[Grain]:
         """All tokens, fine ones first."""
-        (rows, columns), s = self.padded, self.layer.selection.window_size
+        (rows, columns), s = self.padded, self.layer.window_size
         fine = torch.arange(rows * columns).view(rows, columns)
         grains, tokens = [Grain("fine", self._in_place(fine), 1)], rows * columns
-        for level in range(self.layer.selection.pooled_levels):
+        for level in range(self.layer.pooled_levels):
             side, down, across = s // 2**level, rows // s * 2**level, columns // s * 2**level
             numbers = tokens + torch.arange(down * across).view(down, across)
             block = numbers.repeat_interleave(side, 0).repeat_interleave(side, 1)
@@ -79,28 +76,28 @@ class TokenMap:
         return grains
 
     def _in_place(self, cells: Tensor) -> Tensor:
-        """Undo the shift, and cut the padding off."""
-        shift = self.layer.shift_size
-        return cells.roll((shift, shift), dims=(0, 1))[: self.height, : self.width]
+        """[rows, columns] of the padded and rolled map at the places of the map, [H, W]."""
+        return self.layer.unroll_and_crop(cells[None, ..., None], self.height, self.width)[0, ..., 0]
 
     def place_of(self, row: int, column: int) -> tuple[int, int]:
         """Window and query within it of the token at a place of the map."""
-        (rows, columns), s = self.padded, self.layer.selection.window_size
-        row, column = (row - self.layer.shift_size) % rows, (column - self.layer.shift_size) % columns
+        (rows, columns), s = self.padded, self.layer.window_size
+        token = int(self._in_place(torch.arange(rows * columns).view(rows, columns))[row, column])
+        row, column = divmod(token, columns)
         return row // s * (columns // s) + column // s, row % s * s + column % s
 
     def seen_from(self, row: int, column: int) -> list[Grain]:
         """The tokens that the query at a place sees, by granularity; what is empty is left out."""
         window, query = self.place_of(row, column)
-        table = self.table
-        index = table.index[window].cpu()
-        if table.visible is not None:
-            index = index[table.visible[window].expand(table.window**2, -1)[query].cpu()]
+        index = self.index
+        keys = index.keys[window].cpu()
+        if index.visible is not None:
+            keys = keys[index.visible[window].expand(index.window**2, -1)[query].cpu()]
         fine, *pooled = self.grains()
         mine = torch.zeros(self.padded[0] * self.padded[1], dtype=torch.bool)
-        mine[window_tokens(table)[window]] = True
+        mine[window_tokens(index)[window].cpu()] = True
         mine = mine[fine.cells]
-        seen = [Grain(each.name, _only(each.cells, index), each.area) for each in (fine, *pooled)]
+        seen = [Grain(each.name, _only(each.cells, keys), each.area) for each in (fine, *pooled)]
         own = Grain(OWN_WINDOW, seen[0].cells.masked_fill(~mine, -1), 1)
         around = Grain(AROUND, seen[0].cells.masked_fill(mine, -1), 1)
         return [grain for grain in (own, around, *seen[1:]) if (grain.cells >= 0).any()]
@@ -110,15 +107,16 @@ class TokenMap:
         return sum(grain.spread(values).nan_to_num() / grain.area for grain in self.grains())
 
 
-def _only(cells: Tensor, index: Tensor) -> Tensor:
-    """Cells of tokens that are in `index`, -1 for the others."""
-    return torch.where(torch.isin(cells, index), cells, -1)
+def _only(cells: Tensor, tokens: Tensor) -> Tensor:
+    """Cells of tokens that are in `tokens`, -1 for the others."""
+    return torch.where(torch.isin(cells, tokens), cells, -1)
 
 
-def window_tokens(table: KeyTable) -> Tensor:
+def window_tokens(index: AttentionIndex) -> Tensor:
     """The fine tokens of each window, [P, Q]."""
-    tokens = torch.arange(table.height * table.width).view(1, -1, 1, 1)
-    return split_windows(tokens, table)[0, 0, :, :, 0]
+    s = index.window
+    tokens = torch.arange(index.height * index.width, device=index.keys.device)
+    return tokens.view(index.height // s, s, index.width // s, s).transpose(1, 2).reshape(-1, s * s)
 
 
 # --- Weights ------------------------------------------------------------------------------------------------
@@ -141,36 +139,34 @@ class BlockAttention:
     @torch.no_grad()
     def weights(self) -> Tensor:
         """softmax(q k^T * scale + bias) over a window's keys: [B, N, P, Q, K]."""
-        layer, map_ = self.tokens.layer, self.tokens
-        keys = layer.selection.keys(layer, map_.height, map_.width, self.qkv.device)
-        bias = reference.prepare_bias(layer.selection.bias(layer, keys), keys.table, self.qkv.dtype)
-        q, k, _ = split_qkv(self.qkv, keys.table)
-        wanted = k[:, keys.table.index].permute(0, 3, 1, 2, 4)  # [B, P, K, N, D] -> [B, N, P, K, D]
-        scores = (split_windows(q, keys.table) * layer.scale) @ wanted.transpose(-2, -1)
-        return (scores.to(bias.dtype) + bias).softmax(dim=-1)
+        layer, index = self.tokens.layer, self.tokens.index
+        q, k, _ = self.qkv.permute(2, 0, 3, 1, 4)  # [B, N, S, D]
+        q, k = q[:, :, window_tokens(index)], k[:, :, index.keys]  # [B, N, P, Q or K, D]
+        scores = layer.scale * (q @ k.transpose(-2, -1)) + layer.bias(index, self.qkv.dtype)
+        if index.visible is not None:
+            scores = scores.masked_fill(~index.visible, float("-inf"))
+        return scores.softmax(dim=-1)
 
     def values(self) -> Tensor:
         """The values of each window's keys: [B, N, P, K, D]."""
-        _, _, v = split_qkv(self.qkv, self.tokens.table)
-        return v[:, self.tokens.table.index].permute(0, 3, 1, 2, 4)
+        v = self.qkv[:, :, 2].transpose(1, 2)  # [B, N, S, D]
+        return v[:, :, self.tokens.index.keys]
 
     def of_query(self, row: int, column: int) -> Tensor:
         """Weights of the query at a place of the first image's map, by token: [N, S]."""
         window, query = self.tokens.place_of(row, column)
         weights = self.weights()[0, :, window, query]
         total = weights.new_zeros(len(weights), self.qkv.shape[1])
-        return total.index_add(1, self.tokens.table.index[window], weights).cpu()
+        return total.index_add(1, self.tokens.index.keys[window], weights).cpu()
 
     def passed_on(self, relevance: Tensor) -> Tensor:
         """Relevance of outputs as that of inputs, by the mean over heads of the weights: [H, W] to [H, W]."""
-        tokens, table = self.tokens, self.tokens.table
-        (rows, columns), shift = tokens.padded, tokens.layer.shift_size
-        padded = F.pad(relevance, (0, columns - tokens.width, 0, rows - tokens.height))
-        rolled = padded.roll((-shift, -shift), dims=(0, 1)).reshape(1, -1, 1, 1)
-        queries = split_windows(rolled, table)[0, 0]  # [P, Q, 1]
+        tokens, index = self.tokens, self.tokens.index
+        rolled = tokens.layer.pad_and_roll(relevance[None, ..., None], *tokens.padded).flatten()
+        queries = rolled[window_tokens(index).cpu()][..., None]  # [P, Q, 1]
         shares = (self.weights()[0].mean(dim=0).cpu() * queries).sum(dim=1)  # [P, K]
         total = torch.zeros(self.qkv.shape[1], dtype=shares.dtype)
-        return tokens.evenly(total.index_add(0, table.index.cpu().flatten(), shares.flatten()))
+        return tokens.evenly(total.index_add(0, index.keys.cpu().flatten(), shares.flatten()))
 
 
 @contextmanager
@@ -271,7 +267,7 @@ def grad_cam(model: FocalTransformer, image: Tensor, target: int, stage: int = -
         [H, W] of the stage, from 0 (nothing, or against it) up.
     """
     kept: list[Tensor] = []
-    handle = model.layers[stage].register_forward_hook(lambda _, __, output: kept.append(output))
+    handle = model.layers[stage].register_forward_hook(lambda _, __, maps: kept.append(maps[0]))
     try:
         with torch.enable_grad():
             logit = model(image)[0, target]

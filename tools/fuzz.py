@@ -3,10 +3,10 @@
     python tools/fuzz.py --count 3000
     python tools/fuzz.py --targets images --count 20000 --seed 7
 
-Targets: checkpoints (models.load_checkpoint), yaml (config.load_config), maps and archives (data sets from
-map files and zip archives) and images (training and evaluation samples, with both decoders). The first inputs
-of each are hostile cases with a name, the rest good files with random damages; seed and number name an input,
-and `--show` reads one alone and keeps its file.
+Targets: yaml (config.load_config), maps and archives (data sets from map files and zip archives) and images
+(training and evaluation samples, with both decoders). The first inputs of each are hostile cases with a name,
+the rest good files with random damages; seed and number name an input, and `--show` reads one alone and keeps
+its file.
 
 Inputs are read in a process with limited memory. It may accept one, or raise a documented error whose message
 names the file. Findings are other errors, messages without a file, programs that were started, files that
@@ -28,7 +28,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import fuzz_archives
-import fuzz_checkpoints
 import fuzz_images
 import fuzz_text
 import torch
@@ -37,10 +36,7 @@ from fuzz_common import Target, Verdict, judge, limit_memory
 
 TARGETS = {
     target.name: target
-    for target in (
-        *(fuzz_checkpoints.TARGET, fuzz_text.YAML, fuzz_text.MAPS),
-        *(fuzz_archives.TARGET, fuzz_images.TARGET),
-    )
+    for target in (fuzz_text.YAML, fuzz_text.MAPS, fuzz_archives.TARGET, fuzz_images.TARGET)
 }
 SECONDS = 20.0  # of computing that one input may take
 PATIENCE = 10  # times as long may it wait: on a busy machine, or for nothing

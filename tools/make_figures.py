@@ -2,7 +2,7 @@
 
     python tools/make_figures.py [teaser release speed] [--out DIR]
 
-teaser   which tokens a query sees, by the key selections themselves, in a photograph that scikit-learn ships
+teaser   which tokens a query sees, as the layers themselves say, in a photograph that scikit-learn ships
 release  accuracy against throughput of the release and its peers, as the release reports them
 speed    what the newest benchmark in tools/results measured here, as a share of Swin's speed
 """

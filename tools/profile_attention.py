@@ -8,16 +8,16 @@ q, k, v and the output once; with gradients, also those four, the output's gradi
 FLOPs are those of the matrix products with the keys that a window sees. The peaks are those of a large copy
 and a large product in the same run.
 
-Every backend is compared with `reference` in float32: the largest error of the output and of the gradients,
-relative to the largest value, which may be twice that of `reference` in the same precision. Nothing of the
-model runs but the operator; for the times, the bias is prepared beforehand, as it is kept in evaluation.
+Every backend is compared with `plain` in float64: the largest error of the output and of the gradients,
+relative to the largest value, which may be twice that of `plain` in the same precision. Nothing of the model
+runs but the operator.
 """
 
 import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import benchmark_common as common
@@ -26,8 +26,8 @@ from torch import Tensor
 
 from config import load_config
 from models import build_model
-from models.focal_attention import FocalAttention
-from models.ops import BACKENDS, KeyTable, backend_module, resolve_backend
+from models.focal_transformer import BACKENDS, AttentionIndex, FocalAttention, choose_backend
+from models.ops.tables import merge_duplicates
 from utils import pick_device
 
 logger = logging.getLogger("profile_attention")
@@ -38,12 +38,12 @@ ROUNDS = {"cpu": 5, "cuda": 20}
 ROUND_SECONDS = {"cpu": 0.2, "cuda": 0.1}
 COPY_BYTES = {"cpu": 2**27, "cuda": 2**31}
 MATMUL_SIDE = {"cpu": 1024, "cuda": 8192}
-TOLERANCE = 2.0  # errors up to so many times that of reference in the same precision
+TOLERANCE = 2.0  # errors up to so many times that of `plain` in the same precision
 LEAST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # never a fault below
 COLUMNS = (
     *("stage", "resolution", "map", "heads", "head dim", "windows", "keys", "precision", "pass", "backend"),
     *("ms", "lower quartile", "upper quartile", "floor ms", "times floor", "bound by"),
-    *("error", "error of reference", "check"),
+    *("error", "error of plain", "check"),
 )
 GRADIENTS = ("output", "d_qkv", "d_bias")
 
@@ -62,7 +62,7 @@ class Shape:
 
     stage: int
     resolution: int
-    table: KeyTable
+    index: AttentionIndex
     bias: Tensor  # [N, P or 1, Q, K], float32
     tokens: int  # S
     heads: int
@@ -70,18 +70,31 @@ class Shape:
     scale: float
 
     @property
+    def windows_and_keys(self) -> tuple[int, int]:
+        """Windows of an image and keys of a window, without those that stand twice."""
+        windows, keys = merge_duplicates(self.index).keys.shape
+        return windows, keys
+
+    @property
     def keys_seen(self) -> int:
         """Pairs of query and key, over all windows of one image and head."""
-        table, queries = self.table, self.table.window**2
-        windows, keys = table.folded_index.shape
-        if table.folded_visible is None:
-            return windows * keys * queries
-        return int(table.folded_visible.expand(-1, queries, -1).sum())
+        merged, queries = merge_duplicates(self.index), self.index.window**2
+        if merged.visible is None:
+            return merged.keys.numel() * queries
+        return int(merged.visible.expand(-1, queries, -1).sum())
+
+    def inputs(self, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Random queries, keys and values [B, S, 3, N, D], and gradient of the output [B, T, N*D]."""
+        torch.manual_seed(1)
+        device, fine = self.bias.device, self.index.height * self.index.width
+        qkv = torch.randn(batch, self.tokens, 3, self.heads, self.head_dim, device=device)
+        d_out = torch.randn(batch, fine, self.heads * self.head_dim, device=device)
+        return qkv.to(dtype), d_out.to(dtype)
 
     def floor(self, peaks: Peaks, batch: int, precision: str, backward: bool) -> tuple[float, str]:
         """Seconds that a pass takes at least, and what bounds it."""
         width = self.heads * self.head_dim * batch * DTYPES[precision].itemsize
-        fine = self.table.height * self.table.width
+        fine = self.index.height * self.index.width
         inputs, output = (fine + 2 * self.tokens) * width, fine * width
         moved = inputs + output
         flops = 4 * batch * self.heads * self.head_dim * self.keys_seen  # q k^T and p v
@@ -113,25 +126,23 @@ def _best(action: Callable[[], object], device: torch.device) -> float:
 
 
 def shapes_of(config_file: Path, resolution: int, device: torch.device) -> list[Shape]:
-    """One operator per stage of a configuration's model, with its tables and its initial bias."""
-    config = load_config(config_file, ["DATA.IMG_SIZE", resolution, "MODEL.ATTENTION_BACKEND", "auto"])
+    """One operator per stage of a configuration's model, with its index and its initial bias."""
     torch.manual_seed(0)
-    model = build_model(config).to(device).eval()
+    model = build_model(load_config(config_file, ["DATA.IMG_SIZE", resolution])).to(device).eval()
     layers = [next(m for m in stage.modules() if isinstance(m, FocalAttention)) for stage in model.layers]
-    maps: list[torch.Size] = []
-    tokens: list[int] = []
+    shapes: list[Shape] = []
+
+    def add(layer: FocalAttention, height: int, width: int, qkv: Tensor) -> None:
+        index = layer.index(height, width, qkv.unflatten(-1, (3, layer.num_heads, layer.head_dim)))
+        bias, dims = layer.bias(index, torch.float32), (layer.num_heads, layer.head_dim)
+        shapes.append(Shape(len(shapes) + 1, resolution, index, bias, qkv.shape[1], *dims, layer.scale))
+
+    sizes: list[torch.Size] = []
     for layer in layers:
-        layer.register_forward_pre_hook(lambda _, inputs: maps.append(inputs[0].shape))
-        layer.qkv.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].shape[1]))
-    shapes = []
+        layer.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape[1:3]))
+        layer.qkv.register_forward_hook(lambda _, __, qkv, layer=layer: add(layer, *sizes[-1], qkv))
     with torch.no_grad():
-        model(torch.zeros(1, config.MODEL.FOCAL.IN_CHANS, resolution, resolution, device=device))
-        for layer, (_, height, width, channels) in zip(layers, maps, strict=True):
-            keys = layer.selection.keys(layer, height, width, device)
-            bias = layer.selection.bias(layer, keys).float()
-            dims = (layer.num_heads, channels // layer.num_heads)
-            stage = len(shapes)
-            shapes.append(Shape(stage + 1, resolution, keys.table, bias, tokens[stage], *dims, layer.scale))
+        model(torch.zeros(1, model.in_chans, resolution, resolution, device=device))
     return shapes
 
 
@@ -147,33 +158,33 @@ class Contender:
             d_out: gradient of the output, [B, T, N*D].
 
         Raises:
-            ValueError, ImportError: it cannot run here.
+            ValueError: it cannot run here.
         """
-        resolve_backend(name, qkv.device, qkv.dtype, shape.head_dim, shape.table.window)
-        self.backend, self.shape, self.d_out = backend_module(name), shape, d_out
+        choose_backend(name, qkv.device, qkv.dtype, shape.head_dim, shape.index.window)
+        self.name, self.scale, self.d_out = name, shape.scale, d_out
         self.qkv = qkv.detach().clone().requires_grad_()
-        self.raw_bias = shape.bias.to(qkv.device).detach().clone().requires_grad_()
-        prepared = self.backend.prepare_bias(self.raw_bias, shape.table, qkv.dtype)
-        self.bias = prepared.detach().requires_grad_()
+        self.bias = shape.bias.to(torch.promote_types(qkv.dtype, torch.float32)).clone().requires_grad_()
+        self.index = replace(shape.index, backend=name, tables=BACKENDS[name].tables(shape.index))
+
+    def attend(self) -> Tensor:
+        """The output, with a graph."""
+        return BACKENDS[self.name].attend(self.qkv, self.index, self.bias, self.scale)
 
     def forward(self) -> Tensor:
         """As in evaluation: a mask that wants a gradient would choose another kernel."""
         with torch.no_grad():
-            inputs = self.qkv.detach(), self.shape.table, self.bias.detach()
-            return self.backend.attend(*inputs, self.shape.scale)
+            inputs = self.qkv.detach(), self.index, self.bias.detach()
+            return BACKENDS[self.name].attend(*inputs, self.scale)
 
     def both(self) -> None:
         """Forward and backward."""
-        out = self.backend.attend(self.qkv, self.shape.table, self.bias, self.shape.scale)
-        torch.autograd.grad(out, (self.qkv, self.bias), self.d_out)
+        torch.autograd.grad(self.attend(), (self.qkv, self.bias), self.d_out)
 
     def results(self) -> list[Tensor]:
-        """The output and the gradients of `qkv` and of the bias before it was prepared, in double."""
-        bias = self.backend.prepare_bias(self.raw_bias, self.shape.table, self.qkv.dtype)
-        out = self.backend.attend(self.qkv, self.shape.table, bias, self.shape.scale)
-        d_qkv, d_bias = torch.autograd.grad(out, (self.qkv, self.raw_bias), self.d_out.to(out.dtype))
-        fine = self.shape.table.height * self.shape.table.width
-        d_qkv[:, fine:, 0] = 0  # pooled tokens have no queries
+        """The output and the gradients of `qkv` and of the bias, in double."""
+        out = self.attend()
+        d_qkv, d_bias = torch.autograd.grad(out, (self.qkv, self.bias), self.d_out)
+        d_qkv[:, self.index.height * self.index.width :, 0] = 0  # pooled tokens have no queries
         return [x.detach().double() for x in (out, d_qkv, d_bias)]
 
 
@@ -187,15 +198,13 @@ def errors(results: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
 
 def profile(shape: Shape, precision: str, peaks: Peaks, args: argparse.Namespace) -> list[list[common.Cell]]:
     """Rows of the table: every backend at one shape and precision, forward and with backward."""
-    device, dtype, table = args.device, DTYPES[precision], shape.table
-    torch.manual_seed(1)
-    qkv = torch.randn(args.batch_size, shape.tokens, 3, shape.heads, shape.head_dim, device=device).to(dtype)
-    width = shape.heads * shape.head_dim
-    d_out = torch.randn(args.batch_size, table.height * table.width, width, device=device).to(dtype)
+    dtype = DTYPES[precision]
+    qkv, d_out = shape.inputs(args.batch_size, dtype)
     few = slice(0, min(args.batch_size, args.check_images))
-    truth = Contender("reference", shape, qkv[few].float(), d_out[few].float()).results()
-    yardstick = errors(Contender("reference", shape, qkv[few], d_out[few]).results(), truth)
-    sizes = (f"{table.height}x{table.width}", shape.heads, shape.head_dim, *table.folded_index.shape)
+    truth = Contender("plain", shape, qkv[few].double(), d_out[few].double()).results()
+    yardstick = errors(Contender("plain", shape, qkv[few], d_out[few]).results(), truth)
+    map_size = f"{shape.index.height}x{shape.index.width}"
+    sizes = (map_size, shape.heads, shape.head_dim, *shape.windows_and_keys)
     head = [shape.stage, shape.resolution, *sizes, precision]
     checks: dict[str, list[common.Cell]] = {}
     notes: dict[str, str] = {}
@@ -205,7 +214,7 @@ def profile(shape: Shape, precision: str, peaks: Peaks, args: argparse.Namespace
             off = errors(Contender(name, shape, qkv[few], d_out[few]).results(), truth)
             checks[name] = [_listed(off), _listed(yardstick), verdict(off, yardstick, dtype)]
             ready[name] = Contender(name, shape, qkv, d_out)
-        except (ValueError, ImportError, RuntimeError) as error:
+        except (ValueError, RuntimeError) as error:
             notes[name] = f"cannot run: {common.short_reason(error)}"
     rows: list[list[common.Cell]] = []
     for kind in PASSES:

@@ -1,4 +1,4 @@
-"""Times and checks the attention kernels with other settings than those of `models/ops/triton_launch.py`.
+"""Times and checks the attention kernels with other settings than those of `models/ops/triton/launch.py`.
 
     python tools/tune_attention.py --device cuda --precisions bf16 --batch-size 128
 
@@ -28,7 +28,7 @@ from profile_attention import (
     shapes_of,
 )
 
-from models.ops import resolve_backend
+from models.focal_transformer import choose_backend
 from utils import pick_device
 
 logger = logging.getLogger("tune_attention")
@@ -57,12 +57,12 @@ COLUMNS = (
 @contextmanager
 def changed(kernel: str, setting: str, value: int, head_dim: int, dtype: torch.dtype) -> Iterator[bool]:
     """With one setting changed; yields whether it is another one than in force."""
-    from models.ops import triton_launch
+    from models.ops.triton import launch
 
     if setting == "programs":
-        table, key, new = triton_launch.TARGET_PROGRAMS, kernel, value
+        table, key, new = launch.TARGET_PROGRAMS, kernel, value
     else:
-        table, key = triton_launch.CONFIGS, (kernel, 32 if head_dim <= 32 else 64, dtype.itemsize)
+        table, key = launch.CONFIGS, (kernel, 32 if head_dim <= 32 else 64, dtype.itemsize)
         new = replace(table[key], **{setting: value})
     before = table[key]
     table[key] = new
@@ -81,16 +81,19 @@ def candidates() -> Iterator[tuple[str, str, int]]:
 
 def tune(shape: Shape, precision: str, args: argparse.Namespace) -> list[list[common.Cell]]:
     """Rows of the table for one operator."""
-    device, dtype, table = args.device, DTYPES[precision], shape.table
-    torch.manual_seed(1)
-    qkv = torch.randn(args.batch_size, shape.tokens, 3, shape.heads, shape.head_dim, device=device).to(dtype)
-    width = shape.heads * shape.head_dim
-    d_out = torch.randn(args.batch_size, table.height * table.width, width, device=device).to(dtype)
+    device, dtype = args.device, DTYPES[precision]
+    qkv, d_out = shape.inputs(args.batch_size, dtype)
     contender = Contender("triton", shape, qkv, d_out)
     few = slice(0, min(args.batch_size, args.check_images))
     checked = Contender("triton", shape, qkv[few], d_out[few])
     truth = checked.results()
-    head = [shape.stage, shape.resolution, f"{table.height}x{table.width}", shape.heads, precision]
+    head = [
+        shape.stage,
+        shape.resolution,
+        f"{shape.index.height}x{shape.index.width}",
+        shape.heads,
+        precision,
+    ]
     rows = []
     for kernel, setting, value in candidates():
         kind = "forward" if kernel == "forward" else "forward+backward"
@@ -139,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         args.device = pick_device(args.device)
-        resolve_backend("triton", args.device, torch.float32, 32, 7)  # says why the kernels cannot run
+        choose_backend("triton", args.device, torch.float32, 32, 7)  # says why the kernels cannot run
         facts = common.describe_run(args.device)
         facts["Configuration"] = f"{args.cfg.stem}, batch {args.batch_size}"
         rows: list[list[common.Cell]] = []

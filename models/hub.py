@@ -20,13 +20,13 @@ except ImportError as error:
     raise ImportError("models on the Hub need huggingface_hub: pip install huggingface_hub") from error
 
 from .checkpoint import load_checkpoint
-from .registry import TimmFocalTransformer
+from .focal_transformer import FocalTransformer
 
 CARD = Path(__file__).with_name("model_card.md")
 
 
 class FocalTransformerOnHub(
-    TimmFocalTransformer,
+    FocalTransformer,
     PyTorchModelHubMixin,
     library_name="focal-transformer",
     pipeline_tag="image-classification",
@@ -34,19 +34,13 @@ class FocalTransformerOnHub(
     tags=["image-classification", "focal-transformer"],
     model_card_template=CARD.read_text(encoding="utf-8"),
 ):
-    """TimmFocalTransformer with `from_pretrained`, `save_pretrained` and `push_to_hub`.
-
-    Args:
-        num_classes: classes; 0 for no classifier.
-        global_pool: see `TimmFocalTransformer`.
-        options: see `FocalTransformer`.
-    """
+    """FocalTransformer with `from_pretrained`, `save_pretrained` and `push_to_hub`; options as there."""
 
     def __init__(self, num_classes: int = 1000, global_pool: str = "avg", **options: Any) -> None:
-        super().__init__(num_classes, global_pool, **options)
+        super().__init__(num_classes=num_classes, global_pool=global_pool, **options)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """See `TimmFocalTransformer`; what is saved from now on is built with this classifier."""
+        """See `FocalTransformer`; what is saved from now on is built with this classifier."""
         super().reset_classifier(num_classes, global_pool)
         given = self._hub_mixin_config if isinstance(self._hub_mixin_config, dict) else {}
         changed = {"num_classes": num_classes, "global_pool": self.global_pool.pool_type}
@@ -59,6 +53,3 @@ class FocalTransformerOnHub(
         return model.to(map_location).eval()
 
     _load_as_pickle = _load_as_safetensor  # the file's ending decides how it is read
-
-
-__all__ = ["FocalTransformerOnHub"]

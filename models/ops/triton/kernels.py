@@ -1,4 +1,4 @@
-"""The kernels of `triton_kernel`: what one program computes, in Triton's language.
+"""The kernels: what one program computes, in Triton's language.
 
 What costs time on a GPU is not the products but every instruction spent on a score, so a score costs few:
 
@@ -10,10 +10,11 @@ What costs time on a GPU is not the products but every instruction spent on a sc
 * Heads, widths and row lengths are known at compile time, so that addresses are sums with constants.
 
 Offsets within an image are 32-bit numbers, kept apart from 64-bit base pointers: that saves the registers
-which decide whether a kernel spills (`triton_launch.check_offsets` guards them).
+which decide whether a kernel spills (`launch.check_offsets` guards them).
 
-Legend: as `triton_kernel`; QUERIES_PADDED and ROW are the queries and keys of a group's bias, padded;
-SHARED: all windows share it; WIDTH = HEADS * HEAD_DIM, a token of the packed map has three times that.
+Legend: as in `launch`. Names ending in `_ptr` are arrays, capitals are known at compile time: QUERIES_PADDED
+and ROW are the queries and keys of a group's bias, padded; SHARED: all windows share it; WIDTH = HEADS *
+HEAD_DIM, a token of `qkv` has three times that.
 """
 
 from __future__ import annotations
@@ -23,8 +24,7 @@ try:
     import triton.language as tl
 except ImportError as error:
     raise ImportError(
-        "the attention backend 'triton' needs the package triton (pip install triton; PyTorch for CUDA on "
-        "Linux brings it): install it or choose the backend 'sdpa'"
+        "needs the package triton (pip install triton; PyTorch for CUDA on Linux brings it)"
     ) from error
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -34,7 +34,7 @@ SIZES = (
     *("tokens", "slices", "slice_items", "items", "first_tile", "windows", "map_width"),
     *("heavy", "blocks", "images"),
 )
-"""Arguments whose value, such as 1 or a multiple of 16, makes no kernel of its own."""
+"""Arguments that do not compile one kernel per value, such as 1 or a multiple of 16."""
 
 
 @triton.jit
@@ -96,7 +96,7 @@ def _scores(
 
     Args:
         q: [queries, BLOCK_D].
-        bias: [queries, keys], as `triton_kernel` prepares it.
+        bias: [queries, keys], as `attention.kernel_bias` prepares it.
         base: this head's queries of the image's first token.
         key: token of every key; -1, where there is none, in tiles that are MASKED.
         scale: brings products to base 2.

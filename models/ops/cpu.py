@@ -1,0 +1,348 @@
+"""Focal attention on the CPU, forward and backward: products of a few windows at a time.
+
+A piece of one image's windows gathers its queries, keys and values, and all that follows up to the result
+stays in the caches: gathered keys and scores are never written to memory. The backward pass keeps qkv and the
+bias, computes the probabilities again, and writes what gathered keys ask for, of one image at a time:
+
+    P = softmax(scale q k' + bias),  dv = P' do,  dP = do v',  ds = P * (dP - rowsum(dP * P)),
+    dq = scale ds k,  dk = scale ds' q,  dbias = sum of ds over the batch.
+
+A piece holds q, k and v of one score matrix beside each other, so that most threads gather what they then
+multiply. The gradient of a key is the sum over the slots that read it, in a fixed order: two runs give the
+same bits.
+
+To PyTorch `cpu_attention` is one operator with a gradient, which compile, autocast and checkpointing see as a
+whole. Its second derivative is that of the plain operator.
+
+Legend: as in `focal_transformer`; G keys of a window as they are gathered, M = N*P score matrices of an image
+[Q, G], m of them in a piece. An image's qkv [S, 3, N, D] is a table of S*3*N *rows* of width D; so is its
+output, of T*N rows.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from math import ceil, inf
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula, sdpa_flop_count
+
+from ..focal_transformer import BACKENDS, AttentionIndex, Backend, plain_attention
+from .tables import NAMESPACE, MergedKeys, cached_by_tables, merge_bias, merge_duplicates
+
+SCORES_AT_ONCE = 2**17
+"""Scores per thread that are worked on at once, so that two copies of them stay in a core's cache."""
+
+KEYS_MULTIPLE = 16
+"""Keys of a window are filled up to a multiple of this, so that rows of scores begin where vectors do."""
+
+CACHED_TABLES = 64
+"""Indexes whose row numbers are kept."""
+
+
+@dataclass(frozen=True, eq=False)
+class CpuTables:
+    """What `attend` needs of an index."""
+
+    merged: MergedKeys
+    keys: Tensor  # int64 [P, G]: the merged keys, filled up with copies of the last one
+    filling: int  # G - K'
+    mask: Tensor | None  # float32 [P, 1 or Q, G]: -inf where a key is absent or fills up; None without such
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows the pieces read and write, int32."""
+
+    read: tuple[Tensor, ...]  # [m*(Q + 2G)] rows of qkv: q, k, v of each matrix of a piece
+    asked: tuple[Tensor, ...]  # [m*Q] rows of the output that a piece makes
+    made_by: Tensor  # [T*N] query, of all M*Q, that makes a row of the output
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where each row of qkv, in the order [3, N, S], was read into: of M*Q queries, M*G keys, M*G values."""
+
+    slots: Tensor  # int32, sorted by row
+    first: Tensor  # int32 [3*N*S], where those of a row begin
+
+
+def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, window: int) -> str | None:
+    """See `Backend`."""
+    if device.type != "cpu":
+        return f"needs tensors on the CPU, got {device}"
+    return None if dtype.is_floating_point else f"needs floating-point numbers, got {dtype}"
+
+
+def tables(index: AttentionIndex) -> CpuTables:
+    """See `Backend`. Keys are filled up where that adds an eighth at most."""
+    merged = merge_duplicates(index)
+    count = merged.keys.shape[1]
+    more = -count % KEYS_MULTIPLE
+    more = more if 8 * more <= count else 0
+    keys, seen = torch.cat([merged.keys, merged.keys[:, -1:].expand(-1, more)], dim=1), merged.visible
+    if seen is None and more:
+        seen = torch.ones(len(keys), 1, count, dtype=torch.bool, device=keys.device)
+    mask = None if seen is None else torch.zeros(seen.shape, device=keys.device).masked_fill_(~seen, -inf)
+    return CpuTables(merged, keys, more, None if mask is None else F.pad(mask, (0, more), value=-inf))
+
+
+def attend(qkv: Tensor, index: AttentionIndex, bias: Tensor, scale: float) -> Tensor:
+    """See `Backend`."""
+    made: CpuTables = index.tables
+    bias = merge_bias(made.merged, bias)
+    bias = F.pad(bias, (0, made.filling)) if made.filling else bias
+    bias = bias.expand(-1, index.windows, -1, -1) if made.mask is None else bias + made.mask
+    return attention(qkv, bias.to(qkv.dtype), made.keys, index.height, index.width, index.window, scale)
+
+
+_SIZES = "int height, int width, int window, float scale"
+
+
+@torch.library.custom_op(
+    f"{NAMESPACE}::cpu_attention",
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"(Tensor qkv, Tensor bias, Tensor keys, {_SIZES}) -> Tensor",
+)
+def attention(qkv, bias, keys, height, width, window, scale):
+    """Output [B, T, N*D] of qkv [B, S, 3, N, D] with the bias [N, P, Q, G], -inf where a key is absent."""
+    return _forward(qkv, bias.flatten(0, 1), keys, (height, width, window), scale)
+
+
+@torch.library.custom_op(
+    f"{NAMESPACE}::cpu_attention_backward",
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"(Tensor d_out, Tensor qkv, Tensor bias, Tensor keys, {_SIZES}) -> (Tensor, Tensor)",
+)
+def attention_backward(d_out, qkv, bias, keys, height, width, window, scale):
+    """Gradients of `qkv` and of the bias."""
+    size = (height, width, window)
+    d_qkv, d_bias = _backward(d_out, qkv, bias.flatten(0, 1), keys, size, scale)
+    return d_qkv, d_bias.view(bias.shape)
+
+
+@attention.register_fake
+def _attention_fake(qkv, bias, keys, height, width, window, scale):
+    return qkv.new_empty(qkv.shape[0], height * width, qkv.shape[3] * qkv.shape[4])
+
+
+@attention_backward.register_fake
+def _attention_backward_fake(d_out, qkv, bias, keys, height, width, window, scale):
+    return qkv.new_empty(qkv.shape), bias.new_empty(bias.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    qkv, bias, keys, *ctx.numbers = inputs
+    ctx.save_for_backward(qkv, bias, keys)
+
+
+def _gradients(ctx, d_out):
+    qkv, bias, keys = ctx.saved_tensors
+    if torch.is_grad_enabled():  # somebody wants to differentiate the gradients
+        height, width, window, scale = ctx.numbers
+        index = AttentionIndex(height, width, window, len(keys), keys, None, ())
+        out = plain_attention(qkv, index, bias, scale, fused=False)
+        wanted = [x for x in (qkv, bias) if x.requires_grad]
+        found = iter(torch.autograd.grad(out, wanted, d_out, create_graph=True))
+        return *(next(found) if x.requires_grad else None for x in (qkv, bias)), *(None,) * 5
+    return *attention_backward(d_out, qkv, bias, keys, *ctx.numbers), *(None,) * 5
+
+
+attention.register_autograd(_gradients, setup_context=_save)
+
+
+@register_flop_formula(getattr(torch.ops, NAMESPACE).cpu_attention)
+def _attention_flops(qkv_shape, bias_shape, *_, **__) -> int:
+    """Two products of B*N*P matrices [Q, G] with vectors of width D."""
+    return 2 * 2 * qkv_shape[0] * qkv_shape[-1] * int(np.prod(bias_shape))
+
+
+@register_flop_formula(getattr(torch.ops, NAMESPACE).cpu_attention_backward)
+def _attention_backward_flops(d_out_shape, qkv_shape, bias_shape, *_, **__) -> int:
+    """Five products: the scores again, and those of dv, dP, dq and dk."""
+    return 5 * 2 * qkv_shape[0] * qkv_shape[-1] * int(np.prod(bias_shape))
+
+
+def _sdpa_flops(query_shape, key_shape, value_shape, *_, **__) -> int:
+    return sdpa_flop_count(query_shape, key_shape, value_shape)
+
+
+with suppress(RuntimeError):  # where PyTorch has a formula for its CPU kernel; 2.14 has none
+    register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)(_sdpa_flops)
+
+
+def _forward(qkv: Tensor, bias: Tensor, keys: Tensor, size: tuple[int, ...], scale: float) -> Tensor:
+    """As `attention`; bias [M, Q, G], `size` is that of the map and of a window."""
+    heads, dim = qkv.shape[3:]
+    bias = _wide(bias)
+    matrices, queries, count = bias.shape
+    step = _at_once(bias)
+    rows = _rows(keys, *size, heads, step)
+    out = qkv.new_empty(len(qkv), len(rows.made_by), dim)
+    results = bias.new_empty(matrices, queries, dim)
+    read = bias.new_empty(step * (queries + 2 * count), dim)
+    scores = bias.new_empty(step, queries, count)
+    pieces = []
+    for source, b, result in zip(rows.read, bias.split(step), results.split(step), strict=True):
+        target = read[: len(source)]
+        pieces.append((source, target, *_gathered_parts(target, queries, count), b, result, scores[: len(b)]))
+    for image, answer in zip(_wide(qkv.flatten(1, 3)), out, strict=True):
+        for source, target, q, k, v, b, result, s in pieces:
+            torch.index_select(image, 0, source, out=target)
+            torch.baddbmm(b, q, k.mT, alpha=scale, out=s)
+            torch.softmax(s, dim=-1, out=s)
+            torch.bmm(s, v, out=result)
+        if out.dtype == results.dtype:
+            torch.index_select(results.view(-1, dim), 0, rows.made_by, out=answer)
+        else:
+            answer.copy_(results.view(-1, dim)[rows.made_by])
+    return out.view(len(qkv), size[0] * size[1], heads * dim)
+
+
+def _backward(
+    d_out: Tensor, qkv: Tensor, bias: Tensor, keys: Tensor, size: tuple[int, ...], scale: float
+) -> tuple[Tensor, Tensor]:
+    """As `attention_backward`; bias [M, Q, G], `size` as in `_forward`."""
+    heads, dim = qkv.shape[3:]
+    d_qkv, dtype, bias = qkv.new_empty(qkv.shape), bias.dtype, _wide(bias)
+    d_bias = bias.new_zeros(bias.shape)
+    matrices, queries, count = bias.shape
+    step = _at_once(bias)
+    rows = _rows(keys, *size, heads, step)
+    slots = _slots(keys, *size, heads, qkv.shape[1])
+    read = bias.new_empty(step * (queries + 2 * count), dim)
+    asked = bias.new_empty(step * queries, dim)
+    gradients = bias.new_empty(matrices * (queries + 2 * count), dim)
+    buffers = bias.new_empty(2, step, queries, count)
+    parts = (bias, *_gradient_parts(gradients, queries, count), d_bias)
+    pieces = []
+    for source, answers, *part in zip(rows.read, rows.asked, *(x.split(step) for x in parts), strict=True):
+        target, do = read[: len(source)], asked[: len(answers)]
+        operands = (*_gathered_parts(target, queries, count), do.view(-1, queries, dim), *part)
+        pieces.append((source, target, answers, do, (*operands, *buffers[:, : len(part[0])])))
+    images, slopes = _wide(qkv.flatten(1, 3)), _wide(d_out.unflatten(2, (heads, dim)).flatten(1, 2))
+    for image, slope, d_image in zip(images, slopes, d_qkv.permute(0, 2, 3, 1, 4), strict=True):
+        for source, target, answers, do, operands in pieces:
+            torch.index_select(image, 0, source, out=target)
+            torch.index_select(slope, 0, answers, out=do)
+            _to_gradients(scale, *operands)
+        d_image.copy_(F.embedding_bag(slots.slots, gradients, slots.first, mode="sum").view(d_image.shape))
+    return d_qkv, d_bias.to(dtype)
+
+
+def _to_gradients(
+    scale: float,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    bias: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    d_bias: Tensor,
+    probabilities: Tensor,
+    d_scores: Tensor,
+) -> None:
+    """Gradients of a piece.
+
+    Args:
+        scale: factor of the scores.
+        q, do: queries, and the output's gradient, [m, Q, D].
+        k, v: [m, G, D].
+        bias: [m, Q, G].
+        dq, dk, dv: written to, as q, k, v.
+        d_bias: added to, as `bias`.
+        probabilities, d_scores: written to, as `bias`.
+    """
+    torch.baddbmm(bias, q, k.mT, alpha=scale, out=probabilities)
+    torch.softmax(probabilities, dim=-1, out=probabilities)
+    torch.bmm(do, v.mT, out=d_scores)
+    torch.bmm(probabilities.mT, do, out=dv)
+    d_scores *= probabilities
+    d_scores.addcmul_(probabilities, d_scores.sum(dim=-1, keepdim=True), value=-1)
+    d_bias += d_scores
+    dq.baddbmm_(d_scores, k, beta=0, alpha=scale)
+    dk.baddbmm_(d_scores.mT, q, beta=0, alpha=scale)
+
+
+def _at_once(bias: Tensor) -> int:
+    """Score matrices of a piece, of all in the bias [M, Q, G]; as many for each thread, if possible."""
+    threads = max(2, torch.get_num_threads())
+    step = ceil(len(bias) / max(1, round(bias.numel() / (SCORES_AT_ONCE * threads))))
+    return min(len(bias), threads * ceil(step / threads)) if step > threads else step
+
+
+def _gathered_parts(rows: Tensor, queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, which lie beside each other: [m*(Q + 2G), D] -> [m, Q or G, D]."""
+    q, k, v = rows.unflatten(0, (-1, queries + 2 * keys)).split((queries, keys, keys), dim=1)
+    return q, k, v
+
+
+def _gradient_parts(rows: Tensor, queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of all queries, then all keys, then all values: [M*(Q + 2G), D] -> [M, Q or G, D].
+
+    `Slots` counts them so; and PyTorch computes products into arrays that are not contiguous one by one.
+    """
+    count = len(rows) // (queries + 2 * keys)
+    q, k, v = rows.split((count * queries, count * keys, count * keys))
+    return q.view(count, queries, -1), k.view(count, keys, -1), v.view(count, keys, -1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """`x` in float32 or more."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _count(length: int) -> Tensor:
+    """0, 1, ...: int32 [length], on the CPU whatever the default device is."""
+    return torch.arange(length, dtype=torch.int32, device="cpu")
+
+
+def _windows(height: int, width: int, window: int) -> tuple[Tensor, Tensor]:
+    """Tokens of every window, int32 [P, Q]; which query each token is, int32 [T]."""
+    tokens = _count(height * width)
+    tokens = tokens.view(height // window, window, width // window, window).transpose(1, 2).flatten()
+    query = torch.empty_like(tokens)
+    query[tokens.long()] = _count(height * width)
+    return tokens.view(-1, window**2), query
+
+
+@cached_by_tables(CACHED_TABLES)
+def _rows(keys: Tensor, height: int, width: int, window: int, heads: int, step: int) -> Rows:
+    """Rows of pieces of `step` score matrices, for keys [P, G]."""
+    tokens, query = _windows(height, width, window)
+    head = _count(heads)[:, None, None]
+    parts = [tokens * (3 * heads), keys.int() * (3 * heads) + heads, keys.int() * (3 * heads) + 2 * heads]
+    read = (torch.cat(parts, dim=1) + head).flatten(0, 1)
+    asked = (tokens * heads + head).flatten(0, 1)
+    return Rows(
+        tuple(part.flatten() for part in read.split(step)),
+        tuple(part.flatten() for part in asked.split(step)),
+        (query[:, None] + head.view(-1) * (height * width)).flatten(),
+    )
+
+
+@cached_by_tables(CACHED_TABLES)
+def _slots(keys: Tensor, height: int, width: int, window: int, heads: int, tokens: int) -> Slots:
+    """Slots of all rows, for keys [P, G] of S `tokens`."""
+    _, query = _windows(height, width, window)
+    fine, count = height * width, keys.numel()
+    token, readers = keys.flatten().int().sort(stable=True)
+    reads, asks = token.bincount(minlength=tokens).int(), (_count(tokens) < fine).int()
+    head = _count(heads)[:, None]
+    begins = heads * fine + _count(2 * heads)[:, None] * count
+    slots = query.new_empty(heads * (fine + 2 * count))
+    torch.add(query, head * fine, out=slots[: heads * fine].view(heads, fine))
+    torch.add(readers.int(), begins, out=slots[heads * fine :].view(2 * heads, count))
+    lengths = torch.cat([asks.repeat(heads), reads.repeat(2 * heads)])  # nobody asks with a coarse token
+    return Slots(slots, lengths.cumsum(0, dtype=torch.int32) - lengths)
+
+
+BACKENDS["cpu"] = Backend(why_not, tables, attend)

@@ -1,0 +1,198 @@
+"""Index tables of the kernels, built where the index is: on a GPU nothing is copied to the host.
+
+The gradient of a key is a sum over the windows that read it. Instead of adding to memory atomically, tokens
+are cut into blocks of at most BLOCK_KEYS, and one program for each block visits every window that reads a
+token of it. Which windows these are is a sparse matrix of blocks and windows, in compressed rows.
+
+Legend: as in `focal_transformer`; K' keys of a window after merging, M blocks, E nonzeros of that matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...focal_transformer import AttentionIndex
+from ..tables import MergedKeys, cached_by_tables, merge_duplicates
+
+BLOCK_BITS = 6
+BLOCK_KEYS = 2**BLOCK_BITS
+"""Tokens of a block."""
+
+BLOCK_SIDE = 8
+"""Its rows and columns on a pooled level."""
+
+KEYS_MULTIPLE = 32
+"""Keys that are computed, and those of a row of tables, are filled up to a multiple of this."""
+
+MOST_NUMBERS = 2**31 - 1
+"""Kernels count with 32 bits within an image and within a table."""
+
+CACHED_TABLES = 128
+"""Indexes whose blocks are kept."""
+
+
+@dataclass(frozen=True)
+class TritonTables:
+    """What the forward pass needs of an index."""
+
+    merged: MergedKeys
+    keys: Tensor  # int32 [P, padded K']: tokens; -1 where no query of a window sees the key, and beyond K'
+    first: Tensor  # int32 [P]: first token of every window
+    always_seen: int  # the first so many keys are there in every window
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What the backward pass needs besides: which windows read each block of tokens, int32."""
+
+    token: Tensor  # [M, BLOCK_KEYS]: tokens of a block, -1 where it has fewer
+    start: Tensor  # [M + 1]: the windows of block g are numbers start[g] to start[g + 1] - 1 of those below
+    window: Tensor  # [E]: a window that reads the block
+    first: Tensor  # [E]: its first token
+    column: Tensor  # [E, BLOCK_KEYS]: which of its K' keys each token of the block is; K' where it is none
+    heavy: int  # the first so many blocks are read by far more windows than the others and should start first
+
+
+def padded_keys(keys: int) -> int:
+    """Keys of a row of the index table and of the bias: at least one more, which stands for absent ones."""
+    return computed_keys(keys + 1)
+
+
+def computed_keys(keys: int) -> int:
+    """Keys whose scores are computed: whole tiles of KEYS_MULTIPLE."""
+    return ceil(keys / KEYS_MULTIPLE) * KEYS_MULTIPLE
+
+
+def build_tables(index: AttentionIndex) -> TritonTables:
+    """See `Backend`."""
+    merged = merge_duplicates(index)
+    keys, always_seen = merged.keys.int(), merged.keys.shape[1]
+    if merged.visible is not None:
+        seen = merged.visible[:, 0] if merged.visible.shape[1] == 1 else merged.visible.any(dim=1)
+        keys = torch.where(seen, keys, -1)
+        always_seen = int((keys.amin(dim=0) >= 0).int().cumprod(0).sum())
+    keys = F.pad(keys, (0, padded_keys(keys.shape[1]) - keys.shape[1]), value=-1)
+    number = torch.arange(len(keys), dtype=torch.int32, device=keys.device)
+    across, s = index.width // index.window, index.window
+    first = number // across * (s * index.width) + number % across * s
+    return TritonTables(merged, keys, first, always_seen)
+
+
+@cached_by_tables(CACHED_TABLES)
+def build_blocks(
+    keys: Tensor, first: Tensor, count: int, height: int, width: int, window: int, tokens: int
+) -> Blocks:
+    """Blocks of an index.
+
+    Args:
+        keys, first: as in `TritonTables`.
+        count: K'.
+        height, width: of the padded map.
+        window: window side.
+        tokens: S.
+    """
+    device = keys.device
+    position, blocks = block_positions(keys[:, :count], height, width, window, tokens)
+    # Every key as one number, of its block, place in it and column; absent ones are in one more block, the
+    # last.
+    bits = count.bit_length()
+    wide = torch.int64 if (blocks + 1) * BLOCK_KEYS << bits > MOST_NUMBERS else torch.int32
+    place = torch.cat([position.new_tensor([blocks * BLOCK_KEYS]), position]).to(wide) << bits
+    code = place.index_select(0, (keys[:, :count] + 1).flatten()).view(-1, count)
+    code = (code + torch.arange(count, dtype=wide, device=device)).sort(dim=1).values
+    place = code >> bits
+    block, copies = place >> BLOCK_BITS, 1
+    repeated = (place[:, 1:] == place[:, :-1]) & (block[:, 1:] < blocks)
+    if bool(repeated.any()):  # a window that reads a token twice visits its block twice
+        order = torch.arange(count, device=device).expand(code.shape)
+        copy = order - torch.where(F.pad(repeated, (1, 0)), 0, order).cummax(dim=1).values
+        copy = torch.where(block < blocks, copy, 0)
+        copies = int(copy.max()) + 1
+        block, order = (block * copies + copy).sort(dim=1)
+        code = code.gather(1, order)
+    is_new = F.pad(block[:, 1:] != block[:, :-1], (1, 0), value=1)
+    visit = is_new.flatten().cumsum(0, dtype=torch.int32) - 1  # [P * K'], window by window
+    at = is_new.flatten().nonzero()[:, 0]
+    visiting, visited = at // count, block.flatten()[at] // copies
+
+    lengths, order = torch.bincount(visited, minlength=blocks + 1)[:blocks].sort(descending=True, stable=True)
+    rank = torch.empty(blocks + 1, dtype=torch.long, device=device)
+    rank[order], rank[blocks] = torch.arange(blocks, device=device), blocks
+    by_block = rank[visited.long()].argsort(stable=True)
+    number = torch.empty_like(by_block)
+    number[by_block] = torch.arange(len(by_block), device=device)
+    column = torch.full((len(by_block), BLOCK_KEYS), count, dtype=torch.int32, device=device)
+    target = (number << BLOCK_BITS).index_select(0, visit) + ((code.flatten() >> bits) & (BLOCK_KEYS - 1))
+    column.view(-1).scatter_(0, target, (code.flatten() & (1 << bits) - 1).int())
+    token = torch.full((blocks * BLOCK_KEYS,), -1, dtype=torch.int32, device=device)
+    token[position] = torch.arange(tokens, dtype=torch.int32, device=device)
+    total, heavy = torch.stack([lengths.sum(), (lengths > 2 * lengths[blocks // 2]).sum()]).tolist()
+    window_of = visiting[by_block[:total]]
+    return Blocks(
+        token=token.view(blocks, BLOCK_KEYS)[order],
+        start=F.pad(lengths.cumsum(0), (1, 0)).int(),
+        window=window_of.int(),
+        first=first[window_of],
+        column=column[:total],
+        heavy=heavy,
+    )
+
+
+def block_positions(keys: Tensor, height: int, width: int, window: int, tokens: int) -> tuple[Tensor, int]:
+    """Cut all tokens into blocks.
+
+    Blocks of fine tokens hold as many whole windows, or rows of one, as fit. They begin where windows do, or
+    half a window before, which makes four windows read a block instead of nine where rings are half a window
+    wide: whichever cuts the keys of a window into fewer.
+
+    Args:
+        keys: [P, K'], -1 where absent.
+        height, width, window, tokens: as in `build_blocks`.
+
+    Returns:
+        For each token BLOCK_KEYS * its block + its place there, int64 [S]; the number of blocks.
+    """
+    device, fine = keys.device, height * width
+    if tokens <= BLOCK_KEYS:
+        return torch.arange(tokens, device=device), 1
+    rows, columns = height // window, width // window
+    middle = keys[rows // 2 * columns + columns // 2]
+    middle = middle[(middle >= 0) & (middle < fine)]
+    side = window * max(1, BLOCK_SIDE // window)
+    layouts = [cells(height, width, side, shift, device) for shift in (0, window // 2)]
+    position, blocks = min(layouts, key=lambda layout: len((layout[0][middle] // BLOCK_KEYS).unique()))
+    parts, found = [position], fine
+    while found < tokens:
+        position, more = cells(rows, columns, BLOCK_SIDE, 0, device)
+        parts.append(position + blocks * BLOCK_KEYS)
+        found, blocks = found + len(position), blocks + more
+        rows, columns = 2 * rows, 2 * columns
+    return torch.cat(parts), blocks
+
+
+def cells(height: int, width: int, side: int, shift: int, device: torch.device) -> tuple[Tensor, int]:
+    """Cut a map into squares, and these into as few strips of whole rows as have BLOCK_KEYS tokens at most.
+
+    Args:
+        height, width: of the map.
+        side: of a square.
+        shift: squares begin so many tokens before the map does, which goes on at its other end.
+        device: of the result.
+
+    Returns:
+        As `block_positions`, [height * width].
+    """
+    y, x = ((torch.arange(length, device=device) + shift) % length for length in (height, width))
+    strip_rows = ceil(side / ceil(side / min(side, BLOCK_KEYS // side)))
+    strips = ceil(side / strip_rows)
+    row = y // side * strips + y % side // strip_rows
+    slot = (y % side % strip_rows * side)[:, None] + x % side
+    across = ceil(width / side)
+    down = (height - 1) // side * strips + (height - 1) % side // strip_rows + 1
+    block = row[:, None] * across + x // side
+    return (block * BLOCK_KEYS + slot).flatten(), down * across

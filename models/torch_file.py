@@ -1,0 +1,109 @@
+"""Files of torch.save, read without executing anything in them.
+
+`torch.load(weights_only=True)` builds tensors, numbers, text, lists and dicts. The types in `HARMLESS` are
+read as well, because checkpoints of other tools hold them beside the weights. Any other object is refused.
+"""
+
+from __future__ import annotations
+
+import datetime
+import pickle
+import re
+import struct
+import zipfile
+import zlib
+from argparse import Namespace
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+SHOWN_LETTERS = 120
+
+
+class _NumpyDtype:
+    """Stands for numpy.dtype, whose own way to unpickle sets internal flags."""
+
+    def __init__(self, code: object, *_: object) -> None:
+        self.dtype = np.dtype(str(code))
+
+    def __setstate__(self, state: Sequence[Any]) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+def _numpy_scalar(kind: _NumpyDtype, data: bytes) -> Any:
+    """Stands for numpy's function of this name."""
+    return np.frombuffer(data, kind.dtype)[0]
+
+
+_PATHS = {"PosixPath": PurePosixPath, "WindowsPath": PureWindowsPath}
+HARMLESS: list[Any] = [  # (what is built, its name in the file)
+    (OrderedDict, "yacs.config.CfgNode"),
+    (Namespace, "argparse.Namespace"),
+    *((getattr(datetime, name), f"datetime.{name}") for name in ("date", "datetime", "time", "timedelta")),
+    *(
+        (kind, f"{module}.{prefix}{name}")
+        for name, kind in _PATHS.items()
+        for prefix in ("", "Pure")
+        for module in ("pathlib", "pathlib._local")
+    ),
+    (_NumpyDtype, "numpy.dtype"),
+    *((_numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
+_DAMAGE = (  # what torch.load and zipfile raise on files that are not whole
+    *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, EOFError),
+    *(LookupError, ValueError, TypeError, AttributeError, AssertionError, OverflowError),
+)
+
+
+def read_torch_file(path: Path) -> dict[str, Any]:
+    """The dict in a file, its tensors on the CPU.
+
+    Raises:
+        ValueError: it cannot be read, is damaged or no checkpoint, holds no dict, or would execute code.
+    """
+    try:
+        with open(path, "rb") as file:
+            _check_checksums(file)
+            with torch.serialization.safe_globals(HARMLESS):
+                content = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"{path}: expected a file that can be read, got: {shown(error)}") from error
+    except MemoryError as error:
+        raise ValueError(f"{path}: {path.stat().st_size:,} bytes do not fit into memory") from error
+    except _DAMAGE as error:
+        raise ValueError(f"{path}: {_reason(str(error) or type(error).__name__)}") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path}: expected a dict of tensors, found {type(content).__name__}")
+    return dict(content)
+
+
+def _check_checksums(file: BinaryIO) -> None:
+    """Raise BadZipFile where a record of an archive was changed; torch.load does not look."""
+    if file.read(4) == b"PK\x03\x04" and (broken := zipfile.ZipFile(file).testzip()):
+        raise zipfile.BadZipFile(f"record {broken!r} has a wrong checksum")
+    file.seek(0)
+
+
+def _reason(error: str) -> str:
+    """Why a file could not be read, from the text of torch.load's error."""
+    refused = re.search(r"GLOBAL (\S+)", error)
+    if refused or "TorchScript" in error:
+        what = shown(refused[1]) if refused else "a TorchScript program"
+        return (
+            f"refused, because reading it would execute code ({what}). A checkpoint may hold tensors, "
+            "numbers, text, lists and dicts; save it again without the rest"
+        )
+    short = re.search(r"WeightsUnpickler error:\s*(.+)", error)
+    text = short[1] if short else error.partition("In PyTorch 2.6")[0]
+    return f"not a checkpoint, or damaged ({shown(text)}); get it again"
+
+
+def shown(value: Any) -> str:
+    """Text of a file for a message: not endless, in one line, and nothing that steers a terminal."""
+    text = " ".join(str(value).split()) or type(value).__name__
+    text = text if len(text) <= SHOWN_LETTERS else f"{text[:SHOWN_LETTERS]}..."
+    return text if text.isprintable() else repr(text)

@@ -1,0 +1,355 @@
+"""Checkpoints as other tools write them: objects beside the weights, prefixes, wrappers, larger models."""
+
+import datetime
+import logging
+import pathlib
+import warnings
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPO
+from test_checkpoint import edited
+from test_checkpoint import saved as stored
+from timm.models import adapt_input_conv
+from timm.utils import CheckpointSaver
+from torch import Tensor, nn
+
+import main
+from config import load_config
+from models import FocalTransformer, build_model, load_checkpoint, read_checkpoint
+from models.checkpoint import STEM, state_dict_of
+from models.registry import checkpoint_filter_fn
+from models.safetensors_file import write_safetensors
+
+SMALL: dict[str, Any] = {
+    "embed_dim": 8,
+    "depths": [1, 1],
+    "num_heads": [1, 2],
+    "num_classes": 3,
+    "img_size": 56,
+    "focal_pool": "fc",
+    "focal_levels": [2, 2],
+    "focal_windows": [3, 3],
+    "expand_sizes": [3, 3],
+}
+every_family = pytest.mark.parametrize("kind", ["focal", "focalv2"])
+
+
+def build(kind: str, seed: int = 0, **options: Any) -> FocalTransformer:
+    torch.manual_seed(seed)
+    model = FocalTransformer(kind=kind, **SMALL | options).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def saved(content: object, folder: Path) -> Path:
+    torch.save(content, folder / "w.pth")
+    return folder / "w.pth"
+
+
+def prefixed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {prefix + key: value for key, value in state.items()}
+
+
+def same(model: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(model.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+# --- Objects beside the weights -----------------------------------------------------------------------------
+
+
+@every_family
+def test_a_checkpoint_of_timms_saver(kind: str, tmp_path: Path) -> None:
+    """It holds the arguments of the command line under "args", and an average that is not used."""
+    model, average = build(kind), build(kind, seed=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    args = Namespace(model="focal", lr=0.1, data_dir=Path("/data"), mean=(0.5, 0.5), std=np.float64(0.2))
+    saver = CheckpointSaver(model, optimizer, args, model_ema=average, checkpoint_dir=str(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        saver.save_checkpoint(0, metric=np.float64(71.5))
+    path = tmp_path / "last.pth.tar"
+    content = read_checkpoint(path)
+    assert content["metric"] == 71.5 and content["args"].data_dir == pathlib.PurePosixPath("/data")
+    assert content["args"].lr == 0.1 and content["args"].std == 0.2
+    fresh = build(kind, seed=2)
+    load_checkpoint(fresh, path)
+    assert same(fresh, model) and not same(fresh, average)
+
+
+VALUES = {
+    "float64": np.float64(0.1),
+    "float32": np.float32(0.1),
+    "float16": np.float16(0.1),
+    "int64": np.int64(-3),
+    "uint8": np.uint8(200),
+    "bool": np.bool_(True),
+    "complex": np.complex128(1 + 2j),
+    "text": np.str_("focal é"),
+    "big endian": np.dtype(">f8").type(2.5),
+    "path": Path("/some/where"),
+    "relative path": Path("some/where"),
+    "pure path": pathlib.PurePosixPath("a/b"),
+    "pure windows path": pathlib.PureWindowsPath("C:/a/b"),
+    "date": datetime.date(2026, 11, 29),
+    "time": datetime.datetime(2026, 11, 29, 12, 30, 5, 7),
+    "duration": datetime.timedelta(days=2, seconds=3),
+    "namespace": Namespace(a=1, b=[2, "c"], d=Namespace(e=None)),
+}
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("name", VALUES)
+def test_harmless_objects_come_back(name: str, legacy: bool, tmp_path: Path) -> None:
+    value, path = VALUES[name], tmp_path / "w.pth"
+    torch.save({"w": torch.ones(2), "value": value}, path, _use_new_zipfile_serialization=not legacy)
+    found = read_checkpoint(path)["value"]
+    assert found == value
+    assert type(found) is type(value) or isinstance(found, pathlib.PurePath)
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+@pytest.mark.parametrize("name", ["PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"])
+def test_paths_of_other_systems_and_pythons(module: str, name: str, tmp_path: Path) -> None:
+    path = Path("a/b")
+    here = f"{type(path).__module__}\n{type(path).__name__}\n".encode()
+    there = f"{module}\n{name}\n".encode()
+    (tmp_path / "w.pth").write_bytes(edited(stored({"path": path}), here, there))
+    kind = pathlib.PureWindowsPath if "Windows" in name else pathlib.PurePosixPath
+    assert read_checkpoint(tmp_path / "w.pth") == {"path": kind("a/b")}
+
+
+@pytest.mark.parametrize("module", [b"numpy.core.multiarray", b"numpy._core.multiarray"])
+def test_numpy_scalars_of_both_releases(module: bytes, tmp_path: Path) -> None:
+    content = stored({"metric": np.float64(2.5)})
+    here = b"numpy._core.multiarray" if b"numpy._core." in content else b"numpy.core.multiarray"
+    (tmp_path / "w.pth").write_bytes(edited(content, here, module))
+    assert read_checkpoint(tmp_path / "w.pth") == {"metric": 2.5}
+
+
+def test_the_list_of_harmless_objects_is_open_while_reading_only(tmp_path: Path) -> None:
+    before = set(torch.serialization.get_safe_globals())
+    read_checkpoint(saved({"args": Namespace(a=1)}, tmp_path))
+    assert set(torch.serialization.get_safe_globals()) == before
+
+
+@pytest.mark.parametrize("code", ["O", "object", "V8", "i8,O"])
+def test_scalars_of_other_kinds_make_no_objects(code: str, tmp_path: Path) -> None:
+    """numpy's own function would take the bytes for a pointer or an object."""
+    text = b"X\x02\x00\x00\x00f8"
+    other = b"X" + len(code).to_bytes(4, "little") + code.encode()
+    (tmp_path / "w.pth").write_bytes(edited(stored({"value": np.float64(2.5)}), text, other))
+    if code == "V8":
+        assert bytes(read_checkpoint(tmp_path / "w.pth")["value"]) == np.float64(2.5).tobytes()
+    else:
+        with pytest.raises(ValueError, match=r"w\.pth: not a checkpoint, or damaged"):
+            read_checkpoint(tmp_path / "w.pth")
+
+
+# --- Names --------------------------------------------------------------------------------------------------
+
+PREFIXES = [
+    *("module.", "_orig_mod.", "backbone.", "encoder.", "model."),
+    *("module._orig_mod.", "_orig_mod.module.", "module._orig_mod.backbone.", "backbone.module._orig_mod."),
+    *("model.backbone.", "_orig_mod.model.module.encoder."),
+]
+
+
+@every_family
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_prefixes_are_removed(kind: str, prefix: str, tmp_path: Path) -> None:
+    model, fresh = build(kind), build(kind, seed=1)
+    report = load_checkpoint(fresh, saved({"state_dict": prefixed(model.state_dict(), prefix)}, tmp_path))
+    assert same(fresh, model) and report.left_out == []
+
+
+@every_family
+@pytest.mark.parametrize("container", [None, "model", "state_dict", "model_state_dict"])
+def test_the_backbone_of_a_larger_model(kind: str, container: str | None, tmp_path: Path, caplog) -> None:
+    """What is beside it is left out, and told; others may have names of this model's under theirs."""
+    model, fresh = build(kind), build(kind, seed=1)
+    beside = ["neck.lateral.weight", "decode_head.conv.bias", "encoder.norm.weight", "backbone_ema.norm.bias"]
+    state = prefixed(model.state_dict(), "backbone.") | {key: torch.zeros(2) for key in beside}
+    path = saved({container: state, "meta": {"epoch": 3}} if container else state, tmp_path)
+    with caplog.at_level(logging.WARNING):
+        report = load_checkpoint(fresh, path)
+    assert same(fresh, model)
+    assert report.left_out == sorted(beside)
+    assert "parts of a larger model are left out: 4: backbone_ema.norm.bias" in caplog.text
+    caplog.clear()
+    read = state_dict_of(read_checkpoint(path), str(path))
+    assert read.keys() == model.state_dict().keys() and "neck.lateral.weight" in caplog.text
+
+
+@every_family
+def test_a_larger_model_in_a_wrapper(kind: str, tmp_path: Path) -> None:
+    model, fresh = build(kind), build(kind, seed=1)
+    state = prefixed(model.state_dict(), "module.model.backbone.") | {"module.model.neck.w": torch.ones(1)}
+    report = load_checkpoint(fresh, saved(state, tmp_path))
+    assert same(fresh, model) and report.left_out == ["model.neck.w"]
+
+
+@every_family
+@pytest.mark.parametrize(
+    "second", ["module.norm.weight", "_orig_mod.module.norm.weight", f"backbone.{STEM}", f"model.{STEM}"]
+)
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+def test_a_name_that_occurs_twice_is_refused(kind: str, second: str, prefix: str, tmp_path: Path) -> None:
+    model = build(kind)
+    state = prefixed(model.state_dict(), prefix) | {second: torch.zeros(2)}
+    with pytest.raises(
+        ValueError, match=rf"expected every name once.*: {second.rpartition('norm')[1] or STEM}"
+    ):
+        load_checkpoint(model, saved(state, tmp_path))
+
+
+@every_family
+def test_a_name_inside_and_beside_the_backbone_is_refused(kind: str, tmp_path: Path) -> None:
+    model = build(kind)
+    state = prefixed(model.state_dict(), "backbone.") | {"norm.weight": torch.zeros(2)}
+    with pytest.raises(ValueError, match=r"expected every name once.*: norm\.weight"):
+        load_checkpoint(model, saved(state, tmp_path))
+
+
+@every_family
+def test_what_else_has_a_prefix_stays_an_error(kind: str, tmp_path: Path) -> None:
+    """Beside names without one it belongs to no larger model."""
+    model = build(kind)
+    state = model.state_dict() | {"encoder.extra": torch.zeros(2)}
+    with pytest.raises(ValueError, match=r"1 unexpected: encoder\.extra"):
+        load_checkpoint(model, saved(state, tmp_path))
+    state = prefixed(model.state_dict(), "module.")
+    del state[f"module.{STEM}"]
+    with pytest.raises(ValueError, match=rf"1 missing: {STEM}$"):
+        load_checkpoint(model, saved(state, tmp_path))
+
+
+@every_family
+def test_timm_reads_prefixes_too(kind: str) -> None:
+    model, fresh = build(kind), build(kind, seed=1)
+    state = prefixed(model.state_dict(), "backbone.") | {"neck.w": torch.zeros(1)}
+    fresh.load_state_dict(checkpoint_filter_fn(state, fresh))
+    assert same(fresh, model)
+
+
+# --- Wrappers -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_process(tmp_path: Path):
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+WRAPPERS = {
+    "compiled": torch.compile,
+    "parallel": nn.DataParallel,
+    "distributed": nn.parallel.DistributedDataParallel,
+    "compiled, distributed": lambda model: nn.parallel.DistributedDataParallel(torch.compile(model)),
+    "distributed, compiled": lambda model: torch.compile(nn.parallel.DistributedDataParallel(model)),
+}
+
+
+@every_family
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_wrapped_models_load_and_their_files_are_read(
+    kind: str, wrapper: str, tmp_path: Path, one_process: None
+) -> None:
+    model, fresh, smaller = build(kind), build(kind, seed=1), build(kind, seed=2, img_size=84, num_classes=5)
+    wrapped = WRAPPERS[wrapper](fresh)
+    path = saved({"model": WRAPPERS[wrapper](model).state_dict()}, tmp_path)
+    assert not any(key.startswith("patch_embed") for key in read_checkpoint(path)["model"])
+    load_checkpoint(wrapped, path)
+    assert same(fresh, model)
+    report = load_checkpoint(WRAPPERS[wrapper](smaller), path, reset_head=True, resize=True)
+    assert report.reset == ["head.bias", "head.weight"]
+    assert bool(report.recomputed) == (kind == "focalv2")
+    assert torch.equal(smaller.norm.weight, model.norm.weight)
+
+
+# --- Input channels -----------------------------------------------------------------------------------------
+
+
+@every_family
+@pytest.mark.parametrize("conv", [True, False])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("channels", [1, 2, 4, 9])
+def test_the_first_convolution_takes_other_channels(
+    kind: str, conv: bool, suffix: str, channels: int, tmp_path: Path, caplog
+) -> None:
+    """As timm adapts it; a grey image gives what it gave as RGB."""
+    model = build(kind, use_conv_embed=conv)
+    path = tmp_path / f"w{suffix}"
+    (torch.save if suffix == ".pth" else write_safetensors)(model.state_dict(), path)
+    other = build(kind, seed=1, use_conv_embed=conv, in_chans=channels)
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    with pytest.raises(
+        ValueError,
+        match=r"Only the number of input channels differs: set MODEL.FOCAL.IN_CHANS .* to 3, .*\(resize",
+    ):
+        load_checkpoint(other, path)
+    assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+    with caplog.at_level(logging.WARNING):
+        report = load_checkpoint(other, path, resize=True)
+    assert report.adapted == [STEM] and f"adapted to the model's number: 1: {STEM}" in caplog.text
+    given = model.state_dict()
+    expected = given | {STEM: adapt_input_conv(channels, given[STEM])}
+    assert all(torch.equal(value, expected[key]) for key, value in other.state_dict().items())
+    if channels == 1:
+        grey = torch.randn(2, 1, 56, 56)
+        with torch.no_grad():
+            torch.testing.assert_close(other(grey), model(grey.expand(-1, 3, -1, -1)))
+
+
+@every_family
+@pytest.mark.parametrize(("given", "wanted"), [(4, 3), (1, 3), (6, 1), (2, 4)])
+def test_other_channels_than_three_are_not_adapted(
+    kind: str, given: int, wanted: int, tmp_path: Path
+) -> None:
+    path = saved(build(kind, in_chans=given).state_dict(), tmp_path)
+    model = build(kind, seed=1, in_chans=wanted)
+    for resize in (False, True):
+        with pytest.raises(
+            ValueError, match=rf"IN_CHANS \(in_chans\) to {given}, or use weights of 3 channels"
+        ):
+            load_checkpoint(model, path, resize=resize)
+
+
+@every_family
+def test_channels_head_and_setting_at_once(kind: str, tmp_path: Path) -> None:
+    path = saved(build(kind).state_dict(), tmp_path)
+    model = build(kind, seed=1, in_chans=1, num_classes=5)
+    with pytest.raises(
+        ValueError, match=r"Only the classifier and the number of input channels differ: .*reset_head"
+    ):
+        load_checkpoint(model, path)
+    report = load_checkpoint(model, path, reset_head=True, resize=True)
+    assert report.adapted == [STEM] and report.reset == ["head.bias", "head.weight"]
+    wider = build(kind, seed=1, in_chans=1, embed_dim=16)
+    with pytest.raises(ValueError, match="Use the config that the checkpoint was trained with"):
+        load_checkpoint(wider, path, resize=True)
+
+
+def test_training_adapts_and_evaluation_does_not(
+    few_images: Path, nano_opts: list[object], tmp_path: Path, capsys
+) -> None:
+    """--pretrained adapts; with --eval, which measures the weights as they are, all flags refuse."""
+    yaml = str(REPO / "configs/focal_tiny_patch4_window7_224.yaml")
+    path = saved({"model": build_model(load_config(yaml, nano_opts)).state_dict()}, tmp_path)
+    command = ["--cfg", yaml, "--dataset", "folder", "--data-path", str(few_images), "--device", "cpu"]
+    command += ["--batch-size", "16", "--output", str(tmp_path / "out")]
+    opts = ["--opts", *map(str, nano_opts), "MODEL.FOCAL.IN_CHANS", "1", "TRAIN.EPOCHS", "1"]
+    for flag in ("--pretrained", "--resume"):
+        assert main.main([*command, "--eval", flag, str(path), *opts]) == 2
+        assert "set MODEL.FOCAL.IN_CHANS (in_chans) to 3" in capsys.readouterr().err
+    assert main.main([*command, "--pretrained", str(path), *opts]) == 0
+    log = next((tmp_path / "out").rglob("log*.txt")).read_text()
+    assert f"made for 3 input channels, adapted to the model's number: 1: {STEM}" in log
