@@ -238,7 +238,7 @@ def test_the_choice_of_nearest_keys_is_made_anew_for_another_size(tmp_path: Path
         ({"out_indices": [0, 1], "frozen_stages": 3}, "frozen_stages must be -1 to 2, got 3"),
         ({"init_cfg": {"type": "Kaiming"}}, "expected init_cfg=dict"),
         ({"init_cfg": {"type": "Pretrained", "checkpoint": "x", "prefix": "y"}}, "expected init_cfg=dict"),
-        ({"focal_levels": [2]}, "focal_levels must have one entry"),
+        ({"focal_levels": [2]}, "focal_levels must be one entry"),
     ],
     ids=str,
 )

@@ -39,6 +39,7 @@ from models.focal_transformer import (
     plain_attention,
     ring_index,
 )
+from models.ops.tables import merge_bias
 from models.ops.triton import attention, kernels, launch, tables
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -130,7 +131,7 @@ def ring(window: int, expand: int, focal_window: int, levels: int, *size: int, s
 
 def nearest(window: int, topk: int, levels: int, *size: int) -> Any:
     """Arguments of `Problem`: an index of Focal-fast, and its pooled levels."""
-    return nearest_index(False, *size, (window, topk, levels), None, CPU, "triton"), levels
+    return nearest_index(False, *size, (window, topk, levels, None), CPU, "triton"), levels
 
 
 Attend = Callable[[Tensor, AttentionIndex, Tensor, float], Tensor]
@@ -183,7 +184,7 @@ class Problem:
         """Arguments of `attention.attention`."""
         index, made = self.index, self.index.tables
         size = (index.height, index.width, index.window)
-        qkv, bias = self.qkv.clone().requires_grad_(), made.merged.merge(self.bias).requires_grad_()
+        qkv, bias = self.qkv.clone().requires_grad_(), merge_bias(made.merged, self.bias).requires_grad_()
         return qkv, bias, made.keys, made.first, made.always_seen, *size, 0.25
 
 
