@@ -8,7 +8,8 @@ Arguments of every entry:
     pretrained   file (.pth of the original or of this codebase, or .safetensors) or address of weights; none
                  are published
     reset_head   leave the classifier of the weights out, for another `num_classes`
-    resize       fit the weights to another `img_size` or `window_size`
+    resize       fit the weights to another `img_size` or `window_size`, and those of 3 channels to other
+                 `in_chans`
     options      those of models.FocalTransformer, such as num_classes, img_size and drop_path_rate
 
 Errors: FileNotFoundError where there is no such file; ValueError for weights that do not fit, or options that

@@ -56,10 +56,10 @@ def test_state_has_the_originals_names(path) -> None:
     assert not any("topk_cloest_indice" in name for name in left_out)
 
 
-@pytest.mark.parametrize(("name", "built_for"), [("v1_nonsquare", 76), ("v1_pad", [84, 112])])
-def test_other_size_equals_the_original_built_at_that_size(name, built_for) -> None:
+@pytest.mark.parametrize(("name", "img_size"), [("v1_nonsquare", 76), ("v1_pad", [84, 112])])
+def test_other_size_equals_the_original_built_at_that_size(name, img_size) -> None:
     golden = Golden(next(path for path in FILES if path.stem == name))
-    model = golden.build(img_size=built_for).eval()
+    model = golden.build(img_size=img_size).eval()
     with torch.no_grad():
         maps = model.forward_intermediates(golden.input(), intermediates_only=True)
         golden.check_forward(model(golden.input()), maps, 1e-9)
