@@ -26,14 +26,7 @@ from yacs.config import CfgNode as CN
 
 DATASETS = ("imagenet", "imagenet22k", "imagewoof", "folder")
 MODEL_TYPES = ("focal", "focalv2")
-ATTENTION_BACKENDS = (
-    "auto",
-    "plain",
-    "cpu",
-    "triton",
-    "sdpa",
-    "reference",
-)  # the last two: plain, in older files
+ATTENTION_BACKENDS = ("auto", "plain", "cpu", "triton")
 DECODERS = ("pil", "opencv")
 OPTIMIZERS = ("adamw", "sgd", "fused_adam", "fused_lamb")
 SCHEDULERS = ("cosine", "linear", "step")

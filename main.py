@@ -25,11 +25,11 @@ from config import load_config
 from control import EXIT_STOPPED, StopRequested, listening
 from data import UndecodableImageError, build_loaders
 from engine import Run, evaluate, prepare, train_one_epoch
-from models import FocalTransformer, build_model, count_params_and_macs, load_checkpoint
+from models import FocalTransformer, agree_on_backends, build_model, count_params_and_macs, load_checkpoint
 from models.checkpoint import read_class_map
 from optimizer import freeze_stages
 from run_folder import opened
-from throughput import measure_throughput
+from throughput import each_once, measure_throughput
 from trainer import begin, finish_epoch, record_config
 
 logger = logging.getLogger("main")
@@ -97,7 +97,9 @@ def start(config: CfgNode) -> None:
         logger.info(f"{utils.get_world_size()} process(es) on {device}, {precision.name}, output in {output}")
         utils.seed_everything(config.SEED)
         model = build_model(config).to(device)
-        attention = "/".join(model.attention_backends(precision.dtype))
+        with torch.set_grad_enabled(action in (run_training, run_debug)):
+            group = utils.control_group() if utils.in_group() else None
+            attention = each_once(agree_on_backends(model, precision.dtype, group))
         logger.info(f"{config.MODEL.NAME}: {config.MODEL.NUM_CLASSES} classes, attention {attention}")
         if frozen := freeze_stages(model, stages := config.TRAIN.FREEZE_STAGES):
             logger.info(f"TRAIN.FREEZE_STAGES {stages}: {frozen:,} weights are not trained")
@@ -190,7 +192,9 @@ def synthetic_batch(run: Run, size: int) -> tuple[torch.Tensor, torch.Tensor]:
 def run_throughput(run: Run, model: FocalTransformer) -> None:
     """Measure inference speed."""
     images, _ = synthetic_batch(run, run.config.DATA.BATCH_SIZE)
-    result = measure_throughput(model, images, run.precision, model.attention_backends(run.precision.dtype))
+    with torch.no_grad():
+        backends = model.attention_backends(run.precision.dtype)
+    result = measure_throughput(model, images, run.precision, backends)
     logger.info(str(result))
     result.save(run.output / "throughput.json")
 

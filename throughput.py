@@ -18,6 +18,11 @@ REPEAT_SECONDS = {"cuda": 1.0, "cpu": 0.5}  # aimed at; a repeat is at least one
 BUDGET_SECONDS = 60.0  # no repeat starts later than this, apart from the first three
 
 
+def each_once(backends: list[str]) -> str:
+    """Attention operators of the stages; one name if all are the same."""
+    return backends[0] if len(set(backends)) == 1 else "/".join(backends)
+
+
 @dataclass
 class Throughput:
     """One measurement; times are per batch."""
@@ -41,7 +46,7 @@ class Throughput:
             f"{self.milliseconds:.2f} ms per batch of {self.batch_size} at "
             f"{self.image_size[0]}x{self.image_size[1]}, median of {self.repeats} repeats of "
             f"{self.steps_per_repeat}; {self.peak_memory_mb:.0f} MB peak, {self.precision}, attention "
-            f"{'/'.join(self.backends)}, {self.device}, torch {self.torch}"
+            f"{each_once(self.backends)}, {self.device}, torch {self.torch}"
         )
 
     def save(self, path: Path) -> None:

@@ -4,6 +4,7 @@ from . import ops
 from .build import build_model, count_params_and_macs
 from .checkpoint import load_checkpoint, read_checkpoint
 from .focal_transformer import FocalTransformer
+from .ops import agree_on_backends
 from .registry import VARIANTS
 
 TimmFocalTransformer = FocalTransformer  # one class now; the name for code that was written with two
@@ -12,6 +13,7 @@ __all__ = [
     "VARIANTS",
     "FocalTransformer",
     "TimmFocalTransformer",
+    "agree_on_backends",
     "build_model",
     "count_params_and_macs",
     "load_checkpoint",

@@ -60,12 +60,24 @@ class AttentionIndex:
     height: int  # of the padded map
     width: int
     window: int  # s
-    windows: int  # P
+    tokens: int  # S
     keys: Tensor  # int64 [P, K]: token of each key; masked keys hold the window's first token
     visible: Tensor | None  # bool [P, 1 or Q, K]: False for masked keys; None if all are visible
     bias_index: tuple[tuple[Tensor, ...], ...]  # what the layer's `bias` looks up, per group of keys
-    backend: str = "plain"  # the operator that this is for
+    backend: str = "plain"  # name of the operator that this is for
+    why_plain: str = ""  # if that is the plain one: why `auto` took no other
     tables: Any = None  # what that operator derived from the above
+
+
+class Request(NamedTuple):
+    """What an attention operator is wanted for."""
+
+    backend: str  # auto, or a key of BACKENDS
+    device: torch.device
+    dtype: torch.dtype
+    heads: int  # N
+    head_dim: int  # D
+    trains: bool  # whether a backward pass may follow
 
 
 def grid(height: int, width: int) -> np.ndarray:
@@ -138,21 +150,28 @@ def _inside(places: np.ndarray, side: int, offset: np.ndarray, radius: int) -> t
 
 def cached_unless_traced(build: Callable[..., AttentionIndex]) -> Callable[..., AttentionIndex]:
     """Cache an index by its arguments. The decorated function takes one more, first: whether the model is
-    traced, when tensors belong to that trace and must not be kept. torch.compile sees a constant."""
+    traced, when tensors belong to that trace and must not be kept. torch.compile sees a constant. The last
+    argument may be a plain tuple of the fields of `Request`."""
     fresh = torch.inference_mode(False)(build)  # inference tensors could not be used in training
     cached = lru_cache(maxsize=CACHED_INDEXES)(fresh)
 
     @torch.compiler.assume_constant_result
     def get(traced: bool, *key: Any) -> AttentionIndex:
-        return (fresh if traced else cached)(*key)
+        *rest, request = key
+        index = (fresh if traced else cached)(*rest, Request(*request))
+        if index.keys.is_cuda and torch.cuda.is_current_stream_capturing():
+            IN_CUDA_GRAPHS[id(index)] = index
+        return index
 
     return get
 
 
+IN_CUDA_GRAPHS: dict[int, AttentionIndex] = {}
+"""Indexes that a CUDA graph was captured with. It reads them whenever it is replayed, so they stay."""
+
+
 @cached_unless_traced
-def ring_index(
-    height: int, width: int, config: tuple[int, ...], device: torch.device, backend: str
-) -> AttentionIndex:
+def ring_index(height: int, width: int, config: tuple[int, ...], request: Request) -> AttentionIndex:
     """Keys of Focal attention on a map of any size: own window, ring, pooled levels."""
     window, expand, focal_window, pooled_levels, shift = config
     height, width = padded_size(height, width, window)
@@ -171,19 +190,16 @@ def ring_index(
         masks.append(inside)
         bias_index.append((relative_index(window, region),))
         tokens += len(rows) * len(columns) * scale**2
-    windows = len(rows) * len(columns)
-    visible = np.concatenate(masks, axis=-1).reshape(windows, 1, -1)
+    visible = np.concatenate(masks, axis=-1).reshape(len(rows) * len(columns), 1, -1)
     if shift:
         visible = np.repeat(visible, window**2, axis=1)
         visible[..., : window**2] = shift_mask(height, width, window, shift)
-    all_keys = np.concatenate(keys, axis=-1).reshape(windows, -1)
-    return make_index((height, width, window), all_keys, visible, bias_index, device, backend)
+    all_keys = np.concatenate(keys, axis=-1).reshape(len(visible), -1)
+    return make_index((height, width, window, tokens), all_keys, visible, bias_index, request)
 
 
 @cached_unless_traced
-def nearest_index(
-    height: int, width: int, config: tuple[Any, ...], device: torch.device, backend: str
-) -> AttentionIndex:
+def nearest_index(height: int, width: int, config: tuple[Any, ...], request: Request) -> AttentionIndex:
     """Keys of Focal-fast attention on an unpadded map: the nearest tokens of each level, or those that are
     stored, in bytes so that they can be a key of the cache."""
     window, topk, pooled_levels, stored = config
@@ -194,14 +210,16 @@ def nearest_index(
     else:
         levels = [np.frombuffer(level, dtype=np.int64).reshape(len(windows), -1) for level in stored]
     rows, columns = np.divmod(levels[0], width)
+    tokens = padded[0] * padded[1]
     keys = [rows * padded[1] + columns]
     centre = (windows * window + window // 2)[..., None]
     to_centre = [(centre[:, 0] - rows, centre[:, 1] - columns, 1)]  # window centre - key, [P, K] each
     if pooled_levels:
-        keys.append(padded[0] * padded[1] + levels[1])
+        keys.append(tokens + levels[1])
+        tokens += len(windows)
         to_centre.append((*(side[:, None] - side[levels[1]] for side in windows.T), window))
     bias_index = [offset_index(*offset, grid(window, window) - window // 2) for offset in to_centre]
-    return make_index((*padded, window), np.concatenate(keys, axis=1), None, bias_index, device, backend)
+    return make_index((*padded, window, tokens), np.concatenate(keys, axis=1), None, bias_index, request)
 
 
 def nearest_choice(height: int, width: int, window: int, topk: int, pooled_levels: int) -> list[np.ndarray]:
@@ -237,13 +255,18 @@ def offset_index(y: np.ndarray, x: np.ndarray, unit: int, place: np.ndarray) -> 
 
 
 def make_index(
-    size: tuple[int, int, int], keys: Any, visible: Any, bias_index: Any, device: torch.device, backend: str
+    sizes: tuple[int, int, int, int], keys: Any, visible: Any, bias_index: Any, request: Request
 ) -> AttentionIndex:
-    """Move the arrays to `device` and let the backend add its tables."""
+    """Move the arrays to the device, choose the operator, and let it add its tables."""
+    device = request.device
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"the first map of {sizes[0]} x {sizes[1]} tokens came while a CUDA graph was captured: run the "
+            "model once on such images, with gradients if the graph has some, and capture it then"
+        )
     seen = None if visible is None or visible.all() else torch.tensor(visible, device=device)
     groups = tuple(tuple(torch.tensor(array, device=device) for array in group) for group in bias_index)
-    index = AttentionIndex(*size, len(keys), torch.tensor(keys, device=device), seen, groups, backend)
-    return replace(index, tables=BACKENDS[backend].tables(index))
+    return choose_backend(AttentionIndex(*sizes, torch.tensor(keys, device=device), seen, groups), request)
 
 
 # --- The operator that computes attention -------------------------------------------------------------------
@@ -263,7 +286,7 @@ def plain_attention(
     """
     batch = -1  # as a number from the shape it would become a constant in ONNX files of TorchScript
     heads, dim, keys = (operator.index(n) for n in (*qkv.shape[3:], bias.shape[-1]))
-    s, windows = index.window, index.windows
+    s, windows = index.window, len(index.keys)
     rows, columns = index.height // s, index.width // s
     q, k, v = qkv.transpose(1, 3).unbind(2)  # [B, N, S, D]
     q = q[:, :, : index.height * index.width].reshape(batch, heads, rows, s, columns, s, dim)
@@ -300,34 +323,47 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: floa
 SDPA_LOCK = Lock()
 
 
+class Unsupported(ValueError):
+    """An attention operator cannot serve a request; says why."""
+
+
 class Backend(NamedTuple):
     """An attention operator that equals `plain_attention`."""
 
-    # why_not(device, dtype, head width D, window side s): why it cannot run there, or None
-    why_not: Callable[[torch.device, torch.dtype, int, int], str | None]
-    # tables(index): what it derives from an index, once for each
-    tables: Callable[[AttentionIndex], Any]
+    # prepare(index, request): what it derives from an index, once for each; raises Unsupported
+    prepare: Callable[[AttentionIndex, Request], Any]
     # attend(qkv, index, bias, scale): as `plain_attention`
     attend: Callable[[Tensor, AttentionIndex, Tensor, float], Tensor]
 
 
-BACKENDS: dict[str, Backend] = {"plain": Backend(lambda *_: None, lambda _: None, plain_attention)}
+BACKENDS: dict[str, Backend] = {"plain": Backend(lambda *_: None, plain_attention)}
 """Attention operators by name; the modules of ops/ add theirs. `auto` takes the last one that can run."""
 
-FORMER_BACKENDS = {"sdpa": "plain", "reference": "plain"}  # names in older configs
+
+def choose_backend(index: AttentionIndex, request: Request) -> AttentionIndex:
+    """`index` with the operator that serves a request, and its tables.
+
+    Raises:
+        ValueError: a named operator is unknown or cannot serve it.
+    """
+    wanted, reasons = request.backend, []
+    if wanted not in ("auto", *BACKENDS):
+        raise ValueError(f"attention_backend must be one of auto, {', '.join(BACKENDS)}, got {wanted!r}")
+    for name in reversed(BACKENDS) if wanted == "auto" else [wanted]:
+        try:
+            tables = BACKENDS[name].prepare(index, request)
+            break
+        except Unsupported as reason:
+            reasons.append(f"{name}: {reason}")
+    else:
+        raise ValueError(f"attention_backend {reasons[0]}; use auto, or one of {', '.join(BACKENDS)}")
+    why_plain = "; ".join(reasons) if name == "plain" else ""
+    if why_plain and request.device.type == "cuda":
+        warn_once(f"attention runs in PyTorch's own operations, slower than it could be. {why_plain}")
+    return replace(index, backend=name, why_plain=why_plain, tables=tables)
 
 
-@torch.compiler.assume_constant_result
-def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, window: int) -> str:
-    """The operator that `name` stands for where a layer runs; ValueError, saying why, if it cannot."""
-    if name == "auto":
-        able = [n for n, b in BACKENDS.items() if b.why_not(device, dtype, head_dim, window) is None]
-        return able[-1]
-    if name not in BACKENDS:
-        raise ValueError(f"attention_backend must be one of auto, {', '.join(BACKENDS)}, got {name!r}")
-    if reason := BACKENDS[name].why_not(device, dtype, head_dim, window):
-        raise ValueError(f"attention_backend {name}: {reason}; choose auto, or one of {', '.join(BACKENDS)}")
-    return name
+warn_once = lru_cache(maxsize=None)(logger.warning)
 
 
 _is_exporting = getattr(torch.compiler, "is_exporting", None)  # from PyTorch 2.7 on
@@ -468,17 +504,17 @@ class FocalAttention(nn.Module):
         cells = cells.permute(2, 4, 0, 1, 3, 5).flatten(2).flatten(0, 1)  # [p*p, B*rows*columns*C]
         return pool(cells.t()).view(x.shape[0], rows * columns, x.shape[3])
 
-    def running_backend(self, qkv: Tensor) -> str:
-        """Name of the operator that serves these queries, keys and values."""
-        if is_traced(qkv):
-            return "plain"
-        return choose_backend(self.backend, qkv.device, qkv.dtype, self.head_dim, self.window_size)
+    def request(self, x: Tensor) -> tuple[Any, ...]:
+        """The fields of `Request` for queries, keys and values like `x`; torch.compile's constants are plain
+        tuples."""
+        name = "plain" if is_traced(x) else self.backend
+        return name, x.device, x.dtype, self.num_heads, self.head_dim, torch.is_grad_enabled()
 
     def index(self, height: int, width: int, qkv: Tensor) -> AttentionIndex:
-        """The keys of every window of an unpadded map, on the device of `qkv`."""
+        """The keys of every window of an unpadded map, for the operator that serves `qkv`."""
         config = (self.window_size, self.expand_size, self.focal_window, self.pooled_levels, self.shift_size)
         size = padded_size(height, width, self.window_size)  # which is all that matters
-        return ring_index(is_traced(qkv), *size, config, qkv.device, self.running_backend(qkv))
+        return ring_index(is_traced(qkv), *size, config, self.request(qkv))
 
     def bias(self, index: AttentionIndex, dtype: torch.dtype) -> Tensor:
         """Bias of the scores, the same in all windows: [N, 1, Q, K]."""
@@ -562,13 +598,13 @@ class FocalFastAttention(FocalAttention):
             self.stored_versions = versions
 
     def index(self, height: int, width: int, qkv: Tensor) -> AttentionIndex:
-        """The keys of every window of an unpadded map, on the device of `qkv`."""
+        """The keys of every window of an unpadded map, for the operator that serves `qkv`."""
         traced, choice = is_traced(qkv), None
         if (height, width) == self.train_resolution:
             self.read_choice()
             choice = self.stored
         config = (self.window_size, self.topk, self.pooled_levels, choice)
-        return nearest_index(traced, height, width, config, qkv.device, self.running_backend(qkv))
+        return nearest_index(traced, height, width, config, self.request(qkv))
 
     def bias(self, index: AttentionIndex, dtype: torch.dtype) -> Tensor:
         """Bias of every window's scores, [N, P, Q, K]; the MLPs get offsets of `dtype`."""
@@ -725,7 +761,6 @@ class FocalTransformer(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        attention_backend = FORMER_BACKENDS.get(attention_backend, attention_backend)
         options = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         super().__init__()
         check_options(options)
@@ -913,10 +948,16 @@ class FocalTransformer(nn.Module):
         return {name for name, _ in self.named_parameters() if any(word in name for word in keywords)}
 
     def attention_backends(self, dtype: torch.dtype = torch.float32) -> list[str]:
-        """Attention operator of each stage, for activations of `dtype` where the model is."""
-        device = next(self.parameters()).device
-        first = [next(m for m in stage.modules() if isinstance(m, FocalAttention)) for stage in self.layers]
-        return [choose_backend(m.backend, device, dtype, m.head_dim, m.window_size) for m in first]
+        """Attention operator of each stage at `img_size`, for activations of `dtype` where the model is; if
+        `auto` can only take the plain one, with the reason."""
+        size, found = self.train_resolution, []
+        like = torch.empty(0, dtype=dtype, device=next(self.parameters()).device)
+        for stage in self.stages:
+            layer = next(m for m in stage.modules() if isinstance(m, FocalAttention))
+            index = layer.index(*size, like)
+            found.append(f"{index.backend} ({index.why_plain})" if index.why_plain else index.backend)
+            size = size if stage.downsample is None else stage.downsample.output_size(*size)
+        return found
 
 
 def make_attention(

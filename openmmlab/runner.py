@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import distributed
 
+from models import FocalTransformer, agree_on_backends
+
 if TYPE_CHECKING:
     from mmengine.config import Config
     from mmengine.runner import Runner
@@ -212,6 +214,14 @@ def build_runner(config: "Config") -> "Runner":
     return import_mmengine().runner.Runner.from_cfg(config)
 
 
+def agree_on_attention(runner: "Runner", dtype: torch.dtype) -> None:
+    """Let the backbones of all processes use the same attention operators, and log which."""
+    model = getattr(runner.model, "module", runner.model)  # of a wrapper for several processes, or of --tta
+    backbone = getattr(getattr(model, "module", model), "backbone", None)
+    if isinstance(backbone, FocalTransformer):
+        runner.logger.info(f"attention of the stages: {', '.join(agree_on_backends(backbone, dtype))}")
+
+
 def load_all_weights(runner: "Runner", checkpoint: str) -> None:
     """Load a checkpoint that has every weight of the runner's model, and no other.
 
@@ -254,6 +264,9 @@ def _train(argv: Sequence[str] | None) -> None:
     runner = build_runner(config)
     if not (config.model.backbone.get("init_cfg") or config.get("load_from") or config.get("resume")):
         runner.logger.warning("the backbone starts from random weights: --pretrained names a classifier's")
+    wrapper = config.optim_wrapper
+    mixed = wrapper.type == "AmpOptimWrapper"
+    agree_on_attention(runner, getattr(torch, wrapper.get("dtype") or "float16") if mixed else torch.float32)
     runner.train()
 
 
@@ -261,6 +274,8 @@ def _test(argv: Sequence[str] | None) -> None:
     args = parse_test(argv)
     runner = build_runner(testing_config(args))
     load_all_weights(runner, args.checkpoint)
+    with torch.no_grad():
+        agree_on_attention(runner, torch.float32)
     runner.test()
 
 

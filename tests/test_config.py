@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from conftest import REPO
 
@@ -257,15 +256,3 @@ def test_the_list_of_backends_is_the_models() -> None:
     from models.focal_transformer import BACKENDS
 
     assert {"auto", *BACKENDS} <= set(ATTENTION_BACKENDS)
-
-
-@pytest.mark.parametrize("name", ["reference", "sdpa"])
-def test_former_names_of_backends_are_read(tmp_path: Path, name: str) -> None:
-    """In files and on the command line: the plain operator."""
-    from models import build_model
-
-    path = write(tmp_path / "old.yaml", {"MODEL": {"ATTENTION_BACKEND": name}})
-    for config in (load_config(path), load_config(None, ["MODEL.ATTENTION_BACKEND", name])):
-        assert name == config.MODEL.ATTENTION_BACKEND
-        with torch.device("meta"):
-            assert set(build_model(config).attention_backends()) == {"plain"}

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import attention_definition as definition
@@ -16,7 +17,10 @@ from models.focal_transformer import (
     BACKENDS,
     FAMILIES,
     AttentionIndex,
+    Backend,
     FocalBlock,
+    Request,
+    Unsupported,
     choose_backend,
     grid,
     is_traced,
@@ -42,28 +46,31 @@ COUNTS_AT_224 = [  # map, ring and region of each stage; keys as defined and aft
 Attend = Callable[[Tensor, AttentionIndex, Tensor, float], Tensor]
 
 
+def request(backend: str = "cpu", device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> Request:
+    """For two heads of width 32, in training."""
+    return Request(backend, device, dtype, 2, 32, True)
+
+
 def ring(size: tuple[int, int], numbers: tuple[int, ...]) -> AttentionIndex:
     """Keys of windows of 7; numbers: expand size, region, pooled levels, shift."""
-    return ring_index(True, *size, (7, *numbers), CPU, "cpu")
+    return ring_index(True, *size, (7, *numbers), request())
 
 
 def nearest(size: tuple[int, int], topk: int, levels: int) -> AttentionIndex:
-    return nearest_index(True, *size, (7, topk, levels, None), CPU, "cpu")
+    return nearest_index(True, *size, (7, topk, levels, None), request())
 
 
 def by_hand(keys: list[list[int]] | Tensor, visible: Tensor | None = None) -> AttentionIndex:
     """Windows of one token beside each other, with any keys."""
     keys = torch.as_tensor(keys)
-    return AttentionIndex(1, len(keys), 1, len(keys), keys, visible, ())
+    return AttentionIndex(1, len(keys), 1, max(len(keys), int(keys.max()) + 1), keys, visible, ())
 
 
 def problem(index: AttentionIndex, dtype: torch.dtype = torch.float64, images: int = 2, dim: int = 8):
     """Queries, keys and values of two heads, and a bias."""
     generator = torch.Generator().manual_seed(0)
-    coarse = index.windows * (1 + 4 + 16)  # as many as three levels have
-    tokens = index.height * index.width + coarse
-    differs = index.windows if index.visible is None else 1
-    shapes = (images, tokens, 3, 2, dim), (2, differs, index.window**2, index.keys.shape[1])
+    differs = len(index.keys) if index.visible is None else 1
+    shapes = (images, index.tokens, 3, 2, dim), (2, differs, index.window**2, index.keys.shape[1])
     made = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
     return [x.to(dtype).requires_grad_() for x in made]
 
@@ -118,7 +125,7 @@ def test_pieces_change_nothing(at_once, monkeypatch) -> None:
     """Windows are worked on a few at a time on the CPU: one by one, with a rest, and all of an image."""
     monkeypatch.setattr(cpu, "_at_once", lambda _: at_once)
     index = ring((28, 21), (3, 3, 1, 0))
-    assert index.windows * 2 == 24
+    assert len(index.keys) * 2 == 24
     agree(index, *problem(index, images=3))
 
 
@@ -240,11 +247,11 @@ def test_training_keeps_no_gathered_keys(compiled) -> None:
 def test_ring_and_pooled_keys_against_the_definition(height, width, shift) -> None:
     """Every slot of every window, one by one, as the paper's figure 3 and the release have it."""
     s, e, f, levels = 7, 3, 3, 2
-    index = ring_index(True, height, width, (s, e, f, levels, shift), CPU, "plain")
+    index = ring_index(True, height, width, (s, e, f, levels, shift), request("plain"))
     padded_h, padded_w = -(-height // s) * s, -(-width // s) * s
     assert (index.height, index.width, index.window) == (padded_h, padded_w, s)
     windows = [*itertools.product(range(padded_h // s), range(padded_w // s))]
-    assert index.windows == len(windows) == len(index.keys)
+    assert len(index.keys) == len(windows) == len(index.keys)
     for number, (i, j) in enumerate(windows):
         own = [(i * s + y, j * s + x) for y in range(s) for x in range(s)]
         slots = [*own]
@@ -293,7 +300,9 @@ def test_focal_fast_never_sees_padding(size) -> None:
     assert (rows < size[0]).all() and (columns < size[1]).all()
     coarse = index.keys[:, fine:] - index.height * index.width
     assert (
-        coarse.shape[1] == min(128, index.windows) and (coarse >= 0).all() and (coarse < index.windows).all()
+        coarse.shape[1] == min(128, len(index.keys))
+        and (coarse >= 0).all()
+        and (coarse < len(index.keys)).all()
     )
 
 
@@ -303,7 +312,7 @@ def test_focal_fast_looks_up_offsets_from_key_to_query(size) -> None:
     index = nearest(size, 20, 1)
     columns = index.width // 7
     corners = 7 * torch.stack(
-        [torch.arange(index.windows) // columns, torch.arange(index.windows) % columns], 1
+        [torch.arange(len(index.keys)) // columns, torch.arange(len(index.keys)) % columns], 1
     )
     queries = corners[:, None] + torch.from_numpy(grid(7, 7))
     fine, coarse = index.keys[:, :20], index.keys[:, 20:] - index.height * index.width
@@ -325,9 +334,7 @@ def merging_is_exact(index: AttentionIndex) -> int:
     """Attend with merged keys; returns how many pairs there are."""
     merged = merge_duplicates(index)
     qkv, bias = problem(index)
-    shorter = AttentionIndex(
-        index.height, index.width, index.window, index.windows, merged.keys, merged.visible, ()
-    )
+    shorter = replace(index, keys=merged.keys, visible=merged.visible)
 
     def attend(qkv: Tensor, _: AttentionIndex, bias: Tensor, scale: float) -> Tensor:
         return definition.attend(qkv, shorter, merge_bias(merged, bias), scale)
@@ -377,7 +384,7 @@ def test_absent_keys_are_not_merged() -> None:
 def test_keys_are_filled_up_where_that_adds_an_eighth_at_most(keys, filled) -> None:
     """With what the window reads anyway, and nobody sees."""
     index = by_hand(torch.arange(2 * keys).view(2, keys))
-    made = cpu.tables(index)
+    made = cpu.prepare(index, request())
     assert made.keys.shape == (2, filled) and torch.equal(made.keys[:, :keys], index.keys)
     assert (made.keys[:, keys:] == index.keys[:, -1:]).all()
     assert (made.mask is None) == (filled == keys)
@@ -388,7 +395,7 @@ def test_keys_are_filled_up_where_that_adds_an_eighth_at_most(keys, filled) -> N
 @pytest.mark.parametrize("numbers", [(3, 7, 0, 0), (3, 7, 1, 0), (3, 7, 0, 3), (3, 7, 1, 3)], ids=str)
 @pytest.mark.parametrize("side", [14, 28, 35])
 def test_the_mask_is_where_keys_are_absent_or_fill_up(side, numbers) -> None:
-    made = cpu.tables(ring((side, side), numbers))
+    made = ring((side, side), numbers).tables
     keys, filled = made.merged.keys.shape[1], made.keys.shape[1]
     assert filled % cpu.KEYS_MULTIPLE == 0 and filled - keys == made.filling < cpu.KEYS_MULTIPLE
     assert made.mask is not None and (made.mask[..., keys:] == -torch.inf).all()
@@ -411,27 +418,22 @@ def rows_by_definition(keys: Tensor, height: int, width: int, heads: int) -> lis
     return matrices
 
 
-@pytest.mark.parametrize("step", [1, 5, 24])
-def test_rows_of_pieces(step) -> None:
+def test_rows_of_pieces() -> None:
     """What a score matrix needs lies together; every row of the output is made by the query that it is of."""
-    keys = cpu.tables(ring((28, 21), (3, 3, 1, 0))).keys
-    count, expected = keys.shape[1], rows_by_definition(keys, 28, 21, 2)
-    made = cpu._rows(keys, 28, 21, 7, 2, step)
-    read, asked = (
-        [m.tolist() for piece in pieces for m in piece.view(-1, width)]
-        for pieces, width in ((made.read, 49 + 2 * count), (made.asked, 49))
-    )
-    assert [len(piece) // 49 for piece in made.asked] == [len(p) // (49 + 2 * count) for p in made.read]
-    assert all(len(piece) == step * 49 for piece in made.asked[:-1])
-    assert read == [q + k + v for q, k, v in expected]
-    assert asked == [[row // 6 * 2 + row % 2 for row in q] for q, _, _ in expected]  # [T, N] of [S, 3, N]
-    assert torch.equal(torch.tensor(asked).flatten()[made.made_by], torch.arange(28 * 21 * 2))
-    for part, width in zip(
-        cpu._gathered_parts(made.read[0][:, None], 49, count), (49, count, count), strict=True
-    ):
-        assert part.shape == (step, width, 1)
-    parts = zip(*cpu._gathered_parts(made.read[0][:, None], 49, count), strict=True)
-    assert [tuple(x.flatten().tolist() for x in matrix) for matrix in parts] == expected[:step]
+    made = ring((28, 21), (3, 3, 1, 0)).tables
+    count, expected = made.keys.shape[1], rows_by_definition(made.keys, 28, 21, 2)
+    read, made_by, asked, *_ = made.rows
+    matrices = read.view(-1, 49 + 2 * count)
+    assert matrices.tolist() == [q + k + v for q, k, v in expected]
+    asked = asked.view(-1, 49)
+    assert asked.tolist() == [
+        [row // 6 * 2 + row % 2 for row in q] for q, _, _ in expected
+    ]  # [T, N] of [S, 3, N]
+    assert torch.equal(asked.flatten()[made_by], torch.arange(28 * 21 * 2))
+    for part, width in zip(cpu._gathered_parts(read[:, None], 49, count), (49, count, count), strict=True):
+        assert part.shape == (len(expected), width, 1)
+    parts = zip(*cpu._gathered_parts(read[:, None], 49, count), strict=True)
+    assert [tuple(x.flatten().tolist() for x in matrix) for matrix in parts] == expected
 
 
 @pytest.mark.parametrize(
@@ -441,50 +443,61 @@ def test_every_slot_belongs_to_its_row(build) -> None:
     """Each place that is read into is in one list, that of the row it was read from."""
     index = build()
     keys, heads = index.tables.keys, 2
-    tokens = problem(index)[0].shape[1]
+    tokens = index.tokens
     source = []
     for part in zip(*rows_by_definition(keys, index.height, index.width, heads), strict=True):
         rows = torch.tensor(part).flatten()
         token, which, head = rows // (3 * heads), rows // heads % 3, rows % heads
         source.append((which * heads + head) * tokens + token)
     source = torch.cat(source)
-    made = cpu._slots(keys, index.height, index.width, 7, heads, tokens)
-    ends = torch.cat([made.first[1:], torch.tensor([len(made.slots)])])
-    row_of_slot = torch.arange(3 * heads * tokens).repeat_interleave(ends - made.first)
-    assert torch.equal(made.slots.sort().values.long(), torch.arange(len(source)))
-    assert torch.equal(source[made.slots], row_of_slot)
+    *_, slots, first = index.tables.rows
+    ends = torch.cat([first[1:], torch.tensor([len(slots)])])
+    row_of_slot = torch.arange(3 * heads * tokens).repeat_interleave(ends - first)
+    assert torch.equal(slots.sort().values.long(), torch.arange(len(source)))
+    assert torch.equal(source[slots], row_of_slot)
     parts = cpu._gradient_parts(torch.arange(len(source))[:, None], 49, keys.shape[1])
     assert torch.equal(torch.cat([x.flatten() for x in parts]), torch.arange(len(source)))
     assert all(x.is_contiguous() for x in parts)
-
-
-def test_row_numbers_are_kept_with_their_tables() -> None:
-    """Made once for an index, and not those of another one."""
-    first = ring((28, 28), (3, 5, 1, 0)).tables.keys
-    rows = [cpu._rows(keys, 28, 28, 7, 2, 5) for keys in (first, first.flip(0), first)]
-    assert rows[0] is rows[2] and not torch.equal(rows[0].read[0], rows[1].read[0])
-    assert cpu._rows(first, 28, 28, 7, 2, 6) is not rows[0]
 
 
 # --- Who runs which operator --------------------------------------------------------------------------------
 
 
 def test_the_choice_of_an_operator() -> None:
-    for name in ("plain", "cpu"):
-        assert choose_backend(name, CPU, torch.float32, 32, 7) == name
-    assert choose_backend("auto", CPU, torch.bfloat16, 32, 7) == "cpu"
-    assert choose_backend("auto", CPU, torch.int8, 32, 7) == "plain"
-    assert choose_backend("auto", META, torch.float32, 32, 7) == "plain"
+    index = ring((7, 7), (0, 1, 0, 0))
+
+    def choose(*wanted: Any) -> tuple[str, str]:
+        chosen = choose_backend(index, request(*wanted))
+        return chosen.backend, chosen.why_plain
+
+    assert choose("plain") == ("plain", "")
+    assert choose("cpu") == choose("auto", CPU, torch.bfloat16) == ("cpu", "")
+    assert choose("auto", CPU, torch.int8)[0] == choose("auto", META)[0] == "plain"
+    why = choose("auto", META)[1]
+    assert "cpu: needs tensors on the CPU, got meta" in why and "triton: needs a CUDA device, got meta" in why
     with pytest.raises(
-        ValueError, match="attention_backend cpu: needs tensors on the CPU, got meta; choose auto"
+        ValueError, match="attention_backend cpu: needs tensors on the CPU, got meta; use auto"
     ):
-        choose_backend("cpu", META, torch.float32, 32, 7)
+        choose("cpu", META)
     with pytest.raises(ValueError, match="must be one of auto, plain, triton, cpu, got 'flash'"):
-        choose_backend("flash", CPU, torch.float32, 32, 7)
+        choose("flash")
     with pytest.raises(
-        ValueError, match="attention_backend triton: .*; choose auto, or one of plain, triton, cpu"
+        ValueError, match="attention_backend triton: .*; use auto, or one of plain, triton, cpu"
     ):
-        choose_backend("triton", META, torch.float32, 512, 7)
+        choose("triton", META)
+
+
+def test_an_operator_that_fails_its_trial_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` goes on to the next one; a named one is an error."""
+
+    def refuse(*_: Any) -> None:
+        raise Unsupported("the kernels are wrong here")
+
+    monkeypatch.setitem(BACKENDS, "newest", Backend(refuse, BACKENDS["plain"].attend))
+    index = ring((7, 7), (0, 1, 0, 0))
+    assert choose_backend(index, request("auto")).backend == "cpu"
+    with pytest.raises(ValueError, match="attention_backend newest: the kernels are wrong here; use auto"):
+        choose_backend(index, request("newest"))
 
 
 def test_operators_are_registered_as_pytorch_wants_it() -> None:
@@ -493,7 +506,7 @@ def test_operators_are_registered_as_pytorch_wants_it() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         qkv, bias = problem(index, dtype)
         bias = prepared(index, bias)
-        rest = (index.tables.keys, 14, 14, 7, 0.4)
+        rest = (index.tables.keys, index.tables.rows, 14, 14, 7, 0.4)
         torch.library.opcheck(cpu.attention, (qkv, bias.requires_grad_(), *rest))
         slopes = torch.randn(2, 196, 16).to(dtype)
         for turned in (bias, bias.mT.contiguous().mT):

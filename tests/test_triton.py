@@ -34,6 +34,7 @@ from models import FocalTransformer, build_model, load_checkpoint
 from models.focal_transformer import (
     BACKENDS,
     AttentionIndex,
+    Request,
     choose_backend,
     nearest_index,
     plain_attention,
@@ -123,15 +124,25 @@ def product_in_one_part(_: Any, a: Any, b: Any, total: Any, *__: Any) -> Any:
 CPU = torch.device("cpu")
 
 
+def request(backend: str = "triton", dtype: torch.dtype = torch.float32, head_dim: int = 16) -> Request:
+    """For two heads, in training."""
+    return Request(backend, CPU, dtype, 2, head_dim, True)
+
+
+def for_triton(index: AttentionIndex) -> AttentionIndex:
+    """With the kernels' tables, whether or not they can run."""
+    return replace(index, backend="triton", tables=tables.build_tables(index))
+
+
 def ring(window: int, expand: int, focal_window: int, levels: int, *size: int, shift: int = 0) -> Any:
     """Arguments of `Problem`: an index of Focal attention, and its pooled levels."""
     numbers = (window, expand, focal_window, levels, shift)
-    return ring_index(False, *size, numbers, CPU, "triton"), levels
+    return for_triton(ring_index(False, *size, numbers, request("plain"))), levels
 
 
 def nearest(window: int, topk: int, levels: int, *size: int) -> Any:
     """Arguments of `Problem`: an index of Focal-fast, and its pooled levels."""
-    return nearest_index(False, *size, (window, topk, levels, None), CPU, "triton"), levels
+    return for_triton(nearest_index(False, *size, (window, topk, levels, None), request("plain"))), levels
 
 
 Attend = Callable[[Tensor, AttentionIndex, Tensor, float], Tensor]
@@ -422,24 +433,27 @@ def test_no_bias_gradient_and_odd_strides() -> None:
     torch.testing.assert_close(*gradients)
 
 
+SMALL = AttentionIndex(4, 4, 4, 16, torch.arange(16)[None], None, ((torch.arange(16),),))
+
+
 @interpreted
 def test_refuses() -> None:
     """What the kernels cannot do is said."""
     for dtype, head_dim, window in ((torch.float32, 12, 4), (torch.float64, 16, 4), (torch.float32, 16, 13)):
-        with pytest.raises(ValueError, match="attention_backend triton: needs .* choose auto"):
-            choose_backend("triton", CPU, dtype, head_dim, window)
-    assert choose_backend("triton", CPU, torch.float32, 16, 4) == "triton"
+        with pytest.raises(ValueError, match="attention_backend triton: needs .* use auto"):
+            choose_backend(replace(SMALL, window=window), request("triton", dtype, head_dim))
+    assert choose_backend(SMALL, request()).backend == "triton"
 
 
 def test_auto_is_never_the_interpreter() -> None:
     """Without a GPU, whether or not the interpreter could run."""
-    assert choose_backend("auto", CPU, torch.float32, 16, 4) == "cpu"
+    assert choose_backend(SMALL, request("auto")).backend == "cpu"
 
 
 @compiled
 def test_refuses_cpu_tensors() -> None:
     with pytest.raises(ValueError, match="needs a CUDA device, got cpu"):
-        choose_backend("triton", CPU, torch.float32, 16, 4)
+        choose_backend(SMALL, request())
 
 
 @compiled
@@ -447,10 +461,14 @@ def test_triton_is_imported_when_it_is_needed() -> None:
     """Where it is missing the network runs with the other operators, and says so."""
     code = (
         "import models, sys, torch\n"
-        "from models.focal_transformer import BACKENDS\n"
+        "from models.focal_transformer import BACKENDS, Request\n"
         "assert 'models.ops.triton.kernels' not in sys.modules\n"
         "sys.modules['triton'] = None\n"
-        "print(BACKENDS['triton'].why_not(torch.device('cuda'), torch.float32, 32, 7))"
+        "wanted = Request('triton', torch.device('cuda'), torch.float32, 2, 32, True)\n"
+        "try:\n"
+        "    BACKENDS['triton'].prepare(None, wanted)\n"
+        "except ValueError as error:\n"
+        "    print(error)"
     )
     command = [sys.executable, "-c", code]
     folder = Path(__file__).parent.parent

@@ -599,11 +599,6 @@ def test_an_empty_batch(new: New, backend: str) -> None:
     assert new(attention_backend=backend)(IMAGES[:0]).shape == (0, 5)
 
 
-@pytest.mark.parametrize("name", ["sdpa", "reference"])
-def test_former_names_of_the_plain_operator(new: New, name: str) -> None:
-    assert set(new(attention_backend=name).attention_backends()) == {"plain"}
-
-
 def test_the_attention_classes_differ_in_keys_and_bias_alone(new: New) -> None:
     found = {type(m) for m in new().modules() if isinstance(m, FocalAttention)}
     assert found in ({FocalAttention}, {FocalFastAttention})

@@ -31,17 +31,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula, sdpa_flop_count
 
-from ..focal_transformer import BACKENDS, AttentionIndex, Backend, plain_attention
-from .tables import NAMESPACE, MergedKeys, cached_by_tables, merge_bias, merge_duplicates
+from ..focal_transformer import BACKENDS, AttentionIndex, Backend, Request, Unsupported, plain_attention
+from .tables import NAMESPACE, MergedKeys, merge_bias, merge_duplicates
 
 SCORES_AT_ONCE = 2**17
 """Scores per thread that are worked on at once, so that two copies of them stay in a core's cache."""
 
 KEYS_MULTIPLE = 16
 """Keys of a window are filled up to a multiple of this, so that rows of scores begin where vectors do."""
-
-CACHED_TABLES = 64
-"""Indexes whose row numbers are kept."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,34 +49,15 @@ class CpuTables:
     keys: Tensor  # int64 [P, G]: the merged keys, filled up with copies of the last one
     filling: int  # G - K'
     mask: Tensor | None  # float32 [P, 1 or Q, G]: -inf where a key is absent or fills up; None without such
+    rows: list[Tensor]  # of `row_numbers`
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Which rows the pieces read and write, int32."""
-
-    read: tuple[Tensor, ...]  # [m*(Q + 2G)] rows of qkv: q, k, v of each matrix of a piece
-    asked: tuple[Tensor, ...]  # [m*Q] rows of the output that a piece makes
-    made_by: Tensor  # [T*N] query, of all M*Q, that makes a row of the output
-
-
-@dataclass(frozen=True)
-class Slots:
-    """Where each row of qkv, in the order [3, N, S], was read into: of M*Q queries, M*G keys, M*G values."""
-
-    slots: Tensor  # int32, sorted by row
-    first: Tensor  # int32 [3*N*S], where those of a row begin
-
-
-def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, window: int) -> str | None:
-    """See `Backend`."""
-    if device.type != "cpu":
-        return f"needs tensors on the CPU, got {device}"
-    return None if dtype.is_floating_point else f"needs floating-point numbers, got {dtype}"
-
-
-def tables(index: AttentionIndex) -> CpuTables:
+def prepare(index: AttentionIndex, request: Request) -> CpuTables:
     """See `Backend`. Keys are filled up where that adds an eighth at most."""
+    if request.device.type != "cpu":
+        raise Unsupported(f"needs tensors on the CPU, got {request.device}")
+    if not request.dtype.is_floating_point:
+        raise Unsupported(f"needs floating-point numbers, got {request.dtype}")
     merged = merge_duplicates(index)
     count = merged.keys.shape[1]
     more = -count % KEYS_MULTIPLE
@@ -88,7 +66,8 @@ def tables(index: AttentionIndex) -> CpuTables:
     if seen is None and more:
         seen = torch.ones(len(keys), 1, count, dtype=torch.bool, device=keys.device)
     mask = None if seen is None else torch.zeros(seen.shape, device=keys.device).masked_fill_(~seen, -inf)
-    return CpuTables(merged, keys, more, None if mask is None else F.pad(mask, (0, more), value=-inf))
+    mask = None if mask is None else F.pad(mask, (0, more), value=-inf)
+    return CpuTables(merged, keys, more, mask, row_numbers(index, keys, request.heads, request.trains))
 
 
 def attend(qkv: Tensor, index: AttentionIndex, bias: Tensor, scale: float) -> Tensor:
@@ -96,62 +75,63 @@ def attend(qkv: Tensor, index: AttentionIndex, bias: Tensor, scale: float) -> Te
     made: CpuTables = index.tables
     bias = merge_bias(made.merged, bias)
     bias = F.pad(bias, (0, made.filling)) if made.filling else bias
-    bias = bias.expand(-1, index.windows, -1, -1) if made.mask is None else bias + made.mask
-    return attention(qkv, bias.to(qkv.dtype), made.keys, index.height, index.width, index.window, scale)
+    bias = bias.expand(-1, len(index.keys), -1, -1) if made.mask is None else bias + made.mask
+    size = (index.height, index.width, index.window)
+    return attention(qkv, bias.to(qkv.dtype), made.keys, made.rows, *size, scale)
 
 
-_SIZES = "int height, int width, int window, float scale"
+_TABLES = "Tensor keys, Tensor[] rows, int height, int width, int window, float scale"
 
 
 @torch.library.custom_op(
     f"{NAMESPACE}::cpu_attention",
     mutates_args=(),
     device_types="cpu",
-    schema=f"(Tensor qkv, Tensor bias, Tensor keys, {_SIZES}) -> Tensor",
+    schema=f"(Tensor qkv, Tensor bias, {_TABLES}) -> Tensor",
 )
-def attention(qkv, bias, keys, height, width, window, scale):
+def attention(qkv, bias, keys, rows, height, width, window, scale):
     """Output [B, T, N*D] of qkv [B, S, 3, N, D] with the bias [N, P, Q, G], -inf where a key is absent."""
-    return _forward(qkv, bias.flatten(0, 1), keys, (height, width, window), scale)
+    return _forward(qkv, bias.flatten(0, 1), rows, scale)
 
 
 @torch.library.custom_op(
     f"{NAMESPACE}::cpu_attention_backward",
     mutates_args=(),
     device_types="cpu",
-    schema=f"(Tensor d_out, Tensor qkv, Tensor bias, Tensor keys, {_SIZES}) -> (Tensor, Tensor)",
+    schema=f"(Tensor d_out, Tensor qkv, Tensor bias, {_TABLES}) -> (Tensor, Tensor)",
 )
-def attention_backward(d_out, qkv, bias, keys, height, width, window, scale):
+def attention_backward(d_out, qkv, bias, keys, rows, height, width, window, scale):
     """Gradients of `qkv` and of the bias."""
-    size = (height, width, window)
-    d_qkv, d_bias = _backward(d_out, qkv, bias.flatten(0, 1), keys, size, scale)
+    d_qkv, d_bias = _backward(d_out, qkv, bias.flatten(0, 1), rows, scale)
     return d_qkv, d_bias.view(bias.shape)
 
 
 @attention.register_fake
-def _attention_fake(qkv, bias, keys, height, width, window, scale):
+def _attention_fake(qkv, bias, keys, rows, height, width, window, scale):
     return qkv.new_empty(qkv.shape[0], height * width, qkv.shape[3] * qkv.shape[4])
 
 
 @attention_backward.register_fake
-def _attention_backward_fake(d_out, qkv, bias, keys, height, width, window, scale):
+def _attention_backward_fake(d_out, qkv, bias, keys, rows, height, width, window, scale):
     return qkv.new_empty(qkv.shape), bias.new_empty(bias.shape)
 
 
 def _save(ctx, inputs, output) -> None:
-    qkv, bias, keys, *ctx.numbers = inputs
-    ctx.save_for_backward(qkv, bias, keys)
+    qkv, bias, keys, rows, *ctx.numbers = inputs
+    ctx.save_for_backward(qkv, bias, keys, *rows)
 
 
 def _gradients(ctx, d_out):
-    qkv, bias, keys = ctx.saved_tensors
+    qkv, bias, keys, *rows = ctx.saved_tensors
+    rest = (None, [None] * len(rows), *(None,) * 4)
     if torch.is_grad_enabled():  # somebody wants to differentiate the gradients
         height, width, window, scale = ctx.numbers
-        index = AttentionIndex(height, width, window, len(keys), keys, None, ())
+        index = AttentionIndex(height, width, window, qkv.shape[1], keys, None, ())
         out = plain_attention(qkv, index, bias, scale, fused=False)
         wanted = [x for x in (qkv, bias) if x.requires_grad]
         found = iter(torch.autograd.grad(out, wanted, d_out, create_graph=True))
-        return *(next(found) if x.requires_grad else None for x in (qkv, bias)), *(None,) * 5
-    return *attention_backward(d_out, qkv, bias, keys, *ctx.numbers), *(None,) * 5
+        return *(next(found) if x.requires_grad else None for x in (qkv, bias)), *rest
+    return *attention_backward(d_out, qkv, bias, keys, rows, *ctx.numbers), *rest
 
 
 attention.register_autograd(_gradients, setup_context=_save)
@@ -177,19 +157,19 @@ with suppress(RuntimeError):  # where PyTorch has a formula for its CPU kernel; 
     register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)(_sdpa_flops)
 
 
-def _forward(qkv: Tensor, bias: Tensor, keys: Tensor, size: tuple[int, ...], scale: float) -> Tensor:
-    """As `attention`; bias [M, Q, G], `size` is that of the map and of a window."""
+def _forward(qkv: Tensor, bias: Tensor, rows: list[Tensor], scale: float) -> Tensor:
+    """As `attention`; bias [M, Q, G]."""
     heads, dim = qkv.shape[3:]
     bias = _wide(bias)
     matrices, queries, count = bias.shape
     step = _at_once(bias)
-    rows = _rows(keys, *size, heads, step)
-    out = qkv.new_empty(len(qkv), len(rows.made_by), dim)
+    reads, made_by = rows[0].split(step * (queries + 2 * count)), rows[1]
+    out = qkv.new_empty(len(qkv), len(made_by), dim)
     results = bias.new_empty(matrices, queries, dim)
     read = bias.new_empty(step * (queries + 2 * count), dim)
     scores = bias.new_empty(step, queries, count)
     pieces = []
-    for source, b, result in zip(rows.read, bias.split(step), results.split(step), strict=True):
+    for source, b, result in zip(reads, bias.split(step), results.split(step), strict=True):
         target = read[: len(source)]
         pieces.append((source, target, *_gathered_parts(target, queries, count), b, result, scores[: len(b)]))
     for image, answer in zip(_wide(qkv.flatten(1, 3)), out, strict=True):
@@ -199,40 +179,40 @@ def _forward(qkv: Tensor, bias: Tensor, keys: Tensor, size: tuple[int, ...], sca
             torch.softmax(s, dim=-1, out=s)
             torch.bmm(s, v, out=result)
         if out.dtype == results.dtype:
-            torch.index_select(results.view(-1, dim), 0, rows.made_by, out=answer)
+            torch.index_select(results.view(-1, dim), 0, made_by, out=answer)
         else:
-            answer.copy_(results.view(-1, dim)[rows.made_by])
-    return out.view(len(qkv), size[0] * size[1], heads * dim)
+            answer.copy_(results.view(-1, dim)[made_by])
+    return out.view(len(qkv), len(made_by) // heads, heads * dim)
 
 
 def _backward(
-    d_out: Tensor, qkv: Tensor, bias: Tensor, keys: Tensor, size: tuple[int, ...], scale: float
+    d_out: Tensor, qkv: Tensor, bias: Tensor, rows: list[Tensor], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """As `attention_backward`; bias [M, Q, G], `size` as in `_forward`."""
+    """As `attention_backward`; bias [M, Q, G]."""
     heads, dim = qkv.shape[3:]
     d_qkv, dtype, bias = qkv.new_empty(qkv.shape), bias.dtype, _wide(bias)
     d_bias = bias.new_zeros(bias.shape)
     matrices, queries, count = bias.shape
     step = _at_once(bias)
-    rows = _rows(keys, *size, heads, step)
-    slots = _slots(keys, *size, heads, qkv.shape[1])
-    read = bias.new_empty(step * (queries + 2 * count), dim)
-    asked = bias.new_empty(step * queries, dim)
+    read, _, asked, slots, first = rows
+    reads, asks = read.split(step * (queries + 2 * count)), asked.split(step * queries)
+    operands = bias.new_empty(step * (queries + 2 * count), dim)
+    slope = bias.new_empty(step * queries, dim)
     gradients = bias.new_empty(matrices * (queries + 2 * count), dim)
     buffers = bias.new_empty(2, step, queries, count)
     parts = (bias, *_gradient_parts(gradients, queries, count), d_bias)
     pieces = []
-    for source, answers, *part in zip(rows.read, rows.asked, *(x.split(step) for x in parts), strict=True):
-        target, do = read[: len(source)], asked[: len(answers)]
-        operands = (*_gathered_parts(target, queries, count), do.view(-1, queries, dim), *part)
-        pieces.append((source, target, answers, do, (*operands, *buffers[:, : len(part[0])])))
+    for source, answers, *part in zip(reads, asks, *(x.split(step) for x in parts), strict=True):
+        target, do = operands[: len(source)], slope[: len(answers)]
+        piece = (*_gathered_parts(target, queries, count), do.view(-1, queries, dim), *part)
+        pieces.append((source, target, answers, do, (*piece, *buffers[:, : len(part[0])])))
     images, slopes = _wide(qkv.flatten(1, 3)), _wide(d_out.unflatten(2, (heads, dim)).flatten(1, 2))
-    for image, slope, d_image in zip(images, slopes, d_qkv.permute(0, 2, 3, 1, 4), strict=True):
-        for source, target, answers, do, operands in pieces:
+    for image, d_image_out, d_image in zip(images, slopes, d_qkv.permute(0, 2, 3, 1, 4), strict=True):
+        for source, target, answers, do, piece in pieces:
             torch.index_select(image, 0, source, out=target)
-            torch.index_select(slope, 0, answers, out=do)
-            _to_gradients(scale, *operands)
-        d_image.copy_(F.embedding_bag(slots.slots, gradients, slots.first, mode="sum").view(d_image.shape))
+            torch.index_select(d_image_out, 0, answers, out=do)
+            _to_gradients(scale, *piece)
+        d_image.copy_(F.embedding_bag(slots, gradients, first, mode="sum").view(d_image.shape))
     return d_qkv, d_bias.to(dtype)
 
 
@@ -314,35 +294,38 @@ def _windows(height: int, width: int, window: int) -> tuple[Tensor, Tensor]:
     return tokens.view(-1, window**2), query
 
 
-@cached_by_tables(CACHED_TABLES)
-def _rows(keys: Tensor, height: int, width: int, window: int, heads: int, step: int) -> Rows:
-    """Rows of pieces of `step` score matrices, for keys [P, G]."""
-    tokens, query = _windows(height, width, window)
+def row_numbers(index: AttentionIndex, keys: Tensor, heads: int, trains: bool) -> list[Tensor]:
+    """Which rows of qkv and of the output are read and written, int32.
+
+    Args:
+        index: gives the sizes.
+        keys: [P, G].
+        heads: N.
+        trains: add what the backward pass needs.
+
+    Returns:
+        read: rows of qkv: q, k, v of one score matrix after the other, [M*(Q + 2G)].
+        made_by: query, of all M*Q, that makes a row of the output, [T*N].
+        asked: rows of the output that the queries of each score matrix make, [M*Q].
+        slots: where each row of qkv, in the order [3, N, S], was read into, of M*Q queries, M*G keys and M*G
+            values; sorted by row.
+        first: where the slots of a row begin, [3*N*S].
+    """
+    fine = index.height * index.width
+    tokens, query = _windows(index.height, index.width, index.window)
     head = _count(heads)[:, None, None]
     parts = [tokens * (3 * heads), keys.int() * (3 * heads) + heads, keys.int() * (3 * heads) + 2 * heads]
-    read = (torch.cat(parts, dim=1) + head).flatten(0, 1)
-    asked = (tokens * heads + head).flatten(0, 1)
-    return Rows(
-        tuple(part.flatten() for part in read.split(step)),
-        tuple(part.flatten() for part in asked.split(step)),
-        (query[:, None] + head.view(-1) * (height * width)).flatten(),
-    )
-
-
-@cached_by_tables(CACHED_TABLES)
-def _slots(keys: Tensor, height: int, width: int, window: int, heads: int, tokens: int) -> Slots:
-    """Slots of all rows, for keys [P, G] of S `tokens`."""
-    _, query = _windows(height, width, window)
-    fine, count = height * width, keys.numel()
+    read = (torch.cat(parts, dim=1) + head).flatten()
+    made_by = (query[:, None] + head.view(-1) * fine).flatten()
+    if not trains:
+        return [read, made_by]
+    asked = (tokens * heads + head).flatten()
     token, readers = keys.flatten().int().sort(stable=True)
-    reads, asks = token.bincount(minlength=tokens).int(), (_count(tokens) < fine).int()
-    head = _count(heads)[:, None]
-    begins = heads * fine + _count(2 * heads)[:, None] * count
-    slots = query.new_empty(heads * (fine + 2 * count))
-    torch.add(query, head * fine, out=slots[: heads * fine].view(heads, fine))
-    torch.add(readers.int(), begins, out=slots[heads * fine :].view(2 * heads, count))
+    reads, asks = token.bincount(minlength=index.tokens).int(), (_count(index.tokens) < fine).int()
+    begins = heads * fine + _count(2 * heads)[:, None] * keys.numel()
+    slots = torch.cat([(query + head[:, 0] * fine).flatten(), (readers.int() + begins).flatten()])
     lengths = torch.cat([asks.repeat(heads), reads.repeat(2 * heads)])  # nobody asks with a coarse token
-    return Slots(slots, lengths.cumsum(0, dtype=torch.int32) - lengths)
+    return [read, made_by, asked, slots, lengths.cumsum(0, dtype=torch.int32) - lengths]
 
 
-BACKENDS["cpu"] = Backend(why_not, tables, attend)
+BACKENDS["cpu"] = Backend(prepare, attend)

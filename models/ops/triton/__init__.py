@@ -8,25 +8,28 @@ on a GPU, or with TRITON_INTERPRET=1, where the kernels run on CPU tensors, slow
 from __future__ import annotations
 
 import os
-from functools import lru_cache
 
-import torch
 from torch import Tensor
 
-from ...focal_transformer import BACKENDS, AttentionIndex, Backend
-from .tables import build_tables
+from ...focal_transformer import BACKENDS, AttentionIndex, Backend, Request, Unsupported
+from .tables import TritonTables, build_tables
 
 
-@lru_cache
-def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, window: int) -> str | None:
+def prepare(index: AttentionIndex, request: Request) -> TritonTables:
     """See `Backend`."""
-    if device.type != "cuda" and "TRITON_INTERPRET" not in os.environ:
-        return f"needs a CUDA device, got {device}"
+    if request.device.type != "cuda" and "TRITON_INTERPRET" not in os.environ:
+        raise Unsupported(f"needs a CUDA device, got {request.device}")
     try:
-        from . import attention
+        from . import attention, trial
     except ImportError as error:
-        return str(error)
-    return attention.why_not(device, dtype, head_dim, window)
+        raise Unsupported(str(error)) from error
+    if reason := attention.why_not(request, index.window):
+        raise Unsupported(reason)
+    tables = build_tables(index)
+    case = trial.case_of(index, tables, request)
+    if not attention.INTERPRETED and (reason := trial.problem(case)):
+        raise Unsupported(reason)
+    return tables
 
 
 def attend(qkv: Tensor, index: AttentionIndex, bias: Tensor, scale: float) -> Tensor:
@@ -36,4 +39,4 @@ def attend(qkv: Tensor, index: AttentionIndex, bias: Tensor, scale: float) -> Te
     return attention.attend(qkv, index, bias, scale)
 
 
-BACKENDS["triton"] = Backend(why_not, build_tables, attend)
+BACKENDS["triton"] = Backend(prepare, attend)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ...focal_transformer import AttentionIndex, plain_attention
+from ...focal_transformer import AttentionIndex, Request, plain_attention
 from ..tables import NAMESPACE, merge_bias
 from . import launch
 from .kernels import INTERPRETED
@@ -31,8 +31,9 @@ LARGEST_BIAS = 2.0**16
 are its negative, what is left before the exponential is its rounding error, which must stay small."""
 
 
-def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, window: int) -> str | None:
-    """See `Backend`."""
+def why_not(request: Request, window: int) -> str | None:
+    """Why the kernels cannot serve a request, whatever the keys; None if they can."""
+    device, dtype, head_dim = request.device, request.dtype, request.head_dim
     if device.type != "cuda" and not INTERPRETED:
         return f"needs a CUDA device, got {device}"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
@@ -159,7 +160,7 @@ def _gradients(ctx, d_out, d_lse):
         _, height, width, window, scale = ctx.numbers
         keys = keys[:, : bias.shape[-1]].long()
         visible = (keys >= 0)[:, None]
-        index = AttentionIndex(height, width, window, len(keys), keys.clamp(min=0), visible, ())
+        index = AttentionIndex(height, width, window, qkv.shape[1], keys.clamp(min=0), visible, ())
         out = plain_attention(qkv, index, bias, scale, fused=False)
         wanted = [x for x in (qkv, bias) if x.requires_grad]
         found = iter(torch.autograd.grad(out, wanted, d_out, create_graph=True))

@@ -147,7 +147,7 @@ def compile_time(kernel: str, qkv: Tensor, bias: Tensor, window: int) -> dict[st
     heads, dim = qkv.shape[3:]
     groups, queries, row = bias.shape[1:]
     chosen = config(kernel, dim, qkv.element_size())
-    exact = qkv.dtype == torch.float32 and not _tf32_allowed()
+    exact = qkv.dtype == torch.float32 and not tf32_allowed()
     block_queries = min(chosen.block_queries, queries)
     return {
         "HEADS": heads,
@@ -252,7 +252,7 @@ def _on_device(x: Tensor) -> AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def _tf32_allowed() -> bool:
+def tf32_allowed() -> bool:
     """Whether PyTorch's own products of float32 may be rounded to TF32; asked as the release at hand wants,
     since an answer by its older name is refused where the newer one was set."""
     matmul = torch.backends.cuda.matmul

@@ -1,0 +1,134 @@
+"""Try the kernels on a small case before a model depends on them.
+
+On some machines they cannot be built (no C compiler), do not fit (too little memory on the chip), or could
+be wrong.
+So what a layer will compile is compiled and run on random numbers first, once per process and device, and
+compared with the plain operator.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sysconfig
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from threading import Lock, Thread
+from typing import NamedTuple
+
+import torch
+
+from ...focal_transformer import AttentionIndex, Request, plain_attention
+from . import attention, launch
+from .tables import TritonTables, build_tables
+
+LARGEST_ERROR = 0.05
+EXACT_ERROR = 1e-3
+"""Largest errors that rounding explains, in 16 bits or TF32 and in float32, relative to the largest value."""
+
+
+class Case(NamedTuple):
+    """What decides which kernels are compiled."""
+
+    request: Request
+    window: int  # s
+    keys: int  # K'
+    always_seen: int  # as in `TritonTables`
+    by_query: bool  # queries of a window see different keys
+    by_window: bool  # each window has a bias of its own
+    exact: bool  # products are those of float32
+
+
+def case_of(index: AttentionIndex, tables: TritonTables, request: Request) -> Case:
+    """The case that stands for a layer."""
+    visible = tables.merged.visible
+    by_query = visible is not None and visible.shape[1] > 1
+    by_window = by_query or len(index.bias_index[0]) > 1
+    exact = request.dtype == torch.float32 and not launch.tf32_allowed()
+    count = tables.merged.keys.shape[1]
+    return Case(request, index.window, count, tables.always_seen, by_query, by_window, exact)
+
+
+@cache
+def problem(case: Case) -> str | None:
+    """Why the kernels cannot be used in this case; None if they work.
+
+    Runs in a thread of its own, which no mode of the caller's reaches: autocast, inference mode, a dispatch
+    mode, or torch.compile's tracing.
+    """
+    found: list[str | None] = []
+    thread = Thread(target=lambda: found.append(attempt(case)), name="trial of the attention kernels")
+    with ONE_AT_A_TIME:
+        thread.start()
+        thread.join()
+    return found[0]
+
+
+ONE_AT_A_TIME = Lock()
+
+
+def attempt(case: Case) -> str | None:
+    """As `problem`, in this thread."""
+    device = case.request.device
+    where = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+    try:
+        error = largest_error(case)
+    except Exception as failure:  # whatever a compiler, driver or linker says
+        return f"the kernels do not run on {where}: {explain(failure)}"
+    limit = EXACT_ERROR if case.exact else LARGEST_ERROR
+    if error <= limit:
+        return None
+    return f"the kernels are wrong on {where}: off by {error:.2g} of the largest value, expected {limit:.2g}"
+
+
+def explain(failure: Exception) -> str:
+    """What went wrong, in a line, and what to do about it."""
+    first = next((line.strip() for line in str(failure).splitlines() if line.strip()), "")
+    said = f"{type(failure).__name__}: {first}" if first else type(failure).__name__
+    if not any(shutil.which(name) for name in (os.environ.get("CC", ""), "gcc", "clang") if name):
+        return f"{said}; Triton needs a C compiler: install gcc, or let CC name one"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return f"{said}; Triton needs Python's header files: install python3-dev (or python3-devel)"
+    if isinstance(failure, OSError):
+        return f"{said}; let TRITON_CACHE_DIR name a folder that can be written to"
+    return said
+
+
+def largest_error(case: Case) -> float:
+    """Largest difference from the plain operator in float64, relative to its largest value: of the output,
+    and in training of the gradients of qkv and of the bias."""
+    index, request = example(case), case.request
+    generator = torch.Generator().manual_seed(0)
+    heads, dim, queries = request.heads, request.head_dim, case.window**2
+    shape = (heads, len(index.keys) if case.by_window else 1, queries, case.keys)
+    sizes = ((1, index.tokens, 3, heads, dim), (1, index.height * index.width, heads * dim))
+    qkv, d_out = (torch.randn(size, generator=generator).to(request.device, request.dtype) for size in sizes)
+    bias = torch.randn(shape, generator=generator).to(request.device)
+    results = []
+    for attend, wide in ((attention.attend, False), (plain_attention, True)):
+        inputs = [x.double() if wide else x for x in (qkv, bias)]
+        inputs = [x.detach().requires_grad_(request.trains) for x in inputs]
+        out = attend(inputs[0], index, inputs[1], dim**-0.5)
+        results.append(
+            [out, *(torch.autograd.grad(out, inputs, d_out.to(out.dtype)) if request.trains else ())]
+        )
+    errors = [(a.double() - b).abs().max() / b.abs().max() for a, b in zip(*results, strict=True)]
+    return max(float(error) if error == error else float("inf") for error in errors)
+
+
+def example(case: Case) -> AttentionIndex:
+    """An index of 2 x 2 windows that compiles the same kernels, with random keys."""
+    generator, windows = torch.Generator().manual_seed(1), 4
+    side, device = 2 * case.window, case.request.device
+    tokens, level = side * side, windows
+    while tokens < case.keys + 1:
+        tokens, level = tokens + level, 4 * level
+    keys = torch.rand(windows, tokens, generator=generator).argsort(dim=1)[:, : case.keys]
+    rows = case.window**2 if case.by_query else 1
+    visible = torch.rand(windows, rows, case.keys, generator=generator) < 0.8
+    visible[..., : case.always_seen] = True
+    visible[0, :, case.always_seen :] = False
+    seen = None if bool(visible.all()) else visible.to(device)
+    index = AttentionIndex(side, side, case.window, tokens, keys.to(device), seen, ())
+    return replace(index, backend="triton", tables=build_tables(index))
