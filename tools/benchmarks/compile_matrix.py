@@ -4,7 +4,8 @@
     python -m tools.benchmarks.compile_matrix --architectures sm_90 --models focal_tiny --dtypes bf16
 
 Every distinct attention layer of really built models runs forward and backward under a `StubDriver`, for each
-architecture and type of numbers, so that what is compiled is what training launches there.
+architecture and type of numbers, so that what is compiled is what training launches there. All of it takes
+hours of one core. Also counts launches and the memory that training keeps, see `operator_costs`.
 """
 
 from __future__ import annotations
@@ -13,17 +14,18 @@ import argparse
 import logging
 import multiprocessing
 import os
+import shlex
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models import FocalTransformer
 from models.focal_transformer import FocalAttention, FocalBlock
@@ -31,12 +33,14 @@ from models.registry import VARIANTS
 from tools import benchmark_common as common
 
 from .kernel_figures import Figures, figures
+from .operator_costs import SORTED_INDICES, SORTED_KERNELS, activations, count_launches
 from .stub_driver import CARDS, StubDriver
 
 logger = logging.getLogger("benchmark")
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BATCH = 2  # images
+COUNTED_ON = "sm_90"  # the card of launches and activations
 WIDE_HEADS: dict[str, Any] = {"num_heads": (2, 4, 8, 16)}  # of width 64 in Focal-B
 LARGE: dict[str, Any] = {"img_size": 384, "window_size": 12}
 
@@ -67,9 +71,12 @@ class Layer:
 
     def run(self, driver: StubDriver, dtype: torch.dtype) -> None:
         """Forward and backward under a driver, as in training with autocast."""
-        x = torch.zeros(BATCH, self.height, self.width, self.attention.qkv.in_features, requires_grad=True)
         with driver, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            self.attention(x, self.pools).float().sum().backward()
+            self.attention(self.input(), self.pools).float().sum().backward()
+
+    def input(self) -> Tensor:
+        """A map [B, H, W, C] of zeros."""
+        return torch.zeros(BATCH, self.height, self.width, self.attention.qkv.in_features, requires_grad=True)
 
 
 def distinct_layers(models: Iterable[str]) -> list[Layer]:
@@ -121,26 +128,108 @@ def compile_layer(layer: Layer, card: str, dtype: str) -> list[Row]:
     return [Row(*head, kernel) for kernel in found]
 
 
-_layers: list[Layer] = []  # for the processes, which inherit it
+Job = tuple[Layer, str, str]  # layer, card, dtype
+_jobs: list[Job] = []  # which the processes inherit
 
 
-def _compile_job(job: tuple[int, str, str]) -> list[Row]:
-    number, card, dtype = job
+def _compile_job(number: int) -> list[Row]:
     torch.set_num_threads(1)
-    return compile_layer(_layers[number], card, dtype)
+    return compile_layer(*_jobs[number])
 
 
-def compile_all(layers: Sequence[Layer], cards: Sequence[str], dtypes: Sequence[str]) -> list[Row]:
-    """All kernels, each once, compiled in as many processes as there are cores."""
-    jobs = [(i, card, dtype) for card in cards for dtype in dtypes for i in range(len(layers))]
-    _layers[:] = layers
+def compile_all(jobs: Sequence[Job]) -> Iterator[list[Row]]:
+    """`compile_layer` of each job, in as many processes as there are cores."""
+    _jobs[:] = jobs
+    cores = len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(cores, multiprocessing.get_context("fork")) as pool:
+        yield from pool.map(_compile_job, range(len(jobs)))
+
+
+def distinct_rows(jobs: Sequence[Job]) -> list[Row]:
+    """The kernels of all jobs, each once for a card."""
     found: dict[Any, Row] = {}
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("fork")) as pool:
-        for rows in pool.map(_compile_job, jobs):
-            for row in rows:
-                logger.debug(" ".join(map(str, row.cells())))
-                found.setdefault((row.card, row.figures.hash or row), row)
+    for (layer, card, dtype), rows in zip(jobs, compile_all(jobs), strict=True):
+        verdicts = ", ".join(row.figures.verdict for row in rows)
+        logger.info(f"{card} {dtype} {layer.model} stage {layer.stage}: {verdicts}")
+        for row in rows:
+            found.setdefault((card, row.figures.hash or row), row)
     return list(found.values())
+
+
+def verdict_table(rows: Sequence[Row]) -> str:
+    """How many kernels got which verdict, by card and dtype."""
+    verdicts = ["ok", *sorted({row.figures.verdict for row in rows} - {"ok"})]
+    counts = Counter((row.card, row.dtype, row.figures.verdict) for row in rows)
+    groups = dict.fromkeys((row.card, row.dtype) for row in rows)
+    cells = [[*group, *(counts[(*group, verdict)] for verdict in verdicts)] for group in groups]
+    return "## Verdicts\n\n" + common.markdown_table(["card", "dtype", *verdicts], cells)
+
+
+def fault_table(rows: Sequence[Row]) -> str:
+    """The kernels that are not ok, alike ones in one line."""
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        if row.figures.verdict != "ok":
+            key = (row.card, row.dtype, row.head_dim, row.figures.kernel, row.figures.verdict)
+            groups.setdefault(key, []).append(row)
+    cells = []
+    for key, alike in groups.items():
+        stack = max(row.figures.stack or 0 for row in alike)
+        where = ", ".join(dict.fromkeys(f"{row.model} {row.stage}" for row in alike))
+        reasons = "; ".join(dict.fromkeys(row.figures.reason for row in alike))
+        cells.append([*key, reasons, stack, len(alike), where])
+    columns = ["card", "dtype", "head width", "kernel", "verdict", "reason", "most stack", "kernels", "where"]
+    return "## Kernels that are not ok\n\n" + common.markdown_table(columns, cells)
+
+
+def figure_table(rows: Sequence[Row], models: Sequence[str]) -> str:
+    """The kernels of the first stage of some models, with the most frequent instructions."""
+    shown = [row for row in rows if row.model in models and row.stage == 1]
+    cells: list[list[common.Cell]] = []
+    for row in shown:
+        f = row.figures
+        numbers = [f.warps, f.stages, f.shared, f.registers, f.stack, f.spilled, f.tensor, f.blocks]
+        most = ", ".join(f.classes.split(", ")[:8])
+        cells.append(
+            [row.card, row.dtype, row.model, f.kernel, *numbers, f.units, f.instructions, most, f.verdict]
+        )
+    names = ["warps", "stages", "shared", "registers", "stack", "spilled", "tensor", "blocks", "units"]
+    columns = ["card", "dtype", "model", "kernel", *names, "instructions", "most frequent", "verdict"]
+    return "## Figures of the first stage\n\n" + common.markdown_table(columns, cells)
+
+
+def launch_table(layers: Sequence[Layer]) -> str:
+    """Kernels between the two projections of each stage's layer."""
+    cells: list[list[common.Cell]] = []
+    for layer in layers:
+        for name, kernels in count_launches(layer.attention, layer.pools, layer.input(), COUNTED_ON):
+            listed = ", ".join(f"{kernel} {count}" for kernel, count in kernels.items())
+            cells.append([layer.model, layer.stage, name, sum(kernels.values()), listed])
+    columns = ["model", "stage", "pass", "launches", "of these"]
+    return "## Launches between the projections\n\n" + common.markdown_table(columns, cells)
+
+
+def activation_table() -> str:
+    """What Focal-T keeps for backward, and Swin-T."""
+    kept = activations(COUNTED_ON)
+    cells = [[name, value, value / kept["swin_tiny"]] for name, value in kept.items()]
+    title = "## Kept for backward\n\n"
+    return title + common.markdown_table(["model", "MiB per image", "of swin_tiny's"], cells)
+
+
+NOTES = [
+    "Shared memory in bytes of a block; registers, stack and local memory (bytes) of a thread, on AMD "
+    "scratch and spilled vector registers; tensor memory in columns; blocks that fit into an SM (on AMD a "
+    "compute unit) by registers, shared memory, tensor memory and warps.",
+    "Instructions: of the largest loop's body, per warp: over items (windows of images) in forward and query "
+    "gradient, over pairs of window and block of queries in the key gradient. A loop inside counts once.",
+    "A layer that several models share is listed under the first of them.",
+    f"Launches and activations: as on {COUNTED_ON}, in training under autocast to bf16, with a batch of "
+    f"{BATCH}. Launches are operations of ATen that start a kernel on CUDA, plus Triton's, from the output "
+    "of qkv to the input of proj and back, the bias and its gradient included. embedding_dense_backward "
+    f"counts 2 up to {SORTED_INDICES} indices and {SORTED_KERNELS} beyond, and a copy where its gradient is "
+    "not contiguous.",
+]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -159,12 +248,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     facts = common.describe_run(torch.device("cpu"))
+    facts["Command"] = shlex.join(["python", "-m", "tools.benchmarks.compile_matrix", *sys.argv[1:]])
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("TRITON_CACHE_DIR", folder)
-        rows = compile_all(distinct_layers(args.models), args.architectures, args.dtypes)
-    cells = [row.cells() for row in rows]
-    common.publish(args.out, args.name, "Kernels by GPU, compiled", facts, [], COLUMNS, cells)
-    logger.info(Counter(row.figures.verdict for row in rows))
+        layers = distinct_layers(args.models)
+        jobs = [(layer, card, t) for card in args.architectures for t in args.dtypes for layer in layers]
+        rows = distinct_rows(jobs)
+        first = {type(layer.attention): layer.model for layer in reversed(layers)}  # of each family
+        main_layers = [layer for layer in layers if layer.model in first.values()]
+        tables = [
+            verdict_table(rows),
+            fault_table(rows),
+            figure_table(rows, [*first.values()]),
+            launch_table(main_layers),
+            activation_table(),
+        ]
+    report = common.markdown_report("Attention kernels, compiled for every GPU", facts, NOTES, tables)
+    logger.info(report)
+    if args.out is not None:
+        stem = common.result_stem(args.out, args.name)
+        (stem.parent / f"{stem.name}.md").write_text(report, encoding="utf-8")
+        common.write_csv(stem.parent / f"{stem.name}.csv", COLUMNS, [row.cells() for row in rows])
     return int(any(row.figures.verdict != "ok" for row in rows))
 
 

@@ -27,7 +27,7 @@ UNITS = ("cp.async", "wgmma", "tcgen05", "mma.sync", "mfma", "wmma")
 
 @dataclass(frozen=True)
 class Figures:
-    """A kernel on one card; None where it was not compiled, or where only the other vendor has such a thing."""
+    """A kernel on one card; None where it was not compiled, and for what a card does not have."""
 
     kernel: str
     verdict: str  # ok, spills, out of resource, does not compile
