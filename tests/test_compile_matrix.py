@@ -1,0 +1,273 @@
+"""The fused kernels, compiled for every GPU without one: resources, spills, and what they are made of."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", minversion="3.3", reason="the stub driver needs Triton 3.3 or later")
+
+import triton
+import triton.language as tl
+from torch import nn
+from torch.nn import functional as F
+from triton.runtime.errors import OutOfResources
+
+from models import FocalTransformer
+from models.focal_transformer import FAMILIES
+from models.ops.triton import kernels
+from tools.benchmarks.compile_matrix import Job, Layer, Row, compile_all, distinct_layers
+from tools.benchmarks.kernel_figures import CUOBJDUMP, main_loop, parse_sass
+from tools.benchmarks.operator_costs import LaunchCounter, activations, count_launches
+from tools.benchmarks.stub_driver import CARDS, StubDriver
+
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled"),
+    pytest.mark.skipif(not CUOBJDUMP.exists(), reason="this triton brings no cuobjdump"),
+]
+
+SPILLS = "spills with one configuration for all GPUs"
+TENSOR_MEMORY = "query gradient wants more tensor memory than there is"
+ATTENTION = ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel")
+PRECISION = "input precision tf32 or tf32x3, which this GPU lacks"
+EXPECTED = {
+    **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), SPILLS),
+    **dict.fromkeys(("sm_100", "sm_103"), TENSOR_MEMORY),
+    **dict.fromkeys(("gfx90a", "gfx950", "gfx1100"), PRECISION),
+}
+
+
+@dataclass(frozen=True)
+class OneStage(Layer):
+    """A whole model that has the first stage of Focal-T or Focal-fast-T alone."""
+
+    whole: nn.Module
+
+    @classmethod
+    def build(cls, kind: str) -> OneStage:
+        options: dict[str, Any] = dict(depths=(1,), num_heads=(3,), focal_stages=(0,), expand_sizes=(3,))
+        keys: dict[str, Any] = dict(focal_pool="fc", focal_levels=(2,), focal_windows=(7,))
+        model = FocalTransformer(kind=kind, **options, **keys, attention_backend="triton")
+        block = model.stages[0].blocks[0]
+        return cls(kind, 1, block.attn, block.pool_layers, *model.train_resolution, model)
+
+    def run(self, driver: StubDriver, dtype: torch.dtype) -> None:
+        with driver, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            self.whole(torch.zeros(2, 3, 224, 224)).float().sum().backward()
+
+
+def with_head_dim(head_dim: int) -> Layer:
+    """The attention of Focal-T's first stage with heads of another width."""
+    options = dict(expand_size=3, focal_window=7, pool="fc", pooled_levels=1, backend="triton")
+    layer = FAMILIES["focal"](3 * head_dim, 3, 7, **options)
+    return Layer(f"heads of {head_dim}", 1, layer, nn.ModuleList([nn.Linear(49, 1)]), 28, 28)
+
+
+def first_layer(model: str) -> Layer:
+    return distinct_layers([model])[0]
+
+
+def last_layer(model: str) -> Layer:
+    return distinct_layers([model])[-1]
+
+
+EVERY_CARD = {f"{kind} {card}": (OneStage.build, kind, card, "bf16") for card in CARDS for kind in FAMILIES}
+FLOAT32_ON_AMD = {"focal gfx942 fp32": (OneStage.build, "focal", "gfx942", "fp32")}
+HOPPER = {
+    "one window": (last_layer, "focal_tiny", "sm_90", "bf16"),
+    "more keys than registers hold": (first_layer, "focal_tiny window 12", "sm_90", "bf16"),
+    "window of 12, bias of each window": (first_layer, "focalv2_tiny_useconv window 12", "sm_90", "bf16"),
+    **{f"heads of {width}": (with_head_dim, width, "sm_90", "bf16") for width in (8, 48, 64)},
+    "fp16": (with_head_dim, 32, "sm_90", "fp16"),
+    **{f"fp32, heads of {width}": (with_head_dim, width, "sm_90", "fp32") for width in (32, 64)},
+}
+CASES: dict[str, tuple[Callable[[Any], Layer], Any, str, str]] = EVERY_CARD | FLOAT32_ON_AMD | HOPPER
+
+
+def expected(case: str) -> Any:
+    """A parameter, marked where the kernels are known not to be ok."""
+    _, _, card, dtype = CASES[case]
+    reason = EXPECTED.get(card) or (PRECISION if (card, dtype) == ("gfx942", "fp32") else None)
+    return pytest.param(case, marks=pytest.mark.xfail(strict=True, reason=reason) if reason else ())
+
+
+@pytest.fixture(scope="module")
+def compiled(request: pytest.FixtureRequest) -> dict[str, list[Row]]:
+    """The kernels of those cases whose tests were chosen."""
+    parameters = [getattr(item, "callspec", None) for item in request.session.items]
+    chosen = sorted({p.params["case"] for p in parameters if p and p.params.get("case") in CASES})
+    jobs: list[Job] = []
+    for case in chosen:
+        build, argument, card, dtype = CASES[case]
+        jobs.append((build(argument), card, dtype))
+    return dict(zip(chosen, compile_all(jobs), strict=True))
+
+
+@pytest.mark.parametrize("case", map(expected, EVERY_CARD | FLOAT32_ON_AMD))
+def test_a_whole_model_trains_on_every_gpu(case: str, compiled: dict[str, list[Row]]) -> None:
+    """Forward and backward: all kernels compile, fit the card, and spill nothing."""
+    figures = [row.figures for row in compiled[case]]
+    assert {f.kernel for f in figures} >= set(ATTENTION)
+    assert [f for f in figures if f.verdict != "ok"] == []
+    assert all(f.instructions and f.blocks for f in figures if f.kernel in ATTENTION)
+
+
+@pytest.mark.parametrize("case", HOPPER)
+def test_no_shape_spills_on_hopper(case: str, compiled: dict[str, list[Row]]) -> None:
+    """Nor lacks the tensor cores' wgmma instructions, in half precision."""
+    for figures in (row.figures for row in compiled[case]):
+        assert figures.verdict == "ok", figures
+        if "fp32" not in case and figures.kernel in ATTENTION:
+            assert "wgmma" in figures.units, figures
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_sizes_make_no_kernel_of_their_own(name: str) -> None:
+    """Only pointers and the scale are specialised: what is compiled here is what runs at any size."""
+    kernel = getattr(kernels, name)
+    free = [p for p in kernel.params if not p.is_constexpr and not p.do_not_specialize]
+    assert all(p.name.endswith(("_ptr", "scale")) for p in free)
+
+
+def test_another_batch_compiles_nothing() -> None:
+    """A last batch of any size runs the same kernels."""
+    layer = with_head_dim(32)
+    with StubDriver("sm_90") as driver, torch.autocast("cpu", torch.bfloat16):
+        counts = []
+        for batch in (2, 1, 16):
+            layer.attention(layer.input()[:1].expand(batch, -1, -1, -1), layer.pools).float().sum().backward()
+            counts.append((len(driver.kernels), len(driver.launches)))
+    assert counts[0][0] == counts[2][0]
+    assert counts[0][1] < counts[1][1] < counts[2][1]
+
+
+@triton.jit
+def wide_product_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    """y = x x^T, of one tile that is held in shared memory."""
+    i = tl.arange(0, 64)[:, None]
+    x = tl.load(x_ptr + i * BLOCK + tl.arange(0, BLOCK)[None, :])
+    tl.store(y_ptr + i * 64 + tl.arange(0, 64)[None, :], tl.dot(x, tl.trans(x)))
+
+
+@triton.jit
+def three_products_kernel(x_ptr, y_ptr, COLUMNS: tl.constexpr):
+    """Three products whose sums are all in use at the end of a loop."""
+    i, k, j = tl.arange(0, 128)[:, None], tl.arange(0, 64), tl.arange(0, COLUMNS)
+    a = tl.zeros([128, COLUMNS], tl.float32)
+    b = tl.zeros([128, COLUMNS], tl.float32)
+    c = tl.zeros([128, COLUMNS], tl.float32)
+    for step in range(8):
+        x = tl.load(x_ptr + step + i * 64 + k[None, :])
+        w = tl.load(x_ptr + step + k[:, None] * COLUMNS + j[None, :])
+        a = tl.dot(x, w, a)
+        b = tl.dot(x + 1, w, b)
+        c = tl.dot(x + 2, w, c)
+    tl.store(y_ptr + i * COLUMNS + j[None, :], a * b + c)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "size", "card", "reason"),
+    [
+        (wide_product_kernel, 1024, "sm_89", "shared memory"),
+        (wide_product_kernel, 1024, "sm_90", None),
+        (three_products_kernel, 256, "sm_100", "tensor memory"),
+        (three_products_kernel, 128, "sm_100", None),
+    ],
+)
+def test_the_stub_notices_what_does_not_fit(kernel: Any, size: int, card: str, reason: str | None) -> None:
+    """As Triton does on the card, by its own checks."""
+    x, y = torch.zeros(2**18, dtype=torch.float16), torch.zeros(2**18)
+    with StubDriver(card) as driver:
+        if reason is None:
+            kernel[(2,)](x, y, size, num_warps=8)
+            assert [(launch.name, launch.grid) for launch in driver.launches] == [
+                (kernel.__name__, (2, 1, 1))
+            ]
+        else:
+            with pytest.raises(OutOfResources, match=reason):
+                kernel[(2,)](x, y, size, num_warps=8)
+            assert driver.launches == []
+
+
+def test_the_stub_leaves_nothing_behind() -> None:
+    """Tensors, torch and Triton are as before."""
+
+    def state() -> list[Any]:
+        names = ("tensor", "arange", "empty")
+        functions = [getattr(torch, name) for name in names]
+        cuda = [torch.cuda.device, torch.cuda.current_device, torch.cuda.get_device_capability]
+        versions = [torch.version.cuda, torch.version.hip]
+        return [*functions, *cuda, *versions, dict(vars(triton.runtime.driver)), triton.compiler.compile]
+
+    before, x = state(), torch.zeros(1)
+    with StubDriver("gfx942") as driver:
+        assert x.is_cuda and x.device == driver.device
+        assert torch.arange(2, device=x.device).sum() == 1
+        assert torch.cuda.get_device_capability(x.device) == (9, 4)
+        assert triton.runtime.driver.active.get_current_target().arch == "gfx942"
+    assert state() == before
+    assert not x.is_cuda and x.device.type == "cpu"
+    assert driver.device.index not in kernels.forward_kernel.device_caches
+
+
+SASS = """
+        /*0000*/                   S2R R0, SR_TID.X ;      /* 0x00 */
+        /*0010*/              @!P0 BRA 0x0060 ;            /* 0x00 */
+        /*0020*/                   FADD.FTZ R0, R0, R1 ;   /* 0x00 */
+        /*0030*/                   FMUL R0, R0, R1 ;       /* 0x00 */
+        /*0040*/              @!P1 BRA 0x0070 ;            /* 0x00 */
+        /*0050*/               @P0 BRA 0x0020 ;            /* 0x00 */
+        /*0060*/                   EXIT ;                  /* 0x00 */
+        /*0070*/                   SYNCS R1 ;              /* 0x00 */
+        /*0080*/              @!P1 BRA 0x0070 ;            /* 0x00 */
+        /*0090*/                   BRA 0x0050 ;            /* 0x00 */
+        /*00a0*/                   BRA 0xa0;               /* 0x00 */
+"""
+
+
+def test_main_loop() -> None:
+    """Waiting code that lies behind the program belongs to the loop that it serves, and makes no other."""
+    loop = main_loop(*parse_sass(SASS))
+    assert loop == ["FADD.FTZ", "FMUL", "BRA", "BRA", "SYNCS", "BRA", "BRA"]
+
+
+@torch.library.custom_op("test_compile_matrix::double_and_add", mutates_args=())
+def double_and_add(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x).copy_(x).mul_(2) + y
+
+
+def test_counts_launches() -> None:
+    """Views and allocations are free, Python operators are looked into, sorting is counted."""
+    x, weight = torch.ones(4, 4), torch.ones(8, 4, requires_grad=True)
+    with LaunchCounter() as counter:
+        counter.on = True
+        double_and_add(x.view(16), x[0].expand(4, 4).reshape(16))
+        assert dict(counter.kernels) == {"clone": 1, "copy_": 1, "mul_": 1, "add": 1}
+        for indices, kernels_started in ((3072, 2), (3073, 12)):
+            rows = F.embedding(torch.zeros(indices, dtype=torch.long), weight)
+            gradient = torch.ones_like(rows)
+            counter.kernels.clear()
+            rows.backward(gradient)
+            assert counter.kernels["embedding_dense_backward"] == kernels_started
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_launches_of_a_layer(kind: str) -> None:
+    """Between the projections: the kernels themselves, and what makes the bias and its gradient."""
+    layer = OneStage.build(kind)
+    (_, forward), (_, backward) = count_launches(layer.attention, layer.pools, layer.input(), "sm_90")
+    assert forward["forward_kernel"] == 1 and "mm" not in forward
+    assert backward["query_gradient_kernel"] >= 1 and backward["key_gradient_kernel"] == 1
+    assert backward["embedding_dense_backward"] >= 4
+
+
+@pytest.mark.xfail(strict=True, reason="the linear pool keeps a copy of its input besides qkv's")
+def test_training_keeps_less_than_swin() -> None:
+    """Activations of Focal-T are at most 0.8 of Swin-T's, for an image."""
+    kept = activations("sm_90")
+    assert kept["focal_tiny"] <= 0.8 * kept["swin_tiny"], kept
