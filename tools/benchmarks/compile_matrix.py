@@ -42,7 +42,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BATCH = 2  # images
 COUNTED_ON = "sm_90"  # the card of launches and activations
 WIDE_HEADS: dict[str, Any] = {"num_heads": (2, 4, 8, 16)}  # of width 64 in Focal-B
-LARGE: dict[str, Any] = {"img_size": 384, "window_size": 12}
+WINDOW_12: dict[str, Any] = {"img_size": 384, "window_size": 12}
 
 
 def short_name(variant: str) -> str:
@@ -52,10 +52,10 @@ def short_name(variant: str) -> str:
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {short_name(name): (name, {}) for name in VARIANTS}
 for _name in ("focal_tiny", "focalv2_tiny_useconv"):
-    MODELS[f"{_name} window 12"] = (MODELS[_name][0], LARGE)
+    MODELS[f"{_name} window 12"] = (MODELS[_name][0], WINDOW_12)
 for _name in ("focal_base", "focalv2_base_useconv"):
     MODELS[f"{_name} wide heads"] = (MODELS[_name][0], WIDE_HEADS)
-    MODELS[f"{_name} wide heads window 12"] = (MODELS[_name][0], LARGE | WIDE_HEADS)
+    MODELS[f"{_name} wide heads window 12"] = (MODELS[_name][0], WINDOW_12 | WIDE_HEADS)
 
 
 @dataclass(frozen=True)
