@@ -13,6 +13,7 @@ import shutil
 import sysconfig
 from dataclasses import replace
 from functools import cache
+from math import isnan
 from pathlib import Path
 from threading import Lock, Thread
 from typing import NamedTuple
@@ -113,8 +114,10 @@ def largest_error(case: Case) -> float:
         results.append(
             [out, *(torch.autograd.grad(out, inputs, d_out.to(out.dtype)) if request.trains else ())]
         )
-    errors = [(a.double() - b).abs().max() / b.abs().max() for a, b in zip(*results, strict=True)]
-    return max(float(error) if error == error else float("inf") for error in errors)
+    errors = [
+        (a.double() - b).abs().max().item() / b.abs().max().item() for a, b in zip(*results, strict=True)
+    ]
+    return max(float("inf") if isnan(error) else error for error in errors)
 
 
 def example(case: Case) -> AttentionIndex:
@@ -130,5 +133,6 @@ def example(case: Case) -> AttentionIndex:
     visible[..., : case.always_seen] = True
     visible[0, :, case.always_seen :] = False
     seen = None if bool(visible.all()) else visible.to(device)
-    index = AttentionIndex(side, side, case.window, tokens, keys.to(device), seen, ())
+    bias_index = (keys.new_empty(0),) * (3 if case.by_window else 1)  # as Focal-fast and Focal have them
+    index = AttentionIndex(side, side, case.window, tokens, keys.to(device), seen, (bias_index,))
     return replace(index, backend="triton", tables=build_tables(index))

@@ -1,0 +1,223 @@
+"""The trial of the fused kernels: what it covers, what it finds, and what a model does then.
+
+Kernels are compiled for a GPU that is not here (tools/benchmarks/stub_driver.py), or run in the interpreter
+(see test_triton.py).
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+import triton
+from conftest import REPO
+from test_triton import CPU, compiled, interpreted, run_in_interpreter
+
+from config import load_config
+from models import FocalTransformer, build_model, focal_transformer
+from models.focal_transformer import FocalAttention, Request
+from models.ops.triton import attention, trial
+from tools.benchmarks.stub_driver import StubDriver
+
+NANO: dict[str, Any] = {
+    "img_size": 56,
+    "embed_dim": 8,
+    "depths": (1, 1),
+    "num_heads": (1, 1),
+    "num_classes": 2,
+    "focal_levels": (1, 1),
+    "focal_windows": (3, 3),
+    "expand_sizes": (1, 1),
+    "window_size": 4,
+}
+
+
+@compiled
+def test_in_interpreter() -> None:
+    """All tests of this file."""
+    run_in_interpreter(__file__)
+
+
+# --- In the interpreter: whether kernels that run are right -------------------------------------------------
+
+
+def case(dtype: torch.dtype = torch.float32, **changes: Any) -> trial.Case:
+    exact = dtype == torch.float32
+    request = Request("auto", CPU, dtype, 2, 16, True)
+    return trial.Case(request, 4, 20, 12, False, False, exact)._replace(**changes)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("by_query", "by_window"), [(False, False), (False, True), (True, True)])
+def test_right_kernels_pass(dtype: torch.dtype, by_query: bool, by_window: bool) -> None:
+    made = case(dtype, by_query=by_query, by_window=by_window)
+    index = trial.example(made)
+    assert trial.case_of(index, index.tables, made.request) == made
+    assert trial.attempt(made) is None
+    inference = made._replace(request=made.request._replace(trains=False))
+    assert trial.attempt(inference) is None
+
+
+@interpreted
+@pytest.mark.parametrize("wrong", ["a number", "not a number", "a gradient"])
+def test_wrong_kernels_are_found(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the output or in a gradient, by a value or by none."""
+    name = "key_gradient" if wrong == "a gradient" else "forward"
+    right = getattr(attention.launch, name)
+
+    def changed(*args: Any) -> Any:
+        found = right(*args)
+        if wrong == "a gradient":
+            args[5][:, 3, 1] += 1  # of d_qkv
+        else:
+            found[0][:, 3] = 7 if wrong == "a number" else float("nan")
+        return found
+
+    monkeypatch.setattr(attention.launch, name, changed)
+    assert "the kernels are wrong on cpu: off by" in str(trial.attempt(case()))
+
+
+# --- Compiled for GPUs that are not here --------------------------------------------------------------------
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[StubDriver]:
+    """A GPU that compiles, and computes nothing."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "stub")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    caches = trial.problem, focal_transformer.warn_once
+    for cache in caches:
+        cache.cache_clear()
+    with StubDriver("sm_90") as driver:
+        yield driver
+    for cache in caches:
+        cache.cache_clear()
+
+
+def layers_of(name: str, **options: Any) -> Iterator[tuple[FocalAttention, int, int]]:
+    """The first attention of every stage, and the size of its map."""
+    opts = list(itertools.chain(*options.items()))
+    model = build_model(load_config(REPO / "configs" / f"{name}.yaml", opts))
+    height, width = model.train_resolution
+    for stage in model.stages:
+        yield stage.blocks[-1].attn, height, width
+        if stage.downsample is not None:
+            height, width = stage.downsample.output_size(height, width)
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("focal_tiny_patch4_window7_224", {}),
+        ("focal_tiny_patch4_window7_224", {"MODEL.FOCAL.USE_SHIFT": True}),
+        ("focalv2_tiny_useconv_patch4_window7_224", {}),
+    ],
+    ids=["focal", "shifted", "focal-fast"],
+)
+def test_a_trial_compiles_what_the_layer_compiles(
+    name: str, options: dict[str, Any], hopper: StubDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that no layer meets a kernel that was not tried."""
+    cases = []
+
+    monkeypatch.setattr(trial, "problem", cases.append)  # answers None: no problem
+    for layer, height, width in layers_of(name, **options):
+        layer.backend = "triton"
+        before = len(hopper.kernels)
+        qkv = torch.empty(0, dtype=torch.bfloat16)
+        index = layer.index(height, width, qkv)
+        trial.largest_error(cases.pop())
+        assert len(hopper.kernels) > before
+        tried = len(hopper.kernels)
+        qkv = torch.zeros(2, index.tokens, 3, layer.num_heads, layer.head_dim, dtype=torch.bfloat16)
+        bias = layer.bias(index, torch.float32)
+        attention.attend(qkv.requires_grad_(), index, bias, layer.scale).sum().backward()
+        assert len(hopper.kernels) == tried, [kernel.name for kernel in hopper.kernels[tried:]]
+
+
+def without_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Any, driver: StubDriver) -> None:
+    """As on a node without gcc, where Triton cannot build its launcher."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+
+    def build(*_: Any) -> Any:
+        compile_c = triton.runtime.build._build
+        lists: list[list] = [[] for _ in list(inspect.signature(compile_c).parameters)[3:]]
+        return compile_c("launcher", str(tmp_path / "main.c"), str(tmp_path), *lists)
+
+    monkeypatch.setattr(driver, "launcher_cls", build)
+
+
+def run(model: FocalTransformer) -> Tensor:
+    return model(torch.randn(1, 3, 56, 56))
+
+
+@compiled
+def test_no_compiler(hopper: StubDriver, tmp_path: Any, caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` uses the plain operator, says so once, and what to do; a named operator is an error."""
+    without_compiler(monkeypatch, tmp_path, hopper)
+    expected = "the kernels do not run on .*stub.*Failed to find C compiler.*install gcc"
+    with caplog.at_level(logging.WARNING):
+        model = FocalTransformer(**NANO, attention_backend="auto")
+        run(model).sum().backward()
+        run(model)
+    assert len([r for r in caplog.records if "slower than it could be" in r.message]) == 1
+    names = model.attention_backends()
+    assert all(name.startswith("plain (") and "install gcc" in name for name in names)
+    with pytest.raises(ValueError, match=f"attention_backend triton: {expected}; use auto"):
+        run(FocalTransformer(**NANO, attention_backend="triton"))
+
+
+@compiled
+def test_too_little_shared_memory(hopper: StubDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper.utils, "get_device_properties", lambda _: {"max_shared_mem": 100})
+    model = FocalTransformer(**NANO)
+    run(model)
+    assert all("OutOfResources" in name and "shared memory" in name for name in model.attention_backends())
+
+
+@compiled
+def test_wrong_numbers(hopper: StubDriver) -> None:
+    """The stub computes nothing."""
+    model = FocalTransformer(**NANO)
+    assert run(model).isfinite().all()
+    assert all("the kernels are wrong on" in name for name in model.attention_backends())
+
+
+def test_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """By looking at the machine, not at the words of the error."""
+    assert trial.explain(KeyError("x")) == "KeyError: 'x'"
+    assert trial.explain(RuntimeError()) == "RuntimeError"
+    assert "TRITON_CACHE_DIR" in trial.explain(PermissionError(13, "denied", "/root/.triton"))
+    monkeypatch.setattr(trial.sysconfig, "get_path", lambda _: str(tmp_path))
+    assert "install python3-dev" in trial.explain(RuntimeError("exit status 1"))
+
+
+def test_a_trial_is_made_once_and_leaves_random_numbers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also under modes that the caller has set."""
+    seen = []
+
+    def attempt(case: trial.Case) -> None:
+        modes = torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
+        seen.append((torch.is_grad_enabled(), *modes))
+
+    monkeypatch.setattr(trial, "attempt", attempt)
+    trial.problem.cache_clear()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        trial.problem(case(window=5))
+        trial.problem(case(window=5))
+    assert seen == [(True, False, False)]
+    state = torch.random.get_rng_state()
+    trial.example(case())
+    assert torch.equal(torch.random.get_rng_state(), state)
