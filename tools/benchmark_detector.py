@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import benchmark_common as common
 import numpy as np
 import torch
+from benchmark_common import DTYPES
 from benchmark_models import attention_backends
 from torch import nn
 
@@ -37,7 +38,6 @@ DETECTORS = {
     "Focal-T": str(common.REPO / "detection/configs/mask-rcnn_focal-tiny_fpn_1x_coco.py"),
     BASELINE: "mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py",
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISION = {"cpu": "fp32", "cuda": "fp16"}
 ROUNDS = {"cpu": 5, "cuda": 20}
 ROUND_SECONDS = {"cpu": 0.0, "cuda": 2.0}  # aimed at; a turn is at least one step
@@ -265,14 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"Training steps; medians of {args.repeats} rounds in turns. A ratio is the median of the ratios "
         "within a round, with quartiles. Peak memory, on CUDA only, is without the other detector."
     )
-    report = common.markdown_report(
-        "Training a detector", facts, [note], [common.markdown_table(COLUMNS, rows)]
-    )
-    logger.info(report)
-    if args.out is not None:
-        stem = common.result_stem(args.out, args.name)
-        (stem.parent / f"{stem.name}.md").write_text(report, encoding="utf-8")
-        common.write_csv(stem.parent / f"{stem.name}.csv", COLUMNS, rows)
+    common.publish(args.out, args.name, "Training a detector", facts, [note], COLUMNS, rows)
     return 0
 
 
