@@ -1,4 +1,4 @@
-"""tools/gpu_report.py on the CPU, small: its kernels run in Triton's interpreter, in processes of their own."""
+"""tools/gpu_report.py on the CPU, small: its kernels run in Triton's interpreter, in other processes."""
 
 import csv
 import os
@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import REPO
 
 pytest.importorskip("triton")
@@ -92,6 +93,21 @@ def test_without_time_everything_is_named(tmp_path: Path, monkeypatch: pytest.Mo
 def test_says_why_the_kernels_cannot_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert gpu_report.main(["--device", "cpu", "--out", str(tmp_path)]) == 2
     assert "needs a CUDA device, got cpu" in caplog.text
+
+
+@pytest.mark.parametrize("variant", gpu_checks.TINY)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gradient_that_is_missing_or_no_number(variant: str, precision: str) -> None:
+    """Of any parameter it is found and named; a missing one in float32: some are within bf16's noise."""
+    subject = gpu_checks.Subject(gpu_checks.Case(variant, precision, torch.device("cpu"), quick=True))
+    assert all(found.error <= found.limit for found in subject.compare(subject.plain))
+    for name, value in subject.plain.items():
+        wrong = [value * float("nan"), *([torch.zeros_like(value)] if precision == "fp32" else [])]
+        for each in wrong:
+            logits, gradients = subject.compare(subject.plain | {name: each})
+            found = logits if name == "logits" else gradients
+            assert found.error > found.limit, (name, found)
+            assert found.note in ("", name)
 
 
 def outcomes(tasks: list[Task], seconds: float) -> dict[str, tuple[object, str]]:

@@ -170,7 +170,9 @@ class Group:
     def _build(self, row: Row) -> None:
         row.params, row.macs = benchmark_models.costs(row.entry, self.setting.resolution)
         torch.manual_seed(0)
-        model = benchmark_models.build(row.entry, self.setting.resolution).to(self.device)
+        with self.device:
+            model = benchmark_models.build(row.entry, self.setting.resolution)
+        model.to(self.device)
         row.params = sum(parameter.numel() for parameter in model.parameters())
         row.attention = benchmark_models.attention_backends(model, DTYPES[self.setting.precision])
         self.models[row.entry.label] = model
@@ -208,17 +210,11 @@ class Group:
     def _warm_up(self, row: Row) -> None:
         """Leaves the number of steps of a turn, and the peak memory without what other models hold."""
         model, step, device = self.models[row.entry.label], self.steps[row.entry.label], self.device
-        on_cuda = device.type == "cuda"
-        if on_cuda:
-            own = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
-            others = torch.cuda.memory_allocated(device) - own
-        common.seconds_of(step, WARM_UP_STEPS[device.type], device)
-        if on_cuda:
-            torch.cuda.reset_peak_memory_stats(device)
-        single = common.seconds_of(step, 1, device)
-        if on_cuda:
-            row.memory_mb = (torch.cuda.max_memory_allocated(device) - others) / 2**20
-        row.steps = common.repeats_for(ROUND_SECONDS[device.type], single)
+        held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+        kind = device.type
+        row.steps, row.memory_mb = common.warm_up(
+            step, WARM_UP_STEPS[kind], ROUND_SECONDS[kind], held, device
+        )
 
     def _take_turn(self, row: Row) -> None:
         step = self.steps[row.entry.label]

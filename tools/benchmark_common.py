@@ -73,6 +73,32 @@ def repeats_for(seconds: float, single: float, most: int = 1000) -> int:
     return max(1, min(most, round(seconds / max(single, 1e-9))))
 
 
+def warm_up(
+    step: Callable[[], object], steps: int, seconds: float, held: int, device: torch.device
+) -> tuple[int, float | None]:
+    """Get a model ready for turns.
+
+    Args:
+        step: one step of it.
+        steps: to do.
+        seconds: that a turn should take.
+        held: bytes on the device that belong to the model already.
+        device: where it is.
+
+    Returns:
+        Steps of a turn; on CUDA the peak memory in MiB, without what does not belong to the model.
+    """
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        others = torch.cuda.memory_allocated(device) - held
+    seconds_of(step, steps, device)
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    single = seconds_of(step, 1, device)
+    memory = (torch.cuda.max_memory_allocated(device) - others) / 2**20 if on_cuda else None
+    return repeats_for(seconds, single), memory
+
+
 def alternate(timers: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Call every timer once a round, in turns of changing direction; what each returned, by round."""
     times: dict[str, list[float]] = {name: [] for name in timers}

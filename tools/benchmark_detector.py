@@ -87,20 +87,11 @@ class Contender:
     def warm_up(self) -> None:
         """Leaves the number of steps of a turn, and the peak memory without what others hold."""
         kind = self.device.type
-        common.seconds_of(self.step, WARM_UP_STEPS[kind], self.device)
-        if kind == "cuda":
-            others = torch.cuda.memory_allocated(self.device) - self._held_bytes()
-            torch.cuda.reset_peak_memory_stats(self.device)
-        single = common.seconds_of(self.step, 1, self.device)
-        if kind == "cuda":
-            self.memory_mb = (torch.cuda.max_memory_allocated(self.device) - others) / 2**20
-        self.steps = common.repeats_for(ROUND_SECONDS[kind], single)
-
-    def _held_bytes(self) -> int:
-        """Of weights, buffers, the optimizer's state and images, which stay between steps."""
-        state = [value for values in self.optimizer.state.values() for value in values.values()]
-        tensors = [*self.model.parameters(), *self.model.buffers(), *state, self.data["inputs"]]
-        return sum(tensor.nbytes for tensor in tensors if tensor.device == self.data["inputs"].device)
+        tensors = [*self.model.parameters(), *self.model.buffers(), self.data["inputs"]]
+        held = sum(tensor.nbytes for tensor in tensors)
+        self.steps, self.memory_mb = common.warm_up(
+            self.step, WARM_UP_STEPS[kind], ROUND_SECONDS[kind], held, self.device
+        )
 
     def turn(self) -> float:
         """Seconds of an image."""

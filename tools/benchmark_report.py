@@ -110,8 +110,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             panels.setdefault((row.setting.resolution, *row.setting.panel), []).append(row)
     across = min(2, len(panels))
     down = -(-len(panels) // across)
-    height = 1 + 0.25 * max(map(len, panels.values()))
-    figure = Figure(figsize=(6 * across, height * down), layout="constrained")
+    most = max(map(len, panels.values()))
+    figure = Figure(figsize=(6 * across, (1 + 0.25 * most) * down), layout="constrained")
     for place, (panel, shown_rows) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(down, across, place)
         labels, rates = zip(*((row.entry.label, row.rate.median) for row in shown_rows), strict=True)
@@ -121,7 +121,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axes.bar_label(bars, ratios, padding=3, fontsize="small")
         axes.set(title=", ".join(map(str, panel)), xlabel=f"img/s; at the bar: times {BASELINE} of its size")
         axes.margins(x=0.12)
-        axes.invert_yaxis()
+        axes.set_ylim(most - 0.5, -0.5)
     figure.savefig(path, dpi=120)
 
 
