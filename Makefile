@@ -9,9 +9,8 @@ PYTHON ?= python3
 PIP_ARGS ?=
 # threads of the demo's training: one, since more than there are free cores make it many times slower
 OMP_NUM_THREADS ?= 1
-# minutes after which gpu-report begins no further group of models
-GPU_MINUTES ?= 60
-GPU_KERNELS = --device cuda --batch-size 128 --out tools/results
+# minutes that gpu-report may take
+GPU_MINUTES ?= 12
 # processes that share the files of tests: one for each processor
 TEST_PROCESSES ?= auto
 VENV = .venv
@@ -40,7 +39,7 @@ help:
 	@echo 'make demo-detection    train Mask R-CNN on scenes of digits, evaluate it, draw what it finds'
 	@echo 'make demo-segmentation   train UPerNet on such scenes, evaluate it, colour what it finds'
 	@echo 'make test       ruff, mypy and pytest'
-	@echo 'make gpu-report check and time the kernels and the models on a GPU, into tools/results (GPU_MINUTES=60)'
+	@echo 'make gpu-report check and time the kernels and the models on a GPU, into tools/results (GPU_MINUTES=12)'
 	@echo 'make clean      remove the demo and caches; output/ stays'
 	@echo 'make distclean  remove .venv as well'
 
@@ -158,13 +157,8 @@ test: $(SETUP) $(SETUP_OPENMMLAB)
 	$(RUN) -m mypy
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_PROCESSES) --maxprocesses 8 --dist loadfile
 
-# All of it, whatever fails; the status says whether something did.
 gpu-report: $(SETUP)
-	@status=0; \
-	$(RUN) tools/profile_attention.py $(GPU_KERNELS) --precisions bf16 fp16 fp32 --sizes 224 448 || status=1; \
-	$(RUN) tools/tune_attention.py $(GPU_KERNELS) --precisions bf16 --sizes 224 || status=1; \
-	$(RUN) tools/benchmark.py --preset gpu --minutes $(GPU_MINUTES) || status=1; \
-	exit $$status
+	$(RUN) tools/gpu_report.py --minutes $(GPU_MINUTES)
 
 clean:
 	rm -rf $(DEMO) .pytest_cache .ruff_cache .mypy_cache

@@ -114,6 +114,17 @@ def test_batch_is_halved_for_all(quick: None, monkeypatch: pytest.MonkeyPatch) -
     assert rows[0].rate is not None
 
 
+def test_a_group_stops_in_time(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first round is finished; models that are not ready by then are left out."""
+    seconds = iter(range(100))  # each time that the group looks: three times a model before the first round
+    monkeypatch.setattr(benchmark.time, "monotonic", lambda: next(seconds))
+    builders = {"test_convnext": nn.Identity, "more": nn.Identity}
+    rows = group_of(monkeypatch, builders, 1).run(3, deadline=5.5)
+    assert [(row.note, len(row.seconds)) for row in rows] == [("", 1)] * 2
+    rows = group_of(monkeypatch, builders, 1).run(3, deadline=0)
+    assert [(row.note, len(row.seconds)) for row in rows] == [(benchmark.NO_TIME, 0)] * 2
+
+
 def test_a_model_that_breaks_later_leaves_the_others(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     class Breaks(nn.Module):
         calls = 0

@@ -17,21 +17,17 @@ after every group.
 import argparse
 import gc
 import logging
-import multiprocessing
-import multiprocessing.process
-import os
+import math
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from itertools import product
 from pathlib import Path
 
 import benchmark_common as common
 import benchmark_models
 import torch
+from benchmark_common import DTYPES
 from benchmark_models import Entry
 from benchmark_report import BASELINE, SHOWN, Row, Setting, shown, write
 from torch import nn
@@ -63,13 +59,13 @@ PRESETS = {
 }
 DEFAULTS = PRESETS["cpu"] | {"sizes": [224], "device": ""}
 MODES = ("infer", "train")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILE = ("eager", "compiled")
 PROCESSES = {"cpu": 3, "cuda": 1}
 ROUNDS = {"cpu": 5, "cuda": 20}  # in each process
 ROUND_SECONDS = {"cpu": 0.5, "cuda": 0.3}  # aimed at; a turn is at least one step
 WARM_UP_STEPS = {"cpu": 1, "cuda": 5}
 HALVINGS = 4
+NO_TIME = "left out: no time"
 
 
 def make_step(model: nn.Module, images: torch.Tensor, setting: Setting) -> Callable[[], object]:
@@ -122,16 +118,21 @@ class Group:
         self.models: dict[str, nn.Module] = {}
         self.steps: dict[str, Callable[[], object]] = {}
 
-    def run(self, rounds: int) -> list[Row]:
-        """Measure everything that runs."""
+    def run(self, rounds: int, deadline: float = math.inf) -> list[Row]:
+        """Measure everything that runs; begin neither a model nor a second round after the deadline, on the
+        clock `time.monotonic`."""
+        self.deadline = deadline
         for row in self.rows:
             row.note = benchmark_models.why_missing(row.entry) or ""
-            if not row.note:
+            if self._in_time(row):
                 self._guarded(row, self._build)
         self._fit_batch()
         for row in self._running():
-            self._guarded(row, self._warm_up)
+            if self._in_time(row):
+                self._guarded(row, self._warm_up)
         for number in range(rounds):
+            if number and time.monotonic() > deadline:
+                break
             running = self._running()
             for row in running if number % 2 == 0 else reversed(running):
                 self._guarded(row, self._take_turn)
@@ -140,6 +141,12 @@ class Group:
 
     def _running(self) -> list[Row]:
         return [row for row in self.rows if not row.note]
+
+    def _in_time(self, row: Row) -> bool:
+        """Whether to go on with a model."""
+        if not row.note and time.monotonic() > self.deadline:
+            self._drop(row, NO_TIME)
+        return not row.note
 
     def _guarded(self, row: Row, action: Callable[[Row], object]) -> None:
         """Do something; an error takes the model out of the group and becomes its note."""
@@ -150,17 +157,22 @@ class Group:
 
     def _fail(self, row: Row, error: Exception) -> None:
         logger.debug("failed", exc_info=True)
-        row.note = f"failed: {common.short_reason(error)}"
-        row.seconds = []
+        error.__traceback__ = None  # it holds tensors
+        self._drop(row, f"failed: {common.short_reason(error)}")
+
+    def _drop(self, row: Row, note: str) -> None:
+        """Take a model out of the group."""
+        row.note, row.seconds = note, []
         self.models.pop(row.entry.label, None)
         self.steps.pop(row.entry.label, None)
-        error.__traceback__ = None  # it holds tensors
         self._free()
 
     def _build(self, row: Row) -> None:
         row.params, row.macs = benchmark_models.costs(row.entry, self.setting.resolution)
         torch.manual_seed(0)
-        model = benchmark_models.build(row.entry, self.setting.resolution).to(self.device)
+        with self.device:
+            model = benchmark_models.build(row.entry, self.setting.resolution)
+        model.to(self.device)
         row.params = sum(parameter.numel() for parameter in model.parameters())
         row.attention = benchmark_models.attention_backends(model, DTYPES[self.setting.precision])
         self.models[row.entry.label] = model
@@ -173,7 +185,7 @@ class Group:
         """Halve the batch until every model that runs at all can do a step."""
         images, asked = self._images(), self.batch
         for row in self._running():
-            while not row.note:
+            while self._in_time(row):
                 try:
                     step = make_step(self.models[row.entry.label], images, self.setting)
                     common.seconds_of(step, 1, self.device)
@@ -198,17 +210,11 @@ class Group:
     def _warm_up(self, row: Row) -> None:
         """Leaves the number of steps of a turn, and the peak memory without what other models hold."""
         model, step, device = self.models[row.entry.label], self.steps[row.entry.label], self.device
-        on_cuda = device.type == "cuda"
-        if on_cuda:
-            own = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
-            others = torch.cuda.memory_allocated(device) - own
-        common.seconds_of(step, WARM_UP_STEPS[device.type], device)
-        if on_cuda:
-            torch.cuda.reset_peak_memory_stats(device)
-        single = common.seconds_of(step, 1, device)
-        if on_cuda:
-            row.memory_mb = (torch.cuda.max_memory_allocated(device) - others) / 2**20
-        row.steps = common.repeats_for(ROUND_SECONDS[device.type], single)
+        held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+        kind = device.type
+        row.steps, row.memory_mb = common.warm_up(
+            step, WARM_UP_STEPS[kind], ROUND_SECONDS[kind], held, device
+        )
 
     def _take_turn(self, row: Row) -> None:
         step = self.steps[row.entry.label]
@@ -235,36 +241,38 @@ def compare(rows: Sequence[Row]) -> None:
             row.ratio = common.speed_ratio(row.seconds, base.seconds)
 
 
-def run_group(setting: Setting, entries: Sequence[Entry], args: argparse.Namespace, rounds: int) -> list[Row]:
+def run_group(
+    setting: Setting,
+    entries: Sequence[Entry],
+    args: argparse.Namespace,
+    rounds: int,
+    deadline: float = math.inf,
+) -> list[Row]:
     """Measure a group in this process."""
-    if (parent := multiprocessing.parent_process()) is not None:
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
-        threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if args.device.type == "cuda":
         torch.cuda.set_device(args.device)
-    return Group(setting, entries, args).run(rounds)
+    return Group(setting, entries, args).run(rounds, deadline)
 
 
-def end_with(parent: multiprocessing.process.BaseProcess) -> None:
-    """Leave nothing behind when the parent is killed."""
-    parent.join()
-    os._exit(1)
-
-
-def run_apart(setting: Setting, entries: Sequence[Entry], args: argparse.Namespace, rounds: int) -> list[Row]:
+def run_apart(
+    setting: Setting,
+    entries: Sequence[Entry],
+    args: argparse.Namespace,
+    rounds: int,
+    deadline: float = math.inf,
+) -> list[Row]:
     """Measure a group in new processes, one after another, and put their rounds together."""
     runs: list[list[Row]] = []
     for _ in range(args.processes):
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        if runs and time.monotonic() > deadline:
+            break
+        with common.Worker() as worker:
             try:
-                rows = pool.submit(run_group, setting, entries, args, rounds).result()
-            except Exception as error:
-                ended = "its process ended, for want of memory or as said above"
-                reason = ended if isinstance(error, BrokenProcessPool) else common.short_reason(error)
-                note = f"failed: {reason}"
-                return [Row(entry, setting, args.batch_size, note=note) for entry in entries]
+                rows = worker.call(run_group, setting, entries, args, rounds, deadline)
+            except common.WorkerError as error:
+                return [Row(entry, setting, args.batch_size, note=f"failed: {error}") for entry in entries]
         if runs and rows[0].batch < args.batch_size:
             runs.clear()  # other batches are not to be compared
         args = argparse.Namespace(**vars(args) | {"batch_size": rows[0].batch})
@@ -304,7 +312,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--processes", type=int, help=f"for a group (default: {PROCESSES}); 0: measure all in this one"
     )
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
-    parser.add_argument("--minutes", type=float, help="begin no group after this time")
+    parser.add_argument("--minutes", type=float, help="stop after this time")
     parser.add_argument("--name", help="of the files (default: the preset, or custom)")
     parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder (default: tools/results)")
     args = parser.parse_args(argv)
@@ -322,18 +330,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def measure(args: argparse.Namespace, facts: dict[str, str], notes: list[str]) -> list[Row]:
     """Run all groups; the files are written after each."""
     rows: list[Row] = []
-    began = time.perf_counter()
+    deadline = math.inf if args.minutes is None else time.monotonic() + 60 * args.minutes
     rounds = args.repeats or ROUNDS[args.device.type]
     settings = settings_of(args)
     for number, setting in enumerate(settings):
-        if args.minutes is not None and time.perf_counter() - began > args.minutes * 60:
+        if time.monotonic() > deadline:
             notes.append(
                 f"Stopped after {args.minutes:g} minutes with {len(settings) - number} groups to go."
             )
             break
         entries = [entry for entry in args.entries if entry.size == setting.size]
         logger.info(f"{setting}: {', '.join(entry.label for entry in entries)}")
-        new = (run_apart if args.processes else run_group)(setting, entries, args, rounds)
+        new = (run_apart if args.processes else run_group)(setting, entries, args, rounds, deadline)
         compare(new)
         logger.info(common.markdown_table(SHOWN, [shown(row) for row in new]))
         rows += new

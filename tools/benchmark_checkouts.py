@@ -12,13 +12,16 @@ import importlib.util
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
 import benchmark_common as common
 import timm
 import torch
+from benchmark import MODES, make_step
+from benchmark_models import CLASSES, DROP_PATH
+from benchmark_report import Setting
 from torch import nn
 
 from utils import pick_device
@@ -46,23 +49,6 @@ def models_of(checkout: Path, number: int) -> ModuleType:
     return package
 
 
-def step_of(model: nn.Module, images: torch.Tensor, train: bool) -> Callable[[], object]:
-    """A forward pass, or a step of training."""
-    labels = torch.arange(len(images), device=images.device) % 10
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-
-    def evaluate() -> None:
-        with torch.no_grad():
-            model.eval()(images)
-
-    def update() -> None:
-        nn.functional.cross_entropy(model.train()(images), labels).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return update if train else evaluate
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 2 for what the user can correct."""
     parser = argparse.ArgumentParser(description="Compare the models of checkouts.", allow_abbrev=False)
@@ -87,17 +73,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts, rows = common.describe_run(device), []
     images = torch.randn(args.batch_size, 3, args.size, args.size, device=device)
     swin = timm.create_model(
-        "swin_tiny_patch4_window7_224", img_size=args.size, num_classes=10, drop_path_rate=0.2
+        "swin_tiny_patch4_window7_224", img_size=args.size, num_classes=CLASSES, drop_path_rate=DROP_PATH
     )
     made: dict[tuple[str, str, str], nn.Module] = {("Swin-T", "timm", "-"): swin.to(device)}
     for family, variant in VARIANTS.items():
         for folder, package in zip(args.checkouts, packages, strict=True):
             for backend in args.backends if folder == args.checkouts[-1] else ["auto"]:
                 options = package.VARIANTS[variant] | {"img_size": args.size, "attention_backend": backend}
-                model = package.FocalTransformer(num_classes=10, **options)
+                model = package.FocalTransformer(num_classes=CLASSES, **options)
                 made[family, str(folder), backend] = model.to(device)
-    for train in (False, True):
-        steps = {name: step_of(model, images, train) for name, model in made.items()}
+    for mode in MODES:
+        setting = Setting("tiny", args.size, mode, "fp32", "eager")
+        steps = {name: make_step(model, images, setting) for name, model in made.items()}
         timers = {str(n): lambda run=run: common.seconds_of(run, 1, device) for n, run in steps.items()}
         common.alternate(timers, 1)
         times = common.alternate(timers, args.rounds)
@@ -106,8 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             spread, ratio = common.Spread.of(times[str(name)]), common.speed_ratio(times[str(name)], of)
             rate = args.batch_size / spread.median
             quartiles = f"{ratio.lower:.2f}-{ratio.upper:.2f}"
-            rows.append([*name, "train" if train else "infer", args.size, rate, ratio.median, quartiles])
-    note = f"Batch {args.batch_size}, {args.rounds} rounds in turns; stochastic depth 0.2 in training."
+            rows.append([*name, mode, args.size, rate, ratio.median, quartiles])
+    note = f"Batch {args.batch_size}, {args.rounds} rounds in turns; stochastic depth {DROP_PATH} everywhere."
     common.publish(args.out, args.name, "Checkouts compared", facts, [note], COLUMNS, rows)
     return 0
 

@@ -1,4 +1,4 @@
-"""What the measuring tools share: alternating rounds, spreads, the description of a run, result files.
+"""What the measuring tools share: alternating rounds, spreads, processes, the description of a run, files.
 
 On a machine that does other work too, a timing says little by itself. So everything that is compared is timed
 in turns in one process, and compared by the median of the ratios within a round.
@@ -6,18 +6,23 @@ in turns in one process, and compared by the median of the ratios within a round
 
 import csv
 import logging
+import multiprocessing
+import multiprocessing.process
 import os
 import platform
 import shlex
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger("benchmark")
 
@@ -31,6 +36,7 @@ from utils import synchronize  # noqa: E402
 
 RESULTS = REPO / "tools" / "results"
 MISSING = "-"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Cell = str | int | float | None
 
@@ -67,6 +73,32 @@ def repeats_for(seconds: float, single: float, most: int = 1000) -> int:
     return max(1, min(most, round(seconds / max(single, 1e-9))))
 
 
+def warm_up(
+    step: Callable[[], object], steps: int, seconds: float, held: int, device: torch.device
+) -> tuple[int, float | None]:
+    """Get a model ready for turns.
+
+    Args:
+        step: one step of it.
+        steps: to do.
+        seconds: that a turn should take.
+        held: bytes on the device that belong to the model already.
+        device: where it is.
+
+    Returns:
+        Steps of a turn; on CUDA the peak memory in MiB, without what does not belong to the model.
+    """
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        others = torch.cuda.memory_allocated(device) - held
+    seconds_of(step, steps, device)
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    single = seconds_of(step, 1, device)
+    memory = (torch.cuda.max_memory_allocated(device) - others) / 2**20 if on_cuda else None
+    return repeats_for(seconds, single), memory
+
+
 def alternate(timers: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Call every timer once a round, in turns of changing direction; what each returned, by round."""
     times: dict[str, list[float]] = {name: [] for name in timers}
@@ -79,6 +111,86 @@ def alternate(timers: dict[str, Callable[[], float]], rounds: int) -> dict[str, 
 def speed_ratio(times: Sequence[float], of: Sequence[float]) -> Spread:
     """How many times as fast as `of`, with which `times` were taken in turns: the spread over rounds."""
     return Spread.of([theirs / ours for ours, theirs in zip(times, of, strict=True)])
+
+
+class WorkerError(Exception):
+    """What ended a call in a worker's process, in one line."""
+
+
+class Worker:
+    """A process that calls functions one after another; after a failure the next call starts a new one."""
+
+    def __init__(self) -> None:
+        self._process: multiprocessing.process.BaseProcess | None = None
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def call(self, function: Callable[..., Any], *arguments: Any, seconds: float | None = None) -> Any:
+        """What a function of a module returns there.
+
+        Args:
+            function, arguments: are pickled.
+            seconds: after which the process is ended; None for never.
+
+        Raises:
+            TimeoutError: that time is over.
+            WorkerError: the function raised something, or its process ended.
+        """
+        if self._process is None:
+            context = multiprocessing.get_context("spawn")
+            self._pipe, its_end = context.Pipe()
+            self._process = context.Process(target=_serve, args=(its_end,))
+            self._process.start()
+            its_end.close()
+        try:
+            self._pipe.send((function, arguments))
+            in_time = self._pipe.poll(seconds)
+            result, reason = self._pipe.recv() if in_time else (None, "")
+        except (EOFError, ConnectionError):
+            in_time, reason = True, "its process ended, for want of memory or as said above"
+        if not in_time:
+            self.close(wait=0.0)
+            raise TimeoutError
+        if reason:
+            self.close()
+            raise WorkerError(reason)
+        return result
+
+    def close(self, wait: float = 10.0) -> None:
+        """End the process, by force if it does not end by itself within so many seconds."""
+        if self._process is not None:
+            self._pipe.close()
+            self._process.join(wait)
+            self._process.kill()
+            self._process.join()
+            self._process = None
+
+
+def _serve(pipe: Connection) -> None:
+    """What a worker's process does: call functions until one raises something, or nobody asks any more."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    reason = ""
+    while not reason:
+        try:
+            function, arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            result = function(*arguments)
+        except Exception as error:
+            result, reason = None, short_reason(error)
+        pipe.send((result, reason))
+
+
+def _end_with(parent: multiprocessing.process.BaseProcess) -> None:
+    """Leave nothing behind when the parent is killed."""
+    parent.join()
+    os._exit(1)
 
 
 def describe_run(device: torch.device) -> dict[str, str]:

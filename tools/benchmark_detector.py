@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import benchmark_common as common
 import numpy as np
 import torch
+from benchmark_common import DTYPES
 from benchmark_models import attention_backends
 from torch import nn
 
@@ -37,7 +38,6 @@ DETECTORS = {
     "Focal-T": str(common.REPO / "detection/configs/mask-rcnn_focal-tiny_fpn_1x_coco.py"),
     BASELINE: "mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py",
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISION = {"cpu": "fp32", "cuda": "fp16"}
 ROUNDS = {"cpu": 5, "cuda": 20}
 ROUND_SECONDS = {"cpu": 0.0, "cuda": 2.0}  # aimed at; a turn is at least one step
@@ -87,20 +87,11 @@ class Contender:
     def warm_up(self) -> None:
         """Leaves the number of steps of a turn, and the peak memory without what others hold."""
         kind = self.device.type
-        common.seconds_of(self.step, WARM_UP_STEPS[kind], self.device)
-        if kind == "cuda":
-            others = torch.cuda.memory_allocated(self.device) - self._held_bytes()
-            torch.cuda.reset_peak_memory_stats(self.device)
-        single = common.seconds_of(self.step, 1, self.device)
-        if kind == "cuda":
-            self.memory_mb = (torch.cuda.max_memory_allocated(self.device) - others) / 2**20
-        self.steps = common.repeats_for(ROUND_SECONDS[kind], single)
-
-    def _held_bytes(self) -> int:
-        """Of weights, buffers, the optimizer's state and images, which stay between steps."""
-        state = [value for values in self.optimizer.state.values() for value in values.values()]
-        tensors = [*self.model.parameters(), *self.model.buffers(), *state, self.data["inputs"]]
-        return sum(tensor.nbytes for tensor in tensors if tensor.device == self.data["inputs"].device)
+        tensors = [*self.model.parameters(), *self.model.buffers(), self.data["inputs"]]
+        held = sum(tensor.nbytes for tensor in tensors)
+        self.steps, self.memory_mb = common.warm_up(
+            self.step, WARM_UP_STEPS[kind], ROUND_SECONDS[kind], held, self.device
+        )
 
     def turn(self) -> float:
         """Seconds of an image."""
@@ -265,14 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"Training steps; medians of {args.repeats} rounds in turns. A ratio is the median of the ratios "
         "within a round, with quartiles. Peak memory, on CUDA only, is without the other detector."
     )
-    report = common.markdown_report(
-        "Training a detector", facts, [note], [common.markdown_table(COLUMNS, rows)]
-    )
-    logger.info(report)
-    if args.out is not None:
-        stem = common.result_stem(args.out, args.name)
-        (stem.parent / f"{stem.name}.md").write_text(report, encoding="utf-8")
-        common.write_csv(stem.parent / f"{stem.name}.csv", COLUMNS, rows)
+    common.publish(args.out, args.name, "Training a detector", facts, [note], COLUMNS, rows)
     return 0
 
 

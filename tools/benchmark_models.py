@@ -7,6 +7,7 @@ measured at where its library lets it.
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import benchmark_common as common
@@ -153,6 +154,7 @@ def _from_transformers(name: str, resolution: int) -> nn.Module:
     return _Logits(transformers.PvtForImageClassification(config))
 
 
+@lru_cache
 def costs(entry: Entry, resolution: int) -> tuple[int | None, int | None]:
     """Parameters, and multiply-accumulates of one image; None where they cannot be counted.
 
@@ -160,7 +162,8 @@ def costs(entry: Entry, resolution: int) -> tuple[int | None, int | None]:
     """
     path = _config_file(entry.name)
     if path is not None:
-        return count_params_and_macs(_load(path, resolution))
+        with torch.device("meta"):
+            return count_params_and_macs(_load(path, resolution))
     try:
         with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
             model = build(entry, resolution).eval()

@@ -71,13 +71,17 @@ class Row:
 
 
 def report(rows: Sequence[Row], facts: dict[str, str], notes: list[str]) -> str:
-    """The Markdown file: one table per mode, precision and compilation."""
-    tables = []
+    """The Markdown file."""
+    return common.markdown_report("Speed", facts, notes, tables(rows))
+
+
+def tables(rows: Sequence[Row]) -> list[str]:
+    """One Markdown table per mode, precision and compilation, each below its heading."""
+    found = []
     for panel in dict.fromkeys(row.setting.panel for row in rows):
         lines = [shown(row) for row in rows if row.setting.panel == panel]
-        if lines:
-            tables.append(f"## {', '.join(panel)}\n\n" + common.markdown_table(SHOWN, lines))
-    return common.markdown_report("Speed", facts, notes, tables)
+        found.append(f"## {', '.join(panel)}\n\n" + common.markdown_table(SHOWN, lines))
+    return found
 
 
 def shown(row: Row) -> list[common.Cell]:
@@ -91,7 +95,7 @@ def shown(row: Row) -> list[common.Cell]:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Images per second against resolution: one panel per mode, precision, compilation and size.
+    """Images per second, and the ratio to the baseline: one panel per resolution and table.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -100,31 +104,24 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("the plot needs matplotlib: pip install matplotlib") from error
-    panels: dict[tuple[str, ...], dict[str, list[tuple[int, float]]]] = {}
+    panels: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         if row.rate is not None:
-            lines = panels.setdefault((*row.setting.panel, row.entry.size), {})
-            lines.setdefault(row.entry.label, []).append((row.setting.resolution, row.rate.median))
+            panels.setdefault((row.setting.resolution, *row.setting.panel), []).append(row)
     across = min(2, len(panels))
     down = -(-len(panels) // across)
-    figure = Figure(figsize=(6 * across, 4 * down), layout="constrained")
-    for place, (panel, lines) in enumerate(panels.items(), start=1):
+    most = max(map(len, panels.values()))
+    figure = Figure(figsize=(6 * across, (1 + 0.25 * most) * down), layout="constrained")
+    for place, (panel, shown_rows) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(down, across, place)
-        for number, (label, points) in enumerate(lines.items()):
-            is_ours = label.rpartition("-")[0] in OURS
-            style = {"linewidth": 2.5} if is_ours else {"linewidth": 1.2, "linestyle": "--"}
-            axes.plot(
-                *zip(*sorted(points), strict=True), color=f"C{number % 10}", label=label, marker="o", **style
-            )
-        axes.set(title=", ".join(filter(None, panel)), xlabel="resolution (pixels)", ylabel="img/s")
-        axes.set(xscale="log", yscale="log")
-        axes.set_xticks(sorted({resolution for points in lines.values() for resolution, _ in points}))
-        axes.xaxis.set_major_formatter("{x:.0f}")
-        axes.xaxis.set_minor_formatter("")
-        axes.yaxis.set_major_formatter("{x:.3g}")
-        axes.yaxis.set_minor_formatter("{x:.3g}")
-        axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize="x-small", ncols=2)
+        labels, rates = zip(*((row.entry.label, row.rate.median) for row in shown_rows), strict=True)
+        is_ours = [label.rpartition("-")[0] in OURS for label in labels]
+        bars = axes.barh(labels, rates, color=["C0" if ours else "0.7" for ours in is_ours])
+        ratios = [f"{row.ratio.median:.2f}" if row.ratio else "" for row in shown_rows]
+        axes.bar_label(bars, ratios, padding=3, fontsize="small")
+        axes.set(title=", ".join(map(str, panel)), xlabel=f"img/s; at the bar: times {BASELINE} of its size")
+        axes.margins(x=0.12)
+        axes.set_ylim(most - 0.5, -0.5)
     figure.savefig(path, dpi=120)
 
 

@@ -22,17 +22,23 @@ from pathlib import Path
 
 import benchmark_common as common
 import torch
+from benchmark_common import DTYPES
 from torch import Tensor
 
 from config import load_config
 from models import build_model
-from models.focal_transformer import BACKENDS, AttentionIndex, FocalAttention, choose_backend
+from models.focal_transformer import (
+    BACKENDS,
+    AttentionIndex,
+    FocalAttention,
+    FocalTransformer,
+    choose_backend,
+)
 from models.ops.tables import merge_duplicates
 from utils import pick_device
 
 logger = logging.getLogger("profile_attention")
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PASSES = ("forward", "forward+backward")
 ROUNDS = {"cpu": 5, "cuda": 20}
 ROUND_SECONDS = {"cpu": 0.2, "cuda": 0.1}
@@ -54,6 +60,10 @@ class Peaks:
 
     bytes_per_second: float
     flops_per_second: dict[str, float]  # by precision
+
+    def __str__(self) -> str:
+        flops = ", ".join(f"{name} {value / 1e12:.3g}" for name, value in self.flops_per_second.items())
+        return f"{self.bytes_per_second / 1e9:.4g} GB/s copied; TFLOP/s: {flops}"
 
 
 @dataclass(frozen=True)
@@ -125,10 +135,14 @@ def _best(action: Callable[[], object], device: torch.device) -> float:
     return min(common.seconds_of(action, 3, device) for _ in range(5))
 
 
-def shapes_of(config_file: Path, resolution: int, device: torch.device) -> list[Shape]:
-    """One operator per stage of a configuration's model, with its index and its initial bias."""
+def configured_model(config_file: Path, resolution: int, device: torch.device) -> FocalTransformer:
+    """The model of a configuration for a resolution, with fresh weights."""
     torch.manual_seed(0)
-    model = build_model(load_config(config_file, ["DATA.IMG_SIZE", resolution])).to(device).eval()
+    return build_model(load_config(config_file, ["DATA.IMG_SIZE", resolution])).to(device).eval()
+
+
+def shapes_of(model: FocalTransformer, resolution: int) -> list[Shape]:
+    """One operator per stage of a model in evaluation, with its index and its bias."""
     layers = [next(m for m in stage.modules() if isinstance(m, FocalAttention)) for stage in model.layers]
     shapes: list[Shape] = []
 
@@ -142,6 +156,7 @@ def shapes_of(config_file: Path, resolution: int, device: torch.device) -> list[
         layer.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape[1:3]))
         layer.qkv.register_forward_hook(lambda _, __, qkv, layer=layer: add(layer, *sizes[-1], qkv))
     with torch.no_grad():
+        device = next(model.parameters()).device
         model(torch.zeros(1, model.in_chans, resolution, resolution, device=device))
     return shapes
 
@@ -188,12 +203,17 @@ class Contender:
         return [x.detach().double() for x in (out, d_qkv, d_bias)]
 
 
-def errors(results: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
-    """Largest error of each, relative to its largest true value."""
+def errors(results: Sequence[Tensor], truth: Sequence[Tensor], least: float = 1e-12) -> list[float]:
+    """Largest error of each, relative to its largest true value, or to `least` if that is more."""
     return [
-        float((x - y).abs().max() / y.abs().max().clamp_min(1e-12))
+        float((x - y).abs().max() / y.abs().max().clamp_min(least))
         for x, y in zip(results, truth, strict=True)
     ]
+
+
+def limit(yardstick: float, dtype: torch.dtype) -> float:
+    """Largest error that is none of the operator's, where `plain` has the error `yardstick`."""
+    return max(TOLERANCE * yardstick, LEAST_ERROR[dtype])
 
 
 def profile(shape: Shape, precision: str, peaks: Peaks, args: argparse.Namespace) -> list[list[common.Cell]]:
@@ -254,7 +274,7 @@ def verdict(off: Sequence[float], yardstick: Sequence[float], dtype: torch.dtype
     wrong = [
         name
         for name, mine, theirs in zip(GRADIENTS, off, yardstick, strict=True)
-        if not mine <= max(TOLERANCE * theirs, LEAST_ERROR[dtype])
+        if not mine <= limit(theirs, dtype)
     ]
     return f"WRONG: {', '.join(wrong)}" if wrong else "ok"
 
@@ -298,12 +318,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             torch.set_num_threads(args.threads)
         facts = common.describe_run(args.device)
         peaks = measure_peaks(args.device, args.precisions)
-        flops = ", ".join(f"{name} {value / 1e12:.3g}" for name, value in peaks.flops_per_second.items())
-        facts["Peaks"] = f"{peaks.bytes_per_second / 1e9:.4g} GB/s copied; TFLOP/s: {flops}"
+        facts["Peaks"] = str(peaks)
         facts["Configuration"] = f"{args.cfg.stem}, batch {args.batch_size}"
         rows: list[list[common.Cell]] = []
         for resolution in args.sizes:
-            for shape in shapes_of(args.cfg, resolution, args.device):
+            model = configured_model(args.cfg, resolution, args.device)
+            for shape in shapes_of(model, resolution):
                 for precision in args.precisions:
                     rows += profile(shape, precision, peaks, args)
     except (ValueError, OSError) as error:

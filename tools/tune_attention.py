@@ -16,13 +16,14 @@ from dataclasses import replace
 
 import benchmark_common as common
 import torch
+from benchmark_common import DTYPES
 from profile_attention import (
-    DTYPES,
     LEAST_ERROR,
     ROUND_SECONDS,
     ROUNDS,
     Contender,
     Shape,
+    configured_model,
     errors,
     operator_parser,
     shapes_of,
@@ -147,7 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         facts["Configuration"] = f"{args.cfg.stem}, batch {args.batch_size}"
         rows: list[list[common.Cell]] = []
         for resolution in args.sizes:
-            for shape in shapes_of(args.cfg, resolution, args.device):
+            model = configured_model(args.cfg, resolution, args.device)
+            for shape in shapes_of(model, resolution):
                 for precision in args.precisions:
                     rows += tune(shape, precision, args)
     except (ValueError, OSError) as error:
