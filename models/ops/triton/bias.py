@@ -38,29 +38,28 @@ def _load_columns(base, column, key_stride, mask):
 @triton.jit(do_not_specialize=SIZES)
 def prepare_kernel(
     bias_ptr, columns_ptr, visible_ptr, out_ptr, head_stride, group_stride, query_stride, key_stride,
-    groups, queries, queries_padded, keys, row, all_keys, factor, limit,
+    heads, groups, queries, queries_padded, keys, row, all_keys, factor, limit,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of what `prepare` returns. Grid: heads * groups * tiles of queries * tiles of keys."""
+    """One tile of what `prepare` returns. Grid: groups * tiles of queries * tiles of keys * heads."""
+    head, place = (tl.program_id(0) % heads).to(tl.int64), tl.program_id(0) // heads
     key_tiles, query_tiles = row // BLOCK_K, tl.cdiv(queries_padded, BLOCK_Q)
-    place = tl.program_id(0) // key_tiles
-    key = tl.program_id(0) % key_tiles * BLOCK_K + tl.arange(0, BLOCK_K)
-    query = (place % query_tiles * BLOCK_Q + tl.arange(0, BLOCK_Q))[:, None]
-    plane = (place // query_tiles).to(tl.int64)
-    group = plane % groups
+    key = place % key_tiles * BLOCK_K + tl.arange(0, BLOCK_K)
+    query = (place // key_tiles % query_tiles * BLOCK_Q + tl.arange(0, BLOCK_Q))[:, None]
+    group = (place // key_tiles // query_tiles).to(tl.int64)
     first = tl.load(columns_ptr + key, mask=key < keys, other=-1)[None, :]
     second = tl.load(columns_ptr + keys + key, mask=key < keys, other=-1)[None, :]
     real = (query < queries) & (first >= 0)
     if visible_ptr is not None:
         at = visible_ptr + (group * queries + query) * all_keys + first
         real = real & (tl.load(at, mask=real, other=0) != 0)
-    base = bias_ptr + plane // groups * head_stride + group * group_stride + query * query_stride
+    base = bias_ptr + head * head_stride + group * group_stride + query * query_stride
     bias = _load_columns(base, first, key_stride, real)
     other = _load_columns(base, second, key_stride, real & (second >= 0))
     high, low = tl.where(other > bias, other, bias), tl.where(other > bias, bias, other)
     bias = (high + tl.log(1.0 + tl.exp(low - high))) * factor
     bias = tl.where(bias > limit, limit, tl.where(bias < -limit, -limit, bias))  # NaN stays
-    at = out_ptr + (plane * queries_padded + query) * row + key[None, :]
+    at = out_ptr + ((head * groups + group) * queries_padded + query) * row + key[None, :]
     tl.store(at, bias.to(out_ptr.dtype.element_ty), mask=query < queries_padded)
 
 
@@ -71,17 +70,16 @@ def gradient_kernel(
     heads, groups, queries, queries_padded, keys, row, summands, windows,
     SUMMANDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK numbers of one plane of what `gradient` returns. Grid: heads * groups * blocks of a plane.
+    """BLOCK numbers of one plane of what `gradient` returns. Grid: groups * blocks of a plane * heads.
 
     Each is a sum of `summands` numbers: of all slices, and of the `windows` groups of d_prepared that share a
     group of the bias. SUMMANDS of them are added up side by side.
     """
+    head, place = tl.program_id(0) % heads, tl.program_id(0) // heads
     blocks = tl.cdiv(queries * row, BLOCK)
-    number = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    group, number = place // blocks, place % blocks * BLOCK + tl.arange(0, BLOCK)
     query, key = number // row, number % row
     real = (query < queries) & (key < keys)
-    plane = tl.program_id(0) // blocks
-    head, group = plane // groups, plane % groups
     total = tl.zeros([SUMMANDS, BLOCK], tl.float32)
     for start in range(0, summands, SUMMANDS):
         summand = start + tl.arange(0, SUMMANDS)[:, None]
@@ -95,13 +93,12 @@ def gradient_kernel(
     base = bias_ptr + head.to(tl.int64) * head_stride + group.to(tl.int64) * group_stride
     base += query * query_stride
     lead = _load_columns(base, first, key_stride, pair) - _load_columns(base, second, key_stride, pair)
-    place = (group * queries + query) * heads + head
+    base = d_bias_ptr + (group * queries + query) * heads + head
     column_size = groups.to(tl.int64) * queries * heads
-    element = d_bias_ptr.dtype.element_ty
-    at = d_bias_ptr + place + first * column_size
-    tl.store(at, tl.where(pair, d_bias / (1.0 + tl.exp(-lead)), d_bias).to(element), mask=real)
-    at = d_bias_ptr + place + second * column_size
-    tl.store(at, (d_bias / (1.0 + tl.exp(lead))).to(element), mask=pair)
+    of_first = tl.where(pair, d_bias / (1.0 + tl.exp(-lead)), d_bias)
+    tl.store(base + first * column_size, of_first.to(base.dtype.element_ty), mask=real)
+    of_second = d_bias / (1.0 + tl.exp(lead))
+    tl.store(base + second * column_size, of_second.to(base.dtype.element_ty), mask=pair)
 
 
 def prepare(
@@ -129,7 +126,7 @@ def prepare(
     with launch._on_device(bias):
         prepare_kernel[(heads * groups * triton.cdiv(queries_padded, block) * (row // block),)](
             bias, columns, seen, out, *bias.expand(-1, groups, -1, -1).stride(),
-            groups, bias.shape[2], queries_padded, columns.shape[1], row, bias.shape[3],
+            heads, groups, bias.shape[2], queries_padded, columns.shape[1], row, bias.shape[3],
             1.0 if dtype == torch.float32 else 1 / scale, min(torch.finfo(dtype).max, LARGEST_BIAS),
             BLOCK_Q=block, BLOCK_K=block,
         )  # fmt: skip
