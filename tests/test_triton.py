@@ -188,7 +188,7 @@ class Problem:
         index, made = self.index, self.index.tables
         size = (index.height, index.width, index.window)
         qkv, bias = self.qkv.clone().requires_grad_(), self.bias.clone().requires_grad_()
-        arrays = (made.columns, made.keys, made.first, index.keys, index.visible)
+        arrays = (made.columns, index.visible, made.keys, made.first, index.keys)
         return qkv, bias, *arrays, made.always_seen, *size, 0.25
 
 
@@ -291,7 +291,8 @@ def test_prepared_bias(case: str, dtype: torch.dtype) -> None:
     bias = problem.bias.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0)
     bias[0, 0, 3, :5] = torch.tensor([torch.nan, -torch.inf, 1e9, -1e9, 0])
     bias[1, 0, 1] = -torch.inf
-    found = bias_kernels.prepare(bias, index.tables.columns, index.visible, scale, dtype)
+    arguments = (bias, index.tables.columns, index.visible, scale, dtype)
+    (found,) = bias_kernels.prepare(*arguments, with_transposed=False)
     expected = prepared_bias(index, bias, scale, dtype)
     queries, keys = expected.shape[2:]
     assert found.shape[2] == launch.padded_queries(queries) and found.shape[3] == tables.padded_keys(keys)
@@ -300,6 +301,10 @@ def test_prepared_bias(case: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(found[:, :, :queries, :keys], expected, rtol=rtol, atol=atol, equal_nan=True)
     lowest = -min(torch.finfo(dtype).max, bias_kernels.LARGEST_BIAS)
     assert (found[:, :, queries:] == lowest).all() and (found[..., keys:] == lowest).all()
+    again, transposed = bias_kernels.prepare(*arguments, with_transposed=True)
+    torch.testing.assert_close(again, found, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(transposed.mT, found, rtol=0, atol=0, equal_nan=True)
+    assert transposed.is_contiguous()
 
 
 @interpreted
@@ -312,11 +317,11 @@ def test_gradient_of_the_bias(case: str, slices: int, dtype: torch.dtype) -> Non
     index, columns = problem.index, problem.index.tables.columns
     bias = problem.bias.to(dtype).requires_grad_()
     expected = prepared_bias(index, bias.float(), problem.scale, torch.float32)
-    shape = bias_kernels.new_prepared(bias, columns, index.visible, torch.float32).shape
-    d_prepared = torch.full((slices, *shape), float("nan"))  # the padding is never read
-    queries, keys = expected.shape[2:]
+    heads, groups, queries, keys = expected.shape
+    shape = (slices, heads, groups, launch.padded_queries(queries), tables.padded_keys(keys))
+    d_prepared = torch.full(shape, float("nan"))  # the padding is never read
     part = d_prepared[..., :queries, :keys].normal_()
-    if index.tables.merged.visible is not None and len(expected[0]) > 1:
+    if index.tables.merged.visible is not None and groups > 1:
         part.mul_(index.tables.merged.visible)
     (d_bias,) = torch.autograd.grad(expected, bias, part.sum(0))
     found = bias_kernels.gradient(d_prepared, bias.detach(), columns)
@@ -362,7 +367,7 @@ class Launches(TorchDispatchMode):
 @interpreted
 @pytest.mark.parametrize("case", ["shipped window", "queries of a window see different keys", "tiny nearest"])
 def test_few_launches(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bias is prepared once, and its gradient made, by one kernel each."""
+    """One kernel prepares the bias, one makes its gradient, and nothing comes between."""
     problem = Problem(*CASES[case], torch.bfloat16, heads=1)
     problem.run(attention.attend)  # builds the tables
     launches = Launches()
@@ -377,8 +382,8 @@ def test_few_launches(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with launches:
         torch.autograd.grad(out, (qkv, bias), problem.cotangent)
     started = [name for name in launches.names if name.endswith("_kernel")]
-    assert started == ["query_gradient_kernel", "key_gradient_kernel", "gradient_kernel"]
-    assert len(launches.names) <= len(started) + 2  # the transposed bias, and the coarse tokens' queries
+    assert started == ["prepare_kernel", "query_gradient_kernel", "key_gradient_kernel", "gradient_kernel"]
+    assert len(launches.names) <= len(started) + 1  # zeros for the queries of coarse tokens
 
 
 @interpreted
@@ -439,7 +444,7 @@ def test_operator_contract() -> None:
     inputs = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
     found = attention.attention(*inputs)
     for with_bias in (True, False):
-        backward = (problem.cotangent, *found, *inputs[:5], *inputs[7:], with_bias)
+        backward = (problem.cotangent, *found, *inputs[:6], *inputs[7:], with_bias)
         torch.library.opcheck(attention.attention_backward, backward)
 
 
@@ -455,8 +460,7 @@ def test_an_empty_batch(case: str) -> None:
 
 @interpreted
 def test_what_training_keeps() -> None:
-    """The input, the output and a number per query, and of any batch the bias in the network's form and in
-    that of the kernels; checkpointing changes no gradient."""
+    """The input, the bias, the output and a number per query; checkpointing changes no gradient."""
     problem = Problem(*CASES["tiny nearest"], torch.bfloat16, heads=1)
     qkv, bias = problem.qkv.clone().requires_grad_(), problem.bias.clone().requires_grad_()
     kept: dict[int, int] = {}
@@ -469,9 +473,7 @@ def test_what_training_keeps() -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         out = attention.attend(qkv, problem.index, bias, 0.25)
     lse_bytes = 4 * problem.tokens  # a window of 16 queries needs no padding
-    prepared = attention.attention(*problem.inputs())[2]
-    arrays = (qkv, bias, out, prepared)
-    assert sum(kept.values()) == sum(x.untyped_storage().nbytes() for x in arrays) + lse_bytes
+    assert sum(kept.values()) == sum(x.untyped_storage().nbytes() for x in (qkv, bias, out)) + lse_bytes
     expected = torch.autograd.grad(out, (qkv, bias), problem.cotangent)
     again = checkpoint(attention.attend, qkv, problem.index, bias, 0.25, use_reentrant=False)
     found = torch.autograd.grad(again, (qkv, bias), problem.cotangent)
@@ -740,7 +742,7 @@ POINTERS = {"columns_ptr": "*i32", "visible_ptr": "*i1", "d_prepared_ptr": "*fp3
 @pytest.mark.parametrize(
     ("kernel", "constants"),
     [
-        ("prepare_kernel", {"BLOCK_Q": 32, "BLOCK_K": 32, "visible_ptr": None}),
+        ("prepare_kernel", {"BLOCK_Q": 32, "BLOCK_K": 32, "visible_ptr": None, "transposed_ptr": None}),
         ("prepare_kernel", {"BLOCK_Q": 32, "BLOCK_K": 32}),
         ("gradient_kernel", {"SUMMANDS": 1, "BLOCK": 1024}),
         ("gradient_kernel", {"SUMMANDS": 32, "BLOCK": 32}),
@@ -757,7 +759,7 @@ def test_bias_kernels_compile_without_spills(
     function = getattr(bias_kernels, kernel)
     free = [p for p in function.params if not p.is_constexpr and not p.do_not_specialize]
     assert all(p.name.endswith(("_ptr", "factor", "limit")) for p in free)
-    types = {"out_ptr": "*bf16", "factor": "fp32", "limit": "fp32"} | POINTERS
+    types = {"out_ptr": "*bf16", "transposed_ptr": "*bf16", "factor": "fp32", "limit": "fp32"} | POINTERS
     types |= dict.fromkeys(constants, "constexpr")
     signature = {
         name: types.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in function.arg_names

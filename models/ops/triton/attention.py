@@ -1,8 +1,8 @@
 """The operator as PyTorch sees it.
 
 `attention` is one operator with a gradient, which compile, autocast, checkpointing and export see as a whole.
-It saves its inputs, its output, one number per query and head, those that fill a window up included, and the
-bias as the kernels read it. Its second derivative is that of the plain operator.
+It saves its inputs, its output and one number per query and head, those that fill a window up included. Its
+second derivative is that of the plain operator.
 
 Every sum has a fixed order and nothing is added atomically, so the same input gives the same bits, whatever
 `torch.use_deterministic_algorithms` says.
@@ -47,96 +47,95 @@ def attend(qkv: Tensor, index: AttentionIndex, bias: Tensor, scale: float) -> Te
     made: TritonTables = index.tables
     if not LEAST_SCALE <= scale <= 1 / LEAST_SCALE:  # the bias is divided by it
         qkv, scale = torch.cat((scale * qkv[:, :, :1], qkv[:, :, 1:]), dim=2), 1.0
-    tables = (made.columns, made.keys, made.first, index.keys, index.visible, made.always_seen)
+    tables = (made.columns, index.visible, made.keys, made.first, index.keys, made.always_seen)
     return attention(qkv, bias, *tables, index.height, index.width, index.window, scale)[0]
 
 
-_ARRAYS = "Tensor bias, Tensor columns, Tensor keys, Tensor first"
+_ARRAYS = "Tensor bias, Tensor columns, Tensor? visible, Tensor keys, Tensor first"
 _NUMBERS = "int always_seen, int height, int width, int window, float scale"
 
 
 @torch.library.custom_op(
     f"{NAMESPACE}::triton_attention",
     mutates_args=(),
-    schema=f"(Tensor qkv, {_ARRAYS}, Tensor all_keys, Tensor? visible, {_NUMBERS})"
-    " -> (Tensor, Tensor, Tensor)",
+    schema=f"(Tensor qkv, {_ARRAYS}, Tensor all_keys, {_NUMBERS}) -> (Tensor, Tensor)",
 )
-def attention(qkv, bias, columns, keys, first, all_keys, visible, always_seen, height, width, window, scale):
+def attention(qkv, bias, columns, visible, keys, first, all_keys, always_seen, height, width, window, scale):
     """Attention with the keys of `TritonTables`.
 
     Args:
         qkv: [B, S, 3, N, D].
         bias: [N, P or 1, Q, K].
         columns, keys, first, always_seen: of `TritonTables`.
-        all_keys, visible: of `AttentionIndex`.
+        visible, all_keys: `visible` and `keys` of `AttentionIndex`.
         height, width, window: of the padded map.
         scale: factor of the scores.
 
     Returns:
-        Output [B, T, N*D]; log-sum-exp, in the unit that the kernels give scores, [B, N, P, padded Q]; the
-        bias as the kernels read it, [N, P or 1, padded Q, padded K'].
+        Output [B, T, N*D]; log-sum-exp, in the unit that the kernels give scores, [B, N, P, padded Q].
     """
     tables = launch.Tables(keys, first, columns.shape[1], always_seen, width, window, scale)
-    prepared = bias_kernels.prepare(bias, columns, visible, scale, qkv.dtype)
-    return *launch.forward(qkv.contiguous(), prepared, tables), prepared
+    (prepared,) = bias_kernels.prepare(bias, columns, visible, scale, qkv.dtype, with_transposed=False)
+    return launch.forward(qkv.contiguous(), prepared, tables)
 
 
 @torch.library.custom_op(
     f"{NAMESPACE}::triton_attention_backward",
     mutates_args=(),
-    schema=f"(Tensor d_out, Tensor out, Tensor lse, Tensor prepared, Tensor qkv, {_ARRAYS}, {_NUMBERS}, "
-    "bool with_bias) -> (Tensor, Tensor)",
+    schema=f"(Tensor d_out, Tensor out, Tensor lse, Tensor qkv, {_ARRAYS}, {_NUMBERS}, bool with_bias)"
+    " -> (Tensor, Tensor)",
 )
 def attention_backward(
-    d_out, out, lse, prepared, qkv, bias, columns, keys, first, always_seen, height, width, window, scale,
+    d_out, out, lse, qkv, bias, columns, visible, keys, first, always_seen, height, width, window, scale,
     with_bias,
 ):  # fmt: skip
     """Gradients of `qkv`, and of the bias (empty unless `with_bias`)."""
     tables = launch.Tables(keys, first, columns.shape[1], always_seen, width, window, scale)
     qkv, d_out = qkv.contiguous(), d_out.contiguous()
+    prepared, transposed = bias_kernels.prepare(
+        bias, columns, visible, scale, qkv.dtype, with_transposed=True
+    )
     d_qkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
     d_prepared = launch.query_gradient(qkv, prepared, out, d_out, lse, delta, d_qkv, tables, with_bias)
-    transposed = prepared.transpose(-1, -2).contiguous()
     launch.key_gradient(qkv, transposed, d_out, lse, delta, d_qkv, tables, height)
     return d_qkv, bias_kernels.gradient(d_prepared, bias, columns) if with_bias else bias.new_empty(0)
 
 
 @attention.register_fake
 def _attention_fake(
-    qkv, bias, columns, keys, first, all_keys, visible, always_seen, height, width, window, scale
+    qkv, bias, columns, visible, keys, first, all_keys, always_seen, height, width, window, scale
 ):
     b, _, _, n, d = qkv.shape
     lse = qkv.new_empty(b, n, keys.shape[0], launch.padded_queries(window * window), dtype=torch.float32)
-    prepared = bias_kernels.new_prepared(bias, columns, visible, qkv.dtype)
-    return qkv.new_empty(b, height * width, n * d), lse, prepared
+    return qkv.new_empty(b, height * width, n * d), lse
 
 
 @attention_backward.register_fake
-def _attention_backward_fake(d_out, out, lse, prepared, qkv, bias, *others):
+def _attention_backward_fake(d_out, out, lse, qkv, bias, *others):
     with_bias = others[-1]
     return qkv.new_empty(qkv.shape), bias_kernels.new_gradient(bias) if with_bias else bias.new_empty(0)
 
 
 def _save(ctx, inputs, output) -> None:
-    *arrays, all_keys, visible = inputs[:7]
+    *arrays, all_keys = inputs[:7]
     ctx.numbers = inputs[7:]
-    ctx.save_for_backward(*output, all_keys, visible, *arrays)
+    ctx.save_for_backward(all_keys, *output, *arrays)
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, d_out, *_):
+def _gradients(ctx, d_out, d_lse):
     if d_out is None:
         return (None,) * 12
-    out, lse, prepared, all_keys, visible, qkv, bias, *tables = ctx.saved_tensors
+    all_keys, out, lse, qkv, bias, columns, visible, keys, first = ctx.saved_tensors
     if torch.is_grad_enabled():  # somebody wants to differentiate the gradients
-        _, *size, scale = ctx.numbers
-        index = AttentionIndex(*size, len(all_keys), all_keys, visible, ())
+        _, height, width, window, scale = ctx.numbers
+        index = AttentionIndex(height, width, window, len(all_keys), all_keys, visible, ())
         out = plain_attention(qkv, index, bias, scale, fused=False)
         wanted = [x for x in (qkv, bias) if x.requires_grad]
         found = iter(torch.autograd.grad(out, wanted, d_out, create_graph=True))
         return *(next(found) if x.requires_grad else None for x in (qkv, bias)), *(None,) * 10
     with_bias = ctx.needs_input_grad[1]
-    arrays = (d_out, out, lse, prepared, qkv, bias, *tables)
+    arrays = (d_out, out, lse, qkv, bias, columns, visible, keys, first)
     d_qkv, d_bias = attention_backward(*arrays, *ctx.numbers, with_bias)
     return d_qkv, d_bias if with_bias else None, *(None,) * 10
 
@@ -145,7 +144,7 @@ attention.register_autograd(_gradients, setup_context=_save)
 
 
 @register_flop_formula(getattr(torch.ops, NAMESPACE).triton_attention)
-def _attention_flops(qkv_shape, bias_shape, columns_shape, keys_shape, *_, **__) -> int:
+def _attention_flops(qkv_shape, bias_shape, columns_shape, _, keys_shape, *__, **___) -> int:
     """Two products of B*N*P matrices [Q, K'] with vectors of width D."""
     batch, _, _, heads, dim = qkv_shape
     return 2 * 2 * batch * heads * keys_shape[0] * bias_shape[2] * columns_shape[1] * dim
@@ -154,4 +153,4 @@ def _attention_flops(qkv_shape, bias_shape, columns_shape, keys_shape, *_, **__)
 @register_flop_formula(getattr(torch.ops, NAMESPACE).triton_attention_backward)
 def _attention_backward_flops(*shapes, **_) -> int:
     """Five products, as PyTorch counts for its own kernels: those of gradients, and the scores once more."""
-    return _attention_flops(*shapes[4:]) // 2 * 5
+    return _attention_flops(*shapes[3:]) // 2 * 5

@@ -37,7 +37,8 @@ def _load_columns(base, column, key_stride, mask):
 
 @triton.jit(do_not_specialize=SIZES)
 def prepare_kernel(
-    bias_ptr, columns_ptr, visible_ptr, out_ptr, head_stride, group_stride, query_stride, key_stride,
+    bias_ptr, columns_ptr, visible_ptr, out_ptr, transposed_ptr,
+    head_stride, group_stride, query_stride, key_stride,
     heads, groups, queries, queries_padded, keys, row, all_keys, factor, limit,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -59,8 +60,12 @@ def prepare_kernel(
     high, low = tl.where(other > bias, other, bias), tl.where(other > bias, bias, other)
     bias = (high + tl.log(1.0 + tl.exp(low - high))) * factor
     bias = tl.where(bias > limit, limit, tl.where(bias < -limit, -limit, bias))  # NaN stays
-    at = out_ptr + ((head * groups + group) * queries_padded + query) * row + key[None, :]
-    tl.store(at, bias.to(out_ptr.dtype.element_ty), mask=query < queries_padded)
+    bias = bias.to(out_ptr.dtype.element_ty)
+    plane = (head * groups + group) * (queries_padded * row)
+    tl.store(out_ptr + plane + (query * row + key[None, :]), bias, mask=query < queries_padded)
+    if transposed_ptr is not None:
+        at = transposed_ptr + plane + (key[None, :] * queries_padded + query)
+        tl.store(at, bias, mask=query < queries_padded)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -102,9 +107,14 @@ def gradient_kernel(
 
 
 def prepare(
-    bias: Tensor, columns: Tensor, visible: Tensor | None, scale: float, dtype: torch.dtype
-) -> Tensor:
-    """The bias as the kernels read it: in `dtype`, finite, and -`LARGEST_BIAS` where there is no such key.
+    bias: Tensor,
+    columns: Tensor,
+    visible: Tensor | None,
+    scale: float,
+    dtype: torch.dtype,
+    with_transposed: bool,
+) -> list[Tensor]:
+    """The bias as the kernels read it: in `dtype`, finite, and the lowest value where there is no such key.
 
     Where it is added to products before these are scaled (in all types but float32), it is divided by the
     scale.
@@ -115,32 +125,28 @@ def prepare(
         visible: bool [P, 1 or Q, K]. Keys that no query of a window sees are left to the table of keys.
         scale: factor of the scores.
         dtype: of `qkv`.
+        with_transposed: what the gradient of keys reads, too.
 
     Returns:
-        [N, groups, padded Q, padded K'].
+        [N, groups, padded Q, padded K'], and `with_transposed` [N, groups, padded K', padded Q].
     """
+    heads, groups, queries, all_keys = bias.shape
     seen = None if visible is None or visible.shape[1] == 1 else visible.contiguous()
-    out = new_prepared(bias, columns, seen, dtype)
-    heads, groups, queries_padded, row = out.shape
+    groups = groups if seen is None else len(seen)
+    queries_padded, row = launch.padded_queries(queries), padded_keys(columns.shape[1])
+    out = [bias.new_empty(heads, groups, queries_padded, row, dtype=dtype)]
+    if with_transposed:
+        out.append(bias.new_empty(heads, groups, row, queries_padded, dtype=dtype))
     block = 32
     with launch._on_device(bias):
         prepare_kernel[(heads * groups * triton.cdiv(queries_padded, block) * (row // block),)](
-            bias, columns, seen, out, *bias.expand(-1, groups, -1, -1).stride(),
-            heads, groups, bias.shape[2], queries_padded, columns.shape[1], row, bias.shape[3],
+            bias, columns, seen, out[0], out[-1] if with_transposed else None,
+            *bias.expand(-1, groups, -1, -1).stride(),
+            heads, groups, queries, queries_padded, columns.shape[1], row, all_keys,
             1.0 if dtype == torch.float32 else 1 / scale, min(torch.finfo(dtype).max, LARGEST_BIAS),
             BLOCK_Q=block, BLOCK_K=block,
         )  # fmt: skip
     return out
-
-
-def new_prepared(bias: Tensor, columns: Tensor, visible: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """An array for what `prepare` returns."""
-    heads, groups, queries, _ = bias.shape
-    if visible is not None and visible.shape[1] > 1:
-        groups = len(visible)
-    return bias.new_empty(
-        heads, groups, launch.padded_queries(queries), padded_keys(columns.shape[1]), dtype=dtype
-    )
 
 
 def gradient(d_prepared: Tensor, bias: Tensor, columns: Tensor) -> Tensor:
