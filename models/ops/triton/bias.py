@@ -6,12 +6,10 @@ Legend: as in `launch`; G groups of the network's bias. A *plane* is the bias of
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .kernels import LOWEST
+from .kernels import LOWEST, tl, triton  # says what to do where triton is missing
 from .tables import padded_keys
 
 LARGEST_BIAS = 2.0**16
