@@ -163,6 +163,7 @@ def cached_unless_traced(build: Callable[..., AttentionIndex]) -> Callable[..., 
             IN_CUDA_GRAPHS[id(index)] = index
         return index
 
+    get.cache_clear = cached.cache_clear  # type: ignore[attr-defined]
     return get
 
 

@@ -7,6 +7,7 @@ its own, with TRITON_INTERPRET=1; the tests marked `interpreted` run only there.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ import pytest
 import torch
 from golden_files import normal
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -42,6 +44,7 @@ from models.focal_transformer import (
 )
 from models.ops.tables import merge_bias
 from models.ops.triton import attention, kernels, launch, tables
+from models.ops.triton import bias as bias_kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the subprocess of test_in_interpreter")
@@ -195,8 +198,9 @@ class Problem:
         """Arguments of `attention.attention`."""
         index, made = self.index, self.index.tables
         size = (index.height, index.width, index.window)
-        qkv, bias = self.qkv.clone().requires_grad_(), merge_bias(made.merged, self.bias).requires_grad_()
-        return qkv, bias, made.keys, made.first, made.always_seen, *size, 0.25
+        qkv, bias = self.qkv.clone().requires_grad_(), self.bias.clone().requires_grad_()
+        arrays = (made.columns, index.visible, made.keys, made.first, index.keys)
+        return qkv, bias, *arrays, made.always_seen, *size, 0.25
 
 
 RING = {
@@ -275,6 +279,124 @@ def test_any_scale(scale: float, dtype: torch.dtype) -> None:
         assert (x.double() - y).norm() <= (1e-5 if dtype == torch.float32 else 5e-2) * y.norm()
 
 
+def prepared_bias(index: AttentionIndex, bias: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """What the kernels read, in PyTorch's operations: [N, groups, Q, K'] without the padding."""
+    merged = index.tables.merged
+    bias = merge_bias(merged, bias)
+    if merged.visible is not None and merged.visible.shape[1] > 1:
+        bias = torch.where(merged.visible, bias, float("-inf"))
+    limit = min(torch.finfo(dtype).max, bias_kernels.LARGEST_BIAS)
+    return (bias if dtype == torch.float32 else bias / scale).clamp(-limit, limit).to(dtype)
+
+
+BIASES = ("border, padding, two pooled levels", "queries of a window see different keys", "tiny nearest")
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", [*BIASES, "several blocks of queries, more than 256 keys"])
+def test_prepared_bias(case: str, dtype: torch.dtype) -> None:
+    """Keys merged, what a query may not see and the padding at the lowest value; of any strides."""
+    problem = Problem(*CASES[case], dtype)
+    index, scale = problem.index, problem.scale
+    bias = problem.bias.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0)
+    bias[0, 0, 3, :5] = torch.tensor([torch.nan, -torch.inf, 1e9, -1e9, 0])
+    bias[1, 0, 1] = -torch.inf
+    arguments = (bias, index.tables.columns, index.visible, scale, dtype)
+    (found,) = bias_kernels.prepare(*arguments, with_transposed=False)
+    expected = prepared_bias(index, bias, scale, dtype)
+    queries, keys = expected.shape[2:]
+    assert found.shape[2] == launch.padded_queries(queries) and found.shape[3] == tables.padded_keys(keys)
+    limits = {torch.float32: (1e-6, 1e-6), torch.bfloat16: (2**-7, 1e-6), torch.float16: (2**-9, 1e-5)}
+    rtol, atol = limits[dtype]
+    torch.testing.assert_close(found[:, :, :queries, :keys], expected, rtol=rtol, atol=atol, equal_nan=True)
+    lowest = -min(torch.finfo(dtype).max, bias_kernels.LARGEST_BIAS)
+    assert (found[:, :, queries:] == lowest).all() and (found[..., keys:] == lowest).all()
+    again, transposed = bias_kernels.prepare(*arguments, with_transposed=True)
+    torch.testing.assert_close(again, found, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(transposed.mT, found, rtol=0, atol=0, equal_nan=True)
+    assert transposed.is_contiguous()
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("slices", [1, 3, 40])
+@pytest.mark.parametrize("case", BIASES)
+def test_gradient_of_the_bias(case: str, slices: int, dtype: torch.dtype) -> None:
+    """The sum over slices, and over windows that share a bias, as autograd divides it among merged keys."""
+    problem = Problem(*CASES[case], torch.float32)
+    index, columns = problem.index, problem.index.tables.columns
+    bias = problem.bias.to(dtype).requires_grad_()
+    expected = prepared_bias(index, bias.float(), problem.scale, torch.float32)
+    heads, groups, queries, keys = expected.shape
+    shape = (slices, heads, groups, launch.padded_queries(queries), tables.padded_keys(keys))
+    d_prepared = torch.full(shape, float("nan"))  # the padding is never read
+    part = d_prepared[..., :queries, :keys].normal_()
+    if index.tables.merged.visible is not None and groups > 1:
+        part.mul_(index.tables.merged.visible)
+    (d_bias,) = torch.autograd.grad(expected, bias, part.sum(0))
+    found = bias_kernels.gradient(d_prepared, bias.detach(), columns)
+    assert found.dtype == dtype and found.stride() == bias_kernels.new_gradient(bias).stride()
+    rounding = 2**-8 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found, d_bias, rtol=rounding, atol=2e-5)
+    assert torch.equal(found, bias_kernels.gradient(d_prepared, bias.detach(), columns))
+
+
+class Launches(TorchDispatchMode):
+    """What starts a kernel on a GPU: Triton's kernels, and PyTorch's operations that are not just views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.in_kernel = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == attention.NAMESPACE:  # look into our operators
+            with self:
+                inside = "attention_backward" if "backward" in func.__name__ else "attention"
+                return getattr(attention, inside)._init_fn(*args)
+        if not (self.in_kernel or func.is_view or "empty" in func.__name__):
+            self.names.append(func.__name__.split(".")[0])
+        return func(*args, **kwargs or {})
+
+    def watch(self, kernel: Any) -> Any:
+        """The kernel, whose launches are noted."""
+
+        class Watched:
+            def __getitem__(_, grid: Any) -> Any:
+                def run(*args: Any, **options: Any) -> None:
+                    self.names.append(kernel.fn.__name__)
+                    self.in_kernel = True
+                    kernel[grid](*args, **options)
+                    self.in_kernel = False
+
+                return run
+
+        return Watched()
+
+
+@interpreted
+@pytest.mark.parametrize("case", ["shipped window", "queries of a window see different keys", "tiny nearest"])
+def test_few_launches(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One kernel prepares the bias, one makes its gradient, and nothing comes between."""
+    problem = Problem(*CASES[case], torch.bfloat16, heads=1)
+    problem.run(attention.attend)  # builds the tables
+    launches = Launches()
+    for module in (launch, bias_kernels):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, launches.watch(getattr(module, name)))
+    qkv, bias = problem.qkv.requires_grad_(), problem.bias.requires_grad_()
+    with launches:
+        out = attention.attend(qkv, problem.index, bias, problem.scale)
+    assert launches.names == ["prepare_kernel", "forward_kernel"]
+    launches.names.clear()
+    with launches:
+        torch.autograd.grad(out, (qkv, bias), problem.cotangent)
+    started = [name for name in launches.names if name.endswith("_kernel")]
+    assert started == ["prepare_kernel", "query_gradient_kernel", "key_gradient_kernel", "gradient_kernel"]
+    assert len(launches.names) <= len(started) + 1  # zeros for the queries of coarse tokens
+
+
 @interpreted
 @pytest.mark.parametrize("case", TINY)
 def test_slices_and_determinism(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,9 +453,9 @@ def test_operator_contract() -> None:
     inputs = problem.inputs()
     torch.library.opcheck(attention.attention, inputs)
     inputs = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
-    out, lse = attention.attention(*inputs)
+    found = attention.attention(*inputs)
     for with_bias in (True, False):
-        backward = (problem.cotangent, inputs[0], out, lse, *inputs[1:], with_bias)
+        backward = (problem.cotangent, *found, *inputs[:6], *inputs[7:], with_bias)
         torch.library.opcheck(attention.attention_backward, backward)
 
 
@@ -623,3 +745,52 @@ def test_blocks_are_built_once_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         problem.run(attention.attend)
     assert len(built) == 2 and built[0] is built[1]
+
+
+TARGETS = [
+    *(("cuda", capability, 32) for capability in (80, 89, 90, 100, 120)),
+    *(("hip", name, 64) for name in ("gfx90a", "gfx942", "gfx950")),
+    ("hip", "gfx1100", 32),
+]
+POINTERS = {"columns_ptr": "*i32", "visible_ptr": "*i1", "d_prepared_ptr": "*fp32"}
+
+
+@compiled
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target[0]}-{target[1]}")
+@pytest.mark.parametrize(
+    ("kernel", "constants"),
+    [
+        ("prepare_kernel", {"BLOCK_Q": 32, "BLOCK_K": 32, "visible_ptr": None, "transposed_ptr": None}),
+        ("prepare_kernel", {"BLOCK_Q": 32, "BLOCK_K": 32}),
+        ("gradient_kernel", {"SUMMANDS": 1, "BLOCK": 1024}),
+        ("gradient_kernel", {"SUMMANDS": 32, "BLOCK": 32}),
+    ],
+)
+def test_bias_kernels_compile_without_spills(
+    kernel: str, constants: dict[str, Any], target: tuple[str, Any, int], tmp_path: Path
+) -> None:
+    """For every kind of GPU, with a network in float32; no size makes a kernel of its own."""
+    triton = pytest.importorskip("triton", minversion="3.3")  # earlier, ASTSource took other arguments
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = getattr(bias_kernels, kernel)
+    free = [p for p in function.params if not p.is_constexpr and not p.do_not_specialize]
+    assert all(p.name.endswith(("_ptr", "factor", "limit")) for p in free)
+    types = {"out_ptr": "*bf16", "transposed_ptr": "*bf16", "factor": "fp32", "limit": "fp32"} | POINTERS
+    types |= dict.fromkeys(constants, "constexpr")
+    signature = {
+        name: types.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in function.arg_names
+    }
+    constant_at = {(function.arg_names.index(name),): value for name, value in constants.items()}
+    built = triton.compile(ASTSource(function, signature, constexprs=constant_at), target=GPUTarget(*target))
+    if target[0] == "hip":
+        assert re.search(r"vgpr_spill_count:\s*0\b", built.asm["amdgcn"])
+        return
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if tool.exists():
+        binary = tmp_path / "kernel.cubin"
+        binary.write_bytes(built.asm["cubin"])
+        command = [tool, "--dump-resource-usage", binary]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert "STACK:0" in usage and "LOCAL:0" in usage

@@ -17,18 +17,16 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ...focal_transformer import AttentionIndex, Request, plain_attention
-from ..tables import NAMESPACE, merge_bias
+from ..tables import NAMESPACE
+from . import bias as bias_kernels
 from . import launch
 from .kernels import INTERPRETED
-from .tables import TritonTables, padded_keys
+from .tables import TritonTables
 
 MAX_HEAD_DIM = 64
 MAX_WINDOW = 12
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LEAST_SCALE = 2**-6
-LARGEST_BIAS = 2.0**16
-"""A stand-in for infinity, which products with an identity would turn into NaN. Where all scores of a tile
-are its negative, what is left before the exponential is its rounding error, which must stay small."""
 
 
 def why_not(request: Request, window: int) -> str | None:
@@ -46,142 +44,114 @@ def why_not(request: Request, window: int) -> str | None:
 
 
 def attend(qkv: Tensor, index: AttentionIndex, bias: Tensor, scale: float) -> Tensor:
-    """See `Backend`.
-
-    Keys that a whole window lacks are marked in the table of keys. Only where single queries of a window lack
-    some, the bias is spread over all windows and -inf there.
-    """
+    """See `Backend`."""
     made: TritonTables = index.tables
-    bias = merge_bias(made.merged, bias)
-    visible = made.merged.visible
-    if visible is not None and visible.shape[1] > 1:
-        bias = torch.where(visible, bias, float("-inf"))
     if not LEAST_SCALE <= scale <= 1 / LEAST_SCALE:  # the bias is divided by it
         qkv, scale = torch.cat((scale * qkv[:, :, :1], qkv[:, :, 1:]), dim=2), 1.0
-    size = (index.height, index.width, index.window)
-    return attention(qkv, bias, made.keys, made.first, made.always_seen, *size, scale)[0]
+    tables = (made.columns, index.visible, made.keys, made.first, index.keys, made.always_seen)
+    return attention(qkv, bias, *tables, index.height, index.width, index.window, scale)[0]
 
 
-_INPUTS = (
-    "Tensor bias, Tensor keys, Tensor first, int always_seen, int height, int width, int window, float scale"
-)
+_ARRAYS = "Tensor bias, Tensor columns, Tensor? visible, Tensor keys, Tensor first"
+_NUMBERS = "int always_seen, int height, int width, int window, float scale"
 
 
 @torch.library.custom_op(
     f"{NAMESPACE}::triton_attention",
     mutates_args=(),
-    schema=f"(Tensor qkv, {_INPUTS}) -> (Tensor, Tensor)",
+    schema=f"(Tensor qkv, {_ARRAYS}, Tensor all_keys, {_NUMBERS}) -> (Tensor, Tensor)",
 )
-def attention(qkv, bias, keys, first, always_seen, height, width, window, scale):
+def attention(qkv, bias, columns, visible, keys, first, all_keys, always_seen, height, width, window, scale):
     """Attention with the keys of `TritonTables`.
 
     Args:
         qkv: [B, S, 3, N, D].
-        bias: [N, P or 1, Q, K']; -inf where a query lacks a key that others of its window see.
-        keys, first, always_seen: of `TritonTables`.
+        bias: [N, P or 1, Q, K].
+        columns, keys, first, always_seen: of `TritonTables`.
+        visible, all_keys: `visible` and `keys` of `AttentionIndex`.
         height, width, window: of the padded map.
         scale: factor of the scores.
 
     Returns:
         Output [B, T, N*D]; log-sum-exp, in the unit that the kernels give scores, [B, N, P, padded Q].
     """
-    tables = launch.Tables(keys, first, bias.shape[-1], always_seen, width, window, scale)
-    return launch.forward(qkv.contiguous(), kernel_bias(bias, scale, qkv.dtype), tables)
+    tables = launch.Tables(keys, first, columns.shape[1], always_seen, width, window, scale)
+    (prepared,) = bias_kernels.prepare(bias, columns, visible, scale, qkv.dtype, with_transposed=False)
+    return launch.forward(qkv.contiguous(), prepared, tables)
 
 
 @torch.library.custom_op(
     f"{NAMESPACE}::triton_attention_backward",
     mutates_args=(),
-    schema=f"(Tensor d_out, Tensor qkv, Tensor out, Tensor lse, {_INPUTS}, bool with_bias)"
+    schema=f"(Tensor d_out, Tensor out, Tensor lse, Tensor qkv, {_ARRAYS}, {_NUMBERS}, bool with_bias)"
     " -> (Tensor, Tensor)",
 )
 def attention_backward(
-    d_out, qkv, out, lse, bias, keys, first, always_seen, height, width, window, scale, with_bias
-):
-    """Gradients of `qkv`, and of the bias in float32 (empty unless `with_bias`)."""
-    tables = launch.Tables(keys, first, bias.shape[-1], always_seen, width, window, scale)
-    qkv, d_out, padded = qkv.contiguous(), d_out.contiguous(), kernel_bias(bias, scale, qkv.dtype)
+    d_out, out, lse, qkv, bias, columns, visible, keys, first, always_seen, height, width, window, scale,
+    with_bias,
+):  # fmt: skip
+    """Gradients of `qkv`, and of the bias (empty unless `with_bias`)."""
+    tables = launch.Tables(keys, first, columns.shape[1], always_seen, width, window, scale)
+    qkv, d_out = qkv.contiguous(), d_out.contiguous()
+    prepared, transposed = bias_kernels.prepare(
+        bias, columns, visible, scale, qkv.dtype, with_transposed=True
+    )
     d_qkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
-    d_qkv[:, height * width :, 0].zero_()  # nobody asks with a coarse token
-    arrays = (qkv, padded, out, d_out, lse, delta, d_qkv)
-    d_bias = launch.query_gradient(*arrays, tables, with_bias)
-    launch.key_gradient(*arrays, tables, height)
-    return d_qkv, d_bias[..., : bias.shape[-2], : bias.shape[-1]] if with_bias else d_bias
-
-
-def kernel_bias(bias: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """The bias as the kernels read it: in their type, padded to [N, P or 1, padded Q, padded K'], and finite.
-
-    Where it is added to products before these are scaled (in all types but float32), it is divided by the
-    scale.
-    """
-    limit = min(torch.finfo(dtype).max, LARGEST_BIAS)
-    factor = 1 if dtype == torch.float32 else 1 / scale
-    padded = _padded(bias, dtype).fill_(-limit)
-    part = padded[..., : bias.shape[-2], : bias.shape[-1]]
-    torch.mul(bias, factor, out=part).clamp_(-limit, limit)
-    return padded
-
-
-def _padded(bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """An array for a padded bias."""
-    *groups, queries, keys = bias.shape
-    return bias.new_empty(*groups, launch.padded_queries(queries), padded_keys(keys), dtype=dtype)
+    d_prepared = launch.query_gradient(qkv, prepared, out, d_out, lse, delta, d_qkv, tables, with_bias)
+    launch.key_gradient(qkv, transposed, d_out, lse, delta, d_qkv, tables, height)
+    return d_qkv, bias_kernels.gradient(d_prepared, bias, columns) if with_bias else bias.new_empty(0)
 
 
 @attention.register_fake
-def _attention_fake(qkv, bias, keys, first, always_seen, height, width, window, scale):
+def _attention_fake(
+    qkv, bias, columns, visible, keys, first, all_keys, always_seen, height, width, window, scale
+):
     b, _, _, n, d = qkv.shape
     lse = qkv.new_empty(b, n, keys.shape[0], launch.padded_queries(window * window), dtype=torch.float32)
     return qkv.new_empty(b, height * width, n * d), lse
 
 
 @attention_backward.register_fake
-def _attention_backward_fake(
-    d_out, qkv, out, lse, bias, keys, first, always_seen, height, width, window, scale, with_bias
-):
-    d_bias = bias.new_empty(0, dtype=torch.float32)
-    if with_bias:
-        d_bias = _padded(bias, torch.float32)[..., : bias.shape[-2], : bias.shape[-1]]
-    return qkv.new_empty(qkv.shape), d_bias
+def _attention_backward_fake(d_out, out, lse, qkv, bias, *others):
+    with_bias = others[-1]
+    return qkv.new_empty(qkv.shape), bias_kernels.new_gradient(bias) if with_bias else bias.new_empty(0)
 
 
 def _save(ctx, inputs, output) -> None:
-    qkv, bias, keys, first, *ctx.numbers = inputs
-    ctx.save_for_backward(qkv, bias, keys, first, *output)
+    *arrays, all_keys = inputs[:7]
+    ctx.numbers = inputs[7:]
+    ctx.save_for_backward(all_keys, *output, *arrays)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, d_out, d_lse):
     if d_out is None:
-        return (None,) * 9
-    qkv, bias, keys, first, out, lse = ctx.saved_tensors
+        return (None,) * 12
+    all_keys, out, lse, qkv, bias, columns, visible, keys, first = ctx.saved_tensors
     if torch.is_grad_enabled():  # somebody wants to differentiate the gradients
         _, height, width, window, scale = ctx.numbers
-        keys = keys[:, : bias.shape[-1]].long()
-        visible = (keys >= 0)[:, None]
-        index = AttentionIndex(height, width, window, qkv.shape[1], keys.clamp(min=0), visible, ())
+        index = AttentionIndex(height, width, window, qkv.shape[1], all_keys, visible, ())
         out = plain_attention(qkv, index, bias, scale, fused=False)
         wanted = [x for x in (qkv, bias) if x.requires_grad]
         found = iter(torch.autograd.grad(out, wanted, d_out, create_graph=True))
-        return *(next(found) if x.requires_grad else None for x in (qkv, bias)), *(None,) * 7
+        return *(next(found) if x.requires_grad else None for x in (qkv, bias)), *(None,) * 10
     with_bias = ctx.needs_input_grad[1]
-    arrays = (d_out, qkv, out, lse, bias, keys, first)
+    arrays = (d_out, out, lse, qkv, bias, columns, visible, keys, first)
     d_qkv, d_bias = attention_backward(*arrays, *ctx.numbers, with_bias)
-    return d_qkv, d_bias.to(bias.dtype) if with_bias else None, *(None,) * 7
+    return d_qkv, d_bias if with_bias else None, *(None,) * 10
 
 
 attention.register_autograd(_gradients, setup_context=_save)
 
 
 @register_flop_formula(getattr(torch.ops, NAMESPACE).triton_attention)
-def _attention_flops(qkv_shape, bias_shape, keys_shape, *_, **__) -> int:
+def _attention_flops(qkv_shape, bias_shape, columns_shape, _, keys_shape, *__, **___) -> int:
     """Two products of B*N*P matrices [Q, K'] with vectors of width D."""
     batch, _, _, heads, dim = qkv_shape
-    return 2 * 2 * batch * heads * keys_shape[0] * bias_shape[2] * bias_shape[3] * dim
+    return 2 * 2 * batch * heads * keys_shape[0] * bias_shape[2] * columns_shape[1] * dim
 
 
 @register_flop_formula(getattr(torch.ops, NAMESPACE).triton_attention_backward)
-def _attention_backward_flops(d_out_shape, qkv_shape, _, __, bias_shape, keys_shape, *___, **____) -> int:
+def _attention_backward_flops(*shapes, **_) -> int:
     """Five products, as PyTorch counts for its own kernels: those of gradients, and the scores once more."""
-    return _attention_flops(qkv_shape, bias_shape, keys_shape) // 2 * 5
+    return _attention_flops(*shapes[3:]) // 2 * 5

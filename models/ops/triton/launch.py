@@ -99,8 +99,8 @@ def query_gradient(
     qkv: Tensor, bias: Tensor, out: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, d_qkv: Tensor,
     tables: Tables, with_bias: bool,
 ) -> Tensor:  # fmt: skip
-    """Write the queries' part of `d_qkv`, and `delta`; return the gradient of the padded bias (empty if not
-    wanted), whose padding is not written."""
+    """Write the queries' part of `d_qkv`, and `delta`; return the gradient of the padded bias, of each slice,
+    [slices, N, groups, padded Q, padded K'] (empty if not wanted), whose padding is not written."""
     tokens, windows, width = _sizes(qkv, tables)
     b, _, _, n, d = qkv.shape
     groups = bias.shape[1]
@@ -117,26 +117,26 @@ def query_gradient(
                 tokens, slices, slice_items, items, first_tile, windows, width, tables.scale * LOG2E,
                 **tiles, **fixed,
             )  # fmt: skip
-    if not with_bias:
-        return d_bias
-    return d_bias[0] if slices == 1 else d_bias.sum(0)
+    return d_bias
 
 
 def key_gradient(
-    qkv: Tensor, bias: Tensor, out: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, d_qkv: Tensor,
+    qkv: Tensor, transposed: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, d_qkv: Tensor,
     tables: Tables, height: int,
 ) -> None:  # fmt: skip
-    """Write the keys' and values' part of `d_qkv`, after `delta` was written."""
+    """Write the keys' and values' part of `d_qkv`, and 0 where coarse tokens would ask, after `delta` was
+    written; `transposed` is the bias with keys before queries."""
+    d_qkv[:, height * tables.width :, 0].zero_()
     tokens, windows, width = _sizes(qkv, tables)
     b, _, _, n, _ = qkv.shape
     made = build_blocks(tables.keys, tables.first, tables.count, height, width, tables.window, tokens)
     for array in (made.token, made.column):
         check_offsets(array.numel())
-    fixed = compile_time("key_gradient", qkv, bias, tables.window)
+    fixed = compile_time("key_gradient", qkv, transposed.transpose(-1, -2), tables.window)
     blocks = len(made.token)
     with _on_device(qkv):
         key_gradient_kernel[(b * n * blocks,)](
-            qkv, bias.transpose(-1, -2).contiguous(), d_out, lse, delta, d_qkv,
+            qkv, transposed, d_out, lse, delta, d_qkv,
             made.token, made.start, made.window, made.first, made.column,
             tokens, made.heavy, blocks, b, windows, width, tables.scale * LOG2E, **fixed,
         )  # fmt: skip

@@ -41,6 +41,7 @@ class TritonTables:
     """What the forward pass needs of an index."""
 
     merged: MergedKeys
+    columns: Tensor  # int32 [2, K']: columns of the bias whose logaddexp a merged key has; -1 for no second
     keys: Tensor  # int32 [P, padded K']: tokens; -1 where no query of a window sees the key, and beyond K'
     first: Tensor  # int32 [P]: first token of every window
     always_seen: int  # the first so many keys are there in every window
@@ -71,6 +72,8 @@ def computed_keys(keys: int) -> int:
 def build_tables(index: AttentionIndex) -> TritonTables:
     """See `Backend`."""
     merged = merge_duplicates(index)
+    second = F.pad(merged.second, (len(merged.single), 0), value=-1)
+    columns = torch.stack([torch.cat([merged.single, merged.first]), second]).int()
     keys, always_seen = merged.keys.int(), merged.keys.shape[1]
     if merged.visible is not None:
         seen = merged.visible[:, 0] if merged.visible.shape[1] == 1 else merged.visible.any(dim=1)
@@ -80,7 +83,7 @@ def build_tables(index: AttentionIndex) -> TritonTables:
     number = torch.arange(len(keys), dtype=torch.int32, device=keys.device)
     across, s = index.width // index.window, index.window
     first = number // across * (s * index.width) + number % across * s
-    return TritonTables(merged, keys, first, always_seen)
+    return TritonTables(merged, columns, keys, first, always_seen)
 
 
 @cached_by_tables(CACHED_TABLES)

@@ -45,7 +45,7 @@ def case_of(index: AttentionIndex, tables: TritonTables, request: Request) -> Ca
     """The case that stands for a layer."""
     visible = tables.merged.visible
     by_query = visible is not None and visible.shape[1] > 1
-    by_window = by_query or len(index.bias_index[0]) > 1
+    by_window = len(index.keys) > 1 and (by_query or len(index.bias_index[0]) > 1)
     exact = request.dtype == torch.float32 and not launch.tf32_allowed()
     count = tables.merged.keys.shape[1]
     return Case(request, index.window, count, tables.always_seen, by_query, by_window, exact)
