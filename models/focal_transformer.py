@@ -101,8 +101,8 @@ def ring_offsets(window: int, expand: int) -> np.ndarray:
 
 
 def relative_index(window: int, region: int) -> np.ndarray:
-    """Row of the bias table for each query of a window and cell of a square: [Q, region * region]."""
-    offset = grid(window, window)[:, None] - grid(region, region)[None] + region - 1
+    """Row of the bias table for each cell of a square and query of a window: [region * region, Q]."""
+    offset = grid(window, window)[None] - grid(region, region)[:, None] + region - 1
     return offset[..., 0] * (window + region - 1) + offset[..., 1]
 
 
@@ -163,7 +163,7 @@ def cached_unless_traced(build: Callable[..., AttentionIndex]) -> Callable[..., 
             IN_CUDA_GRAPHS[id(index)] = index
         return index
 
-    get.cache_clear = cached.cache_clear  # type: ignore[attr-defined]
+    get.cache_clear = cached.cache_clear
     return get
 
 
@@ -245,14 +245,14 @@ def offset_index(y: np.ndarray, x: np.ndarray, unit: int, place: np.ndarray) -> 
     Returns:
         offsets: those for the MLP, float32 [R, 2], the box of all query - key.
         rows: for each cell of the box of all centre - key and each query its row of `offsets`, [U, Q].
-        cell: the cell of each key, [P, K].
+        cell: the cell of each key, [K, P].
     """
     low, size = np.array([y.min(), x.min()]), (np.ptp(y) + 1, np.ptp(x) + 1)
     cells, first = grid(*size) * unit, place.min(axis=0)
     box = cells[-1] + np.ptp(place, axis=0) + 1
     offsets = grid(*box) + low * unit + first
     rows = (cells[:, None] + place - first) @ (box[1], 1)
-    return offsets.astype(np.float32), rows, (y - low[0]) * size[1] + x - low[1]
+    return offsets.astype(np.float32), rows, ((y - low[0]) * size[1] + x - low[1]).T
 
 
 def make_index(
@@ -407,16 +407,16 @@ def rolled(x: Tensor, shift: int) -> Tensor:
     return torch.roll(x, (shift, shift), dims=(1, 2)) if shift else x
 
 
-def columns_of(table: Tensor, index: Tensor) -> Tensor:
-    """Columns of a table [N, Q, U] for every window: index [P, K] -> [N, P, Q, K].
+def look_up(table: Tensor, index: Tensor) -> Tensor:
+    """Rows of a table [U, Q, N] for every window: index [K, P] -> [N, P, Q, K].
 
     A gather is faster on a CPU; elsewhere its gradient would be summed in any order, an embedding's is not.
     """
     if table.device.type == "cpu":
-        columns = table.contiguous().gather(2, index.flatten().expand(*table.shape[:2], -1))
-        return columns.unflatten(2, index.shape).transpose(1, 2)
-    rows = table.flatten(0, 1).t()  # [U, N*Q]
-    return F.embedding(index, rows).unflatten(-1, table.shape[:2]).permute(2, 0, 3, 1)
+        table = table.permute(2, 1, 0).contiguous()
+        columns = table.gather(2, index.t().flatten().expand(*table.shape[:2], -1))
+        return columns.unflatten(2, index.t().shape).transpose(1, 2)
+    return F.embedding(index, table.flatten(1)).unflatten(-1, table.shape[1:]).permute(3, 1, 2, 0)
 
 
 class FocalAttention(nn.Module):
@@ -520,12 +520,12 @@ class FocalAttention(nn.Module):
     def bias(self, index: AttentionIndex, dtype: torch.dtype) -> Tensor:
         """Bias of the scores, the same in all windows: [N, 1, Q, K]."""
         own, *levels = (rows for (rows,) in index.bias_index)
-        parts = [F.embedding(own, self.relative_position_bias_table).permute(2, 0, 1)]
+        parts = [F.embedding(own, self.relative_position_bias_table).permute(2, 1, 0)]
         if self.expand_size > 0:
-            parts.append(self.relative_position_bias_table_to_neighbors[0])
+            parts.append(self.relative_position_bias_table_to_neighbors.squeeze(0))
         for level, rows in enumerate(levels):
             table = self.relative_position_bias_table_to_windows[level].t()
-            parts.append(F.embedding(rows, table).permute(2, 0, 1))
+            parts.append(F.embedding(rows, table).permute(2, 1, 0))
         return torch.cat(parts, dim=-1)[:, None]
 
 
@@ -611,7 +611,7 @@ class FocalFastAttention(FocalAttention):
         """Bias of every window's scores, [N, P, Q, K]; the MLPs get offsets of `dtype`."""
         parts = []
         for mlp, (offsets, rows, cell) in zip(self.coord2rpb_all, index.bias_index, strict=True):
-            parts.append(columns_of(F.embedding(rows, mlp(offsets.to(dtype))).permute(2, 1, 0), cell))
+            parts.append(look_up(F.embedding(rows, mlp(offsets.to(dtype))), cell))
         return torch.cat(parts, dim=-1)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -318,7 +318,7 @@ def test_focal_fast_looks_up_offsets_from_key_to_query(size) -> None:
     fine, coarse = index.keys[:, :20], index.keys[:, 20:] - index.height * index.width
     places = (torch.stack([fine // index.width, fine % index.width], -1), corners[coarse] + 3)
     for (offsets, rows, place), keys in zip(index.bias_index, places, strict=True):
-        assert torch.equal(offsets[rows[place]], (queries[:, None] - keys[:, :, None]).float())
+        assert torch.equal(offsets[rows[place.T]], (queries[:, None] - keys[:, :, None]).float())
 
 
 # --- Keys that stand twice, and filling up ------------------------------------------------------------------

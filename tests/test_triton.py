@@ -134,7 +134,7 @@ def request(backend: str = "triton", dtype: torch.dtype = torch.float32, head_di
 
 def for_triton(index: AttentionIndex) -> AttentionIndex:
     """With the kernels' tables, whether or not they can run."""
-    return replace(index, backend="triton", tables=tables.build_tables(index))
+    return replace(index, backend="triton", tables=tables.build_tables(index, trains=True))
 
 
 def ring(window: int, expand: int, focal_window: int, levels: int, *size: int, shift: int = 0) -> Any:
@@ -174,12 +174,6 @@ class Problem:
         self.bias = bias.to(dtype).float() * self.scale
         self.cotangent = torch.randn(batch, self.tokens, heads * head_dim).to(dtype)
 
-    def blocks(self) -> tables.Blocks:
-        """What the backward pass is launched with."""
-        made, index = self.index.tables, self.index
-        size = (index.height, index.width, index.window)
-        return tables.build_blocks(made.keys, made.first, made.merged.keys.shape[1], *size, self.qkv.shape[1])
-
     def run(self, attend: Attend, dtype: torch.dtype | None = None) -> list[Tensor]:
         """Output and gradients of queries, keys, values and bias."""
         dtype = dtype or self.dtype
@@ -199,8 +193,8 @@ class Problem:
         index, made = self.index, self.index.tables
         size = (index.height, index.width, index.window)
         qkv, bias = self.qkv.clone().requires_grad_(), self.bias.clone().requires_grad_()
-        arrays = (made.columns, index.visible, made.keys, made.first, index.keys)
-        return qkv, bias, *arrays, made.always_seen, *size, 0.25
+        arrays = (made.columns, index.visible, made.keys, made.first, made.blocks.tensors(), index.keys)
+        return qkv, bias, *arrays, made.blocks.heavy, made.always_seen, *size, 0.25
 
 
 RING = {
@@ -435,7 +429,7 @@ def test_a_window_without_pooled_keys(dtype: torch.dtype) -> None:
     visible[::2, :, pooled] = False
     assert visible[1, :, pooled].any()
     index = replace(problem.index, visible=visible)
-    problem.index = replace(index, tables=tables.build_tables(index))
+    problem.index = for_triton(index)
     assert len(problem.index.tables.merged.first)
     errors, allowed = (
         problem.errors(problem.run(attention.attend)),
@@ -455,7 +449,7 @@ def test_operator_contract() -> None:
     inputs = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
     found = attention.attention(*inputs)
     for with_bias in (True, False):
-        backward = (problem.cotangent, *found, *inputs[:6], *inputs[7:], with_bias)
+        backward = (problem.cotangent, *found, *inputs[:7], *inputs[8:], with_bias)
         torch.library.opcheck(attention.attention_backward, backward)
 
 
@@ -676,7 +670,7 @@ BLOCKS = CASES | {
 def test_blocks_are_the_inverse_of_the_keys(case: str) -> None:
     """They name window, column and token of every key exactly once, and hold every token once."""
     problem = Problem(*BLOCKS[case], torch.float32, heads=1)
-    index, tokens, blocks = problem.index, problem.qkv.shape[1], problem.blocks()
+    index, tokens, blocks = problem.index, problem.qkv.shape[1], problem.index.tables.blocks
     made, merged = index.tables, index.tables.merged
     keys, first, count = made.keys.long(), made.first.long(), merged.keys.shape[1]
     for array in (made.keys, made.first, *(x for x in vars(blocks).values() if isinstance(x, Tensor))):
@@ -712,7 +706,7 @@ def test_blocks_are_the_inverse_of_the_keys(case: str) -> None:
 def test_blocks_are_read_by_four_windows() -> None:
     """Moved by half a window, where a ring is as wide; else a block is a window."""
     for expand, visits in ((3, 4), (0, 1)):
-        blocks = Problem(ring(7, expand, 7, 1, 56, 56), 16, torch.float32).blocks()
+        blocks = ring(7, expand, 7, 1, 56, 56)[0].tables.blocks
         assert blocks.heavy == 1
         assert len(blocks.token) == 65
         assert len(blocks.window) == 64 * visits + 64
@@ -722,29 +716,18 @@ def test_blocks_are_read_by_four_windows() -> None:
 @pytest.mark.parametrize("case", ["ring meets itself", "nearest, large map"])
 def test_blocks_of_large_maps(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys are sorted as numbers of 64 bits where 32 are too few."""
-    problem = Problem(*BLOCKS[case], torch.float32, heads=1)
-    expected, made, index = problem.blocks(), problem.index.tables, problem.index
+    index = BLOCKS[case][0][0]
+    expected = index.tables.blocks
     monkeypatch.setattr(tables, "MOST_NUMBERS", 0)
-    size = (made.merged.keys.shape[1], index.height, index.width, index.window, problem.qkv.shape[1])
-    blocks = tables.build_blocks.__wrapped__(made.keys, made.first, *size)
+    blocks = tables.build_tables(index, trains=True).blocks
     for name, value in vars(expected).items():
         found = getattr(blocks, name)
         assert torch.equal(found, value) and found.dtype == value.dtype if name != "heavy" else found == value
 
 
-@interpreted
-def test_blocks_are_built_once_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the first backward pass, for all layers."""
-    built = []
-    build = launch.build_blocks
-    monkeypatch.setattr(launch, "build_blocks", lambda *inputs: built.append(build(*inputs)) or built[-1])
-    problem = Problem(ring(4, 1, 1, 1, 4, 4), 16, torch.float32, heads=1)
-    with torch.no_grad():
-        attention.attend(problem.qkv, problem.index, problem.bias, 0.25)
-    assert not built
-    for _ in range(2):
-        problem.run(attention.attend)
-    assert len(built) == 2 and built[0] is built[1]
+@compiled
+def test_inference_builds_no_blocks() -> None:
+    assert tables.build_tables(BLOCKS["large map"][0][0], trains=False).blocks is None
 
 
 TARGETS = [

@@ -40,9 +40,8 @@ from benchmark import MODES, NO_TIME
 from benchmark_models import OURS, Entry
 from benchmark_report import BASELINE, Row, Setting
 from gpu_checks import CHECKS, FAILED, IMAGES, NOT_RUN, TINY, Case, precision_on
-from profile_attention import Peaks, Shape
+from profile_attention import Peaks, Shape, need_kernels
 
-from models.focal_transformer import choose_backend
 from utils import pick_device
 
 logger = logging.getLogger("gpu_report")
@@ -332,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         args.device = pick_device(args.device)
-        choose_backend("triton", args.device, torch.float32, 32, 7)  # says why the kernels cannot run
+        need_kernels(args.device)
         report = Report(args)
         for part, share in PARTS:
             part(report, args, began + share * 60 * args.minutes)

@@ -17,7 +17,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import benchmark_common as common
@@ -32,6 +32,7 @@ from models.focal_transformer import (
     AttentionIndex,
     FocalAttention,
     FocalTransformer,
+    Request,
     choose_backend,
 )
 from models.ops.tables import merge_duplicates
@@ -161,6 +162,12 @@ def shapes_of(model: FocalTransformer, resolution: int) -> list[Shape]:
     return shapes
 
 
+def need_kernels(device: torch.device) -> None:
+    """Raise ValueError, saying why, where the fused kernels cannot run."""
+    layer = FocalAttention(32, 1, 7, expand_size=3, backend="triton")
+    layer.index(14, 14, torch.empty(0, device=device))
+
+
 class Contender:
     """A backend with the inputs of one shape."""
 
@@ -175,11 +182,11 @@ class Contender:
         Raises:
             ValueError: it cannot run here.
         """
-        choose_backend(name, qkv.device, qkv.dtype, shape.head_dim, shape.index.window)
         self.name, self.scale, self.d_out = name, shape.scale, d_out
         self.qkv = qkv.detach().clone().requires_grad_()
         self.bias = shape.bias.to(torch.promote_types(qkv.dtype, torch.float32)).clone().requires_grad_()
-        self.index = replace(shape.index, backend=name, tables=BACKENDS[name].tables(shape.index))
+        request = Request(name, qkv.device, qkv.dtype, shape.heads, shape.head_dim, True)
+        self.index = choose_backend(shape.index, request)
 
     def attend(self) -> Tensor:
         """The output, with a graph."""

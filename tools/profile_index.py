@@ -11,7 +11,6 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import benchmark_common as common
@@ -19,9 +18,9 @@ import torch
 
 from config import load_config
 from models import build_model
-from models.focal_transformer import BACKENDS, AttentionIndex, FocalAttention
+from models.focal_transformer import AttentionIndex, FocalAttention, Request
 from models.ops import cpu
-from models.ops.triton import tables as triton_tables
+from models.ops.triton.tables import build_tables
 from utils import pick_device
 
 logger = logging.getLogger("profile_index")
@@ -50,31 +49,26 @@ def new_index(layer: FocalAttention, height: int, width: int, device: torch.devi
 
 
 def parts_of(name: str, size: Sequence[int], device: torch.device) -> dict[str, Callable[[], object]]:
-    """What is timed, by name."""
+    """What is timed, by name: the index, and the tables of each operator for one pass or both."""
     layers = layers_of(name, size)
     made = [new_index(*layer, device) for layer in layers]
 
-    def derived(backend: str) -> list[AttentionIndex]:
-        return [replace(index, tables=BACKENDS[backend].tables(index)) for index in made]
+    def cpu_tables(trains: bool) -> None:
+        for index, (layer, _, _) in zip(made, layers, strict=True):
+            cpu.prepare(index, Request("cpu", device, torch.float32, layer.num_heads, layer.head_dim, trains))
 
-    def cpu_rows(backward: bool) -> None:
-        for index, (layer, _, _) in zip(derived("cpu"), layers, strict=True):
-            size, heads = (index.height, index.width, index.window), layer.num_heads
-            cpu._rows.__wrapped__(index.tables.keys, *size, heads, 16)
-            if backward:
-                cpu._slots.__wrapped__(index.tables.keys, *size, heads, int(index.keys.max()) + 1)
-
-    def triton_blocks() -> None:
-        for index in derived("triton"):
-            made = index.tables
-            tokens, count = int(index.keys.max()) + 1, made.merged.keys.shape[1]
-            size = (index.height, index.width, index.window)
-            triton_tables.build_blocks.__wrapped__(made.keys, made.first, count, *size, tokens)
+    def triton_tables(trains: bool) -> None:
+        for index in made:
+            build_tables(index, trains)
 
     parts: dict[str, Callable[[], object]] = {"index": lambda: [new_index(*x, device) for x in layers]}
-    if device.type == "cpu":
-        parts |= {"cpu, forward": lambda: cpu_rows(False), "cpu, both": lambda: cpu_rows(True)}
-    return parts | {"triton, forward": lambda: derived("triton"), "triton, both": triton_blocks}
+    timed = (
+        {"cpu": cpu_tables, "triton": triton_tables} if device.type == "cpu" else {"triton": triton_tables}
+    )
+    for backend, build in timed.items():
+        parts[f"{backend}, forward"] = lambda build=build: build(False)
+        parts[f"{backend}, both"] = lambda build=build: build(True)
+    return parts
 
 
 def main(argv: Sequence[str] | None = None) -> int:

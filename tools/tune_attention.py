@@ -25,11 +25,11 @@ from profile_attention import (
     Shape,
     configured_model,
     errors,
+    need_kernels,
     operator_parser,
     shapes_of,
 )
 
-from models.focal_transformer import choose_backend
 from utils import pick_device
 
 logger = logging.getLogger("tune_attention")
@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         args.device = pick_device(args.device)
-        choose_backend("triton", args.device, torch.float32, 32, 7)  # says why the kernels cannot run
+        need_kernels(args.device)
         facts = common.describe_run(args.device)
         facts["Configuration"] = f"{args.cfg.stem}, batch {args.batch_size}"
         rows: list[list[common.Cell]] = []

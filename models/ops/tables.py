@@ -1,4 +1,4 @@
-"""What the attention operators share: keys that stand twice, and caches of what follows from index tables.
+"""What the attention operators share: one key for two that stand for the same token.
 
 Legend: as in `focal_transformer`; K' keys of a window after merging.
 """
@@ -6,18 +6,13 @@ Legend: as in `focal_transformer`; K' keys of a window after merging.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, wraps
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..focal_transformer import AttentionIndex
-
-T = TypeVar("T")
 
 NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0])
 """Of PyTorch operators: the name of this package, since a copy of it elsewhere registers its own ones."""
@@ -68,35 +63,3 @@ def merge_duplicates(index: AttentionIndex) -> MergedKeys:
     merged = torch.cat([single, first])
     visible = None if index.visible is None else index.visible.index_select(-1, merged)
     return MergedKeys(index.keys.index_select(1, merged), visible, single, first, second)
-
-
-class _ByIdentity:
-    """Hash a tensor by its storage, as a key of lru_cache; holds it, so that its address stays taken."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-        self._key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _ByIdentity) and self._key == other._key
-
-
-def cached_by_tables(most: int) -> Callable[[Callable[..., T]], Callable[..., T]]:
-    """Cache the last `most` results of a function of numbers and of index tables, which nobody writes to."""
-
-    def decorate(build: Callable[..., T]) -> Callable[..., T]:
-        @lru_cache(maxsize=most)
-        def cached(*arguments: Any) -> T:
-            return build(*(x.tensor if isinstance(x, _ByIdentity) else x for x in arguments))
-
-        @wraps(build)
-        def get(*arguments: Any) -> T:
-            return cached(*(_ByIdentity(x) if isinstance(x, Tensor) else x for x in arguments))
-
-        get.cache_info = cached.cache_info  # type: ignore[attr-defined]
-        return get
-
-    return decorate

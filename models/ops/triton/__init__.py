@@ -25,7 +25,7 @@ def prepare(index: AttentionIndex, request: Request) -> TritonTables:
         raise Unsupported(str(error)) from error
     if reason := attention.why_not(request, index.window):
         raise Unsupported(reason)
-    tables = build_tables(index)
+    tables = build_tables(index, request.trains)
     case = trial.case_of(index, tables, request)
     if not attention.INTERPRETED and (reason := trial.problem(case)):
         raise Unsupported(reason)

@@ -21,7 +21,7 @@ from ..tables import NAMESPACE
 from . import bias as bias_kernels
 from . import launch
 from .kernels import INTERPRETED
-from .tables import TritonTables
+from .tables import Blocks, TritonTables
 
 MAX_HEAD_DIM = 64
 MAX_WINDOW = 12
@@ -48,12 +48,14 @@ def attend(qkv: Tensor, index: AttentionIndex, bias: Tensor, scale: float) -> Te
     made: TritonTables = index.tables
     if not LEAST_SCALE <= scale <= 1 / LEAST_SCALE:  # the bias is divided by it
         qkv, scale = torch.cat((scale * qkv[:, :, :1], qkv[:, :, 1:]), dim=2), 1.0
-    tables = (made.columns, index.visible, made.keys, made.first, index.keys, made.always_seen)
-    return attention(qkv, bias, *tables, index.height, index.width, index.window, scale)[0]
+    blocks, heavy = ([], 0) if made.blocks is None else (made.blocks.tensors(), made.blocks.heavy)
+    arrays = (qkv, bias, made.columns, index.visible, made.keys, made.first, blocks, index.keys)
+    size = (index.height, index.width, index.window)
+    return attention(*arrays, heavy, made.always_seen, *size, scale)[0]
 
 
-_ARRAYS = "Tensor bias, Tensor columns, Tensor? visible, Tensor keys, Tensor first"
-_NUMBERS = "int always_seen, int height, int width, int window, float scale"
+_ARRAYS = "Tensor bias, Tensor columns, Tensor? visible, Tensor keys, Tensor first, Tensor[] blocks"
+_NUMBERS = "int heavy, int always_seen, int height, int width, int window, float scale"
 
 
 @torch.library.custom_op(
@@ -61,13 +63,17 @@ _NUMBERS = "int always_seen, int height, int width, int window, float scale"
     mutates_args=(),
     schema=f"(Tensor qkv, {_ARRAYS}, Tensor all_keys, {_NUMBERS}) -> (Tensor, Tensor)",
 )
-def attention(qkv, bias, columns, visible, keys, first, all_keys, always_seen, height, width, window, scale):
+def attention(
+    qkv, bias, columns, visible, keys, first, blocks, all_keys, heavy, always_seen, height, width, window,
+    scale,
+):  # fmt: skip
     """Attention with the keys of `TritonTables`.
 
     Args:
         qkv: [B, S, 3, N, D].
         bias: [N, P or 1, Q, K].
         columns, keys, first, always_seen: of `TritonTables`.
+        blocks, heavy: of `Blocks`; only the gradient reads them.
         visible, all_keys: `visible` and `keys` of `AttentionIndex`.
         height, width, window: of the padded map.
         scale: factor of the scores.
@@ -87,8 +93,8 @@ def attention(qkv, bias, columns, visible, keys, first, all_keys, always_seen, h
     " -> (Tensor, Tensor)",
 )
 def attention_backward(
-    d_out, out, lse, qkv, bias, columns, visible, keys, first, always_seen, height, width, window, scale,
-    with_bias,
+    d_out, out, lse, qkv, bias, columns, visible, keys, first, blocks, heavy, always_seen, height, width,
+    window, scale, with_bias,
 ):  # fmt: skip
     """Gradients of `qkv`, and of the bias (empty unless `with_bias`)."""
     tables = launch.Tables(keys, first, columns.shape[1], always_seen, width, window, scale)
@@ -96,16 +102,19 @@ def attention_backward(
     prepared, transposed = bias_kernels.prepare(
         bias, columns, visible, scale, qkv.dtype, with_transposed=True
     )
+    token, start, visiting, first_of, column = blocks
+    made = Blocks(token, start, visiting, first_of, column, heavy)
     d_qkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
     d_prepared = launch.query_gradient(qkv, prepared, out, d_out, lse, delta, d_qkv, tables, with_bias)
-    launch.key_gradient(qkv, transposed, d_out, lse, delta, d_qkv, tables, height)
+    launch.key_gradient(qkv, transposed, d_out, lse, delta, d_qkv, tables, made)
     return d_qkv, bias_kernels.gradient(d_prepared, bias, columns) if with_bias else bias.new_empty(0)
 
 
 @attention.register_fake
 def _attention_fake(
-    qkv, bias, columns, visible, keys, first, all_keys, always_seen, height, width, window, scale
-):
+    qkv, bias, columns, visible, keys, first, blocks, all_keys, heavy, always_seen, height, width, window,
+    scale,
+):  # fmt: skip
     b, _, _, n, d = qkv.shape
     lse = qkv.new_empty(b, n, keys.shape[0], launch.padded_queries(window * window), dtype=torch.float32)
     return qkv.new_empty(b, height * width, n * d), lse
@@ -118,27 +127,28 @@ def _attention_backward_fake(d_out, out, lse, qkv, bias, *others):
 
 
 def _save(ctx, inputs, output) -> None:
-    *arrays, all_keys = inputs[:7]
-    ctx.numbers = inputs[7:]
-    ctx.save_for_backward(all_keys, *output, *arrays)
+    *arrays, blocks, all_keys = inputs[:8]
+    ctx.numbers = inputs[8:]
+    ctx.save_for_backward(all_keys, *output, *arrays, *blocks)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, d_out, d_lse):
+    all_keys, out, lse, qkv, bias, columns, visible, keys, first, *blocks = ctx.saved_tensors
+    rest = (*(None,) * 4, [None] * len(blocks), *(None,) * 7)
     if d_out is None:
-        return (None,) * 12
-    all_keys, out, lse, qkv, bias, columns, visible, keys, first = ctx.saved_tensors
+        return None, None, *rest
     if torch.is_grad_enabled():  # somebody wants to differentiate the gradients
-        _, height, width, window, scale = ctx.numbers
+        height, width, window, scale = ctx.numbers[2:]
         index = AttentionIndex(height, width, window, qkv.shape[1], all_keys, visible, ())
         out = plain_attention(qkv, index, bias, scale, fused=False)
         wanted = [x for x in (qkv, bias) if x.requires_grad]
         found = iter(torch.autograd.grad(out, wanted, d_out, create_graph=True))
-        return *(next(found) if x.requires_grad else None for x in (qkv, bias)), *(None,) * 10
+        return *(next(found) if x.requires_grad else None for x in (qkv, bias)), *rest
     with_bias = ctx.needs_input_grad[1]
-    arrays = (d_out, out, lse, qkv, bias, columns, visible, keys, first)
+    arrays = (d_out, out, lse, qkv, bias, columns, visible, keys, first, blocks)
     d_qkv, d_bias = attention_backward(*arrays, *ctx.numbers, with_bias)
-    return d_qkv, d_bias if with_bias else None, *(None,) * 10
+    return d_qkv, d_bias if with_bias else None, *rest
 
 
 attention.register_autograd(_gradients, setup_context=_save)

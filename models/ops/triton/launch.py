@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .kernels import forward_kernel, key_gradient_kernel, query_gradient_kernel
-from .tables import BLOCK_KEYS, MOST_NUMBERS, build_blocks, computed_keys
+from .tables import BLOCK_KEYS, MOST_NUMBERS, Blocks, computed_keys
 
 LOG2E = log2(e)
 
@@ -122,23 +122,22 @@ def query_gradient(
 
 def key_gradient(
     qkv: Tensor, transposed: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, d_qkv: Tensor,
-    tables: Tables, height: int,
+    tables: Tables, blocks: Blocks,
 ) -> None:  # fmt: skip
     """Write the keys' and values' part of `d_qkv`, and 0 where coarse tokens would ask, after `delta` was
     written; `transposed` is the bias with keys before queries."""
-    d_qkv[:, height * tables.width :, 0].zero_()
+    d_qkv[:, len(tables.keys) * tables.window**2 :, 0].zero_()
     tokens, windows, width = _sizes(qkv, tables)
     b, _, _, n, _ = qkv.shape
-    made = build_blocks(tables.keys, tables.first, tables.count, height, width, tables.window, tokens)
-    for array in (made.token, made.column):
+    for array in (blocks.token, blocks.column):
         check_offsets(array.numel())
     fixed = compile_time("key_gradient", qkv, transposed.transpose(-1, -2), tables.window)
-    blocks = len(made.token)
+    count = len(blocks.token)
     with _on_device(qkv):
-        key_gradient_kernel[(b * n * blocks,)](
+        key_gradient_kernel[(b * n * count,)](
             qkv, transposed, d_out, lse, delta, d_qkv,
-            made.token, made.start, made.window, made.first, made.column,
-            tokens, made.heavy, blocks, b, windows, width, tables.scale * LOG2E, **fixed,
+            *blocks.tensors(),
+            tokens, blocks.heavy, count, b, windows, width, tables.scale * LOG2E, **fixed,
         )  # fmt: skip
 
 

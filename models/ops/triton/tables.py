@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...focal_transformer import AttentionIndex
-from ..tables import MergedKeys, cached_by_tables, merge_duplicates
+from ..tables import MergedKeys, merge_duplicates
 
 BLOCK_BITS = 6
 BLOCK_KEYS = 2**BLOCK_BITS
@@ -32,24 +32,10 @@ KEYS_MULTIPLE = 32
 MOST_NUMBERS = 2**31 - 1
 """Kernels count with 32 bits within an image and within a table."""
 
-CACHED_TABLES = 128
-"""Indexes whose blocks are kept."""
-
-
-@dataclass(frozen=True)
-class TritonTables:
-    """What the forward pass needs of an index."""
-
-    merged: MergedKeys
-    columns: Tensor  # int32 [2, K']: columns of the bias whose logaddexp a merged key has; -1 for no second
-    keys: Tensor  # int32 [P, padded K']: tokens; -1 where no query of a window sees the key, and beyond K'
-    first: Tensor  # int32 [P]: first token of every window
-    always_seen: int  # the first so many keys are there in every window
-
 
 @dataclass(frozen=True)
 class Blocks:
-    """What the backward pass needs besides: which windows read each block of tokens, int32."""
+    """What the backward pass needs: which windows read each block of tokens, int32."""
 
     token: Tensor  # [M, BLOCK_KEYS]: tokens of a block, -1 where it has fewer
     start: Tensor  # [M + 1]: the windows of block g are numbers start[g] to start[g + 1] - 1 of those below
@@ -57,6 +43,22 @@ class Blocks:
     first: Tensor  # [E]: its first token
     column: Tensor  # [E, BLOCK_KEYS]: which of its K' keys each token of the block is; K' where it is none
     heavy: int  # the first so many blocks are read by far more windows than the others and should start first
+
+    def tensors(self) -> list[Tensor]:
+        """All but `heavy`."""
+        return [self.token, self.start, self.window, self.first, self.column]
+
+
+@dataclass(frozen=True)
+class TritonTables:
+    """What the kernels need of an index."""
+
+    merged: MergedKeys
+    columns: Tensor  # int32 [2, K']: columns of the bias whose logaddexp a merged key has; -1 for no second
+    keys: Tensor  # int32 [P, padded K']: tokens; -1 where no query of a window sees the key, and beyond K'
+    first: Tensor  # int32 [P]: first token of every window
+    always_seen: int  # the first so many keys are there in every window
+    blocks: Blocks | None  # for the backward pass
 
 
 def padded_keys(keys: int) -> int:
@@ -69,8 +71,8 @@ def computed_keys(keys: int) -> int:
     return ceil(keys / KEYS_MULTIPLE) * KEYS_MULTIPLE
 
 
-def build_tables(index: AttentionIndex) -> TritonTables:
-    """See `Backend`."""
+def build_tables(index: AttentionIndex, trains: bool) -> TritonTables:
+    """Tables of an index, with those of the backward pass if it `trains`."""
     merged = merge_duplicates(index)
     second = F.pad(merged.second, (len(merged.single), 0), value=-1)
     columns = torch.stack([torch.cat([merged.single, merged.first]), second]).int()
@@ -83,24 +85,20 @@ def build_tables(index: AttentionIndex) -> TritonTables:
     number = torch.arange(len(keys), dtype=torch.int32, device=keys.device)
     across, s = index.width // index.window, index.window
     first = number // across * (s * index.width) + number % across * s
-    return TritonTables(merged, columns, keys, first, always_seen)
+    blocks = build_blocks(index, keys, first, columns.shape[1]) if trains else None
+    return TritonTables(merged, columns, keys, first, always_seen, blocks)
 
 
-@cached_by_tables(CACHED_TABLES)
-def build_blocks(
-    keys: Tensor, first: Tensor, count: int, height: int, width: int, window: int, tokens: int
-) -> Blocks:
+def build_blocks(index: AttentionIndex, keys: Tensor, first: Tensor, count: int) -> Blocks:
     """Blocks of an index.
 
     Args:
+        index: gives the sizes.
         keys, first: as in `TritonTables`.
         count: K'.
-        height, width: of the padded map.
-        window: window side.
-        tokens: S.
     """
-    device = keys.device
-    position, blocks = block_positions(keys[:, :count], height, width, window, tokens)
+    device, tokens = keys.device, index.tokens
+    position, blocks = block_positions(keys[:, :count], index.height, index.width, index.window, tokens)
     # Every key as one number, of its block, place in it and column; absent ones are in one more block, the
     # last.
     bits = count.bit_length()
@@ -155,7 +153,7 @@ def block_positions(keys: Tensor, height: int, width: int, window: int, tokens: 
 
     Args:
         keys: [P, K'], -1 where absent.
-        height, width, window, tokens: as in `build_blocks`.
+        height, width, window, tokens: of `AttentionIndex`.
 
     Returns:
         For each token BLOCK_KEYS * its block + its place there, int64 [S]; the number of blocks.

@@ -135,4 +135,4 @@ def example(case: Case) -> AttentionIndex:
     seen = None if bool(visible.all()) else visible.to(device)
     bias_index = (keys.new_empty(0),) * (3 if case.by_window else 1)  # as Focal-fast and Focal have them
     index = AttentionIndex(side, side, case.window, tokens, keys.to(device), seen, (bias_index,))
-    return replace(index, backend="triton", tables=build_tables(index))
+    return replace(index, backend="triton", tables=build_tables(index, case.request.trains))
