@@ -35,8 +35,8 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, window: int
     """See `Backend`."""
     if device.type != "cuda" and not INTERPRETED:
         return f"needs a CUDA device, got {device}"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return "needs a GPU of compute capability 8.0 or later"
+    if reason := launch.why_not(device):
+        return reason
     if dtype not in DTYPES:
         return f"needs float16, bfloat16 or float32, got {dtype}"
     if head_dim % 8 or not 0 < head_dim <= MAX_HEAD_DIM:
@@ -101,11 +101,9 @@ def attention_backward(
     tables = launch.Tables(keys, first, bias.shape[-1], always_seen, width, window, scale)
     qkv, d_out, padded = qkv.contiguous(), d_out.contiguous(), kernel_bias(bias, scale, qkv.dtype)
     d_qkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
-    d_qkv[:, height * width :, 0].zero_()  # nobody asks with a coarse token
-    arrays = (qkv, padded, out, d_out, lse, delta, d_qkv)
-    d_bias = launch.query_gradient(*arrays, tables, with_bias)
-    launch.key_gradient(*arrays, tables, height)
-    return d_qkv, d_bias[..., : bias.shape[-2], : bias.shape[-1]] if with_bias else d_bias
+    d_bias = launch.query_gradient(qkv, padded, out, d_out, lse, delta, d_qkv, tables, with_bias)
+    launch.key_gradient(qkv, padded.mT.contiguous(), d_out, lse, delta, d_qkv, tables, height)
+    return d_qkv, d_bias.sum(0)[..., : bias.shape[-2], : bias.shape[-1]] if with_bias else d_bias
 
 
 def kernel_bias(bias: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
