@@ -25,7 +25,7 @@ from test_triton import CPU, compiled, interpreted, run_in_interpreter
 from config import load_config
 from models import FocalTransformer, build_model, focal_transformer
 from models.focal_transformer import FocalAttention, Request
-from models.ops.triton import attention, trial
+from models.ops.triton import attention, launch, trial
 from tools.benchmarks.stub_driver import StubDriver
 
 NANO: dict[str, Any] = {
@@ -76,7 +76,7 @@ def test_right_kernels_pass(dtype: torch.dtype, by_query: bool, by_window: bool)
 def test_wrong_kernels_are_found(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the output or in a gradient, by a value or by none."""
     name = "key_gradient" if wrong == "a gradient" else "forward"
-    right = getattr(attention.launch, name)
+    right = getattr(launch, name)
 
     def changed(*args: Any) -> Any:
         found = right(*args)
@@ -86,7 +86,7 @@ def test_wrong_kernels_are_found(wrong: str, monkeypatch: pytest.MonkeyPatch) ->
             found[0][:, 3] = 7 if wrong == "a number" else float("nan")
         return found
 
-    monkeypatch.setattr(attention.launch, name, changed)
+    monkeypatch.setattr(launch, name, changed)
     assert "the kernels are wrong on cpu: off by" in str(trial.attempt(case()))
 
 
@@ -201,11 +201,11 @@ def test_wrong_numbers(hopper: StubDriver) -> None:
 
 def test_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     """By looking at the machine, not at the words of the error."""
-    assert trial.explain(KeyError("x")) == "KeyError: 'x'"
-    assert trial.explain(RuntimeError()) == "RuntimeError"
-    assert "TRITON_CACHE_DIR" in trial.explain(PermissionError(13, "denied", "/root/.triton"))
-    monkeypatch.setattr(trial.sysconfig, "get_path", lambda _: str(tmp_path))
-    assert "install python3-dev" in trial.explain(RuntimeError("exit status 1"))
+    assert launch.explain(KeyError("x")) == "KeyError: 'x'"
+    assert launch.explain(RuntimeError()) == "RuntimeError"
+    assert "TRITON_CACHE_DIR" in launch.explain(PermissionError(13, "denied", "/root/.triton"))
+    monkeypatch.setattr(launch.sysconfig, "get_path", lambda _: str(tmp_path))
+    assert "install python3-dev" in launch.explain(RuntimeError("exit status 1"))
 
 
 def test_a_trial_is_made_once_and_leaves_random_numbers_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -227,9 +227,14 @@ def test_equals_definition(case: str) -> None:
 
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", ["ampere", "hopper"])
 @pytest.mark.parametrize("case", ["shipped window", "border, padding, two pooled levels", "nearest", *LONG])
-def test_as_exact_as_definition(case: str, dtype: torch.dtype) -> None:
-    """Half precision: at most twice the error of the definition in the same precision."""
+def test_as_exact_as_definition(
+    case: str, family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half precision: at most twice the error of the definition in the same precision; also where registers
+    are few, so that the softmax is online and the gradient of queries a sum over launches."""
+    monkeypatch.setattr(launch, "family", lambda device: family)
     problem = Problem(*CASES[case], dtype, heads=1)
     errors, allowed = (
         problem.errors(problem.run(attention.attend)),
@@ -241,8 +246,7 @@ def test_as_exact_as_definition(case: str, dtype: torch.dtype) -> None:
 @triton.jit
 def fused_weight(score, row, scale, dtype: tl.constexpr):
     """`kernels._weight` in half precision, as hardware computes it."""
-    unit = kernels._unit(scale, dtype)
-    exact = score.to(tl.float64) * unit - (row * unit).to(tl.float64)
+    exact = score.to(tl.float64) * scale - row.to(tl.float64)
     return tl.exp2(exact.to(tl.float32))
 
 
@@ -388,7 +392,7 @@ def test_few_launches(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.autograd.grad(out, (qkv, bias), problem.cotangent)
     started = [name for name in launches.names if name.endswith("_kernel")]
     assert started == ["prepare_kernel", "query_gradient_kernel", "key_gradient_kernel", "gradient_kernel"]
-    assert len(launches.names) <= len(started) + 1  # zeros for the queries of coarse tokens
+    assert len(launches.names) <= len(started)
 
 
 @interpreted
@@ -454,12 +458,13 @@ def test_operator_contract() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("case", TINY)
-def test_an_empty_batch(case: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", [*TINY, *LONG])
+def test_an_empty_batch(case: str, dtype: torch.dtype) -> None:
     """No image: an empty output, and a gradient of the bias that is zero."""
-    problem = Problem(*CASES[case], torch.float32, heads=1, batch=0)
+    problem = Problem(*CASES[case], dtype, heads=1, batch=0)
     out, *_, d_bias = problem.run(attention.attend)
-    assert out.shape == (0, problem.tokens, 16)
+    assert out.shape == (0, problem.tokens, CASES[case][1])
     assert not d_bias.any()
 
 
@@ -636,18 +641,17 @@ def test_refuses_what_32_bits_do_not_address() -> None:
 
 
 def test_precision_of_float32_follows_pytorch() -> None:
-    """Three products unless TF32 is allowed, by whichever name of the switch."""
+    """Three products unless TF32 is allowed, by whichever name of the switch; on AMD's GPUs exact ones."""
     matmul = torch.backends.cuda.matmul
-    arrays = (torch.empty(0, 34, 3, 1, 32), torch.empty(1, 1, 64, 64), 7)
     name, allow = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)
     before = getattr(matmul, name)
-    found = [launch.compile_time("forward", *arrays)["PRECISION"]]
+    found = [launch.precision(family, torch.float32) for family in ("hopper", "cdna")]
     setattr(matmul, name, allow)
     try:
-        found.append(launch.compile_time("forward", *arrays)["PRECISION"])
+        found += [launch.precision(family, torch.float32) for family in ("hopper", "cdna")]
     finally:
         setattr(matmul, name, before)
-    assert found == ["tf32x3", "tf32"]
+    assert found == ["tf32x3", "ieee", "tf32", "ieee"]
 
 
 BLOCKS = CASES | {

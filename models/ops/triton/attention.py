@@ -34,8 +34,8 @@ def why_not(request: Request, window: int) -> str | None:
     device, dtype, head_dim = request.device, request.dtype, request.head_dim
     if device.type != "cuda" and not INTERPRETED:
         return f"needs a CUDA device, got {device}"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return "needs a GPU of compute capability 8.0 or later"
+    if reason := launch.why_not(device):
+        return reason
     if dtype not in DTYPES:
         return f"needs float16, bfloat16 or float32, got {dtype}"
     if head_dim % 8 or not 0 < head_dim <= MAX_HEAD_DIM:

@@ -136,7 +136,7 @@ def prepare(
     if with_transposed:
         out.append(bias.new_empty(heads, groups, row, queries_padded, dtype=dtype))
     block = 32
-    with launch._on_device(bias):
+    with launch._on_device(bias.device):
         prepare_kernel[(heads * groups * triton.cdiv(queries_padded, block) * (row // block),)](
             bias, columns, seen, out[0], out[-1] if with_transposed else None,
             *bias.expand(-1, groups, -1, -1).stride(),
@@ -164,7 +164,7 @@ def gradient(d_prepared: Tensor, bias: Tensor, columns: Tensor) -> Tensor:
     groups, queries = bias.shape[1:3]
     windows = all_groups // groups
     summands, d_bias = slices * windows, new_gradient(bias)
-    with launch._on_device(bias):
+    with launch._on_device(bias.device):
         gradient_kernel[(heads * groups * triton.cdiv(queries * row, BLOCK),)](
             d_prepared, bias, columns, d_bias, *bias.stride(),
             heads, groups, queries, queries_padded, columns.shape[1], row, summands, windows,

@@ -7,6 +7,9 @@ What costs time on a GPU is not the products but every instruction spent on a sc
 * The gradient of the bias is summed by them too, as `d_score @ identity` onto what stays in registers.
   (In float32 both are plain sums: there an identity would cost three products, and bits.)
 * Absent keys that all windows lack are masked by the bias; others only in tiles that have some (`PLAIN`).
+* Where registers suffice (`STATIC`), all scores of a row are found before one maximum is taken of them. Its
+  tiles are written out, since Triton has no lists of tensors before release 3.3, and fetched together, so
+  that a program waits for memory once an item.
 * Heads, widths and row lengths are known at compile time, so that addresses are sums with constants.
 
 Offsets within an image are 32-bit numbers, kept apart from 64-bit base pointers: that saves the registers
@@ -79,81 +82,124 @@ def _identity(SIZE: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def _bias_tile(bias, TILE: tl.constexpr, TILES: tl.constexpr, BLOCK_K: tl.constexpr):
-    """One tile of the bias [queries, BLOCK_K], if there is one. Loaded before a loop it stays at hand."""
-    if TILE < TILES:
-        return tl.load(bias + TILE * BLOCK_K + tl.arange(0, BLOCK_K)[None, :])
+def _bias_tile(bias, TILE: tl.constexpr, KEYS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """One tile of a bias of KEYS keys, [queries, BLOCK_K] or what is left for the last one, if there is such
+    a tile. Loaded before a loop it stays at hand."""
+    if TILE * BLOCK_K < KEYS:
+        SIZE: tl.constexpr = BLOCK_K if TILE * BLOCK_K + BLOCK_K <= KEYS else KEYS - TILE * BLOCK_K
+        return tl.load(bias + TILE * BLOCK_K + tl.arange(0, SIZE)[None, :])
     else:
         return 0.0
 
 
 @triton.jit
-def _scores(
-    q, bias, base, key, scale, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+def _fetch(
+    base, key_ptr, bias, TILE: tl.constexpr, KEYS: tl.constexpr, PLAIN: tl.constexpr, BLOCK_K: tl.constexpr,
+    WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """What `_biased_product` makes of a tile, and its keys and values.
+    """Tokens of one tile, if there is such a tile, and its keys and values [keys, BLOCK_D].
 
     Args:
-        q: [queries, BLOCK_D].
-        bias: [queries, keys], as `attention.kernel_bias` prepares it.
         base: this head's queries of the image's first token.
-        key: token of every key; -1, where there is none, in tiles that are MASKED.
-        scale: brings products to base 2.
+        key_ptr: token of every key of the window; -1, where there is none, from tile PLAIN on.
+        bias: the tile of `_bias_tile`.
     """
-    offset = (tl.maximum(key, 0) if MASKED else key) * (3 * WIDTH)
-    k = _load_rows(base + WIDTH, offset, HEAD_DIM, BLOCK_D)
-    v = _load_rows(base + 2 * WIDTH, offset, HEAD_DIM, BLOCK_D)
-    return _biased_product(q, tl.trans(k), bias, scale, PRECISION), k, v
+    if TILE * BLOCK_K < KEYS:
+        key = tl.load(key_ptr + TILE * BLOCK_K + tl.arange(0, bias.shape[1]))
+        offset = (tl.maximum(key, 0) if TILE >= PLAIN else key) * (3 * WIDTH)
+        k = _load_rows(base + WIDTH, offset, HEAD_DIM, BLOCK_D)
+        v = _load_rows(base + 2 * WIDTH, offset, HEAD_DIM, BLOCK_D)
+        return key, k, v
+    else:
+        return 0, 0.0, 0.0
 
 
 @triton.jit
 def _biased_product(a, b, bias, scale, PRECISION: tl.constexpr):
-    """Scores of queries and keys in float32, up to the factor that `_unit` gives."""
+    """Scores in float32; in other types they lack the scale, which `_weight` multiplies by.
+
+    Args:
+        a, b: [rows, BLOCK_D] and [BLOCK_D, columns], queries and keys or the other way around.
+        bias: [rows, columns], as `attention.kernel_bias` prepares it.
+        scale: brings products to base 2.
+    """
     if bias.dtype == tl.float32:
         return tl.dot(a, b, input_precision=PRECISION) * (scale / LOG2E) + bias
     else:
-        return tl.dot(a, b, acc=tl.dot(bias, _identity(bias.shape[1], bias.dtype)))
-
-
-@triton.jit
-def _unit(scale, dtype: tl.constexpr):
-    """What brings the results of `_biased_product` to base 2."""
-    return LOG2E if dtype == tl.float32 else scale
+        biased = tl.dot(bias, _identity(bias.shape[1], bias.dtype), input_precision=PRECISION)
+        return tl.dot(a, b, acc=biased, input_precision=PRECISION)
 
 
 @triton.jit
 def _weight(score, row, scale, dtype: tl.constexpr):
-    """Exponential of scores less one number of their row. One multiplication and addition come before it; in
-    float32 the difference comes first, which loses fewer bits."""
-    unit = _unit(scale, dtype)
+    """Exponential of scores less one number of their row, `_row_unit` times a score. One multiplication and
+    addition come before it; in float32 the difference comes first, which loses fewer bits."""
     if dtype == tl.float32:
-        return tl.exp2((score - row) * unit)
+        return tl.exp2((score - row) * LOG2E)
     else:
-        return tl.exp2(score * unit - row * unit)
+        return tl.exp2(score * scale - row)
 
 
 @triton.jit
-def _forward_tile(
-    top, total, out, q, bias, base, key_ptr, scale, TILE: tl.constexpr, TILES: tl.constexpr,
-    WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+def _row_unit(scale, dtype: tl.constexpr):
+    """What maxima of scores are multiplied by, so that `_weight` can subtract them; they are logarithms to
+    base 2 then, in float32 to base e."""
+    return 1.0 if dtype == tl.float32 else scale
+
+
+@triton.jit
+def _tile_scores(
+    q, k, key, bias, scale, TILE: tl.constexpr, KEYS: tl.constexpr, PLAIN: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax, if there is such a tile: maximum and sum [queries] and output [queries,
-    BLOCK_D] so far."""
-    if TILE < TILES:
-        key = tl.load(key_ptr + TILE * BLOCK_K + tl.arange(0, BLOCK_K))
-        score, _, v = _scores(q, bias, base, key, scale, WIDTH, HEAD_DIM, BLOCK_D, MASKED, PRECISION)
-        if MASKED:
-            score = tl.where((key >= 0)[None, :], score, float("-inf"))
-        new_top = tl.maximum(top, tl.max(score, 1))
-        weight = _weight(score, new_top[:, None], scale, q.dtype)
-        shrink = tl.exp2((top - new_top) * _unit(scale, q.dtype))
-        total = total * shrink + tl.sum(weight, 1)
-        out = tl.dot(weight.to(v.dtype), v, acc=out * shrink[:, None], input_precision=PRECISION)
-        return new_top, total, out
+    """Scores of one tile of keys [queries, keys], -inf for absent ones, if there is such a tile."""
+    if TILE * BLOCK_K < KEYS:
+        score = _biased_product(q, tl.trans(k), bias, scale, PRECISION)
+        return tl.where((key >= 0)[None, :], score, float("-inf")) if TILE >= PLAIN else score
     else:
-        return top, total, out
+        return 0.0
+
+
+@triton.jit
+def _largest(top, score, TILE: tl.constexpr, KEYS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Maximum of every row so far and of one more tile, if there is such a tile."""
+    if TILE * BLOCK_K < KEYS:
+        return tl.maximum(top, tl.max(score, 1))
+    else:
+        return top
+
+
+@triton.jit
+def _add_tile(
+    total, out, score, v, row, scale, TILE: tl.constexpr, KEYS: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Sum of weights [queries] and output [queries, BLOCK_D] with one more tile, if there is such a tile."""
+    if TILE * BLOCK_K < KEYS:
+        weight = _weight(score, row[:, None], scale, v.dtype)
+        return total + tl.sum(weight, 1), tl.dot(weight.to(v.dtype), v, acc=out, input_precision=PRECISION)
+    else:
+        return total, out
+
+
+@triton.jit
+def _online_tile(
+    row, total, out, q, bias, base, key_ptr, scale, KEYS: tl.constexpr, WIDTH: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax: maximum, sum of weights and output of every row so far, with KEYS more
+    keys, if there are any."""
+    if KEYS > 0:
+        tile = _bias_tile(bias, 0, KEYS, KEYS)
+        key, k, v = _fetch(base, key_ptr, tile, 0, KEYS, 0, KEYS, WIDTH, HEAD_DIM, BLOCK_D)
+        score = _tile_scores(q, k, key, tile, scale, 0, KEYS, 0, KEYS, PRECISION)
+        larger = tl.maximum(row, tl.max(score, 1) * _row_unit(scale, q.dtype))
+        shrink = tl.exp2((row - larger) * (LOG2E if q.dtype == tl.float32 else 1.0))
+        out *= shrink[:, None]
+        total, out = _add_tile(total * shrink, out, score, v, larger, scale, 0, KEYS, KEYS, PRECISION)
+        return larger, total, out
+    else:
+        return row, total, out
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -162,19 +208,18 @@ def forward_kernel(
     tokens, slices, slice_items, items, windows, map_width, scale,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SIDE: tl.constexpr, SHARED: tl.constexpr,
     ROW: tl.constexpr, BLOCK_Q: tl.constexpr, Q_BLOCKS: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr, TILES: tl.constexpr, TAIL: tl.constexpr, PLAIN: tl.constexpr,
+    BLOCK_D: tl.constexpr, KEYS: tl.constexpr, PLAIN: tl.constexpr, STATIC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of a slice of the items of one group, head and block of queries.
 
-    Keys are TILES whole tiles and a TAIL; where they are at most four, the bias stays at hand. The first
-    PLAIN tiles have no absent key. Grid, as `_place` takes it apart: groups * slices * Q_BLOCKS * HEADS.
+    Keys are tiles of BLOCK_K, and a smaller one for the rest. STATIC: they are at most four, and the bias
+    stays at hand; else the softmax is online. The first PLAIN tiles have no absent key. Grid, as `_place`
+    takes it apart: groups * slices * Q_BLOCKS * HEADS.
     """
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
     QUERIES_PADDED: tl.constexpr = Q_BLOCKS * BLOCK_Q
-    RESIDENT: tl.constexpr = TILES if TILES <= 4 else 0
-    TAILS: tl.constexpr = 1 if TAIL > 0 else 0
-    TAIL_BLOCK: tl.constexpr = TAIL if TAIL > 0 else 16
+    KEPT: tl.constexpr = KEYS if STATIC else 0
     head, query_block, place = _place(HEADS, Q_BLOCKS)
     group = place // slices
     first = place % slices * slice_items
@@ -183,11 +228,10 @@ def forward_kernel(
     query_token = _query_tokens(query, map_width, SIDE)
     bias = bias_ptr + (head if SHARED else head * windows + group).to(tl.int64) * (QUERIES_PADDED * ROW)
     bias += query[:, None] * ROW
-    bias_0 = _bias_tile(bias, 0, RESIDENT, BLOCK_K)
-    bias_1 = _bias_tile(bias, 1, RESIDENT, BLOCK_K)
-    bias_2 = _bias_tile(bias, 2, RESIDENT, BLOCK_K)
-    bias_3 = _bias_tile(bias, 3, RESIDENT, BLOCK_K)
-    bias_tail = _bias_tile(bias + TILES * BLOCK_K, 0, TAILS, TAIL_BLOCK)
+    bias_0 = _bias_tile(bias, 0, KEPT, BLOCK_K)
+    bias_1 = _bias_tile(bias, 1, KEPT, BLOCK_K)
+    bias_2 = _bias_tile(bias, 2, KEPT, BLOCK_K)
+    bias_3 = _bias_tile(bias, 3, KEPT, BLOCK_K)
     image = first // windows if SHARED else first
     window = first % windows if SHARED else group
     for _item in range(first, tl.minimum(first + slice_items, items)):
@@ -195,42 +239,41 @@ def forward_kernel(
         token = tl.load(first_ptr + window) + query_token
         q = _load_rows(base, token * (3 * WIDTH), HEAD_DIM, BLOCK_D)
         key = index_ptr + window * ROW
-        top = tl.full([BLOCK_Q], LOWEST, tl.float32)
         total = tl.zeros([BLOCK_Q], tl.float32)
         out = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-        top, total, out = _forward_tile(
-            top, total, out, q, bias_0, base, key, scale, 0, RESIDENT,
-            WIDTH, HEAD_DIM, BLOCK_D, BLOCK_K, PLAIN < 1, PRECISION,
-        )  # fmt: skip
-        top, total, out = _forward_tile(
-            top, total, out, q, bias_1, base, key, scale, 1, RESIDENT,
-            WIDTH, HEAD_DIM, BLOCK_D, BLOCK_K, PLAIN < 2, PRECISION,
-        )  # fmt: skip
-        top, total, out = _forward_tile(
-            top, total, out, q, bias_2, base, key, scale, 2, RESIDENT,
-            WIDTH, HEAD_DIM, BLOCK_D, BLOCK_K, PLAIN < 3, PRECISION,
-        )  # fmt: skip
-        top, total, out = _forward_tile(
-            top, total, out, q, bias_3, base, key, scale, 3, RESIDENT,
-            WIDTH, HEAD_DIM, BLOCK_D, BLOCK_K, PLAIN < 4, PRECISION,
-        )  # fmt: skip
-        if RESIDENT == 0:
-            for tile in range(TILES):
-                start = tile * BLOCK_K
-                top, total, out = _forward_tile(
-                    top, total, out, q, _bias_tile(bias + start, 0, 1, BLOCK_K), base, key + start, scale,
-                    0, 1, WIDTH, HEAD_DIM, BLOCK_D, BLOCK_K, True, PRECISION,
+        if STATIC:
+            key_0, k_0, v_0 = _fetch(base, key, bias_0, 0, KEYS, PLAIN, BLOCK_K, WIDTH, HEAD_DIM, BLOCK_D)
+            key_1, k_1, v_1 = _fetch(base, key, bias_1, 1, KEYS, PLAIN, BLOCK_K, WIDTH, HEAD_DIM, BLOCK_D)
+            key_2, k_2, v_2 = _fetch(base, key, bias_2, 2, KEYS, PLAIN, BLOCK_K, WIDTH, HEAD_DIM, BLOCK_D)
+            key_3, k_3, v_3 = _fetch(base, key, bias_3, 3, KEYS, PLAIN, BLOCK_K, WIDTH, HEAD_DIM, BLOCK_D)
+            score_0 = _tile_scores(q, k_0, key_0, bias_0, scale, 0, KEYS, PLAIN, BLOCK_K, PRECISION)
+            score_1 = _tile_scores(q, k_1, key_1, bias_1, scale, 1, KEYS, PLAIN, BLOCK_K, PRECISION)
+            score_2 = _tile_scores(q, k_2, key_2, bias_2, scale, 2, KEYS, PLAIN, BLOCK_K, PRECISION)
+            score_3 = _tile_scores(q, k_3, key_3, bias_3, scale, 3, KEYS, PLAIN, BLOCK_K, PRECISION)
+            row = _largest(tl.max(score_0, 1), score_1, 1, KEYS, BLOCK_K)
+            row = _largest(row, score_2, 2, KEYS, BLOCK_K)
+            row = _largest(row, score_3, 3, KEYS, BLOCK_K) * _row_unit(scale, q.dtype)
+            total, out = _add_tile(total, out, score_0, v_0, row, scale, 0, KEYS, BLOCK_K, PRECISION)
+            total, out = _add_tile(total, out, score_1, v_1, row, scale, 1, KEYS, BLOCK_K, PRECISION)
+            total, out = _add_tile(total, out, score_2, v_2, row, scale, 2, KEYS, BLOCK_K, PRECISION)
+            total, out = _add_tile(total, out, score_3, v_3, row, scale, 3, KEYS, BLOCK_K, PRECISION)
+        else:
+            row = tl.full([BLOCK_Q], LOWEST, tl.float32)
+            for start in range(0, KEYS // BLOCK_K * BLOCK_K, BLOCK_K):
+                row, total, out = _online_tile(
+                    row, total, out, q, bias + start, base, key + start, scale,
+                    BLOCK_K, WIDTH, HEAD_DIM, BLOCK_D, PRECISION,
                 )  # fmt: skip
-        top, total, out = _forward_tile(
-            top, total, out, q, bias_tail, base, key + TILES * BLOCK_K, scale, 0, TAILS,
-            WIDTH, HEAD_DIM, BLOCK_D, TAIL_BLOCK, PLAIN < TILES + 1, PRECISION,
-        )  # fmt: skip
-        total = tl.where(total > 0.0, total, 1.0)
+            start = KEYS // BLOCK_K * BLOCK_K
+            row, total, out = _online_tile(
+                row, total, out, q, bias + start, base, key + start, scale,
+                KEYS % BLOCK_K, WIDTH, HEAD_DIM, BLOCK_D, PRECISION,
+            )  # fmt: skip
         out_base = out_ptr + (image.to(tl.int64) * windows * (SIDE * SIDE * WIDTH) + head * HEAD_DIM)
-        _store_rows(out_base, out / total[:, None], token * WIDTH, real, HEAD_DIM, BLOCK_D)
-        row = ((image * HEADS + head).to(tl.int64) * windows + window) * QUERIES_PADDED
-        lse = top + tl.log2(total) / _unit(scale, q.dtype)
-        tl.store(lse_ptr + row + query, tl.where(real, lse, float("inf")))
+        _store_rows(out_base, out * (1.0 / total)[:, None], token * WIDTH, real, HEAD_DIM, BLOCK_D)
+        lse = row + tl.log2(total) * (1.0 / LOG2E if q.dtype == tl.float32 else 1.0)
+        number = ((image * HEADS + head).to(tl.int64) * windows + window) * QUERIES_PADDED + query
+        tl.store(lse_ptr + number, tl.where(real, lse, float("inf")))
         image, window = _next_item(image, window, windows, SHARED)
 
 
@@ -247,43 +290,42 @@ def _next_item(image, window, windows, SHARED: tl.constexpr):
 
 @triton.jit
 def _gradient_tile(
-    dq, d_bias, q, d_out, lse, delta, bias, base, key_ptr, scale, TILE: tl.constexpr, TILES: tl.constexpr,
-    WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-    MASKED: tl.constexpr, WITH_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    dq, d_bias, q, d_out, lse, delta, bias, base, key_ptr, scale, TILE: tl.constexpr, KEYS: tl.constexpr,
+    PLAIN: tl.constexpr, BLOCK_K: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, WITH_BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of queries and of the bias with one more tile of keys, if there is such a tile."""
-    if TILE < TILES:
-        key = tl.load(key_ptr + TILE * BLOCK_K + tl.arange(0, BLOCK_K))
-        score, k, v = _scores(q, bias, base, key, scale, WIDTH, HEAD_DIM, BLOCK_D, MASKED, PRECISION)
+    if TILE * BLOCK_K < KEYS:
+        key, k, v = _fetch(base, key_ptr, bias, TILE, KEYS, PLAIN, BLOCK_K, WIDTH, HEAD_DIM, BLOCK_D)
+        score = _tile_scores(q, k, key, bias, scale, TILE, KEYS, PLAIN, BLOCK_K, PRECISION)
         weight = _weight(score, lse[:, None], scale, q.dtype)
-        if MASKED:
-            weight = tl.where((key >= 0)[None, :], weight, 0.0)
         d_weight = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
         d_score = (weight * (d_weight - delta[:, None])).to(k.dtype)
         if WITH_BIAS:
             if k.dtype == tl.float32:
                 d_bias += d_score
             else:
-                d_bias = tl.dot(d_score, _identity(BLOCK_K, k.dtype), acc=d_bias)
+                identity = _identity(bias.shape[1], k.dtype)
+                d_bias = tl.dot(d_score, identity, acc=d_bias, input_precision=PRECISION)
         return tl.dot(d_score, k, acc=dq, input_precision=PRECISION), d_bias
     else:
         return dq, d_bias
 
 
 @triton.jit
-def _no_gradient(TILE: tl.constexpr, TILES: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+def _no_gradient(bias, TILE: tl.constexpr, KEYS: tl.constexpr, BLOCK_K: tl.constexpr):
     """Where the gradient of one tile of the bias is summed, if there is such a tile."""
-    if TILE < TILES:
-        return tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
+    if TILE * BLOCK_K < KEYS:
+        return tl.zeros([bias.shape[0], bias.shape[1]], tl.float32)
     else:
         return 0.0
 
 
 @triton.jit
-def _store_tile(pointer, value, TILE: tl.constexpr, TILES: tl.constexpr, BLOCK_K: tl.constexpr):
+def _store_tile(pointer, value, TILE: tl.constexpr, KEYS: tl.constexpr, BLOCK_K: tl.constexpr):
     """Write one tile of the gradient of the bias, if there is such a tile."""
-    if TILE < TILES:
-        tl.store(pointer + TILE * BLOCK_K + tl.arange(0, BLOCK_K)[None, :], value)
+    if TILE * BLOCK_K < KEYS:
+        tl.store(pointer + TILE * BLOCK_K + tl.arange(0, value.shape[1])[None, :], value)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -292,45 +334,45 @@ def query_gradient_kernel(
     tokens, slices, slice_items, items, first_tile, windows, map_width, scale,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SIDE: tl.constexpr, SHARED: tl.constexpr,
     ROW: tl.constexpr, BLOCK_Q: tl.constexpr, Q_BLOCKS: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr, TILES: tl.constexpr, PLAIN: tl.constexpr, WITH_BIAS: tl.constexpr,
-    WITH_QUERY: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, KEYS: tl.constexpr, PLAIN: tl.constexpr, WITH_BIAS: tl.constexpr,
+    IS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of queries and bias over a slice of the items of one group, head and block of queries.
 
     d_bias is [slices, N, groups, queries, keys], padded. WITH_BIAS: at most seven tiles of keys from
-    `first_tile` on, whose bias and bias gradient stay at hand. Where there are more keys, a launch with
-    WITH_BIAS alone finds the gradient of the bias, part by part, and one without it that of the queries.
-    WITH_QUERY also writes `delta`, the sum over channels of output times its gradient.
+    `first_tile` on, whose bias and bias gradient stay at hand; where there are more keys, further launches
+    add to the gradient of the queries. IS_FIRST: this one starts it, and writes `delta`, the sum over
+    channels of output times its gradient.
 
     Grid, as `_place` takes it apart: groups * slices * Q_BLOCKS * HEADS.
     """
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
     QUERIES_PADDED: tl.constexpr = Q_BLOCKS * BLOCK_Q
-    STATIC: tl.constexpr = TILES if WITH_BIAS else 0
+    KEPT: tl.constexpr = KEYS if WITH_BIAS else 0
     head, query_block, place = _place(HEADS, Q_BLOCKS)
     group = place // slices
     part = place % slices
     first = part * slice_items
-    first_column = first_tile * BLOCK_K
+    first_key = first_tile * BLOCK_K
     query = query_block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     real = query < SIDE * SIDE
     query_token = _query_tokens(query, map_width, SIDE)
     bias_offset = (head if SHARED else head * windows + group).to(tl.int64) * (QUERIES_PADDED * ROW)
-    bias = bias_ptr + bias_offset + (query[:, None] * ROW + first_column)
-    bias_0 = _bias_tile(bias, 0, STATIC, BLOCK_K)
-    bias_1 = _bias_tile(bias, 1, STATIC, BLOCK_K)
-    bias_2 = _bias_tile(bias, 2, STATIC, BLOCK_K)
-    bias_3 = _bias_tile(bias, 3, STATIC, BLOCK_K)
-    bias_4 = _bias_tile(bias, 4, STATIC, BLOCK_K)
-    bias_5 = _bias_tile(bias, 5, STATIC, BLOCK_K)
-    bias_6 = _bias_tile(bias, 6, STATIC, BLOCK_K)
-    sum_0 = _no_gradient(0, STATIC, BLOCK_Q, BLOCK_K)
-    sum_1 = _no_gradient(1, STATIC, BLOCK_Q, BLOCK_K)
-    sum_2 = _no_gradient(2, STATIC, BLOCK_Q, BLOCK_K)
-    sum_3 = _no_gradient(3, STATIC, BLOCK_Q, BLOCK_K)
-    sum_4 = _no_gradient(4, STATIC, BLOCK_Q, BLOCK_K)
-    sum_5 = _no_gradient(5, STATIC, BLOCK_Q, BLOCK_K)
-    sum_6 = _no_gradient(6, STATIC, BLOCK_Q, BLOCK_K)
+    bias = bias_ptr + bias_offset + (query[:, None] * ROW + first_key)
+    bias_0 = _bias_tile(bias, 0, KEPT, BLOCK_K)
+    bias_1 = _bias_tile(bias, 1, KEPT, BLOCK_K)
+    bias_2 = _bias_tile(bias, 2, KEPT, BLOCK_K)
+    bias_3 = _bias_tile(bias, 3, KEPT, BLOCK_K)
+    bias_4 = _bias_tile(bias, 4, KEPT, BLOCK_K)
+    bias_5 = _bias_tile(bias, 5, KEPT, BLOCK_K)
+    bias_6 = _bias_tile(bias, 6, KEPT, BLOCK_K)
+    sum_0 = _no_gradient(bias_0, 0, KEPT, BLOCK_K)
+    sum_1 = _no_gradient(bias_1, 1, KEPT, BLOCK_K)
+    sum_2 = _no_gradient(bias_2, 2, KEPT, BLOCK_K)
+    sum_3 = _no_gradient(bias_3, 3, KEPT, BLOCK_K)
+    sum_4 = _no_gradient(bias_4, 4, KEPT, BLOCK_K)
+    sum_5 = _no_gradient(bias_5, 5, KEPT, BLOCK_K)
+    sum_6 = _no_gradient(bias_6, 6, KEPT, BLOCK_K)
     image = first // windows if SHARED else first
     window = first % windows if SHARED else group
     for _item in range(first, tl.minimum(first + slice_items, items)):
@@ -340,66 +382,67 @@ def query_gradient_kernel(
         token = tl.load(first_ptr + window) + query_token
         q = _load_rows(base, token * (3 * WIDTH), HEAD_DIM, BLOCK_D)
         d_out = _load_rows(d_out_ptr + out_offset, token * WIDTH, HEAD_DIM, BLOCK_D)
-        row = ((image * HEADS + head).to(tl.int64) * windows + window) * QUERIES_PADDED
-        lse = tl.load(lse_ptr + row + query)
-        if WITH_QUERY:
+        number = ((image * HEADS + head).to(tl.int64) * windows + window) * QUERIES_PADDED + query
+        lse = tl.load(lse_ptr + number)
+        if IS_FIRST:
             out = _load_rows(out_ptr + out_offset, token * WIDTH, HEAD_DIM, BLOCK_D)
             delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
         else:
-            delta = tl.load(delta_ptr + row + query)
-        key = index_ptr + (window * ROW + first_column)
+            delta = tl.load(delta_ptr + number)
+        key = index_ptr + (window * ROW + first_key)
         dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
         dq, sum_0 = _gradient_tile(
-            dq, sum_0, q, d_out, lse, delta, bias_0, base, key, scale, 0, STATIC,
-            WIDTH, HEAD_DIM, BLOCK_D, BLOCK_K, PLAIN < 1, WITH_BIAS, PRECISION,
+            dq, sum_0, q, d_out, lse, delta, bias_0, base, key, scale, 0, KEPT, PLAIN, BLOCK_K,
+            WIDTH, HEAD_DIM, BLOCK_D, True, PRECISION,
         )  # fmt: skip
         dq, sum_1 = _gradient_tile(
-            dq, sum_1, q, d_out, lse, delta, bias_1, base, key, scale, 1, STATIC,
-            WIDTH, HEAD_DIM, BLOCK_D, BLOCK_K, PLAIN < 2, WITH_BIAS, PRECISION,
+            dq, sum_1, q, d_out, lse, delta, bias_1, base, key, scale, 1, KEPT, PLAIN, BLOCK_K,
+            WIDTH, HEAD_DIM, BLOCK_D, True, PRECISION,
         )  # fmt: skip
         dq, sum_2 = _gradient_tile(
-            dq, sum_2, q, d_out, lse, delta, bias_2, base, key, scale, 2, STATIC,
-            WIDTH, HEAD_DIM, BLOCK_D, BLOCK_K, PLAIN < 3, WITH_BIAS, PRECISION,
+            dq, sum_2, q, d_out, lse, delta, bias_2, base, key, scale, 2, KEPT, PLAIN, BLOCK_K,
+            WIDTH, HEAD_DIM, BLOCK_D, True, PRECISION,
         )  # fmt: skip
         dq, sum_3 = _gradient_tile(
-            dq, sum_3, q, d_out, lse, delta, bias_3, base, key, scale, 3, STATIC,
-            WIDTH, HEAD_DIM, BLOCK_D, BLOCK_K, PLAIN < 4, WITH_BIAS, PRECISION,
+            dq, sum_3, q, d_out, lse, delta, bias_3, base, key, scale, 3, KEPT, PLAIN, BLOCK_K,
+            WIDTH, HEAD_DIM, BLOCK_D, True, PRECISION,
         )  # fmt: skip
         dq, sum_4 = _gradient_tile(
-            dq, sum_4, q, d_out, lse, delta, bias_4, base, key, scale, 4, STATIC,
-            WIDTH, HEAD_DIM, BLOCK_D, BLOCK_K, PLAIN < 5, WITH_BIAS, PRECISION,
+            dq, sum_4, q, d_out, lse, delta, bias_4, base, key, scale, 4, KEPT, PLAIN, BLOCK_K,
+            WIDTH, HEAD_DIM, BLOCK_D, True, PRECISION,
         )  # fmt: skip
         dq, sum_5 = _gradient_tile(
-            dq, sum_5, q, d_out, lse, delta, bias_5, base, key, scale, 5, STATIC,
-            WIDTH, HEAD_DIM, BLOCK_D, BLOCK_K, PLAIN < 6, WITH_BIAS, PRECISION,
+            dq, sum_5, q, d_out, lse, delta, bias_5, base, key, scale, 5, KEPT, PLAIN, BLOCK_K,
+            WIDTH, HEAD_DIM, BLOCK_D, True, PRECISION,
         )  # fmt: skip
         dq, sum_6 = _gradient_tile(
-            dq, sum_6, q, d_out, lse, delta, bias_6, base, key, scale, 6, STATIC,
-            WIDTH, HEAD_DIM, BLOCK_D, BLOCK_K, PLAIN < 7, WITH_BIAS, PRECISION,
+            dq, sum_6, q, d_out, lse, delta, bias_6, base, key, scale, 6, KEPT, PLAIN, BLOCK_K,
+            WIDTH, HEAD_DIM, BLOCK_D, True, PRECISION,
         )  # fmt: skip
-        if STATIC == 0:
-            for tile in range(TILES):
-                start = tile * BLOCK_K
+        if not WITH_BIAS:
+            for start in range(0, KEYS, BLOCK_K):
+                tile = _bias_tile(bias + start, 0, BLOCK_K, BLOCK_K)
                 dq, _ = _gradient_tile(
-                    dq, 0.0, q, d_out, lse, delta, _bias_tile(bias + start, 0, 1, BLOCK_K), base,
-                    key + start, scale, 0, 1, WIDTH, HEAD_DIM, BLOCK_D, BLOCK_K, True, False, PRECISION,
+                    dq, 0.0, q, d_out, lse, delta, tile, base, key + start, scale, 0, BLOCK_K, 0, BLOCK_K,
+                    WIDTH, HEAD_DIM, BLOCK_D, False, PRECISION,
                 )  # fmt: skip
-        if WITH_QUERY:
-            dq_base = d_qkv_ptr + image_offset
-            _store_rows(dq_base, dq * (scale / LOG2E), token * (3 * WIDTH), real, HEAD_DIM, BLOCK_D)
-            tl.store(delta_ptr + row + query, delta)
+        dq *= scale / LOG2E
+        dq_base = d_qkv_ptr + image_offset
+        if IS_FIRST:
+            tl.store(delta_ptr + number, delta)
+        else:
+            dq += _load_rows(dq_base, token * (3 * WIDTH), HEAD_DIM, BLOCK_D).to(tl.float32)
+        _store_rows(dq_base, dq, token * (3 * WIDTH), real, HEAD_DIM, BLOCK_D)
         image, window = _next_item(image, window, windows, SHARED)
-    d_bias = d_bias_ptr + part.to(tl.int64) * (
-        (HEADS if SHARED else HEADS * windows) * (QUERIES_PADDED * ROW)
-    )
-    d_bias += bias_offset + (query[:, None] * ROW + first_column)
-    _store_tile(d_bias, sum_0, 0, STATIC, BLOCK_K)
-    _store_tile(d_bias, sum_1, 1, STATIC, BLOCK_K)
-    _store_tile(d_bias, sum_2, 2, STATIC, BLOCK_K)
-    _store_tile(d_bias, sum_3, 3, STATIC, BLOCK_K)
-    _store_tile(d_bias, sum_4, 4, STATIC, BLOCK_K)
-    _store_tile(d_bias, sum_5, 5, STATIC, BLOCK_K)
-    _store_tile(d_bias, sum_6, 6, STATIC, BLOCK_K)
+    d_bias = d_bias_ptr + part.to(tl.int64) * (HEADS if SHARED else HEADS * windows) * (QUERIES_PADDED * ROW)
+    d_bias += bias_offset + (query[:, None] * ROW + first_key)
+    _store_tile(d_bias, sum_0, 0, KEPT, BLOCK_K)
+    _store_tile(d_bias, sum_1, 1, KEPT, BLOCK_K)
+    _store_tile(d_bias, sum_2, 2, KEPT, BLOCK_K)
+    _store_tile(d_bias, sum_3, 3, KEPT, BLOCK_K)
+    _store_tile(d_bias, sum_4, 4, KEPT, BLOCK_K)
+    _store_tile(d_bias, sum_5, 5, KEPT, BLOCK_K)
+    _store_tile(d_bias, sum_6, 6, KEPT, BLOCK_K)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -411,7 +454,8 @@ def key_gradient_kernel(
     ROW: tl.constexpr, BLOCK_Q: tl.constexpr, Q_BLOCKS: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the keys and values of one block of tokens, image and head.
+    """Gradients of the keys and values of one block of tokens, image and head, and of the queries of coarse
+    tokens, which are zero.
 
     bias is [N, groups, keys, queries], padded: the keys of a block are whole rows of it, and tokens that a
     window does not see have a row that no weight survives. Grid: blocks * images * HEADS; the heavy blocks of
@@ -420,7 +464,6 @@ def key_gradient_kernel(
     """
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
     QUERIES_PADDED: tl.constexpr = Q_BLOCKS * BLOCK_Q
-    TOGETHER: tl.constexpr = 2 if Q_BLOCKS % 2 == 0 and BLOCK_Q == 32 else 1  # blocks of queries in a step
     head, _, place = _place(HEADS, 1)
     late = place - heavy * images
     light = tl.maximum(blocks - heavy, 1)
@@ -438,31 +481,28 @@ def key_gradient_kernel(
     v = _load_rows(base + 2 * WIDTH, offset, HEAD_DIM, BLOCK_D)
     dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    start = tl.load(entry_start_ptr + block) * (Q_BLOCKS // TOGETHER)
-    stop = tl.load(entry_start_ptr + block + 1) * (Q_BLOCKS // TOGETHER)
+    start = tl.load(entry_start_ptr + block) * Q_BLOCKS
+    stop = tl.load(entry_start_ptr + block + 1) * Q_BLOCKS
     for step in range(start, stop):
-        entry = step // (Q_BLOCKS // TOGETHER)
-        first_query = step % (Q_BLOCKS // TOGETHER) * (TOGETHER * BLOCK_Q)
+        entry = step // Q_BLOCKS
+        query = step % Q_BLOCKS * BLOCK_Q + tl.arange(0, BLOCK_Q)
         window = tl.load(entry_window_ptr + entry)
-        first = tl.load(entry_first_ptr + entry)
-        bias_row = bias_base if SHARED else bias_base + window.to(tl.int64) * (QUERIES_PADDED * ROW)
+        query_token = tl.load(entry_first_ptr + entry) + _query_tokens(query, map_width, SIDE)
         column = tl.load(entry_column_ptr + entry * BLOCK_K + slot)
-        row = row_base + window * QUERIES_PADDED
-        for part in tl.static_range(TOGETHER):
-            query = first_query + part * BLOCK_Q + tl.arange(0, BLOCK_Q)
-            query_token = first + _query_tokens(query, map_width, SIDE)
-            q = _load_rows(base, query_token * (3 * WIDTH), HEAD_DIM, BLOCK_D)
-            d_out = _load_rows(d_out_base, query_token * WIDTH, HEAD_DIM, BLOCK_D)
-            lse = tl.load(lse_ptr + row + query)
-            delta = tl.load(delta_ptr + row + query)
-            bias = tl.load(bias_row + (column[:, None] * QUERIES_PADDED + query[None, :]))
-            score = _biased_product(k, tl.trans(q), bias, scale, PRECISION)
-            weight = _weight(score, lse[None, :], scale, k.dtype)
-            dv = tl.dot(weight.to(d_out.dtype), d_out, acc=dv, input_precision=PRECISION)
-            d_weight = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
-            d_score = weight * (d_weight - delta[None, :])
-            dk = tl.dot(d_score.to(q.dtype), q, acc=dk, input_precision=PRECISION)
-    d_base = d_qkv_ptr + image_offset
+        q = _load_rows(base, query_token * (3 * WIDTH), HEAD_DIM, BLOCK_D)
+        d_out = _load_rows(d_out_base, query_token * WIDTH, HEAD_DIM, BLOCK_D)
+        lse = tl.load(lse_ptr + row_base + window * QUERIES_PADDED + query)
+        delta = tl.load(delta_ptr + row_base + window * QUERIES_PADDED + query)
+        bias_row = bias_base if SHARED else bias_base + window.to(tl.int64) * (QUERIES_PADDED * ROW)
+        bias = tl.load(bias_row + (column[:, None] * QUERIES_PADDED + query[None, :]))
+        score = _biased_product(k, tl.trans(q), bias, scale, PRECISION)
+        weight = _weight(score, lse[None, :], scale, k.dtype)
+        dv = tl.dot(weight.to(d_out.dtype), d_out, acc=dv, input_precision=PRECISION)
+        d_weight = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
+        d_score = weight * (d_weight - delta[None, :])
+        dk = tl.dot(d_score.to(q.dtype), q, acc=dk, input_precision=PRECISION)
+    d_base, coarse = d_qkv_ptr + image_offset, token >= windows * (SIDE * SIDE)
+    _store_rows(d_base, tl.zeros_like(dk), offset, coarse, HEAD_DIM, BLOCK_D)
     _store_rows(d_base + WIDTH, dk * (scale / LOG2E), offset, token >= 0, HEAD_DIM, BLOCK_D)
     _store_rows(d_base + 2 * WIDTH, dv, offset, token >= 0, HEAD_DIM, BLOCK_D)
 

@@ -12,16 +12,21 @@ of one image.
 
 from __future__ import annotations
 
+import os
+import shutil
+import sysconfig
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, e, log2
+from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
-from .kernels import forward_kernel, key_gradient_kernel, query_gradient_kernel
+from .kernels import INTERPRETED, forward_kernel, key_gradient_kernel, query_gradient_kernel
 from .tables import BLOCK_KEYS, MOST_NUMBERS, Blocks, computed_keys
 
 LOG2E = log2(e)
@@ -30,37 +35,99 @@ TARGET_PROGRAMS = {"forward": 1056, "query_gradient": 528}
 """Programs to divide a pass into, where it has as many items: eight for each of the 132 SMs of a Hopper, and
 four where each leaves a gradient of the whole bias behind, to be read again and summed."""
 
-PIPELINE_BYTES = 220 * 1024
-"""Shared memory of a block from which the next item is fetched while one is computed: what Hopper has."""
-
 
 @dataclass(frozen=True)
 class Config:
     """How a kernel is compiled."""
 
     num_warps: int
-    num_stages: int  # 1 on GPUs with less shared memory than PIPELINE_BYTES
+    num_stages: int  # from 2 on, loops copy to shared memory asynchronously
     block_queries: int  # most queries of a tile
     block_keys: int  # most keys of a tile
-    static_tiles: int = 0  # of query_gradient: tiles of keys whose bias gradient fits into registers
+    static_tiles: int = 0  # most tiles of keys that are kept in registers; at most four
 
 
-CONFIGS: dict[tuple[str, int, int], Config] = {
-    ("forward", 32, 2): Config(4, 2, 64, 64),
-    ("forward", 64, 2): Config(4, 2, 64, 64),
+AMPERE: dict[tuple[str, int, int], Config] = {
+    ("forward", 32, 2): Config(4, 2, 64, 32, 2),
+    ("forward", 64, 2): Config(4, 2, 64, 32, 2),
     ("forward", 32, 4): Config(4, 1, 64, 32),
-    ("forward", 64, 4): Config(4, 1, 64, 32),
-    ("query_gradient", 32, 2): Config(4, 2, 64, 32, 7),
-    ("query_gradient", 64, 2): Config(4, 2, 64, 32, 4),
+    ("forward", 64, 4): Config(4, 1, 32, 32),
+    ("query_gradient", 32, 2): Config(4, 3, 64, 32, 2),
+    ("query_gradient", 64, 2): Config(4, 2, 32, 32, 3),
     ("query_gradient", 32, 4): Config(4, 1, 16, 32, 1),
     ("query_gradient", 64, 4): Config(8, 1, 16, 32, 1),
-    ("key_gradient", 32, 2): Config(4, 1, 32, BLOCK_KEYS),
-    ("key_gradient", 64, 2): Config(4, 1, 32, BLOCK_KEYS),
-    ("key_gradient", 32, 4): Config(4, 1, 32, BLOCK_KEYS),
+    ("key_gradient", 32, 2): Config(4, 2, 64, BLOCK_KEYS),
+    ("key_gradient", 64, 2): Config(4, 2, 32, BLOCK_KEYS),
+    ("key_gradient", 32, 4): Config(4, 1, 16, BLOCK_KEYS),
     ("key_gradient", 64, 4): Config(8, 1, 16, BLOCK_KEYS),
 }
-"""By pass, head width up to which it serves, and bytes of a number. Chosen so that nothing spills on Hopper
-with Triton 3.6, 3.8 and 3.9 (tests/test_triton_hopper.py compiles them); not yet timed."""
+HOPPER = AMPERE | {
+    ("forward", 32, 2): Config(4, 1, 64, 64, 4),
+    ("forward", 64, 2): Config(4, 1, 64, 64, 4),
+    ("query_gradient", 32, 2): Config(4, 2, 64, 32, 7),
+    ("query_gradient", 64, 2): Config(4, 2, 64, 32, 4),
+    ("key_gradient", 32, 2): Config(4, 2, 64, BLOCK_KEYS),
+    ("key_gradient", 64, 2): Config(4, 2, 64, BLOCK_KEYS),
+}
+BLACKWELL = HOPPER | {
+    ("query_gradient", 32, 2): Config(4, 1, 64, 64, 4),
+    ("query_gradient", 64, 2): Config(4, 1, 64, 64, 4),
+    ("key_gradient", 32, 2): Config(4, 1, 64, BLOCK_KEYS),
+    ("key_gradient", 64, 2): Config(4, 1, 64, BLOCK_KEYS),
+}
+CDNA = BLACKWELL | {("query_gradient", 64, 2): Config(4, 1, 64, 32, 4)}
+RDNA = AMPERE | {
+    ("forward", 32, 2): Config(4, 1, 64, 32, 2),
+    ("forward", 64, 2): Config(8, 1, 64, 32, 2),
+    ("forward", 32, 4): Config(4, 1, 32, 32),
+    ("query_gradient", 32, 2): Config(8, 1, 64, 32, 2),
+    ("query_gradient", 64, 2): Config(8, 1, 16, 32, 1),
+    ("key_gradient", 32, 2): Config(4, 1, 32, BLOCK_KEYS),
+    ("key_gradient", 64, 2): Config(8, 1, 16, BLOCK_KEYS),
+}
+CONFIGS = {"ampere": AMPERE, "hopper": HOPPER, "blackwell": BLACKWELL, "cdna": CDNA, "rdna": RDNA}
+"""By family of GPUs, then by pass, head width up to which it serves, and bytes of a number."""
+
+
+def family_of(target: Any) -> str:
+    """The key of CONFIGS for a GPU (Triton's `GPUTarget`); "" for one that is too old. What is newer than
+    Triton knows is compiled as the consumer GPUs are."""
+    if target.backend == "hip":
+        return "rdna" if target.warp_size == 32 else "cdna"
+    if target.arch < 80:
+        return ""
+    return "hopper" if 90 <= target.arch < 100 else "blackwell" if 100 <= target.arch < 120 else "ampere"
+
+
+@lru_cache
+def family(device: torch.device) -> str:
+    """`family_of` a device; of Hopper in the interpreter."""
+    if INTERPRETED:
+        return "hopper"
+    with _on_device(device):
+        return family_of(triton.runtime.driver.active.get_current_target())
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why the kernels cannot run on a GPU, or None."""
+    try:
+        found = family(device)
+    except Exception as failure:  # whatever Triton meets when it starts
+        return f"Triton does not start on {device}: {explain(failure)}"
+    return None if found else "needs a GPU of compute capability 8.0 or later"
+
+
+def explain(failure: Exception) -> str:
+    """What went wrong, in a line, and what to do about it."""
+    first = next((line.strip() for line in str(failure).splitlines() if line.strip()), "")
+    said = f"{type(failure).__name__}: {first}" if first else type(failure).__name__
+    if not any(shutil.which(name) for name in (os.environ.get("CC", ""), "gcc", "clang") if name):
+        return f"{said}; Triton needs a C compiler: install gcc, or let CC name one"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return f"{said}; Triton needs Python's header files: install python3-dev (or python3-devel)"
+    if isinstance(failure, OSError):
+        return f"{said}; let TRITON_CACHE_DIR name a folder that can be written to"
+    return said
 
 
 @dataclass(frozen=True)
@@ -83,11 +150,11 @@ def forward(qkv: Tensor, bias: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
     groups, queries = bias.shape[1:3]
     out = qkv.new_empty((b, windows * tables.window**2, n * d))
     lse = qkv.new_empty((b, n, windows, queries), dtype=torch.float32)
-    fixed = compile_time("forward", qkv, bias, tables.window)
-    tiles = forward_tiles(tables.count, tables.always_seen, fixed["BLOCK_K"])
+    chosen, fixed = compile_time("forward", family(qkv.device), qkv, bias, tables.window)
+    tiles = forward_tiles(tables.count, tables.always_seen, chosen)
     items = b * windows // groups
     slices, slice_items = divide("forward", items, n * groups * fixed["Q_BLOCKS"])
-    with _on_device(qkv):
+    with _on_device(qkv.device):
         forward_kernel[(n * groups * slices * fixed["Q_BLOCKS"],)](
             qkv, bias, tables.keys, tables.first, out, lse,
             tokens, slices, slice_items, items, windows, width, tables.scale * LOG2E, **tiles, **fixed,
@@ -99,18 +166,18 @@ def query_gradient(
     qkv: Tensor, bias: Tensor, out: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, d_qkv: Tensor,
     tables: Tables, with_bias: bool,
 ) -> Tensor:  # fmt: skip
-    """Write the queries' part of `d_qkv`, and `delta`; return the gradient of the padded bias, of each slice,
-    [slices, N, groups, padded Q, padded K'] (empty if not wanted), whose padding is not written."""
+    """Write `delta`, and `d_qkv` of the queries of fine tokens; return the gradient of the padded bias, of
+    each slice of the items: float32 [slices, N, P or 1, padded Q, padded K'] (empty if not wanted), whose
+    padding is not written."""
     tokens, windows, width = _sizes(qkv, tables)
-    b, _, _, n, d = qkv.shape
+    b, _, _, n, _ = qkv.shape
     groups = bias.shape[1]
-    fixed = compile_time("query_gradient", qkv, bias, tables.window)
-    most = config("query_gradient", d, qkv.element_size()).static_tiles
+    chosen, fixed = compile_time("query_gradient", family(qkv.device), qkv, bias, tables.window)
     items = b * windows // groups
     slices, slice_items = divide("query_gradient", items, n * groups * fixed["Q_BLOCKS"])
     d_bias = bias.new_empty((slices, *bias.shape) if with_bias else (0,), dtype=torch.float32)
-    launches = gradient_tiles(tables.count, tables.always_seen, fixed["BLOCK_K"], most, with_bias)
-    with _on_device(qkv):
+    launches = gradient_tiles(tables.count, tables.always_seen, chosen, with_bias)
+    with _on_device(qkv.device):
         for first_tile, tiles in launches:
             query_gradient_kernel[(n * groups * slices * fixed["Q_BLOCKS"],)](
                 qkv, bias, tables.keys, tables.first, out, d_out, lse, delta, d_qkv, d_bias,
@@ -124,16 +191,14 @@ def key_gradient(
     qkv: Tensor, transposed: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, d_qkv: Tensor,
     tables: Tables, blocks: Blocks,
 ) -> None:  # fmt: skip
-    """Write the keys' and values' part of `d_qkv`, and 0 where coarse tokens would ask, after `delta` was
-    written; `transposed` is the bias with keys before queries."""
-    d_qkv[:, len(tables.keys) * tables.window**2 :, 0].zero_()
+    """Write the rest of `d_qkv`, after `delta` was written; `transposed` is the bias with keys before
+    queries, [N, P or 1, padded K', padded Q]."""
     tokens, windows, width = _sizes(qkv, tables)
     b, _, _, n, _ = qkv.shape
-    for array in (blocks.token, blocks.column):
-        check_offsets(array.numel())
-    fixed = compile_time("key_gradient", qkv, transposed.transpose(-1, -2), tables.window)
+    check_offsets(max(blocks.token.numel(), blocks.column.numel()))
+    _, fixed = compile_time("key_gradient", family(qkv.device), qkv, transposed.mT, tables.window)
     count = len(blocks.token)
-    with _on_device(qkv):
+    with _on_device(qkv.device):
         key_gradient_kernel[(b * n * count,)](
             qkv, transposed, d_out, lse, delta, d_qkv,
             *blocks.tensors(),
@@ -141,14 +206,15 @@ def key_gradient(
         )  # fmt: skip
 
 
-def compile_time(kernel: str, qkv: Tensor, bias: Tensor, window: int) -> dict[str, Any]:
-    """Compile-time arguments that all kernels share, and how to compile."""
+def compile_time(
+    kernel: str, family: str, qkv: Tensor, bias: Tensor, window: int
+) -> tuple[Config, dict[str, Any]]:
+    """What was chosen for a kernel, and compile-time arguments that all kernels share."""
     heads, dim = qkv.shape[3:]
     groups, queries, row = bias.shape[1:]
-    chosen = config(kernel, dim, qkv.element_size())
-    exact = qkv.dtype == torch.float32 and not tf32_allowed()
+    chosen = CONFIGS[family][kernel, 32 if dim <= 32 else 64, qkv.element_size()]
     block_queries = min(chosen.block_queries, queries)
-    return {
+    return chosen, {
         "HEADS": heads,
         "HEAD_DIM": dim,
         "SIDE": window,
@@ -158,16 +224,18 @@ def compile_time(kernel: str, qkv: Tensor, bias: Tensor, window: int) -> dict[st
         "Q_BLOCKS": queries // block_queries,
         "BLOCK_K": chosen.block_keys,
         "BLOCK_D": max(16, 1 << (dim - 1).bit_length()),  # the least that Triton's products take
-        "PRECISION": "tf32x3" if exact else "tf32",
+        "PRECISION": precision(family, qkv.dtype),
         "num_warps": chosen.num_warps,
-        "num_stages": chosen.num_stages if _may_pipeline(qkv.device) else 1,
+        "num_stages": chosen.num_stages,
         "enable_fp_fusion": True,  # later releases of Triton leave it off unless asked
     }
 
 
-def config(kernel: str, head_dim: int, element_size: int) -> Config:
-    """How to compile one of the kernels for heads so wide and numbers of so many bytes."""
-    return CONFIGS[kernel, 32 if head_dim <= 32 else 64, element_size]
+def precision(family: str, dtype: torch.dtype) -> str:
+    """How products round float32; AMD's backend knows no other way than the exact one, for all types."""
+    if family in ("cdna", "rdna"):
+        return "ieee"
+    return "tf32x3" if dtype == torch.float32 and not tf32_allowed() else "tf32"
 
 
 def padded_queries(queries: int) -> int:
@@ -177,44 +245,39 @@ def padded_queries(queries: int) -> int:
     return ceil(queries / 64) * 64
 
 
-def forward_tiles(keys: int, always_seen: int, block_keys: int) -> dict[str, int]:
-    """How the forward pass cuts keys into tiles.
+def forward_tiles(keys: int, always_seen: int, chosen: Config) -> dict[str, Any]:
+    """Compile-time arguments of the forward pass.
 
     Args:
         keys: of a window.
         always_seen: the first so many are there for every window.
-        block_keys: of a tile.
+        chosen: how the kernel is compiled.
     """
-    tiles, tail = divmod(computed_keys(keys), block_keys)
-    return {"TILES": tiles, "TAIL": tail, "PLAIN": always_seen // block_keys}
+    keys, block = computed_keys(keys), chosen.block_keys
+    static = keys <= chosen.static_tiles * block
+    return {"KEYS": keys, "PLAIN": always_seen // block if static else 0, "STATIC": static}
 
 
 def gradient_tiles(
-    keys: int, always_seen: int, block_keys: int, most: int, with_bias: bool
+    keys: int, always_seen: int, chosen: Config, with_bias: bool
 ) -> list[tuple[int, dict[str, Any]]]:
     """Launches of the gradients of queries and bias: first tile, and compile-time arguments.
 
-    One launch, or where the keys fill more tiles than fit into registers, one for the queries and several
-    for the bias.
+    One launch, or where there are more keys than fit into registers, several, of some keys each.
 
     Args:
-        keys: of a window.
-        always_seen: the first so many are there for every window.
-        block_keys: of a tile.
-        most: tiles whose gradients of the bias fit into registers.
+        keys, always_seen, chosen: as in `forward_tiles`.
         with_bias: whether the bias wants a gradient.
     """
-    tiles = computed_keys(keys) // block_keys
-
-    def part(first: int, count: int, bias: bool, query: bool) -> tuple[int, dict[str, Any]]:
-        plain = min(count, max(0, always_seen // block_keys - first)) if bias else 0
-        arguments = {"TILES": count, "PLAIN": plain, "WITH_BIAS": bias, "WITH_QUERY": query}
-        return first, arguments
-
-    if not with_bias or tiles <= most:
-        return [part(0, tiles, with_bias, True)]
-    rest = [part(first, min(most, tiles - first), True, False) for first in range(0, tiles, most)]
-    return [part(0, tiles, False, True), *rest]
+    keys, block = computed_keys(keys), chosen.block_keys
+    most = chosen.static_tiles * block if with_bias else keys
+    launches = []
+    for first in range(0, keys, most):
+        count = min(most, keys - first)
+        plain = min(count, max(0, always_seen - first)) // block if with_bias else 0
+        part = {"KEYS": count, "PLAIN": plain, "WITH_BIAS": with_bias, "IS_FIRST": first == 0}
+        launches.append((first // block, part))
+    return launches
 
 
 def divide(kernel: str, items: int, programs: int) -> tuple[int, int]:
@@ -230,7 +293,7 @@ def _sizes(qkv: Tensor, tables: Tables) -> tuple[int, int, int]:
     Raises:
         ValueError: the kernels cannot address an image.
     """
-    check_offsets(max(tables.keys.numel(), qkv[0].numel() if len(qkv) else 0))
+    check_offsets(max(tables.keys.numel(), qkv.shape[1:].numel()))
     return qkv.shape[1], len(tables.keys), tables.width
 
 
@@ -247,8 +310,8 @@ def check_offsets(numbers: int) -> None:
         )
 
 
-def _on_device(x: Tensor) -> AbstractContextManager:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+def _on_device(device: torch.device) -> AbstractContextManager:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def tf32_allowed() -> bool:
@@ -257,14 +320,3 @@ def tf32_allowed() -> bool:
     matmul = torch.backends.cuda.matmul
     newer = getattr(matmul, "fp32_precision", None)  # PyTorch 2.9
     return matmul.allow_tf32 if newer is None else newer == "tf32"
-
-
-@lru_cache
-def _may_pipeline(device: torch.device) -> bool:
-    """Whether a block has the shared memory to fetch one item while another is computed."""
-    if device.type != "cuda":
-        return True
-    import triton
-
-    properties = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
-    return properties["max_shared_mem"] >= PIPELINE_BYTES

@@ -8,13 +8,9 @@ compared with the plain operator.
 
 from __future__ import annotations
 
-import os
-import shutil
-import sysconfig
 from dataclasses import replace
 from functools import cache
 from math import isnan
-from pathlib import Path
 from threading import Lock, Thread
 from typing import NamedTuple
 
@@ -76,24 +72,11 @@ def attempt(case: Case) -> str | None:
     try:
         error = largest_error(case)
     except Exception as failure:  # whatever a compiler, driver or linker says
-        return f"the kernels do not run on {where}: {explain(failure)}"
+        return f"the kernels do not run on {where}: {launch.explain(failure)}"
     limit = EXACT_ERROR if case.exact else LARGEST_ERROR
     if error <= limit:
         return None
     return f"the kernels are wrong on {where}: off by {error:.2g} of the largest value, expected {limit:.2g}"
-
-
-def explain(failure: Exception) -> str:
-    """What went wrong, in a line, and what to do about it."""
-    first = next((line.strip() for line in str(failure).splitlines() if line.strip()), "")
-    said = f"{type(failure).__name__}: {first}" if first else type(failure).__name__
-    if not any(shutil.which(name) for name in (os.environ.get("CC", ""), "gcc", "clang") if name):
-        return f"{said}; Triton needs a C compiler: install gcc, or let CC name one"
-    if not Path(sysconfig.get_path("include"), "Python.h").exists():
-        return f"{said}; Triton needs Python's header files: install python3-dev (or python3-devel)"
-    if isinstance(failure, OSError):
-        return f"{said}; let TRITON_CACHE_DIR name a folder that can be written to"
-    return said
 
 
 def largest_error(case: Case) -> float:
