@@ -9,7 +9,11 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -184,11 +188,35 @@ def test_no_compiler(hopper: StubDriver, tmp_path: Any, caplog: Any, monkeypatch
 
 
 @compiled
+def test_triton_does_not_start(hopper: StubDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its driver is built when the GPU is first looked at, so a compiler may be missed already there."""
+    without_compiler(monkeypatch, tmp_path, hopper)
+    monkeypatch.setattr(hopper, "get_current_target", hopper.launcher_cls)
+    launch.family.cache_clear()
+    names = FocalTransformer(**NANO).attention_backends()
+    assert all("Triton does not start on" in name and "install gcc" in name for name in names)
+
+
+@compiled
 def test_too_little_shared_memory(hopper: StubDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton.compiler.compiler, "max_shared_mem", lambda device: 100)
     model = FocalTransformer(**NANO)
     run(model)
     assert all("OutOfResources" in name and "shared memory" in name for name in model.attention_backends())
+
+
+@compiled
+def test_cuda_graphs(hopper: StubDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a graph reads stays; a size that was never run cannot be captured, which is said."""
+    model = FocalTransformer(**NANO, attention_backend="plain")
+    run(model)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(focal_transformer, "IN_CUDA_GRAPHS", kept := {})
+    run(model)
+    run(model)
+    assert len(kept) == 2  # one for each stage
+    with pytest.raises(RuntimeError, match="first map of 16 x 12 tokens .* CUDA graph .* run the model once"):
+        model(torch.randn(1, 3, 64, 48))
 
 
 @compiled
@@ -225,3 +253,45 @@ def test_a_trial_is_made_once_and_leaves_random_numbers_alone(monkeypatch: pytes
     state = torch.random.get_rng_state()
     trial.example(case())
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+# --- Several processes --------------------------------------------------------------------------------------
+
+AGREE = """
+import sys, torch, torch.distributed as dist
+from models import FocalTransformer, agree_on_backends
+from models.focal_transformer import BACKENDS, Backend, Unsupported
+
+def prepare(index, request):
+    if dist.get_rank() == 1:
+        raise Unsupported("no C compiler here")
+
+BACKENDS["newest"] = Backend(prepare, BACKENDS["plain"].attend)
+dist.init_process_group("gloo")
+model = FocalTransformer(depths=(1, 1), num_heads=(1, 1), embed_dim=8, focal_levels=(1, 1),
+                         focal_windows=(1, 1), expand_sizes=(1, 1), attention_backend=sys.argv[1])
+try:
+    print(dist.get_rank(), agree_on_backends(model, torch.float32), flush=True)
+except ValueError as error:
+    print(dist.get_rank(), error, flush=True)
+dist.destroy_process_group()
+"""
+
+
+@compiled
+@pytest.mark.parametrize("backend", ["auto", "newest", "cpu"])
+def test_processes_agree(backend: str, tmp_path: Path) -> None:
+    """Where one of them cannot use an operator none does; a named one is an error in all."""
+    script = tmp_path / "agree.py"
+    script.write_text(AGREE)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    command = [*launcher, str(script), backend]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    lines = sorted(line for line in done.stdout.splitlines() if line[:2] in ("0 ", "1 "))
+    if backend == "newest":
+        expected = "process 1: attention_backend newest: no C compiler here"
+        assert [line[2:].startswith(expected) for line in lines] == [True, True]
+    else:
+        found = "plain" if backend == "auto" else backend
+        assert lines == [f"{rank} {[found] * 2}" for rank in (0, 1)]
