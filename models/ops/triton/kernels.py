@@ -264,9 +264,9 @@ def forward_kernel(
                     row, total, out, q, bias + start, base, key + start, scale,
                     BLOCK_K, WIDTH, HEAD_DIM, BLOCK_D, PRECISION,
                 )  # fmt: skip
-            start = KEYS // BLOCK_K * BLOCK_K
+            rest = KEYS // BLOCK_K * BLOCK_K
             row, total, out = _online_tile(
-                row, total, out, q, bias + start, base, key + start, scale,
+                row, total, out, q, bias + rest, base, key + rest, scale,
                 KEYS % BLOCK_K, WIDTH, HEAD_DIM, BLOCK_D, PRECISION,
             )  # fmt: skip
         out_base = out_ptr + (image.to(tl.int64) * windows * (SIDE * SIDE * WIDTH) + head * HEAD_DIM)
@@ -420,12 +420,18 @@ def query_gradient_kernel(
             WIDTH, HEAD_DIM, BLOCK_D, True, PRECISION,
         )  # fmt: skip
         if not WITH_BIAS:
-            for start in range(0, KEYS, BLOCK_K):
+            for start in range(0, KEYS // BLOCK_K * BLOCK_K, BLOCK_K):
                 tile = _bias_tile(bias + start, 0, BLOCK_K, BLOCK_K)
                 dq, _ = _gradient_tile(
                     dq, 0.0, q, d_out, lse, delta, tile, base, key + start, scale, 0, BLOCK_K, 0, BLOCK_K,
                     WIDTH, HEAD_DIM, BLOCK_D, False, PRECISION,
                 )  # fmt: skip
+            rest = KEYS // BLOCK_K * BLOCK_K
+            tile = _bias_tile(bias + rest, 0, KEYS % BLOCK_K, BLOCK_K)
+            dq, _ = _gradient_tile(
+                dq, 0.0, q, d_out, lse, delta, tile, base, key + rest, scale, 0, KEYS % BLOCK_K, 0, BLOCK_K,
+                WIDTH, HEAD_DIM, BLOCK_D, False, PRECISION,
+            )  # fmt: skip
         dq *= scale / LOG2E
         dq_base = d_qkv_ptr + image_offset
         if IS_FIRST:

@@ -44,7 +44,7 @@ class Config:
     num_stages: int  # from 2 on, loops copy to shared memory asynchronously
     block_queries: int  # most queries of a tile
     block_keys: int  # most keys of a tile
-    static_tiles: int = 0  # most tiles of keys that are kept in registers; at most four
+    static_tiles: int = 0  # tiles of keys that registers hold; at most 4 in forward, 7 in query_gradient
 
 
 AMPERE: dict[tuple[str, int, int], Config] = {
@@ -63,13 +63,14 @@ AMPERE: dict[tuple[str, int, int], Config] = {
 }
 HOPPER = AMPERE | {
     ("forward", 32, 2): Config(4, 1, 64, 64, 4),
-    ("forward", 64, 2): Config(4, 1, 64, 64, 4),
+    ("forward", 64, 2): Config(4, 2, 64, 64, 2),
     ("query_gradient", 32, 2): Config(4, 2, 64, 32, 7),
     ("query_gradient", 64, 2): Config(4, 2, 64, 32, 4),
     ("key_gradient", 32, 2): Config(4, 2, 64, BLOCK_KEYS),
     ("key_gradient", 64, 2): Config(4, 2, 64, BLOCK_KEYS),
 }
 BLACKWELL = HOPPER | {
+    ("forward", 64, 2): Config(4, 1, 64, 64, 4),
     ("query_gradient", 32, 2): Config(4, 1, 64, 64, 4),
     ("query_gradient", 64, 2): Config(4, 1, 64, 64, 4),
     ("key_gradient", 32, 2): Config(4, 1, 64, BLOCK_KEYS),
@@ -89,32 +90,38 @@ CONFIGS = {"ampere": AMPERE, "hopper": HOPPER, "blackwell": BLACKWELL, "cdna": C
 """By family of GPUs, then by pass, head width up to which it serves, and bytes of a number."""
 
 
-def family_of(target: Any) -> str:
-    """The key of CONFIGS for a GPU (Triton's `GPUTarget`); "" for one that is too old. What is newer than
-    Triton knows is compiled as the consumer GPUs are."""
+def target_family(target: Any) -> str:
+    """The key of CONFIGS for Triton's `GPUTarget`. What is newer than those that are known is compiled as
+    consumer GPUs are, whose tensor cores work as Ampere's do.
+
+    Raises:
+        ValueError: the GPU is too old.
+    """
     if target.backend == "hip":
         return "rdna" if target.warp_size == 32 else "cdna"
     if target.arch < 80:
-        return ""
+        raise ValueError("needs a GPU of compute capability 8.0 or later")
     return "hopper" if 90 <= target.arch < 100 else "blackwell" if 100 <= target.arch < 120 else "ampere"
 
 
 @lru_cache
-def family(device: torch.device) -> str:
-    """`family_of` a device; of Hopper in the interpreter."""
+def device_family(device: torch.device) -> str:
+    """`target_family` of a GPU; in the interpreter Hopper's."""
     if INTERPRETED:
         return "hopper"
     with _on_device(device):
-        return family_of(triton.runtime.driver.active.get_current_target())
+        return target_family(triton.runtime.driver.active.get_current_target())
 
 
 def why_not(device: torch.device) -> str | None:
     """Why the kernels cannot run on a GPU, or None."""
     try:
-        found = family(device)
+        device_family(device)
+    except ValueError as error:
+        return str(error)
     except Exception as failure:  # whatever Triton meets when it starts
         return f"Triton does not start on {device}: {explain(failure)}"
-    return None if found else "needs a GPU of compute capability 8.0 or later"
+    return None
 
 
 def explain(failure: Exception) -> str:
@@ -150,7 +157,7 @@ def forward(qkv: Tensor, bias: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
     groups, queries = bias.shape[1:3]
     out = qkv.new_empty((b, windows * tables.window**2, n * d))
     lse = qkv.new_empty((b, n, windows, queries), dtype=torch.float32)
-    chosen, fixed = compile_time("forward", family(qkv.device), qkv, bias, tables.window)
+    chosen, fixed = compile_time("forward", device_family(qkv.device), qkv, bias, tables.window)
     tiles = forward_tiles(tables.count, tables.always_seen, chosen)
     items = b * windows // groups
     slices, slice_items = divide("forward", items, n * groups * fixed["Q_BLOCKS"])
@@ -172,7 +179,7 @@ def query_gradient(
     tokens, windows, width = _sizes(qkv, tables)
     b, _, _, n, _ = qkv.shape
     groups = bias.shape[1]
-    chosen, fixed = compile_time("query_gradient", family(qkv.device), qkv, bias, tables.window)
+    chosen, fixed = compile_time("query_gradient", device_family(qkv.device), qkv, bias, tables.window)
     items = b * windows // groups
     slices, slice_items = divide("query_gradient", items, n * groups * fixed["Q_BLOCKS"])
     d_bias = bias.new_empty((slices, *bias.shape) if with_bias else (0,), dtype=torch.float32)
@@ -196,7 +203,7 @@ def key_gradient(
     tokens, windows, width = _sizes(qkv, tables)
     b, _, _, n, _ = qkv.shape
     check_offsets(max(blocks.token.numel(), blocks.column.numel()))
-    _, fixed = compile_time("key_gradient", family(qkv.device), qkv, transposed.mT, tables.window)
+    _, fixed = compile_time("key_gradient", device_family(qkv.device), qkv, transposed.mT, tables.window)
     count = len(blocks.token)
     with _on_device(qkv.device):
         key_gradient_kernel[(b * n * count,)](
