@@ -98,14 +98,12 @@ def test_wrong_kernels_are_found(wrong: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture
-def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[StubDriver]:
+def hopper() -> Iterator[StubDriver]:
     """A GPU that compiles, and computes nothing."""
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "stub")
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     caches = trial.problem, *(getattr(focal_transformer, name) for name in CACHES)
     for cache in caches:
         cache.cache_clear()
-    with StubDriver("sm_90") as driver:
+    with StubDriver("sm_90", with_trial=True) as driver:
         yield driver
     for cache in caches:
         cache.cache_clear()
@@ -175,7 +173,7 @@ def run(model: FocalTransformer) -> Tensor:
 def test_no_compiler(hopper: StubDriver, tmp_path: Any, caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """`auto` uses the plain operator, says so once, and what to do; a named operator is an error."""
     without_compiler(monkeypatch, tmp_path, hopper)
-    expected = "the kernels do not run on .*stub.*Failed to find C compiler.*install gcc"
+    expected = "the kernels do not run on .*sm_90.*Failed to find C compiler.*install gcc"
     with caplog.at_level(logging.WARNING):
         model = FocalTransformer(**NANO, attention_backend="auto")
         run(model).sum().backward()
