@@ -656,9 +656,9 @@ def test_refuses_what_32_bits_do_not_address() -> None:
 
 
 def test_families_of_gpus() -> None:
-    """Unknown ones are like consumer GPUs; Turing is refused, and what hinders Triton is said."""
+    """Unknown ones are like the newest consumer GPUs; Turing is refused, and what hinders Triton is said."""
     numbers = {80: "ampere", 86: "ampere", 89: "ampere", 90: "hopper", 100: "blackwell", 103: "blackwell"}
-    for arch, family in (numbers | {120: "ampere", 121: "ampere", 130: "ampere"}).items():
+    for arch, family in (numbers | dict.fromkeys((120, 121, 130), "blackwell_rtx")).items():
         assert launch.target_family(GPUTarget("cuda", arch, 32)) == family
     for arch, warp_size, family in (("gfx90a", 64, "cdna"), ("gfx950", 64, "cdna"), ("gfx1100", 32, "rdna")):
         assert launch.target_family(GPUTarget("hip", arch, warp_size)) == family

@@ -78,7 +78,8 @@ def _store_rows(base, value, offset, real, HEAD_DIM: tl.constexpr, BLOCK_D: tl.c
 def _identity(SIZE: tl.constexpr, dtype: tl.constexpr):
     """The identity matrix; the compiler keeps it in shared memory."""
     number = tl.arange(0, SIZE)
-    return (number[:, None] == number[None, :]).to(tl.float32).to(dtype)
+    # Triton 3.2 crashes where it has to convert what is bool, instead
+    return tl.where(number[:, None] == number[None, :], 1.0, 0.0).to(dtype)
 
 
 @triton.jit
