@@ -78,7 +78,7 @@ def _store_rows(base, value, offset, real, HEAD_DIM: tl.constexpr, BLOCK_D: tl.c
 def _identity(SIZE: tl.constexpr, dtype: tl.constexpr):
     """The identity matrix; the compiler keeps it in shared memory."""
     number = tl.arange(0, SIZE)
-    # Triton 3.2 crashes where it has to convert what is bool, instead
+    # Not a conversion of the bool: Triton 3.2 crashes on it.
     return tl.where(number[:, None] == number[None, :], 1.0, 0.0).to(dtype)
 
 
@@ -121,7 +121,7 @@ def _biased_product(a, b, bias, scale, PRECISION: tl.constexpr):
 
     Args:
         a, b: [rows, BLOCK_D] and [BLOCK_D, columns], queries and keys or the other way around.
-        bias: [rows, columns], as `attention.kernel_bias` prepares it.
+        bias: [rows, columns], as `bias.prepare` makes it.
         scale: brings products to base 2.
     """
     if bias.dtype == tl.float32:
