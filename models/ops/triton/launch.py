@@ -84,7 +84,7 @@ RDNA = AMPERE | {
     ("forward", 32, 4): Config(4, 1, 32, 32),
     ("query_gradient", 32, 2): Config(8, 1, 64, 32, 32),
     ("query_gradient", 64, 2): Config(8, 1, 16, 32, 32),
-    ("key_gradient", 32, 2): Config(4, 1, 32, BLOCK_KEYS),
+    ("key_gradient", 32, 2): Config(8, 1, 32, BLOCK_KEYS),
     ("key_gradient", 64, 2): Config(8, 1, 16, BLOCK_KEYS),
 }
 CONFIGS = {
