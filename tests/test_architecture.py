@@ -42,10 +42,10 @@ MODEL_LEVELS = {  # a module of models/ imports only modules of lower levels
 MODEL_NEEDS = {"numpy", "torch", "timm"}
 OPTIONAL_HOMES = {  # package -> the files that may import it
     "triton": ("models/ops/triton/*",),
-    "mmdet": ("detection/*", "tools/benchmark_detector.py"),
+    "mmdet": ("detection/*", "tools/benchmarks/detector.py"),
     "mmseg": ("segmentation/*",),
     "mmcv": ("openmmlab/*", "detection/*", "segmentation/*"),
-    "mmengine": ("openmmlab/*", "detection/*", "segmentation/*", "tools/benchmark_detector.py"),
+    "mmengine": ("openmmlab/*", "detection/*", "segmentation/*", "tools/benchmarks/detector.py"),
     "safetensors": ("models/safetensors_file.py",),
     "huggingface_hub": ("models/hub.py",),
     "onnx": ("classification/*",),
@@ -53,7 +53,7 @@ OPTIONAL_HOMES = {  # package -> the files that may import it
     "tensorboard": ("logger.py",),
     "torch.utils.tensorboard": ("logger.py",),
     "apex": ("optimizer.py",),
-    "sklearn": ("data/demo.py", "tools/make_figures.py"),
+    "sklearn": ("data/demo.py", "tools/figures/*"),
     "cv2": ("data/*", "classification/*", "detection/*", "tools/*"),
     "matplotlib": ("tools/*", "classification/*"),
     "pycocotools": ("detection/*",),

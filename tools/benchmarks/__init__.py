@@ -1,1 +1,1 @@
-"""Benchmarks of models, the attention operator, data loading and detectors; all compare in alternating rounds."""
+"""Benchmarks of models, attention, data loading and detectors, all in alternating rounds."""

@@ -334,10 +334,6 @@ def time_settings(shape: Shape, precision: str, args: argparse.Namespace) -> lis
         head = [*shape.cells(precision), kernel, f"{name} {value}"]
         change = (kernel, name, value, qkv)
 
-        def timed_change(change=change, action=action) -> float:
-            with changed(*change):
-                return timer()
-
         with changed(*change) as is_change:
             if not is_change:
                 continue
@@ -347,6 +343,11 @@ def time_settings(shape: Shape, precision: str, args: argparse.Namespace) -> lis
             except Exception as error:  # shared memory, registers: whatever a compiler or driver raises
                 rows.append([*head, *[None] * 4, f"cannot run: {common.short_reason(error)}"])
                 continue
+
+        def timed_change(change=change, timer=timer) -> float:
+            with changed(*change):
+                return timer()
+
         times = common.alternate({"new": timed_change, "old": Timer(action, device, seconds)}, args.rounds)
         ratio = common.speed_ratio(times["new"], times["old"]).median
         rows.append([*head, *milliseconds(times["new"]), ratio, verdict(off, [0.0] * 3, dtype)])

@@ -178,13 +178,13 @@ class Report:
         facts = self.facts | {"Checks": counts or "none"}
         path = self._file(".md")
         path.write_text(common.markdown_report("GPU report", facts, notes, tables), encoding="utf-8")
-        speeds = [list(row.cells().values()) for row in self.models]
+        speeds = [row.cells() for row in self.models]
         common.write_csv(self._file("_checks.csv"), gpu_checks.COLUMNS, self.checks)
         common.write_csv(self._file("_kernels.csv"), KERNEL_COLUMNS, self.kernels)
-        common.write_csv(self._file("_models.csv"), models.COLUMNS, speeds)
+        common.write_csv(self._file("_models.csv"), models.COLUMNS, [list(row.values()) for row in speeds])
         if any(row.rate is not None for row in self.models):
             try:
-                models.draw(self.models, self._file(".png"))
+                models.draw(speeds).savefig(self._file(".png"), dpi=120)
             except ImportError as error:
                 logger.info(f"no picture: {error}")
         return path

@@ -18,13 +18,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from config import DECODERS, load_config
+from config import load_config
 from data import Loaders, build_loaders
 
 from . import common
 
 HEIGHT, WIDTH, QUALITY = 375, 500, 90
 CLASSES = 2
+DECODERS = ("pil", "opencv")
 BASELINE = "pil"
 COLUMNS = ("workers", "decoder", "img/s", "quartiles", "ratio to pil", "quartiles of the ratio")
 

@@ -18,10 +18,11 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -32,6 +33,9 @@ from utils import Precision
 from . import common, entries
 from .common import DTYPES, RESULTS
 from .entries import Entry
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger("benchmarks.models")
 
@@ -314,8 +318,11 @@ def tables(rows: Sequence[Row]) -> list[str]:
     return found
 
 
-def draw(rows: Sequence[Row], path: Path) -> None:
+def draw(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     """Images per second, and the ratio to the baseline: one panel per resolution and table.
+
+    Args:
+        rows: by column of COLUMNS, as numbers or as text of a .csv file.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -324,25 +331,26 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("the plot needs matplotlib: pip install matplotlib") from error
-    panels: dict[tuple[object, ...], list[Row]] = {}
+    panels: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
-        if row.rate is not None:
-            panels.setdefault((row.setting.resolution, *row.setting.panel), []).append(row)
+        if row["img/s"]:
+            panel = tuple(str(row[key]) for key in ("resolution", "mode", "precision", "compile"))
+            panels.setdefault(panel, []).append(row)
     across = min(2, len(panels))
     down = -(-len(panels) // across)
     most = max(map(len, panels.values()))
     figure = Figure(figsize=(6 * across, (1 + 0.25 * most) * down), layout="constrained")
     for place, (panel, shown) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(down, across, place)
-        labels, rates = zip(*((row.entry.label, row.rate.median) for row in shown), strict=True)
+        labels = [row["model"] for row in shown]
         colours = ["C0" if label.rpartition("-")[0] in entries.OURS else "0.7" for label in labels]
-        bars = axes.barh(labels, rates, color=colours)
-        ratios = [f"{row.ratio.median:.2f}" if row.ratio else "" for row in shown]
-        axes.bar_label(bars, ratios, padding=3, fontsize="small")
-        axes.set(title=", ".join(map(str, panel)), xlabel=f"img/s; beside the bar: times {BASELINE}")
+        bars = axes.barh(labels, [float(row["img/s"]) for row in shown], color=colours)
+        ratios = [row[f"vs {BASELINE}"] for row in shown]
+        axes.bar_label(bars, [f"{float(x):.2f}" if x else "" for x in ratios], padding=3, fontsize="small")
+        axes.set(title=", ".join(panel), xlabel=f"images per second; beside the bar: times {BASELINE}")
         axes.margins(x=0.12)
         axes.set_ylim(most - 0.5, -0.5)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def write(rows: Sequence[Row], facts: dict[str, str], notes: list[str], folder: Path, name: str) -> Path:
@@ -350,9 +358,10 @@ def write(rows: Sequence[Row], facts: dict[str, str], notes: list[str], folder: 
     stem = common.result_stem(folder, name)
     path = stem.parent / f"{stem.name}.md"
     path.write_text(common.markdown_report("Speed", facts, notes, tables(rows)), encoding="utf-8")
-    common.write_csv(stem.parent / f"{stem.name}.csv", COLUMNS, [list(row.cells().values()) for row in rows])
+    cells = [row.cells() for row in rows]
+    common.write_csv(stem.parent / f"{stem.name}.csv", COLUMNS, [list(row.values()) for row in cells])
     if any(row.rate is not None for row in rows):
-        draw(rows, stem.parent / f"{stem.name}.png")
+        draw(cells).savefig(stem.parent / f"{stem.name}.png", dpi=120)
     return path
 
 
@@ -426,8 +435,8 @@ def measure(args: argparse.Namespace) -> int:
     chosen = entries.entries(args.models)
     facts, rows = common.describe_run(args.device), []
     notes = [
-        f"Median and quartiles of {args.rounds} alternating rounds; a ratio is the median of the ratios within "
-        "a round. `train` is forward, cross entropy, backward and AdamW; stochastic depth "
+        f"Median and quartiles of {args.rounds} alternating rounds; a ratio is the median of the ratios "
+        "within a round. `train` is forward, cross entropy, backward and AdamW; stochastic depth "
         f"{entries.DROP_PATH} everywhere. Peak memory, on CUDA only, without other models."
     ]
     sizes = [size for size in (*entries.SIZES, "") if any(entry.size == size for entry in chosen)]
