@@ -43,7 +43,7 @@ from .common import DTYPES, Cell, Spread, Timer
 PASSES = ("forward", "forward+backward")
 ROUND_SECONDS = {"cpu": 0.2, "cuda": 0.1}
 COPY_BYTES = {"cpu": 2**27, "cuda": 2**31}
-MATMUL_SIDE = {"cpu": 1024, "cuda": 8192}
+MATMUL_SIDE = {"cpu": 512, "cuda": 8192}
 TOLERANCE = 2.0  # times the error of `plain` in the same precision
 LEAST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # always allowed
 RESULTS = ("output", "d_qkv", "d_bias")
@@ -96,7 +96,7 @@ def measure_peaks(device: torch.device, precisions: Sequence[str]) -> Peaks:
 
     def fastest(action: Callable[[], object]) -> float:
         timer = Timer(action, device, warm_up=2)
-        return min(timer() for _ in range(15))
+        return min(timer() for _ in range(5))
 
     source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
