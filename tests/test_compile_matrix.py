@@ -31,15 +31,7 @@ pytestmark = [
     pytest.mark.skipif(not CUOBJDUMP.exists(), reason="this triton brings no cuobjdump"),
 ]
 
-SPILLS = "spills with one configuration for all GPUs"
-TENSOR_MEMORY = "query gradient wants more tensor memory than there is"
 ATTENTION = ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel")
-PRECISION = "input precision tf32 or tf32x3, which this GPU lacks"
-KNOWN_FAULTS = {
-    **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), SPILLS),
-    **dict.fromkeys(("sm_100", "sm_103"), TENSOR_MEMORY),
-    **dict.fromkeys(("gfx90a", "gfx950", "gfx1100", "gfx942 fp32"), PRECISION),
-}
 
 
 @dataclass(frozen=True)
@@ -94,13 +86,6 @@ CASES: dict[str, tuple[Callable[[Any], Layer], Any, str, str]] = EVERY_CARD | FL
 """By name: what builds a layer of what, card, dtype."""
 
 
-def with_fault(case: str) -> Any:
-    """A case as a parameter, marked where its kernels are known not to be ok."""
-    reason = KNOWN_FAULTS.get(case.partition(" ")[2])
-    marks = pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason) if reason else ()
-    return pytest.param(case, marks=marks)
-
-
 @pytest.fixture(scope="module")
 def compiled(request: pytest.FixtureRequest) -> dict[str, list[Row]]:
     """The kernels of those cases whose tests were chosen."""
@@ -113,7 +98,7 @@ def compiled(request: pytest.FixtureRequest) -> dict[str, list[Row]]:
     return dict(zip(chosen, compile_all(jobs), strict=True))
 
 
-@pytest.mark.parametrize("case", map(with_fault, EVERY_CARD | FLOAT32_ON_AMD))
+@pytest.mark.parametrize("case", EVERY_CARD | FLOAT32_ON_AMD)
 def test_a_whole_model_trains_on_every_gpu(case: str, compiled: dict[str, list[Row]]) -> None:
     """Forward and backward: all kernels compile, fit the card, and spill nothing."""
     figures = [row.figures for row in compiled[case]]
