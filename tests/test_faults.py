@@ -24,7 +24,7 @@ def test_one_process_survives(lab: faults.Lab) -> None:
     assert "tensors bit-identical, 42 metrics equal" in result
 
 
-@pytest.mark.parametrize("sequence", [["rank", "kill"], ["hang"]])
+@pytest.mark.parametrize("sequence", [["rank"], ["hang"]])
 def test_two_processes_survive(lab: faults.Lab, sequence: list[str]) -> None:
     assert "metrics equal" in lab.survive(sequence, 2)[-1]
 

@@ -11,7 +11,8 @@ FLOPs are those of the matrix products with the keys that a window sees. Results
 float64: the largest error, relative to the largest value, may be twice that of `plain` in the same precision.
 
 --settings times the Triton kernels with one setting changed at a time, beside those of
-`models/ops/triton/launch.py`; a ratio above 1 is a faster setting. --index times what a new image size costs:
+`models/ops/triton/launch.py`; a ratio above 1 is a faster setting (tests/test_compile_matrix.py says whether
+it spills registers). --index times what a new image size costs:
 the index of keys, and the tables that the operators derive from it.
 """
 
@@ -52,23 +53,12 @@ COLUMNS = (
     *("ms", "lower quartile", "upper quartile", "floor ms", "times floor", "bound by"),
     *("error", "error of plain", "check"),
 )
-SETTINGS: dict[
-    str, dict[str, tuple[int, ...]]
-] = {  # kernel -> setting -> values; `programs`: TARGET_PROGRAMS
-    "forward": {
-        "num_stages": (1, 2, 3),
-        "num_warps": (4, 8),
-        "block_keys": (32, 64),
-        "programs": (264, 528, 1056, 2112, 4224),
-    },
-    "query_gradient": {
-        "num_stages": (1, 2, 3),
-        "num_warps": (4, 8),
-        "static_tiles": (2, 4, 7),
-        "programs": (132, 264, 528, 1056, 2112),
-    },
-    "key_gradient": {"num_stages": (1, 2, 3), "num_warps": (4, 8), "block_queries": (16, 32, 64)},
+SETTINGS = {  # kernel -> setting -> values; `programs` is TARGET_PROGRAMS
+    "forward": {"block_keys": (32, 64), "static_keys": (0, 224), "programs": (264, 528, 1056, 2112, 4224)},
+    "query_gradient": {"static_keys": (64, 128, 224), "programs": (132, 264, 528, 1056, 2112)},
+    "key_gradient": {"block_queries": (16, 32, 64)},
 }
+EVERY_KERNEL = {"num_stages": (1, 2, 3), "num_warps": (4, 8)}
 SETTING_COLUMNS = (
     *("stage", "resolution", "map", "heads", "head dim", "windows", "keys", "precision", "kernel"),
     *("setting", "ms", "lower quartile", "upper quartile", "times as fast", "check"),
@@ -309,7 +299,7 @@ def changed(kernel: str, setting: str, value: int, qkv: Tensor) -> Iterator[bool
     if setting == "programs":
         table, key, new = launch.TARGET_PROGRAMS, kernel, value
     else:
-        table = launch.CONFIGS[launch.family(qkv.device)]
+        table = launch.CONFIGS[launch.device_family(qkv.device)]
         key = (kernel, 32 if qkv.shape[-1] <= 32 else 64, qkv.element_size())
         new = replace(table[key], **{setting: value})
     before = table[key]
@@ -328,7 +318,12 @@ def time_settings(shape: Shape, precision: str, args: argparse.Namespace) -> lis
     few = slice(0, min(args.batch_size, args.check_images))
     checked = Contender("triton", shape, qkv[few], d_out[few])
     truth, rows = checked.results(), []
-    changes = [(kernel, name, value) for kernel, of in SETTINGS.items() for name in of for value in of[name]]
+    changes = [
+        (kernel, name, value)
+        for kernel, own in SETTINGS.items()
+        for name, values in (EVERY_KERNEL | own).items()
+        for value in values
+    ]
     for kernel, name, value in changes:
         action = contender.forward if kernel == "forward" else contender.forward_backward
         head = [*shape.cells(precision), kernel, f"{name} {value}"]

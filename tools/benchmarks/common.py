@@ -24,6 +24,8 @@ import torch
 
 from utils import pick_device, synchronize
 
+from .worker import short_reason as short_reason
+
 logger = logging.getLogger("benchmarks")
 
 REPO = Path(__file__).resolve().parents[2]
@@ -276,9 +278,3 @@ def publish(
         stem = result_stem(args.out, args.name)
         (stem.parent / f"{stem.name}.md").write_text(report, encoding="utf-8")
         write_csv(stem.parent / f"{stem.name}.csv", columns, rows)
-
-
-def short_reason(error: BaseException, length: int = 160) -> str:
-    """An error in one line."""
-    text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-    return text if len(text) <= length else text[: length - 3] + "..."

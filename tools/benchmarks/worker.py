@@ -1,4 +1,7 @@
-"""A process that runs functions for another one, so that a crash or a hang there stops nothing else."""
+"""A process that runs functions for another one, so that a crash or a hang there stops nothing else.
+
+Nothing here imports torch: a new process starts quickly.
+"""
 
 import logging
 import multiprocessing
@@ -8,8 +11,6 @@ import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
-
-from .common import short_reason
 
 DIED = "its process ended, out of memory or with the error above"
 
@@ -92,3 +93,9 @@ def _exit_with(parent: multiprocessing.process.BaseProcess) -> None:
     """Exit when the parent is killed."""
     parent.join()
     os._exit(1)
+
+
+def short_reason(error: BaseException, length: int = 160) -> str:
+    """An error in one line."""
+    text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    return text if len(text) <= length else text[: length - 3] + "..."
