@@ -11,7 +11,7 @@ kill      SIGKILL to all processes, at a random moment of a step
 save      SIGKILL to all processes in the middle of a save
 truncate  SIGKILL, then the newest checkpoint is cut off; the run must warn and go on from the one before
 stop      SIGTERM or SIGUSR1: exit code 75, no step may be repeated
-disk      no checkpoint can be written for a while; the run must go on, and the older ones stay as they are
+disk      the disk is full for a while: the run must go on, and older checkpoints stay (needs rights to mount)
 rank      SIGKILL to one of several processes, which torchrun --max-restarts brings back
 hang      SIGSTOP to one of several processes: the others end with a message
 
@@ -22,7 +22,6 @@ import argparse
 import contextlib
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -36,11 +35,10 @@ import torch
 
 from tools.benchmarks import common
 
-from .run import SAVE_EVERY, FaultError, Setting, TrainingRun, compare, make_data, processes, send
+from .run import SAVE_EVERY, FaultError, Setting, TrainingRun, compare, make_data, send
 
 PREEMPTED = 75  # exit code after SIGTERM or SIGUSR1
 HANG_MINUTES = 0.2
-FILE_LIMIT = 768 * 1024  # bytes; more than any log or metrics here, less than a checkpoint
 DISK_MB = 24
 COLUMNS = ("fault", "processes", "what happened", "launches", "steps repeated", "result")
 
@@ -59,23 +57,18 @@ def kill(run: TrainingRun, step: int, rng: random.Random) -> str:
 def kill_in_save(run: TrainingRun, step: int, rng: random.Random) -> str:
     """SIGKILL to everything while a checkpoint is being written."""
     run.until_step(step)
-    while True:
-        leftovers = run.temporary_files()
-        run.until(lambda old=leftovers: run.temporary_files() - old, "a save")
-        writer = run.ranks[0]
-        send([writer], signal.SIGSTOP)
-        while processes().get(writer, (0, "X"))[1] not in "TZX":
-            time.sleep(0.001)
-        if run.temporary_files() - leftovers:
-            run.kill()
-            return f"killed in the save after step {run.last_step()}"
-        send([writer], signal.SIGCONT)  # the file was finished in between
+    old = run.temporary_files()
+    run.until(lambda: run.temporary_files() - old, "a save")
+    send(signal.SIGKILL, *run.ranks)
+    run.kill()
+    where = "in" if run.temporary_files() - old else "at the end of"
+    return f"killed {where} the save after step {run.last_step()}"
 
 
 def truncate(run: TrainingRun, step: int, rng: random.Random) -> str:
     """SIGKILL to everything; then the newest checkpoint loses its end. The next launch must name it."""
     kill(run, max(step, 2 * SAVE_EVERY + 2), rng)
-    newest = run.checkpoints()[0]
+    newest = run.newest_checkpoint()
     os.truncate(newest, rng.randrange(newest.stat().st_size))
     run.launch()
     run.until(run.last_step, "the first step")
@@ -90,7 +83,7 @@ def stop(run: TrainingRun, step: int, rng: random.Random) -> str:
     repeated = run.redone
     run.until_step(step)
     target = run.pid if number == signal.SIGTERM else run.ranks[-1]  # torchrun does not pass SIGUSR1 on
-    send([target], number)
+    send(number, target)
     code = run.wait()
     if run.setting.processes == 1 and code != PREEMPTED:
         raise FaultError(f"{number.name}: expected exit code {PREEMPTED}, got {code}: {run.last_words()}")
@@ -102,66 +95,40 @@ def stop(run: TrainingRun, step: int, rng: random.Random) -> str:
 
 
 def fill_disk(run: TrainingRun, step: int, rng: random.Random) -> str:
-    """Saves are refused until one refusal is logged; the newest checkpoint must stay as it is."""
-    step -= (step - 1) % run.setting.steps_per_epoch % SAVE_EVERY  # right after a save within an epoch
+    """The disk is full until a refused save is logged; the newest checkpoint must stay as it is."""
+    step += 1 - (step - 1) % run.setting.steps_per_epoch % SAVE_EVERY  # just after a save within an epoch
     run.until_step(step)
-    run.until(run.checkpoints, "a checkpoint")
-    is_disk = os.path.ismount(run.folder.parent)
-    reason = "No space left" if is_disk else "File too large"
-    with (full_disk if is_disk else limited_files)(run):
-        time.sleep(0.1)
-        newest = run.checkpoints()[0]
-        content = newest.read_bytes()
-        run.until(lambda: reason in run.text(), "a refused save")
-        if newest.read_bytes() != content:
-            raise FaultError(f"{newest.name} was changed by a save that failed")
-    return f"{reason} after step {step}"
-
-
-@contextlib.contextmanager
-def full_disk(run: TrainingRun) -> Iterator[None]:
-    """Not a byte is left on the disk of the run's folder."""
     filler = run.folder.parent / "filler"
     with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(4096))
-    try:
-        yield
-    finally:
-        filler.unlink()
-
-
-@contextlib.contextmanager
-def limited_files(run: TrainingRun) -> Iterator[None]:
-    """No file of the first process may grow beyond FILE_LIMIT."""
-    pid = run.ranks[0]
-    before = resource.prlimit(pid, resource.RLIMIT_FSIZE)
-    resource.prlimit(pid, resource.RLIMIT_FSIZE, (FILE_LIMIT, before[1]))
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
+    time.sleep(0.1)
+    newest = run.newest_checkpoint()
+    content = newest.read_bytes()
+    run.until(lambda: "No space left" in run.text(), "a refused save")
+    if newest.read_bytes() != content:
+        raise FaultError(f"{newest.name} was changed by a save that failed")
+    filler.unlink()
+    return f"disk full after step {step}"
 
 
 @contextlib.contextmanager
 def small_disk(folder: Path) -> Iterator[None]:
-    """A tmpfs of DISK_MB as `folder`, if this user may mount one."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """A tmpfs of DISK_MB as `folder`; CalledProcessError if this user must not mount one."""
+    folder.mkdir(parents=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", str(folder)]
-    mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    subprocess.run(mount, capture_output=True, check=True)
     try:
         yield
     finally:
-        if mounted:
-            subprocess.run(["umount", "--lazy", str(folder)], check=True)
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def kill_rank(run: TrainingRun, step: int, rng: random.Random) -> str:
     """SIGKILL to the last rank alone; torchrun starts all of them again."""
     run.until_step(step)
     before = run.ranks
-    send([before[-1]], signal.SIGKILL)
+    send(signal.SIGKILL, before[-1])
     run.until(lambda: run.ranks and set(before).isdisjoint(run.ranks), "a restart by torchrun")
     return f"rank {len(before) - 1} killed after step {step}"
 
@@ -170,13 +137,13 @@ def hang(run: TrainingRun, step: int, rng: random.Random) -> str:
     """SIGSTOP to the last rank: the others must end with a message within DIST_TIMEOUT_MINUTES."""
     run.until_step(step)
     stopped = run.ranks[-1]
-    send([stopped], signal.SIGSTOP)
+    send(signal.SIGSTOP, stopped)
     began = time.monotonic()
     try:
         run.until(lambda: "DIST_TIMEOUT_MINUTES)" in run.text(), "a message")
         seconds, code = time.monotonic() - began, run.wait()
     finally:
-        send([stopped], signal.SIGKILL)
+        send(signal.SIGKILL, stopped)
     if not code or seconds > 60 * HANG_MINUTES + 30:
         raise FaultError(f"message after {seconds:.0f} s, exit code {code}")
     return f"stopped after step {step}: message after {seconds:.0f} s, exit code {code}"
@@ -224,7 +191,9 @@ class Lab:
         """
         options = tuple(pair for fault in set(faults) for pair in OPTIONS.get(fault, ()))
         setting = Setting(count, self.epochs, faults.count("rank"), options)
-        steps = self.rng.sample(range(SAVE_EVERY + 1, setting.steps - 2 * SAVE_EVERY), len(faults))
+        steps = self.rng.sample(
+            range(SAVE_EVERY + 1, setting.steps_per_epoch * self.epochs - 2 * SAVE_EVERY), len(faults)
+        )
         reference = self.reference(count)
         run = TrainingRun(self.data, Path(tempfile.mkdtemp(dir=self.root)), setting)
         happened: list[str] = []
@@ -278,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     continue
                 try:
                     row = lab.survive([fault] * args.times, count)
-                except (FaultError, subprocess.TimeoutExpired) as error:  # the other faults go on
+                except (FaultError, subprocess.SubprocessError) as error:  # the other faults go on
                     lost += 1
                     row = [fault, count, None, None, None, f"**LOST**: {common.short_reason(error, 400)}"]
                 print(" | ".join(map(common.show, row)), flush=True)

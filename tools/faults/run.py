@@ -4,6 +4,7 @@ Everything goes through main.py and torchrun, with the same command before and a
 done is read from its log, its metrics.jsonl and its checkpoints.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -12,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,26 +25,15 @@ from models import read_checkpoint
 
 REPO = Path(__file__).resolve().parents[2]
 STEP_LINE = re.compile(rb"epoch (\d+)/(\d+) step (\d+)/(\d+) ")
-CHECKPOINT_NAME = re.compile(r"ckpt_epoch_(\d+)(?:_step_(\d+))?\.pth")
 TIMEOUT = 600.0  # seconds that anything may take on a busy machine
 TRAIN_PER_CLASS, VAL_PER_CLASS, BATCH_SIZE = 16, 4, 8
 SAVE_EVERY = 5  # steps
 TIME_FIELDS = {"img_per_s", "minutes", "memory_mb", "data_ms", "step_ms", "save_ms"}  # of metrics.jsonl
 OPTIONS: dict[str, object] = {  # a small model, all randomness switched on, a log line for every step
-    "DATA.BATCH_SIZE": BATCH_SIZE,
-    "MODEL.FOCAL.EMBED_DIM": 32,
-    "MODEL.FOCAL.NUM_HEADS": [1, 2],
-    "MODEL.DROP_PATH_RATE": 0.1,
-    "TRAIN.WARMUP_EPOCHS": 1,
-    "TRAIN.EMA.ENABLED": True,
-    "TRAIN.EMA.DECAY": 0.98,
-    "AUG.MIXUP": 0.8,
-    "AUG.CUTMIX": 1.0,
-    "AUG.COLOR_JITTER": 0.2,
-    "AUG.REPROB": 0.25,
-    "SAVE_FREQ": 1,
-    "SAVE_STEPS": SAVE_EVERY,
-    "PRINT_FREQ": 1,
+    **{"DATA.BATCH_SIZE": BATCH_SIZE, "MODEL.FOCAL.EMBED_DIM": 32, "MODEL.FOCAL.NUM_HEADS": [1, 2]},
+    **{"MODEL.DROP_PATH_RATE": 0.1, "AUG.MIXUP": 0.8, "AUG.CUTMIX": 1.0, "AUG.COLOR_JITTER": 0.2},
+    **{"AUG.REPROB": 0.25, "TRAIN.WARMUP_EPOCHS": 1, "TRAIN.EMA.ENABLED": True, "TRAIN.EMA.DECAY": 0.98},
+    **{"SAVE_FREQ": 1, "SAVE_STEPS": SAVE_EVERY, "PRINT_FREQ": 1},
 }
 
 
@@ -64,11 +54,6 @@ class Setting:
     def steps_per_epoch(self) -> int:
         return 10 * TRAIN_PER_CLASS // (BATCH_SIZE * self.processes)
 
-    @property
-    def steps(self) -> int:
-        """Of the whole run."""
-        return self.steps_per_epoch * self.epochs
-
     def command(self, data: Path, output: Path) -> list[str]:
         """The command line."""
         launcher = [sys.executable]
@@ -77,10 +62,8 @@ class Setting:
             launcher += ["--nproc_per_node", self.processes, "--max-restarts", self.max_restarts]
         opts = OPTIONS | {"TRAIN.EPOCHS": self.epochs, "DATA.NUM_WORKERS": self.processes - 1}
         pairs = [word for pair in (opts | dict(self.options)).items() for word in pair]
-        words = ["--cfg", REPO / "configs/demo.yaml", "--data-path", data, "--output", output]
-        return [
-            str(word) for word in [*launcher, REPO / "main.py", *words, "--device", "cpu", "--opts", *pairs]
-        ]
+        words = ["main.py", "--cfg", "configs/demo.yaml", "--data-path", data, "--output", output]
+        return [str(word) for word in [*launcher, *words, "--device", "cpu", "--opts", *pairs]]
 
 
 def make_data(root: Path) -> Path:
@@ -119,13 +102,11 @@ def descendants(pid: int) -> list[int]:
     return found[1:]
 
 
-def send(pids: Iterable[int], number: signal.Signals) -> None:
+def send(number: signal.Signals, *pids: int) -> None:
     """Send a signal to those that still exist."""
     for pid in pids:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
-        except ProcessLookupError:
-            continue
 
 
 class TrainingRun:
@@ -183,7 +164,7 @@ class TrainingRun:
     def kill(self) -> None:
         """Send SIGKILL to all processes at once, and wait for their end."""
         family = [self.pid, *descendants(self.pid)]
-        send(family, signal.SIGKILL)
+        send(signal.SIGKILL, *family)
         self.wait()
         while any(processes().get(pid, (0, "X"))[1] not in "ZX" for pid in family):
             time.sleep(0.01)
@@ -232,19 +213,13 @@ class TrainingRun:
         return (_content(self.log)[log:] + _content(self.console)[console:]).decode(errors="replace")
 
     def last_words(self) -> str:
-        """The error that the console shows, or its last line."""
-        lines = [line.strip() for line in self.text().splitlines() if re.search(r"\w", line)]
-        errors = [line for line in lines if line.startswith("error:")]
-        return (errors or lines or ["no output"])[-1][:300]
+        """The last error of the console, or its last line."""
+        lines = [line for line in self.text().splitlines() if re.search(r"\w", line)] or ["no output"]
+        return [lines[-1], *(line for line in lines if line.startswith("error:"))][-1][:300]
 
-    def checkpoints(self) -> list[Path]:
-        """Checkpoints by position, newest first; without best.pth."""
-        where = {}
-        for path in self.folder.glob("ckpt_*.pth"):
-            if match := CHECKPOINT_NAME.fullmatch(path.name):
-                epoch, step = match.groups()
-                where[path] = (int(epoch), int(step)) if step else (int(epoch) + 1, 0)
-        return sorted(where, key=where.__getitem__, reverse=True)
+    def newest_checkpoint(self) -> Path:
+        """The one that was written last; not best.pth."""
+        return max(self.folder.glob("ckpt_*.pth"), key=lambda path: path.stat().st_mtime_ns)
 
     def temporary_files(self) -> set[Path]:
         """Files that are being written, or were when a process was killed."""
