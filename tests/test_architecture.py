@@ -41,7 +41,7 @@ MODEL_LEVELS = {  # a module of models/ imports only modules of lower levels
 }
 MODEL_NEEDS = {"numpy", "torch", "timm"}
 OPTIONAL_HOMES = {  # package -> the files that may import it
-    "triton": ("models/ops/triton/*",),
+    "triton": ("models/ops/triton/*", "tools/benchmarks/*"),
     "mmdet": ("detection/*", "tools/benchmarks/detector.py"),
     "mmseg": ("segmentation/*",),
     "mmcv": ("openmmlab/*", "detection/*", "segmentation/*"),
@@ -61,6 +61,7 @@ OPTIONAL_HOMES = {  # package -> the files that may import it
 OPTIONAL_AS_A_WHOLE = (  # import them at the top
     *("models/ops/triton/*", "models/hub.py", "detection/*", "segmentation/*"),
     *("openmmlab/focal_backbone.py", "openmmlab/ops_bridge.py"),
+    *("tools/benchmarks/kernel_figures.py", "tools/benchmarks/stub_driver.py"),
 )
 CONFIG_READERS = (  # build_* functions and the run itself; everything else takes plain values
     *("main.py", "config.py", "engine.py", "train_state.py", "optimizer.py", "lr_scheduler.py"),
