@@ -98,7 +98,7 @@ demo: $(SETUP)
 		--data-path $(DEMO)/imagenet --output $(DEMO)/output --tag train
 	PT_OUTPUT_DIR= OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(RUN) main.py --cfg configs/demo.yaml \
 		--data-path $(DEMO)/imagenet --output $(DEMO)/output --tag eval --eval --resume $(DEMO_RUN)/best.pth
-	$(RUN) tools/plot_run.py $(DEMO_RUN) --out $(DEMO_RUN)/plot.png
+	$(RUN) -m tools.plot_run $(DEMO_RUN) --out $(DEMO_RUN)/plot.png
 	@top1=$$(sed -n 's/.*images: acc1 \([0-9.]*\)%.*/\1/p' $(DEMO_EVAL)/log_rank0.txt | tail -n 1); \
 	echo; \
 	echo "checkpoint  $(DEMO_RUN)/best.pth"; \
@@ -158,7 +158,7 @@ test: $(SETUP) $(SETUP_OPENMMLAB)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_PROCESSES) --maxprocesses 8 --dist loadfile
 
 gpu-report: $(SETUP)
-	$(RUN) tools/gpu_report.py --minutes $(GPU_MINUTES)
+	$(RUN) -m tools.benchmarks.gpu_report --minutes $(GPU_MINUTES)
 
 clean:
 	rm -rf $(DEMO) .pytest_cache .ruff_cache .mypy_cache

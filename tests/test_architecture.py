@@ -41,11 +41,11 @@ MODEL_LEVELS = {  # a module of models/ imports only modules of lower levels
 }
 MODEL_NEEDS = {"numpy", "torch", "timm"}
 OPTIONAL_HOMES = {  # package -> the files that may import it
-    "triton": ("models/ops/triton/*",),
-    "mmdet": ("detection/*", "tools/benchmark_detector.py"),
+    "triton": ("models/ops/triton/*", "tools/benchmarks/*"),
+    "mmdet": ("detection/*", "tools/benchmarks/detector.py"),
     "mmseg": ("segmentation/*",),
     "mmcv": ("openmmlab/*", "detection/*", "segmentation/*"),
-    "mmengine": ("openmmlab/*", "detection/*", "segmentation/*", "tools/benchmark_detector.py"),
+    "mmengine": ("openmmlab/*", "detection/*", "segmentation/*", "tools/benchmarks/detector.py"),
     "safetensors": ("models/safetensors_file.py",),
     "huggingface_hub": ("models/hub.py",),
     "onnx": ("classification/*",),
@@ -53,7 +53,7 @@ OPTIONAL_HOMES = {  # package -> the files that may import it
     "tensorboard": ("logger.py",),
     "torch.utils.tensorboard": ("logger.py",),
     "apex": ("optimizer.py",),
-    "sklearn": ("data/demo.py", "tools/make_figures.py"),
+    "sklearn": ("data/demo.py", "tools/figures/*"),
     "cv2": ("data/*", "classification/*", "detection/*", "tools/*"),
     "matplotlib": ("tools/*", "classification/*"),
     "pycocotools": ("detection/*",),
@@ -61,6 +61,7 @@ OPTIONAL_HOMES = {  # package -> the files that may import it
 OPTIONAL_AS_A_WHOLE = (  # import them at the top
     *("models/ops/triton/*", "models/hub.py", "detection/*", "segmentation/*"),
     *("openmmlab/focal_backbone.py", "openmmlab/ops_bridge.py"),
+    *("tools/benchmarks/kernel_figures.py", "tools/benchmarks/stub_driver.py"),
 )
 CONFIG_READERS = (  # build_* functions and the run itself; everything else takes plain values
     *("main.py", "config.py", "engine.py", "train_state.py", "optimizer.py", "lr_scheduler.py"),

@@ -13,7 +13,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,12 +103,9 @@ def named(doc: Path) -> str:
 
 
 def load_tool(name: str) -> ModuleType:
-    """A module of tools/, which is no package."""
-    sys.path.insert(0, str(REPO / "tools"))
-    try:
-        return __import__(name)
-    finally:
-        sys.path.remove(str(REPO / "tools"))
+    """What `python -m` runs."""
+    module = importlib.import_module(name)
+    return importlib.import_module(f"{name}.__main__") if hasattr(module, "__path__") else module
 
 
 def load_command(name: str) -> ModuleType:
@@ -195,9 +191,9 @@ def run_command(words: list[str], few: Path, where: str) -> None:
     runners: dict[str, Callable[[list[str]], int | None]] = {
         "python -c": lambda rest: exec(rest[0], {}),
         "python -m data.demo": lambda rest: data.demo.main(rest),
-        "python tools/plot_run.py": lambda rest: load_tool("plot_run").main(rest),
-        "python tools/visualize.py": lambda rest: load_tool("visualize").main(rest),
-        "python tools/convert_checkpoint.py": lambda rest: load_tool("convert_checkpoint").main(rest),
+        "python -m tools.plot_run": lambda rest: load_tool("tools.plot_run").main(rest),
+        "python -m tools.visualize": lambda rest: load_tool("tools.visualize").main(rest),
+        "python -m tools.convert_checkpoint": lambda rest: load_tool("tools.convert_checkpoint").main(rest),
         "python classification/predict.py": lambda rest: load_command("predict").main(rest),
         "python classification/export.py": lambda rest: load_command("export").main(rest),
     }
@@ -243,8 +239,8 @@ def test_sh_blocks_parse(doc: Path) -> None:
             arguments = main_arguments(words)
             if (task := task_command(words)) is not None:
                 parse_task(*task)
-            elif words[0] == "python" and words[1].startswith("tools/"):
-                load_tool(Path(words[1]).stem).parse(words[2:])
+            elif words[:2] == ["python", "-m"] and words[2].startswith("tools."):
+                load_tool(words[2]).parse(words[3:])
             elif words[0] == "python" and words[1].startswith("classification/"):
                 load_command(Path(words[1]).stem).parse(words[2:])
             elif words[0] == "make":
@@ -293,7 +289,7 @@ def known_flags() -> set[str]:
     }
     torchrun = {flag for action in get_args_parser()._actions for flag in action.option_strings}
     folders = ("openmmlab", "classification", "detection", "segmentation", "tools")
-    sources = [path for folder in folders for path in REPO.glob(f"{folder}/*.py")]
+    sources = [path for folder in folders for path in REPO.glob(f"{folder}/**/*.py")]
     tasks = {flag for path in sources for flag in re.findall(r'"(--[\w-]+)"', path.read_text())}
     return ours | torchrun | tasks | {"--kinds", "--out", "--shm-size", "--no-amp"}
 
@@ -341,7 +337,7 @@ def test_quoted_messages_are_in_the_code() -> None:
         *REPO.glob("*.py"),
         *REPO.glob("models/**/*.py"),
         *REPO.glob("data/*.py"),
-        *REPO.glob("tools/*.py"),
+        *REPO.glob("tools/**/*.py"),
     ]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):

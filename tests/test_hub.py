@@ -23,9 +23,7 @@ from models import (
 from models.checkpoint import DERIVED_BUFFERS, state_dict_of
 from models.hub import FocalTransformerOnHub
 from models.safetensors_file import write_safetensors
-
-sys.path.insert(0, str(REPO / "tools"))
-import convert_checkpoint  # noqa: E402
+from tools import convert_checkpoint
 
 OFFICIAL = [REPO / f"tests/checkpoints/official_{version}_nano.pth" for version in ("v1", "v2")]
 NANO = {"img_size": 32, "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "num_classes": 5}

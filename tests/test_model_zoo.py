@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import REPO
 
-sys.path.insert(0, str(REPO / "tools"))
-import model_zoo
-import release_numbers as release
+from tools import model_zoo
+from tools import release_numbers as release
 
 PAGE = (REPO / "MODEL_ZOO.md").read_text(encoding="utf-8")
 
@@ -26,7 +25,7 @@ def reported(config: Path) -> dict[str, float]:
 
 def test_the_page_is_what_the_tool_writes() -> None:
     """Recounts the classifiers, and reads the newest tables of detectors and segmenters."""
-    assert model_zoo.page() == PAGE, "python tools/model_zoo.py --write"
+    assert model_zoo.page() == PAGE, "python -m tools.model_zoo --write"
 
 
 def test_every_row_of_the_release_has_a_config() -> None:

@@ -1,7 +1,7 @@
 """What timm expects of a model, stated over all variants of this repository.
 
-The properties are those of timm's own suite, which tools/timm_suite.py runs where timm's sources are at hand.
-Models here have the options of their variant, but few channels and blocks.
+The properties are those of timm's own test suite. Models here have the options of their variant, but few
+channels and blocks.
 """
 
 import copy

@@ -1,17 +1,14 @@
-"""Convert weights between the original release's files, this codebase's and safetensors.
+"""Convert weights between the original release's files, this repository's and safetensors.
 
-    python tools/convert_checkpoint.py focal_tiny.pth focal_tiny.safetensors
-    python tools/convert_checkpoint.py focal_tiny.safetensors focal_tiny.pth
+    python -m tools.convert_checkpoint focal_tiny.pth focal_tiny.safetensors
+    python -m tools.convert_checkpoint focal_tiny.safetensors focal_tiny.pth
 
-Reads all three, and checkpoints of training runs, and writes by the ending of the name: `.safetensors`, or
-`.pth` with the weights under `model`, which is where this codebase, the original and timm look. Index tables
-that follow from a model's options are left out; the original makes them itself, and reads such files with
-strict=False, as its main.py does. `--weights model_ema` takes the averaged weights of a training run.
-
-The new file is read again and compared with the old one bit by bit before it gets its name.
+Reads all three, and checkpoints of training runs. Writes by the ending of the name: `.safetensors`, or `.pth`
+with the weights under `model`, as the original and timm expect. Index tables that follow from a model's
+options are left out; the original reads such files with strict=False. `--weights model_ema` takes the
+averaged weights of a training run. The new file is read again and compared bit by bit before it gets its
+name.
 """
-
-from __future__ import annotations
 
 import argparse
 import contextlib
@@ -23,15 +20,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import storage  # noqa: E402
-from models.checkpoint import STATE_KEYS, read_checkpoint, state_dict_of  # noqa: E402
-from models.safetensors_file import write_safetensors  # noqa: E402
+from models.checkpoint import STATE_KEYS, read_checkpoint, state_dict_of
+from models.safetensors_file import write_safetensors
 
 
 def write_pth(state: Mapping[str, Tensor], path: Path) -> None:
-    """Weights under `model`, with a checksum at the end."""
-    storage.write({"model": dict(state)}, path, storage.Stamp())
+    """Weights under `model`."""
+    torch.save({"model": dict(state)}, path)
 
 
 WRITERS: dict[str, Callable[[Mapping[str, Tensor], Path], None]] = {
@@ -50,29 +45,29 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def read_weights(source: Path, place: str = "") -> dict[str, Tensor]:
+def read_weights(source: Path, key: str = "") -> dict[str, Tensor]:
     """The weights in a file.
 
     Args:
         source: the file.
-        place: under which key they lie; empty for the usual ones. What another place lacks of the weights in
-            the usual one, such as buffers beside averaged parameters, is taken from there.
+        key: of the weights in the file; empty for the usual ones. What weights under another key lack, such
+            as buffers beside averaged parameters, is taken from the usual ones.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: unreadable, or without weights.
     """
     content = read_checkpoint(source)
-    if not place:
+    if not key:
         return state_dict_of(content, str(source))
-    if not isinstance(content.get(place), Mapping):
+    if not isinstance(content.get(key), Mapping):
         found = ", ".join(str(key) for key, value in content.items() if isinstance(value, Mapping)) or "none"
-        raise ValueError(f"{source}: expected weights under {place!r}, found these groups: {found}")
-    usual = next((content[key] for key in STATE_KEYS if isinstance(content.get(key), Mapping)), {})
-    return state_dict_of({"model": dict(usual) | dict(content[place])}, str(source))
+        raise ValueError(f"{source}: expected weights under {key!r}, found these groups: {found}")
+    usual = next((content[name] for name in STATE_KEYS if isinstance(content.get(name), Mapping)), {})
+    return state_dict_of({"model": dict(usual) | dict(content[key])}, str(source))
 
 
-def convert(source: Path, target: Path, place: str = "", force: bool = False) -> dict[str, Tensor]:
+def convert(source: Path, target: Path, key: str = "", force: bool = False) -> dict[str, Tensor]:
     """Write the weights of `source` to `target`, whole or not at all; returns them.
 
     Raises:
@@ -85,12 +80,13 @@ def convert(source: Path, target: Path, place: str = "", force: bool = False) ->
         raise ValueError(f"{target}: expected a name that ends in one of {', '.join(WRITERS)}")
     if target.exists() and not force:
         raise FileExistsError(f"{target} is there already: choose another name, or replace it with --force")
-    state = read_weights(source, place)
+    state = read_weights(source, key)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.stem}.tmp{target.suffix}")
     try:
         WRITERS[target.suffix](state, temporary)
-        _flush(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
         check_same(state, state_dict_of(read_checkpoint(temporary), str(target)), str(target))
         os.replace(temporary, target)
     finally:
@@ -100,33 +96,23 @@ def convert(source: Path, target: Path, place: str = "", force: bool = False) ->
 
 
 def check_same(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], origin: str) -> None:
-    """Raise ValueError unless two state dicts agree in names, kinds, shapes and every bit."""
+    """Raise ValueError unless two state dicts agree in names, types, shapes and every bit."""
     differ = [key for key in expected.keys() | found.keys() if not _same(expected.get(key), found.get(key))]
     if differ:
         raise ValueError(
-            f"{origin}: what was written reads differently in {len(differ)} tensors, such as {min(differ)}; "
-            "nothing was kept. Check the disk"
+            f"{origin}: expected to read what was written, got differences in {len(differ)} tensors, such as "
+            f"{min(differ)}; nothing was kept. Check the disk"
         )
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None or a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(_bytes(a), _bytes(b))
-
-
-def _bytes(x: Tensor) -> Tensor:
-    """As bytes, of which those of nan equal themselves."""
-    return x.contiguous().flatten().view(torch.uint8)
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+    return torch.equal(*(x.contiguous().flatten().view(torch.uint8) for x in (a, b)))  # nan equals itself
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Convert; says what was written, or what is wrong."""
+    """Run the command line; 1 for an error that the user can correct."""
     args = parse(arguments)
     try:
         state = convert(args.source, args.target, args.weights, args.force)

@@ -1,6 +1,6 @@
 """Writes MODEL_ZOO.md: every row that the release reports, and beside it what this code counts.
 
-    python tools/model_zoo.py --write
+    python -m tools.model_zoo --write
 
 The quoted numbers are in tools/release_numbers.py. Parameters and multiply-adds of classifiers are counted
 here; those of detectors and segmenters come from the newest tables in tools/results that detection/count.py
@@ -13,15 +13,11 @@ from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parent.parent
-if str(REPO) not in sys.path:
-    sys.path.insert(0, str(REPO))  # the tools are run as files
+from config import load_config
+from models import count_params_and_macs
+from tools import release_numbers as release
 
-import release_numbers as release  # noqa: E402
-
-from config import load_config  # noqa: E402
-from models import count_params_and_macs  # noqa: E402
-
+REPO = Path(__file__).resolve().parents[1]
 PAGE = REPO / "MODEL_ZOO.md"
 RESULTS = REPO / "tools" / "results"
 
@@ -35,7 +31,7 @@ release's own numbers: nothing was trained on ImageNet, COCO or ADE20K here. The
 this code. The release says FLOPs where multiply-adds (MACs) are meant.
 
 <!-- Written by tools/model_zoo.py from tools/release_numbers.py: change those, and run
-     python tools/model_zoo.py --write -->
+     python -m tools.model_zoo --write -->
 
 - [Weights](#weights)
 - [ImageNet-1K](#imagenet-1k)

@@ -1,11 +1,11 @@
-"""What the original release reports of its models, row by row: the tables of its README, but for two rows.
+"""What the original release reports of its models: the tables of its README, but for two rows.
 
 HTC++ with Focal-L is in none of the tables: its box and mask AP are those that the README's introduction
-gives for the largest Focal Transformer, its name is the paper's, and its schedule is chosen here. Focal-L as
-a classifier stands here for its config alone: nothing is reported of it.
+gives for the largest Focal Transformer, its name is the paper's, and its schedule is chosen here. Of Focal-L
+as a classifier nothing is reported.
 
-Quoted, not reproduced here. tools/model_zoo.py sets beside them what this code counts, tools/make_figures.py
-draws them. The release says FLOPs where multiply-adds are meant. None stands for what it does not say.
+These numbers are quoted, not reproduced here. The release says FLOPs where multiply-adds are meant. None is
+what it does not report.
 """
 
 from typing import NamedTuple
@@ -21,58 +21,37 @@ class Classifier(NamedTuple):
     top1: float | None
     top5: float | None
     images_per_s: int | None
-    weights: str | None
-    """Name of the file, whose link is dead."""
+
+    @property
+    def weights(self) -> str | None:
+        """Name of the released file, whose link is dead; None if there is none."""
+        name = self.config.removesuffix("_patch4_window7_224").replace("_", "-")
+        return f"{name}-is224-ws7.pth" if self.top1 else None
 
 
-CLASSIFIERS = (
-    Classifier(
-        *("Focal-T", "focal_tiny_patch4_window7_224", 28.9, 4.9, 82.2, 95.9, 319),
-        "focal-tiny-is224-ws7.pth",
-    ),
-    Classifier(
-        *("Focal-T, conv", "focal_tiny_useconv_patch4_window7_224", 30.8, 5.2, 82.7, 96.1, None),
-        "focal-tiny-useconv-is224-ws7.pth",
-    ),
-    Classifier(
-        *("Focal-fast-T, conv", "focalv2_tiny_useconv_patch4_window7_224", 30.2, 5.0, 82.4, 96.0, 483),
-        "focalv2-tiny-useconv-is224-ws7.pth",
-    ),
-    Classifier(
-        *("Focal-S", "focal_small_patch4_window7_224", 51.1, 9.4, 83.6, 96.2, 192),
-        "focal-small-is224-ws7.pth",
-    ),
-    Classifier(
-        *("Focal-S, conv", "focal_small_useconv_patch4_window7_224", 53.1, 9.7, 83.8, 96.5, None),
-        "focal-small-useconv-is224-ws7.pth",
-    ),
-    Classifier(
-        *("Focal-fast-S, conv", "focalv2_small_useconv_patch4_window7_224", 51.5, 9.4, 83.6, 96.4, 293),
-        "focalv2-small-useconv-is224-ws7.pth",
-    ),
-    Classifier(
-        *("Focal-B", "focal_base_patch4_window7_224", 89.8, 16.4, 84.0, 96.5, 138),
-        "focal-base-is224-ws7.pth",
-    ),
-    Classifier(
-        *("Focal-B, conv", "focal_base_useconv_patch4_window7_224", 93.3, 16.8, 84.2, 97.1, None),
-        "focal-base-useconv-is224-ws7.pth",
-    ),
-    Classifier(
-        *("Focal-fast-B, conv", "focalv2_base_useconv_patch4_window7_224", 91.2, 16.4, 84.0, 96.6, 203),
-        "focalv2-base-useconv-is224-ws7.pth",
-    ),
-    Classifier("Focal-L", "focal_large_patch4_window7_224", *[None] * 6),
+CLASSIFIERS = tuple(
+    Classifier(model, f"{name}_patch4_window7_224", *numbers)
+    for model, name, *numbers in (
+        ("Focal-T", "focal_tiny", 28.9, 4.9, 82.2, 95.9, 319),
+        ("Focal-T, conv", "focal_tiny_useconv", 30.8, 5.2, 82.7, 96.1, None),
+        ("Focal-fast-T, conv", "focalv2_tiny_useconv", 30.2, 5.0, 82.4, 96.0, 483),
+        ("Focal-S", "focal_small", 51.1, 9.4, 83.6, 96.2, 192),
+        ("Focal-S, conv", "focal_small_useconv", 53.1, 9.7, 83.8, 96.5, None),
+        ("Focal-fast-S, conv", "focalv2_small_useconv", 51.5, 9.4, 83.6, 96.4, 293),
+        ("Focal-B", "focal_base", 89.8, 16.4, 84.0, 96.5, 138),
+        ("Focal-B, conv", "focal_base_useconv", 93.3, 16.8, 84.2, 97.1, None),
+        ("Focal-fast-B, conv", "focalv2_base_useconv", 91.2, 16.4, 84.0, 96.6, 203),
+        ("Focal-L", "focal_large", None, None, None, None, None),
+    )
 )
 
 
 class Detector(NamedTuple):
-    """A detector on COCO, mini-val."""
+    """A detector on COCO, mini-val. The schedule is in units of 12 epochs, in brackets if chosen here."""
 
     method: str
     backbone: str
     schedule: str
-    """In units of 12 epochs; in brackets where it is chosen here and not the release's."""
     config: str
     params_m: int | None
     flops_g: int | None
@@ -80,60 +59,41 @@ class Detector(NamedTuple):
     mask_ap: float | None
 
 
-DETECTORS = (
-    Detector("Mask R-CNN", "Focal-T", "1x", "mask-rcnn_focal-tiny_fpn_1x_coco", 49, 291, 44.8, 41.0),
-    Detector(
-        *("Mask R-CNN", "Focal-T", "3x", "mask-rcnn_focal-tiny_fpn_amp-ms-crop-3x_coco", 49, 291, 47.2, 42.7)
-    ),
-    Detector("Mask R-CNN", "Focal-S", "1x", "mask-rcnn_focal-small_fpn_1x_coco", 71, 401, 47.4, 42.8),
-    Detector(
-        *("Mask R-CNN", "Focal-S", "3x", "mask-rcnn_focal-small_fpn_amp-ms-crop-3x_coco", 71, 401, 48.8, 43.8)
-    ),
-    Detector("Mask R-CNN", "Focal-B", "1x", "mask-rcnn_focal-base_fpn_1x_coco", 110, 533, 47.8, 43.2),
-    Detector(
-        *("Mask R-CNN", "Focal-B", "3x", "mask-rcnn_focal-base_fpn_amp-ms-crop-3x_coco", 110, 533, 49.0, 43.7)
-    ),
-    Detector("RetinaNet", "Focal-T", "1x", "retinanet_focal-tiny_fpn_1x_coco", 39, 265, 43.7, None),
-    Detector(
-        "RetinaNet", "Focal-T", "3x", "retinanet_focal-tiny_fpn_amp-ms-crop-3x_coco", 39, 265, 45.5, None
-    ),
-    Detector("RetinaNet", "Focal-S", "1x", "retinanet_focal-small_fpn_1x_coco", 62, 367, 45.6, None),
-    Detector(
-        *("RetinaNet", "Focal-S", "3x", "retinanet_focal-small_fpn_amp-ms-crop-3x_coco", 62, 367, 47.3, None)
-    ),
-    Detector("RetinaNet", "Focal-B", "1x", "retinanet_focal-base_fpn_1x_coco", 101, 514, 46.3, None),
-    Detector(
-        *("RetinaNet", "Focal-B", "3x", "retinanet_focal-base_fpn_amp-ms-crop-3x_coco", 101, 514, 46.9, None)
-    ),
-    Detector(
-        *("Cascade Mask R-CNN", "Focal-T", "3x", "cascade-mask-rcnn_focal-tiny_fpn_amp-ms-crop-3x_coco"),
-        *(87, 770, 51.5, None),
-    ),
-    Detector("ATSS", "Focal-T", "3x", "atss_focal-tiny_fpn_amp-ms-crop-3x_coco", 37, 239, 49.5, None),
-    Detector(
-        *(
-            "RepPointsV2",
+DETECTORS = tuple(
+    Detector(method, backbone, schedule, f"{name}_coco", *numbers)
+    for method, backbone, schedule, name, *numbers in (
+        ("Mask R-CNN", "Focal-T", "1x", "mask-rcnn_focal-tiny_fpn_1x", 49, 291, 44.8, 41.0),
+        ("Mask R-CNN", "Focal-T", "3x", "mask-rcnn_focal-tiny_fpn_amp-ms-crop-3x", 49, 291, 47.2, 42.7),
+        ("Mask R-CNN", "Focal-S", "1x", "mask-rcnn_focal-small_fpn_1x", 71, 401, 47.4, 42.8),
+        ("Mask R-CNN", "Focal-S", "3x", "mask-rcnn_focal-small_fpn_amp-ms-crop-3x", 71, 401, 48.8, 43.8),
+        ("Mask R-CNN", "Focal-B", "1x", "mask-rcnn_focal-base_fpn_1x", 110, 533, 47.8, 43.2),
+        ("Mask R-CNN", "Focal-B", "3x", "mask-rcnn_focal-base_fpn_amp-ms-crop-3x", 110, 533, 49.0, 43.7),
+        ("RetinaNet", "Focal-T", "1x", "retinanet_focal-tiny_fpn_1x", 39, 265, 43.7, None),
+        ("RetinaNet", "Focal-T", "3x", "retinanet_focal-tiny_fpn_amp-ms-crop-3x", 39, 265, 45.5, None),
+        ("RetinaNet", "Focal-S", "1x", "retinanet_focal-small_fpn_1x", 62, 367, 45.6, None),
+        ("RetinaNet", "Focal-S", "3x", "retinanet_focal-small_fpn_amp-ms-crop-3x", 62, 367, 47.3, None),
+        ("RetinaNet", "Focal-B", "1x", "retinanet_focal-base_fpn_1x", 101, 514, 46.3, None),
+        ("RetinaNet", "Focal-B", "3x", "retinanet_focal-base_fpn_amp-ms-crop-3x", 101, 514, 46.9, None),
+        (
+            "Cascade Mask R-CNN",
             "Focal-T",
             "3x",
-            "reppointsv2_focal-tiny_bifpn_amp-ms-crop-3x_coco",
-            45,
-            491,
-            51.2,
+            "cascade-mask-rcnn_focal-tiny_fpn_amp-ms-crop-3x",
+            87,
+            770,
+            51.5,
             None,
-        )
-    ),
-    Detector(
-        *("Sparse R-CNN", "Focal-T", "3x", "sparse-rcnn_focal-tiny_fpn_amp-ms-crop-3x_coco"),
-        *(111, 196, 49.0, None),
-    ),
-    Detector(
-        *("HTC++", "Focal-L", "(6x)", "htc_focal-large_fpn_amp-ms-400-1400-6x_coco", None, None, 58.7, 50.9)
-    ),
+        ),
+        ("ATSS", "Focal-T", "3x", "atss_focal-tiny_fpn_amp-ms-crop-3x", 37, 239, 49.5, None),
+        ("RepPointsV2", "Focal-T", "3x", "reppointsv2_focal-tiny_bifpn_amp-ms-crop-3x", 45, 491, 51.2, None),
+        ("Sparse R-CNN", "Focal-T", "3x", "sparse-rcnn_focal-tiny_fpn_amp-ms-crop-3x", 111, 196, 49.0, None),
+        ("HTC++", "Focal-L", "(6x)", "htc_focal-large_fpn_amp-ms-400-1400-6x", None, None, 58.7, 50.9),
+    )
 )
 
 
 class Segmenter(NamedTuple):
-    """UPerNet on ADE20K, 160,000 iterations."""
+    """UPerNet on ADE20K, 160,000 iterations; `miou_ms` is tested at several scales."""
 
     backbone: str
     pretraining: str
@@ -143,36 +103,21 @@ class Segmenter(NamedTuple):
     flops_g: int
     miou: float
     miou_ms: float
-    """Tested at several scales."""
 
 
-SEGMENTERS = (
-    Segmenter(
-        *("Focal-T", "ImageNet-1K", 512, "upernet_focal-tiny_8xb2-160k_ade20k-512x512", 62, 998, 45.8, 47.0)
-    ),
-    Segmenter(
-        *("Focal-S", "ImageNet-1K", 512, "upernet_focal-small_8xb2-160k_ade20k-512x512", 85, 1130, 48.0, 50.0)
-    ),
-    Segmenter(
-        *("Focal-B", "ImageNet-1K", 512, "upernet_focal-base_8xb2-160k_ade20k-512x512", 126, 1354, 49.0, 50.5)
-    ),
-    Segmenter(
-        *(
-            "Focal-L",
-            "ImageNet-22K",
-            640,
-            "upernet_focal-large_8xb2-160k_ade20k-640x640",
-            240,
-            3376,
-            54.0,
-            55.4,
-        )
-    ),
+SEGMENTERS = tuple(
+    Segmenter(backbone, data, crop, f"upernet_{name}_8xb2-160k_ade20k-{crop}x{crop}", *numbers)
+    for backbone, data, crop, name, *numbers in (
+        ("Focal-T", "ImageNet-1K", 512, "focal-tiny", 62, 998, 45.8, 47.0),
+        ("Focal-S", "ImageNet-1K", 512, "focal-small", 85, 1130, 48.0, 50.0),
+        ("Focal-B", "ImageNet-1K", 512, "focal-base", 126, 1354, 49.0, 50.5),
+        ("Focal-L", "ImageNet-22K", 640, "focal-large", 240, 3376, 54.0, 55.4),
+    )
 )
 
 
 class Speed(NamedTuple):
-    """Throughput of a classifier and of its peers on one GPU, which the release does not name."""
+    """Images per second of a classifier on one GPU, which the release does not name, by resolution."""
 
     family: str
     model: str

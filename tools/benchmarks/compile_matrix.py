@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from models import FocalTransformer
 from models.focal_transformer import FocalAttention, FocalBlock
 from models.registry import VARIANTS
-from tools import benchmark_common as common
 
+from . import common
 from .kernel_figures import Figures, figures
 from .operator_costs import SORTED_INDICES, SORTED_KERNELS, activations, count_launches
 from .stub_driver import CARDS, StubDriver

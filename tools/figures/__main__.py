@@ -1,38 +1,34 @@
 """Draws the pictures of figures/.
 
-    python tools/make_figures.py [teaser release speed] [--out DIR]
+    python -m tools.figures [teaser release speed] [--out DIR]
 
-teaser   which tokens a query sees, as the layers themselves say, in a photograph that scikit-learn ships
+teaser   which tokens a query sees, by the index of the layers, in a photograph that scikit-learn ships
 release  accuracy against throughput of the release and its peers, as the release reports them
-speed    what the newest benchmark in tools/results measured here, as a share of Swin's speed
+speed    the newest benchmark in tools/results, with the ratios to Swin's speed
 """
 
 import argparse
 import csv
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-REPO = Path(__file__).resolve().parent.parent
-if str(REPO) not in sys.path:
-    sys.path.insert(0, str(REPO))  # the tools are run as files
+import numpy as np
+from PIL import Image
 
-import attention_figures as figures  # noqa: E402
-import attention_maps as maps  # noqa: E402
-import numpy as np  # noqa: E402
-import release_numbers as release  # noqa: E402
-from PIL import Image  # noqa: E402
+from config import load_config
+from models import build_model
+from tools import release_numbers as release
+from tools.benchmarks import models
+from tools.benchmarks.common import REPO, RESULTS
 
-from config import load_config  # noqa: E402
-from models import build_model  # noqa: E402
+from . import attention, drawing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FIGURES = REPO / "figures"
-RESULTS = REPO / "tools" / "results"
 
 TEASER_MODELS = {
     "Focal-T": "focal_tiny_patch4_window7_224",
@@ -74,9 +70,9 @@ def draw_teaser() -> "Figure":
     rows = []
     for name, config in TEASER_MODELS.items():
         model = build_model(load_config(REPO / "configs" / f"{config}.yaml"))
-        rows.append((name, maps.stage_maps(model, SIDE, SIDE)))
+        rows.append((name, attention.stage_maps(model, SIDE, SIDE)))
     title = "The tokens that one query (the cross) attends to, at their own size"
-    return figures.keys_figure(rows, photograph(), QUERY, maps.strides(model), title)
+    return drawing.keys_figure(rows, photograph(), QUERY, attention.strides(model), title)
 
 
 def draw_release() -> "Figure":
@@ -118,42 +114,19 @@ def draw_release() -> "Figure":
 
 
 def draw_speed() -> "Figure":
-    """Bars of the newest benchmark: one panel per mode, speed as a share of Swin's, with quartiles.
+    """The newest benchmark.
 
     Raises:
-        FileNotFoundError: there is no benchmark yet.
+        FileNotFoundError: there is none.
     """
-    from matplotlib.figure import Figure
-
-    texts = {
-        path.name: path.read_text(encoding="utf-8").splitlines() for path in sorted(RESULTS.glob("*.csv"))
-    }
-    benchmarks = [name for name, lines in texts.items() if lines and "vs swin" in lines[0].split(",")]
-    if not benchmarks:
-        raise FileNotFoundError(f"{RESULTS}: expected a CSV file of tools/benchmark.py, got none; run it")
-    rows = [row for row in csv.DictReader(texts[benchmarks[-1]]) if row["vs swin"]]
-    kinds = ("mode", "precision", "compile", "resolution")
-    groups = list(dict.fromkeys(tuple(row[kind] for kind in kinds) for row in rows))
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    figure = Figure(figsize=(7, 0.9 + 0.45 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    labels = []
-    for place, row in enumerate(rows):
-        mode, precision, compiled, resolution = (row[kind] for kind in kinds)
-        place += groups.index((mode, precision, compiled, resolution))  # a gap between groups
-        share, low, high = (float(row[key]) for key in ("vs swin", "ratio lower", "ratio upper"))
-        colour = f"C{models.index(row['model']) % 10}"
-        axes.barh(place, share, xerr=[[share - low], [high - share]], color=colour, capsize=3)
-        axes.text(
-            0.01, place, f"{float(row['img/s']):.3g} img/s", va="center", color="white", fontsize="small"
-        )
-        labels.append((place, f"{row['model']}, {mode}\n{resolution} px, {precision}, {compiled}"))
-    axes.set_yticks([place for place, _ in labels], [text for _, text in labels], fontsize="x-small")
-    axes.invert_yaxis()
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xlabel("speed as a share of Swin's, median and quartiles")
-    axes.set_title(f"Measured here: tools/results/{benchmarks[-1]}", fontsize="medium")
-    return figure
+    for path in sorted(RESULTS.glob("*.csv"), reverse=True):
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        if rows and "vs swin" in rows[0]:
+            figure = models.draw(rows)
+            figure.suptitle(f"Measured here: tools/results/{path.name}", fontsize="medium")
+            return figure
+    raise FileNotFoundError(f"{RESULTS}: expected a file of tools.benchmarks.models, got none; run it")
 
 
 KINDS: dict[str, Callable[[], "Figure"]] = {
@@ -182,11 +155,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for name in args.kinds or KINDS:
             path = args.out / f"{name}.png"
-            figures.save(KINDS[name](), path)
+            drawing.save(KINDS[name](), path)
             print(f"wrote {path}")
     except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("FOCAL_TRACEBACK"):
-            raise
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,19 +1,17 @@
-"""What focal attention looks at, in numbers: its weights again, and maps of what they mean for an image.
+"""What focal attention looks at, in numbers: its weights, and maps of the tokens that they belong to.
 
-The fused operators never form the weights. Here they are made once more from what the layers themselves hold:
-a hook takes the queries, keys and values that a layer's own projection makes, and the layer says which keys
-a window sees and with which bias.
+The fused operators never form the weights. Here they are computed again from what the layers use: hooks
+record the queries, keys and values, and the layer gives the keys of each window and their bias.
 
 Legend: B batch, H W rows and columns of a stage's map, T fine tokens of the padded map, S = T + pooled
 tokens, N heads, P windows, Q queries of a window, K keys of a window, s window side.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from models import FocalTransformer
@@ -87,7 +85,7 @@ class TokenMap:
         return row // s * (columns // s) + column // s, row % s * s + column % s
 
     def seen_from(self, row: int, column: int) -> list[Grain]:
-        """The tokens that the query at a place sees, by granularity; what is empty is left out."""
+        """The tokens that the query at a place sees, by granularity; empty ones are left out."""
         window, query = self.place_of(row, column)
         index = self.index
         keys = index.keys[window].cpu()
@@ -124,15 +122,13 @@ def window_tokens(index: AttentionIndex) -> Tensor:
 
 @dataclass(frozen=True)
 class BlockAttention:
-    """What an attention layer computed with.
+    """The queries, keys and values of an attention layer in one forward pass.
 
     Attributes:
-        stage: number of the stage.
         tokens: the layer and its map.
-        qkv: what its projection made, [B, S, 3, N, D].
+        qkv: [B, S, 3, N, D].
     """
 
-    stage: int
     tokens: TokenMap
     qkv: Tensor
 
@@ -147,11 +143,6 @@ class BlockAttention:
             scores = scores.masked_fill(~index.visible, float("-inf"))
         return scores.softmax(dim=-1)
 
-    def values(self) -> Tensor:
-        """The values of each window's keys: [B, N, P, K, D]."""
-        v = self.qkv[:, :, 2].transpose(1, 2)  # [B, N, S, D]
-        return v[:, :, self.tokens.index.keys]
-
     def of_query(self, row: int, column: int) -> Tensor:
         """Weights of the query at a place of the first image's map, by token: [N, S]."""
         window, query = self.tokens.place_of(row, column)
@@ -160,7 +151,7 @@ class BlockAttention:
         return total.index_add(1, self.tokens.index.keys[window], weights).cpu()
 
     def passed_on(self, relevance: Tensor) -> Tensor:
-        """Relevance of outputs as that of inputs, by the mean over heads of the weights: [H, W] to [H, W]."""
+        """Relevance of the inputs from that of the outputs, [H, W], by the mean over heads of the weights."""
         tokens, index = self.tokens, self.tokens.index
         rolled = tokens.layer.pad_and_roll(relevance[None, ..., None], *tokens.padded).flatten()
         queries = rolled[window_tokens(index).cpu()][..., None]  # [P, Q, 1]
@@ -169,32 +160,31 @@ class BlockAttention:
         return tokens.evenly(total.index_add(0, index.keys.cpu().flatten(), shares.flatten()))
 
 
-@contextmanager
-def recording(model: FocalTransformer) -> Iterator[list[list[BlockAttention]]]:
-    """One forward pass inside fills the list: per stage, what each of its blocks computed with."""
+def record(model: FocalTransformer, image: Tensor) -> list[list[BlockAttention]]:
+    """The attention of every block, by stage, in a forward pass of an image [1, C, H, W]."""
     records: list[list[BlockAttention]] = [[] for _ in model.layers]
+    sizes: list[torch.Size] = []
+
+    def add(layer: FocalAttention, stage: list[BlockAttention], output: Tensor) -> None:
+        qkv = output.detach().unflatten(-1, (3, layer.num_heads, -1))
+        stage.append(BlockAttention(TokenMap(layer, *sizes.pop()), qkv))
+
     handles = []
-    for number, stage in enumerate(model.layers):
-        for block in stage.blocks:
-            handles += _hooks(block.attn, number, records[number])
+    for stage, found in zip(model.layers, records, strict=True):
+        for layer in (block.attn for block in stage.blocks):
+            handles += [
+                layer.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape[1:3])),
+                layer.qkv.register_forward_hook(
+                    lambda _, __, output, layer=layer, found=found: add(layer, found, output)
+                ),
+            ]
     try:
-        yield records
+        with torch.no_grad():
+            model(image)
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _hooks(layer: FocalAttention, stage: int, record: list[BlockAttention]) -> list:
-    sizes: list[tuple[int, int]] = []
-
-    def before(_: nn.Module, inputs: tuple) -> None:
-        sizes.append(tuple(inputs[0].shape[1:3]))
-
-    def projected(_: nn.Module, __: tuple, output: Tensor) -> None:
-        qkv = output.detach().unflatten(-1, (3, layer.num_heads, -1))
-        record.append(BlockAttention(stage, TokenMap(layer, *sizes.pop()), qkv))
-
-    return [layer.register_forward_pre_hook(before), layer.qkv.register_forward_hook(projected)]
+    return records
 
 
 # --- Maps of an image ---------------------------------------------------------------------------------------
@@ -228,10 +218,10 @@ def stage_maps(model: FocalTransformer, height: int, width: int, block: int = -1
 def rollout(records: Sequence[Sequence[BlockAttention]]) -> Tensor:
     """Attention rollout (Abnar and Zuidema, 2020) of the first image: share of each token of the first stage.
 
-    The classifier takes the mean over the last map; from there backwards, half of a token's relevance stays
-    with it (the residual connection) and half goes where the mean over heads of its weights points. Pooled
-    tokens and the steps between stages divide theirs evenly among what they were made of: learned pooling,
-    overlapping patches and MLPs are not looked into.
+    The classifier takes the mean over the last map. From there backwards, half of a token's relevance stays
+    with it (the residual connection), and half is divided by the mean over heads of its weights. Pooled
+    tokens and the steps between stages divide theirs evenly; learned pooling, overlapping patches and MLPs
+    are ignored.
 
     Returns:
         [H, W] of the first stage, of sum 1.
@@ -255,7 +245,7 @@ def _to_finer(relevance: Tensor, height: int, width: int) -> Tensor:
 
 
 def grad_cam(model: FocalTransformer, image: Tensor, target: int, stage: int = -1) -> Tensor:
-    """Grad-CAM (Selvaraju et al., 2017): where a stage's map speaks for a class.
+    """Grad-CAM (Selvaraju et al., 2017): which places of a stage's map raise the logit of a class.
 
     Args:
         model: in evaluation mode.
@@ -264,7 +254,7 @@ def grad_cam(model: FocalTransformer, image: Tensor, target: int, stage: int = -
         stage: whose output to look at.
 
     Returns:
-        [H, W] of the stage, from 0 (nothing, or against it) up.
+        [H, W] of the stage, 0 or more.
     """
     kept: list[Tensor] = []
     handle = model.layers[stage].register_forward_hook(lambda _, __, maps: kept.append(maps[0]))

@@ -1,4 +1,4 @@
-"""Pictures of what focal attention looks at, drawn over the image; the numbers come from attention_maps.py.
+"""Pictures of what focal attention looks at, drawn over the image; the numbers come from attention.py.
 
 Tokens are drawn at their own size: a fine one of the first stage is 4 x 4 pixels, one that was pooled from a
 window 28 x 28. What a query does not see is dark.
@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from attention_maps import AROUND, OWN_WINDOW, BlockAttention, Grain, TokenMap
 from PIL import Image
 from torch import Tensor
+
+from .attention import AROUND, OWN_WINDOW, BlockAttention, Grain, TokenMap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -170,7 +171,7 @@ def keys_figure(
     return figure
 
 
-# --- What it makes of them ----------------------------------------------------------------------------------
+# --- Weights ------------------------------------------------------------------------------------------------
 
 
 def draw_heat(axes: "Axes", picture: np.ndarray, heat: np.ndarray, smooth: bool = False) -> None:

@@ -1,9 +1,9 @@
-"""Checks of the Triton operator in whole models, on the device where it runs; tools/gpu_report.py runs them.
+"""Checks of the Triton operator in whole models, on the device where it runs; gpu_report.py runs them.
 
-Truth is the plain operator in float64, on random weights that are large enough for every part of a model to
-show. The error of a result is its largest one, relative to its largest true value, or to the median
-gradient's if that is more, since some gradients are zero but for rounding. The limit is twice the error of
-the plain operator in the same precision, see `profile_attention.limit`; for gradients twice the sum of that
+The reference is the plain operator in float64, with random weights that are large enough for every part of a
+model to matter. The error of a result is its largest one, relative to its largest true value, or to the
+median gradient's if that is more, since some gradients are zero but for rounding. The limit is twice the
+error of the plain operator in the same precision, see `attention.limit`; for gradients twice the sum of that
 and of the median gradient's, since a gradient of one number may be exact by chance.
 """
 
@@ -14,21 +14,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import benchmark_common as common
 import torch
-from benchmark_common import DTYPES
-from benchmark_models import CLASSES, FAMILIES, OURS
-from profile_attention import errors, limit
 from torch import Tensor, nn
 
 from models import FocalTransformer
 from models.registry import VARIANTS
 from utils import Precision, synchronize
 
+from . import common
+from .attention import errors, limit
+from .common import DTYPES
+from .entries import CLASSES, FAMILIES, OURS
+
 TINY = (FAMILIES["focal"]["tiny"], FAMILIES["focalv2"]["tiny"])
 RELEASED = tuple(FAMILIES[family][size] for size in ("tiny", "base", "small") for family in OURS)
 MORE = tuple(name for name in RELEASED if name not in TINY)
-QUICK = {  # options of a model for trying the checks themselves
+QUICK = {  # options of a small model, to try the checks themselves
     **{"img_size": 32, "embed_dim": 8, "depths": (1,), "num_heads": (1,), "window_size": 4},
     **{"focal_stages": (0,), "focal_levels": (2,), "focal_windows": (3,), "expand_sizes": (1,)},
     **{"focal_topk": 12},
@@ -111,7 +112,7 @@ def run(check: Check, case: Case) -> list[list[common.Cell]]:
         for found in check.run(case):
             result = OK if found.error <= found.limit else FAILED
             rows.append(row(check, case, found.what, result, found.error, found.limit, found.note))
-    except Exception as error:  # whatever compilers and drivers say, the table goes on
+    except Exception as error:  # whatever compilers and drivers raise, the table goes on
         rows.append(row(check, case, "", FAILED, None, None, common.short_reason(error)))
         error.__traceback__ = None  # it holds tensors
         synchronize(case.device)
@@ -148,7 +149,7 @@ def side_of(case: Case) -> int:
 
 
 class Subject:
-    """A model's inputs, and what it should answer."""
+    """A model's inputs, and the results that it should have."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -180,13 +181,13 @@ class Subject:
 
     @cached_property
     def truth(self) -> Answer:
-        """What plain answers in float64."""
+        """Results of plain in float64."""
         model = make_model(self.case, "plain").double()
         return self.answer(model, model)
 
     @cached_property
     def plain(self) -> Answer:
-        """What plain answers in the precision of the case."""
+        """Results of plain in the precision of the case."""
         model = make_model(self.case, "plain")
         return self.answer(model, model)
 
@@ -197,7 +198,7 @@ class Subject:
         return [*outcomes, self.judge("gradients", names, *answers)] if names else outcomes
 
     def judge(self, what: str, names: Sequence[str], found: Answer, truth: Answer, plain: Answer) -> Outcome:
-        """Of the named results the one whose error comes closest to its limit, or is furthest beyond it."""
+        """The named result whose error is the largest share of its limit."""
         true = [truth[name] for name in names]
         least = statistics.median(float(x.abs().max()) for x in true)
         off, yardstick = (errors([answer[name] for name in names], true, least) for answer in (found, plain))

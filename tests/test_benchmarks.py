@@ -1,0 +1,241 @@
+"""tools/benchmarks: what they write, how they compare, and that one model's failure is one row."""
+
+import csv
+import os
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from conftest import NANO, REPO
+from torch import nn
+
+from models.focal_transformer import BACKENDS
+from tools.benchmarks import attention, common, entries, loader, models
+
+TINY = ["--batch-size", "1", "--rounds", "2", "--device", "cpu"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def nano(tmp_path: Path) -> Path:
+    """A configuration file of a model of a few thousand weights."""
+    values: dict = {}
+    for key, value in NANO.items():
+        *sections, name = key.split(".")
+        section = values
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[name] = value
+    path = tmp_path / "nano_tiny.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch, nano: Path) -> None:
+    """Rounds of one step, and models of a few thousand weights."""
+    for tool in (models, attention):
+        monkeypatch.setitem(tool.ROUND_SECONDS, "cpu", 0.0)
+    monkeypatch.setitem(attention.COPY_BYTES, "cpu", 2**16)
+    monkeypatch.setitem(attention.MATMUL_SIDE, "cpu", 32)
+    monkeypatch.setitem(entries.FAMILIES, "swin", {"tiny": "test_convnext"})
+    monkeypatch.setitem(entries.FAMILIES, "focal", {"tiny": str(nano)})
+    monkeypatch.setitem(entries.FAMILIES, "deit", {"tiny": "test_vit"})
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    (path,) = folder.glob("*.csv")
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+# --- Models -------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_models(quick: None, tmp_path: Path) -> None:
+    out = tmp_path / "results"
+    words = ["--models", "focal-tiny", "focal-tiny:plain", "swin-tiny", "deit-tiny", "--sizes", "64", "50"]
+    assert models.main([*words, *TINY, "--name", "try", "--out", str(out)]) == 0
+    assert sorted(path.suffix for path in out.glob("*_try.*")) == [".csv", ".md", ".png"]
+    rows = table(out)
+    assert len(rows) == 4 * 2 * 2
+    for row in rows:
+        if (row["model"], row["resolution"]) == ("deit-tiny", "50"):  # no multiple of its patches
+            assert row["note"].startswith("failed: ") and not row["img/s"]
+            continue
+        assert row["note"] == "" and float(row["img/s"]) > 0
+        assert float(row["ratio lower"]) <= float(row["vs swin"]) <= float(row["ratio upper"])
+        assert float(row["params M"]) > 0 and float(row["GMACs"]) > 0
+        assert row["attention"] == {"focal-tiny": "cpu", "focal-tiny:plain": "plain"}.get(row["model"], "")
+        assert row["model"] != "swin-tiny" or float(row["vs swin"]) == 1
+    text = next(out.glob("*.md")).read_text()
+    for fact in ("Machine: ", "Versions: ", "Commit: ", "Command: ", "Load: ", "## train, fp32, eager"):
+        assert fact in text
+
+
+class Hungry(nn.Module):
+    """Runs out of memory with more than two images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 1000)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if len(images) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.head(images.mean((2, 3)))
+
+
+def run_group(monkeypatch: pytest.MonkeyPatch, builders: dict, batch: int, rounds: int, **options) -> list:
+    monkeypatch.setattr(entries, "build", lambda entry, resolution: builders[entry.name]())
+    monkeypatch.setattr(entries, "costs", lambda entry, resolution: (1, 1))
+    setting = models.Setting("tiny", 32, "infer", "fp32", "eager")
+    group = [entries.Entry(name, name, "tiny") for name in builders]
+    return models.Group(setting, group, batch, CPU, **options).run(rounds)
+
+
+def test_the_batch_is_halved_for_all(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 1000))  # noqa: E731
+    builders = {"test_convnext": small, "hungry": Hungry}
+    rows = run_group(monkeypatch, builders, 8, 3)
+    models.compare(rows)
+    assert [(row.batch, row.note, len(row.seconds)) for row in rows] == [(2, "", 3)] * 2
+    assert all(row.ratio is not None for row in rows)
+    rows = run_group(monkeypatch, builders, 128, 2)
+    assert rows[1].note.startswith("failed: OutOfMemoryError") and rows[1].rate is None
+    assert rows[0].rate is not None
+
+
+def test_a_group_stops_in_time(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first round is finished; models that are not ready at the deadline are left out."""
+    builders = {"test_convnext": nn.Identity, "more": nn.Identity}
+    clock = iter(range(100))  # three looks per model before the first round
+    monkeypatch.setattr(models.time, "monotonic", lambda: next(clock))
+    rows = run_group(monkeypatch, builders, 1, 3, deadline=5.5)
+    assert [(row.note, len(row.seconds)) for row in rows] == [("", 1)] * 2
+    rows = run_group(monkeypatch, builders, 1, 3, deadline=0)
+    assert [(row.note, len(row.seconds)) for row in rows] == [(models.NO_TIME, 0)] * 2
+
+
+def test_a_model_that_fails_leaves_the_others(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Breaks(nn.Module):
+        calls = 0
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            if self.calls > 4:
+                raise ValueError("worn out\nand more")
+            return images
+
+    def unbuildable() -> nn.Module:
+        raise RuntimeError("cannot be built")
+
+    builders = {"breaks": Breaks, "none": unbuildable, "test_convnext": nn.Identity}
+    rows = run_group(monkeypatch, builders, 1, 5)
+    notes = ["failed: ValueError: worn out", "failed: RuntimeError: cannot be built", ""]
+    assert [row.note for row in rows] == notes
+    assert [len(row.seconds) for row in rows] == [0, 0, 5]
+
+
+def test_models_by_name() -> None:
+    labels = [entry.label for entry in entries.entries(["swin", "focal-base:plain", "swin-tiny"])]
+    assert labels == ["swin-tiny", "swin-small", "swin-base", "focal-base:plain"]
+    (entry,) = entries.entries(["focalv2_small_useconv_patch4_window7_224"])
+    assert entry.size == "small"
+    with pytest.raises(ValueError, match="--models: expected a family"):
+        entries.entries(["swin-huge"])
+    for family, by_size in entries.FAMILIES.items():
+        for name in by_size.values():
+            assert entries.config_file(name) if family in entries.OURS else timm.is_model(name)
+
+
+def test_a_model_of_another_checkout() -> None:
+    (entry,) = entries.entries([f"{REPO}@focal-tiny:plain"])
+    with torch.device("meta"):
+        model = entries.build(entry, 224)
+    assert type(model).__name__ == "FocalTransformer" and type(model).__module__.startswith("checkout_")
+    assert entries.attention_backends(model, torch.float32) == "plain"
+    with pytest.raises(ValueError, match="expected a checkout of this repository"):
+        entries.models_of(REPO / "tools")
+
+
+def test_options_override_a_preset() -> None:
+    args = models.parse(["--preset", "gpu", "--sizes", "224"])
+    assert (args.sizes, args.batch_size, args.precisions, args.name) == ([224], 128, ["bf16"], "gpu")
+    assert len(entries.entries(args.models)) == sum(map(len, entries.FAMILIES.values()))
+
+
+def test_ratios_beside_the_newest_committed_ones() -> None:
+    """By kind of machine, in both forms of result files."""
+    epyc = models.committed_ratios("AMD EPYC, 2 cores, 1 torch threads")
+    ratio, name = epyc["focal-tiny", "224", "train"]
+    assert name.endswith(".csv") and 0.3 < ratio < 3
+    xeon = models.committed_ratios("Intel(R) Xeon(R) Processor, 8 cores")
+    assert xeon["focalv2-tiny", "224", "infer"][1] != epyc["focalv2-tiny", "224", "infer"][1]
+    assert models.committed_ratios("Abacus, 1 cores") == {}
+
+
+def test_rounds_alternate_and_ratios_pair_them() -> None:
+    calls: list[str] = []
+    timers = {name: (lambda name=name: calls.append(name) or float(len(calls))) for name in "ab"}
+    times = common.alternate(timers, 3)
+    assert "".join(calls) == "abbaab"
+    assert times == {"a": [1, 4, 5], "b": [2, 3, 6]}
+    assert common.speed_ratio([1, 1, 1], [2, 2, 20]).median == 2
+    assert common.Spread.of([3.0]) == common.Spread(3.0, 3.0, 3.0)
+
+
+# --- The operator -------------------------------------------------------------------------------------------
+
+
+def test_backends_are_checked_and_timed(quick: None, nano: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results"
+    words = ["--cfg", str(nano), "--sizes", "64", "--precisions", "fp32", "bf16", "--out", str(out)]
+    assert attention.main([*words, *TINY]) == 0
+    rows = table(out)
+    assert len(rows) == len(NANO["MODEL.FOCAL.DEPTHS"]) * 2 * 2 * len(BACKENDS)
+    for row in rows:
+        if row["backend"] in ("plain", "cpu"):
+            assert row["check"] == "ok" and float(row["ms"]) > 0 and float(row["times floor"]) > 0
+        else:
+            assert row["check"].startswith("cannot run: ") and not row["ms"]
+
+
+def test_a_wrong_backend_is_found(quick: None, nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = attention.Contender.results
+
+    def wrong(self: attention.Contender) -> list[torch.Tensor]:
+        out, d_qkv, d_bias = honest(self)
+        return [out, d_qkv * (1.01 if self.name == "cpu" else 1), d_bias]
+
+    monkeypatch.setattr(attention.Contender, "results", wrong)
+    assert attention.main(["--cfg", str(nano), "--sizes", "32", "--backends", "plain", "cpu", *TINY]) == 1
+    off = attention.verdict([0.0, float("nan"), 0.0], [0.0] * 3, torch.float32)
+    assert off == "WRONG: d_qkv"
+
+
+def test_the_cost_of_an_index(quick: None, nano: Path, tmp_path: Path) -> None:
+    assert attention.main(["--index", "--cfg", str(nano), "--out", str(tmp_path / "out"), *TINY]) == 0
+    rows = table(tmp_path / "out")
+    assert [row["part"] for row in rows][:2] == ["index", "cpu, forward"]
+    assert all(float(row["ms"]) > 0 for row in rows)
+
+
+def test_settings_need_the_kernels(nano: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert attention.main(["--settings", "--cfg", str(nano), *TINY]) == 2
+    assert "needs a CUDA device, got cpu" in caplog.text
+
+
+# --- The loader ---------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_decoders(tmp_path: Path) -> None:
+    words = ["--images", "8", "--batch-size", "4", "--rounds", "2", "--workers", "0", "--size", "64"]
+    assert loader.main([*words, "--out", str(tmp_path)]) == 0
+    rows = table(tmp_path)
+    assert [row["decoder"] for row in rows] == ["pil", "opencv"]
+    assert float(rows[0]["ratio to pil"]) == 1 and float(rows[1]["ratio to pil"]) > 0
+    loader.photograph(0).save(tmp_path / "0.jpg", quality=loader.QUALITY)
+    assert 60 < os.path.getsize(tmp_path / "0.jpg") / 1000 < 160

@@ -1,0 +1,1 @@
+"""Commands for users and maintainers: plots, pictures, conversion, benchmarks and fault tests."""

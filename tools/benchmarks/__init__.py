@@ -1,0 +1,1 @@
+"""Benchmarks of models, attention, data loading and detectors, all in alternating rounds."""

@@ -1,0 +1,280 @@
+"""What the benchmarks share: one timer, alternating rounds, spreads, the description of a run, result files.
+
+On a machine that does other work too, a single timing says little. So everything that is compared is timed in
+alternating rounds in one process, and compared by the median of the ratios within a round.
+"""
+
+import argparse
+import csv
+import logging
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from utils import pick_device, synchronize
+
+from .worker import short_reason as short_reason
+
+logger = logging.getLogger("benchmarks")
+
+REPO = Path(__file__).resolve().parents[2]
+RESULTS = REPO / "tools" / "results"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ROUNDS = {"cpu": 5, "cuda": 20}
+MAX_CALLS = 1000  # of an action in one round
+
+Cell = str | int | float | None
+
+
+# --- Timing -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median with quartiles."""
+
+    median: float
+    lower: float
+    upper: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Of at least one value."""
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, lower, upper)
+
+
+def seconds_of(action: Callable[[], object], calls: int, device: torch.device) -> float:
+    """Seconds per call of `action`, over several calls, including the device's work."""
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        action()
+    synchronize(device)
+    return (time.perf_counter() - start) / calls
+
+
+class Timer:
+    """Times an action; making a timer warms it up. Calling the timer measures one round.
+
+    Args:
+        action: to time.
+        device: where it runs.
+        seconds: a round should take; it is at least one call.
+        warm_up: calls before the first measurement.
+        held: bytes on the device that belong to the action's model before it runs.
+
+    Attributes:
+        calls: of the action in a round.
+        peak_mib: on CUDA the peak memory in MiB, without what belongs to other models; else None.
+    """
+
+    def __init__(
+        self,
+        action: Callable[[], object],
+        device: torch.device,
+        seconds: float = 0.0,
+        warm_up: int = 1,
+        held: int = 0,
+    ) -> None:
+        self.action, self.device, self.peak_mib = action, device, None
+        others = torch.cuda.memory_allocated(device) - held if device.type == "cuda" else 0
+        seconds_of(action, warm_up, device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        single = seconds_of(action, 1, device)
+        if device.type == "cuda":
+            self.peak_mib = (torch.cuda.max_memory_allocated(device) - others) / 2**20
+        self.calls = max(1, min(MAX_CALLS, round(seconds / max(single, 1e-9))))
+
+    def __call__(self) -> float:
+        """Seconds per call of the action."""
+        return seconds_of(self.action, self.calls, self.device)
+
+
+def alternate(timers: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Call every timer once a round, each round in the opposite order of the last one.
+
+    Returns:
+        What each timer returned, by round.
+    """
+    times: dict[str, list[float]] = {name: [] for name in timers}
+    for number in range(rounds):
+        for name in timers if number % 2 == 0 else reversed(timers):
+            times[name].append(timers[name]())
+    return times
+
+
+def speed_ratio(times: Sequence[float], base: Sequence[float]) -> Spread:
+    """How many times as fast as `base`: the spread over the rounds that both were timed in."""
+    return Spread.of([theirs / ours for ours, theirs in zip(times, base, strict=True)])
+
+
+# --- Command lines ------------------------------------------------------------------------------------------
+
+
+def new_parser(description: str, name: str) -> argparse.ArgumentParser:
+    """A parser with the options of all benchmarks; `name` is that of the result files."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--device", default="", help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    parser.add_argument("--threads", type=positive, help="of PyTorch on the CPU")
+    parser.add_argument("--rounds", type=positive, help=f"alternating rounds (default: {ROUNDS})")
+    parser.add_argument("--name", default=name, help=f"of the result files ({name})")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write <date>_<name>.md and .csv there")
+    return parser
+
+
+def positive(text: str) -> int:
+    """An argument of a command line that is 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
+    return int(text)
+
+
+def run_command(args: argparse.Namespace, measure: Callable[[argparse.Namespace], int]) -> int:
+    """Set up logging, device and threads, then measure.
+
+    Args:
+        args: options of `new_parser`; `device` becomes a torch.device and `rounds` a number.
+        measure: returns the exit status.
+
+    Returns:
+        That status, or 2 for an error that the user can correct.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        args.device = pick_device(args.device)
+        args.rounds = args.rounds or ROUNDS[args.device.type]
+        if args.threads is not None:
+            torch.set_num_threads(args.threads)
+        return measure(args)
+    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
+        logger.error(f"error: {error}")
+        return 2
+
+
+# --- Reports ------------------------------------------------------------------------------------------------
+
+
+def describe_run(device: torch.device) -> dict[str, str]:
+    """What a reader has to know to judge a result."""
+    cpu = f"{_cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
+    versions = [f"{name} {_version(name)}" for name in ("torch", "torchvision", "timm", "triton")]
+    facts = {
+        "Date": datetime.now().isoformat(timespec="minutes"),
+        "Machine": f"{torch.cuda.get_device_name(device)}; {cpu}" if device.type == "cuda" else cpu,
+        "Load": " ".join(f"{value:.2f}" for value in os.getloadavg()) + " (1, 5, 15 minutes, at the start)",
+        "Versions": ", ".join([f"Python {platform.python_version()}", *versions]),
+        "Commit": _commit(),
+        "Command": shlex.join(["python", *_program(), *sys.argv[1:]]),
+    }
+    if device.type == "cuda":
+        facts["Versions"] += f", CUDA {torch.version.cuda}"
+    return facts
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "missing"
+
+
+def git(*words: str) -> str:
+    """Output of a git command in this repository; '' where git or its folder is missing."""
+    try:
+        return subprocess.run(
+            ["git", "-C", str(REPO), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _commit() -> str:
+    changed = git("status", "--porcelain", "--", "*.py", "configs")
+    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + (" and changes" if changed else "")
+
+
+def _program() -> list[str]:
+    """What runs, as after `python`: a module of this repository, or a file."""
+    path = Path(sys.argv[0]).resolve()
+    if not path.is_relative_to(REPO) or path.suffix != ".py":
+        return [path.name]
+    module = ".".join(path.relative_to(REPO).with_suffix("").parts).removesuffix(".__main__")
+    return ["-m", module]
+
+
+def result_stem(folder: Path, name: str) -> Path:
+    """<folder>/<date>_<name>, without ending; makes the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{datetime.now():%Y-%m-%d}_{name}"
+
+
+def show(value: Cell) -> str:
+    """A cell's text; numbers have at least three digits, None is '-'."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return str(value).replace("|", "/").replace("\n", " ")
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
+    """A table in Markdown."""
+    lines = [columns, ["---"] * len(columns), *([show(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def markdown_report(title: str, facts: dict[str, str], notes: Sequence[str], tables: Sequence[str]) -> str:
+    """A result file: what was measured where, then the tables."""
+    listed = [f"- {name}: {value}" for name, value in facts.items()]
+    return "\n".join(
+        [f"# {title}", "", *listed, "", *(f"{note}\n" for note in notes), "\n\n".join(tables), ""]
+    )
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> None:
+    """The rows with all digits; None is an empty cell."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(["" if cell is None else cell for cell in row] for row in rows)
+
+
+def publish(
+    args: argparse.Namespace,
+    title: str,
+    facts: dict[str, str],
+    notes: Sequence[str],
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Cell]],
+) -> None:
+    """Log a report of one table, and write it as `--out` and `--name` say."""
+    report = markdown_report(title, facts, notes, [markdown_table(columns, rows)])
+    logger.info(report)
+    if args.out is not None:
+        stem = result_stem(args.out, args.name)
+        (stem.parent / f"{stem.name}.md").write_text(report, encoding="utf-8")
+        write_csv(stem.parent / f"{stem.name}.csv", columns, rows)

@@ -1,0 +1,173 @@
+"""The models that can be compared: ours, those of another checkout of this repository, and timm's.
+
+Every model has 1000 classes and the same stochastic depth, and is built for the resolution that it is
+measured at where its library allows it.
+"""
+
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+
+import timm
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from yacs.config import CfgNode
+
+from config import load_config
+from models import build_model, count_params_and_macs
+
+from .common import REPO
+
+SIZES = ("tiny", "small", "base")
+DROP_PATH = 0.2
+CLASSES = 1000
+FAMILIES: dict[str, dict[str, str]] = {  # family -> size -> configuration, or model of timm
+    "focal": {size: f"focal_{size}_patch4_window7_224" for size in SIZES},
+    "useconv": {size: f"focal_{size}_useconv_patch4_window7_224" for size in SIZES},
+    "focalv2": {size: f"focalv2_{size}_useconv_patch4_window7_224" for size in SIZES},
+    "swin": {size: f"swin_{size}_patch4_window7_224" for size in SIZES},
+    "convnext": {size: f"convnext_{size}" for size in SIZES},
+    "deit": {"tiny": "deit_small_patch16_224", "base": "deit_base_patch16_224"},  # by parameters and MACs
+    "focalnet": {size: f"focalnet_{size}_srf" for size in SIZES},
+    "pvt_v2": {"tiny": "pvt_v2_b2", "small": "pvt_v2_b3", "base": "pvt_v2_b5"},
+    "davit": {size: f"davit_{size}" for size in SIZES},
+}
+OURS = ("focal", "useconv", "focalv2")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model to compare."""
+
+    label: str  # in the table
+    name: str  # a configuration, or a model of timm
+    size: str  # one of SIZES, or ''; models are compared with the baseline of their size
+    backend: str = "auto"  # of attention
+    checkout: Path | None = None  # another checkout of this repository
+
+
+def entries(words: list[str]) -> list[Entry]:
+    """The models that words stand for.
+
+    Args:
+        words: each a family ("swin", all sizes), family and size ("swin-tiny"), a file or name in configs/,
+            or a model of timm; "focal-tiny:plain" names an attention backend, "../before@focal-tiny" takes
+            the model from another checkout.
+
+    Raises:
+        ValueError: a word is none of them.
+    """
+    found: dict[str, Entry] = {}
+    for word in words:
+        folder, _, model = word.rpartition("@")
+        model, _, backend = model.partition(":")
+        family, _, size = model.rpartition("-")
+        if model in FAMILIES:
+            named = {f"{model}-{size}": (name, size) for size, name in FAMILIES[model].items()}
+        elif size in FAMILIES.get(family, ()):
+            named = {model: (FAMILIES[family][size], size)}
+        elif config_file(model) or timm.is_model(model):
+            named = {Path(model).stem: (model, next((size for size in SIZES if size in model), ""))}
+        else:
+            raise ValueError(
+                f"--models: expected a family ({', '.join(FAMILIES)}), family-size such as swin-tiny, a "
+                f"configuration, or a model of timm, got {word!r}; choose among them"
+            )
+        for label, (name, size) in named.items():
+            label = f"{folder}@" * bool(folder) + label + f":{backend}" * bool(backend)
+            found[label] = Entry(label, name, size, backend or "auto", Path(folder) if folder else None)
+    return list(found.values())
+
+
+def config_file(name: str) -> Path | None:
+    """The file of a configuration, by path or name; None if there is none."""
+    paths = (Path(name), REPO / "configs" / f"{name}.yaml")
+    return next((path for path in paths if path.is_file()), None)
+
+
+def build(entry: Entry, resolution: int) -> nn.Module:
+    """The model with random weights, on the default device.
+
+    Raises:
+        ValueError, RuntimeError, AssertionError: its library refuses the resolution.
+    """
+    path = config_file(entry.name)
+    if entry.checkout is not None:
+        package = models_of(entry.checkout)
+        options = {"img_size": resolution, "attention_backend": entry.backend}
+        options |= {"num_classes": CLASSES, "drop_path_rate": DROP_PATH}
+        return package.FocalTransformer(**package.VARIANTS[entry.name] | options)
+    if path is not None:
+        return build_model(_load(path, resolution, entry.backend))
+    options = {"num_classes": CLASSES, "drop_path_rate": DROP_PATH}
+    try:
+        return timm.create_model(entry.name, **options, img_size=resolution)
+    except TypeError as error:  # convolutional networks have no such option
+        if "img_size" not in str(error):
+            raise
+        return timm.create_model(entry.name, **options)
+
+
+def _load(path: Path, resolution: int, backend: str) -> CfgNode:
+    options = {"DATA.IMG_SIZE": resolution, "MODEL.NUM_CLASSES": CLASSES, "MODEL.DROP_PATH_RATE": DROP_PATH}
+    options["MODEL.ATTENTION_BACKEND"] = backend
+    return load_config(path, [word for pair in options.items() for word in pair])
+
+
+@lru_cache
+def models_of(checkout: Path) -> ModuleType:
+    """The package `models` of another checkout, imported under a name of its own.
+
+    Raises:
+        ValueError: the folder is no checkout of this repository.
+    """
+    file = checkout.resolve() / "models" / "__init__.py"
+    if not file.is_file():
+        raise ValueError(f"{checkout}: expected a checkout of this repository, found no models/ in it")
+    name = f"checkout_{abs(hash(file))}_models"
+    spec = importlib.util.spec_from_file_location(name, file)
+    package = importlib.util.module_from_spec(spec)
+    sys.modules[name] = package
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # timm warns that it knows these names
+        spec.loader.exec_module(package)
+    return package
+
+
+@lru_cache
+def costs(entry: Entry, resolution: int) -> tuple[int | None, int | None]:
+    """Parameters and multiply-accumulates of one image; None where they cannot be counted.
+
+    Counted on the meta device, where no fused kernel hides its products.
+    """
+    path = config_file(entry.name)
+    with torch.device("meta"):
+        if path is not None:
+            return count_params_and_macs(_load(path, resolution, "auto"))
+        try:
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                model = build(entry, resolution).eval()
+                model(torch.empty(1, 3, resolution, resolution))
+        except (RuntimeError, ValueError, AssertionError, NotImplementedError):
+            return None, None
+    return sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops() // 2
+
+
+def attention_backends(model: nn.Module, dtype: torch.dtype) -> str | None:
+    """The attention backend of each stage, one name if all are the same; None for models of others.
+
+    Args:
+        model: on its device.
+        dtype: of the activations.
+    """
+    list_them: Callable[[torch.dtype], list[str]] | None = getattr(model, "attention_backends", None)
+    if list_them is None:
+        return None
+    names = list_them(dtype)
+    return names[0] if len(set(names)) == 1 else "/".join(names)

@@ -1,0 +1,143 @@
+"""Times the training data pipeline with each decoder, in alternating rounds, on generated images.
+
+    python -m tools.benchmarks.loader --workers 0 1 2
+
+The pipeline is that of training: read, decode, crop, augment, normalise, batch. The images decode like
+photographs: noise with the spectrum of natural scenes, 500x375 pixels, JPEG at quality 90, about 110 kB each
+(the mean of ImageNet).
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from config import load_config
+from data import Loaders, build_loaders
+
+from . import common
+
+HEIGHT, WIDTH, QUALITY = 375, 500, 90
+CLASSES = 2
+DECODERS = ("pil", "opencv")
+BASELINE = "pil"
+COLUMNS = ("workers", "decoder", "img/s", "quartiles", "ratio to pil", "quartiles of the ratio")
+
+
+def photograph(seed: int) -> Image.Image:
+    """An image with the spectrum of natural scenes, and correlated colours."""
+    draw = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(HEIGHT)[:, None], np.fft.rfftfreq(WIDTH)[None])
+    frequency[0, 0] = 1.0
+
+    def field(slope: float) -> np.ndarray:
+        spectrum = np.fft.rfft2(draw.normal(size=(HEIGHT, WIDTH))) / frequency**slope
+        values = np.fft.irfft2(spectrum, s=(HEIGHT, WIDTH))
+        return (values - values.mean()) / values.std()
+
+    light = field(1.0)
+    pixels = np.stack([light + 0.35 * field(1.3) for _ in range(3)], axis=-1)
+    return Image.fromarray((pixels * 50 + 118).clip(0, 255).astype(np.uint8))
+
+
+def make_images(root: Path, count: int) -> float:
+    """Write training images, and one per class for validation; returns their mean size in kB."""
+    sizes = []
+    for split, number in (("train", count), ("val", CLASSES)):
+        for index in range(number):
+            path = root / split / f"class{index % CLASSES}" / f"{index:05d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            photograph(index + (split == "val") * 1_000_000).save(path, quality=QUALITY)
+            sizes.append(path.stat().st_size / 1000)
+    return statistics.mean(sizes)
+
+
+def loaders_for(root: Path, decoder: str, workers: int, args: argparse.Namespace) -> Loaders:
+    """The loaders of training with one decoder."""
+    values = {
+        "DATA.DATA_PATH": str(root),
+        "DATA.DATASET": "folder",
+        "DATA.DECODER": decoder,
+        "DATA.BATCH_SIZE": args.batch_size,
+        "DATA.IMG_SIZE": args.size,
+        "DATA.NUM_WORKERS": workers,
+        "MODEL.NUM_CLASSES": CLASSES,
+    }
+    return build_loaders(load_config(None, [word for pair in values.items() for word in pair]))
+
+
+def timer_of(loaders: Loaders) -> Callable[[], float]:
+    """A function that reads one epoch, the next at every call, and returns seconds per image.
+
+    With workers, the clock starts at the first batch, when they have started.
+    """
+    epoch = 0
+
+    def timer() -> float:
+        nonlocal epoch
+        loaders.set_epoch(epoch)
+        epoch += 1
+        loader, images = loaders.train_loader, 0
+        assert loader is not None
+        start = time.perf_counter()
+        for number, (batch, _) in enumerate(loader):
+            if number == 0 and loader.num_workers:
+                start = time.perf_counter()
+            else:
+                images += len(batch)
+        return (time.perf_counter() - start) / images
+
+    return timer
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = common.new_parser("Time the training data pipeline with each decoder.", "loader")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="loader processes")
+    parser.add_argument("--images", type=int, default=256, help="training images of an epoch")
+    parser.add_argument("--size", type=int, default=224, help="side of the training images in pixels")
+    parser.add_argument("--batch-size", type=common.positive, default=32)
+    parser.set_defaults(device="cpu", threads=1)  # threads as in a worker
+    args = parser.parse_args(argv)
+    if args.images < 2 * args.batch_size:
+        parser.error(f"--images: expected at least two batches of {args.batch_size}, got {args.images}")
+    return args
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Time every decoder with every number of workers, and publish."""
+    facts, rows = common.describe_run(args.device), []
+    with tempfile.TemporaryDirectory() as folder:
+        kilobytes = make_images(Path(folder), args.images)
+        facts["Images"] = (
+            f"{args.images} of {WIDTH}x{HEIGHT} pixels, JPEG quality {QUALITY}, {kilobytes:.0f} kB each; to "
+            f"{args.size}x{args.size}, batches of {args.batch_size}"
+        )
+        for workers in args.workers:
+            timers = {name: timer_of(loaders_for(Path(folder), name, workers, args)) for name in DECODERS}
+            common.alternate(timers, 1)  # starts the workers, fills the page cache
+            times = common.alternate(timers, args.rounds)
+            for name in DECODERS:
+                rate = common.Spread.of([1 / value for value in times[name]])
+                ratio = common.speed_ratio(times[name], times[BASELINE])
+                spread = f"{common.show(rate.lower)}-{common.show(rate.upper)}"
+                quartiles = f"{ratio.lower:.2f}-{ratio.upper:.2f}"
+                rows.append([workers, name, rate.median, spread, ratio.median, quartiles])
+    note = f"Medians of {args.rounds} epochs in alternating rounds; ratios are within a round."
+    common.publish(args, "Training data pipeline", facts, [note], COLUMNS, rows)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 2 for an error that the user can correct."""
+    return common.run_command(parse(argv), measure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,267 @@
+"""Disturbs training in many ways, and shows that nothing is lost.
+
+    python -m tools.faults
+    python -m tools.faults --only kill disk --processes 1 --times 5
+
+Every fault hits a run of its own several times, at random steps. After each hit the same command is started
+again if the run has ended. In the end all tensors of its last and of its best checkpoint must be those of an
+undisturbed run to the last bit, and its metrics.jsonl too, but for times.
+
+kill      SIGKILL to all processes, at a random moment of a step
+save      SIGKILL to all processes in the middle of a save
+truncate  SIGKILL, then the newest checkpoint is cut off; the run must warn and go on from the one before
+stop      SIGTERM or SIGUSR1: exit code 75, no step may be repeated
+disk      the disk is full for a while: the run must go on, and older checkpoints stay (needs rights to mount)
+rank      SIGKILL to one of several processes, which torchrun --max-restarts brings back
+hang      SIGSTOP to one of several processes: the others end with a message
+
+Prints a table; with --out it is written to FOLDER/<date>_faults.md. Exit status 1: something was lost.
+"""
+
+import argparse
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from tools.benchmarks import common
+
+from .run import SAVE_EVERY, FaultError, Setting, TrainingRun, compare, make_data, send
+
+PREEMPTED = 75  # exit code after SIGTERM or SIGUSR1
+HANG_MINUTES = 0.2
+DISK_MB = 24
+COLUMNS = ("fault", "processes", "what happened", "launches", "steps repeated", "result")
+
+
+# --- Faults: each disturbs a run after a step, and says what happened ---------------------------------------
+
+
+def kill(run: TrainingRun, step: int, rng: random.Random) -> str:
+    """SIGKILL to everything, at a random moment of the step after `step`."""
+    run.until_step(step)
+    time.sleep(rng.uniform(0, 0.05))
+    run.kill()
+    return f"killed after step {step}"
+
+
+def kill_in_save(run: TrainingRun, step: int, rng: random.Random) -> str:
+    """SIGKILL to everything while a checkpoint is being written."""
+    run.until_step(step)
+    old = run.temporary_files()
+    run.until(lambda: run.temporary_files() - old, "a save")
+    send(signal.SIGKILL, *run.ranks)
+    run.kill()
+    where = "in" if run.temporary_files() - old else "at the end of"
+    return f"killed {where} the save after step {run.last_step()}"
+
+
+def truncate(run: TrainingRun, step: int, rng: random.Random) -> str:
+    """SIGKILL to everything; then the newest checkpoint loses its end. The next launch must name it."""
+    kill(run, max(step, 2 * SAVE_EVERY + 2), rng)
+    newest = run.newest_checkpoint()
+    os.truncate(newest, rng.randrange(newest.stat().st_size))
+    run.launch()
+    run.until(run.last_step, "the first step")
+    if newest.name not in run.text():
+        raise FaultError(f"{newest.name} was cut off, and the log does not name it")
+    return f"{newest.name} cut off"
+
+
+def stop(run: TrainingRun, step: int, rng: random.Random) -> str:
+    """SIGTERM or SIGUSR1 to what was launched: it saves and exits."""
+    number = rng.choice((signal.SIGTERM, signal.SIGUSR1))
+    repeated = run.redone
+    run.until_step(step)
+    target = run.pid if number == signal.SIGTERM else run.ranks[-1]  # torchrun does not pass SIGUSR1 on
+    send(number, target)
+    code = run.wait()
+    if run.setting.processes == 1 and code != PREEMPTED:
+        raise FaultError(f"{number.name}: expected exit code {PREEMPTED}, got {code}: {run.last_words()}")
+    run.launch()
+    run.until(run.last_step, "the first step")
+    if run.redone > repeated:
+        raise FaultError(f"{number.name}: {run.redone - repeated} steps were repeated")
+    return f"{number.name} after step {step}"
+
+
+def fill_disk(run: TrainingRun, step: int, rng: random.Random) -> str:
+    """The disk is full until a refused save is logged; the newest checkpoint must stay as it is."""
+    step += 1 - (step - 1) % run.setting.steps_per_epoch % SAVE_EVERY  # just after a save within an epoch
+    run.until_step(step)
+    filler = run.folder.parent / "filler"
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    time.sleep(0.1)
+    newest = run.newest_checkpoint()
+    content = newest.read_bytes()
+    run.until(lambda: "No space left" in run.text(), "a refused save")
+    if newest.read_bytes() != content:
+        raise FaultError(f"{newest.name} was changed by a save that failed")
+    filler.unlink()
+    return f"disk full after step {step}"
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[None]:
+    """A tmpfs of DISK_MB as `folder`; CalledProcessError if this user must not mount one."""
+    folder.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", str(folder)]
+    subprocess.run(mount, capture_output=True, check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def kill_rank(run: TrainingRun, step: int, rng: random.Random) -> str:
+    """SIGKILL to the last rank alone; torchrun starts all of them again."""
+    run.until_step(step)
+    before = run.ranks
+    send(signal.SIGKILL, before[-1])
+    run.until(lambda: run.ranks and set(before).isdisjoint(run.ranks), "a restart by torchrun")
+    return f"rank {len(before) - 1} killed after step {step}"
+
+
+def hang(run: TrainingRun, step: int, rng: random.Random) -> str:
+    """SIGSTOP to the last rank: the others must end with a message within DIST_TIMEOUT_MINUTES."""
+    run.until_step(step)
+    stopped = run.ranks[-1]
+    send(signal.SIGSTOP, stopped)
+    began = time.monotonic()
+    try:
+        run.until(lambda: "DIST_TIMEOUT_MINUTES)" in run.text(), "a message")
+        seconds, code = time.monotonic() - began, run.wait()
+    finally:
+        send(signal.SIGKILL, stopped)
+    if not code or seconds > 60 * HANG_MINUTES + 30:
+        raise FaultError(f"message after {seconds:.0f} s, exit code {code}")
+    return f"stopped after step {step}: message after {seconds:.0f} s, exit code {code}"
+
+
+FAULTS: dict[str, Callable[[TrainingRun, int, random.Random], str]] = {
+    **{"kill": kill, "save": kill_in_save, "truncate": truncate, "stop": stop, "disk": fill_disk},
+    **{"rank": kill_rank, "hang": hang},
+}
+NEED_TWO = ("rank", "hang")
+OPTIONS = {"disk": (("SAVE_FAILURES_MAX", 1000),), "hang": (("DIST_TIMEOUT_MINUTES", HANG_MINUTES),)}
+
+
+# --- The test -----------------------------------------------------------------------------------------------
+
+
+class Lab:
+    """Runs under faults, and undisturbed ones to compare them with.
+
+    Args:
+        root: an empty folder.
+        seed: of steps and moments of faults.
+        epochs: of every run.
+    """
+
+    def __init__(self, root: Path, seed: int = 0, epochs: int = 3) -> None:
+        self.root, self.epochs = root, epochs
+        self.rng = random.Random(seed)
+        self.data = make_data(root)
+        self.references: dict[int, TrainingRun] = {}
+
+    def reference(self, count: int) -> TrainingRun:
+        """The finished run of `count` processes that nothing happens to."""
+        if count not in self.references:
+            run = TrainingRun(self.data, self.root / f"reference_{count}", Setting(count, self.epochs))
+            run.launch().finish()
+            self.references[count] = run
+        return self.references[count]
+
+    def survive(self, faults: Sequence[str], count: int) -> list[common.Cell]:
+        """A run of `count` processes that is hit by faults, one after another: a row of the table.
+
+        Raises:
+            FaultError: it did not survive, or ended differently.
+        """
+        options = tuple(pair for fault in set(faults) for pair in OPTIONS.get(fault, ()))
+        setting = Setting(count, self.epochs, faults.count("rank"), options)
+        steps = self.rng.sample(
+            range(SAVE_EVERY + 1, setting.steps_per_epoch * self.epochs - 2 * SAVE_EVERY), len(faults)
+        )
+        reference = self.reference(count)
+        run = TrainingRun(self.data, Path(tempfile.mkdtemp(dir=self.root)), setting)
+        happened: list[str] = []
+        with small_disk(run.folder.parent) if "disk" in faults else contextlib.nullcontext():
+            try:
+                for fault, step in zip(faults, sorted(steps), strict=True):
+                    if not run.is_running:
+                        run.launch()
+                    happened.append(FAULTS[fault](run, max(step, run.last_step() + 1), self.rng))
+                if not run.is_running:
+                    run.launch()
+                run.finish()
+                result = compare(run, reference)
+            finally:
+                if run.is_running:
+                    run.kill()
+        return [
+            ", ".join(dict.fromkeys(faults)),
+            count,
+            "; ".join(happened),
+            run.launches,
+            run.redone,
+            result,
+        ]
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS), help="(all)")
+    parser.add_argument("--processes", nargs="+", type=common.positive, default=[1, 2], help="(1 2)")
+    parser.add_argument("--times", type=common.positive, default=3, help="hits of each run (3)")
+    parser.add_argument("--epochs", type=common.positive, default=3, help="of each run (3)")
+    parser.add_argument("--seed", type=int, default=0, help="of steps and moments of faults (0)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the table, such as tools/results")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 1 if something was lost."""
+    args = parse(argv)
+    facts, rows, lost = common.describe_run(torch.device("cpu")), [], 0
+    root = Path(tempfile.mkdtemp(prefix="faults_"))
+    try:
+        lab = Lab(root, args.seed, args.epochs)
+        for count in args.processes:
+            for fault in args.only:
+                if count == 1 and fault in NEED_TWO:
+                    continue
+                try:
+                    row = lab.survive([fault] * args.times, count)
+                except (FaultError, subprocess.SubprocessError) as error:  # the other faults go on
+                    lost += 1
+                    row = [fault, count, None, None, None, f"**LOST**: {common.short_reason(error, 400)}"]
+                print(" | ".join(map(common.show, row)), flush=True)
+                rows.append(row)
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+    if args.out is not None:
+        path = common.result_stem(args.out, "faults").with_suffix(".md")
+        note = f"Each run: {args.epochs} epochs of 160 digits, a checkpoint every {SAVE_EVERY} steps."
+        table = common.markdown_table(COLUMNS, rows)
+        path.write_text(common.markdown_report("Faults", facts, [note], [table]), encoding="utf-8")
+    print(f"{len(rows)} runs, {lost} lost something")
+    return 1 if lost else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

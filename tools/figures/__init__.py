@@ -1,0 +1,1 @@
+"""Pictures of attention, and those of the folder figures/."""
