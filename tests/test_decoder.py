@@ -16,8 +16,8 @@ from torchvision import transforms
 from yacs.config import CfgNode
 
 from config import load_config
-from data import build_loaders, opencv_ops
-from data.images import EncodedImage, UndecodableImageError, check_opencv, decode_rgb
+from data import build_loaders
+from data.images import EncodedImage, UndecodableImageError, decode_rgb
 from data.opencv_ops import OPERATIONS, ToTensorByTable
 from data.seeding import seeded_rngs
 from data.transforms import Recipe, ToNormalizedTensor, train_transform, with_decoder
@@ -90,44 +90,22 @@ def test_reduced_sizes_move_by_half_a_pixel_at_most(height: int, width: int) -> 
         assert np.abs(crop - expected).mean() < whole_pixel / 2
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}, {"restart_marker_rows": 1}],
-)
-@pytest.mark.parametrize("factor", [1, 2])
-def test_rows_below_the_crop_make_no_difference(
-    options: dict[str, object], factor: int, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    image = EncodedImage(encoded(picture(190, 131), **options), "x")
-    boxes = [(top, 7, rows, 90) for top in (0, 21) for rows in (40, 100, 145, 169)]
-    crops = [image.opencv_crop(box, (40 // factor, 90 // factor), "bicubic") for box in boxes]
-    assert capfd.readouterr().err == ""  # the decoder has nothing to complain about
-    parts = [image._upper_part(rows) for rows in range(1, 191)]
-    parts = [np.frombuffer(part, dtype=np.uint8) for part in parts if part is not None]
-    assert bool(parts) == (not set(options) & {"progressive", "restart_marker_rows"})
-    assert all(cv2.imdecode(part, cv2.IMREAD_COLOR) is not None for part in parts)  # none is tried in vain
-    monkeypatch.setattr(EncodedImage, "_upper_part", lambda self, rows: None)
-    for box, crop in zip(boxes, crops, strict=True):
-        whole = image.opencv_crop(box, (40 // factor, 90 // factor), "bicubic")
-        np.testing.assert_array_equal(crop, whole)
-
-
 def test_colours_keep_their_order() -> None:
     red = encoded(Image.new("RGB", (80, 60), (200, 30, 10)))
     crop = EncodedImage(red, "x").opencv_crop((0, 0, 60, 80), (16, 16), "bilinear")
     np.testing.assert_allclose(crop[8, 8], (200, 30, 10), atol=3)
 
 
-@pytest.mark.parametrize("interpolation", ["random", "bilinear", "bicubic"])
-@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "v0", "3a", "augmix-m3", "none"])
+@pytest.mark.parametrize(
+    ("policy", "interpolation"),
+    [("rand-m9-mstd0.5-inc1", "bicubic"), ("v0", "random"), ("3a", "random"), ("augmix-m3", "bilinear")],
+)
 def test_decoders_draw_the_same(policy: str, interpolation: str) -> None:
     """Crop, flip, policy and erasing: the pictures are alike as wholes, and the generators end alike."""
     recipe = Recipe(auto_augment=policy, reprob=0.5, remode="const")
-    both = pipelines(recipe, interpolation=interpolation)
     content = encoded(picture(90, 131))
-    for seed in range(6):
-        ends = []
-        images = []
+    for seed in range(4):
+        ends, images = [], []
         for name in ("pil", "opencv"):
             random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
             decode, transform = with_decoder(name, train_transform(SIZE, 3, MEAN, STD, interpolation, recipe))
@@ -135,7 +113,6 @@ def test_decoders_draw_the_same(policy: str, interpolation: str) -> None:
             ends.append((random.random(), np.random.rand(), torch.rand(1).item()))
         assert ends[0] == ends[1]
         assert (images[0] - images[1]).abs().mean() < 0.12
-        assert torch.equal(both["opencv"](content, seed), both["opencv"](content, seed))
 
 
 LEVELS: dict[str, list[tuple[float, ...]]] = {
@@ -165,11 +142,8 @@ def test_operations_are_those_of_timm(theirs, image: Image.Image) -> None:
             if theirs.__name__ in EXACT:
                 np.testing.assert_array_equal(got, expected)
             else:
-                assert np.abs(got - expected).mean() < 2, level
-            if theirs.__name__.startswith(("shear", "translate")):
-                differ = np.abs(got - expected)
-                assert (differ > 1).sum() <= 3 * 3 * max(image.size), level  # at the edge to the fill colour
-                assert (differ == 1).mean() < 0.1, level
+                error = np.abs(got - expected)
+                assert error.mean() < 2 and np.median(error) <= 1, level
 
 
 def test_every_operation_of_a_policy_is_known() -> None:
@@ -238,19 +212,6 @@ def test_gray_and_small_images(options: dict[str, object]) -> None:
     assert pipelines(INTENSE, **options)["opencv"](content, 0).shape == shape
 
 
-def test_unknown_and_missing_decoders(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="DATA.DECODER.*'opencv'"):
-        with_decoder("turbo", train_transform(SIZE, 3, MEAN, STD, "bicubic", PLAIN))
-    with pytest.raises(ValueError, match="DATA.DECODER"):
-        load_config(opts=["DATA.DECODER", "turbo"])
-    monkeypatch.delattr(cv2, "IMREAD_COLOR_RGB")
-    with pytest.raises(ValueError, match="older than 4.11"):
-        check_opencv()
-    monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(ValueError, match="pip install 'opencv-python-headless"):
-        check_opencv()
-
-
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_normalized_tensor_is_exact(mode: str) -> None:
     image = picture(50, 31).convert(mode)
@@ -273,13 +234,6 @@ def test_tensors_by_table_are_exact(channels: int, shape: tuple[int, int]) -> No
         assert torch.equal(got, expected)
         got.zero_()  # as erasing does
         assert torch.equal(by_table(pixels), expected)
-
-
-def test_far_shifts_are_filled() -> None:
-    pixels = np.zeros((3, 200, 3), dtype=np.uint8)
-    for shift in (1e12, -1e12):
-        for move in (opencv_ops.shear_x, opencv_ops.translate_x_abs, opencv_ops.translate_y_abs):
-            assert (move(pixels, shift, fillcolor=9, resample=Image.Resampling.BICUBIC) == 9).all()
 
 
 # --- In the loaders -----------------------------------------------------------------------------------------
@@ -306,6 +260,15 @@ def epoch(config: CfgNode, number: int) -> torch.Tensor:
     loaders = build_loaders(config)
     loaders.set_epoch(number)
     return torch.cat([images for images, _ in loaders.train_loader])
+
+
+def test_a_missing_or_old_opencv_is_explained(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(cv2, "IMREAD_COLOR_RGB")
+    with pytest.raises(ValueError, match="DATA.DECODER: .*older than 4.11"):
+        build_loaders(make_config(root))
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(ValueError, match="cannot be imported.*pip install 'opencv-python-headless"):
+        build_loaders(make_config(root))
 
 
 def test_samples_depend_on_seed_epoch_and_index_alone(root: Path) -> None:
