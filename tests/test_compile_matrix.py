@@ -24,22 +24,14 @@ from models.ops.triton import kernels
 from tools.benchmarks.compile_matrix import Job, Layer, Row, compile_all, distinct_layers
 from tools.benchmarks.kernel_figures import CUOBJDUMP, main_loop, parse_sass
 from tools.benchmarks.operator_costs import LaunchCounter, activations, count_launches
-from tools.benchmarks.stub_driver import CARDS, StubDriver
+from tools.benchmarks.stub_driver import StubDriver
 
 pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled"),
     pytest.mark.skipif(not CUOBJDUMP.exists(), reason="this triton brings no cuobjdump"),
 ]
 
-SPILLS = "spills with one configuration for all GPUs"
-TENSOR_MEMORY = "query gradient wants more tensor memory than there is"
 ATTENTION = ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel")
-PRECISION = "input precision tf32 or tf32x3, which this GPU lacks"
-KNOWN_FAULTS = {
-    **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), SPILLS),
-    **dict.fromkeys(("sm_100", "sm_103"), TENSOR_MEMORY),
-    **dict.fromkeys(("gfx90a", "gfx950", "gfx1100", "gfx942 fp32"), PRECISION),
-}
 
 
 @dataclass(frozen=True)
@@ -80,7 +72,14 @@ def last_layer(model: str) -> Layer:
     return distinct_layers([model])[-1]
 
 
-EVERY_CARD = {f"{kind} {card}": (OneStage.build, kind, card, "bf16") for card in CARDS for kind in FAMILIES}
+EVERY_FAMILY = {
+    f"{kind} {card}": (OneStage.build, kind, card, "bf16")
+    for kind, cards in (
+        ("focal", ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")),
+        ("focalv2", ("sm_80", "sm_100")),
+    )
+    for card in cards
+}
 FLOAT32_ON_AMD = {"focal gfx942 fp32": (OneStage.build, "focal", "gfx942", "fp32")}
 HOPPER = {
     "one window": (last_layer, "focal_tiny", "sm_90", "bf16"),
@@ -90,15 +89,8 @@ HOPPER = {
     "fp16": (with_head_dim, 32, "sm_90", "fp16"),
     **{f"fp32, heads of {width}": (with_head_dim, width, "sm_90", "fp32") for width in (32, 64)},
 }
-CASES: dict[str, tuple[Callable[[Any], Layer], Any, str, str]] = EVERY_CARD | FLOAT32_ON_AMD | HOPPER
+CASES: dict[str, tuple[Callable[[Any], Layer], Any, str, str]] = EVERY_FAMILY | FLOAT32_ON_AMD | HOPPER
 """By name: what builds a layer of what, card, dtype."""
-
-
-def with_fault(case: str) -> Any:
-    """A case as a parameter, marked where its kernels are known not to be ok."""
-    reason = KNOWN_FAULTS.get(case.partition(" ")[2])
-    marks = pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason) if reason else ()
-    return pytest.param(case, marks=marks)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +105,7 @@ def compiled(request: pytest.FixtureRequest) -> dict[str, list[Row]]:
     return dict(zip(chosen, compile_all(jobs), strict=True))
 
 
-@pytest.mark.parametrize("case", map(with_fault, EVERY_CARD | FLOAT32_ON_AMD))
+@pytest.mark.parametrize("case", EVERY_FAMILY | FLOAT32_ON_AMD)
 def test_a_whole_model_trains_on_every_gpu(case: str, compiled: dict[str, list[Row]]) -> None:
     """Forward and backward: all kernels compile, fit the card, and spill nothing."""
     figures = [row.figures for row in compiled[case]]

@@ -30,6 +30,7 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
 
 from config import load_config
 from models import FocalTransformer, build_model, load_checkpoint
@@ -227,14 +228,14 @@ def test_equals_definition(case: str) -> None:
 
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("family", ["ampere", "hopper"])
+@pytest.mark.parametrize("family", ["ampere", "hopper", "blackwell"])
 @pytest.mark.parametrize("case", ["shipped window", "border, padding, two pooled levels", "nearest", *LONG])
 def test_as_exact_as_definition(
     case: str, family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half precision: at most twice the error of the definition in the same precision; also where registers
     are few, so that the softmax is online and the gradient of queries a sum over launches."""
-    monkeypatch.setattr(launch, "family", lambda device: family)
+    monkeypatch.setattr(launch, "device_family", lambda device: family)
     problem = Problem(*CASES[case], dtype, heads=1)
     errors, allowed = (
         problem.errors(problem.run(attention.attend)),
@@ -335,7 +336,7 @@ def test_gradient_of_the_bias(case: str, slices: int, dtype: torch.dtype) -> Non
     (d_bias,) = torch.autograd.grad(expected, bias, part.sum(0))
     found = bias_kernels.gradient(d_prepared, bias.detach(), columns)
     assert found.dtype == dtype and found.stride() == bias_kernels.new_gradient(bias).stride()
-    rounding = 2**-8 if dtype == torch.bfloat16 else 1e-5
+    rounding = 2**-7 if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(found, d_bias, rtol=rounding, atol=2e-5)
     assert torch.equal(found, bias_kernels.gradient(d_prepared, bias.detach(), columns))
 
@@ -558,6 +559,20 @@ SMALL = AttentionIndex(4, 4, 4, 16, torch.arange(16)[None], None, ((torch.arange
 
 
 @interpreted
+@pytest.mark.parametrize("family", launch.CONFIGS)
+def test_a_frozen_bias_changes_no_other_gradient(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels then loop over all keys, whatever registers hold; the last tile may be smaller."""
+    monkeypatch.setattr(launch, "device_family", lambda device: family)
+    problem = Problem(*CASES["shipped window"], torch.float16, heads=1)
+    gradients = []
+    for trained in (True, False):
+        qkv, bias = problem.qkv.clone().requires_grad_(), problem.bias.clone().requires_grad_(trained)
+        attention.attend(qkv, problem.index, bias, problem.scale).backward(problem.cotangent)
+        gradients.append(qkv.grad.float())
+    torch.testing.assert_close(*gradients, rtol=1e-2, atol=1e-3)
+
+
+@interpreted
 def test_refuses() -> None:
     """What the kernels cannot do is said."""
     for dtype, head_dim, window in ((torch.float32, 12, 4), (torch.float64, 16, 4), (torch.float32, 16, 13)):
@@ -638,6 +653,23 @@ def test_refuses_what_32_bits_do_not_address() -> None:
         arguments = launch.Tables(made.keys, made.first, 50, 50, side // 4, 7, 1.0)
         with pytest.raises(ValueError, match="another attention_backend") if many else nullcontext():
             launch._sizes(qkv, arguments)
+
+
+def test_families_of_gpus() -> None:
+    """Unknown ones are like the newest consumer GPUs; Turing is refused, and what hinders Triton is said."""
+    numbers = {80: "ampere", 86: "ampere", 89: "ampere", 90: "hopper", 100: "blackwell", 103: "blackwell"}
+    for arch, family in (numbers | dict.fromkeys((120, 121, 130), "blackwell_rtx")).items():
+        assert launch.target_family(GPUTarget("cuda", arch, 32)) == family
+    for arch, warp_size, family in (("gfx90a", 64, "cdna"), ("gfx950", 64, "cdna"), ("gfx1100", 32, "rdna")):
+        assert launch.target_family(GPUTarget("hip", arch, warp_size)) == family
+    with pytest.raises(ValueError, match="compute capability 8.0"):
+        launch.target_family(GPUTarget("cuda", 75, 32))
+
+
+@compiled
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_says_why_triton_does_not_start() -> None:
+    assert "Triton does not start: " in str(launch.why_not(CPU))
 
 
 def test_precision_of_float32_follows_pytorch() -> None:

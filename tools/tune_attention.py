@@ -3,8 +3,8 @@
     python tools/tune_attention.py --device cuda --precisions bf16 --batch-size 128
 
 One setting is changed at a time, at every stage of a model, and timed in turns with what is in force. A ratio
-above 1 is a setting that is faster: put it into CONFIGS there (tests/test_triton_hopper.py says whether it
-spills). Results must stay those of the settings in force, but for rounding.
+above 1 is a setting that is faster: put it into the family's table there (tests/test_compile_matrix.py says
+whether it spills). Results must stay those of the settings in force, but for rounding.
 """
 
 import argparse
@@ -39,12 +39,13 @@ CHANGES: dict[str, dict[str, tuple[int, ...]]] = {  # kernel -> setting -> value
         "num_stages": (1, 2, 3),
         "num_warps": (4, 8),
         "block_keys": (32, 64),
+        "static_keys": (0, 224),
         "programs": (264, 528, 1056, 2112, 4224),
     },
     "query_gradient": {
         "num_stages": (1, 2, 3),
         "num_warps": (4, 8),
-        "static_tiles": (2, 4, 7),
+        "static_keys": (64, 128, 224),
         "programs": (132, 264, 528, 1056, 2112),
     },
     "key_gradient": {"num_stages": (1, 2, 3), "num_warps": (4, 8), "block_queries": (16, 32, 64)},
@@ -56,14 +57,15 @@ COLUMNS = (
 
 
 @contextmanager
-def changed(kernel: str, setting: str, value: int, head_dim: int, dtype: torch.dtype) -> Iterator[bool]:
-    """With one setting changed; yields whether it is another one than in force."""
+def changed(kernel: str, setting: str, value: int, head_dim: int, like: torch.Tensor) -> Iterator[bool]:
+    """With one setting changed for tensors like one; yields whether it is another one than in force."""
     from models.ops.triton import launch
 
     if setting == "programs":
         table, key, new = launch.TARGET_PROGRAMS, kernel, value
     else:
-        table, key = launch.CONFIGS, (kernel, 32 if head_dim <= 32 else 64, dtype.itemsize)
+        table = launch.CONFIGS[launch.device_family(like.device)]
+        key = (kernel, 32 if head_dim <= 32 else 64, like.dtype.itemsize)
         new = replace(table[key], **{setting: value})
     before = table[key]
     table[key] = new
@@ -100,7 +102,7 @@ def tune(shape: Shape, precision: str, args: argparse.Namespace) -> list[list[co
         kind = "forward" if kernel == "forward" else "forward+backward"
         action = contender.forward if kind == "forward" else contender.both
         name = [*head, kind, kernel, f"{setting} {value}"]
-        with changed(kernel, setting, value, shape.head_dim, dtype) as is_other:
+        with changed(kernel, setting, value, shape.head_dim, qkv) as is_other:
             if not is_other:
                 continue
             try:
@@ -112,7 +114,7 @@ def tune(shape: Shape, precision: str, args: argparse.Namespace) -> list[list[co
         repeats = common.repeats_for(ROUND_SECONDS[device.type], single)
 
         def with_change(change=(kernel, setting, value), action=action, repeats=repeats) -> float:
-            with changed(*change, shape.head_dim, dtype):
+            with changed(*change, shape.head_dim, qkv):
                 return common.seconds_of(action, repeats, device)
 
         def in_force(action=action, repeats=repeats) -> float:

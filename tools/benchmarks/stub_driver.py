@@ -7,7 +7,7 @@
 Inside the context Triton's just-in-time compiler builds for the chosen GPU, and refuses what does not fit the
 card, with its own checks. CPU tensors say that they are on that GPU, so that code which asks for the device
 of a tensor, for the GPU's capability or for Triton's target takes the path that it takes there. What a kernel
-would have written stays uninitialised.
+would have written stays uninitialised, so models use the kernels without their trial.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from unittest.mock import patch
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+
+from models.ops.triton import trial
 
 KIB = 1024
 
@@ -93,6 +95,7 @@ class StubDriver:
 
     card_name: str
     keep_going: bool = False  # a kernel that fails is recorded and skipped, instead of raising its error
+    with_trial: bool = False  # models try the kernels first, and find that they compute nothing
     kernels: list[Kernel] = field(default_factory=list)
     launches: list[Launch] = field(default_factory=list)
 
@@ -125,10 +128,14 @@ class StubDriver:
             (torch.cuda, "device", lambda device: nullcontext()),
             (torch.cuda, "current_device", self.get_current_device),
             (torch.cuda, "get_device_capability", lambda device=None: self.card.capability),
+            (torch.cuda, "get_device_name", lambda device=None: self.card_name),
+            (torch.cuda, "is_current_stream_capturing", lambda: False),
             (torch.version, "hip", "stub" if hip else None),
             (torch.version, "cuda", None if hip else "stub"),
         ):
             self._stack.enter_context(patch.object(owner, name, value))
+        if not self.with_trial:
+            self._stack.enter_context(patch.object(trial, "problem", lambda case: None))
         return self
 
     def __exit__(self, *_: object) -> None:

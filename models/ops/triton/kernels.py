@@ -78,7 +78,8 @@ def _store_rows(base, value, offset, real, HEAD_DIM: tl.constexpr, BLOCK_D: tl.c
 def _identity(SIZE: tl.constexpr, dtype: tl.constexpr):
     """The identity matrix; the compiler keeps it in shared memory."""
     number = tl.arange(0, SIZE)
-    return (number[:, None] == number[None, :]).to(tl.float32).to(dtype)
+    # Not a conversion of the bool: Triton 3.2 crashes on it.
+    return tl.where(number[:, None] == number[None, :], 1.0, 0.0).to(dtype)
 
 
 @triton.jit
@@ -120,7 +121,7 @@ def _biased_product(a, b, bias, scale, PRECISION: tl.constexpr):
 
     Args:
         a, b: [rows, BLOCK_D] and [BLOCK_D, columns], queries and keys or the other way around.
-        bias: [rows, columns], as `attention.kernel_bias` prepares it.
+        bias: [rows, columns], as `bias.prepare` makes it.
         scale: brings products to base 2.
     """
     if bias.dtype == tl.float32:
@@ -264,9 +265,9 @@ def forward_kernel(
                     row, total, out, q, bias + start, base, key + start, scale,
                     BLOCK_K, WIDTH, HEAD_DIM, BLOCK_D, PRECISION,
                 )  # fmt: skip
-            start = KEYS // BLOCK_K * BLOCK_K
+            rest = KEYS // BLOCK_K * BLOCK_K
             row, total, out = _online_tile(
-                row, total, out, q, bias + start, base, key + start, scale,
+                row, total, out, q, bias + rest, base, key + rest, scale,
                 KEYS % BLOCK_K, WIDTH, HEAD_DIM, BLOCK_D, PRECISION,
             )  # fmt: skip
         out_base = out_ptr + (image.to(tl.int64) * windows * (SIDE * SIDE * WIDTH) + head * HEAD_DIM)
@@ -420,12 +421,18 @@ def query_gradient_kernel(
             WIDTH, HEAD_DIM, BLOCK_D, True, PRECISION,
         )  # fmt: skip
         if not WITH_BIAS:
-            for start in range(0, KEYS, BLOCK_K):
+            for start in range(0, KEYS // BLOCK_K * BLOCK_K, BLOCK_K):
                 tile = _bias_tile(bias + start, 0, BLOCK_K, BLOCK_K)
                 dq, _ = _gradient_tile(
                     dq, 0.0, q, d_out, lse, delta, tile, base, key + start, scale, 0, BLOCK_K, 0, BLOCK_K,
                     WIDTH, HEAD_DIM, BLOCK_D, False, PRECISION,
                 )  # fmt: skip
+            rest = KEYS // BLOCK_K * BLOCK_K
+            tile = _bias_tile(bias + rest, 0, KEYS % BLOCK_K, BLOCK_K)
+            dq, _ = _gradient_tile(
+                dq, 0.0, q, d_out, lse, delta, tile, base, key + rest, scale, 0, KEYS % BLOCK_K, 0, BLOCK_K,
+                WIDTH, HEAD_DIM, BLOCK_D, False, PRECISION,
+            )  # fmt: skip
         dq *= scale / LOG2E
         dq_base = d_qkv_ptr + image_offset
         if IS_FIRST:

@@ -44,77 +44,95 @@ class Config:
     num_stages: int  # from 2 on, loops copy to shared memory asynchronously
     block_queries: int  # most queries of a tile
     block_keys: int  # most keys of a tile
-    static_tiles: int = 0  # most tiles of keys that are kept in registers; at most four
+    static_keys: int = 0  # that registers hold: at most 4 tiles in forward, 7 in query_gradient
 
 
 AMPERE: dict[tuple[str, int, int], Config] = {
-    ("forward", 32, 2): Config(4, 2, 64, 32, 2),
-    ("forward", 64, 2): Config(4, 2, 64, 32, 2),
+    ("forward", 32, 2): Config(4, 2, 64, 32, 64),
+    ("forward", 64, 2): Config(4, 2, 64, 32, 64),
     ("forward", 32, 4): Config(4, 1, 64, 32),
     ("forward", 64, 4): Config(4, 1, 32, 32),
-    ("query_gradient", 32, 2): Config(4, 3, 64, 32, 2),
-    ("query_gradient", 64, 2): Config(4, 2, 32, 32, 3),
-    ("query_gradient", 32, 4): Config(4, 1, 16, 32, 1),
-    ("query_gradient", 64, 4): Config(8, 1, 16, 32, 1),
+    ("query_gradient", 32, 2): Config(4, 2, 64, 32, 64),
+    ("query_gradient", 64, 2): Config(4, 2, 32, 32, 96),
+    ("query_gradient", 32, 4): Config(4, 1, 16, 32, 32),
+    ("query_gradient", 64, 4): Config(8, 1, 16, 32, 32),
     ("key_gradient", 32, 2): Config(4, 2, 64, BLOCK_KEYS),
     ("key_gradient", 64, 2): Config(4, 2, 32, BLOCK_KEYS),
     ("key_gradient", 32, 4): Config(4, 1, 16, BLOCK_KEYS),
     ("key_gradient", 64, 4): Config(8, 1, 16, BLOCK_KEYS),
 }
+BLACKWELL_RTX = AMPERE | {("query_gradient", 32, 2): Config(4, 3, 64, 32, 64)}
 HOPPER = AMPERE | {
-    ("forward", 32, 2): Config(4, 1, 64, 64, 4),
-    ("forward", 64, 2): Config(4, 1, 64, 64, 4),
-    ("query_gradient", 32, 2): Config(4, 2, 64, 32, 7),
-    ("query_gradient", 64, 2): Config(4, 2, 64, 32, 4),
+    ("forward", 32, 2): Config(4, 1, 64, 64, 224),
+    ("forward", 64, 2): Config(4, 2, 64, 64, 128),
+    ("query_gradient", 32, 2): Config(4, 2, 64, 32, 224),
+    ("query_gradient", 64, 2): Config(4, 2, 64, 32, 128),
     ("key_gradient", 32, 2): Config(4, 2, 64, BLOCK_KEYS),
     ("key_gradient", 64, 2): Config(4, 2, 64, BLOCK_KEYS),
 }
 BLACKWELL = HOPPER | {
-    ("query_gradient", 32, 2): Config(4, 1, 64, 64, 4),
-    ("query_gradient", 64, 2): Config(4, 1, 64, 64, 4),
+    ("forward", 64, 2): Config(4, 1, 64, 64, 224),
+    ("query_gradient", 32, 2): Config(4, 1, 64, 64, 256),
+    ("query_gradient", 64, 2): Config(4, 1, 64, 64, 256),
     ("key_gradient", 32, 2): Config(4, 1, 64, BLOCK_KEYS),
     ("key_gradient", 64, 2): Config(4, 1, 64, BLOCK_KEYS),
 }
-CDNA = BLACKWELL | {("query_gradient", 64, 2): Config(4, 1, 64, 32, 4)}
+CDNA = BLACKWELL | {("query_gradient", 64, 2): Config(4, 1, 64, 32, 128)}
 RDNA = AMPERE | {
-    ("forward", 32, 2): Config(4, 1, 64, 32, 2),
-    ("forward", 64, 2): Config(8, 1, 64, 32, 2),
+    ("forward", 32, 2): Config(4, 1, 64, 32, 64),
+    ("forward", 64, 2): Config(8, 1, 64, 32, 64),
     ("forward", 32, 4): Config(4, 1, 32, 32),
-    ("query_gradient", 32, 2): Config(8, 1, 64, 32, 2),
-    ("query_gradient", 64, 2): Config(8, 1, 16, 32, 1),
+    ("query_gradient", 32, 2): Config(8, 1, 64, 32, 32),
+    ("query_gradient", 64, 2): Config(8, 1, 16, 32, 32),
     ("key_gradient", 32, 2): Config(4, 1, 32, BLOCK_KEYS),
     ("key_gradient", 64, 2): Config(8, 1, 16, BLOCK_KEYS),
 }
-CONFIGS = {"ampere": AMPERE, "hopper": HOPPER, "blackwell": BLACKWELL, "cdna": CDNA, "rdna": RDNA}
-"""By family of GPUs, then by pass, head width up to which it serves, and bytes of a number."""
+CONFIGS = {
+    "ampere": AMPERE,  # and Ada
+    "hopper": HOPPER,
+    "blackwell": BLACKWELL,  # of data centers
+    "blackwell_rtx": BLACKWELL_RTX,
+    "cdna": CDNA,
+    "rdna": RDNA,
+}
+"""By family of GPUs, then by pass, head width up to which it serves, and bytes of a number. Chosen by compiled
+figures: nothing should spill, and two blocks or more fit into a multiprocessor; not yet timed."""
 
 
-def family_of(target: Any) -> str:
-    """The key of CONFIGS for a GPU (Triton's `GPUTarget`); "" for one that is too old. What is newer than
-    Triton knows is compiled as the consumer GPUs are."""
+def target_family(target: Any) -> str:
+    """The key of CONFIGS for Triton's `GPUTarget`. What is newer than those that are known is compiled as the
+    newest consumer GPUs are, which is the safest.
+
+    Raises:
+        ValueError: the GPU is too old.
+    """
     if target.backend == "hip":
         return "rdna" if target.warp_size == 32 else "cdna"
     if target.arch < 80:
-        return ""
-    return "hopper" if 90 <= target.arch < 100 else "blackwell" if 100 <= target.arch < 120 else "ampere"
+        raise ValueError("needs a GPU of compute capability 8.0 or later")
+    if target.arch < 100:
+        return "ampere" if target.arch < 90 else "hopper"
+    return "blackwell" if target.arch < 120 else "blackwell_rtx"
 
 
 @lru_cache
-def family(device: torch.device) -> str:
-    """`family_of` a device; of Hopper in the interpreter."""
+def device_family(device: torch.device) -> str:
+    """`target_family` of a GPU; in the interpreter Hopper's."""
     if INTERPRETED:
         return "hopper"
     with _on_device(device):
-        return family_of(triton.runtime.driver.active.get_current_target())
+        return target_family(triton.runtime.driver.active.get_current_target())
 
 
 def why_not(device: torch.device) -> str | None:
     """Why the kernels cannot run on a GPU, or None."""
     try:
-        found = family(device)
+        device_family(device)
+    except ValueError as error:
+        return str(error)
     except Exception as failure:  # whatever Triton meets when it starts
         return f"Triton does not start on {device}: {explain(failure)}"
-    return None if found else "needs a GPU of compute capability 8.0 or later"
+    return None
 
 
 def explain(failure: Exception) -> str:
@@ -150,7 +168,7 @@ def forward(qkv: Tensor, bias: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
     groups, queries = bias.shape[1:3]
     out = qkv.new_empty((b, windows * tables.window**2, n * d))
     lse = qkv.new_empty((b, n, windows, queries), dtype=torch.float32)
-    chosen, fixed = compile_time("forward", family(qkv.device), qkv, bias, tables.window)
+    chosen, fixed = compile_time("forward", device_family(qkv.device), qkv, bias, tables.window)
     tiles = forward_tiles(tables.count, tables.always_seen, chosen)
     items = b * windows // groups
     slices, slice_items = divide("forward", items, n * groups * fixed["Q_BLOCKS"])
@@ -172,7 +190,7 @@ def query_gradient(
     tokens, windows, width = _sizes(qkv, tables)
     b, _, _, n, _ = qkv.shape
     groups = bias.shape[1]
-    chosen, fixed = compile_time("query_gradient", family(qkv.device), qkv, bias, tables.window)
+    chosen, fixed = compile_time("query_gradient", device_family(qkv.device), qkv, bias, tables.window)
     items = b * windows // groups
     slices, slice_items = divide("query_gradient", items, n * groups * fixed["Q_BLOCKS"])
     d_bias = bias.new_empty((slices, *bias.shape) if with_bias else (0,), dtype=torch.float32)
@@ -196,7 +214,7 @@ def key_gradient(
     tokens, windows, width = _sizes(qkv, tables)
     b, _, _, n, _ = qkv.shape
     check_offsets(max(blocks.token.numel(), blocks.column.numel()))
-    _, fixed = compile_time("key_gradient", family(qkv.device), qkv, transposed.mT, tables.window)
+    _, fixed = compile_time("key_gradient", device_family(qkv.device), qkv, transposed.mT, tables.window)
     count = len(blocks.token)
     with _on_device(qkv.device):
         key_gradient_kernel[(b * n * count,)](
@@ -254,7 +272,7 @@ def forward_tiles(keys: int, always_seen: int, chosen: Config) -> dict[str, Any]
         chosen: how the kernel is compiled.
     """
     keys, block = computed_keys(keys), chosen.block_keys
-    static = keys <= chosen.static_tiles * block
+    static = keys <= chosen.static_keys
     return {"KEYS": keys, "PLAIN": always_seen // block if static else 0, "STATIC": static}
 
 
@@ -270,7 +288,7 @@ def gradient_tiles(
         with_bias: whether the bias wants a gradient.
     """
     keys, block = computed_keys(keys), chosen.block_keys
-    most = chosen.static_tiles * block if with_bias else keys
+    most = chosen.static_keys if with_bias else keys
     launches = []
     for first in range(0, keys, most):
         count = min(most, keys - first)
