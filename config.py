@@ -4,9 +4,9 @@
 returns a frozen ``yacs.config.CfgNode``. A yaml file may inherit from others: ``BASE: [FILE, ...]``, relative
 to itself.
 
-Checked here, for all keys at once: names, types, choices, ranges of single values, and what the run is asked
-to do. The rest is checked by its owner: the network's options by ``models.build_model``, what concerns images
-by ``data.build_loaders``, the rest by optimizer.py and lr_scheduler.py.
+Names, types, choices and ranges of single values are checked here, and the mode, weights and precision of the
+run. Other contradictions are errors of what uses the options: ``models.build_model`` (all of the network's
+options), ``data.build_loaders``, optimizer.py and lr_scheduler.py.
 
 All keys of the original release are here with their original defaults, so its yaml files load unchanged.
 Three of them have no effect and are accepted only for that: MODEL.FOCAL.EXPAND_STAGES, MODEL.SPEC and
@@ -46,7 +46,7 @@ _C.MODEL.NAME = "focal_tiny_patch4_window7_224"  # names the output folder
 _C.MODEL.RESUME = ""  # training checkpoint to continue from; with EVAL_MODE, any checkpoint; --resume
 _C.MODEL.PRETRAINED = ""  # weights (file or address) to start from; --pretrained
 _C.MODEL.RESET_HEAD = False  # with PRETRAINED: start with a new classifier, for another set of classes
-_C.MODEL.HEAD_CLASS_MAP = ""  # with PRETRAINED: file that names, for each class, its index there
+_C.MODEL.HEAD_CLASS_MAP = ""  # with PRETRAINED: file with the index of each class in those weights
 _C.MODEL.NUM_CLASSES = 1000
 _C.MODEL.DROP_RATE = 0.0  # dropout
 _C.MODEL.DROP_PATH_RATE = 0.1  # stochastic depth of the last block; rises linearly from 0
@@ -94,9 +94,9 @@ _C.TRAIN.ACCUMULATION_STEPS = 0  # batches per optimizer update; 0 and 1 mean on
 _C.TRAIN.USE_CHECKPOINT = False  # recompute activations in the backward pass to save memory; --use-checkpoint
 
 _C.TRAIN.LAYER_DECAY = 1.0  # share of a layer's learning rate that the layer before it gets
-_C.TRAIN.FREEZE_STAGES = -1  # not trained: -1 nothing, 0 the stem, n the first n stages too; all but the head
+_C.TRAIN.FREEZE_STAGES = -1  # -1 freezes nothing, 0 the stem, n the first n stages as well; never the head
 
-_C.TRAIN.BAD_STEPS_MAX = 10  # updates in a row without finite loss and gradient that end the run; all skipped
+_C.TRAIN.BAD_STEPS_MAX = 10  # updates in a row with a loss or gradient not finite (skipped) that end the run
 
 _C.TRAIN.EMA = CN()
 _C.TRAIN.EMA.ENABLED = False  # keep a moving average of the weights; evaluated and saved beside them
@@ -139,17 +139,17 @@ _C.COMPILE = False  # torch.compile the model; --compile
 _C.DEVICE = ""  # '' (cuda when available, else cpu) | cpu | cuda | cuda:N; --device
 _C.OUTPUT = ""  # root of the output folders, '' is output; the run's is <OUTPUT>/<MODEL.NAME>/<TAG>
 _C.TAG = "default"  # --tag
-# Saving. A file that cannot be written (full disk, read-only folder) is an error in the log; older ones are
-# kept and training goes on to the next save. Exit status: 0 done, 2 for what the user can correct, 75 saved
-# and stopped by SIGTERM or SIGUSR1 (the same command goes on), 1 if another process died or hangs.
+# Saving. A file that cannot be written (full disk, read-only folder) is an error in the log; older ones stay,
+# and training continues until the next save. Exit status: 0 done, 2 for what the user can correct, 75 saved
+# and stopped by SIGTERM or SIGUSR1 (the same command continues), 1 if another process died or hangs.
 _C.SAVE_FREQ = 1  # epochs between checkpoints; the last epoch is always saved
-_C.SAVE_STEPS = 0  # also every so many steps, after the next update; 0 for none inside epochs
-_C.SAVE_MINUTES = 0.0  # also after so many minutes without a checkpoint; 0 for never
-_C.SAVE_KEEP = 0  # checkpoints that stay besides best.pth, inside epochs too; 0 for all of whole epochs
-_C.SAVE_ASYNC = True  # write in the background while training goes on; takes the state's size of host memory
-_C.SAVE_FAILURES_MAX = 3  # failed saves in a row that end the run; a last one that fails does, too
+_C.SAVE_STEPS = 0  # also save every so many steps, after the next update; 0 for never
+_C.SAVE_MINUTES = 0.0  # also save after so many minutes without a checkpoint; 0 for never
+_C.SAVE_KEEP = 0  # newest checkpoints to keep besides best.pth; 0 keeps those of all whole epochs
+_C.SAVE_ASYNC = True  # write in the background while training continues; copies the state to host memory
+_C.SAVE_FAILURES_MAX = 3  # failed saves in a row that end the run; the last save of a run must succeed
 _C.DIST_TIMEOUT_MINUTES = 30.0  # how long a process waits for one that hangs, before it ends the job
-_C.DETERMINISTIC = False  # deterministic algorithms alone, an error where there is none; slower on a GPU
+_C.DETERMINISTIC = False  # use deterministic algorithms only, or raise an error; slower on a GPU
 _C.PRINT_FREQ = 100  # steps between log lines
 _C.SEED = 0  # --seed
 _C.EVAL_MODE = False  # --eval
@@ -233,15 +233,8 @@ AT_LEAST_1 = ["DATA.BATCH_SIZE", "MODEL.NUM_CLASSES", "TRAIN.EPOCHS", "TRAIN.BAD
 AT_LEAST_1 += ["TRAIN.LR_SCHEDULER.DECAY_EPOCHS", "SAVE_FREQ", "SAVE_FAILURES_MAX", "PRINT_FREQ"]
 AT_LEAST_0 = ["DATA.NUM_WORKERS", "TRAIN.START_EPOCH", "TRAIN.WARMUP_EPOCHS", "TRAIN.WARMUP_LR"]
 AT_LEAST_0 += ["TRAIN.MIN_LR", "TRAIN.WEIGHT_DECAY", "TRAIN.CLIP_GRAD", "TRAIN.ACCUMULATION_STEPS"]
-AT_LEAST_0 += [
-    "AUG.COLOR_JITTER",
-    "AUG.MIXUP",
-    "AUG.CUTMIX",
-    "SAVE_STEPS",
-    "SAVE_MINUTES",
-    "SAVE_KEEP",
-    "SEED",
-]
+AT_LEAST_0 += ["AUG.COLOR_JITTER", "AUG.MIXUP", "AUG.CUTMIX", "SEED"]
+AT_LEAST_0 += ["SAVE_STEPS", "SAVE_MINUTES", "SAVE_KEEP"]
 POSITIVE = ["DATA.STD", "TRAIN.BASE_LR", "TRAIN.OPTIMIZER.EPS", "AUG.RATIO", "DIST_TIMEOUT_MINUTES"]
 PROBABILITIES = ["AUG.HFLIP", "AUG.REPROB", "AUG.CUTMIX_MINMAX", "AUG.MIXUP_PROB", "AUG.MIXUP_SWITCH_PROB"]
 BELOW_1 = ["MODEL.LABEL_SMOOTHING", "TRAIN.EMA.DECAY", "TRAIN.OPTIMIZER.BETAS", "TRAIN.OPTIMIZER.MOMENTUM"]
@@ -262,7 +255,7 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def _contradictions(config: CN) -> Iterator[tuple[str, str]]:
-    """What does not go together in what the run is asked to do, as (key, message)."""
+    """Contradictions in the mode, weights and precision of the run, as (key, message)."""
     model, weights = config.MODEL, config.MODEL.RESUME or config.MODEL.PRETRAINED
     starts_from_weights = model.PRETRAINED and not config.EVAL_MODE
     modes = [name for name in ("EVAL_MODE", "THROUGHPUT_MODE", "DEBUG_MODE") if config[name]]
@@ -298,7 +291,7 @@ def _contradictions(config: CN) -> Iterator[tuple[str, str]]:
 # --- Loading ------------------------------------------------------------------------------------------------
 
 Setting = tuple[str, Any, str]
-"""A key, its value, and where that stands: a file or the command line."""
+"""A key, its value, and its origin: a file or the command line."""
 
 
 def load_config(cfg_file: str | Path | None = None, opts: Sequence[Any] = ()) -> CN:
@@ -357,7 +350,7 @@ def parse_yaml(text: str) -> Any:
     """The value of a yaml text.
 
     Raises:
-        ValueError: it is no yaml, or names a key twice; the message is the reason, in one line.
+        ValueError: it is no yaml, or gives a key twice; the message is the reason, in one line.
     """
     try:
         return yaml.load(text, _UniqueKeyLoader)
@@ -366,13 +359,13 @@ def parse_yaml(text: str) -> Any:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """yaml's safe loader, for which a key that stands twice in a section is an error."""
+    """yaml's safe loader, which silently takes the last of equal keys, with an error for them."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value]
         for number, (key, _) in enumerate(node.value):
             if key.value in names[:number]:
-                raise ValueError(f"line {key.start_mark.line + 1}: key {key.value} stands there twice")
+                raise ValueError(f"line {key.start_mark.line + 1}: key {key.value} is given twice")
         return super().construct_mapping(node, deep)
 
 
@@ -439,13 +432,13 @@ def _assign(config: CN, key: str, value: Any) -> None:
 
 
 def _decode(value: Any) -> Any:
-    """Text as the Python value it stands for: '[2, 2]', 'None', 'true', '5e-4'; else as it is."""
+    """The Python value of a text such as '[2, 2]', 'None', 'true', '5e-4'; other values as they are."""
     if not isinstance(value, str):
         return value
     words = {"true": True, "false": False, "null": None, "none": None}
     try:
         return words[value.lower()] if value.lower() in words else ast.literal_eval(value.strip())
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         return value
 
 

@@ -225,32 +225,7 @@ class Flip:
         return cv2.flip(pixels, 1) if torch.rand(1) < self._probability else pixels
 
 
-class ToTensorByTable:
-    """A step that maps every byte of an array to a float of a tensor, as a lookup table with the same bits.
-
-    From bytes [height, width, channels], or [height, width] of one channel, to float32 [channels, height,
-    width].
-    """
-
-    def __init__(self, step: Callable[[np.ndarray], torch.Tensor], channels: int) -> None:
-        """
-        Args:
-            step: takes the same arrays.
-            channels: of the arrays.
-        """
-        ramp = np.repeat(_VALUES.astype(np.uint8)[None, :, None], channels, axis=2)
-        self._tables = step(ramp).numpy()  # (channels, 1, 256)
-
-    def __call__(self, pixels: np.ndarray) -> torch.Tensor:
-        import cv2
-
-        values = np.empty((len(self._tables), *pixels.shape[:2]), dtype=np.float32)
-        for plane, table, place in zip(cv2.split(pixels), self._tables, values, strict=True):
-            cv2.LUT(plane, table, dst=place)
-        return torch.from_numpy(values)
-
-
-def exchange_operations(operations: Sequence[auto_augment.AugmentOp]) -> None:
+def use_array_operations(operations: Sequence[auto_augment.AugmentOp]) -> None:
     """Make timm's operations work on arrays, in place."""
     for operation in operations:
         known = OPERATIONS.get(auto_augment.NAME_TO_OP[operation.name])

@@ -22,7 +22,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode, functional
 
 from data.images import Box, EncodedImage, decode_rgb
-from data.opencv_ops import Flip, ThroughPillow, ToTensorByTable, exchange_operations
+from data.opencv_ops import Flip, ThroughPillow, use_array_operations
 
 Size = tuple[int, int]
 Pixels = Image.Image | np.ndarray
@@ -164,11 +164,9 @@ def _on_arrays(step: Any) -> Callable:
     if isinstance(step, transforms.RandomHorizontalFlip):
         return Flip(step.p)
     if isinstance(step, auto_augment.RandAugment | auto_augment.AutoAugment):
-        exchange_operations(_operations(step))
+        use_array_operations(_operations(step))
         return step
-    if isinstance(step, ToNormalizedTensor):
-        return ToTensorByTable(step, len(step.mean))
-    return step if isinstance(step, RandomErasing) else ThroughPillow(step)
+    return step if isinstance(step, ToNormalizedTensor | RandomErasing) else ThroughPillow(step)
 
 
 def train_transform(

@@ -163,7 +163,7 @@ def test_base_files_are_relative_and_merge_in_order(tmp_path: Path) -> None:
     [
         ("a: [1", "expected valid yaml"),
         ("x: !!python/object/apply:os.getcwd []", "expected valid yaml"),
-        ("SEED: 1\nTAG: a\nSEED: 2", "line 3: key SEED stands there twice"),
+        ("SEED: 1\nTAG: a\nSEED: 2", "line 3: key SEED is given twice"),
         ("- 1\n- 2", "expected KEY: value lines"),
         ("BASE: no.yaml", "no.yaml: expected a yaml file (named by BASE in"),
         ("BASE: 3", "BASE: expected a list of yaml files"),

@@ -16,7 +16,7 @@ from torchvision import transforms
 
 from data import Loaders, build_loaders
 from data.images import EncodedImage, UndecodableImageError, decode_rgb
-from data.opencv_ops import OPERATIONS, ToTensorByTable
+from data.opencv_ops import OPERATIONS
 from data.seeding import seeded_rngs
 from data.transforms import Recipe, ToNormalizedTensor, train_transform, with_decoder
 
@@ -212,20 +212,6 @@ def test_normalized_tensor_is_exact(mode: str) -> None:
     ours = ToNormalizedTensor(MEAN[:count], STD[:count])
     assert torch.equal(ours(image), expected(image))
     assert torch.equal(ours(np.array(image)), expected(image))
-
-
-@pytest.mark.parametrize("shape", [(50, 31), (1, 40), (40, 1), (1, 1)])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_tensors_by_table_are_exact(channels: int, shape: tuple[int, int]) -> None:
-    step = ToNormalizedTensor(MEAN[:channels], STD[:channels])
-    by_table = ToTensorByTable(step, channels)
-    array = np.random.default_rng(0).integers(0, 256, (*shape, channels), dtype=np.uint8)
-    for pixels in (array, array[:, ::-1], array[..., 0] if channels == 1 else array[..., ::-1]):
-        expected = step(pixels.copy())
-        got = by_table(pixels)
-        assert torch.equal(got, expected)
-        got.zero_()  # as erasing does
-        assert torch.equal(by_table(pixels), expected)
 
 
 # --- In the loaders -----------------------------------------------------------------------------------------
