@@ -42,9 +42,16 @@ def build_scheduler(config: CfgNode, optimizer: torch.optim.Optimizer, updates_p
         updates_per_epoch: optimizer updates (not batches) per epoch.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: the warm-up is longer than training, or training starts after its end.
     """
     train = config.TRAIN
+    problems = [
+        f"TRAIN.{key}: expected at most TRAIN.EPOCHS = {train.EPOCHS}, got {train[key]}; lower it"
+        for key in ("WARMUP_EPOCHS", "START_EPOCH")
+        if train[key] > train.EPOCHS
+    ]
+    if problems:
+        raise ValueError("\n".join(problems))
     total = train.EPOCHS * updates_per_epoch
     warmup = train.WARMUP_EPOCHS * updates_per_epoch
     common = {"warmup_t": warmup, "warmup_lr_init": train.WARMUP_LR, "t_in_epochs": False}
@@ -71,7 +78,4 @@ def build_scheduler(config: CfgNode, optimizer: torch.optim.Optimizer, updates_p
             **common,
         ),
     }
-    name = train.LR_SCHEDULER.NAME
-    if name not in choices:
-        raise ValueError(f"TRAIN.LR_SCHEDULER.NAME: expected one of {', '.join(choices)}, got {name!r}")
-    return choices[name]()
+    return choices[train.LR_SCHEDULER.NAME]()

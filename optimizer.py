@@ -36,7 +36,9 @@ def freeze_stages(model: FocalTransformer, count: int) -> int:
     """
     stages = len(model.layers)
     if not -1 <= count <= stages:
-        raise ValueError(f"TRAIN.FREEZE_STAGES: expected -1 to {stages}, the number of stages, got {count}")
+        raise ValueError(
+            f"TRAIN.FREEZE_STAGES: expected -1 to {stages}, the number of stages, got {count}; correct it"
+        )
     if count < 0:
         return 0
     parts = [model.patch_embed, model.pos_drop, *model.layers[:count], *[model.norm] * (count == stages)]
@@ -93,7 +95,7 @@ def build_optimizer(config: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer named by TRAIN.OPTIMIZER.NAME over ``parameter_groups``.
 
     Raises:
-        ValueError: unknown name, or apex is missing for fused_adam and fused_lamb.
+        ValueError: apex is missing for fused_adam and fused_lamb, or nothing is left to train.
     """
     train = config.TRAIN
     groups = parameter_groups(model, train.WEIGHT_DECAY, train.LAYER_DECAY)
@@ -107,12 +109,7 @@ def build_optimizer(config: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         "fused_adam": lambda: _apex_optimizer("FusedAdam")(groups, **adam),
         "fused_lamb": lambda: _apex_optimizer("FusedLAMB")(groups, **adam),
     }
-    name = train.OPTIMIZER.NAME
-    if name not in choices:
-        raise ValueError(
-            f"TRAIN.OPTIMIZER.NAME: expected one of {', '.join(choices)}, got {name!r}; use adamw"
-        )
-    return choices[name]()
+    return choices[train.OPTIMIZER.NAME]()
 
 
 def _apex_optimizer(name: str) -> Callable[..., torch.optim.Optimizer]:

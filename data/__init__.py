@@ -1,4 +1,4 @@
-"""Data sets and loaders for image classification: `build_loaders` makes everything that main.py needs."""
+"""Data sets and loaders for image classification: `build_loaders` builds everything that training needs."""
 
 from data.build import Loaders, build_loaders
 from data.datasets import EvalImages, TrainImages

@@ -5,8 +5,7 @@ A split is described by `train_map.txt` with one `path<TAB>label` line per image
 beside the map.
 
 The directory of an archive is parsed once, into arrays; workers then read a member with one seek in a plain
-file. The original parses it again in every worker, which for ImageNet takes seconds and about a gigabyte
-each.
+file. The original parses it again in every worker, which costs seconds and memory for each.
 """
 
 import os
@@ -28,7 +27,7 @@ _LOCAL_SIGNATURE = b"PK\x03\x04"
 _SEPARATOR = ".zip@/"
 _ENCRYPTED = 0x1
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-_DIRECTORY_ERRORS = (  # what zipfile raises on directories that are none
+_DIRECTORY_ERRORS = (  # what zipfile raises on a damaged directory
     *(zipfile.BadZipFile, ValueError, OSError, EOFError, NotImplementedError, OverflowError, MemoryError),
     *(struct.error, LookupError),
 )
@@ -109,7 +108,7 @@ class ArchiveSource:
     def _broken(self, index: int, reason: str) -> UndecodableImageError:
         return UndecodableImageError(
             f"{self.name(index)}: expected an intact archive member, got damaged data ({reason}); make the "
-            "archive anew"
+            "archive again"
         )
 
 
@@ -132,9 +131,8 @@ def open_archive_split(data_path: Path, split: str, num_classes: int) -> Archive
         found = f"only {archive_path.name}" if archive_path.is_file() else "neither of them"
         raise FileNotFoundError(
             f"{map_path}: expected {archive_path.name} with its map {map_path.name} in {data_path}, got "
-            f"{found}; write the map "
-            "with one 'path/in/archive.jpg<TAB>label' line per image, or set DATA.DATA_PATH to the folder "
-            "that holds both"
+            f"{found}; write the map with one 'path/in/archive.jpg<TAB>label' line per image, or set "
+            "DATA.DATA_PATH to the folder that holds both"
         )
     image_map = read_map(map_path, num_classes)
     numbers: dict[str, int] = {}
@@ -153,9 +151,8 @@ def open_archive_split(data_path: Path, split: str, num_classes: int) -> Archive
         if info is None or info.is_dir():
             raise ValueError(
                 f"{image_map.where(entry)}: expected an image {member_name} in {data_path / archive_name}, "
-                "got "
-                f"{'no such member' if info is None else 'a folder'}; correct the map or add the image to "
-                "the archive"
+                f"got {'no such member' if info is None else 'a folder'}; correct the map or add the image "
+                "to the archive"
             )
         names.append(f"{data_path / archive_name}@/{member_name}")
         members[entry] = (number, *_locate(info, names[-1], lengths[number]))
@@ -178,39 +175,38 @@ def _read_directory(archive: Path, image_map: ImageMap, entry: int) -> dict[str,
     if not archive.is_file():
         raise FileNotFoundError(
             f"{image_map.where(entry)}: expected the archive {archive} beside the map, got nothing; add the "
-            "archive or correct "
-            "the map"
+            "archive or correct the map"
         )
     try:
         with zipfile.ZipFile(archive) as opened:
             members = opened.infolist()
     except _DIRECTORY_ERRORS as error:
         raise ValueError(
-            f"{archive}: expected a zip archive, got a damaged or other file ({error}); make it anew"
+            f"{archive}: expected a zip archive, got a damaged or other file ({error}); make it again"
         ) from error
     directory = {info.filename: info for info in members}
     if len(directory) < len(members):
         counts = Counter(info.filename for info in members)
         twice = next(name for name, count in counts.items() if count > 1)
         raise ValueError(
-            f"{archive}: expected every name once, got {twice!r} {counts[twice]} times; make the archive anew"
+            f"{archive}: expected every name once, got {twice!r} {counts[twice]} times; make it again"
         )
     return directory
 
 
 def _locate(info: zipfile.ZipInfo, name: str, archive_length: int) -> tuple[int, int, int, int, int]:
-    """Where a member lies, how long it is, and how it is packed; ValueError for what cannot be."""
+    """Offset, stored size, size, CRC and method of a member; ValueError if it cannot be read."""
     if info.compress_type not in _METHODS or info.flag_bits & _ENCRYPTED:
         raise ValueError(
             f"{name}: expected an archive member stored plainly or deflated, got compression method "
-            f"{info.compress_type}"
-            f"{' with encryption' if info.flag_bits & _ENCRYPTED else ''}; make the archive with 'zip -0'"
+            f"{info.compress_type}{' with encryption' if info.flag_bits & _ENCRYPTED else ''}; make the "
+            "archive with 'zip -0'"
         )
     inside = 0 <= info.header_offset <= archive_length - _LOCAL_HEADER.size - info.compress_size
     if not inside or info.file_size > MAX_BYTES:
         raise ValueError(
             f"{name}: expected an archive member inside its archive, of at most {MAX_BYTES >> 20} MiB, got "
             f"{info.file_size} bytes, packed to {info.compress_size} at {info.header_offset}, in an archive "
-            f"of {archive_length}; make the archive anew"
+            f"of {archive_length}; make it again"
         )
     return info.header_offset, info.compress_size, info.file_size, info.CRC, info.compress_type

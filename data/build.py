@@ -1,35 +1,46 @@
 """From the configuration to data loaders; the only file of the package that knows configuration keys."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from timm.data import Mixup
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from data import folder
 from data.archive import open_archive_split
 from data.datasets import EvalImages, ImageLoader, TrainImages
-from data.images import without_opencv_threads
-from data.mixing import SeededMixup, build_mixup
+from data.mixing import SeededMixup
 from data.samplers import EvalSampler, ShardSampler, TrainSampler, shard_of
 from data.source import CachedSource, ImageSource
-from data.transforms import Decode, Recipe, Size, Transform, eval_transform, train_transform, with_decoder
-from data.workers import leave_signals_to_parent, leave_signals_to_parent_without_opencv_threads
+from data.transforms import (
+    DEFAULT_RATIO,
+    DEFAULT_SCALE,
+    SMALL_SIZE,
+    Recipe,
+    Size,
+    Transform,
+    channel_stats,
+    eval_transform,
+    train_transform,
+    with_decoder,
+)
+from data.workers import leave_signals_to_parent, start_opencv_worker, stop_opencv_threads
 from utils import get_rank, get_world_size
 
 logger = logging.getLogger(__name__)
 
-_CACHE_MODES = ("no", "full", "part")
-_START_METHODS = ("", "fork", "spawn", "forkserver")
+_POLICY = re.compile(r"(|none|(original|originalr|v0|v0r|3a)(-.+)?|(rand|augmix)-.+)")  # of timm
 
 
 @dataclass
 class Loaders:
-    """What training and evaluation draw from; without training split in EVAL_MODE."""
+    """What training and evaluation read; without training split in EVAL_MODE."""
 
     train_dataset: TrainImages | None
     val_dataset: EvalImages
@@ -38,39 +49,29 @@ class Loaders:
     train_sampler: TrainSampler | None
     mixup_fn: SeededMixup | None
 
-    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        """Place the training data before a batch; call it before iterating `train_loader`.
+    def set_epoch(self, epoch: int) -> None:
+        """Start an epoch, from 0; call it before iterating `train_loader`."""
+        self.resume_at(epoch, 0)
+
+    def resume_at(self, epoch: int, samples_seen: int) -> int:
+        """Set the position of the training data; call it before iterating `train_loader`.
 
         Args:
             epoch: from 0.
-            start_step: batch to begin with; not 0 to go on in the middle of an epoch.
-
-        Raises:
-            ValueError: `start_step` is not in the epoch.
-        """
-        assert self.train_sampler is not None, "EVAL_MODE has no training split"
-        self.train_sampler.set_epoch(epoch, start_step)
-        self._place_mixup()
-
-    def go_on(self, epoch: int, dealt: Sequence[Sequence[int]]) -> int:
-        """Place the training data after images that were given out, by any numbers of processes.
-
-        Args:
-            epoch: from 0.
-            dealt: (number of processes, images given out to all of them), in this order.
+            samples_seen: images of the epoch that all processes together have seen.
 
         Returns:
             The step of the epoch that comes next; earlier ones are not decoded.
         """
         assert self.train_sampler is not None, "EVAL_MODE has no training split"
-        self.train_sampler.go_on(epoch, dealt)
-        self._place_mixup()
+        self.train_sampler.resume_at(epoch, samples_seen)
+        if self.mixup_fn is not None:
+            self.mixup_fn.set_position(epoch, self.train_sampler.start_step)
         return self.train_sampler.start_step
 
-    def _place_mixup(self) -> None:
-        assert self.train_sampler is not None
-        if self.mixup_fn is not None:
-            self.mixup_fn.set_position(self.train_sampler.epoch, self.train_sampler.start_step)
+    def go_on(self, epoch: int, dealt: Any) -> int:
+        """`resume_at`, for the callers that still count by numbers of processes."""
+        return self.resume_at(epoch, sum(images for _, images in dealt))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -95,69 +96,117 @@ def build_loaders(config: CfgNode, rank: int | None = None, world_size: int | No
     """
     rank = get_rank() if rank is None else rank
     world_size = get_world_size() if world_size is None else world_size
-    _check(config)
+    check_options(config)
+    data = config.DATA
     splits = ("val",) if config.EVAL_MODE else ("train", "val")
-    sources = {
-        split: _cached(source, config, rank, world_size) for split, source in _open(config, splits).items()
-    }
+    cache_mode = data.CACHE_MODE if data.ZIP_MODE else "no"
+    sources = _open(config, splits)
+    if cache_mode != "no":
+        for split, source in sources.items():
+            count = len(source)
+            shard = range(count) if cache_mode == "full" else shard_of(count, rank, world_size)
+            sources[split] = CachedSource(source, shard)
     val_dataset = EvalImages(sources["val"], _eval_transform(config))
-    val_sampler = EvalSampler(len(val_dataset), rank, world_size)
-    val_loader = _loader(config, val_dataset, val_sampler, drop_last=False)
+    val_loader = _loader(config, val_dataset, EvalSampler(len(val_dataset), rank, world_size))
     if config.EVAL_MODE:
         return Loaders(None, val_dataset, None, val_loader, None, None)
-    decode, transform = _train_steps(config)
-    if config.DATA.DECODER == "opencv" and config.DATA.NUM_WORKERS == 0:
-        without_opencv_threads()
+    decode, transform = with_decoder(data.DECODER, _train_transform(config))
+    if data.DECODER == "opencv" and data.NUM_WORKERS == 0:
+        stop_opencv_threads()
     train_dataset = TrainImages(sources["train"], transform, config.SEED, decode)
-    sampler_class = ShardSampler if _cache_mode(config) == "part" else TrainSampler
-    train_sampler = sampler_class(len(train_dataset), config.DATA.BATCH_SIZE, rank, world_size, config.SEED)
-    train_loader = _loader(
-        config, train_dataset, train_sampler, drop_last=True, init=_WORKER_INIT[config.DATA.DECODER]
-    )
+    sampler_class = ShardSampler if cache_mode == "part" else TrainSampler
+    train_sampler = sampler_class(len(train_dataset), data.BATCH_SIZE, rank, world_size, config.SEED)
+    train_loader = _loader(config, train_dataset, train_sampler)
     return Loaders(train_dataset, val_dataset, train_loader, val_loader, train_sampler, _mixup(config, rank))
 
 
-def _check(config: CfgNode) -> None:
-    """Raise ValueError or FileNotFoundError for a DATA key that cannot be used."""
-    data = config.DATA
-    _check_choice("DATA.DATASET", data.DATASET.lower(), _SOURCES)
-    _check_choice("DATA.CACHE_MODE", data.CACHE_MODE, _CACHE_MODES)
-    _check_choice("DATA.WORKER_START_METHOD", data.WORKER_START_METHOD, _START_METHODS)
-    for key, value, least in (
-        ("DATA.BATCH_SIZE", data.BATCH_SIZE, 1),
-        ("DATA.NUM_WORKERS", data.NUM_WORKERS, 0),
-        ("MODEL.NUM_CLASSES", config.MODEL.NUM_CLASSES, 1),
-        ("SEED", config.SEED, 0),
-    ):
-        if value < least:
-            raise ValueError(f"{key}: expected an integer of at least {least}, got {value}; raise it")
-    if not data.DATA_PATH:
-        raise ValueError(
-            "DATA.DATA_PATH: expected the folder of the data set, got ''; set it or give --data-path"
+def check_options(config: CfgNode) -> None:
+    """Raise one error for all options that contradict each other, or the folder of the data.
+
+    Raises:
+        FileNotFoundError: DATA.DATA_PATH is no folder.
+        ValueError: any other problem.
+    """
+    data, problems = config.DATA, []
+    if data.ZIP_MODE and data.DATASET == "imagenet22k":
+        problems.append("DATA.ZIP_MODE: expected False with DATA.DATASET imagenet22k; unpack it to folders")
+    if data.CACHE_MODE == "full" and not data.ZIP_MODE:
+        problems.append(
+            "DATA.CACHE_MODE: expected DATA.ZIP_MODE (--zip) along with 'full', as only archives are cached; "
+            "add that or drop it"
         )
+    try:
+        channel_stats(config.MODEL.FOCAL.IN_CHANS, data.MEAN, data.STD)
+    except ValueError as error:
+        problems.append(str(error))
+    if not config.EVAL_MODE:
+        problems += _training_problems(config)
+    if not data.DATA_PATH:
+        problems.append("DATA.DATA_PATH: expected the folder of the data set, got ''; give --data-path")
+    if problems:
+        raise ValueError("\n".join(problems))
     if not Path(data.DATA_PATH).is_dir():
         raise FileNotFoundError(
             f"DATA.DATA_PATH: expected an existing folder, got {data.DATA_PATH}; set it to the folder of the "
             "data set"
         )
-    if data.ZIP_MODE and data.DATASET.lower() == "imagenet22k":
-        raise ValueError(
-            "DATA.ZIP_MODE: expected False with DATA.DATASET imagenet22k, whose maps name image files, got "
-            "True; set it to False"
+
+
+def _training_problems(config: CfgNode) -> list[str]:
+    """What contradicts in the options of training images."""
+    data, aug, size = config.DATA, config.AUG, _image_size(config)
+    problems = []
+    for key in ("SCALE", "RATIO", "CUTMIX_MINMAX"):
+        low, high = aug[key] or (0, 0)
+        if low > high:
+            problems.append(f"AUG.{key}: expected [smaller, larger], got {list(aug[key])}; swap them")
+    if not _POLICY.fullmatch(aug.AUTO_AUGMENT):
+        problems.append(
+            "AUG.AUTO_AUGMENT: expected none, or a policy of timm such as rand-m9-mstd0.5-inc1, got "
+            f"{aug.AUTO_AUGMENT!r}; correct the value"
         )
+    if max(size) <= SMALL_SIZE and (tuple(aug.SCALE), tuple(aug.RATIO)) != (DEFAULT_SCALE, DEFAULT_RATIO):
+        problems.append(
+            f"AUG.SCALE and AUG.RATIO: expected their defaults with images up to {SMALL_SIZE} pixels, which "
+            f"are padded and cropped without them, got {aug.SCALE} and {aug.RATIO} with size {size}; remove "
+            "them or enlarge DATA.IMG_SIZE"
+        )
+    if _mixes(config) and data.BATCH_SIZE % 2:
+        problems.append(
+            "DATA.BATCH_SIZE: expected an even number with Mixup or CutMix, which mix pairs, got "
+            f"{data.BATCH_SIZE}; change it by one or set AUG.MIXUP and AUG.CUTMIX to 0"
+        )
+    if data.DECODER == "opencv" and (reason := _why_no_opencv()):
+        problems.append(
+            f"DATA.DECODER: expected 'pil', as {reason}, got 'opencv'; pip install "
+            "'opencv-python-headless>=4.11', or set it to 'pil'"
+        )
+    return problems
 
 
-def _check_choice(key: str, value: str, choices: Iterable[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{key}: expected one of {', '.join(map(repr, choices))}, got {value!r}; choose one")
+def _why_no_opencv() -> str:
+    """Why OpenCV cannot be used here; '' if it can."""
+    try:
+        import cv2
+    except ImportError:
+        return "OpenCV cannot be imported"
+    return "" if hasattr(cv2, "IMREAD_COLOR_RGB") else f"OpenCV {cv2.__version__} is older than 4.11"
 
 
-def _open(config: CfgNode, splits: tuple[str, ...]) -> dict[str, ImageSource]:
+def _open(config: CfgNode, splits: tuple[str, ...]) -> dict[str, Any]:
     """The sources of the splits, by name."""
-    root = Path(config.DATA.DATA_PATH)
-    by_name = _SOURCES[config.DATA.DATASET.lower()]
-    open_splits = _open_archives if config.DATA.ZIP_MODE else by_name
-    return open_splits(root, splits, config.MODEL.NUM_CLASSES)
+    root, num_classes = Path(config.DATA.DATA_PATH), config.MODEL.NUM_CLASSES
+    if config.DATA.ZIP_MODE:
+        sources = {split: open_archive_split(root, split, num_classes) for split in splits}
+    elif config.DATA.DATASET == "imagenet22k":
+        name = "ILSVRC2011fall_whole_map_{}.txt"
+        sources = {split: folder.read_map_of_files(root, name.format(split), num_classes) for split in splits}
+    else:
+        return _open_folders(root, splits, num_classes)
+    largest = max(int(source.labels.max()) for source in sources.values())
+    if largest + 1 < num_classes:
+        logger.warning("the maps have labels up to %d only, MODEL.NUM_CLASSES is %d", largest, num_classes)
+    return sources
 
 
 def _open_folders(root: Path, splits: tuple[str, ...], num_classes: int) -> dict[str, ImageSource]:
@@ -169,60 +218,14 @@ def _open_folders(root: Path, splits: tuple[str, ...], num_classes: int) -> dict
     return {split: source for split, (_, source) in scanned.items()}
 
 
-def _open_archives(root: Path, splits: tuple[str, ...], num_classes: int) -> dict[str, ImageSource]:
-    sources: dict[str, ImageSource] = {
-        split: open_archive_split(root, split, num_classes) for split in splits
-    }
-    _warn_of_unused_classes(sources, num_classes)
-    return sources
-
-
-def _open_imagenet22k(root: Path, splits: tuple[str, ...], num_classes: int) -> dict[str, ImageSource]:
-    sources: dict[str, ImageSource] = {
-        split: folder.read_map_of_files(root, f"ILSVRC2011fall_whole_map_{split}.txt", num_classes)
-        for split in splits
-    }
-    _warn_of_unused_classes(sources, num_classes)
-    return sources
-
-
-def _warn_of_unused_classes(sources: dict[str, ImageSource], num_classes: int) -> None:
-    largest = max(int(source.labels.max()) for source in sources.values())
-    if largest + 1 < num_classes:
-        logger.warning("the maps have labels up to %d only, MODEL.NUM_CLASSES is %d", largest, num_classes)
-
-
-_SOURCES: dict[str, Callable[[Path, tuple[str, ...], int], dict[str, ImageSource]]] = {
-    "imagenet": _open_folders,
-    "imagewoof": _open_folders,
-    "folder": _open_folders,
-    "imagenet22k": _open_imagenet22k,
-}
-
-
-def _cache_mode(config: CfgNode) -> str:
-    """As in the original, only archives are cached; the system's page cache serves plain files well."""
-    return config.DATA.CACHE_MODE if config.DATA.ZIP_MODE else "no"
-
-
-def _cached(source: ImageSource, config: CfgNode, rank: int, world_size: int) -> ImageSource:
-    shards = {
-        "no": range(0),
-        "full": range(len(source)),
-        "part": shard_of(len(source), rank, world_size),
-    }
-    shard = shards[_cache_mode(config)]
-    return CachedSource(source, shard) if shard else source
-
-
 def _image_size(config: CfgNode) -> Size:
     size = config.DATA.IMG_SIZE
     height, width = (size, size) if isinstance(size, int) else size
     return height, width
 
 
-def _train_steps(config: CfgNode) -> tuple[Decode, Transform]:
-    aug = config.AUG
+def _train_transform(config: CfgNode) -> Any:
+    aug, data = config.AUG, config.DATA
     recipe = Recipe(
         color_jitter=aug.COLOR_JITTER,
         auto_augment=aug.AUTO_AUGMENT,
@@ -233,67 +236,51 @@ def _train_steps(config: CfgNode) -> tuple[Decode, Transform]:
         scale=aug.SCALE,
         ratio=aug.RATIO,
     )
-    transform = train_transform(
-        _image_size(config),
-        config.MODEL.FOCAL.IN_CHANS,
-        config.DATA.MEAN,
-        config.DATA.STD,
-        config.DATA.INTERPOLATION,
-        recipe,
-    )
-    return with_decoder(config.DATA.DECODER, transform)
+    channels = config.MODEL.FOCAL.IN_CHANS
+    return train_transform(_image_size(config), channels, data.MEAN, data.STD, data.INTERPOLATION, recipe)
 
 
 def _eval_transform(config: CfgNode) -> Transform:
-    return eval_transform(
-        _image_size(config),
-        config.MODEL.FOCAL.IN_CHANS,
-        config.DATA.MEAN,
-        config.DATA.STD,
-        config.DATA.INTERPOLATION,
-        crop=config.TEST.CROP,
-    )
+    data, channels = config.DATA, config.MODEL.FOCAL.IN_CHANS
+    size, crop = _image_size(config), config.TEST.CROP
+    return eval_transform(size, channels, data.MEAN, data.STD, data.INTERPOLATION, crop)
+
+
+def _mixes(config: CfgNode) -> bool:
+    """Whether Mixup or CutMix is on."""
+    return config.AUG.MIXUP > 0 or config.AUG.CUTMIX > 0 or bool(config.AUG.CUTMIX_MINMAX)
 
 
 def _mixup(config: CfgNode, rank: int) -> SeededMixup | None:
     aug = config.AUG
-    return build_mixup(
-        mixup=aug.MIXUP,
-        cutmix=aug.CUTMIX,
+    if not _mixes(config):
+        return None
+    mixup = Mixup(
+        mixup_alpha=aug.MIXUP,
+        cutmix_alpha=aug.CUTMIX,
         cutmix_minmax=aug.CUTMIX_MINMAX,
         prob=aug.MIXUP_PROB,
         switch_prob=aug.MIXUP_SWITCH_PROB,
         mode=aug.MIXUP_MODE,
         label_smoothing=config.MODEL.LABEL_SMOOTHING,
         num_classes=config.MODEL.NUM_CLASSES,
-        batch_size=config.DATA.BATCH_SIZE,
-        seed=config.SEED,
-        rank=rank,
     )
+    return SeededMixup(mixup, config.SEED, rank)
 
 
-_WORKER_INIT: dict[str, Callable[[int], None]] = {
-    "pil": leave_signals_to_parent,
-    "opencv": leave_signals_to_parent_without_opencv_threads,
-}
-
-
-def _loader(
-    config: CfgNode,
-    images: TrainImages | EvalImages,
-    sampler: Any,
-    drop_last: bool,
-    init: Callable[[int], None] = leave_signals_to_parent,
-) -> DataLoader:
-    workers = config.DATA.NUM_WORKERS
+def _loader(config: CfgNode, images: TrainImages | EvalImages, sampler: Any) -> DataLoader:
+    data, is_training = config.DATA, isinstance(images, TrainImages)
+    init: Callable[[int], None] = leave_signals_to_parent
+    if is_training and data.DECODER == "opencv":
+        init = start_opencv_worker
     return ImageLoader(
         images,
-        batch_size=config.DATA.BATCH_SIZE,
+        batch_size=data.BATCH_SIZE,
         sampler=sampler,
-        num_workers=workers,
-        pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
-        drop_last=drop_last,
+        num_workers=data.NUM_WORKERS,
+        pin_memory=data.PIN_MEMORY and torch.cuda.is_available(),
+        drop_last=is_training,
         worker_init_fn=init,
-        persistent_workers=workers > 0,
-        multiprocessing_context=(config.DATA.WORKER_START_METHOD or None) if workers else None,
+        persistent_workers=data.NUM_WORKERS > 0,
+        multiprocessing_context=(data.WORKER_START_METHOD or None) if data.NUM_WORKERS else None,
     )

@@ -12,8 +12,7 @@ folder of OUT:
 - segmentation: such scenes in the layout of ADE20K, with label images.
 
 About a fifth of the scans of every digit is held out, for the validation splits of all kinds. The same seed
-and sizes give the same bytes. A finished kind is left alone by a second call, a half-written one is written
-anew.
+and sizes give the same bytes. A second call with the same options changes nothing.
 """
 
 import argparse
@@ -32,9 +31,8 @@ from data import demo_scenes
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1
-_STARTED = ".demo_started"
-_FINISHED = ".demo_finished.json"
+_STAMP = ".demo.json"
+"""File with the options that a folder was written with."""
 _HELD_OUT = 0.2
 _ZIP_DATE = (2021, 1, 1, 0, 0, 0)
 
@@ -49,20 +47,6 @@ class DemoOptions:
     val_scenes: int = 30
     scene_width: int = 160
     scene_height: int = 128
-
-    def check(self) -> None:
-        """Raise ValueError for a number that is too small."""
-        least = {
-            "seed": 0,
-            "size": 8,
-            "train_scenes": 1,
-            "val_scenes": 1,
-            "scene_width": demo_scenes.MIN_CANVAS,
-            "scene_height": demo_scenes.MIN_CANVAS,
-        }
-        for name, lowest in least.items():
-            if getattr(self, name) < lowest:
-                raise ValueError(f"{name}: expected at least {lowest}, got {getattr(self, name)}; raise it")
 
 
 @dataclass(frozen=True)
@@ -101,7 +85,7 @@ def load_digit_splits(seed: int) -> dict[str, DigitSplit]:
 
 
 def write_demo(out: Path, kinds: Sequence[str], options: DemoOptions) -> dict[str, Path]:
-    """Write demo data sets; those that are there already, with the same options, are kept.
+    """Write demo data sets; one that was written before with the same options stays.
 
     Args:
         out: folder to write into, one sub-folder per kind.
@@ -112,11 +96,9 @@ def write_demo(out: Path, kinds: Sequence[str], options: DemoOptions) -> dict[st
         The folder of each kind.
 
     Raises:
-        ValueError: a kind is unknown, an option too small, or a folder in the way was not written by this
-            module.
+        ValueError: a kind is unknown, or a folder in the way was not written by this module.
         ImportError: scikit-learn or opencv is not installed.
     """
-    options.check()
     unknown = [kind for kind in kinds if kind not in WRITERS]
     if unknown:
         raise ValueError(
@@ -128,25 +110,23 @@ def write_demo(out: Path, kinds: Sequence[str], options: DemoOptions) -> dict[st
 
 
 def _write_kind(folder: Path, kind: str, options: DemoOptions) -> None:
-    stamp = json.dumps({"version": _VERSION, "kind": kind, **asdict(options)}, indent=1)
-    finished = folder / _FINISHED
-    if finished.is_file() and finished.read_text() == stamp:
-        logger.info("%s: already there", folder)
-        return
-    if folder.exists():
-        if not (folder / _STARTED).is_file() and any(folder.iterdir()):
-            raise ValueError(
-                f"{folder}: expected nothing or a demo data set to replace, got a folder with other content; "
-                "choose another "
-                "output folder"
-            )
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    (folder / _STARTED).touch()
-    WRITERS[kind](folder, options)
-    unfinished = folder / (_FINISHED + ".tmp")
-    unfinished.write_text(stamp)
-    os.replace(unfinished, finished)
+    stamp = json.dumps({"kind": kind, **asdict(options)}, indent=1)
+    if (folder / _STAMP).is_file():
+        if (folder / _STAMP).read_text() == stamp:
+            logger.info("%s: already there", folder)
+            return
+    elif folder.exists():
+        raise ValueError(
+            f"{folder}: expected nothing or a demo data set to replace, got a folder with other content; "
+            "choose another output folder"
+        )
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    WRITERS[kind](unfinished, options)
+    (unfinished / _STAMP).write_text(stamp)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(unfinished, folder)
     logger.info("%s: written", folder)
 
 

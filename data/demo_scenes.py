@@ -13,7 +13,6 @@ import numpy as np
 
 DETECTION_CLASSES = tuple(str(digit) for digit in range(10))
 SEGMENTATION_CLASSES = ("background", *DETECTION_CLASSES)
-MIN_CANVAS = 64
 
 _MIN_SIDE, _MAX_SIDE = 28, 44
 _MIN_DIGITS, _MAX_DIGITS = 6, 12
@@ -69,8 +68,8 @@ def draw_scene(
 ) -> Scene:
     """Draw six to twelve digits of different sizes and light colours on a dark, mildly textured background.
 
-    Many, and light on dark, so that a small network learns them within minutes. Their squares do not overlap.
-    A digit for which no place is found is left out; the first one always fits.
+    Many, and light on dark, so that a small network learns them within minutes. Their squares do not overlap;
+    a digit for which no place is found is left out.
 
     Args:
         images: (N, 8, 8) uint8 scans to choose from.

@@ -57,14 +57,13 @@ def scan_class_folders(split_dir: Path) -> tuple[list[str], FileSource]:
     if empty:
         raise ValueError(
             f"{split_dir}: expected at least one image in every class folder, got none in {_some(empty)}; "
-            "add images "
-            f"({' '.join(IMAGE_EXTENSIONS)}) or remove the folder"
+            f"add images ({' '.join(IMAGE_EXTENSIONS)}) or remove the folder"
         )
     return classes, FileSource(split_dir, paths, labels)
 
 
 def _list_images(split_dir: Path, class_name: str) -> list[str]:
-    """The images below a class folder; one that links lead to several times is listed once."""
+    """The images below a class folder; a folder that several links lead to is listed once."""
     found = []
     seen: set[tuple[int, int]] = set()
     for folder, subfolders, files in os.walk(split_dir / class_name, followlinks=True):
@@ -98,16 +97,16 @@ def check_same_classes(train_dir: Path, train: list[str], val_dir: Path, val: li
     if only_train or only_val:
         raise ValueError(
             f"expected the same class folders in {train_dir} and {val_dir}, got only in the first: "
-            f"{_some(only_train)}, "
-            f"only in the second: {_some(only_val)}; add the missing folders or remove the extra ones"
+            f"{_some(only_train)}, only in the second: {_some(only_val)}; add the missing folders or remove "
+            "the extra ones"
         )
 
 
 def read_map_of_files(root: Path, map_name: str, num_classes: int) -> FileSource:
     """The images that a map file names by paths relative to a folder.
 
-    A sample of the files, spread evenly over the map, is checked to exist: looking for all of the 14 million
-    of ImageNet-22K would take longer than it saves.
+    A sample of the files, spread evenly over the map, is checked to exist; all of ImageNet-22K's would take
+    too long.
 
     Args:
         root: folder with the map and the images.
@@ -129,8 +128,7 @@ def read_map_of_files(root: Path, map_name: str, num_classes: int) -> FileSource
         if not os.path.isfile(root / image_map.names[entry]):
             raise FileNotFoundError(
                 f"{image_map.where(entry)}: expected an image at {root / image_map.names[entry]}, got "
-                "nothing; paths in the "
-                "map are relative to DATA.DATA_PATH: correct the map or the path"
+                "nothing; paths in the map are relative to DATA.DATA_PATH: correct the map or the path"
             )
     return FileSource(root, image_map.names, image_map.labels)
 

@@ -1,47 +1,36 @@
 """From the encoded bytes of an image file to RGB: a whole PIL image by Pillow, or an array of a resized crop
 by OpenCV, which is faster.
 
-Both ignore the EXIF orientation, as the original does, whose photographs lie as they were stored. Of an
-animated file both take the first frame, and of transparent ones the colours alone. OpenCV only gets the JPEG
-files that it decodes like Pillow; everything else stays with Pillow, damaged files too, so that both find the
-same images undecodable.
-
-Files may be hostile: only the formats below are tried (Pillow knows some that start other programs), and no
-image is decoded that is larger than `MAX_PIXELS`, which its header tells.
+Both ignore the EXIF orientation, as the original does. Of an animated file both take the first frame, and of
+transparent ones the colours alone. OpenCV only gets the JPEG files that it decodes like Pillow; everything
+else stays with Pillow, damaged files too, so that both find the same images undecodable.
 """
 
-import contextlib
 import re
 from io import BytesIO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.nn import functional
 
 MAX_PIXELS = 2**26
-"""67 million; takes 200 MB in RGB and up to three times that while it is decoded. ImageNet has up to 61."""
+"""Of an image; in RGB they take 200 MB."""
 MAX_BYTES = 2**28
-"""Of an image file; 256 MiB."""
-_SHOWN_LETTERS = 200
-_FORMATS = ("JPEG", "PNG", "BMP", "DIB", "PPM", "TIFF", "WEBP", "GIF")
-
-Box = tuple[int, int, int, int]
-"""Top, left, height and width in pixels."""
-
+"""Of an image file."""
+_FORMATS = ("JPEG", "PNG", "BMP", "DIB", "PPM", "TIFF", "WEBP", "GIF")  # Pillow runs programs for some others
 _REDUCTIONS = (8, 4, 2)  # denominators at which OpenCV decodes a JPEG file to a smaller image
 _STRAY_MARKERS = {  # by whether a file is progressive: what no intact scan contains ...
     False: re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]"),  # ... of a file with one scan
     True: re.compile(rb"\xff[\x01-\xc3\xc5-\xcf\xd8\xd9\xdc\xde-\xfe]"),  # ... and no segment between scans
 }
-_BASELINE_FRAME = b"\xff\xc0\x00\x11\x08"  # then height, width; of a file with one scan of three colours
-_RESTARTS = b"\xff\xdd"
-_END = b"\xff\xd9"
-_ROWS_BELOW = 16  # a row of blocks with subsampled colours, which reaches into the rows above
+
+Box = tuple[int, int, int, int]
+"""Top, left, height and width in pixels."""
 
 
 class UndecodableImageError(ValueError):
-    """The bytes of an image were read but do not decode; the message names the image."""
+    """An image cannot be read or does not decode; the message names the image."""
 
 
 def decode_rgb(encoded: bytes, name: str) -> Image.Image:
@@ -69,18 +58,20 @@ class EncodedImage:
             name: path of the image, for the error.
 
         Raises:
-            UndecodableImageError: the bytes do not begin like an image, or like one that is too large.
+            UndecodableImageError: the bytes do not begin like an image, or the image is too large.
         """
         self._encoded = encoded
         self._name = name
         stream = BytesIO(encoded)
         try:
             self.header = Image.open(stream, formats=_FORMATS)
+        except UnidentifiedImageError as error:  # whose message is an address in memory
+            raise self._undecodable("cannot identify image file") from error
         except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
             raise self._undecodable(error) from error
         if not 0 < self.header.width * self.header.height <= MAX_PIXELS:
             size = f"{self.header.width} x {self.header.height}"
-            raise self._undecodable(ValueError(f"expected 1 to {MAX_PIXELS:,} pixels, got {size}"))
+            raise self._undecodable(f"expected 1 to {MAX_PIXELS:,} pixels, got {size}")
         self._scan_start = stream.tell()  # of a JPEG file; Pillow reads up to its first scan
 
     def decode(self) -> Image.Image:
@@ -95,9 +86,8 @@ class EncodedImage:
         """A crop of the image, resized; None where OpenCV does not decode it as Pillow does.
 
         A JPEG file is decoded at the smallest of full, half, quarter and eighth size at which the crop still
-        covers `size`, and where possible only down to the crop's last row. At a smaller size the crop moves
-        by up to half a pixel of the result. The resize is PyTorch's, which computes what Pillow's does, up to
-        rounding; OpenCV's own does not smooth, or is slower.
+        covers `size`. At a smaller size the crop moves by up to half a pixel of the result. The resize is
+        PyTorch's, which computes what Pillow's does, up to rounding.
 
         Args:
             box: of the crop, in pixels of the whole image.
@@ -105,7 +95,7 @@ class EncodedImage:
             mode: "bicubic" or "bilinear".
 
         Returns:
-            RGB, (height, width, 3).
+            RGB, [height, width, 3].
         """
         import cv2
 
@@ -119,77 +109,29 @@ class EncodedImage:
         flag = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
         if factor > 1:
             flag |= getattr(cv2, f"IMREAD_REDUCED_GRAYSCALE_{factor}")  # in colours, by the RGB flag
-        pixels = None
-        for data in (self._upper_part(top + height), self._encoded):
-            if pixels is None and data is not None:
-                with contextlib.suppress(cv2.error):
-                    pixels = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), flag)
+        try:
+            pixels = cv2.imdecode(np.frombuffer(self._encoded, dtype=np.uint8), flag)
+        except cv2.error:
+            return None
         if pixels is None:
             return None
         rows = slice(round(top / factor), round((top + height) / factor))
         columns = slice(round(left / factor), round((left + width) / factor))
         return _resized(pixels[rows, columns], size, mode)
 
-    def _upper_part(self, rows: int) -> bytearray | None:
-        """A JPEG file that ends soon after a number of rows, which decode as they do in the whole file.
-
-        That is the file with a smaller height and without its end mark, for which the decoder would look.
-        None where the file has not the usual form, lacks its end and may be damaged, or where its last row of
-        blocks may be needed, for then the decoder misses the end.
-        """
-        height = rows + _ROWS_BELOW
-        frame = self._encoded.rfind(_BASELINE_FRAME, 0, self._scan_start)
-        usual = frame > 0 and self._encoded.endswith(_END)
-        if (
-            height + _ROWS_BELOW > self.header.height
-            or not usual
-            or self._encoded.find(_RESTARTS, 0, self._scan_start) > 0
-        ):
-            return None
-        part = bytearray(self._encoded[: -len(_END)])
-        part[frame + len(_BASELINE_FRAME) : frame + len(_BASELINE_FRAME) + 2] = height.to_bytes(2, "big")
-        return part
-
-    def _undecodable(self, error: Exception) -> UndecodableImageError:
-        reason = " ".join(str(error)[:_SHOWN_LETTERS].split())
+    def _undecodable(self, reason: Exception | str) -> UndecodableImageError:
+        kind = f"{type(reason).__name__}: " if isinstance(reason, Exception) else ""
         return UndecodableImageError(
             f"{self._name}: expected an image file that decodes, got {len(self._encoded)} bytes that do not "
-            f"({type(error).__name__}: {reason}); replace or remove the file"
+            f"({kind}{' '.join(str(reason).split())}); replace or remove the file"
         )
 
 
 def _resized(pixels: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarray:
-    """Resize (height, width, channels) to (height, width) with smoothing, in Pillow's arithmetic."""
+    """Resize [height, width, channels] with antialiasing to `size`, a height and a width."""
     planes = torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last)
     resized = functional.interpolate(planes, size, mode=mode, antialias=True)
     return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
-
-
-def check_opencv() -> None:
-    """ValueError if OpenCV is not installed, or too old."""
-    try:
-        import cv2
-    except ImportError as error:
-        raise _unusable_opencv("OpenCV cannot be imported") from error
-    if not hasattr(cv2, "IMREAD_COLOR_RGB"):
-        raise _unusable_opencv(f"OpenCV {cv2.__version__} is older than 4.11")
-
-
-def _unusable_opencv(reason: str) -> ValueError:
-    return ValueError(
-        f"DATA.DECODER: expected 'pil', as {reason}, got 'opencv'; pip install "
-        "'opencv-python-headless>=4.11', or set it to 'pil'"
-    )
-
-
-def without_opencv_threads(worker: int = 0) -> None:
-    """Keep OpenCV in the calling thread; for the start of a loader's worker, whose number is not used.
-
-    A pool of threads per worker would fight over the cores, and one started before a fork can hang.
-    """
-    import cv2
-
-    cv2.setNumThreads(0)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -1,7 +1,7 @@
 """Map files: which images a split has, and their labels.
 
-Two formats are read: one `path<TAB>label` line per image, or a JSON list of `[path, label]`. Paths stay
-inside the data set's folder: no `..`, and nothing that could not be printed.
+Two formats are read: one `path<TAB>label` line per image, or a JSON list of `[path, label]`. Paths must stay
+inside the data set's folder, without `..` and control characters.
 """
 
 import json
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _SHOWN_LETTERS = 120
-_LABEL_DIGITS = 9  # of text; int() takes any digits, signs and underscores
+_LABEL_DIGITS = 9  # at most, in text
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,8 @@ def read_map(path: Path, num_classes: int) -> ImageMap:
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path}: expected text in UTF-8, got byte {error.object[error.start]:#04x} at {error.start}; "
-            "write the map anew"
+            "write the map again"
         ) from error
-    except OSError as error:
-        raise ValueError(f"{path}: expected a map file that can be read, got: {error.strerror}") from error
     is_json = text.lstrip().startswith("[")
     image_map = ImageMap(path, [], [], is_json)
     for entry, fields in enumerate(_json_entries(path, text) if is_json else _line_entries(text)):
@@ -60,7 +58,7 @@ def read_map(path: Path, num_classes: int) -> ImageMap:
         image_map.labels.append(label)
     if not image_map.names:
         raise ValueError(
-            f"{path}: expected at least one 'path<TAB>label' line, got an empty map; write the map anew"
+            f"{path}: expected at least one 'path<TAB>label' line, got an empty map; write it again"
         )
     return image_map
 
@@ -72,9 +70,9 @@ def _line_entries(text: str) -> list[list[str]]:
 def _json_entries(path: Path, text: str) -> list[object]:
     try:
         entries = json.loads(text)
-    except (ValueError, RecursionError) as error:  # the second from lists in lists in lists
+    except (ValueError, RecursionError) as error:  # the second from deeply nested lists
         raise ValueError(
-            f"{path}: expected a JSON list of [path, label], got invalid JSON: {error}; write the map anew"
+            f"{path}: expected a JSON list of [path, label], got invalid JSON: {error}; write it again"
         ) from error
     assert isinstance(entries, list)
     return entries
@@ -115,7 +113,7 @@ def _as_label(value: object) -> int | None:
 
 
 def _quote(value: object) -> str:
-    """For a message; the line itself if it has one field, and not the whole of an endless line."""
+    """An entry for a message, shortened; a line of one field as it is."""
     if isinstance(value, list) and len(value) == 1:
         return _quote(value[0])
     shown = value[:_SHOWN_LETTERS] if isinstance(value, str) else value

@@ -1,8 +1,8 @@
-"""The operations of timm's RandAugment and AutoAugment on arrays (height, width, 3) of bytes, with OpenCV.
+"""The operations of timm's RandAugment and AutoAugment on arrays [height, width, 3] of bytes, with OpenCV.
 
-timm goes on drawing which operation comes with which strength; only the computation is exchanged. Those that
-map each value to another are bit for bit what Pillow computes. Blends and shifted images may differ by
-rounding, shifted and turned ones at their edge to the fill colour, turned ones also by OpenCV's cubic kernel.
+timm still draws the operations and their strengths; only the computation is replaced. Operations that map
+each value to another are bit for bit what Pillow computes. Blends differ by rounding, moved images by
+OpenCV's cubic kernel and at their edge to the fill colour.
 """
 
 import math
@@ -17,7 +17,6 @@ from timm.data import auto_augment
 
 Operation = Callable[..., np.ndarray]
 _VALUES = np.arange(256)
-_CUT_OFF = 0.498  # what Pillow cuts off where OpenCV rounds; less than a half, so that whole values stay
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], dtype=np.float32) / 13  # Pillow's ImageFilter.SMOOTH
 
 
@@ -127,91 +126,25 @@ def _moved(
     """PIL's transform with an affine matrix from points of the result to points of the image.
 
     Args:
-        pixels: (height, width, 3).
+        pixels: [height, width, 3].
         matrix: a, b, c, d, e, f as for PIL.Image.AFFINE, about corners of pixels, not centres.
         fillcolor: of what lies outside.
         resample: of PIL, or several to draw from.
     """
     import cv2
 
-    cubic = _drawn(resample) == Image.Resampling.BICUBIC
-    fill = tuple(fillcolor) if isinstance(fillcolor, list | tuple) else (fillcolor,) * 3
+    if isinstance(resample, list | tuple):
+        resample = random.choice(resample)  # as timm draws it
+    method = cv2.INTER_CUBIC if resample == Image.Resampling.BICUBIC else cv2.INTER_LINEAR
     a, b, c, d, e, f = matrix
-    if (a, d, e, f) == (1, 0, 1, 0):
-        return _sheared(pixels, b, c, fill, cubic) if b else _translated(pixels, c, fill, cubic)
-    if (a, b, c, e) == (1, 0, 0, 1):
-        across = cv2.transpose(pixels)
-        moved = _sheared(across, d, f, fill, cubic) if d else _translated(across, f, fill, cubic)
-        return cv2.transpose(moved)
-    centred = np.array([[a, b, c + (a + b - 1) / 2], [d, e, f + (d + e - 1) / 2]])
-    method = cv2.INTER_CUBIC if cubic else cv2.INTER_LINEAR
     return cv2.warpAffine(
         pixels,
-        centred,
+        np.array([[a, b, c + (a + b - 1) / 2], [d, e, f + (d + e - 1) / 2]]),  # about centres of pixels
         (pixels.shape[1], pixels.shape[0]),
         flags=method | cv2.WARP_INVERSE_MAP,
         borderMode=cv2.BORDER_CONSTANT,
-        borderValue=fill,
+        borderValue=tuple(fillcolor) if isinstance(fillcolor, list | tuple) else (fillcolor,) * 3,
     )
-
-
-def _drawn(resample: Any) -> Any:
-    """One of several ways to interpolate, drawn as timm draws it."""
-    return random.choice(resample) if isinstance(resample, list | tuple) else resample
-
-
-def _translated(pixels: np.ndarray, shift: float, fill: Sequence[int], cubic: bool) -> np.ndarray:
-    """What `_moved` makes of a matrix (1, 0, shift, 0, 1, 0), by a filter of four taps along rows.
-
-    It is far faster than OpenCV's function for any matrix, and nearer to Pillow, whose cubic kernel it has.
-    """
-    import cv2
-
-    width = pixels.shape[1]
-    shift = min(max(shift, -width), width)  # beyond, all is filled
-    whole = math.floor(shift)
-    taps = np.array([_taps(shift - whole, cubic)], dtype=np.float32)
-    framed = _framed(pixels, whole, whole, fill)[:, max(whole, 0) :]
-    moved = cv2.filter2D(framed[:, : width + 3], -1, taps, anchor=(0, 0), delta=-_CUT_OFF)
-    return np.ascontiguousarray(moved[:, :width])
-
-
-def _sheared(pixels: np.ndarray, shear: float, shift: float, fill: Sequence[int], cubic: bool) -> np.ndarray:
-    """As `_translated`, of a matrix (1, shear, shift, 0, 1, 0), where each row has a shift of its own."""
-    import cv2
-
-    height, width = pixels.shape[:2]
-    shifts = (shift + shear * (np.arange(height) + 0.5)).clip(-width, width)
-    floors = np.floor(shifts)
-    whole = floors.astype(np.int64)
-    framed = _framed(pixels, whole.min(), whole.max(), fill)
-    starts = whole + (np.arange(height) * framed.shape[1] - min(whole.min(), 0))  # of rows in the result
-    windows = np.lib.stride_tricks.sliding_window_view(framed.reshape(-1), 3 * (width + 3))
-    values = torch.from_numpy(windows[3 * starts]).float()
-    taps = np.stack(_taps(shifts - floors, cubic)).astype(np.float32)
-    total = torch.full((height, 3 * width), -_CUT_OFF)
-    for tap in range(4) if cubic else (1, 2):  # the others are zero
-        total.addcmul_(values[:, 3 * tap : 3 * (tap + width)], torch.from_numpy(taps[tap, :, None]))
-    return cv2.add(total.numpy(), 0, dtype=cv2.CV_8U).reshape(height, width, 3)  # rounds
-
-
-def _framed(pixels: np.ndarray, lowest: int, highest: int, fill: Sequence[int]) -> np.ndarray:
-    """The image between as many filled columns as four taps reach, shifted by `lowest` to `highest`."""
-    import cv2
-
-    before, after = 1 + max(-int(lowest), 0), 2 + max(int(highest), 0)
-    return cv2.copyMakeBorder(pixels, 0, 0, before, after, cv2.BORDER_CONSTANT, value=fill)
-
-
-def _taps(t: Any, cubic: bool) -> list[Any]:
-    """Weights of four neighbours at the place `t` from the second (0) to the third (1), a number or an array.
-
-    They are those of PIL.Image.transform, whose cubic kernel has a = -1.
-    """
-    u = 1 - t
-    if not cubic:
-        return [0 * t, u, t, 0 * t]
-    return [-t * u * u, (t - 2) * t * t + 1, (u - 2) * u * u + 1, -u * t * t]
 
 
 def shear_x(pixels: np.ndarray, factor: float, **options: Any) -> np.ndarray:
@@ -263,7 +196,7 @@ OPERATIONS: dict[Callable[..., Image.Image], Operation] = {
 
 
 class ThroughPillow:
-    """A step for PIL images, made to take and give arrays."""
+    """A step for PIL images, wrapped to work on arrays."""
 
     def __init__(self, step: Callable[..., Image.Image]) -> None:
         """
@@ -292,32 +225,7 @@ class Flip:
         return cv2.flip(pixels, 1) if torch.rand(1) < self._probability else pixels
 
 
-class ToTensorByTable:
-    """Gives what a step gives that turns every value of an array into one of a tensor, by looking values up.
-
-    From bytes (height, width, channels), or (height, width) of one channel, to float32 (channels, height,
-    width), to the bit.
-    """
-
-    def __init__(self, step: Callable[[np.ndarray], torch.Tensor], channels: int) -> None:
-        """
-        Args:
-            step: takes the same arrays.
-            channels: of the arrays.
-        """
-        ramp = np.repeat(_VALUES.astype(np.uint8)[None, :, None], channels, axis=2)
-        self._tables = step(ramp).numpy()  # (channels, 1, 256)
-
-    def __call__(self, pixels: np.ndarray) -> torch.Tensor:
-        import cv2
-
-        values = np.empty((len(self._tables), *pixels.shape[:2]), dtype=np.float32)
-        for plane, table, place in zip(cv2.split(pixels), self._tables, values, strict=True):
-            cv2.LUT(plane, table, dst=place)
-        return torch.from_numpy(values)
-
-
-def exchange_operations(operations: Sequence[auto_augment.AugmentOp]) -> None:
+def use_array_operations(operations: Sequence[auto_augment.AugmentOp]) -> None:
     """Make timm's operations work on arrays, in place."""
     for operation in operations:
         known = OPERATIONS.get(auto_augment.NAME_TO_OP[operation.name])

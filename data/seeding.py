@@ -13,8 +13,8 @@ from enum import IntEnum
 import numpy as np
 import torch
 
-_SPARE: list[np.random.MT19937] = []
-"""Generators that nobody uses now; a new one takes longer than all else in `seeded_rngs`."""
+_NUMPY_GENERATOR = np.random.MT19937(0)
+"""Of the body of `seeded_rngs`."""
 
 
 class Stream(IntEnum):
@@ -36,24 +36,18 @@ def derive_seed(seed: int, stream: Stream, *position: int) -> int:
 def seeded_rngs(seed: int) -> Iterator[None]:
     """Run the body with Python's, numpy's and torch's CPU generators seeded, then restore their states.
 
-    Restoring keeps loading without workers from disturbing the random numbers of the model. Calls may nest,
-    not overlap. numpy's global generator is exchanged for another one, which takes less time than to save its
-    state and to restore it; a second normal number that numpy keeps back for its next draw is lost. torch's
-    CPU generator is seeded by itself because `torch.manual_seed` also reaches for every accelerator, at each
-    call.
+    Restoring keeps loading without workers from disturbing the random numbers of the model. Calls must not
+    nest. numpy's global generator is replaced meanwhile, which is faster than saving and restoring its state.
     """
-    python_state = random.getstate()
+    python_state, torch_state = random.getstate(), torch.default_generator.get_state()
     numpy_generator = np.random.get_bit_generator()
-    torch_state = torch.default_generator.get_state()
-    own = _SPARE.pop() if _SPARE else np.random.MT19937(0)
     try:
         random.seed(seed)
-        np.random.set_bit_generator(own)
+        np.random.set_bit_generator(_NUMPY_GENERATOR)
         np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed every accelerator
         yield
     finally:
         random.setstate(python_state)
         np.random.set_bit_generator(numpy_generator)
         torch.default_generator.set_state(torch_state)
-        _SPARE.append(own)

@@ -32,12 +32,21 @@ class ImageSource(Protocol):
         """Path of the image, for messages."""
         ...
 
-    def num_bytes(self, index: int) -> int:
-        """Length of what `read` returns."""
+    def read(self, index: int) -> bytes:
+        """The content of the image file.
+
+        Raises:
+            OSError: it cannot be read.
+            UndecodableImageError: it is not an image, or damaged.
+        """
         ...
 
-    def read(self, index: int) -> bytes:
-        """The content of the image file."""
+
+class SizedSource(ImageSource, Protocol):
+    """A source that knows the sizes of its images without reading them."""
+
+    def num_bytes(self, index: int) -> int:
+        """Length of what `read` returns."""
         ...
 
 
@@ -78,10 +87,6 @@ class FileSource:
         """Path of the image file."""
         return os.path.join(self._root, self._paths[index])
 
-    def num_bytes(self, index: int) -> int:
-        """Size of the image file."""
-        return os.path.getsize(self.name(index))
-
     def read(self, index: int) -> bytes:
         """The content of the image file.
 
@@ -89,40 +94,34 @@ class FileSource:
             OSError: it cannot be read.
             UndecodableImageError: it is no plain file, or larger than any image.
         """
-        with open(self.name(index), "rb", opener=_open_without_waiting) as file:
-            status = os.fstat(file.fileno())
-            content = file.read(min(status.st_size, MAX_BYTES) + 1) if stat.S_ISREG(status.st_mode) else None
-            if content is not None and len(content) > status.st_size:  # grew, or does not tell its size
-                content += file.read(MAX_BYTES + 1)
-        if content is None or len(content) > MAX_BYTES:
+        path = self.name(index)
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
+            got = "a larger one" if stat.S_ISREG(status.st_mode) else "no plain file"
             raise UndecodableImageError(
-                f"{self.name(index)}: expected an image file of at most {MAX_BYTES >> 20} MiB, got "
-                f"{'no plain file' if content is None else 'a larger one'}; replace or remove it"
+                f"{path}: expected an image file of at most {MAX_BYTES >> 20} MiB, got {got}; replace or "
+                "remove it"
             )
-        return content
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    """As `open` does, but a pipe is opened although nobody writes to it."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+        with open(path, "rb") as file:
+            return file.read()
 
 
 class CachedSource:
-    """A source whose encoded images, all or a shard, are kept in memory; the rest is read on demand.
+    """A source whose encoded images, all or a shard, are cached in memory; the rest is read on demand.
 
     The bytes lie in one torch tensor: forked workers share it as it is, spawned workers through shared
     memory.
     """
 
-    def __init__(self, source: ImageSource, shard: range) -> None:
+    def __init__(self, source: SizedSource, shard: range) -> None:
         """Read the images of a shard.
 
         Args:
             source: where to read from.
-            shard: the indices to keep.
+            shard: the indices to cache.
 
         Raises:
-            ValueError: they do not fit into memory, or a file changed its size while it was being read.
+            ValueError: they do not fit into memory.
         """
         self._source = source
         self._shard = shard
@@ -136,25 +135,16 @@ class CachedSource:
                 f"{ends[-1] >> 20} MiB from {source.name(0)} on; set it to 'no' (--cache-mode no)"
             )
         self._blob = torch.empty(int(ends[-1]), dtype=torch.uint8)
-        self._broken: set[int] = set()
+        self._damaged: set[int] = set()
         memory = self._blob.numpy()
         for slot, index in enumerate(shard):
-            self._fill(memory[ends[slot] : ends[slot + 1]], index)
+            try:
+                encoded = source.read(index)
+            except UndecodableImageError:
+                self._damaged.add(index)
+            else:
+                memory[ends[slot] : ends[slot + 1]] = np.frombuffer(encoded, dtype=np.uint8)
         logger.info("cached %d of %d images, %.1f MiB", len(shard), len(source), ends[-1] / 2**20)
-
-    def _fill(self, target: np.ndarray, index: int) -> None:
-        try:
-            encoded = self._source.read(index)
-        except UndecodableImageError:
-            self._broken.add(index)
-            return
-        if len(encoded) != len(target):
-            raise ValueError(
-                f"{self._source.name(index)}: expected {len(target)} bytes, got {len(encoded)}: the file "
-                "changed while it "
-                "was being read; start again once the data set is complete"
-            )
-        target[:] = np.frombuffer(encoded, dtype=np.uint8)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -163,13 +153,9 @@ class CachedSource:
         """Path of the image, for messages."""
         return self._source.name(index)
 
-    def num_bytes(self, index: int) -> int:
-        """Length of what `read` returns."""
-        return self._source.num_bytes(index)
-
     def read(self, index: int) -> bytes:
         """The content of the image file, from memory if it is in the shard."""
-        if index not in self._shard or index in self._broken:
+        if index not in self._shard or index in self._damaged:
             return self._source.read(index)
         slot = self._shard.index(index)
         return self._blob[self._ends[slot] : self._ends[slot + 1]].numpy().tobytes()

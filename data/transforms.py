@@ -1,7 +1,7 @@
 """Image transforms: the augmentation of DeiT and Swin through timm, and the evaluation transforms.
 
 Images come in as PIL images in RGB, from a decoder that may have cropped them, and leave as normalised
-float tensors (channels, height, width). With one channel, colours are augmented first and turned to gray just
+float tensors [channels, height, width]. With one channel, colours are augmented first and turned to gray just
 before the conversion to a tensor.
 """
 
@@ -21,8 +21,8 @@ from timm.data.random_erasing import RandomErasing
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode, functional
 
-from data.images import Box, EncodedImage, check_opencv, decode_rgb
-from data.opencv_ops import Flip, ThroughPillow, ToTensorByTable, exchange_operations
+from data.images import Box, EncodedImage, decode_rgb
+from data.opencv_ops import Flip, ThroughPillow, use_array_operations
 
 Size = tuple[int, int]
 Pixels = Image.Image | np.ndarray
@@ -33,16 +33,15 @@ Transform = Callable[[Any], torch.Tensor]
 INTERPOLATIONS = {
     "bilinear": InterpolationMode.BILINEAR,
     "bicubic": InterpolationMode.BICUBIC,
-    "random": InterpolationMode.BILINEAR,  # evaluation does not draw; as the original
+    "random": InterpolationMode.BILINEAR,  # for evaluation, as in the original
 }
 DEFAULT_SCALE = (0.08, 1.0)
 DEFAULT_RATIO = (0.75, 1.3333)
 SMALL_SIZE = 32
+"""Side in pixels up to which images are padded and cropped for training, and not cropped in evaluation."""
 _SMALL_PADDING = 4
 _MAX_STRETCH = 32
 _EVAL_RATIO = 256 / 224
-_ERASE_MODES = ("const", "rand", "pixel")
-_AUTO_AUGMENT_NAMES = ("original", "originalr", "v0", "v0r", "3a")
 
 
 @dataclass(frozen=True)
@@ -58,34 +57,12 @@ class Recipe:
     scale: Sequence[float] = DEFAULT_SCALE
     ratio: Sequence[float] = DEFAULT_RATIO
 
-    def check(self) -> None:
-        """Raise ValueError for a name or range that cannot be used."""
-        if self.remode not in _ERASE_MODES:
-            raise ValueError(
-                f"AUG.REMODE: expected one of {', '.join(_ERASE_MODES)}, got {self.remode!r}; choose one"
-            )
-        known = (
-            self.auto_augment.startswith(("rand-", "augmix-"))
-            or self.auto_augment.split("-")[0] in _AUTO_AUGMENT_NAMES
-        )
-        if self.auto_augment not in ("", "none") and not known:
-            raise ValueError(
-                "AUG.AUTO_AUGMENT: expected 'none', a policy starting with 'rand-' or 'augmix-', or one of "
-                f"{', '.join(_AUTO_AUGMENT_NAMES)}, got {self.auto_augment!r}; for instance use "
-                "'rand-m9-mstd0.5-inc1'"
-            )
-        for key, bounds in (("SCALE", self.scale), ("RATIO", self.ratio)):
-            if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:
-                raise ValueError(
-                    f"AUG.{key}: expected [low, high] with 0 < low <= high, got {list(bounds)}; correct it"
-                )
-
 
 class ResizeToCover:
     """Resize, keeping the aspect ratio, to the smallest image that covers a target size.
 
-    An image more than `_MAX_STRETCH` times as long as wide, compared with the target, loses its ends first,
-    which a centre crop never shows: a line of pixels would otherwise become a picture of gigabytes.
+    An image more than `_MAX_STRETCH` times as long as wide, compared with the target, is cropped to that
+    first, which a centre crop never shows: a line of pixels would otherwise be resized to gigabytes.
     """
 
     def __init__(self, size: Size, interpolation: InterpolationMode) -> None:
@@ -123,7 +100,7 @@ class ToNormalizedTensor:
         self.std = torch.tensor(std).view(-1, 1, 1)
 
     def __call__(self, image: Pixels) -> torch.Tensor:
-        # (height, width, channels), or without channels if gray; the memory of an array is only read
+        """[H, W, C], or [H, W] of a gray image, to [C, H, W]."""
         array = np.array(image) if isinstance(image, Image.Image) else image
         pixels = torch.from_numpy(array).view(*array.shape[:2], -1).permute(2, 0, 1)
         values = pixels.to(torch.float32, memory_format=torch.contiguous_format)
@@ -131,7 +108,7 @@ class ToNormalizedTensor:
 
 
 class OpencvCrop:
-    """A decoder that takes over the first step of a training transform, a random crop or a resize.
+    """A decoder that includes the first step of a training transform, a random crop or a resize.
 
     It draws the same random numbers as that step, so the crop is the same, up to rounding.
     """
@@ -139,7 +116,7 @@ class OpencvCrop:
     def __init__(self, step: RandomResizedCropAndInterpolation | transforms.Resize) -> None:
         """
         Args:
-            step: to take over.
+            step: the first step.
         """
         self._size = step.size
         modes = step.interpolation
@@ -149,7 +126,7 @@ class OpencvCrop:
             self._draw_box = partial(step.get_params, scale=step.scale, ratio=step.ratio)
 
     def __call__(self, encoded: bytes, name: str) -> np.ndarray:
-        """The crop of an image file, (height, width, 3); UndecodableImageError if it does not decode."""
+        """The crop of an image file, [H, W, 3]; UndecodableImageError if it does not decode."""
         image = EncodedImage(encoded, name)
         box = self._draw_box(image.header)
         mode = random.choice(self._modes) if len(self._modes) > 1 else self._modes[0]
@@ -160,7 +137,7 @@ class OpencvCrop:
 
 
 def _draw_box(draw: Callable[..., Box], image: Image.Image, scale: Sequence[float], ratio: Any) -> Box:
-    """A random crop; where timm draws an empty one, of an image of few pixels, it becomes one of a pixel."""
+    """A random crop of at least one pixel; of tiny images timm draws empty ones."""
     top, left, height, width = draw(image, scale, ratio)
     return min(top, image.height - 1), min(left, image.width - 1), max(height, 1), max(width, 1)
 
@@ -169,46 +146,27 @@ def _whole(image: Image.Image) -> Box:
     return 0, 0, image.height, image.width
 
 
-def _with_pillow(transform: transforms.Compose) -> tuple[Decode, Transform]:
-    return decode_rgb, transform
-
-
-def _with_opencv(transform: transforms.Compose) -> tuple[Decode, Transform]:
-    check_opencv()
-    crop, *steps = transform.transforms
-    return OpencvCrop(crop), transforms.Compose([_on_arrays(step) for step in steps])
-
-
-def _on_arrays(step: Any) -> Callable:
-    """What does the same as a step for PIL images, on arrays; steps on tensors stay."""
-    if isinstance(step, transforms.RandomHorizontalFlip):
-        return Flip(step.p)
-    if isinstance(step, auto_augment.RandAugment | auto_augment.AutoAugment):
-        exchange_operations(_operations(step))
-        return step
-    if isinstance(step, ToNormalizedTensor):
-        return ToTensorByTable(step, len(step.mean))
-    return step if isinstance(step, RandomErasing) else ThroughPillow(step)
-
-
-_DECODERS = {"pil": _with_pillow, "opencv": _with_opencv}
-
-
 def with_decoder(decoder: str, transform: transforms.Compose) -> tuple[Decode, Transform]:
     """Divide the work between a decoder and the rest of a training transform.
 
     Args:
         decoder: "pil" is Pillow for everything; "opencv" decodes the crop alone, and augments with OpenCV.
         transform: from `train_transform`.
-
-    Raises:
-        ValueError: unknown decoder, or OpenCV is not installed.
     """
-    if decoder not in _DECODERS:
-        raise ValueError(
-            f"DATA.DECODER: expected one of {', '.join(map(repr, _DECODERS))}, got {decoder!r}; choose one"
-        )
-    return _DECODERS[decoder](transform)
+    if decoder == "pil":
+        return decode_rgb, transform
+    crop, *steps = transform.transforms
+    return OpencvCrop(crop), transforms.Compose([_on_arrays(step) for step in steps])
+
+
+def _on_arrays(step: Any) -> Callable:
+    """The array version of a step for PIL images; steps on tensors stay."""
+    if isinstance(step, transforms.RandomHorizontalFlip):
+        return Flip(step.p)
+    if isinstance(step, auto_augment.RandAugment | auto_augment.AutoAugment):
+        use_array_operations(_operations(step))
+        return step
+    return step if isinstance(step, ToNormalizedTensor | RandomErasing) else ThroughPillow(step)
 
 
 def train_transform(
@@ -228,11 +186,9 @@ def train_transform(
         recipe: the random part.
 
     Raises:
-        ValueError: an argument cannot be used, or the crop range is set for a size that does not use it.
+        ValueError: channels, mean and std do not fit together.
     """
-    recipe.check()
-    _check_interpolation(interpolation)
-    mean, std = _channel_stats(channels, mean, std)
+    mean, std = channel_stats(channels, mean, std)
     crop, augment, to_tensor = create_transform(
         (3, *size),
         is_training=True,
@@ -252,7 +208,6 @@ def train_transform(
     _allow_posterize_to_black(augment.transforms)
     crop.transforms[0].get_params = partial(_draw_box, crop.transforms[0].get_params)
     if max(size) <= SMALL_SIZE:
-        _check_default_crop(size, recipe)
         resize = transforms.Resize(size, INTERPOLATIONS[interpolation])
         crop.transforms[:1] = [resize, transforms.RandomCrop(size, padding=_SMALL_PADDING)]
     if channels == 1:
@@ -279,10 +234,9 @@ def eval_transform(
             size, which is also done up to 32 pixels.
 
     Raises:
-        ValueError: an argument cannot be used.
+        ValueError: channels, mean and std do not fit together.
     """
-    _check_interpolation(interpolation)
-    mean, std = _channel_stats(channels, mean, std)
+    mean, std = channel_stats(channels, mean, std)
     mode = INTERPOLATIONS[interpolation]
     if crop and max(size) > SMALL_SIZE:
         larger = (int(_EVAL_RATIO * size[0]), int(_EVAL_RATIO * size[1]))
@@ -294,11 +248,35 @@ def eval_transform(
     return transforms.Compose([*steps, ToNormalizedTensor(mean, std)])
 
 
-def _allow_posterize_to_black(steps: Sequence[object]) -> None:
-    """Keep the strongest posterize of timm's policies working, which keeps 0 bits of every pixel.
+def channel_stats(
+    channels: int, mean: Sequence[float], std: Sequence[float]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std, one value per channel; three values are averaged for one channel.
 
-    Pillow used to answer with a black image, and now refuses.
+    Raises:
+        ValueError: neither 1 nor 3 channels, or another number of values.
     """
+    if channels not in (1, 3):
+        raise ValueError(
+            f"MODEL.FOCAL.IN_CHANS: expected 3 (colour) or 1 (gray) for image files, got {channels}; set it "
+            "to 3 or 1"
+        )
+    for key, values in (("MEAN", mean), ("STD", std)):
+        if len(values) not in (channels, 3):
+            raise ValueError(
+                f"DATA.{key}: expected {channels} or 3 values, got {list(values)}; give one per channel"
+            )
+    if channels == 1:
+        return (sum(mean) / len(mean),), (sum(std) / len(std),)
+    return tuple(mean), tuple(std)
+
+
+def _for_rgb(values: tuple[float, ...]) -> tuple[float, ...]:
+    return values * 3 if len(values) == 1 else values
+
+
+def _allow_posterize_to_black(steps: Sequence[object]) -> None:
+    """Make the strongest posterize of timm's policies, which Pillow refuses, a black image as it once was."""
     for operation in itertools.chain.from_iterable(map(_operations, steps)):
         if operation.aug_fn is auto_augment.posterize:
             operation.aug_fn = _posterize
@@ -313,48 +291,3 @@ def _posterize(image: Image.Image, bits_to_keep: int, **options: object) -> Imag
     if bits_to_keep < 1:
         return Image.new(image.mode, image.size)
     return auto_augment.posterize(image, bits_to_keep, **options)
-
-
-def _check_interpolation(interpolation: str) -> None:
-    if interpolation not in INTERPOLATIONS:
-        raise ValueError(
-            f"DATA.INTERPOLATION: expected one of {', '.join(sorted(INTERPOLATIONS))}, got "
-            f"{interpolation!r}; choose one"
-        )
-
-
-def _check_default_crop(size: Size, recipe: Recipe) -> None:
-    if tuple(recipe.scale) != DEFAULT_SCALE or tuple(recipe.ratio) != DEFAULT_RATIO:
-        raise ValueError(
-            f"AUG.SCALE and AUG.RATIO: expected their defaults with images up to {SMALL_SIZE} pixels, which "
-            "are padded and cropped "
-            f"without them, got {list(recipe.scale)} and {list(recipe.ratio)} with size {size}; remove them "
-            "or enlarge DATA.IMG_SIZE"
-        )
-
-
-def _channel_stats(
-    channels: int, mean: Sequence[float], std: Sequence[float]
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Check mean and std, and fit them to the channels."""
-    if channels not in (1, 3):
-        raise ValueError(
-            f"MODEL.FOCAL.IN_CHANS: expected 3 (colour) or 1 (gray) for image files, got {channels}; set it "
-            "to 3 or 1"
-        )
-    for key, values in (("MEAN", mean), ("STD", std)):
-        if len(values) not in (channels, 3):
-            raise ValueError(
-                f"DATA.{key}: expected {channels} or 3 values, got {list(values)}; give one per channel"
-            )
-    if min(std) <= 0:
-        raise ValueError(
-            f"DATA.STD: expected positive values, got {list(std)}; give the standard deviation per channel"
-        )
-    if channels == 1:
-        return (sum(mean) / len(mean),), (sum(std) / len(std),)
-    return tuple(mean), tuple(std)
-
-
-def _for_rgb(values: tuple[float, ...]) -> tuple[float, ...]:
-    return values * 3 if len(values) == 1 else values

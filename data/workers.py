@@ -5,17 +5,16 @@ import os
 import signal
 import threading
 
-from data.images import without_opencv_threads
-
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGUSR1}
 
 
 def leave_signals_to_parent(worker: int = 0) -> None:
     """Keep a worker alive through a stop signal to its whole process group or job.
 
-    Launchers send it to all processes. The training process wants the batches of the step it finishes; it
-    ends its workers itself, at last by SIGTERM, which counts from it alone. Who sent a signal only
-    `sigwaitinfo` tells, so a thread takes them; where there is none (macOS) workers end, and the run too.
+    Launchers signal all processes, but the training process needs the batches of the step that it finishes.
+    It terminates its workers itself, by SIGTERM, which counts from it alone. Only `sigwaitinfo` shows the
+    sender of a signal, so a thread waits for them; where it is missing (macOS) workers end, and so does the
+    run.
 
     Args:
         worker: its number, not used.
@@ -35,7 +34,14 @@ def _wait_for_parent(parent: int) -> None:
             os._exit(0)
 
 
-def leave_signals_to_parent_without_opencv_threads(worker: int = 0) -> None:
-    """`leave_signals_to_parent` for a worker that decodes with OpenCV."""
-    without_opencv_threads(worker)
+def start_opencv_worker(worker: int = 0) -> None:
+    """`leave_signals_to_parent` for a worker that decodes with OpenCV, without threads of its own."""
+    stop_opencv_threads()
     leave_signals_to_parent(worker)
+
+
+def stop_opencv_threads() -> None:
+    """Run OpenCV in the calling thread: pools of several workers compete, and one can hang after a fork."""
+    import cv2
+
+    cv2.setNumThreads(0)

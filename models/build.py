@@ -3,7 +3,8 @@ keys."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -13,46 +14,39 @@ from .focal_transformer import FocalTransformer
 if TYPE_CHECKING:
     from yacs.config import CfgNode
 
+CONFIG_KEYS = {  # option of FocalTransformer -> config key, for those that are not MODEL.FOCAL.<OPTION>
+    "kind": "MODEL.TYPE",
+    "img_size": "DATA.IMG_SIZE",
+    "num_classes": "MODEL.NUM_CLASSES",
+    "drop_rate": "MODEL.DROP_RATE",
+    "drop_path_rate": "MODEL.DROP_PATH_RATE",
+    "use_checkpoint": "TRAIN.USE_CHECKPOINT",
+    "attention_backend": "MODEL.ATTENTION_BACKEND",
+}
+WITHOUT_EFFECT = ("EXPAND_STAGES",)  # of the original release
+
 
 def build_model(config: CfgNode) -> FocalTransformer:
     """Make the model that a config (see `config.load_config`) describes, with fresh weights.
 
     Raises:
-        ValueError: options that contradict each other.
+        ValueError: options that cannot be used or contradict each other, all of them by their config keys.
     """
-    focal = config.MODEL.FOCAL
-    return FocalTransformer(
-        kind=config.MODEL.TYPE,
-        img_size=config.DATA.IMG_SIZE,
-        patch_size=focal.PATCH_SIZE,
-        in_chans=focal.IN_CHANS,
-        num_classes=config.MODEL.NUM_CLASSES,
-        embed_dim=focal.EMBED_DIM,
-        depths=focal.DEPTHS,
-        num_heads=focal.NUM_HEADS,
-        window_size=focal.WINDOW_SIZE,
-        mlp_ratio=focal.MLP_RATIO,
-        qkv_bias=focal.QKV_BIAS,
-        qk_scale=focal.QK_SCALE,
-        drop_rate=config.MODEL.DROP_RATE,
-        drop_path_rate=config.MODEL.DROP_PATH_RATE,
-        ape=focal.APE,
-        patch_norm=focal.PATCH_NORM,
-        use_shift=focal.USE_SHIFT,
-        focal_pool=focal.FOCAL_POOL,
-        focal_stages=focal.FOCAL_STAGES,
-        focal_levels=focal.FOCAL_LEVELS,
-        focal_windows=focal.FOCAL_WINDOWS,
-        focal_topk=focal.FOCAL_TOPK,
-        expand_sizes=focal.EXPAND_SIZES,
-        expand_layer=focal.EXPAND_LAYER,
-        use_conv_embed=focal.USE_CONV_EMBED,
-        use_layerscale=focal.USE_LAYERSCALE,
-        layerscale_value=focal.LAYERSCALE_VALUE,
-        use_pre_norm=focal.USE_PRE_NORM,
-        use_checkpoint=config.TRAIN.USE_CHECKPOINT,
-        attention_backend=config.MODEL.ATTENTION_BACKEND,
-    )
+    keys = {name.lower(): f"MODEL.FOCAL.{name}" for name in config.MODEL.FOCAL if name not in WITHOUT_EFFECT}
+    keys |= CONFIG_KEYS
+    options = {option: _value(config, key) for option, key in keys.items()}
+    try:
+        return FocalTransformer(**options)
+    except ValueError as error:
+        message = re.sub(r"\w+", lambda word: keys.get(word[0], word[0]), str(error))
+        raise ValueError(message) from error
+
+
+def _value(config: CfgNode, key: str) -> Any:
+    """The value of a dotted key."""
+    for name in key.split("."):
+        config = config[name]
+    return config
 
 
 def count_params_and_macs(config: CfgNode) -> tuple[int, int]:

@@ -20,13 +20,22 @@ from .focal_transformer import FocalTransformer
 from .resize import choices_of_other_maps, resize_state
 
 _TINY: dict[str, Any] = {
+    "kind": "focal",
+    "embed_dim": 96,
+    "depths": [2, 2, 6, 2],
+    "num_heads": [3, 6, 12, 24],
     "drop_path_rate": 0.2,
+    "window_size": 7,
     "focal_pool": "fc",
-    "focal_levels": (2, 2, 2, 2),
+    "focal_stages": [0, 1, 2, 3],
+    "focal_levels": [2, 2, 2, 2],
+    "focal_windows": [7, 5, 3, 1],
+    "expand_sizes": [3, 3, 3, 3],
+    "use_conv_embed": False,
 }
-_SMALL = _TINY | {"drop_path_rate": 0.3, "depths": (2, 2, 18, 2)}
-_BASE = _SMALL | {"drop_path_rate": 0.5, "embed_dim": 128, "num_heads": (4, 8, 16, 32)}
-_LARGE = _BASE | {"embed_dim": 192, "num_heads": (6, 12, 24, 48)}
+_SMALL = _TINY | {"drop_path_rate": 0.3, "depths": [2, 2, 18, 2]}
+_BASE = _SMALL | {"drop_path_rate": 0.5, "embed_dim": 128, "num_heads": [4, 8, 16, 32]}
+_LARGE = _BASE | {"embed_dim": 192, "num_heads": [6, 12, 24, 48]}
 _CONV = {"use_conv_embed": True}
 _FAST = {"kind": "focalv2", "focal_topk": 128}
 
@@ -42,8 +51,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "focalv2_small_useconv_patch4_window7_224": _SMALL | _CONV | _FAST,
     "focalv2_base_useconv_patch4_window7_224": _BASE | _CONV | _FAST,
 }
-"""What each variant sets of the options of `FocalTransformer`; the rest are its defaults. The files in
-configs/ say the same."""
+"""What each variant sets of the options of `FocalTransformer`; the rest are its defaults. openmmlab/ reads
+this table, and a test compares the yaml files in configs/ with it."""
 
 default_cfgs = generate_default_cfgs(
     {

@@ -1,7 +1,6 @@
 """The data pipeline: folders, archives, maps, samplers, determinism, and the messages for bad input."""
 
 import json
-import logging
 import random
 import re
 import zipfile
@@ -12,15 +11,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import Mixup
 from torchvision import transforms
 from yacs.config import CfgNode
 
 from config import load_config
-from data import EvalSampler, Loaders, ShardSampler, TrainSampler, build_loaders, seeding, source
+from data import EvalSampler, Loaders, SeededMixup, ShardSampler, TrainSampler, build_loaders
 from data.images import UndecodableImageError, decode_rgb
-from data.mixing import build_mixup
 from data.seeding import seeded_rngs
-from data.source import FileSource
 from data.transforms import Recipe, eval_transform, train_transform
 
 CLASSES = ("ant", "bee", "cat")
@@ -52,17 +50,14 @@ def split_images(split: str) -> Iterator[tuple[str, int, Image.Image]]:
             yield f"{name}/{number}.png", label, Image.fromarray(pixels)
 
 
-def write_folder(root: Path) -> Path:
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "folder"
     for split in COUNTS:
         for path, _, image in split_images(split):
             (root / split / path).parent.mkdir(parents=True, exist_ok=True)
             image.save(root / split / path)
     return root
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return write_folder(tmp_path / "folder")
 
 
 def write_zip(folder: Path, root: Path, prefix: str = "", method: int = zipfile.ZIP_STORED) -> Path:
@@ -88,15 +83,12 @@ def write_in22k(root: Path, as_json: bool) -> Path:
 
 
 def in22k_config(root: Path, **overrides: object) -> CfgNode:
-    config = make_config(root, **overrides)
-    config.defrost()
-    config.DATA.DATASET = "imagenet22k"
-    return config
+    return make_config(root, DATA__DATASET="imagenet22k", **overrides)
 
 
-def draw_epoch(loaders: Loaders, epoch: int = 0, start_step: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """All images and labels of a training epoch, in order."""
-    loaders.set_epoch(epoch, start_step)
+def draw_epoch(loaders: Loaders, epoch: int = 0, samples_seen: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """The remaining images and labels of a training epoch, in order."""
+    loaders.resume_at(epoch, samples_seen)
     batches = list(loaders.train_loader)
     return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
 
@@ -122,14 +114,10 @@ def test_folder_classes_follow_the_sorted_names(folder: Path) -> None:
     assert loaders.steps_per_epoch == len(loaders.train_loader) == 4
 
 
-@pytest.mark.parametrize("dataset", ["imagewoof", "folder"])
-def test_other_folder_names(folder: Path, dataset: str) -> None:
-    assert len(build_loaders(make_config(folder, DATA__DATASET=dataset)).val_dataset) == 9
-
-
-@pytest.mark.parametrize("cache", ["no", "full"])
-@pytest.mark.parametrize("prefix", ["", "{}.zip@/"])
-@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize(
+    ("cache", "prefix", "method"),
+    [("no", "", zipfile.ZIP_DEFLATED), ("full", "{}.zip@/", zipfile.ZIP_STORED)],
+)
 def test_zip_equals_folder(folder: Path, tmp_path: Path, cache: str, prefix: str, method: int) -> None:
     root = write_zip(folder, tmp_path / "zip", prefix, method)
     packed = build_loaders(make_config(root, DATA__ZIP_MODE=True, DATA__CACHE_MODE=cache))
@@ -190,8 +178,7 @@ def test_nonsquare_and_gray(folder: Path) -> None:
 # --- Transforms and decoding ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(300, 200), (224, 500), (33, 47), (224, 224)])
-@pytest.mark.parametrize("size", [224, 192, 384])
+@pytest.mark.parametrize(("shape", "size"), [((300, 200), 224), ((224, 500), 192), ((33, 47), 384)])
 def test_eval_crop_equals_torchvision(shape: tuple[int, int], size: int) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
     expected = transforms.Compose(
@@ -221,8 +208,6 @@ def test_small_images_are_padded_and_cropped() -> None:
     crops = torch.stack([transform(image) for _ in range(20)])
     assert set(crops.unique().tolist()) == {0.0, 1.0}
     assert crops.mean() > 0.7
-    with pytest.raises(ValueError, match=r"AUG.SCALE.*remove them or enlarge"):
-        train_transform((32, 32), 3, MEAN, STD, "bicubic", Recipe(scale=(0.5, 1.0)))
 
 
 @pytest.mark.parametrize(
@@ -231,13 +216,13 @@ def test_small_images_are_padded_and_cropped() -> None:
 def test_every_draw_of_a_policy_works(policy: str) -> None:
     transform = train_transform((40, 40), 3, MEAN, STD, "bicubic", Recipe(auto_augment=policy))
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
-    for seed in range(60):
+    for seed in range(40):
         with seeded_rngs(seed):
             assert transform(image).isfinite().all()
 
 
-def test_seeded_generators_are_given_back() -> None:
-    """Each of the three draws what its seed says, then goes on as if nobody had drawn."""
+def test_seeded_generators_are_restored() -> None:
+    """Inside, each of the three draws what the seed determines; then it continues as if nothing was drawn."""
 
     def draw() -> tuple[float, float, float]:
         return random.random(), np.random.rand(), torch.rand(1).item()
@@ -245,63 +230,14 @@ def test_seeded_generators_are_given_back() -> None:
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     expected = [draw() for _ in range(3)]
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    numpy_generator = np.random.get_bit_generator()
     first = draw()
     with seeded_rngs(2**40 + 5):
-        outer = [draw()]
-        with seeded_rngs(7):
-            inner = draw()
-        outer.append(draw())
+        inner = draw()
     second = draw()
-    with pytest.raises(KeyError), seeded_rngs(7):
+    with pytest.raises(KeyError), seeded_rngs(2**40 + 5):
         assert draw() == inner
         raise KeyError
-    with pytest.raises(ValueError), seeded_rngs(-1):
-        pass
     assert [first, second, draw()] == expected
-    assert np.random.get_bit_generator() is numpy_generator
-    spare = [id(generator) for generator in seeding._SPARE]
-    assert len(set(spare)) == len(spare) and id(numpy_generator) not in spare
-    np.random.seed([5, 2**8])  # of the low and the high half of the number
-    assert [values[1] for values in outer] == np.random.rand(2).tolist()
-
-
-@pytest.mark.skipif(not Path("/proc/version").exists(), reason="only Linux has such files at hand")
-def test_files_that_do_not_tell_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are read whole, up to the limit."""
-    version = FileSource(Path("/proc"), ["version"], [0])
-    content = Path("/proc/version").read_bytes()
-    for most in (len(content), len(content) + 1, 2**20):
-        monkeypatch.setattr(source, "MAX_BYTES", most)
-        assert version.read(0) == content
-    monkeypatch.setattr(source, "MAX_BYTES", len(content) - 1)
-    with pytest.raises(UndecodableImageError, match="at most"):
-        version.read(0)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"channels": 4}, "IN_CHANS: expected 3 .* got 4"),
-        ({"interpolation": "cubic"}, "INTERPOLATION: expected one of bicubic, bilinear, random, got 'cubic'"),
-        ({"mean": (0.5, 0.5)}, "DATA.MEAN: expected 3 or 3 values, got"),
-        ({"std": (0.5, 0.5, 0)}, "DATA.STD: expected positive"),
-        ({"recipe": Recipe(remode="noise")}, "REMODE: expected one of const, rand, pixel, got 'noise'"),
-        ({"recipe": Recipe(auto_augment="random")}, "AUTO_AUGMENT: expected .* got 'random'"),
-        ({"recipe": Recipe(scale=(1.0, 0.5))}, "AUG.SCALE: expected .* got"),
-    ],
-)
-def test_transform_arguments_are_checked(arguments: dict, message: str) -> None:
-    good = {
-        "size": (64, 64),
-        "channels": 3,
-        "mean": MEAN,
-        "std": STD,
-        "interpolation": "bicubic",
-        "recipe": Recipe(),
-    }
-    with pytest.raises(ValueError, match=message):
-        train_transform(**(good | arguments))
 
 
 def encoded(image: Image.Image, path: Path, **options: object) -> bytes:
@@ -329,100 +265,67 @@ def test_unusual_images_become_rgb(tmp_path: Path) -> None:
         assert decode_rgb(encoded(Image.new(mode, (20, 16)), tmp_path / "any.png"), mode).mode == "RGB"
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + b"\0" * 50, b"\xff\xd8\xff\xe0"]
-)
-def test_undecodable_bytes_name_the_image(content: bytes) -> None:
-    with pytest.raises(
-        UndecodableImageError, match=f"some/path.png: expected an image.*got {len(content)} bytes"
-    ):
-        decode_rgb(content, "some/path.png")
-
-
 # --- Determinism ------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("method", "cache"), [("fork", "no"), ("spawn", "full")])
-def test_samples_do_not_depend_on_workers(folder: Path, tmp_path: Path, method: str, cache: str) -> None:
+@pytest.mark.parametrize(("method", "cache", "count"), [("fork", "no", 2), ("spawn", "full", 1)])
+def test_samples_do_not_depend_on_workers(
+    folder: Path, tmp_path: Path, method: str, cache: str, count: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor does what is replaced; the main process logs it."""
     break_image(folder / "train" / "bee" / "2.png")
     root = write_zip(folder, tmp_path / "zip", "{}.zip@/")
     options = {"DATA__ZIP_MODE": True, "DATA__CACHE_MODE": cache, "DATA__BATCH_SIZE": 6, "SEED": 3}
     alone = build_loaders(make_config(root, **options))
-    workers = {"DATA__NUM_WORKERS": 2, "DATA__WORKER_START_METHOD": method}
+    workers = {"DATA__NUM_WORKERS": count, "DATA__WORKER_START_METHOD": method}
     helped = build_loaders(make_config(root, **options, **workers))
     helped.train_dataset[(5, 0)]  # opens the archive here before any worker starts
-    for epoch in (0, 1, 0):
+    for epoch in (0, 1):
         torch.testing.assert_close(draw_epoch(helped, epoch), draw_epoch(alone, epoch), rtol=0, atol=0)
-    assert alone.train_dataset.undecodable == helped.train_dataset.undecodable == 3
-
-
-def test_two_processes_draw_what_one_draws(folder: Path) -> None:
-    whole = build_loaders(make_config(folder, DATA__BATCH_SIZE=8))
-    halves = [build_loaders(make_config(folder), rank, 2) for rank in (0, 1)]
-    for loaders in (whole, *halves):
-        loaders.set_epoch(2)
-    for batch, *parts in zip(whole.train_loader, *[half.train_loader for half in halves], strict=True):
-        torch.testing.assert_close(batch[0], torch.cat([images for images, _ in parts]), rtol=0, atol=0)
+    assert alone.train_dataset.undecodable == helped.train_dataset.undecodable == 2
+    assert caplog.text.count("bee/2.png") == 4
 
 
 def test_augmentation_changes_with_epoch_and_seed_only(folder: Path) -> None:
     datasets = [build_loaders(make_config(folder, SEED=seed)).train_dataset for seed in (0, 0, 1)]
-    first, same, other_seed = (dataset[(4, 7)][0] for dataset in datasets)
+    first, same, other_seed = (dataset[(4, 7)].image for dataset in datasets)
     torch.testing.assert_close(first, same, rtol=0, atol=0)
     assert not torch.equal(first, other_seed)
-    assert not torch.equal(first, datasets[0][(5, 7)][0])
+    assert not torch.equal(first, datasets[0][(5, 7)].image)
 
 
-def test_loading_leaves_the_global_generators_alone(folder: Path) -> None:
-    loaders = build_loaders(make_config(folder))
-    states = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
-    dataset_sample = loaders.train_dataset[(0, 0)]
-    loaders.mixup_fn(dataset_sample[0].repeat(2, 1, 1, 1), torch.tensor([0, 1]))
-    assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
-
-
-def test_resumed_epoch_continues_where_it_stopped(folder: Path) -> None:
+def test_a_resumed_epoch_continues_where_it_stopped(folder: Path) -> None:
     loaders = build_loaders(make_config(folder))
     images, labels = draw_epoch(loaders, 3)
-    rest_images, rest_labels = draw_epoch(loaders, 3, start_step=2)
+    rest_images, rest_labels = draw_epoch(loaders, 3, samples_seen=8)
     torch.testing.assert_close(rest_images, images[8:], rtol=0, atol=0)
     assert rest_labels.tolist() == labels[8:].tolist()
-    assert loaders.steps_per_epoch == 4
+    assert loaders.resume_at(3, 8) == 2 and loaders.steps_per_epoch == 4
 
 
 # --- Mixup ------------------------------------------------------------
 
 
-def make_mixup(seed: int = 0, rank: int = 0, mode: str = "batch"):
-    return build_mixup(0.8, 1.0, None, 1.0, 0.5, mode, 0.1, 5, batch_size=4, seed=seed, rank=rank)
-
-
-def mixed(mixup, epoch: int, step: int) -> torch.Tensor:
-    images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 16, 16).clone()
-    mixup.set_position(epoch, step)
-    images, targets = mixup(images, torch.tensor([0, 1, 2, 3]))
-    assert targets.shape == (4, 5)
-    torch.testing.assert_close(targets.sum(1), torch.ones(4))
+def mixed(position: tuple[int, int], mode: str, seed: int = 0, rank: int = 0) -> torch.Tensor:
+    mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, mode=mode, num_classes=5)
+    seeded = SeededMixup(mixup, seed, rank)
+    seeded.set_position(*position)
+    images, targets = seeded(torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 16, 16).clone(), torch.arange(4))
     return torch.cat([images.flatten(), targets.flatten()])
 
 
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
 def test_mixup_depends_on_its_position_alone(mode: str) -> None:
-    first = mixed(make_mixup(mode=mode), 2, 7)
+    first = mixed((2, 7), mode)
     np.random.seed(123)
-    torch.testing.assert_close(first, mixed(make_mixup(mode=mode), 2, 7), rtol=0, atol=0)
-    for other, position in (
-        (make_mixup(seed=1, mode=mode), (2, 7)),
-        (make_mixup(rank=1, mode=mode), (2, 7)),
-        (make_mixup(mode=mode), (3, 7)),
-        (make_mixup(mode=mode), (2, 8)),
-    ):
-        assert not torch.equal(first, mixed(other, *position))
+    torch.testing.assert_close(first, mixed((2, 7), mode), rtol=0, atol=0)
+    for other in (mixed((2, 7), mode, seed=1), mixed((2, 7), mode, rank=1), mixed((3, 7), mode)):
+        assert not torch.equal(first, other)
 
 
-def test_mixup_moves_on_by_itself() -> None:
-    mixup = make_mixup()
-    images, targets = torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])
+def test_each_call_of_mixup_advances_by_one_step(folder: Path) -> None:
+    mixup = build_loaders(make_config(folder)).mixup_fn
+    images, targets = torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
     mixup.set_position(1, 0)
     mixup(images.clone(), targets)
     second = mixup(images.clone(), targets)
@@ -434,74 +337,75 @@ def test_mixup_switches(folder: Path) -> None:
     off = {"AUG__MIXUP": 0.0, "AUG__CUTMIX": 0.0}
     assert build_loaders(make_config(folder, **off)).mixup_fn is None
     assert build_loaders(make_config(folder, **off, AUG__CUTMIX_MINMAX=[0.2, 0.8])).mixup_fn is not None
-    assert build_loaders(make_config(folder)).mixup_fn is not None
-    with pytest.raises(ValueError, match="DATA.BATCH_SIZE: expected an even number .* got 3"):
-        build_loaders(make_config(folder, DATA__BATCH_SIZE=3))
     assert build_loaders(make_config(folder, **off, DATA__BATCH_SIZE=3)).steps_per_epoch == 6
 
 
 # --- Samplers ------------------------------------------------------------
 
-SIZES = [(num, batch, world) for num in (24, 37, 101) for batch in (1, 2, 5) for world in (1, 2, 3, 4)]
+
+def indices(sampler: TrainSampler, epoch: int, samples_seen: int = 0) -> list[int]:
+    sampler.resume_at(epoch, samples_seen)
+    keys = list(sampler)
+    assert {key_epoch for key_epoch, _ in keys} <= {epoch} and len(keys) == len(sampler)
+    return [index for _, index in keys]
 
 
-@pytest.mark.parametrize(("num_images", "batch", "world"), SIZES)
-def test_training_samplers(num_images: int, batch: int, world: int) -> None:
-    whole = TrainSampler(num_images, batch * world, 0, 1, seed=5)
-    for epoch in (0, 3):
-        whole.set_epoch(epoch)
-        expected = torch.tensor([index for _, index in whole]).view(whole.steps_per_epoch, world, batch)
-        assert whole.steps_per_epoch == num_images // (batch * world)
-        assert len(set(expected.flatten().tolist())) == expected.numel()
-        for rank in range(world):
-            part = TrainSampler(num_images, batch, rank, world, seed=5)
-            part.set_epoch(epoch)
-            keys = list(part)
-            assert {key_epoch for key_epoch, _ in keys} == {epoch}
-            assert [index for _, index in keys] == expected[:, rank].flatten().tolist()
-            assert len(part) == len(keys)
-            start = part.steps_per_epoch // 2
-            part.set_epoch(epoch, start)
-            assert list(part) == keys[start * batch :]
-            assert len(part) == len(keys) - start * batch
-
-
-@pytest.mark.parametrize(("num_images", "batch", "world"), SIZES)
-def test_shard_samplers_are_disjoint_and_equally_long(num_images: int, batch: int, world: int) -> None:
-    samplers = [ShardSampler(num_images, batch, rank, world, seed=5) for rank in range(world)]
-    seen = [[index for _, index in sampler] for sampler in samplers]
-    for rank, indices in enumerate(seen):
-        assert len(indices) == len(samplers[rank]) == num_images // (batch * world) * batch
-        assert all(index % world == rank for index in indices)
-        assert len(set(indices)) == len(indices)
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 8])
-@pytest.mark.parametrize("num_images", [1, 7, 9, 24])
-def test_evaluation_counts_every_image_once(num_images: int, world: int) -> None:
-    samplers = [EvalSampler(num_images, rank, world) for rank in range(world)]
-    assert sorted(index for sampler in samplers for index in sampler) == list(range(num_images))
-    for sampler in samplers:
-        assert list(sampler) == sorted(sampler)
-        assert len(list(sampler)) == len(sampler)
-
-
-def test_epochs_and_seeds_shuffle_differently() -> None:
+@pytest.mark.parametrize(("images", "batch", "world"), [(24, 2, 1), (37, 5, 2), (101, 1, 3), (101, 5, 4)])
+def test_processes_together_see_what_one_sees(images: int, batch: int, world: int) -> None:
+    whole = TrainSampler(images, batch * world, 0, 1, seed=5)
+    parts = [TrainSampler(images, batch, rank, world, seed=5) for rank in range(world)]
     orders = set()
-    for seed in (0, 1):
-        sampler = TrainSampler(50, 5, 0, 1, seed)
-        for epoch in range(3):
-            sampler.set_epoch(epoch)
-            orders.add(tuple(index for _, index in sampler))
-    assert len(orders) == 6
+    for epoch in (0, 3):
+        expected = torch.tensor(indices(whole, epoch)).view(whole.steps_per_epoch, world, batch)
+        assert expected.numel() == len(expected.unique()) == images // (batch * world) * batch * world
+        orders.add(tuple(expected.flatten().tolist()))
+        for rank, part in enumerate(parts):
+            mine = indices(part, epoch)
+            assert mine == expected[:, rank].flatten().tolist()
+            assert indices(part, epoch, 2 * batch * world) == mine[2 * batch :]
+            assert part.start_step == 2
+    assert len(orders) == 2
+    assert indices(TrainSampler(images, batch * world, 0, 1, seed=6), 0) != indices(whole, 0)
 
 
-def test_sampler_limits() -> None:
-    with pytest.raises(ValueError, match=r"64 training images .*32 x 2.* got 30; reduce DATA.BATCH_SIZE"):
-        TrainSampler(30, 32, 0, 2, seed=0)
-    with pytest.raises(ValueError, match="start_step: expected 0 to 5, .* got 6"):
-        TrainSampler(10, 2, 0, 1, seed=0, start_step=6)
-    assert list(TrainSampler(10, 2, 0, 1, seed=0, start_step=5)) == []
+@pytest.mark.parametrize(("images", "batch", "world"), [(24, 2, 1), (37, 5, 2), (101, 1, 3), (101, 5, 4)])
+def test_shards_are_disjoint_and_equally_long(images: int, batch: int, world: int) -> None:
+    samplers = [ShardSampler(images, batch, rank, world, seed=5) for rank in range(world)]
+    for rank, sampler in enumerate(samplers):
+        mine = indices(sampler, 1)
+        assert len(mine) == len(set(mine)) == images // (batch * world) * batch
+        assert all(index % world == rank for index in mine)
+        assert indices(sampler, 1, batch * world) == mine[batch:]
+        assert indices(sampler, 2) != mine
+
+
+def test_another_number_of_processes_continues_with_the_unseen_images() -> None:
+    """2 processes, then 3, then 1 with another batch size: no image twice, few left out."""
+    seen: list[int] = []
+    for world, batch, steps in ((2, 5, 3), (3, 4, 2), (1, 6, 7)):
+        parts = [
+            indices(TrainSampler(101, batch, rank, world, seed=3), 7, len(seen)) for rank in range(world)
+        ]
+        seen += [index for part in parts for index in part[: steps * batch]]
+    assert len(seen) == len(set(seen)) == 96
+    orders = {ShardSampler(101, 5, 0, world, seed=3).order for world in (1, 2)}
+    assert len(orders) == 2, "shards change with the number of processes"
+
+
+@pytest.mark.parametrize("kind", [TrainSampler, ShardSampler])
+def test_the_images_of_a_step_can_be_named(kind: type[TrainSampler]) -> None:
+    samplers = [kind(50, 4, rank, 2, seed=0) for rank in (0, 1)]
+    whole = [indices(sampler, 3) for sampler in samplers]
+    samplers[0].resume_at(3, 16)
+    for step in (0, 2, 4):
+        assert samplers[0].batch_indices(3, step) == [part[4 * step : 4 * step + 4] for part in whole]
+
+
+@pytest.mark.parametrize(("images", "world"), [(1, 3), (7, 2), (9, 8), (24, 1)])
+def test_evaluation_counts_every_image_once(images: int, world: int) -> None:
+    samplers = [EvalSampler(images, rank, world) for rank in range(world)]
+    assert sorted(index for sampler in samplers for index in sampler) == list(range(images))
+    assert all(len(list(sampler)) == len(sampler) for sampler in samplers)
 
 
 # --- Bad input ------------------------------------------------------------
@@ -509,16 +413,12 @@ def test_sampler_limits() -> None:
 
 def raises(error: type[Exception], *parts: object):
     """Expect an error whose message has these parts, in order."""
-    return pytest.raises(error, match=".*".join(re.escape(str(part)) for part in parts))
+    return pytest.raises(error, match="(?s:.*)".join(re.escape(str(part)) for part in parts))
 
 
 def test_missing_places(folder: Path, tmp_path: Path) -> None:
-    with raises(
-        FileNotFoundError, "DATA.DATA_PATH: expected an existing folder, got", tmp_path / "no", "set it"
-    ):
+    with raises(FileNotFoundError, "DATA.DATA_PATH: expected an existing folder, got", tmp_path / "no"):
         build_loaders(make_config(tmp_path / "no"))
-    with raises(ValueError, "DATA.DATA_PATH: expected", "got ''"):
-        build_loaders(load_config())
     (folder / "val").rename(folder / "test")
     with raises(FileNotFoundError, folder / "val", "expected a folder", "got nothing", "set DATA.DATA_PATH"):
         build_loaders(make_config(folder))
@@ -551,23 +451,13 @@ def zips(folder: Path, tmp_path: Path) -> Path:
     return write_zip(folder, tmp_path / "zips")
 
 
-@pytest.mark.parametrize(
-    ("missing", "parts"),
-    [
-        (
-            "train_map.txt",
-            ("train_map.txt: expected train.zip with its map", "got only train.zip", "write the map"),
-        ),
-        ("val.zip", ("val_map.txt:1: expected the archive", "val.zip", "got nothing", "add the archive")),
-    ],
-)
-def test_missing_half_of_a_zip_split(zips: Path, missing: str, parts: tuple[str, ...]) -> None:
-    (zips / missing).unlink()
-    with raises(FileNotFoundError, *parts):
+def test_missing_half_of_a_zip_split(zips: Path, tmp_path: Path) -> None:
+    (zips / "val.zip").unlink()
+    with raises(FileNotFoundError, "val_map.txt:1: expected the archive", "val.zip", "got nothing"):
         build_loaders(zip_config(zips))
-
-
-def test_zip_split_missing_altogether(tmp_path: Path) -> None:
+    (zips / "train_map.txt").unlink()
+    with raises(FileNotFoundError, "train_map.txt: expected train.zip with its map", "got only train.zip"):
+        build_loaders(zip_config(zips))
     with raises(FileNotFoundError, "train_map.txt", "got neither of them", "set DATA.DATA_PATH"):
         build_loaders(zip_config(tmp_path))
 
@@ -618,8 +508,6 @@ def test_bad_imagenet22k(folder: Path) -> None:
         (folder / IN22K_MAP.format("train")).write_text(content)
         with raises(ValueError, IN22K_MAP.format("train"), message):
             build_loaders(in22k_config(folder))
-    with raises(ValueError, "DATA.ZIP_MODE: expected False"):
-        build_loaders(in22k_config(folder, DATA__ZIP_MODE=True))
 
 
 def test_too_few_training_images(folder: Path) -> None:
@@ -627,72 +515,40 @@ def test_too_few_training_images(folder: Path) -> None:
         build_loaders(make_config(folder, DATA__BATCH_SIZE=8), rank=0, world_size=3)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        ({"DATA__DATA_PATH": ""}, ("DATA.DATA_PATH: expected", "got ''")),
+        ({"DATA__CACHE_MODE": "full"}, ("DATA.CACHE_MODE: expected DATA.ZIP_MODE (--zip)",)),
+        ({"DATA__ZIP_MODE": True, "DATA__DATASET": "imagenet22k"}, ("DATA.ZIP_MODE: expected False",)),
+        ({"DATA__BATCH_SIZE": 3}, ("DATA.BATCH_SIZE: expected an even number", "got 3")),
+        ({"DATA__MEAN": [0.5, 0.5]}, ("DATA.MEAN: expected 3 or 3 values, got",)),
+        ({"MODEL__FOCAL__IN_CHANS": 4}, ("IN_CHANS: expected 3", "got 4")),
+        ({"AUG__SCALE": [1.0, 0.5]}, ("AUG.SCALE: expected [smaller, larger]", "swap")),
+        ({"AUG__AUTO_AUGMENT": "random"}, ("AUG.AUTO_AUGMENT: expected", "rand-m9", "got 'random'")),
+        ({"AUG__SCALE": [0.5, 1.0], "DATA__IMG_SIZE": 32}, ("AUG.SCALE", "remove them or enlarge")),
+        ({"DATA__BATCH_SIZE": 3, "AUG__AUTO_AUGMENT": "random"}, ("AUTO_AUGMENT", "DATA.BATCH_SIZE")),
+    ],
+)
+def test_options_that_contradict_each_other(folder: Path, overrides: dict, parts: tuple[str, ...]) -> None:
+    with raises(ValueError, *parts):
+        build_loaders(make_config(folder, **overrides))
+
+
 # --- Damaged images ------------------------------------------------------------
 
 
-def test_damaged_training_image_is_replaced_and_counted(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    broken = folder / "train" / "bee" / "2.png"  # index 8
-    break_image(broken)
-    config = make_config(folder, DATA__BATCH_SIZE=18, AUG__MIXUP=0.0, AUG__CUTMIX=0.0)
-    alone = build_loaders(config)
-    with caplog.at_level(logging.WARNING):
-        images, labels = draw_epoch(alone)
-    assert str(broken) in caplog.text
-    assert alone.train_dataset.undecodable == 1
-    workers = build_loaders(
-        make_config(folder, DATA__BATCH_SIZE=18, DATA__NUM_WORKERS=2, DATA__WORKER_START_METHOD="fork")
-    )
-    torch.testing.assert_close(draw_epoch(workers), (images, labels), rtol=0, atol=0)
-    assert workers.train_dataset.undecodable == 1
-    draw_epoch(workers, 1)
-    assert workers.train_dataset.undecodable == 2
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_damaged_validation_image_is_an_error(folder: Path, workers: int) -> None:
+@pytest.mark.parametrize(("damage", "workers"), [("cut", 0), ("no image", 0), ("gone", 0), ("cut", 1)])
+def test_a_damaged_validation_image_is_an_error_of_one_line(folder: Path, damage: str, workers: int) -> None:
     broken = folder / "val" / "bee" / "2.png"
-    break_image(broken)
     loaders = build_loaders(make_config(folder, DATA__NUM_WORKERS=workers))
+    damages = {"cut": break_image, "no image": lambda path: path.write_bytes(b"no"), "gone": Path.unlink}
+    damages[damage](broken)
     with pytest.raises(UndecodableImageError) as caught:
         val_set(loaders)
     message = str(caught.value)
-    assert message.startswith(f"{broken}: expected an image file that decodes")
-    assert "\n" not in message
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_messages_name_the_image_and_no_buffer(folder: Path, workers: int) -> None:
-    broken = folder / "val" / "bee" / "2.png"
-    broken.write_bytes(b"no image")
-    with pytest.raises(UndecodableImageError) as caught:
-        val_set(build_loaders(make_config(folder, DATA__NUM_WORKERS=workers)))
-    assert str(caught.value).startswith(f"{broken}: ")
-    assert "BytesIO" not in str(caught.value)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_file_that_vanished_is_named_in_one_line(folder: Path, workers: int) -> None:
-    gone = folder / "val" / "bee" / "2.png"
-    loaders = build_loaders(make_config(folder, DATA__NUM_WORKERS=workers))
-    gone.unlink()
-    with pytest.raises(UndecodableImageError) as caught:
-        val_set(loaders)
-    assert str(gone) in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_the_main_process_tells_what_spawned_workers_replaced(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    broken = folder / "train" / "bee" / "2.png"
-    break_image(broken)
-    workers = {"DATA__NUM_WORKERS": 1, "DATA__WORKER_START_METHOD": "spawn"}
-    loaders = build_loaders(make_config(folder, DATA__BATCH_SIZE=18, **workers))
-    draw_epoch(loaders)
-    assert caplog.text.count(str(broken)) == 1
-    assert loaders.train_dataset.undecodable == 1
+    assert message.startswith(f"{broken}: expected an image file that ")
+    assert "\n" not in message and "BytesIO" not in message
 
 
 @pytest.mark.parametrize("cache", ["no", "full"])
@@ -712,5 +568,5 @@ def test_damaged_archive_member_is_replaced(zips: Path, cache: str, caplog: pyte
 def test_mostly_damaged_data_set_stops(folder: Path) -> None:
     for path in (folder / "train").glob("*/*.png"):
         break_image(path)
-    with raises(ValueError, "in a row that do not", "copy it anew"):
+    with raises(ValueError, "in a row that do not", "copy it again"):
         draw_epoch(build_loaders(make_config(folder)))

@@ -1,6 +1,5 @@
 """DATA.DECODER: what OpenCV makes of image files beside what Pillow makes of them."""
 
-import logging
 import random
 import sys
 from io import BytesIO
@@ -11,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_data import break_image, draw_epoch, make_config, val_set
 from timm.data import auto_augment
 from torchvision import transforms
-from yacs.config import CfgNode
 
-from config import load_config
-from data import build_loaders, opencv_ops
-from data.images import EncodedImage, UndecodableImageError, check_opencv, decode_rgb
-from data.opencv_ops import OPERATIONS, ToTensorByTable
+from data import Loaders, build_loaders
+from data.images import EncodedImage, UndecodableImageError, decode_rgb
+from data.opencv_ops import OPERATIONS
 from data.seeding import seeded_rngs
 from data.transforms import Recipe, ToNormalizedTensor, train_transform, with_decoder
 
@@ -91,43 +89,15 @@ def test_reduced_sizes_move_by_half_a_pixel_at_most(height: int, width: int) -> 
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}, {"restart_marker_rows": 1}],
+    ("policy", "interpolation"),
+    [("rand-m9-mstd0.5-inc1", "bicubic"), ("v0", "random"), ("3a", "random"), ("augmix-m3", "bilinear")],
 )
-@pytest.mark.parametrize("factor", [1, 2])
-def test_rows_below_the_crop_make_no_difference(
-    options: dict[str, object], factor: int, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    image = EncodedImage(encoded(picture(190, 131), **options), "x")
-    boxes = [(top, 7, rows, 90) for top in (0, 21) for rows in (40, 100, 145, 169)]
-    crops = [image.opencv_crop(box, (40 // factor, 90 // factor), "bicubic") for box in boxes]
-    assert capfd.readouterr().err == ""  # the decoder has nothing to complain about
-    parts = [image._upper_part(rows) for rows in range(1, 191)]
-    parts = [np.frombuffer(part, dtype=np.uint8) for part in parts if part is not None]
-    assert bool(parts) == (not set(options) & {"progressive", "restart_marker_rows"})
-    assert all(cv2.imdecode(part, cv2.IMREAD_COLOR) is not None for part in parts)  # none is tried in vain
-    monkeypatch.setattr(EncodedImage, "_upper_part", lambda self, rows: None)
-    for box, crop in zip(boxes, crops, strict=True):
-        whole = image.opencv_crop(box, (40 // factor, 90 // factor), "bicubic")
-        np.testing.assert_array_equal(crop, whole)
-
-
-def test_colours_keep_their_order() -> None:
-    red = encoded(Image.new("RGB", (80, 60), (200, 30, 10)))
-    crop = EncodedImage(red, "x").opencv_crop((0, 0, 60, 80), (16, 16), "bilinear")
-    np.testing.assert_allclose(crop[8, 8], (200, 30, 10), atol=3)
-
-
-@pytest.mark.parametrize("interpolation", ["random", "bilinear", "bicubic"])
-@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "v0", "3a", "augmix-m3", "none"])
 def test_decoders_draw_the_same(policy: str, interpolation: str) -> None:
     """Crop, flip, policy and erasing: the pictures are alike as wholes, and the generators end alike."""
     recipe = Recipe(auto_augment=policy, reprob=0.5, remode="const")
-    both = pipelines(recipe, interpolation=interpolation)
     content = encoded(picture(90, 131))
-    for seed in range(6):
-        ends = []
-        images = []
+    for seed in range(4):
+        ends, images = [], []
         for name in ("pil", "opencv"):
             random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
             decode, transform = with_decoder(name, train_transform(SIZE, 3, MEAN, STD, interpolation, recipe))
@@ -135,7 +105,6 @@ def test_decoders_draw_the_same(policy: str, interpolation: str) -> None:
             ends.append((random.random(), np.random.rand(), torch.rand(1).item()))
         assert ends[0] == ends[1]
         assert (images[0] - images[1]).abs().mean() < 0.12
-        assert torch.equal(both["opencv"](content, seed), both["opencv"](content, seed))
 
 
 LEVELS: dict[str, list[tuple[float, ...]]] = {
@@ -165,11 +134,8 @@ def test_operations_are_those_of_timm(theirs, image: Image.Image) -> None:
             if theirs.__name__ in EXACT:
                 np.testing.assert_array_equal(got, expected)
             else:
-                assert np.abs(got - expected).mean() < 2, level
-            if theirs.__name__.startswith(("shear", "translate")):
-                differ = np.abs(got - expected)
-                assert (differ > 1).sum() <= 3 * 3 * max(image.size), level  # at the edge to the fill colour
-                assert (differ == 1).mean() < 0.1, level
+                error = np.abs(got - expected)
+                assert error.mean() < 2 and np.median(error) <= 1, level
 
 
 def test_every_operation_of_a_policy_is_known() -> None:
@@ -226,7 +192,7 @@ def damaged() -> dict[str, bytes]:
 def test_both_decoders_refuse_the_same(name: str) -> None:
     content = damaged()[name]
     for run in pipelines(PLAIN).values():
-        with pytest.raises(UndecodableImageError, match="image"):
+        with pytest.raises(UndecodableImageError, match=f"^image: expected .* got {len(content)} bytes"):
             run(content, 0)
 
 
@@ -238,19 +204,6 @@ def test_gray_and_small_images(options: dict[str, object]) -> None:
     assert pipelines(INTENSE, **options)["opencv"](content, 0).shape == shape
 
 
-def test_unknown_and_missing_decoders(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="DATA.DECODER.*'opencv'"):
-        with_decoder("turbo", train_transform(SIZE, 3, MEAN, STD, "bicubic", PLAIN))
-    with pytest.raises(ValueError, match="DATA.DECODER"):
-        load_config(opts=["DATA.DECODER", "turbo"])
-    monkeypatch.delattr(cv2, "IMREAD_COLOR_RGB")
-    with pytest.raises(ValueError, match="older than 4.11"):
-        check_opencv()
-    monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(ValueError, match="pip install 'opencv-python-headless"):
-        check_opencv()
-
-
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_normalized_tensor_is_exact(mode: str) -> None:
     image = picture(50, 31).convert(mode)
@@ -259,27 +212,6 @@ def test_normalized_tensor_is_exact(mode: str) -> None:
     ours = ToNormalizedTensor(MEAN[:count], STD[:count])
     assert torch.equal(ours(image), expected(image))
     assert torch.equal(ours(np.array(image)), expected(image))
-
-
-@pytest.mark.parametrize("shape", [(50, 31), (1, 40), (40, 1), (1, 1)])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_tensors_by_table_are_exact(channels: int, shape: tuple[int, int]) -> None:
-    step = ToNormalizedTensor(MEAN[:channels], STD[:channels])
-    by_table = ToTensorByTable(step, channels)
-    array = np.random.default_rng(0).integers(0, 256, (*shape, channels), dtype=np.uint8)
-    for pixels in (array, array[:, ::-1], array[..., 0] if channels == 1 else array[..., ::-1]):
-        expected = step(pixels.copy())
-        got = by_table(pixels)
-        assert torch.equal(got, expected)
-        got.zero_()  # as erasing does
-        assert torch.equal(by_table(pixels), expected)
-
-
-def test_far_shifts_are_filled() -> None:
-    pixels = np.zeros((3, 200, 3), dtype=np.uint8)
-    for shift in (1e12, -1e12):
-        for move in (opencv_ops.shear_x, opencv_ops.translate_x_abs, opencv_ops.translate_y_abs):
-            assert (move(pixels, shift, fillcolor=9, resample=Image.Resampling.BICUBIC) == 9).all()
 
 
 # --- In the loaders -----------------------------------------------------------------------------------------
@@ -295,44 +227,32 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def make_config(root: Path, **overrides: object) -> CfgNode:
-    values = {"PATH": root, "DATASET": "folder", "DECODER": "opencv", "BATCH_SIZE": 4, "IMG_SIZE": 48}
-    values = {f"DATA.{key}": value for key, value in ({"NUM_WORKERS": 0} | values | overrides).items()}
-    values["DATA.DATA_PATH"] = str(values.pop("DATA.PATH"))
-    return load_config(opts=["MODEL.NUM_CLASSES", 2, *(word for pair in values.items() for word in pair)])
+def loaders_of(root: Path, decoder: str = "opencv", workers: int = 0) -> Loaders:
+    overrides = {"DATA__DECODER": decoder, "DATA__NUM_WORKERS": workers, "MODEL__NUM_CLASSES": 2}
+    return build_loaders(make_config(root, **overrides))
 
 
-def epoch(config: CfgNode, number: int) -> torch.Tensor:
-    loaders = build_loaders(config)
-    loaders.set_epoch(number)
-    return torch.cat([images for images, _ in loaders.train_loader])
+def test_a_missing_or_old_opencv_is_explained(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(cv2, "IMREAD_COLOR_RGB")
+    with pytest.raises(ValueError, match="DATA.DECODER: .*older than 4.11"):
+        loaders_of(root)
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(ValueError, match="cannot be imported.*pip install 'opencv-python-headless"):
+        loaders_of(root)
 
 
-def test_samples_depend_on_seed_epoch_and_index_alone(root: Path) -> None:
-    images = epoch(make_config(root), 1)
-    assert torch.equal(images, epoch(make_config(root, NUM_WORKERS=2), 1))
-    assert not torch.equal(images, epoch(make_config(root), 2))
+def test_samples_do_not_depend_on_workers(root: Path) -> None:
+    assert torch.equal(*(draw_epoch(loaders_of(root, workers=count), 1)[0] for count in (0, 2)))
 
 
 def test_evaluation_stays_with_pillow(root: Path) -> None:
-    results = [
-        torch.cat([images for images, _ in build_loaders(make_config(root, DECODER=decoder)).val_loader])
-        for decoder in ("pil", "opencv")
-    ]
-    assert torch.equal(*results)
+    assert torch.equal(*(val_set(loaders_of(root, decoder))[0] for decoder in ("pil", "opencv")))
 
 
 @pytest.mark.parametrize("decoder", ["pil", "opencv"])
-def test_damaged_images_are_replaced_and_counted(
-    root: Path, decoder: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = root / "train" / "class1" / "3.jpg"
-    path.write_bytes(path.read_bytes()[:900])
-    loaders = build_loaders(make_config(root, DECODER=decoder))
-    loaders.set_epoch(0)
-    with caplog.at_level(logging.WARNING):
-        images = [images for images, _ in loaders.train_loader]
-    assert sum(map(len, images)) == 8
-    assert loaders.train_dataset.undecodable == 1
-    assert "3.jpg" in caplog.text
-    assert all(torch.isfinite(batch).all() for batch in images)
+def test_a_damaged_image_is_replaced(root: Path, decoder: str, caplog: pytest.LogCaptureFixture) -> None:
+    break_image(root / "train" / "class1" / "3.jpg")
+    loaders = loaders_of(root, decoder)
+    images, _ = draw_epoch(loaders)
+    assert len(images) == 8 and images.isfinite().all()
+    assert loaders.train_dataset.undecodable == 1 and "3.jpg" in caplog.text

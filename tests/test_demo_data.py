@@ -3,14 +3,13 @@
 import hashlib
 import json
 import logging
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from test_data import make_config
 
-from config import load_config
 from data import build_loaders
 from data.demo import WRITERS, DemoOptions, load_digit_splits, main, write_demo
 
@@ -48,28 +47,12 @@ def test_splits_are_stratified_and_complete() -> None:
 
 @pytest.mark.parametrize("kind", ["imagenet", "zip"])
 def test_classification_loads(demo: Path, kind: str) -> None:
-    opts = {
-        "DATA.DATA_PATH": str(demo / kind),
-        "DATA.ZIP_MODE": kind == "zip",
-        "DATA.CACHE_MODE": "no",
-        "DATA.IMG_SIZE": 32,
-        "DATA.BATCH_SIZE": 16,
-        "DATA.NUM_WORKERS": 0,
-        "DATA.PIN_MEMORY": False,
-        "MODEL.NUM_CLASSES": 10,
-    }
-    loaders = build_loaders(load_config(opts=[item for pair in opts.items() for item in pair]))
+    opts = {"DATA__ZIP_MODE": kind == "zip", "DATA__IMG_SIZE": 32, "DATA__BATCH_SIZE": 16}
+    loaders = build_loaders(make_config(demo / kind, **opts, MODEL__NUM_CLASSES=10))
     assert len(loaders.train_dataset) + len(loaders.val_dataset) == 1797
-    splits = load_digit_splits(OPTIONS.seed)
-    assert sorted(loaders.val_dataset.source.labels) == sorted(splits["val"].labels)
-    images, labels = next(iter(loaders.train_loader))
+    assert sorted(loaders.val_dataset.source.labels) == sorted(load_digit_splits(0)["val"].labels)
+    images, _ = next(iter(loaders.train_loader))
     assert images.shape == (16, 3, 32, 32)
-    assert labels.min() >= 0 and labels.max() <= 9
-
-
-def test_both_map_styles_are_there(demo: Path) -> None:
-    assert (demo / "zip" / "train_map.txt").read_text().startswith(("0/", "1/", "2/", "3/", "4/"))
-    assert (demo / "zip" / "val_map.txt").read_text().startswith("val.zip@/")
 
 
 @pytest.mark.parametrize(("split", "count"), [("train", 12), ("val", 5)])
@@ -88,10 +71,6 @@ def test_detection_is_valid_coco(demo: Path, split: str, count: int) -> None:
             left, top, width, height = annotation["bbox"]
             assert left >= 0 and top >= 0 and left + width <= 160 and top + height <= 128
             assert annotation["iscrowd"] == 0 and len(annotation["segmentation"]) >= 1
-            points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in annotation["segmentation"]])
-            assert min(map(len, annotation["segmentation"])) >= 6
-            np.testing.assert_array_less([left - 1e-6, top - 1e-6], points.min(axis=0))
-            np.testing.assert_array_less(points.max(axis=0), [left + width + 1e-6, top + height + 1e-6])
             mask = coco.annToMask(annotation)
             assert abs(int(mask.sum()) - annotation["area"]) < 0.12 * annotation["area"]
             outside = mask.copy()
@@ -124,34 +103,38 @@ def test_bytes_depend_on_the_seed_alone(demo: Path, tmp_path: Path, kind: str) -
     assert digests(tmp_path / "other" / kind) != digests(demo / kind)
 
 
-def test_written_once_and_rebuilt_when_half_written(tmp_path: Path) -> None:
+def test_another_call_writes_what_differs_alone(tmp_path: Path) -> None:
     options = DemoOptions(train_scenes=2, val_scenes=1)
     folder = write_demo(tmp_path, ["detection"], options)["detection"]
-    content = digests(folder)
-    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    time.sleep(0.02)
+    written = folder.stat().st_ino
     write_demo(tmp_path, ["detection"], options)
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == times
-    (folder / ".demo_finished.json").unlink()
-    (folder / "train2017" / "000000000001.jpg").unlink()
-    write_demo(tmp_path, ["detection"], options)
-    assert digests(folder) == content
+    assert folder.stat().st_ino == written
     write_demo(tmp_path, ["detection"], DemoOptions(train_scenes=3, val_scenes=1))
     assert len(list((folder / "train2017").iterdir())) == 3
 
 
+def test_a_call_that_was_interrupted_leaves_no_half_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(folder: Path, options: DemoOptions) -> None:
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setitem(WRITERS, "imagenet", fail)
+        write_demo(tmp_path, ["imagenet"], OPTIONS)
+    assert not (tmp_path / "imagenet").exists()
+    folder = write_demo(tmp_path, ["imagenet"], OPTIONS)["imagenet"]
+    assert not (folder / "half").exists()
+
+
 def test_other_content_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "imagenet" / "train").mkdir(parents=True)
+    with pytest.raises(ValueError, match="kinds: expected some of imagenet, zip, .* got video"):
+        write_demo(tmp_path, ["video"], OPTIONS)
     with pytest.raises(ValueError, match="imagenet: expected nothing or a demo data set .* choose another"):
         write_demo(tmp_path, ["imagenet"], OPTIONS)
     assert (tmp_path / "imagenet" / "train").is_dir()
-
-
-def test_options_are_checked(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="kinds: expected some of imagenet, zip, .* got video"):
-        write_demo(tmp_path, ["video"], OPTIONS)
-    with pytest.raises(ValueError, match="train_scenes: expected at least 1, got 0"):
-        write_demo(tmp_path, ["detection"], DemoOptions(train_scenes=0))
 
 
 def test_command_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

