@@ -24,14 +24,14 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import storage  # noqa: E402
 from models.checkpoint import STATE_KEYS, read_checkpoint, state_dict_of  # noqa: E402
 from models.safetensors_file import write_safetensors  # noqa: E402
+from training.checkpoints import write_checkpoint  # noqa: E402
 
 
 def write_pth(state: Mapping[str, Tensor], path: Path) -> None:
-    """Weights under `model`, with a checksum at the end."""
-    storage.write({"model": dict(state)}, path, storage.Stamp())
+    """Weights under `model`."""
+    write_checkpoint({"model": dict(state)}, path)
 
 
 WRITERS: dict[str, Callable[[Mapping[str, Tensor], Path], None]] = {

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from fault_common import FaultError, Trainer
 
-from checkpoints import BEST_IS_LOST
 from models import read_checkpoint
 
+BEST_IS_LOST = "ends without the best weights"
 TIME_FIELDS = {"img_per_s", "minutes", "memory_mb", "data_ms", "step_ms", "save_ms"}
 NOT_COMPARED = {  # of a checkpoint: the own folder, times, and a length that times have a part in
     *("config", "seconds", "interval_seconds", "metrics_size"),

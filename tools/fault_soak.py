@@ -20,7 +20,7 @@ from fault_common import FaultError, Row, Setting, Trainer, resident_kb
 from fault_compare import compare, metrics
 from fault_storage import DAMAGES, limit_files
 
-import storage
+from training import checkpoints as storage
 
 WARM_UP = 30.0  # seconds of training before a process's memory counts
 LEAST_LIFE = 60.0  # seconds of training from which on its growth is judged
@@ -95,9 +95,10 @@ def kill(trainer: Trainer, soak: Soak, lab: Lab) -> bool:
 def damage(trainer: Trainer, soak: Soak, lab: Lab) -> bool:
     """Kill it, and spoil the newest checkpoint, if another whole one is left to go on from."""
     trainer.kill()
-    files = [*storage.checkpoints_in(trainer.folder), trainer.folder / storage.BEST_NAME]
+    known = [path for _, path in storage.checkpoints_in(trainer.folder)]
+    files = [*known, trainer.folder / storage.BEST_NAME]
     newest = storage.find_newest(trainer.folder)
-    if newest is None or sum(path.is_file() and storage.is_complete(path) for path in files) < 2:
+    if newest is None or sum(path.is_file() and storage.is_valid(path) for path in files) < 2:
         return False
     lab.rng.choice(list(DAMAGES.values()))(newest, lab)
     return True

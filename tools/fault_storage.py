@@ -22,8 +22,8 @@ from fault_common import BATCH_SIZE, FaultError, Row, Setting, Trainer
 from fault_compare import compare, metrics
 from torch import nn
 
-import storage
-from saver import Saver
+from training import checkpoints as storage
+from training.checkpoints import AsyncCheckpointWriter, write_checkpoint
 
 FILE_LIMIT = 768 * 1024  # bytes; more than any log or metrics here, less than a checkpoint
 DISK_MB = 24
@@ -181,7 +181,7 @@ def refused_save(lab: Lab, name: str, refuse: Callable[[Trainer], Undo], trainer
         while trainer.is_running and not refusal(trainer) and time.monotonic() < deadline:
             time.sleep(0.01)
         told = refusal(trainer)
-        kept = {path: digest(path) for path in trainer.checkpoints()[:1] if storage.is_complete(path)}
+        kept = {path: digest(path) for path in trainer.checkpoints()[:1] if storage.is_valid(path)}
         enough = trainer.last_step() + SAVE_EVERY  # one more is refused, and not that of the run's end
         while trainer.is_running and trainer.last_step() < enough and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -308,11 +308,11 @@ def held_up(lab: Lab) -> Row:
     content = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     path, seconds = lab.root / "ckpt_epoch_0.pth", {}
     for background in (False, True):
-        saver = Saver(background, most_failures=1)
+        saver = AsyncCheckpointWriter(background, max_failures=1)
         times = []
         for _ in range(1 + ROUNDS):
             began = time.perf_counter()
-            saver.submit(content, path, storage.Stamp(), then=lambda: None)
+            saver.submit(content, path, lambda copied: write_checkpoint(copied, path))
             times.append(time.perf_counter() - began)
             saver.wait()
         seconds[background] = statistics.median(times[1:])

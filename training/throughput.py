@@ -14,12 +14,12 @@ from utils import Precision, peak_memory_mb, synchronize
 
 WARM_UP_STEPS = {"cuda": 20, "cpu": 1}
 REPEATS = {"cuda": 20, "cpu": 5}
-REPEAT_SECONDS = {"cuda": 1.0, "cpu": 0.5}  # aimed at; a repeat is at least one step
-BUDGET_SECONDS = 60.0  # no repeat starts later than this, apart from the first three
+REPEAT_SECONDS = {"cuda": 1.0, "cpu": 0.5}  # target; a repeat has at least one step
+BUDGET_SECONDS = 60.0  # after three repeats, none starts later than this
 
 
-def each_once(backends: list[str]) -> str:
-    """Attention operators of the stages; one name if all are the same."""
+def unique_backends(backends: list[str]) -> str:
+    """The attention backends of all stages for a message: one name if they are the same."""
     return backends[0] if len(set(backends)) == 1 else "/".join(backends)
 
 
@@ -46,7 +46,7 @@ class Throughput:
             f"{self.milliseconds:.2f} ms per batch of {self.batch_size} at "
             f"{self.image_size[0]}x{self.image_size[1]}, median of {self.repeats} repeats of "
             f"{self.steps_per_repeat}; {self.peak_memory_mb:.0f} MB peak, {self.precision}, attention "
-            f"{each_once(self.backends)}, {self.device}, torch {self.torch}"
+            f"{unique_backends(self.backends)}, {self.device}, torch {self.torch}"
         )
 
     def save(self, path: Path) -> None:
