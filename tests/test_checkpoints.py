@@ -240,9 +240,7 @@ def test_the_step_that_saves_waits_for_the_copy_alone(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
     for _ in range(3):
         began = time.perf_counter()
-        writer.submit(
-            content, tmp_path / "a.pth", lambda copied: write_checkpoint(copied, tmp_path / "a.pth")
-        )
+        writer.submit(content, path, lambda copied: write_checkpoint(copied, path))
         waits.append(time.perf_counter() - began)
         writer.wait()
         saves.append(time.perf_counter() - began)

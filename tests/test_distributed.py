@@ -70,9 +70,7 @@ def launched(few_images: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
         next(folder.iterdir()).write_bytes(b"damaged")
     more = [
         command(few_images, root / "two", TRAIN, "--batch-size", "8"),
-        command(
-            damaged, root / "damaged", [*TRAIN, "TRAIN.EPOCHS", 1, "DATA.NUM_WORKERS", 1], "--batch-size", "8"
-        ),
+        command(damaged, root / "damaged", [*TRAIN, *WORKER], "--batch-size", "8"),
         command(few_images, root / "whole", STOPPED, "--batch-size", "8"),
     ]
     program, printed = root / "program.py", {}
@@ -165,15 +163,7 @@ def test_a_signal_to_one_of_two_ranks_stops_both_at_the_same_step(
 
 
 def test_two_ranks_train_and_evaluate_a_compiled_model(tmp_path: Path) -> None:
-    opts = [*OPTS, "MODEL.FOCAL.DEPTHS", [1], "MODEL.FOCAL.NUM_HEADS", [1], "MODEL.FOCAL.FOCAL_LEVELS", [2]]
-    opts += [
-        "MODEL.FOCAL.FOCAL_WINDOWS",
-        [7],
-        "MODEL.FOCAL.EXPAND_SIZES",
-        [3],
-        "MODEL.ATTENTION_BACKEND",
-        "plain",
-    ]
-    done = torchrun(2, str(REPO / "main.py"), *command(tmp_path, tmp_path, opts, "--debug", "--compile"))
+    words = command(tmp_path, tmp_path, [*OPTS, *ONE_BLOCK], "--debug", "--compile")
+    done = torchrun(2, str(REPO / "main.py"), *words)
     assert done.returncode == 0, done.stderr
     assert "step 2/2  loss" in done.stdout
