@@ -1,7 +1,6 @@
-"""Where a run reports: console, one log file per process, metrics.jsonl and TensorBoard."""
+"""Console, one log file per rank, metrics.jsonl and TensorBoard."""
 
 import errno
-import itertools
 import json
 import logging
 import math
@@ -11,31 +10,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-OWN_LOGGERS = (  # heard at every level
-    *(
-        "main",
-        "engine",
-        "train_state",
-        "storage",
-        "saver",
-        "checkpoints",
-        "trainer",
-        "run_folder",
-        "lr_scheduler",
-        "models",
-        "data",
-    ),
-)
+OWN_LOGGERS = ("main", "training", "lr_scheduler", "models", "data")  # log at every level
 logger = logging.getLogger("main")
 
-_handlers: list[logging.Handler] = []  # the ones create_logger has installed
+_handlers: list[logging.Handler] = []  # installed by create_logger
 _bars: list[Any] = []  # progress bars that are shown now
 
 
 def create_logger(output: Path | None = None, rank: int = 0) -> None:
     """Send all log messages to the console on rank 0, and to ``log_rank{rank}.txt`` on every rank.
 
-    Modules log through ``logging.getLogger(__name__)``; other libraries are heard from level WARNING on.
+    Modules log to ``logging.getLogger(__name__)``; of other libraries, warnings and errors are shown.
 
     Args:
         output: existing folder of the log file; None for no file.
@@ -112,39 +97,47 @@ class Metrics:
     """Appends one JSON object per line to ``metrics.jsonl``, and mirrors numbers to TensorBoard.
 
     Args:
-        output: existing folder; None records nothing (every process but the first).
+        output: existing folder; None records nothing (every rank but the first).
     """
 
+    NAME = "metrics.jsonl"
+
     def __init__(self, output: Path | None) -> None:
+        self.output = output
         self.file: IO[bytes] | None = None
         self.board = None
-        self.size = 0  # of what is in the file
-        self.unwritten = b""
+        self.size = 0  # bytes in the file
+        self.unwritten = b""  # records that a full disk did not take
+        self.open()
         if output is None:
             return
-        self._open(output / "metrics.jsonl")
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             return
         self.board = SummaryWriter(str(output / "tensorboard"))
 
-    def _open(self, path: Path) -> None:
-        _drop_partial_line(path)
-        self.file = path.open("ab", buffering=0)
-        self.size = self.file.seek(0, os.SEEK_END)
+    def open(self) -> None:
+        """Open the file, or open it again after it was moved away."""
+        if self.file is not None:
+            self.file.close()
+        if self.output is not None:
+            path = self.output / self.NAME
+            _drop_partial_line(path)
+            self.file = path.open("ab", buffering=0)
+            self.size = self.file.seek(0, os.SEEK_END)
 
     def write(self, kind: str, position: int, **values: float | int) -> None:
-        """Record one point. What cannot be written, for the disk is full, is kept for the next time.
+        """Record one point. If the disk is full, it is written with the next one.
 
         Args:
             kind: 'train' (a logging interval) or 'epoch'.
             position: horizontal axis in TensorBoard.
-            values: numbers; a non-finite one becomes null, which JSON can hold.
+            values: numbers; nan and inf become null, since JSON has neither.
         """
         if self.file is None:
             return
-        record = {name: _json_number(value) for name, value in values.items()}
+        record = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self.unwritten += (json.dumps({"kind": kind, **record}, allow_nan=False) + "\n").encode()
         self.flush()
         if self.board is not None:
@@ -156,23 +149,25 @@ class Metrics:
                 logger.warning(f"TensorBoard records no more: {error}")
 
     def flush(self) -> int:
-        """Write what could not be written before; the length of the file with all records, in bytes."""
+        """Write all records; returns the length of the file with all of them, in bytes."""
         if self.file is None:
             return 0
         try:
             if self.unwritten:
                 written = self.file.write(self.unwritten)
-                if written < len(self.unwritten):  # a full disk takes a part first
+                if written < len(self.unwritten):  # a full disk may take a part
                     self.file.truncate(self.size)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 self.size += written
                 self.unwritten = b""
         except OSError as error:
-            logger.error(f"{self.file.name}: expected to write metrics, got: {error.strerror}; they are kept")
+            logger.error(
+                f"{self.file.name}: expected to write metrics, got: {error.strerror}; they are written later"
+            )
         return self.size + len(self.unwritten)
 
     def sync(self) -> None:
-        """Have on the disk what is in the file, so that no checkpoint outlives lines that it counts on."""
+        """fsync the file, before a checkpoint is written that records its length."""
         if self.file is None:
             return
         try:
@@ -180,37 +175,21 @@ class Metrics:
         except OSError as error:
             logger.error(f"{self.file.name}: expected to write metrics to the disk, got: {error.strerror}")
 
-    def rewind(self, size: int) -> None:
+    def truncate(self, size: int) -> None:
         """Drop what was recorded after the first ``size`` bytes: a resumed run records it again."""
         if self.file is None:
             return
         if size > self.size:
             logger.warning(
-                f"{self.file.name}: expected the {size:,} bytes that were recorded before the checkpoint, "
-                f"got {self.size:,}: lines are missing here (a power loss, or a full disk); training goes on"
+                f"{self.file.name}: expected the {size:,} bytes that the checkpoint has recorded, got "
+                f"{self.size:,}: lines are missing (a power loss, or a full disk); training goes on"
             )
             return
         self.file.truncate(size)
         self.size = size
 
-    def set_aside(self) -> None:
-        """Keep what was recorded under another name, for a run that begins anew.
-
-        Raises:
-            OSError: it cannot be renamed.
-        """
-        if self.file is None or not self.size:
-            return
-        path = Path(self.file.name)
-        names = (path.with_name(f"{path.name}.before-{number}") for number in itertools.count(1))
-        kept = next(name for name in names if not name.exists())
-        self.file.close()
-        path.rename(kept)
-        self._open(path)
-        logger.warning(f"training begins anew; what {path.name} held of an earlier run is now in {kept}")
-
     def close(self) -> None:
-        """Close the files; what TensorBoard has lost is told, and ends no run."""
+        """Close the files; an error of TensorBoard is a warning."""
         if self.file is not None:
             self.file.close()
         if self.board is not None:
@@ -220,12 +199,8 @@ class Metrics:
                 logger.warning(f"TensorBoard lacks what was recorded last: {error}")
 
 
-def _json_number(value: float | int) -> float | int | None:
-    return value if math.isfinite(value) else None
-
-
 def _drop_partial_line(path: Path) -> None:
-    """Cut a last line that a killed process left unfinished, so that every line stays valid JSON."""
+    """Remove an unfinished last line, which a killed process may leave."""
     if not path.exists():
         return
     content = path.read_bytes()

@@ -1,23 +1,43 @@
-"""Small helpers of the training loop: process group, device, precision, seeds and running sums.
+"""Errors of users, process group, device, precision and seeds.
 
-Every helper gives the right answer without a process group, so the same code runs on one CPU, on one GPU and
-under torchrun. What waits for the device says so.
+Every helper works without a process group, so that the same code runs on one CPU, on one GPU and under
+torchrun.
 """
 
 import contextlib
 import os
 import random
-import re
 import resource
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
+
+
+class UserError(ValueError):
+    """A mistake that the user can correct: main.py prints the message instead of a traceback."""
+
+
+@contextlib.contextmanager
+def user_input(option: str = "") -> Iterator[None]:
+    """Use it around code that reads what the user named: its errors become `UserError`.
+
+    Args:
+        option: the option with the input, for the beginning of the message.
+
+    Raises:
+        UserError: for a ValueError, OSError or ImportError inside.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        raise UserError(f"{option}: {error}" if option else str(error)) from error
 
 
 def in_group() -> bool:
@@ -45,11 +65,11 @@ def pick_device(name: str = "") -> torch.device:
             takes the card of its local rank.
 
     Raises:
-        ValueError: the device does not exist here, or several processes would share it. All processes of a
+        UserError: the device does not exist here, or several processes would share it. All processes of a
             machine raise it, though only some may lack a card.
     """
     if ":" in name and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
+        raise UserError(
             "DEVICE: expected 'cuda' with several processes, each of which takes a card of its own, got "
             f"{name!r}; choose cards with CUDA_VISIBLE_DEVICES"
         )
@@ -58,12 +78,12 @@ def pick_device(name: str = "") -> torch.device:
     if device.type == "cpu":
         return device
     if not cuda:
-        raise ValueError(f"DEVICE: expected a usable device, got {name!r}, but there is no CUDA; use cpu")
+        raise UserError(f"DEVICE: expected a usable device, got {name!r}, but there is no CUDA; use cpu")
     index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
     last = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1 if device.index is None else device.index
     count = torch.cuda.device_count()
     if max(index, last) >= count:
-        raise ValueError(
+        raise UserError(
             f"DEVICE: expected a card below {count}, as many as there are, got {max(index, last)}; use "
             "another one, or fewer processes"
         )
@@ -71,7 +91,7 @@ def pick_device(name: str = "") -> torch.device:
     return torch.device("cuda", index)
 
 
-_control: list[dist.ProcessGroup] = []  # of all processes over the CPU, once there is a process group
+_cpu_group: list[dist.ProcessGroup] = []  # one element while there is a process group
 
 
 def init_distributed(device: torch.device, timeout_minutes: float) -> None:
@@ -79,109 +99,92 @@ def init_distributed(device: torch.device, timeout_minutes: float) -> None:
 
     Args:
         device: of this process.
-        timeout_minutes: how long a process waits for the others before it gives up. On GPUs, NCCL waits a
-            little longer than the CPU group, whose error is one that can be told.
+        timeout_minutes: how long a collective waits for other processes. NCCL waits a minute longer than the
+            CPU group, because its watchdog ends the process without an exception.
+
+    Raises:
+        DistError: the other processes do not come.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not in_group():
-        patience = timedelta(minutes=timeout_minutes)
+        timeout = timedelta(minutes=timeout_minutes)
         on_cuda = device.type == "cuda"
-        store, rank, world_size = next(rendezvous("env://", timeout=patience))
-        # torchrun keeps its store over a restart, and in it the addresses of the processes that are gone
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        # torchrun's store outlives a restart, with the addresses of the processes that have ended
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         dist.init_process_group(
             "nccl" if on_cuda else "gloo",
             store=dist.PrefixStore(f"attempt_{attempt}", store),
             rank=rank,
             world_size=world_size,
-            timeout=patience + timedelta(seconds=60 if on_cuda else 0),
+            timeout=timeout + timedelta(seconds=60 if on_cuda else 0),
         )
-        _control.append(dist.new_group(backend="gloo", timeout=patience))
+        _cpu_group.append(dist.new_group(backend="gloo", timeout=timeout))
 
 
-def control_group() -> dist.ProcessGroup:
-    """The group of all processes over the CPU; without a process group there is none."""
-    return _control[-1]
+def cpu_group() -> dist.ProcessGroup | None:
+    """The group of all processes for tensors on the CPU; None without a process group."""
+    return _cpu_group[-1] if _cpu_group else None
 
 
 def close_distributed() -> None:
     """Leave the process group, if there is one."""
-    _control.clear()
+    _cpu_group.clear()
     if in_group():
         dist.destroy_process_group()
-
-
-def explain_lost_process(error: RuntimeError, timeout_minutes: float) -> str | None:
-    """What to tell of an error that says that another process is gone or hangs; None for other errors."""
-    if not in_group() or not re.search(r"gloo|nccl|time(d )?out|connection|peer|socket", str(error), re.I):
-        return None
-    reason = str(error).strip().splitlines()[0]
-    return (
-        f"process {get_rank()}: expected an answer from every other process within {timeout_minutes:g} "
-        f"minutes (DIST_TIMEOUT_MINUTES), got: {reason}; a process has died or hangs: look for the "
-        "log_rank*.txt that ends first, and start the same command again to continue from the last checkpoint"
-    )
 
 
 def barrier() -> None:
     """Wait for all processes."""
     if in_group():
-        dist.barrier(group=control_group())
+        dist.barrier(group=cpu_group())
 
 
-def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum of ``tensor`` over all processes, in place; also returned."""
-    if in_group():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def sum_over_processes(count: int, device: torch.device) -> int:
-    """Sum of a number over all processes. Waits for the device; every process must call it."""
-    return int(all_reduce_sum(torch.tensor(count, device=device)))
-
-
-def gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """The same-shaped CPU tensors of all processes, one after the other in a new first dimension."""
+def all_gather(tensor: torch.Tensor) -> torch.Tensor:
+    """Stack the CPU tensors of all ranks, all of one shape, in a new first dimension. Collective."""
     if not in_group():
-        return rows[None]
-    gathered = [torch.empty_like(rows) for _ in range(get_world_size())]
-    dist.all_gather(gathered, rows.contiguous(), group=control_group())
+        return tensor[None]
+    gathered = [torch.empty_like(tensor) for _ in range(get_world_size())]
+    dist.all_gather(gathered, tensor.contiguous(), group=cpu_group())
     return torch.stack(gathered)
 
 
-def broadcast_text(text: str) -> str:
-    """The main process's ``text``, on every process."""
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is True on any rank. Collective."""
+    return bool(all_gather(torch.tensor(int(flag))).any())
+
+
+def broadcast(value: Any) -> Any:
+    """The main process's ``value`` on every rank. Collective."""
     if not in_group():
-        return text
-    box = [text]
-    dist.broadcast_object_list(box, src=0, group=control_group())
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=cpu_group())
     return box[0]
 
 
 @contextlib.contextmanager
-def failing_together() -> Iterator[None]:
-    """What goes wrong inside on one process, a ValueError or OSError, is raised on all of them.
+def raise_on_all_ranks(*kinds: type[Exception]) -> Iterator[None]:
+    """Raise an error of one rank on all ranks, so that the others do not wait for it. Collective.
 
-    Otherwise the others would wait for it, and only its log would know why. Inside, no process may wait for
-    the others after something that can fail on one alone.
+    Inside, no collective may follow code that can fail on one rank alone.
+
+    Args:
+        kinds: errors to raise everywhere, besides `UserError` and OSError.
 
     Raises:
-        ValueError: with the message of the first process that failed.
+        UserError: with the message of the first rank that failed.
     """
     failure = None
     try:
         yield
-    except (ValueError, OSError) as error:
-        if not in_group():
-            raise
+    except (UserError, OSError, *kinds) as error:
         failure = error
-    if not in_group():
-        return
-    messages = [""] * get_world_size()
-    dist.all_gather_object(messages, "" if failure is None else str(failure), group=control_group())
-    message = next(filter(None, messages), "")
-    if message:
-        raise ValueError(message) from failure
+    messages = ["" if failure is None else str(failure) or type(failure).__name__]
+    if in_group():
+        messages = messages * get_world_size()
+        dist.all_gather_object(messages, messages[0], group=cpu_group())
+    if any(messages):
+        raise UserError(next(filter(None, messages))) from failure
 
 
 @dataclass(frozen=True)
@@ -253,28 +256,3 @@ def seed_everything(*numbers: int) -> None:
     random.seed(int(high))
     np.random.seed(int(high))
     torch.manual_seed((int(high) << 32 | int(low)) & (2**63 - 1))
-
-
-class Totals:
-    """Named float64 sums that live on the device and are read once per logging interval.
-
-    Args:
-        names: what is summed.
-        device: where the sums live.
-    """
-
-    def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
-        self.names = names
-        self.sums = torch.zeros(len(names), dtype=torch.float64, device=device)
-
-    def add(self, **values: torch.Tensor | float) -> None:
-        """Add to the sums of the given names; tensors stay on the device."""
-        for name, value in values.items():
-            self.sums[self.names.index(name)] += value
-
-    def fetch(self, reset: bool = False) -> dict[str, float]:
-        """The sums over all processes. Waits for the device; every process must call it."""
-        sums = all_reduce_sum(self.sums.clone()).tolist()
-        if reset:
-            self.sums.zero_()
-        return dict(zip(self.names, sums, strict=True))

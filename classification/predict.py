@@ -26,7 +26,6 @@ from timm.data import ImageNetInfo, infer_imagenet_subset  # noqa: E402
 from torch import Tensor  # noqa: E402
 from yacs.config import CfgNode  # noqa: E402
 
-import train_state  # noqa: E402
 import utils  # noqa: E402
 from config import load_config  # noqa: E402
 from data.folder import IMAGE_EXTENSIONS  # noqa: E402
@@ -34,6 +33,7 @@ from data.images import decode_rgb  # noqa: E402
 from data.source import FileSource  # noqa: E402
 from data.transforms import Transform, eval_transform  # noqa: E402
 from models import FocalTransformer, build_model, load_checkpoint, read_checkpoint  # noqa: E402
+from training.state import load_ema  # noqa: E402
 
 logger = logging.getLogger("predict")
 
@@ -116,12 +116,11 @@ def load_model(config: CfgNode) -> FocalTransformer:
     """The model of a configuration, with the weights of MODEL.RESUME, or with EVAL_EMA their average.
 
     Raises:
-        FileNotFoundError: no such checkpoint.
-        ValueError: it does not fit the configuration.
+        UserError: no such checkpoint, or it does not fit the configuration.
     """
     model = build_model(config)
-    with train_state.naming("MODEL.RESUME (--resume)"):
-        load = train_state.load_average if config.EVAL_EMA else load_checkpoint
+    with utils.user_input("MODEL.RESUME (--resume)"):
+        load = load_ema if config.EVAL_EMA else load_checkpoint
         load(model, config.MODEL.RESUME)
     return model
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import REPO
 
-FOLDERS = ("models", "data", "openmmlab", "classification", "detection", "segmentation", "tools")
+FOLDERS = ("models", "data", "training", "openmmlab", "classification", "detection", "segmentation", "tools")
 SOURCES = sorted(
     path.relative_to(REPO).as_posix()
     for path in [*REPO.glob("*.py"), *(found for name in FOLDERS for found in REPO.glob(f"{name}/**/*.py"))]
@@ -64,8 +64,7 @@ OPTIONAL_AS_A_WHOLE = (  # import them at the top
     *("tools/benchmarks/kernel_figures.py", "tools/benchmarks/stub_driver.py"),
 )
 CONFIG_READERS = (  # build_* functions and the run itself; everything else takes plain values
-    *("main.py", "config.py", "engine.py", "train_state.py", "optimizer.py", "lr_scheduler.py"),
-    *("trainer.py", "checkpoints.py"),
+    *("main.py", "config.py", "training/*", "optimizer.py", "lr_scheduler.py"),
     *("models/build.py", "data/build.py", *(f"{task}/*" for task in TASKS), "tools/*", "hubconf.py"),
 )
 MAIN_LINES = 260
@@ -167,7 +166,7 @@ def test_imports_go_towards_the_models(source: str) -> None:
     hidden = {"main", "tests", "conftest"}
     hidden |= {
         "models": own_modules() - {"models"},
-        "data": {"models", "engine", "train_state", "config", "openmmlab", *TASKS, "tools"},
+        "data": {"models", "training", "config", "openmmlab", *TASKS, "tools"},
         "config": own_modules() - {"config"},
         "utils": own_modules() - {"utils"},
         "logger": own_modules() - {"logger"},

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import NANO, REPO
-from test_distributed import run_two
 from test_main import PLAIN, checkpoint, command
+from test_resume import torchrun
 from torch import Tensor, nn
 
 import main
@@ -232,7 +232,7 @@ def test_two_processes_train_what_is_not_frozen(
     opts += ["TRAIN.EMA.ENABLED", True, "TRAIN.EMA.DECAY", 0.5]
     start = save(nano("MODEL.DROP_PATH_RATE", 0.3), tmp_path / "start.pth")
     arguments = command(few_images, tmp_path, opts, "--pretrained", str(start))
-    done = run_two([*arguments, "TRAIN.EPOCHS", "1"])
+    done = torchrun(2, str(REPO / "main.py"), *[*arguments, "TRAIN.EPOCHS", "1"])
     assert done.returncode == 0, done.stderr
     assert "weights are not trained" in done.stdout
     assert main.main(arguments) == 0  # on one process now, the second epoch

@@ -22,11 +22,12 @@ from torch import Tensor
 
 from models.checkpoint import STATE_KEYS, read_checkpoint, state_dict_of
 from models.safetensors_file import write_safetensors
+from training.checkpoints import write_checkpoint
 
 
 def write_pth(state: Mapping[str, Tensor], path: Path) -> None:
     """Weights under `model`."""
-    torch.save({"model": dict(state)}, path)
+    write_checkpoint({"model": dict(state)}, path)
 
 
 WRITERS: dict[str, Callable[[Mapping[str, Tensor], Path], None]] = {

@@ -14,24 +14,20 @@ from utils import Precision, peak_memory_mb, synchronize
 
 WARM_UP_STEPS = {"cuda": 20, "cpu": 1}
 REPEATS = {"cuda": 20, "cpu": 5}
-REPEAT_SECONDS = {"cuda": 1.0, "cpu": 0.5}  # aimed at; a repeat is at least one step
-BUDGET_SECONDS = 60.0  # no repeat starts later than this, apart from the first three
+REPEAT_SECONDS = {"cuda": 1.0, "cpu": 0.5}  # target; a repeat has at least one step
 
 
-def each_once(backends: list[str]) -> str:
-    """Attention operators of the stages; one name if all are the same."""
+def unique_backends(backends: list[str]) -> str:
+    """The attention backends of all stages for a message: one name if they are the same."""
     return backends[0] if len(set(backends)) == 1 else "/".join(backends)
 
 
 @dataclass
 class Throughput:
-    """One measurement; times are per batch."""
+    """One measurement; the median over repeats."""
 
-    images_per_second: float  # median over repeats
-    images_per_second_iqr: float  # spread: upper minus lower quartile
-    milliseconds: float  # median
-    repeats: int
-    steps_per_repeat: int
+    images_per_second: float
+    milliseconds: float  # per batch
     batch_size: int
     image_size: tuple[int, int]
     peak_memory_mb: float
@@ -42,11 +38,9 @@ class Throughput:
 
     def __str__(self) -> str:
         return (
-            f"{self.images_per_second:.1f} img/s (IQR {self.images_per_second_iqr:.1f}), "
-            f"{self.milliseconds:.2f} ms per batch of {self.batch_size} at "
-            f"{self.image_size[0]}x{self.image_size[1]}, median of {self.repeats} repeats of "
-            f"{self.steps_per_repeat}; {self.peak_memory_mb:.0f} MB peak, {self.precision}, attention "
-            f"{each_once(self.backends)}, {self.device}, torch {self.torch}"
+            f"{self.images_per_second:.1f} img/s, {self.milliseconds:.2f} ms per batch of {self.batch_size} "
+            f"at {self.image_size[0]}x{self.image_size[1]}; {self.peak_memory_mb:.0f} MB peak, "
+            f"{self.precision}, attention {unique_backends(self.backends)}, {self.device}, torch {self.torch}"
         )
 
     def save(self, path: Path) -> None:
@@ -66,6 +60,7 @@ def measure_throughput(
         backends: attention backend per stage, for the report.
     """
     device = images.device
+    is_cuda = device.type == "cuda"
     model.eval()
 
     def seconds(steps: int) -> float:
@@ -77,35 +72,19 @@ def measure_throughput(
         synchronize(device)
         return time.perf_counter() - start
 
-    began = time.perf_counter()
     seconds(WARM_UP_STEPS[device.type])
-    if device.type == "cuda":
+    if is_cuda:
         torch.cuda.reset_peak_memory_stats(device)
     steps = max(1, round(REPEAT_SECONDS[device.type] / seconds(1)))
-    times: list[float] = []
-    while len(times) < REPEATS[device.type]:
-        if len(times) >= 3 and time.perf_counter() - began > BUDGET_SECONDS:
-            break
-        times.append(seconds(steps) / steps)
-    rates = [len(images) / value for value in times]
-    lower, _, upper = statistics.quantiles(rates, n=4, method="inclusive")
+    median = statistics.median(seconds(steps) / steps for _ in range(REPEATS[device.type]))
     return Throughput(
-        images_per_second=statistics.median(rates),
-        images_per_second_iqr=upper - lower,
-        milliseconds=statistics.median(times) * 1e3,
-        repeats=len(times),
-        steps_per_repeat=steps,
+        images_per_second=len(images) / median,
+        milliseconds=median * 1e3,
         batch_size=len(images),
         image_size=(images.shape[2], images.shape[3]),
         peak_memory_mb=peak_memory_mb(device),
         precision=precision.name,
         backends=backends,
-        device=_device_name(device),
+        device=torch.cuda.get_device_name(device) if is_cuda else f"{platform.machine()} CPU",
         torch=torch.__version__,
     )
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"

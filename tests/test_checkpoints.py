@@ -1,0 +1,431 @@
+"""Checkpoint files: whole or absent, verified, the newest by name, few kept, written beside training."""
+
+import json
+import os
+import pickle
+import resource
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_train_state import make_state
+
+import utils
+from logger import Metrics
+from models import read_checkpoint
+from training import checkpoints as files
+from training.checkpoints import AsyncCheckpointWriter, Checkpoints, write_checkpoint
+from training.state import Position, TrainState
+from utils import UserError
+
+CONTENT = {"model": {"weight": torch.arange(3000.0)}, "optimizer": {}, "note": "text"}
+
+
+def write(folder: Path, epoch: int, step: int = 0) -> Path:
+    path = folder / files.file_name(Position(epoch, step))
+    write_checkpoint(CONTENT, path)
+    return path
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def checkpoints_of(folder: Path, state: TrainState, metrics: Metrics | None = None) -> Checkpoints:
+    return Checkpoints(state.config, folder, metrics or Metrics(None))
+
+
+def reach(state: TrainState, checkpoints: Checkpoints, step: int, is_last: bool = False) -> None:
+    """Make an update, and wait for a save that is due."""
+    state.position.step, state.position.samples_seen = step, 8 * step
+    checkpoints.after_update(state, is_last)
+    checkpoints.writer.wait()
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """The largest file that can be written has 5,000 bytes: a real error in the middle of a checkpoint."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    utils._cpu_group.append(dist.new_group(backend="gloo"))
+    yield
+    utils.close_distributed()
+
+
+# --- Files --------------------------------------------------------------------------------------------------
+
+
+def test_changed_tensors_and_cut_files_are_not_valid(tmp_path: Path) -> None:
+    path = write(tmp_path, 1)
+    assert files.is_valid(path)
+    content = path.read_bytes()
+    begin = content.index(CONTENT["model"]["weight"].numpy().tobytes())
+    for place in range(begin, begin + 12000, 401):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        assert not files.is_valid(path), place
+    for length in range(0, len(content), 101):
+        path.write_bytes(content[:length])
+        assert not files.is_valid(path), length
+    assert not files.is_valid(tmp_path / "nowhere.pth")
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_any_pickle_protocol_is_read_or_refused_in_a_sentence(tmp_path: Path, protocol: int) -> None:
+    path = tmp_path / "a.pth"
+    torch.save(CONTENT, path, pickle_protocol=protocol)
+    try:
+        content = read_checkpoint(path)
+    except ValueError as error:
+        assert str(error).startswith(f"{path}: not a checkpoint, or damaged")
+        assert "\n" not in str(error)
+    else:
+        assert torch.equal(content["model"]["weight"], CONTENT["model"]["weight"])
+
+
+def test_the_newest_valid_one_is_found_by_its_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    order = [(12, 0), (2, 30), (2, 4), (2, 0), (1, 10)]
+    paths = [write(tmp_path, *position) for position in order]
+    write_checkpoint(CONTENT, tmp_path / files.BEST_NAME)
+    (tmp_path / "ckpt_epoch_x.pth").write_text("")
+    (tmp_path / "ckpt_epoch_99.pth").mkdir()
+    for path in [*paths, tmp_path / files.BEST_NAME]:
+        assert files.find_newest(tmp_path) == path
+        path.write_bytes(path.read_bytes()[:-100])
+    assert files.find_newest(tmp_path) is None
+    assert f"{paths[0]} is damaged or incomplete and was skipped" in caplog.text
+    assert files.find_newest(tmp_path / "nowhere") is None
+
+
+def test_a_file_that_the_disk_cannot_read_is_not_skipped(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    lost = tmp_path / "ckpt_epoch_1.pth"
+    lost.symlink_to("/proc/self/mem")
+    with pytest.raises(UserError, match=rf"{lost}: expected to read the checkpoint, got: "):
+        files.find_newest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("keep", "left"),
+    [
+        (0, ["epoch_0", "epoch_1", "epoch_2", "epoch_3_step_4", "epoch_3_step_6"]),
+        (1, ["epoch_3_step_6"]),
+        (3, ["epoch_2", "epoch_3_step_4", "epoch_3_step_6"]),
+    ],
+)
+def test_few_are_kept(tmp_path: Path, keep: int, left: list[str]) -> None:
+    """best.pth and later epochs stay; those inside an epoch stay until it is over."""
+    others = [write(tmp_path, 9), tmp_path / files.BEST_NAME]
+    write_checkpoint(CONTENT, others[1])
+    for epoch in range(4):
+        for step in (0, 2, 4, 6):
+            if epoch or step:
+                write(tmp_path, epoch, step)
+                files.prune(tmp_path, (epoch, step), keep)
+    assert names_in(tmp_path) - {path.name for path in others} == {f"ckpt_{name}.pth" for name in left}
+    assert all(path.exists() for path in others)
+
+
+def test_a_new_one_inside_an_epoch_replaces_those_of_a_larger_number_of_steps(tmp_path: Path) -> None:
+    """As after a restart with more processes, which count fewer steps; else the old ones would win."""
+    for step in (70, 80, 45):
+        write(tmp_path, 3, step)
+    files.prune(tmp_path, (3, 45), keep=0)
+    assert files.find_newest(tmp_path).name == "ckpt_epoch_3_step_45.pth"
+
+
+def test_files_of_another_run_are_moved_aside(tmp_path: Path) -> None:
+    for number, later_than in enumerate([(2, 0), None], start=1):
+        for epoch in (1, 2, 3):
+            write(tmp_path, epoch)
+        (tmp_path / "metrics.jsonl").write_text("{}\n")
+        files.set_aside(tmp_path, later_than)
+        moved = names_in(tmp_path / f"earlier_{number}")
+        assert moved == (
+            {"ckpt_epoch_2.pth"} if later_than else {*(f"ckpt_epoch_{n}.pth" for n in range(3)), Metrics.NAME}
+        )
+    files.set_aside(tmp_path, None)
+    assert names_in(tmp_path) == {"earlier_1", "earlier_2"}
+
+
+def test_a_killed_writer_leaves_the_old_file_whole(tmp_path: Path) -> None:
+    path = write(tmp_path, 1)
+    before = path.read_bytes()
+    if not (child := os.fork()):
+        torch.save = lambda content, file: (file.write(b"x" * 100_000), os.kill(os.getpid(), signal.SIGKILL))
+        write_checkpoint({}, path)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert path.read_bytes() == before
+    assert len(names_in(tmp_path)) == 2
+    (tmp_path / ".mine.tmp").write_text("not ours")
+    files.remove_temporary_files(tmp_path)
+    assert names_in(tmp_path) == {path.name, ".mine.tmp"}
+
+
+# --- Writing in the background ------------------------------------------------------------------------------
+
+
+def save(writer: AsyncCheckpointWriter, path: Path) -> None:
+    writer.submit(CONTENT, path, lambda copied: write_checkpoint(copied, path))
+    writer.wait()
+
+
+def test_a_full_disk_keeps_the_older_file_and_ends_the_run_at_last(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest
+) -> None:
+    writer, path = AsyncCheckpointWriter(background=True, max_failures=2), tmp_path / "ckpt_epoch_0.pth"
+    save(writer, path)
+    before = path.read_bytes()
+    request.getfixturevalue("full_disk")
+    save(writer, path)
+    assert "File too large" in writer.last_error
+    assert writer.failure == ""
+    assert f"{path}: expected to write a checkpoint" in caplog.text
+    assert "bytes free" in caplog.text
+    save(writer, path)
+    assert "2 of 2 in a row" in writer.failure
+    assert names_in(tmp_path) == {path.name}
+    assert path.read_bytes() == before
+
+
+def test_a_save_that_succeeds_forgives_failures(tmp_path: Path) -> None:
+    writer, path = AsyncCheckpointWriter(background=True, max_failures=3), tmp_path / "run" / "a.pth"
+    path.parent.write_text("in the way")
+    save(writer, path)
+    assert writer.failures == 1
+    path.parent.unlink()
+    save(writer, path)
+    assert (writer.failures, writer.last_error) == (0, "")
+
+
+def test_a_bug_in_the_writer_is_raised() -> None:
+    writer = AsyncCheckpointWriter(background=True, max_failures=3)
+    writer.submit({}, Path("a.pth"), lambda copied: copied["missing"])
+    with pytest.raises(KeyError):
+        writer.wait()
+
+
+def test_copies_share_nothing_with_the_state_and_reuse_their_memory() -> None:
+    live = {"a": torch.zeros(3), "b": [{"c": torch.ones(2, 2).T, "d": 5}], "e": (1, 2)}
+    writer, copies = AsyncCheckpointWriter(background=True, max_failures=1), []
+    writer.submit(live, Path("a.pth"), copies.append)
+    live["a"].add_(1)
+    live["b"][0]["c"].mul_(7)
+    live["b"][0]["d"] = 6
+    writer.wait()
+    assert (copies[0]["a"].tolist(), copies[0]["e"]) == ([0, 0, 0], (1, 2))
+    assert (copies[0]["b"][0]["c"].tolist(), copies[0]["b"][0]["d"]) == ([[1, 1], [1, 1]], 5)
+    writer.submit(live, Path("a.pth"), copies.append)
+    writer.wait()
+    assert copies[1]["a"].data_ptr() == copies[0]["a"].data_ptr()
+    assert copies[1]["a"].tolist() == [1, 1, 1]
+
+
+def test_the_step_that_saves_waits_for_the_copy_alone(tmp_path: Path) -> None:
+    content = {"model": {str(index): torch.randn(1_000_000) for index in range(20)}}
+    writer, waits, saves = AsyncCheckpointWriter(background=True, max_failures=1), [], []
+    path = tmp_path / "a.pth"
+    for _ in range(3):
+        began = time.perf_counter()
+        writer.submit(content, path, lambda copied: write_checkpoint(copied, path))
+        waits.append(time.perf_counter() - began)
+        writer.wait()
+        saves.append(time.perf_counter() - began)
+    assert min(waits) < 0.2 * min(saves)
+
+
+# --- When a run saves ---------------------------------------------------------------------------------------
+
+
+def test_a_save_is_due_by_steps(tmp_path: Path) -> None:
+    """At the first update at or after every third step; the last one of an epoch leaves it to the epoch's."""
+    state = make_state(opts=("SAVE_STEPS", 3))
+    checkpoints = checkpoints_of(tmp_path, state)
+    checkpoints.start(state.position)
+    for step in (2, 4, 6, 8, 10):
+        reach(state, checkpoints, step, is_last=step == 10)
+    assert names_in(tmp_path) == {"ckpt_epoch_0_step_4.pth", "ckpt_epoch_0_step_6.pth"}
+
+
+def test_a_save_is_due_by_minutes_once(tmp_path: Path, group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a group the flag returns a step later; the main rank must not ask again in between."""
+    state, now = make_state(opts=("SAVE_MINUTES", 1)), [0.0]
+    monkeypatch.setattr(files.time, "monotonic", lambda: now[0])
+    checkpoints, saved = checkpoints_of(tmp_path, state), []
+    monkeypatch.setattr(checkpoints, "save", lambda state: saved.append(state.position.step))
+    for step in range(1, 16):
+        now[0] += 11
+        reach(state, checkpoints, step)
+    checkpoints.finish()
+    assert saved == [7, 13]
+
+
+def test_epochs_are_saved_by_frequency_and_at_the_end(tmp_path: Path) -> None:
+    state = make_state(opts=("SAVE_FREQ", 3, "TRAIN.EPOCHS", 7, "TRAIN.WARMUP_EPOCHS", 0))
+    checkpoints = checkpoints_of(tmp_path, state)
+    for epoch in range(1, 8):
+        state.position = Position(epoch)
+        checkpoints.after_epoch(state)
+    checkpoints.finish()
+    assert names_in(tmp_path) == {"ckpt_epoch_2.pth", "ckpt_epoch_5.pth", "ckpt_epoch_6.pth"}
+
+
+@pytest.mark.parametrize("poisoned", ["weight", "moment"])
+def test_a_state_that_is_not_finite_is_never_saved(tmp_path: Path, poisoned: str) -> None:
+    state = make_state()
+    moment = state.optimizer.state[state.model.weight]["exp_avg"]
+    with torch.no_grad():
+        (state.model.weight if poisoned == "weight" else moment)[0, 0] = float("inf")
+    checkpoints = checkpoints_of(tmp_path, state)
+    checkpoints.save(state)
+    with pytest.raises(UserError, match="finite"):
+        checkpoints.finish()
+    assert not names_in(tmp_path)
+
+
+def test_a_run_that_cannot_be_saved_ends_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    state = make_state(opts=("SAVE_STEPS", 1, "SAVE_FAILURES_MAX", 2))
+    checkpoints = checkpoints_of(tmp_path / "file", state)
+    reach(state, checkpoints, 1)
+    reach(state, checkpoints, 2)
+    with pytest.raises(UserError, match=r"ckpt_epoch_0_step_2.pth: .* 2 of 2 in a row"):
+        reach(state, checkpoints, 3)
+    checkpoints = checkpoints_of(tmp_path / "file", state)
+    checkpoints.save(state)
+    with pytest.raises(UserError, match="expected to write a checkpoint, got: "):
+        checkpoints.finish()
+
+
+def test_a_stop_tries_a_failed_save_again(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.write_text("in the way")
+    state = make_state()
+    checkpoints = checkpoints_of(folder, state)
+    state.position = Position(1)
+    checkpoints.after_epoch(state)
+    checkpoints.writer.wait()
+    assert checkpoints.writer.last_error
+    folder.unlink()
+    checkpoints.stop(state)
+    assert names_in(folder) == {"ckpt_epoch_0.pth"}
+
+
+def test_best_gives_way_to_the_next_that_is_better_than_the_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What counts is what is on the disk; the run says at its end what it lacks."""
+    state = make_state()
+    checkpoints = checkpoints_of(tmp_path, state)
+
+    def evaluated(accuracy: float) -> float:
+        state.max_accuracy = max(state.max_accuracy, accuracy)
+        checkpoints.save_if_best(state, accuracy)
+        checkpoints.writer.wait()
+        return files.best_accuracy(tmp_path)
+
+    assert evaluated(100 / 3) == 100 / 3  # to the last digit
+    blocked = tmp_path / f".{files.BEST_NAME}.tmp"
+    blocked.mkdir()
+    assert evaluated(60.0) == 100 / 3
+    blocked.rmdir()
+    assert evaluated(30.0) == 100 / 3
+    assert evaluated(50.0) == 50.0
+    checkpoints.warn_if_best_missing(state)
+    assert "best.pth ends without the best weights: 60.00% was reached, it holds 50.00%" in caplog.text
+    assert evaluated(60.5) == 60.5
+    caplog.clear()
+    checkpoints.warn_if_best_missing(state)
+    assert not caplog.text
+    os.truncate(tmp_path / files.BEST_NAME, 3000)
+    assert files.best_accuracy(tmp_path) == 0.0
+
+
+# --- Metrics ------------------------------------------------------------------------------------------------
+
+
+def losses_in(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / Metrics.NAME).read_text().splitlines()]
+
+
+def test_metrics_are_on_the_disk_before_the_checkpoint_that_counts_on_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And where they were lost all the same, a resumed run says so."""
+    synced, fsync = [], os.fsync
+
+    def watched(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    state, metrics = make_state(), Metrics(tmp_path)
+    state.position = Position(1)
+    checkpoints = checkpoints_of(tmp_path, state, metrics)
+    metrics.write("epoch", 0, loss=1.0)
+    size = metrics.flush()
+    metrics.write("epoch", 1, loss=2.0)
+    checkpoints.save(state)
+    checkpoints.finish()
+    assert synced[:2] == ["metrics.jsonl", ".ckpt_epoch_0.pth.tmp"]
+    recorded = torch.load(tmp_path / "ckpt_epoch_0.pth", weights_only=True)["metrics_size"]
+    metrics.write("epoch", 2, loss=2.5)
+    metrics.truncate(recorded)
+    assert losses_in(tmp_path) == [1.0, 2.0]
+    os.truncate(tmp_path / Metrics.NAME, size)
+    metrics.open()
+    metrics.truncate(recorded)
+    assert f"expected the {recorded:,} bytes that the checkpoint has recorded, got {size:,}" in caplog.text
+    metrics.write("epoch", 2, loss=3.0)
+    assert losses_in(tmp_path) == [1.0, 3.0]
+
+
+def test_metrics_survive_a_full_disk(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest
+) -> None:
+    metrics = Metrics(tmp_path)
+    metrics.board = None
+    for number in range(120):
+        metrics.write("epoch", number, loss=number)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    request.getfixturevalue("full_disk")
+    for number in range(120, 200):
+        metrics.write("epoch", number, loss=number)
+    assert "expected to write metrics" in caplog.text
+    assert (tmp_path / Metrics.NAME).stat().st_size == metrics.size < 5000
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    metrics.write("epoch", 200, loss=200)
+    assert losses_in(tmp_path) == list(range(201))
+    metrics.close()
+
+
+def test_a_full_disk_under_tensorboard_ends_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest
+) -> None:
+    pytest.importorskip("tensorboard")
+    metrics = Metrics(tmp_path)
+    for step in range(1000):
+        metrics.write("train", step, loss=1.0)
+    request.getfixturevalue("full_disk")
+    metrics.close()
+    assert "TensorBoard lacks what was recorded last" in caplog.text
+
+
+def test_errors_of_one_rank_are_raised_once(group: None) -> None:
+    with pytest.raises(UserError, match="of this rank"), utils.raise_on_all_ranks():
+        raise UserError("of this rank")
+    with pytest.raises(KeyError), utils.raise_on_all_ranks():
+        raise KeyError("a bug")

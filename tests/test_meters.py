@@ -1,0 +1,179 @@
+"""Skipped updates, the moving average and meters; runs that are repeated give the same numbers."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from test_main import PLAIN, command, folder_of, make_run
+from timm.utils import ModelEmaV3
+from torch import nn
+
+import main
+import utils
+from config import load_config
+from data import build_loaders
+from models import build_model
+from optimizer import build_optimizer
+from training import loop, meters, state
+from training.meters import TrainMeter
+from utils import UserError
+
+
+class Pixel(nn.Module):
+    """Logits from the first pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(images[:, :, 0, 0])
+
+
+def batches_with(bad: set[int], count: int = 6) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for step in range(count):
+        images = torch.randn(8, 3, 2, 2, generator=generator)
+        if step in bad:
+            images[3] = math.nan
+        batches.append((images, torch.randint(4, (8,), generator=generator)))
+    return batches
+
+
+def train(tmp_path: Path, bad: set[int], *opts: object) -> tuple[state.TrainState, loop.Run]:
+    torch.manual_seed(0)
+    defaults = ["PRINT_FREQ", 3, "TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0, "TRAIN.BASE_LR", 1.0]
+    run = make_run(tmp_path, *defaults, *opts)
+    trained = state.build_train_state(run.config, Pixel(), run.precision, run.device, 6, soft_targets=False)
+    loop.train_one_epoch(run, trained, batches_with(bad))
+    return trained, run
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_a_bad_step_changes_nothing(
+    name: str, fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, moments and their average are as if the batch were not there."""
+    if fused and name == "sgd":
+        pytest.skip("not used here: its momentum would begin with memory that was never written")
+    if fused:
+
+        def build_fused(*given: object) -> torch.optim.Optimizer:
+            optimizer = build_optimizer(*given)
+            for group in optimizer.param_groups:
+                group["fused"], group["foreach"] = True, None
+            return optimizer
+
+        monkeypatch.setattr(state, "build_optimizer", build_fused)
+    opts = ("TRAIN.OPTIMIZER.NAME", name, "TRAIN.EMA.ENABLED", True, "TRAIN.EMA.DECAY", 0.5)
+    trained, run = train(tmp_path, {2, 5}, *opts)
+    torch.manual_seed(0)
+    again = state.build_train_state(run.config, Pixel(), run.precision, run.device, 6, soft_targets=False)
+    average = ModelEmaV3(again.model, 0.5)
+    again.ema = None
+    for step, (images, targets) in enumerate(batches_with({2, 5})):
+        again.position.updates = step
+        if step not in (2, 5):
+            again.criterion(again.model(images), targets).backward()
+            loop.update(again, run.config.TRAIN.CLIP_GRAD)
+            average.update(again.model, step=step)
+    for ours, theirs in ((trained.model, again.model), (trained.ema.module, average.module)):
+        for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert torch.isfinite(one).all()
+            assert torch.equal(one, other)
+    assert not torch.equal(trained.ema.module.head.weight, trained.model.head.weight)
+    assert math.isfinite(trained.meter.mean_loss)
+    assert trained.position.updates == 6
+
+
+def test_skipped_updates_in_a_row_end_the_run(tmp_path: Path) -> None:
+    opts = ("TRAIN.BAD_STEPS_MAX", 2, "TRAIN.OPTIMIZER.NAME", "sgd")
+    train(tmp_path, {1, 3, 5}, *opts)
+    with pytest.raises(UserError, match=r"epoch 1: expected finite grad.*4 updates in a row .*from step 3"):
+        train(tmp_path, {0, 2, 3, 4, 5}, *opts, "TRAIN.BAD_STEPS_MAX", 4)  # over two log lines
+
+
+def test_skipped_updates_of_the_scaler_are_counted(
+    few_images: Path, nano_opts: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scale that begins too large: halved until nothing overflows."""
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, init_scale=2.0**24, **k))
+    opts = [*nano_opts, *PLAIN, "TRAIN.EPOCHS", 1, "PRINT_FREQ", 100]
+    assert main.main(command(few_images, tmp_path, opts, "--amp-dtype", "fp16")) == 0
+    record = json.loads((folder_of(tmp_path) / "metrics.jsonl").read_text().splitlines()[0])
+    assert record["skipped"] > 0
+    assert record["loss_scale"] == 2.0 ** (24 - record["skipped"])
+    content = torch.load(folder_of(tmp_path) / "ckpt_epoch_0.pth", weights_only=True)
+    assert content["scaler"]["scale"] == record["loss_scale"]
+
+
+def collect(meter: TrainMeter, steps: range) -> None:
+    for step in steps:
+        meter.add_batch(torch.tensor(1.0 / (step + 3)), images=5)
+        meter.add_update(step, 0.1, torch.tensor(0.1 * step))
+
+
+def test_meters_continue_exactly() -> None:
+    """A save in the middle of an interval changes no digit of the sums."""
+    whole, stopped, resumed = TrainMeter(), TrainMeter(), TrainMeter()
+    collect(whole, range(7))
+    collect(stopped, range(4))
+    stopped.gather()
+    resumed.load_state_dict(stopped.state_dict())
+    collect(resumed, range(4, 7))
+    ours, theirs = whole.read(), resumed.read()
+    assert (ours.loss, ours.grad_norm, ours.skipped) == (theirs.loss, theirs.grad_norm, theirs.skipped)
+    assert whole.mean_loss == resumed.mean_loss
+    assert ours.loss == math.fsum(5 * float(torch.tensor(1.0 / (step + 3))) for step in range(7)) / 35
+
+
+def test_meters_count_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images with a loss that is not finite do not count."""
+    other = torch.tensor([[3.0, 5.0], [math.inf, 5.0]], dtype=torch.float64)
+    monkeypatch.setattr(
+        meters.utils,
+        "all_gather",
+        lambda tensor: torch.stack([tensor, other if tensor.ndim else tensor + 2]),
+    )
+    meter = TrainMeter()
+    for _ in range(2):
+        meter.add_batch(torch.tensor(1.0), images=10)
+    assert meter.read().loss == (10 + 15 + 10) / 25
+    assert meter.replaced == 2
+
+
+def test_deterministic_training_is_the_same_twice(
+    few_images: Path, nano_opts: list[object], tmp_path: Path
+) -> None:
+    """With and without workers."""
+    records = []
+    try:
+        for workers in (2, 0):
+            opts = [*nano_opts, "TRAIN.EPOCHS", 1, "DATA.NUM_WORKERS", workers, "PRINT_FREQ", 1]
+            opts += ["MODEL.DROP_PATH_RATE", 0.3, "DETERMINISTIC", True]
+            assert main.main(command(few_images, tmp_path / str(workers), opts, "--seed", "5")) == 0
+            lines = (folder_of(tmp_path / str(workers)) / "metrics.jsonl").read_text().splitlines()
+            times = ("img_per_s", "memory_mb", "minutes")
+            records.append([{k: v for k, v in json.loads(line).items() if k not in times} for line in lines])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert records[0] == records[1]
+
+
+def test_another_seed_means_other_weights_and_another_order(
+    few_images: Path, nano_opts: list[object]
+) -> None:
+    order, weights = [], []
+    for seed in (1, 1, 2):
+        config = load_config(None, [*nano_opts, "SEED", seed, "DATA.DATA_PATH", str(few_images)])
+        utils.seed_everything(config.SEED)
+        weights.append(build_model(config).head.weight)
+        order.append(list(build_loaders(config).train_sampler))
+    assert order[0] == order[1] != order[2]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])

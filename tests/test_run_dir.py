@@ -1,0 +1,59 @@
+"""One run at a time trains in an output folder, with real processes; a dead one holds nothing."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from training import run_dir
+from utils import UserError
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[int]:
+    """Another process that holds the lock, with a child of its own, as a loader worker that outlives it."""
+    if not (holder := os.fork()):
+        os.setsid()
+        with run_dir.lock(folder):
+            if os.fork():
+                (folder / "ready").touch()
+            time.sleep(60)
+            os._exit(0)
+    while not (folder / "ready").exists():
+        time.sleep(0.01)
+    yield holder
+    os.killpg(holder, signal.SIGKILL)
+
+
+def test_a_second_process_is_refused_until_the_first_is_dead(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with locked(tmp_path) as holder:
+        with (
+            pytest.raises(UserError, match=rf"{tmp_path}: .* process {holder} on .* another --tag"),
+            run_dir.lock(tmp_path, patience=0.1),
+        ):
+            pass
+        assert f"locked by process {holder}" in caplog.text
+        os.kill(holder, signal.SIGKILL)  # its child lives on
+        os.waitpid(holder, 0)
+        for _ in range(2):
+            with run_dir.lock(tmp_path, patience=20):
+                assert f"process {os.getpid()} " in (tmp_path / run_dir.LOCK_NAME).read_text()
+
+
+def test_a_file_system_without_locks_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with run_dir.lock(tmp_path):
+        assert "cannot be locked (No locks available)" in caplog.text

@@ -1,0 +1,1 @@
+"""Training, evaluation and speed measurement of a model; main.py is its command line."""

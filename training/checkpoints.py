@@ -1,0 +1,474 @@
+"""Checkpoint files: how they are written, found again and removed, and when a run saves.
+
+A file is written under a temporary name, flushed to the disk and renamed, so that at any moment it is absent,
+old or complete. The checksums (CRC-32) that `torch.save` stores in its zip archive verify it on reading. The
+names order the files:
+
+    ckpt_epoch_4.pth            epoch 4 (counted from 0) is finished
+    ckpt_epoch_5_step_120.pth   inside epoch 5, after 120 of its batches
+    best.pth                    as after an epoch, of the epoch with the best accuracy
+"""
+
+import contextlib
+import io
+import logging
+import os
+import re
+import shutil
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from yacs.config import CfgNode
+
+import utils
+from logger import Metrics
+from models import read_checkpoint
+from training.preemption import FlagSync, StopRequested
+from training.state import Position, TrainState
+from utils import UserError
+
+BEST_NAME = "best.pth"
+NAME = re.compile(r"ckpt_epoch_(\d+)(?:_step_(\d+))?\.pth")
+TEMPORARY_NAME = re.compile(r"\.(best|ckpt_epoch_\d+(_step_\d+)?)\.pth\.tmp")
+KEPT_INSIDE = 2  # checkpoints of the running epoch, so that a damaged one has a predecessor
+
+Order = tuple[int, int]
+"""(finished epochs, finished batches of the running epoch)"""
+
+logger = logging.getLogger(__name__)
+
+
+# --- Files --------------------------------------------------------------------------------------------------
+
+
+def file_name(position: Position) -> str:
+    """The name of a checkpoint at a position."""
+    if position.step:
+        return f"ckpt_epoch_{position.epoch}_step_{position.step}.pth"
+    return f"ckpt_epoch_{position.epoch - 1}.pth"
+
+
+def checkpoints_in(folder: Path) -> list[tuple[Order, Path]]:
+    """All checkpoints of a folder but best.pth, complete or not, in their order.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    found = []
+    for name in os.listdir(folder) if folder.exists() else []:
+        if (match := NAME.fullmatch(name)) and not (folder / name).is_dir():
+            epoch, step = int(match[1]), match[2]
+            found.append(((epoch, int(step)) if step else (epoch + 1, 0), folder / name))
+    return sorted(found)
+
+
+class _CheckpointFile:
+    """A file for `torch.save` that keeps the first OSError.
+
+    The C++ writer behind `torch.save` would turn it into a RuntimeError without the reason.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        if self.error is None:
+            try:
+                self.file.write(content)
+            except OSError as error:
+                self.error = error
+        return len(content)
+
+    def flush(self) -> None:
+        """Called by `torch.save`; `write_checkpoint` flushes."""
+
+
+def write_checkpoint(content: dict[str, Any], path: Path) -> None:
+    """Write plain data; at any moment `path` is absent, old or complete, on the disk too.
+
+    Raises:
+        OSError: it cannot be written; what was there before stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            target = _CheckpointFile(file)
+            torch.save(content, target)
+            if target.error is not None:
+                raise target.error
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some file systems cannot flush folders
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_valid(path: Path) -> bool:
+    """Whether a file is a zip archive in which all checksums hold.
+
+    Raises:
+        UserError: the disk cannot read it, which says nothing about the file.
+    """
+    try:
+        content = path.read_bytes()  # first, since zipfile reports errors of the disk as damage
+    except (FileNotFoundError, IsADirectoryError):
+        return False
+    except OSError as error:
+        raise UserError(
+            f"{path}: expected to read the checkpoint, got: {error.strerror or error}; nothing was changed: "
+            "start the same command again when the disk works, or move the file away to continue without it"
+        ) from error
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            return archive.testzip() is None
+    except Exception:  # zipfile raises many types on damaged archives
+        return False
+
+
+def find_newest(folder: Path) -> Path | None:
+    """The valid checkpoint that is furthest in training, best.pth if there is no other; None without any.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    paths = [path for _, path in reversed(checkpoints_in(folder))]
+    for path in [*paths, folder / BEST_NAME]:
+        if is_valid(path):
+            return path
+        if path.is_file():
+            logger.warning(f"{path} is damaged or incomplete and was skipped")
+    return None
+
+
+def best_accuracy(folder: Path) -> float:
+    """The accuracy (percent) of best.pth; 0 if there is none, or it is damaged.
+
+    Raises:
+        UserError: the disk cannot read it.
+    """
+    path = folder / BEST_NAME
+    accuracy = read_checkpoint(path).get("accuracy") if is_valid(path) else None
+    return float(accuracy) if isinstance(accuracy, int | float) else 0.0
+
+
+def set_aside(folder: Path, later_than: Order | None) -> None:
+    """Move what other runs have left to a folder `earlier_N` in `folder`; its files are no longer found.
+
+    Args:
+        folder: of the run.
+        later_than: move the checkpoints after this one; None moves all of them, best.pth and metrics.jsonl.
+
+    Raises:
+        OSError: a file cannot be moved.
+    """
+    moved = [path for order, path in checkpoints_in(folder) if later_than is None or order > later_than]
+    if later_than is None:
+        others = (folder / BEST_NAME, folder / Metrics.NAME)
+        moved += [path for path in others if path.is_file() and path.stat().st_size]
+    if not moved:
+        return
+    number = 1
+    while (target := folder / f"earlier_{number}").exists():
+        number += 1
+    target.mkdir()
+    for path in moved:
+        path.rename(target / path.name)
+    logger.warning(f"{len(moved)} files of an earlier run, not continued here, were moved to {target}")
+
+
+def prune(folder: Path, newest: Order, keep: int) -> None:
+    """Remove the checkpoints that a new one supersedes. best.pth stays.
+
+    Of the checkpoints inside epochs, those before the last whole epoch go, and all but the last KEPT_INSIDE.
+    Those of the running epoch that come after the new one belong to a continuation that was given up.
+
+    Args:
+        folder: of the checkpoints.
+        newest: the one that was just written; later epochs are not touched.
+        keep: how many stay at most; 0 for all those of whole epochs.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    found = checkpoints_in(folder)
+    known = [(order, path) for order, path in found if order <= newest]
+    last_whole = max((order for order, _ in known if not order[1]), default=(0, 0))
+    current = [path for order, path in known if order[1] and order > last_whole][-KEPT_INSIDE:]
+    left = [path for order, path in known if not order[1] or path in current]
+    left = left[-keep:] if keep else left
+    for order, path in found:
+        is_abandoned = newest[1] > 0 and newest < order < (newest[0] + 1, 0)
+        if is_abandoned or (order <= newest and path not in left):
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                logger.warning(f"{path} is superseded and cannot be removed: {error.strerror}")
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Remove what killed writers have left. Nobody may be writing."""
+    with contextlib.suppress(OSError):
+        for path in folder.glob(".*.tmp"):
+            if TEMPORARY_NAME.fullmatch(path.name):
+                path.unlink()
+                logger.info(f"removed {path}, the unfinished file of a process that was killed")
+
+
+# --- Writing in the background ------------------------------------------------------------------------------
+
+
+class AsyncCheckpointWriter:
+    """Copies a checkpoint to host memory and writes it in a thread, while training goes on.
+
+    The copies go to buffers that are used again for the next checkpoint: pinned memory for tensors on a GPU,
+    filled on the current stream, in order with the updates. One save runs at a time.
+
+    A file that cannot be written is an error in the log, and training goes on. Too many in a row, or content
+    that is not finite, set `failure`, with which training cannot go on.
+
+    Args:
+        background: False writes in `submit` itself.
+        max_failures: saves that may fail in a row before there is a `failure`.
+    """
+
+    def __init__(self, background: bool, max_failures: int) -> None:
+        self.background = background
+        self.max_failures = max_failures
+        self.failures = 0  # in a row
+        self.failure = ""  # why training cannot go on
+        self.last_error = ""  # of the last save; '' if it succeeded
+        self._buffers: dict[tuple[Any, ...], torch.Tensor] = {}
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._running: Future[None] | None = None
+
+    def submit(self, content: dict[str, Any], path: Path, write: Callable[[dict[str, Any]], None]) -> None:
+        """Copy `content` and pass the copy to `write` in the thread, after the previous save has ended.
+
+        Args:
+            content: plain data; it may change as soon as this returns.
+            path: the file that `write` writes, for messages.
+            write: may raise OSError, or UserError if training cannot go on.
+        """
+        self.wait()
+        copied = self._copy(content, ())
+        event = torch.cuda.Event() if torch.cuda.is_initialized() else None
+        if event is not None:
+            event.record()
+        self._running = self._executor.submit(self._run, copied, path, write, event)
+        if not self.background:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the running save.
+
+        Raises:
+            Exception: a bug in `write`.
+        """
+        if self._running is not None:
+            running, self._running = self._running, None
+            running.result()
+
+    def _copy(self, item: Any, key: tuple[Any, ...]) -> Any:
+        """Nested data with its tensors copied to the buffers."""
+        if isinstance(item, dict):
+            return {name: self._copy(value, (*key, name)) for name, value in item.items()}
+        if isinstance(item, list | tuple):
+            return type(item)(self._copy(value, (*key, index)) for index, value in enumerate(item))
+        if not torch.is_tensor(item):
+            return item
+        buffer = self._buffers.get(key)
+        if buffer is None or (buffer.shape, buffer.dtype) != (item.shape, item.dtype):
+            buffer = torch.empty(item.shape, dtype=item.dtype, pin_memory=item.is_cuda)
+            self._buffers[key] = buffer
+        buffer.copy_(item.detach(), non_blocking=item.is_cuda)
+        return buffer
+
+    def _run(
+        self,
+        content: dict[str, Any],
+        path: Path,
+        write: Callable[[dict[str, Any]], None],
+        event: torch.cuda.Event | None,
+    ) -> None:
+        if event is not None:
+            event.synchronize()
+        try:
+            write(content)
+            self.failures, self.last_error = 0, ""
+        except UserError as error:
+            self.failure = self.last_error = str(error)
+        except OSError as error:
+            self.failures += 1
+            self.last_error = f"{path}: expected to write a checkpoint, got: {error.strerror or error}"
+            with contextlib.suppress(OSError):
+                self.last_error += f" ({shutil.disk_usage(path.parent).free:,} bytes free)"
+            count = f"failure {self.failures} of {self.max_failures} in a row (SAVE_FAILURES_MAX)"
+            if self.failures < self.max_failures:
+                logger.error(f"{self.last_error}; older files stay, training goes on; {count}")
+            else:
+                self.failure = (
+                    f"{self.last_error}; {count}: make space or choose another --output, and start the same "
+                    "command again"
+                )
+
+
+def all_finite(content: Any) -> bool:
+    """Whether all floating point tensors in nested data are finite."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in _floating_tensors(content))
+
+
+def _floating_tensors(item: Any) -> Iterator[torch.Tensor]:
+    if torch.is_tensor(item) and item.is_floating_point():
+        yield item
+    elif isinstance(item, dict | list | tuple):
+        for value in item.values() if isinstance(item, dict) else item:
+            yield from _floating_tensors(value)
+
+
+# --- When a run saves ---------------------------------------------------------------------------------------
+
+
+class Checkpoints:
+    """The checkpoints of a run. All ranks must call each method; the main one writes.
+
+    Args:
+        config: the whole configuration.
+        folder: of the files.
+        metrics: a checkpoint records its length.
+        best: accuracy (percent) of best.pth, on the main rank.
+    """
+
+    def __init__(self, config: CfgNode, folder: Path, metrics: Metrics, best: float = 0.0) -> None:
+        self.config = config
+        self.folder = folder
+        self.metrics = metrics
+        self.best = best
+        self.writer = AsyncCheckpointWriter(config.SAVE_ASYNC, config.SAVE_FAILURES_MAX)
+        self.flags = FlagSync()
+        self._saved: Order | None = None  # position of the last save
+        self._timer_start = time.monotonic()
+        self._last_step = 0
+
+    def start(self, position: Position) -> None:
+        """Note that nothing has to be saved at the position where the run starts."""
+        self._saved, self._last_step = (position.epoch, position.step), position.step
+
+    def after_update(self, state: TrainState, is_last: bool) -> None:
+        """Stop, fail or save inside an epoch (SAVE_STEPS, SAVE_MINUTES), on all ranks at the same step.
+
+        Args:
+            state: between two updates.
+            is_last: whether the epoch ends here.
+
+        Raises:
+            StopRequested: a rank received a stop signal.
+            UserError: checkpoints cannot be written.
+        """
+        every, minutes = self.config.SAVE_STEPS, self.config.SAVE_MINUTES
+        is_late = minutes > 0 and time.monotonic() - self._timer_start >= 60 * minutes
+        if is_late:
+            self._timer_start = (
+                time.monotonic()
+            )  # asks once: with several ranks the flag returns a step later
+        flags = self.flags.sync(save=is_late and utils.is_main_process(), fail=bool(self.writer.failure))
+        if flags.fail:
+            self._raise(self.writer.failure)
+        if flags.stop:
+            raise StopRequested
+        step = state.position.step
+        is_due = flags.save or (every > 0 and step // every > self._last_step // every)
+        self._last_step = step
+        if is_due and not (is_last and self._is_epoch_due(state.position.epoch + 1)):
+            self.save(state)
+
+    def after_epoch(self, state: TrainState) -> None:
+        """Save a finished epoch before its evaluation, if SAVE_FREQ says so or it is the last."""
+        self._last_step = 0
+        if self._is_epoch_due(state.position.epoch):
+            self.save(state)
+
+    def _is_epoch_due(self, epochs: int) -> bool:
+        return epochs % self.config.SAVE_FREQ == 0 or epochs == self.config.TRAIN.EPOCHS
+
+    def save_if_best(self, state: TrainState, accuracy: float) -> None:
+        """Write best.pth if ``accuracy`` (percent) is above that of the file, which may be missing."""
+        if utils.is_main_process() and accuracy > self.best:
+            self.writer.wait()  # `best` may be about to change
+        if utils.any_rank(utils.is_main_process() and accuracy > self.best):
+            self._submit(state, BEST_NAME, {"accuracy": accuracy})
+
+    def save(self, state: TrainState) -> None:
+        """Write a checkpoint of ``state``, which is between two updates."""
+        self._saved, self._timer_start = (state.position.epoch, state.position.step), time.monotonic()
+        self._submit(state, file_name(state.position))
+
+    def _submit(self, state: TrainState, name: str, extra: dict[str, Any] | None = None) -> None:
+        state.meter.gather()
+        if not utils.is_main_process():
+            return
+        content = state.state_dict() | {"metrics_size": self.metrics.flush()} | (extra or {})
+        newest, path = (state.position.epoch, state.position.step), self.folder / name
+
+        def write(copied: dict[str, Any]) -> None:
+            trained = [copied.get(key) for key in ("model", "model_ema", "optimizer")]
+            if not all_finite(trained):
+                raise UserError(
+                    f"{path}: expected finite weights and optimizer moments, got nan or inf; nothing was "
+                    "saved; lower the learning rate, or train in bf16 or full precision"
+                )
+            self.metrics.sync()
+            write_checkpoint(copied, path)
+            logger.debug(f"saved {path}")
+            if extra:
+                self.best = extra["accuracy"]
+            else:
+                prune(self.folder, newest, self.config.SAVE_KEEP)
+
+        self.writer.submit(content, path, write)
+
+    def stop(self, state: TrainState) -> None:
+        """Save before a run leaves after a signal, if the state is not on the disk yet."""
+        self.writer.wait()
+        is_saved = self._saved == (state.position.epoch, state.position.step) and not self.writer.last_error
+        if utils.any_rank(not is_saved):
+            self.save(state)
+        self.finish()
+
+    def finish(self) -> None:
+        """Wait for the last checkpoint.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        self.flags.wait()
+        self.writer.wait()
+        self._raise(self.writer.failure or self.writer.last_error)
+
+    def _raise(self, reason: str) -> None:
+        """Raise the main rank's reason, if there is one, on all ranks."""
+        with utils.raise_on_all_ranks():
+            if reason:
+                raise UserError(reason)
+
+    def warn_if_best_missing(self, state: TrainState) -> None:
+        """Warn at the end of a run if best.pth does not hold the best weights."""
+        if utils.is_main_process() and self.best < state.max_accuracy:
+            logger.warning(
+                f"{self.folder / BEST_NAME} ends without the best weights: {state.max_accuracy:.2f}% was "
+                f"reached, it holds {self.best:.2f}%; it could not be written, was damaged, or is elsewhere"
+            )

@@ -1,0 +1,232 @@
+"""One epoch of training, and evaluation: one path for any device, precision and number of ranks.
+
+In full precision autocast and the gradient scaler are disabled; without accumulation a group has one batch.
+No step waits for the device: losses and norms stay there until the next log line. An update whose gradient is
+not finite is skipped.
+"""
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from yacs.config import CfgNode
+
+import utils
+from data import UndecodableImageError
+from logger import Metrics, progress
+from training.preemption import StopRequested, stop_received
+from training.state import TrainState
+from utils import UserError
+
+logger = logging.getLogger(__name__)
+
+Batches = DataLoader | Sequence[tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass
+class Run:
+    """What stays the same during a run.
+
+    Attributes:
+        config: the whole configuration.
+        device: of this rank.
+        precision: of the forward pass.
+        output: the run's folder.
+        metrics: the run's metrics.jsonl; records nothing on other ranks than the first.
+    """
+
+    config: CfgNode
+    device: torch.device
+    precision: utils.Precision
+    output: Path
+    metrics: Metrics
+
+
+def train_one_epoch(
+    run: Run,
+    state: TrainState,
+    batches: Batches,
+    mixup_fn: Callable | None = None,
+    after_update: Callable[[TrainState, bool], None] = lambda state, is_last: None,
+) -> None:
+    """Train the rest of the epoch, from the state's position on.
+
+    A last accumulation group of fewer batches makes an update, too.
+
+    Args:
+        run: what stays the same.
+        state: what changes.
+        batches: images [B, C, H, W] and labels [B], as many on each rank.
+        mixup_fn: mixes images and makes soft targets [B, classes] of labels.
+        after_update: called between updates with the state and whether the epoch ends here; it may save the
+            state, and raise an exception to stop.
+
+    Raises:
+        UserError: too many updates in a row were skipped.
+    """
+    config, position, device = run.config, state.position, run.device
+    accumulation = max(1, config.TRAIN.ACCUMULATION_STEPS)
+    first, steps = position.step, position.step + len(batches)
+    shown = progress(batches, f"epoch {position.epoch + 1}", utils.is_main_process())
+    state.ddp_model.train()
+    for step, (images, targets) in enumerate(shown, start=first):
+        utils.seed_everything(config.SEED, utils.get_rank(), position.epoch, step)
+        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        if mixup_fn is not None:
+            images, targets = mixup_fn(images, targets)
+        index_in_group = (step - first) % accumulation
+        group_size = min(accumulation, steps - (step - index_in_group))
+        is_update = index_in_group == group_size - 1
+        with sync_gradients(state.ddp_model, is_update):
+            with run.precision.autocast(device):
+                loss = state.criterion(state.ddp_model(images), targets)
+            state.scaler.scale(loss / group_size).backward()
+        state.meter.add_batch(loss, len(images))
+        if is_update:
+            norm = update(state, config.TRAIN.CLIP_GRAD)
+            state.meter.add_update(step, state.optimizer.param_groups[0]["lr"], norm)
+            position.step, position.updates = step + 1, position.updates + 1
+            position.samples_seen += group_size * len(images) * utils.get_world_size()
+        if (step + 1) % config.PRINT_FREQ == 0 or step + 1 == steps:
+            report(run, state, step, steps)
+        if is_update:
+            after_update(state, step + 1 == steps)
+
+
+def sync_gradients(model: nn.Module, enabled: bool) -> contextlib.AbstractContextManager:
+    """A context in which the backward pass averages gradients over all ranks, or leaves that for later."""
+    if enabled or not isinstance(model, DistributedDataParallel):
+        return contextlib.nullcontext()
+    return model.no_sync()
+
+
+def update(state: TrainState, max_norm: float) -> torch.Tensor:
+    """Make the next optimizer update; one whose gradient norm is not finite changes nothing.
+
+    Fused optimizers and the gradient scaler skip it on the device; for other optimizers the host waits.
+
+    Args:
+        state: with gradients, which are reset.
+        max_norm: to clip the gradients to; 0 does not clip.
+
+    Returns:
+        The gradient norm before clipping, a scalar on the device.
+    """
+    optimizer, scaler = state.optimizer, state.scaler
+    state.scheduler.step_update(state.position.updates)
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), max_norm or math.inf)
+    is_finite = torch.isfinite(norm)
+    if scaler.is_enabled():
+        scaler.step(optimizer)
+    elif optimizer.param_groups[0].get("fused"):
+        optimizer.found_inf = (~is_finite).float()  # fused optimizers read what a scaler would set
+        optimizer.step()
+    elif is_finite:
+        optimizer.step()
+    scaler.update()
+    optimizer.zero_grad()
+    if state.ema is not None:
+        update_ema(state, is_finite)
+    return norm
+
+
+@torch.no_grad()
+def update_ema(state: TrainState, is_finite: torch.Tensor) -> None:
+    """Move the average as timm's ModelEmaV3 does, but not after a skipped update; no wait for the device."""
+    weight = (1 - state.ema.get_decay(state.position.updates)) * is_finite
+    values = state.model.state_dict()
+    for name, average in state.ema.module.state_dict().items():
+        if average.is_floating_point():
+            average.lerp_(values[name], weight.to(average.dtype))
+        else:
+            average.copy_(values[name])
+
+
+def report(run: Run, state: TrainState, step: int, steps: int) -> None:
+    """Log the interval that ends with batch ``step``. Collective; waits for the device.
+
+    Raises:
+        UserError: too many updates in a row were skipped.
+    """
+    epoch, stats = state.position.epoch, state.meter.read()
+    rate, memory = state.optimizer.param_groups[0]["lr"], utils.peak_memory_mb(run.device)
+    skipped = f"  {stats.skipped} updates skipped" if stats.skipped else ""
+    logger.info(
+        f"epoch {epoch + 1}/{run.config.TRAIN.EPOCHS} step {step + 1}/{steps}  loss {stats.loss:.4f}  "
+        f"lr {rate:.3e}  grad norm {stats.grad_norm:.3f}  {stats.img_per_s:.0f} img/s  {memory:.0f} MB"
+        + skipped
+    )
+    values = {"loss": stats.loss, "lr": rate, "grad_norm": stats.grad_norm, "skipped": stats.skipped}
+    values |= {"img_per_s": stats.img_per_s, "memory_mb": memory}
+    if state.scaler.is_enabled():
+        values["loss_scale"] = state.scaler.get_scale()
+    run.metrics.write("train", epoch * steps + step, epoch=epoch, step=step, **values)
+    bad = state.meter.skipped_in_a_row
+    if len(bad) >= run.config.TRAIN.BAD_STEPS_MAX:
+        first_step, first_rate = bad[0]
+        raise UserError(
+            f"epoch {epoch + 1}: expected finite gradients, got nan or inf in {len(bad)} updates in a row "
+            f"(TRAIN.BAD_STEPS_MAX), which were skipped, from step {first_step + 1} and learning rate "
+            f"{first_rate:.3e} on; start the same command again with a lower learning rate, or in bf16 or "
+            "full precision: it continues from the newest checkpoint"
+        )
+
+
+@torch.no_grad()
+def evaluate(run: Run, model: nn.Module, batches: Batches) -> dict[str, float]:
+    """Accuracy in percent (acc1, acc5) and mean loss over the images of all ranks, each counted once.
+
+    With fewer than five classes acc5 is over all of them. A batch smaller than the others is padded, since
+    rounding depends on the batch size and a compiled model would be compiled again: the results do not depend
+    on the number of ranks.
+
+    Args:
+        run: what stays the same.
+        model: without DistributedDataParallel.
+        batches: images [B, C, H, W] and labels [B], of each rank a different part.
+
+    Raises:
+        UserError: on all ranks; the outputs are not finite, or an image of any rank cannot be read.
+        StopRequested: on all ranks; one of them received a stop signal, in training.
+    """
+    model.eval()
+    sums = torch.zeros(3, dtype=torch.float64, device=run.device)  # loss, hits, hits among the first five
+    count = 0
+    full = (batches.batch_size or 0) if isinstance(batches, DataLoader) else 0
+    with utils.raise_on_all_ranks(UndecodableImageError):
+        for images, targets in progress(batches, "evaluation", utils.is_main_process()):
+            if stop_received():
+                break
+            images = images.to(run.device, non_blocking=True)
+            targets = targets.to(run.device, non_blocking=True)
+            full = max(full, len(images))
+            images = F.pad(images, [0] * (2 * images.ndim - 1) + [full - len(images)])
+            with run.precision.autocast(run.device):
+                logits = model(images)[: len(targets)]
+            logits = logits.double()  # float32 sums would depend on their order
+            hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+            loss = F.cross_entropy(logits, targets, reduction="sum")
+            sums += torch.stack([loss, hits[:, 0].sum().double(), hits.sum().double()])
+            count += len(targets)
+    if utils.any_rank(stop_received()):
+        raise StopRequested
+    loss_sum, top1, top5 = utils.all_gather(sums.cpu()).sum(dim=0).tolist()
+    count = int(utils.all_gather(torch.tensor(count)).sum())
+    if not math.isfinite(loss_sum):
+        raise UserError(
+            "expected finite outputs, got nan or inf; check the weights, or evaluate with --amp-opt-level O0"
+        )
+    result = {"acc1": 100 * top1 / count, "acc5": 100 * top5 / count, "loss": loss_sum / count}
+    logger.info(
+        f"{count} images: acc1 {result['acc1']:.3f}%  acc5 {result['acc5']:.3f}%  loss {result['loss']:.4f}"
+    )
+    return result

@@ -1,0 +1,99 @@
+"""Stop signals, and flags that all ranks see at the same step.
+
+A signal may reach one rank only, and the clock of one rank decides when to save. The ranks therefore combine
+their flags after every update, over a CPU group and one update late, so that no rank waits for the device or
+the network.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+import utils
+
+EXIT_STOPPED = os.EX_TEMPFAIL
+"""75, the exit status of a run that saved and stopped after a signal: start the same command again."""
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+_received: list[int] = []  # stop signals since `handle_stop_signals` was entered
+
+
+class StopRequested(Exception):
+    """A rank received a stop signal; raised on all ranks at the same step."""
+
+
+@contextlib.contextmanager
+def handle_stop_signals() -> Iterator[None]:
+    """Inside, a stop signal is recorded instead of ending the process."""
+    _received.clear()
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python allows signal handlers in the main thread only
+        return
+    before = {number: signal.signal(number, _record) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _received.clear()
+
+
+def _record(number: int, frame: FrameType | None) -> None:
+    _received.append(number)
+
+
+def stop_received() -> bool:
+    """Whether this rank received a stop signal."""
+    return bool(_received)
+
+
+class Flags(NamedTuple):
+    """What one rank wants, or, combined, what any rank wants.
+
+    Attributes:
+        stop: save and leave.
+        save: write a checkpoint.
+        fail: training cannot go on.
+    """
+
+    stop: bool = False
+    save: bool = False
+    fail: bool = False
+
+
+class FlagSync:
+    """Combines the flags of all ranks by a logical or. All ranks must call the methods in the same order."""
+
+    def __init__(self) -> None:
+        self._pending: tuple[dist.Work, torch.Tensor] | None = None
+
+    def sync(self, save: bool = False, fail: bool = False) -> Flags:
+        """Send this rank's flags; returns those that all ranks sent in the previous call.
+
+        A single process gets its own flags back at once.
+        """
+        flags = Flags(stop_received(), save, fail)
+        if not utils.in_group():
+            return flags
+        previous = self.wait()
+        tensor = torch.tensor(flags, dtype=torch.int32)
+        work = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=utils.cpu_group(), async_op=True)
+        self._pending = work, tensor
+        return previous
+
+    def wait(self) -> Flags:
+        """Wait for the flags of the last `sync`; no flag is set if there is nothing to wait for."""
+        if self._pending is None:
+            return Flags()
+        work, tensor = self._pending
+        work.wait()
+        self._pending = None
+        return Flags(*map(bool, tensor.tolist()))

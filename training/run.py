@@ -1,0 +1,256 @@
+"""A training run: start or resume, all epochs, finish."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import utils
+from data import Loaders, ShardSampler, build_loaders
+from models import FocalTransformer, load_checkpoint
+from models.checkpoint import read_class_map
+from training import checkpoints as files
+from training.checkpoints import Checkpoints
+from training.loop import Run, evaluate, train_one_epoch
+from training.preemption import EXIT_STOPPED, StopRequested, handle_stop_signals
+from training.state import TrainState, build_train_state, load_ema, read_training_checkpoint
+from utils import UserError, user_input
+
+logger = logging.getLogger(__name__)
+
+
+def train(run: Run, model: FocalTransformer) -> None:
+    """All epochs: train, save, evaluate, and save again if the accuracy is the best so far.
+
+    Raises:
+        StopRequested: a rank received a stop signal; the state is saved.
+        UserError: the run cannot start, or cannot go on.
+    """
+    with handle_stop_signals():
+        state, loaders, checkpoints = setup(run, model)
+        position = state.position
+        try:
+            if not state.evaluated:
+                finish_epoch(run, state, loaders, checkpoints)
+            while position.epoch < run.config.TRAIN.EPOCHS:
+                seen = [(utils.get_world_size(), position.samples_seen)]
+                position.step = loaders.go_on(position.epoch, seen)
+                train_one_epoch(run, state, loaders.train_loader, loaders.mixup_fn, checkpoints.after_update)
+                state.meter.gather()
+                position.next_epoch(state.updates_per_epoch)
+                state.evaluated = False
+                checkpoints.after_epoch(state)
+                finish_epoch(run, state, loaders, checkpoints)
+        except StopRequested:
+            checkpoints.stop(state)
+            logger.warning(
+                f"stopped by a signal after {position.epoch} epochs and {position.step} steps; start the "
+                f"same command again to continue (exit status {EXIT_STOPPED})"
+            )
+            raise
+        finally:
+            checkpoints.writer.wait()
+        checkpoints.finish()
+        checkpoints.warn_if_best_missing(state)
+    utils.barrier()  # the last checkpoint is on the disk before any rank returns
+
+
+def setup(run: Run, model: FocalTransformer) -> tuple[TrainState, Loaders, Checkpoints]:
+    """Read the weights or the checkpoint, then the data, and put everything where training starts.
+
+    The checkpoint is read and compared first, and files of the run's folder are changed last, so that a
+    mistake shows early and changes nothing.
+
+    Raises:
+        UserError: on all ranks; something that the user named cannot be read, or does not fit.
+    """
+    config = run.config
+    with utils.raise_on_all_ranks():
+        newest = None
+        if utils.is_main_process():
+            files.remove_temporary_files(run.output)
+            newest = files.find_newest(run.output) if config.TRAIN.AUTO_RESUME else None
+    newest = utils.broadcast(newest)
+    source, content = newest or config.MODEL.RESUME, None
+    if newest and config.MODEL.RESUME and newest.resolve() != Path(config.MODEL.RESUME).resolve():
+        logger.warning(
+            f"continuing from {newest}, the newest in the output folder, instead of {config.MODEL.RESUME}; "
+            "choose another --tag or set TRAIN.AUTO_RESUME False to prevent this"
+        )
+    with utils.raise_on_all_ranks():
+        if source:
+            auto = "TRAIN.AUTO_RESUME (choose another --tag to start a new run)"
+            with user_input(auto if newest else "MODEL.RESUME (--resume)"):
+                content = read_training_checkpoint(source, model, config)
+        elif config.MODEL.PRETRAINED:
+            load_weights(model, config, "PRETRAINED")
+        with user_input():
+            loaders = build_loaders(config)
+    soft_targets = loaders.mixup_fn is not None
+    steps = loaders.steps_per_epoch
+    state = build_train_state(config, model, run.precision, run.device, steps, soft_targets)
+    state.meter.count_replaced = lambda: loaders.train_dataset.undecodable
+    state.meter.reset()
+    if content is not None:
+        resume(state, content, str(source), samples_order(loaders))
+    state.position.order = samples_order(loaders)
+    best = 0.0
+    with utils.raise_on_all_ranks():
+        if utils.is_main_process():
+            best = prepare_folder(run, state, source, content)
+    checkpoints = Checkpoints(config, run.output, run.metrics, best)
+    checkpoints.start(state.position)
+    return state, loaders, checkpoints
+
+
+def samples_order(loaders: Loaders) -> str:
+    """What the order of the images in an epoch depends on; cached shards depend on the number of ranks."""
+    sampler = loaders.train_sampler
+    shards = f" in {utils.get_world_size()} shards" if isinstance(sampler, ShardSampler) else ""
+    return sampler.order + shards
+
+
+def resume(state: TrainState, content: dict[str, Any], source: str, order: str) -> None:
+    """Load a checkpoint, and find the position in this run's epochs.
+
+    Warns if the running epoch cannot be continued, or the number of updates in an epoch has changed.
+
+    Args:
+        state: to load into.
+        content: of the checkpoint.
+        source: its path.
+        order: see `samples_order`.
+
+    Raises:
+        UserError: the optimizer has other parameters.
+    """
+    state.load_state_dict(content, source)
+    position, config = state.position, state.config
+    if position.samples_seen and position.order != order:
+        logger.warning(
+            f"{source} was written inside an epoch of {position.order}, this run has {order}: epoch "
+            f"{position.epoch + 1} starts again from its beginning"
+        )
+        position.restart_epoch()
+        state.meter.reset()
+    batch = config.DATA.BATCH_SIZE * max(1, config.TRAIN.ACCUMULATION_STEPS) * utils.get_world_size()
+    updates = position.epoch * state.updates_per_epoch + -(-position.samples_seen // batch)
+    if position.updates != updates:
+        logger.warning(
+            f"{source} made {position.updates} updates in {position.epoch} epochs and "
+            f"{position.samples_seen} images, which are {updates} in this run (other data, batch size or "
+            "number of processes): it continues with the images that the epoch has not seen, but not bit for "
+            "bit"
+        )
+        position.updates = updates
+    state.scheduler.step_update(max(0, updates - 1))  # the rate of the last update
+    inside = f" and {position.samples_seen} images of the next one" if position.samples_seen else ""
+    logger.info(f"resumed {source}: {position.epoch} epochs{inside}, best {state.max_accuracy:.2f}%")
+
+
+def prepare_folder(run: Run, state: TrainState, source: Path | str, content: dict[str, Any] | None) -> float:
+    """Bring the files of the run's folder in line with where training starts; for the main rank.
+
+    Returns:
+        The accuracy (percent) of best.pth.
+
+    Raises:
+        UserError, OSError: a file cannot be read, moved or written.
+    """
+    record_config(run)
+    if content is not None and Path(source).resolve().parent == run.output.resolve():
+        position = content["position"]
+        if not run.config.TRAIN.AUTO_RESUME:  # back to an older checkpoint: the newer ones would win
+            files.set_aside(run.output, later_than=(position["epoch"], position["step"]))
+        run.metrics.truncate(content["metrics_size"])
+    else:
+        files.set_aside(run.output, later_than=None)
+        run.metrics.open()
+    with user_input():
+        best = files.best_accuracy(run.output)
+    if best < state.max_accuracy:
+        logger.warning(
+            f"{run.output / files.BEST_NAME} holds {best:.2f}%, not the best so far: it is written after the "
+            "next epoch that is better than what it holds"
+        )
+    return best
+
+
+def record_config(run: Run) -> None:
+    """Write the whole configuration to config.yaml, or leave the file as it was.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    path = run.output / "config.yaml"
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(run.config.dump(), encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: expected to write the configuration, got: {error.strerror}; make space, or choose "
+            "another --output"
+        ) from error
+
+
+def finish_epoch(run: Run, state: TrainState, loaders: Loaders, checkpoints: Checkpoints) -> None:
+    """Evaluate the model, record the epoch, and save the state if it is better than best.pth."""
+    meter, epoch = state.meter, state.position.epoch
+    result = evaluate(run, state.model, loaders.val_loader)
+    values = {"loss": meter.mean_loss, "acc1": result["acc1"], "acc5": result["acc5"]}
+    values |= {"val_loss": result["loss"]}
+    if state.ema is not None:
+        ema = evaluate(run, state.ema.module, loaders.val_loader)
+        values |= {"acc1_ema": ema["acc1"], "acc5_ema": ema["acc5"], "val_loss_ema": ema["loss"]}
+    accuracy = max(
+        values["acc1"], values.get("acc1_ema", 0.0)
+    )  # best.pth holds the weights and their average
+    state.max_accuracy, state.evaluated = max(accuracy, state.max_accuracy), True
+    if meter.replaced:
+        logger.warning(f"{meter.replaced} training images of this epoch did not decode, and were replaced")
+    minutes, left = meter.minutes, meter.minutes * (run.config.TRAIN.EPOCHS - epoch)
+    logger.info(f"epoch {epoch}: best {state.max_accuracy:.2f}%, {minutes:.1f} min, {left:.0f} to go")
+    values |= {"max_accuracy": state.max_accuracy, "minutes": minutes, "undecodable": meter.replaced}
+    run.metrics.write("epoch", epoch - 1, epoch=epoch - 1, **values)
+    meter.reset()
+    checkpoints.save_if_best(state, accuracy)
+
+
+def load_weights(model: FocalTransformer, config: Any, key: str) -> None:
+    """Load the weights of MODEL.RESUME or MODEL.PRETRAINED; with EVAL_EMA, their moving average.
+
+    Args:
+        model: to load into.
+        config: the whole configuration.
+        key: RESUME or PRETRAINED; in training, PRETRAINED fits weights of another image size, too.
+
+    Raises:
+        UserError: a file cannot be read or does not fit; the message begins with the option.
+    """
+    path, class_map = config.MODEL[key], None
+    if config.MODEL.HEAD_CLASS_MAP:
+        with user_input("MODEL.HEAD_CLASS_MAP"):
+            class_map = read_class_map(config.MODEL.HEAD_CLASS_MAP, config.MODEL.NUM_CLASSES)
+    with user_input(f"MODEL.{key} (--{key.lower()})"):
+        if config.EVAL_EMA:
+            load_ema(model, path)
+            return
+        resize = key == "PRETRAINED" and not config.EVAL_MODE
+        try:
+            load_checkpoint(model, path, config.MODEL.RESET_HEAD, resize, class_map)
+        except ValueError as error:
+            if config.EVAL_MODE or config.MODEL.RESET_HEAD or not fits_without_head(model, path, resize):
+                raise
+            hint = "For a new classifier add: --opts MODEL.RESET_HEAD True"
+            raise UserError(f"{error}\n  {hint}") from error
+
+
+def fits_without_head(model: FocalTransformer, path: str, resize: bool) -> bool:
+    """Whether MODEL.RESET_HEAD would make the weights fit. Loads them, so use it before an error only."""
+    try:
+        load_checkpoint(model, path, reset_head=True, resize=resize)
+    except ValueError:
+        return False
+    return True

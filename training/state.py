@@ -1,0 +1,281 @@
+"""The state of training, and the content of its checkpoints.
+
+A checkpoint holds plain data only (tensors, numbers, text, lists, dicts), so that it loads with
+`weights_only=True`. Random states are not in it: every step seeds the generators from its position
+(`utils.seed_everything`), and so do the samplers and Mixup. The learning rate follows from the number of
+updates. A checkpoint is written before its epoch is evaluated; `evaluated` says whether that has been done.
+"""
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.loss import SoftTargetCrossEntropy
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from yacs.config import CfgNode
+
+import utils
+from lr_scheduler import build_scheduler, scale_rates
+from models import read_checkpoint
+from models.checkpoint import check_state
+from optimizer import build_optimizer
+from training.meters import TrainMeter
+from utils import UserError, user_input
+
+CHECKPOINT_SCHEMA: dict[str, type | tuple[type, ...]] = {
+    "model": dict,
+    "optimizer": dict,
+    "scaler": dict,
+    "epoch": int,
+    "position": dict,
+    "meter": dict,
+    "max_accuracy": (int, float),
+    "evaluated": bool,
+    "metrics_size": int,
+    "config": str,
+}
+"""What every training checkpoint holds; one with TRAIN.EMA also has `model_ema`, and best.pth `accuracy`."""
+
+RECIPE = ("DATA.BATCH_SIZE", "DATA.IMG_SIZE", "MODEL.", "TRAIN.", "AUG.", "SEED")
+"""Options (or prefixes of options) that change the result of training."""
+
+NOT_RECIPE = (
+    *("MODEL.RESUME", "MODEL.PRETRAINED", "MODEL.RESET_HEAD", "MODEL.HEAD_CLASS_MAP"),
+    *("MODEL.ATTENTION_BACKEND", "MODEL.NAME", "TRAIN.AUTO_RESUME"),
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Position:
+    """How far training has come.
+
+    Attributes:
+        epoch: finished epochs.
+        step: finished batches per rank of the running epoch.
+        updates: optimizer updates since the beginning, skipped ones included.
+        samples_seen: images of the running epoch that all ranks together have seen.
+        order: what the order of the images depends on; `samples_seen` is valid for the same order only.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    updates: int = 0
+    samples_seen: int = 0
+    order: str = ""
+
+    def restart_epoch(self) -> None:
+        """Go back to the beginning of the running epoch."""
+        self.step = self.samples_seen = 0
+
+    def next_epoch(self, updates_per_epoch: int) -> None:
+        """Go to the beginning of the next epoch; `updates` counts whole epochs then."""
+        self.restart_epoch()
+        self.epoch += 1
+        self.updates = self.epoch * updates_per_epoch
+
+
+@dataclass
+class TrainState:
+    """Everything that changes in training.
+
+    Attributes:
+        model: the model itself, without DistributedDataParallel.
+        optimizer: of the model's parameters.
+        scaler: gradient scaler; enabled in fp16 only.
+        config: of the run.
+        ema: moving average of the model, if there is one.
+        ddp_model: what the forward pass calls: the model, or its DistributedDataParallel.
+        scheduler: of the learning rate, by number of updates.
+        criterion: loss of logits and targets.
+        updates_per_epoch: optimizer updates in a whole epoch.
+        meter: losses and norms of the running epoch.
+        position: how far training has come.
+        max_accuracy: best top-1 accuracy so far, in percent.
+        evaluated: whether the model was evaluated after the last finished epoch.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    config: CfgNode
+    ema: ModelEmaV3 | None = None
+    ddp_model: nn.Module | None = None
+    scheduler: Scheduler | None = None
+    criterion: nn.Module | None = None
+    updates_per_epoch: int = 0
+    meter: TrainMeter = field(default_factory=TrainMeter)
+    position: Position = field(default_factory=Position)
+    max_accuracy: float = 0.0
+    evaluated: bool = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """The content of a checkpoint, but for `metrics_size`. Tensors are not copied."""
+        content = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.position.epoch - 1,  # index of the last finished epoch, as in the original
+            "position": asdict(self.position),
+            "meter": self.meter.state_dict(),
+            "max_accuracy": self.max_accuracy,
+            "evaluated": self.evaluated,
+            "config": self.config.dump(),
+        }
+        if self.ema is not None:
+            average = self.ema.module.state_dict()
+            content["model_ema"] = {name: t for name, t in average.items() if t.is_floating_point()}
+        return content
+
+    def load_state_dict(self, content: dict[str, Any], origin: str) -> None:
+        """Load what `read_training_checkpoint` returned.
+
+        Args:
+            content: of the checkpoint.
+            origin: its path, for messages.
+
+        Raises:
+            UserError: the optimizer has other parameters.
+        """
+        self._load_optimizer(content["optimizer"], origin)
+        self.model.load_state_dict(content["model"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(content["model"] | content.get("model_ema", {}))
+            if "model_ema" not in content:
+                logger.warning(f"{origin} has no moving average (TRAIN.EMA); it starts from the weights")
+        if self.scaler.is_enabled() and content["scaler"]:
+            self.scaler.load_state_dict(content["scaler"])
+        self.position = Position(**content["position"])
+        self.max_accuracy, self.evaluated = float(content["max_accuracy"]), content["evaluated"]
+        self.meter.load_state_dict(content["meter"])
+
+    def _load_optimizer(self, saved: dict[str, Any], origin: str) -> None:
+        """Load the optimizer's moments; options such as the weight decay stay those of this run."""
+        groups, saved_groups = self.optimizer.param_groups, saved["param_groups"]
+        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved_groups]:
+            raise UserError(
+                f"{origin}: expected the optimizer state of this model, got other parameter groups; use the "
+                "same options (TRAIN.FREEZE_STAGES, TRAIN.LAYER_DECAY), or --pretrained to start from the "
+                "weights alone"
+            )
+        # The options of this run go in first: where torch puts the step counters depends on `fused`.
+        merged = [
+            old | {name: value for name, value in new.items() if name != "params"}
+            for old, new in zip(saved_groups, groups, strict=True)
+        ]
+        self.optimizer.load_state_dict({**saved, "param_groups": merged})
+
+
+def build_train_state(
+    config: CfgNode,
+    model: nn.Module,
+    precision: utils.Precision,
+    device: torch.device,
+    steps_per_epoch: int,
+    soft_targets: bool,
+) -> TrainState:
+    """Optimizer, schedule, loss and distributed wrapper of a model.
+
+    Args:
+        config: the whole configuration.
+        model: on its device.
+        precision: of the forward pass.
+        device: of this rank.
+        steps_per_epoch: batches per rank.
+        soft_targets: whether Mixup or CutMix makes the targets, label smoothing included.
+
+    Raises:
+        UserError: options of the optimizer that do not fit.
+    """
+    train = config.TRAIN
+    scaled = scale_rates(config, utils.get_world_size())
+    updates_per_epoch = math.ceil(steps_per_epoch / max(1, train.ACCUMULATION_STEPS))
+    with user_input():
+        optimizer = build_optimizer(scaled, model)
+        scheduler = build_scheduler(scaled, optimizer, updates_per_epoch)
+    hard = nn.CrossEntropyLoss(label_smoothing=config.MODEL.LABEL_SMOOTHING)
+    return TrainState(
+        model,
+        optimizer,
+        precision.scaler(device),
+        config,
+        ema=ModelEmaV3(model, train.EMA.DECAY, use_warmup=train.EMA.WARMUP) if train.EMA.ENABLED else None,
+        ddp_model=DistributedDataParallel(model, broadcast_buffers=False) if utils.in_group() else model,
+        scheduler=scheduler,
+        criterion=SoftTargetCrossEntropy() if soft_targets else hard,
+        updates_per_epoch=updates_per_epoch,
+        position=Position(train.START_EPOCH, updates=train.START_EPOCH * updates_per_epoch),
+    )
+
+
+def read_training_checkpoint(path: str | Path, model: nn.Module, config: CfgNode) -> dict[str, Any]:
+    """Read a checkpoint and compare it with the model and the configuration, which stay as they are.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a training checkpoint, or one of another model or optimizer.
+    """
+    content = read_checkpoint(path)
+    wrong = [name for name, kind in CHECKPOINT_SCHEMA.items() if not isinstance(content.get(name), kind)]
+    if not wrong and set(content["position"]) != {field.name for field in fields(Position)}:
+        wrong = ["position"]
+    if wrong:
+        raise UserError(
+            f"{path}: expected a training checkpoint of this project, got one without valid "
+            f"{', '.join(wrong)}; use --pretrained to start from its weights"
+        )
+    check_state(content["model"], model.state_dict(), str(path))
+    check_state(content["model"] | content.get("model_ema", {}), model.state_dict(), f"{path}, model_ema,")
+    _compare_config(content["config"], config, str(path))
+    return content
+
+
+def _compare_config(saved_text: str, config: CfgNode, origin: str) -> None:
+    """Warn about differences in the recipe; another optimizer is an error, its state does not fit."""
+    saved = dict(_flatten(CfgNode.load_cfg(saved_text)))
+    for key, value in _flatten(CfgNode.load_cfg(config.dump())):
+        old = saved.get(key, value)
+        if value == old:
+            continue
+        if key == "TRAIN.OPTIMIZER.NAME":
+            raise UserError(
+                f"{origin}: expected a checkpoint with {key} {value!r}, got one with {old!r}; set the option "
+                "to that, or use --pretrained to start from the weights alone"
+            )
+        if key.startswith(RECIPE) and key not in NOT_RECIPE:
+            logger.warning(f"{origin} was written with {key} {old!r}; this run continues with {value!r}")
+
+
+def _flatten(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All options as (dotted key, value)."""
+    for name, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def load_ema(model: nn.Module, path: str | Path) -> None:
+    """Load the moving average of a checkpoint into a model (EVAL_EMA).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the checkpoint has no moving average, or one of another model.
+    """
+    content = read_checkpoint(path)
+    if not isinstance(content.get("model_ema"), dict):
+        raise UserError(
+            f"{path}: expected a checkpoint with a moving average, got one without; train with "
+            "TRAIN.EMA.ENABLED True, or do not set EVAL_EMA"
+        )
+    weights = dict(content.get("model", {})) | content["model_ema"]
+    check_state(weights, model.state_dict(), str(path))
+    model.load_state_dict(weights)
