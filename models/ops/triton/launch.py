@@ -95,8 +95,8 @@ CONFIGS = {
     "cdna": CDNA,
     "rdna": RDNA,
 }
-"""By family of GPUs, then by pass, head width up to which it serves, and bytes of a number. Chosen by compiled
-figures: nothing should spill, and two blocks or more fit into a multiprocessor; not yet timed."""
+"""By family of GPUs, then by pass, head width up to which it serves, and bytes of a number. Chosen by what is
+compiled: nothing should spill, and two blocks or more fit into a multiprocessor; not yet timed."""
 
 
 def target_family(target: Any) -> str:
