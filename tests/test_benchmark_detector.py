@@ -71,20 +71,6 @@ def test_full_configs_are_the_same_detector_but_for_the_backbone() -> None:
     assert configs[0].model == configs[1].model
 
 
-def test_objects_lie_within_the_image() -> None:
-    batch = tool.make_batch(2, (64, 90))
-    for image, sample in zip(batch["inputs"], batch["data_samples"], strict=True):
-        assert image.shape == (3, 64, 90) and image.dtype == torch.uint8
-        truth = sample.gt_instances
-        assert len(truth) == tool.OBJECTS and truth.bboxes.min() >= 0
-        assert truth.bboxes[:, 2].max() <= 90 and truth.bboxes[:, 3].max() <= 64
-        for box, mask in zip(truth.bboxes, truth.masks.masks, strict=True):
-            rows, columns = mask.nonzero()
-            assert len(rows) > 0
-            assert box[0] <= columns.min() and columns.max() <= box[2]
-            assert box[1] <= rows.min() and rows.max() <= box[3]
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [(["--rounds", "0"], "--rounds: expected 1 or more"), (["--size", "8", "99"], "32 pixels or more")],

@@ -223,7 +223,7 @@ def test_a_file_that_reads_differently_is_not_kept(suffix, tmp_path, monkeypatch
 
     monkeypatch.setitem(convert_checkpoint.WRITERS, suffix, careless)
     assert convert_checkpoint.main([str(OFFICIAL[0]), str(tmp_path / f"out{suffix}")]) == 1
-    assert "reads differently in 1 tensors, such as norm.bias" in capsys.readouterr().err
+    assert "got differences in 1 tensors, such as norm.bias" in capsys.readouterr().err
     assert [*tmp_path.iterdir()] == []
 
 

@@ -1,4 +1,4 @@
-"""tools/plot_run.py: what it reads, what it skips, and that a picture comes out."""
+"""tools/plot_run.py: what it reads and skips, and that it draws a picture."""
 
 import json
 import logging

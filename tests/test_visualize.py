@@ -1,4 +1,4 @@
-"""tools/visualize.py and its parts: weights are the layers' own, maps say what they are said to."""
+"""tools/visualize.py and tools/figures: weights reproduce the layers' output, maps show the right tokens."""
 
 from collections.abc import Iterator
 from itertools import product

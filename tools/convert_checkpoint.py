@@ -98,7 +98,8 @@ def convert(source: Path, target: Path, key: str = "", force: bool = False) -> d
 
 def check_same(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], origin: str) -> None:
     """Raise ValueError unless two state dicts agree in names, types, shapes and every bit."""
-    differ = [key for key in expected.keys() | found.keys() if not _same(expected.get(key), found.get(key))]
+    keys = expected.keys() | found.keys()
+    differ = [key for key in keys if not same_bits(expected.get(key), found.get(key))]
     if differ:
         raise ValueError(
             f"{origin}: expected to read what was written, got differences in {len(differ)} tensors, such as "
@@ -106,10 +107,11 @@ def check_same(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], orig
         )
 
 
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
+def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether both are tensors of the same type, shape and bits; nan equals itself."""
     if a is None or b is None or a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(*(x.contiguous().flatten().view(torch.uint8) for x in (a, b)))  # nan equals itself
+    return torch.equal(*(x.contiguous().flatten().view(torch.uint8) for x in (a, b)))
 
 
 def main(arguments: list[str] | None = None) -> int:

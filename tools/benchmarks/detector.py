@@ -14,7 +14,6 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -26,7 +25,6 @@ from .common import DTYPES
 from .entries import attention_backends
 
 if TYPE_CHECKING:
-    from mmdet.structures import DetDataSample
     from mmengine.config import Config
 
 BASELINE = "Swin-T"
@@ -39,7 +37,6 @@ ROUND_SECONDS = {"cpu": 0.0, "cuda": 2.0}
 WARM_UP_STEPS = {"cpu": 1, "cuda": 5}
 CLASSES = 80
 OBJECTS = 7  # of an image, as in COCO on average
-PIXEL_VALUES = 256
 COLUMNS = ("backbone", "params M", "attention", "img/s", f"vs {BASELINE}", "lower", "upper", "peak MiB")
 
 
@@ -115,45 +112,16 @@ def silence_mmengine() -> None:
 
 
 def make_batch(images: int, size: tuple[int, int]) -> dict[str, list[Any]]:
-    """Images of noise (3, H, W) and samples with boxes and elliptic masks, as a data loader returns them.
+    """Images of noise (3, H, W) and samples with random objects, as a data loader returns them.
 
     Args:
         images: how many.
         size: height and width in pixels.
     """
-    generator = torch.Generator().manual_seed(0)
-    shape = (images, 3, *size)
-    noise = torch.randint(PIXEL_VALUES, shape, generator=generator, dtype=torch.uint8)
-    return {"inputs": [*noise], "data_samples": [make_sample(size, generator) for _ in range(images)]}
-
-
-def make_sample(size: tuple[int, int], generator: torch.Generator) -> "DetDataSample":
-    """Objects of an image, with sides of an eighth to three eighths of its own."""
     import_mmengine()
-    from mmdet.structures import DetDataSample
-    from mmdet.structures.mask import BitmapMasks
-    from mmengine.structures import InstanceData
+    from mmdet.testing import demo_mm_inputs
 
-    height, width = size
-    sides = torch.tensor([width, height])
-    start, extent = torch.rand(2, OBJECTS, 2, generator=generator)
-    start, extent = start * 0.6 * sides, (extent + 0.5) / 4 * sides
-    boxes = torch.cat([start, start + extent], dim=1)  # OBJECTS, 4
-    rows, columns = np.mgrid[:height, :width]
-    centres, radii = (start + extent / 2).numpy(), (extent / 2).numpy()
-    masks = [
-        ((columns - x) / rx) ** 2 + ((rows - y) / ry) ** 2 <= 1
-        for (x, y), (rx, ry) in zip(centres, radii, strict=True)
-    ]
-    sizes = dict.fromkeys(("img_shape", "ori_shape", "pad_shape"), size)
-    return DetDataSample(
-        gt_instances=InstanceData(
-            bboxes=boxes,
-            labels=torch.randint(CLASSES, (OBJECTS,), generator=generator),
-            masks=BitmapMasks(np.stack(masks).astype(np.uint8), height, width),
-        ),
-        metainfo={**sizes, "scale_factor": (1.0, 1.0)},
-    )
+    return demo_mm_inputs(images, (3, *size), [OBJECTS] * images, num_classes=CLASSES, with_mask=True)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -22,6 +22,7 @@ import torch
 
 from data.demo import DemoOptions, write_demo
 from models import read_checkpoint
+from tools.convert_checkpoint import same_bits
 
 REPO = Path(__file__).resolve().parents[2]
 STEP_LINE = re.compile(rb"epoch (\d+)/(\d+) step (\d+)/(\d+) ")
@@ -251,7 +252,7 @@ def compare(run: TrainingRun, reference: TrainingRun) -> str:
         ours, theirs = (dict(tensors(read_checkpoint(path))) for path in paths)
         count += len(theirs)
         for key in sorted(ours.keys() | theirs.keys()):
-            if key not in ours or key not in theirs or not same_bits(ours[key], theirs[key]):
+            if not same_bits(ours.get(key), theirs.get(key)):
                 differences.append(f"{name}{key}")
     our_metrics, their_metrics = metrics(run), metrics(reference)
     if len(our_metrics) != len(their_metrics):
@@ -273,13 +274,6 @@ def tensors(tree: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
         for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
             if "seconds" not in str(key):
                 yield from tensors(value, f"{path}/{key}")
-
-
-def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Whether two tensors have the same type, shape and bits."""
-    if left.dtype != right.dtype or left.shape != right.shape:
-        return False
-    return torch.equal(*(x.reshape(-1).contiguous().view(torch.uint8) for x in (left, right)))
 
 
 def metrics(run: TrainingRun) -> list[dict[str, Any]]:
