@@ -69,10 +69,6 @@ class Loaders:
             self.mixup_fn.set_position(epoch, self.train_sampler.start_step)
         return self.train_sampler.start_step
 
-    def go_on(self, epoch: int, dealt: Any) -> int:
-        """`resume_at`, for the callers that still count by numbers of processes."""
-        return self.resume_at(epoch, sum(images for _, images in dealt))
-
     @property
     def steps_per_epoch(self) -> int:
         """Batches per process in a whole epoch, whatever step it was resumed at; 0 in EVAL_MODE."""

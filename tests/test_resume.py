@@ -15,7 +15,6 @@ from conftest import NANO
 from test_main import command, folder_of
 
 import main
-from data import ShardSampler, TrainSampler
 from training import run as training_run
 from training.checkpoints import Checkpoints
 from training.preemption import EXIT_STOPPED
@@ -188,31 +187,6 @@ def test_going_back_and_starting_elsewhere(
     accuracy = torch.load(new / "best.pth", weights_only=True)["accuracy"]
     said = f"best.pth ends without the best weights: 100.50% was reached, it holds {accuracy:.2f}%"
     assert said in (new / "log_rank0.txt").read_text()
-
-
-# --- Which images an epoch continues with -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", [TrainSampler, ShardSampler])
-def test_an_epoch_continues_after_the_images_that_were_seen(kind: type[TrainSampler]) -> None:
-    whole, part = kind(50, 4, 1, 2, seed=0), kind(50, 4, 1, 2, seed=0)
-    whole.set_epoch(3)
-    part.go_on(3, [(2, 16)])
-    assert list(part) == list(whole)[8:]
-    assert part.start_step == 2
-
-
-def test_another_number_of_processes_continues_with_the_unseen_images() -> None:
-    """2 processes, then 3, then 1 with another batch size: no image twice, few left out."""
-    seen: list[int] = []
-    for processes, batch_size, steps in ((2, 5, 3), (3, 4, 2), (1, 6, None)):
-        before = len(seen)
-        for rank in range(processes):
-            sampler = TrainSampler(101, batch_size, rank, processes, seed=3)
-            sampler.go_on(7, [(processes, before)])
-            mine = [index for _, index in sampler]
-            seen += mine[: (steps or len(mine)) * batch_size]
-    assert len(seen) == len(set(seen)) == 30 + 24 + 42
 
 
 # --- Several processes --------------------------------------------------------------------------------------

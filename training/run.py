@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import utils
-from data import Loaders, ShardSampler, build_loaders
+from data import Loaders, build_loaders
 from models import FocalTransformer, load_checkpoint
 from models.checkpoint import read_class_map
 from training import checkpoints as files
@@ -33,8 +33,7 @@ def train(run: Run, model: FocalTransformer) -> None:
             if not state.evaluated:
                 finish_epoch(run, state, loaders, checkpoints)
             while position.epoch < run.config.TRAIN.EPOCHS:
-                seen = [(utils.get_world_size(), position.samples_seen)]
-                position.step = loaders.go_on(position.epoch, seen)
+                position.step = loaders.resume_at(position.epoch, position.samples_seen)
                 train_one_epoch(run, state, loaders.train_loader, loaders.mixup_fn, checkpoints.after_update)
                 state.meter.gather()
                 position.next_epoch(state.updates_per_epoch)
@@ -92,8 +91,8 @@ def setup(run: Run, model: FocalTransformer) -> tuple[TrainState, Loaders, Check
     state.meter.count_replaced = lambda: loaders.train_dataset.undecodable
     state.meter.reset()
     if content is not None:
-        resume(state, content, str(source), samples_order(loaders))
-    state.position.order = samples_order(loaders)
+        resume(state, content, str(source), loaders.train_sampler.order)
+    state.position.order = loaders.train_sampler.order
     best = 0.0
     with utils.raise_on_all_ranks():
         if utils.is_main_process():
@@ -101,13 +100,6 @@ def setup(run: Run, model: FocalTransformer) -> tuple[TrainState, Loaders, Check
     checkpoints = Checkpoints(config, run.output, run.metrics, best)
     checkpoints.start(state.position)
     return state, loaders, checkpoints
-
-
-def samples_order(loaders: Loaders) -> str:
-    """What the order of the images in an epoch depends on; cached shards depend on the number of ranks."""
-    sampler = loaders.train_sampler
-    shards = f" in {utils.get_world_size()} shards" if isinstance(sampler, ShardSampler) else ""
-    return sampler.order + shards
 
 
 def resume(state: TrainState, content: dict[str, Any], source: str, order: str) -> None:
@@ -119,7 +111,7 @@ def resume(state: TrainState, content: dict[str, Any], source: str, order: str) 
         state: to load into.
         content: of the checkpoint.
         source: its path.
-        order: see `samples_order`.
+        order: of this run's training samples, see `TrainSampler.order`.
 
     Raises:
         UserError: the optimizer has other parameters.
