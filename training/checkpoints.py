@@ -382,9 +382,7 @@ class Checkpoints:
         every, minutes = self.config.SAVE_STEPS, self.config.SAVE_MINUTES
         is_late = minutes > 0 and time.monotonic() - self._timer_start >= 60 * minutes
         if is_late:
-            self._timer_start = (
-                time.monotonic()
-            )  # asks once: with several ranks the flag returns a step later
+            self._timer_start = time.monotonic()  # request once: the flag may return a step later
         flags = self.flags.sync(save=is_late and utils.is_main_process(), fail=bool(self.writer.failure))
         if flags.fail:
             self._raise(self.writer.failure)
