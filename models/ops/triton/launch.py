@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from .kernels import INTERPRETED, forward_kernel, key_gradient_kernel, query_gradient_kernel
@@ -66,7 +65,7 @@ HOPPER = AMPERE | {
     ("forward", 32, 2): Config(4, 1, 64, 64, 224),
     ("forward", 64, 2): Config(4, 2, 64, 64, 128),
     ("query_gradient", 32, 2): Config(4, 2, 64, 32, 224),
-    ("query_gradient", 64, 2): Config(4, 2, 64, 32, 128),
+    ("query_gradient", 64, 2): Config(4, 1, 64, 32, 128),
     ("key_gradient", 32, 2): Config(4, 2, 64, BLOCK_KEYS),
     ("key_gradient", 64, 2): Config(4, 2, 64, BLOCK_KEYS),
 }
@@ -95,8 +94,8 @@ CONFIGS = {
     "cdna": CDNA,
     "rdna": RDNA,
 }
-"""By family of GPUs, then by pass, head width up to which it serves, and bytes of a number. Chosen by what is
-compiled: nothing should spill, and two blocks or more fit into a multiprocessor; not yet timed."""
+"""By family of GPUs, then by pass, head width up to which it serves, and bytes of a number. Chosen by what
+compilers report: nothing should spill, and two blocks or more fit into a multiprocessor. Not yet timed."""
 
 
 def target_family(target: Any) -> str:
@@ -104,9 +103,11 @@ def target_family(target: Any) -> str:
     newest consumer GPUs are, which is the safest.
 
     Raises:
-        ValueError: the GPU is too old.
+        ValueError: the GPU has no tensor cores for these kernels.
     """
     if target.backend == "hip":
+        if target.arch.startswith(("gfx90", "gfx10")) and target.arch not in ("gfx908", "gfx90a"):
+            raise ValueError(f"needs a GPU with matrix cores (CDNA, RDNA 3 or later), got {target.arch}")
         return "rdna" if target.warp_size == 32 else "cdna"
     if target.arch < 80:
         raise ValueError("needs a GPU of compute capability 8.0 or later")
@@ -120,8 +121,10 @@ def device_family(device: torch.device) -> str:
     """`target_family` of a GPU; in the interpreter Hopper's."""
     if INTERPRETED:
         return "hopper"
+    from triton.runtime import driver
+
     with _on_device(device):
-        return target_family(triton.runtime.driver.active.get_current_target())
+        return target_family(driver.active.get_current_target())
 
 
 def why_not(device: torch.device) -> str | None:
