@@ -969,9 +969,12 @@ def make_attention(
     single = min(map_size) <= window
     pools = options["focal_pool"] != "none" and stage in options["focal_stages"]
     rings = not single and levels > 0 and block % 2 not in RINGLESS[options["expand_layer"]]
-    family: dict[str, Any] = {"expand_size": options["expand_sizes"][stage] if rings else 0}
+    family: dict[str, Any]
     if options["kind"] == "focalv2":
         family = {"topk": options["focal_topk"], "train_resolution": map_size}
+    else:
+        expand = options["expand_sizes"][stage] if rings else 0
+        family = {"expand_size": expand, "focal_window": options["focal_windows"][stage]}
     window, pooled_levels = min(window, *map_size), max(levels - 1, 0) if pools else 0
     if window < 2 ** max(pooled_levels - 1, 0):
         cells = f"a window of {window} cannot be divided into {2 ** (pooled_levels - 1)} cells a side"
@@ -980,7 +983,6 @@ def make_attention(
         options["embed_dim"] * 2**stage,
         options["num_heads"][stage],
         window,
-        focal_window=options["focal_windows"][stage],
         pool=options["focal_pool"] if pools else "none",
         pooled_levels=pooled_levels,
         shift_size=window // 2 if options["use_shift"] and not single and block % 2 == 1 else 0,
@@ -1055,7 +1057,8 @@ def check_options(options: Mapping[str, Any]) -> None:
         ("attention_backend", ["auto", *BACKENDS]),
     ):
         checks.append((key, options[key] in names, f"one of {', '.join(names)}"))
-    for key in ("num_heads", "focal_levels", "focal_windows", "expand_sizes"):
+    ring_options = () if options["kind"] == "focalv2" else ("focal_windows", "expand_sizes")
+    for key in ("num_heads", "focal_levels", *ring_options):
         checks.append((key, len(options[key]) == stages, f"one entry for each of the {stages} depths"))
     for key in ("patch_size", "in_chans", "embed_dim", "window_size", "focal_topk"):
         checks.append((key, options[key] >= 1, "at least 1"))
@@ -1071,7 +1074,7 @@ def check_options(options: Mapping[str, Any]) -> None:
 def _stage_problems(options: Mapping[str, Any], stage: int) -> list[str]:
     """What is wrong in one stage."""
     dim, heads, window = options["embed_dim"] * 2**stage, options["num_heads"][stage], options["window_size"]
-    levels, focal_window = options["focal_levels"][stage], options["focal_windows"][stage]
+    levels = options["focal_levels"][stage]
     pools = levels > 1 and options["focal_pool"] != "none" and stage in options["focal_stages"]
     checks = [(heads >= 1 and dim % heads == 0, f"num_heads must divide the {dim} channels, got {heads}")]
     if options["kind"] == "focalv2":
@@ -1079,7 +1082,7 @@ def _stage_problems(options: Mapping[str, Any], stage: int) -> list[str]:
         checks.append((levels in (1, 2), f"Focal-fast has focal_levels 1 or 2, got {levels}"))
         checks.append((levels != 2 or pools, need))
     else:
-        expand = options["expand_sizes"][stage]
+        expand, focal_window = options["expand_sizes"][stage], options["focal_windows"][stage]
         fits = f"expand_sizes must lie between 0 and the window size {window}, got {expand}"
         checks.append((levels in (0, 1, 2, 3), f"focal_levels must be 0 to 3, got {levels}"))
         checks.append((0 <= expand <= window, fits))
