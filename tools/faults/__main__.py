@@ -140,7 +140,7 @@ def hang(run: TrainingRun, step: int, rng: random.Random) -> str:
     send(signal.SIGSTOP, stopped)
     began = time.monotonic()
     try:
-        run.until(lambda: "DIST_TIMEOUT_MINUTES)" in run.text(), "a message")
+        run.until(lambda: "did not answer for DIST_TIMEOUT_MINUTES" in run.text(), "a message")
         seconds, code = time.monotonic() - began, run.wait()
     finally:
         send(signal.SIGKILL, stopped)
