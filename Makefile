@@ -30,7 +30,7 @@ SEGMENTATION_CONFIG = segmentation/configs/demo_upernet.py
 SEGMENTATION_LEAST = 50
 
 .PHONY: help setup setup-openmmlab setup-detection setup-segmentation demo demo-detection demo-segmentation test \
-	gpu-report clean distclean
+	test-fast gpu-report clean distclean
 
 help:
 	@echo 'make setup      create .venv with what the code needs (PYTHON=... names another interpreter)'
@@ -39,6 +39,7 @@ help:
 	@echo 'make demo-detection    train Mask R-CNN on scenes of digits, evaluate it, draw what it finds'
 	@echo 'make demo-segmentation   train UPerNet on such scenes, evaluate it, colour what it finds'
 	@echo 'make test       ruff, mypy and pytest'
+	@echo 'make test-fast  the tests of the network, options and data, and a small run, in two minutes'
 	@echo 'make gpu-report check and time the kernels and the models on a GPU, into tools/results (GPU_MINUTES=12)'
 	@echo 'make clean      remove the demo and caches; output/ stays'
 	@echo 'make distclean  remove .venv as well'
@@ -156,6 +157,12 @@ test: $(SETUP) $(SETUP_OPENMMLAB)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_PROCESSES) --maxprocesses 8 --dist loadfile
+
+# what an edit of the network, the options or the data is likely to break, in two minutes
+FAST_TESTS = models ops config optimizer data checkpoint golden main
+test-fast: $(SETUP)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_PROCESSES) --maxprocesses 8 --dist loadfile \
+		$(FAST_TESTS:%=tests/test_%.py) -k 'not _small_ and not _base_'
 
 gpu-report: $(SETUP)
 	$(RUN) -m tools.benchmarks.gpu_report --minutes $(GPU_MINUTES)
