@@ -59,7 +59,7 @@ def test_in_interpreter() -> None:
 
 def case(dtype: torch.dtype = torch.float32, **changes: Any) -> trial.Case:
     exact = dtype == torch.float32
-    request = Request("auto", CPU, dtype, 2, 16, True)
+    request = Request("triton", CPU, dtype, 2, 16, True)
     return trial.Case(request, 4, 20, 12, False, False, exact)._replace(**changes)
 
 

@@ -44,6 +44,7 @@ def case_of(index: AttentionIndex, tables: TritonTables, request: Request) -> Ca
     by_window = len(index.keys) > 1 and (by_query or len(index.bias_index[0]) > 1)
     exact = request.dtype == torch.float32 and not launch.tf32_allowed()
     count = tables.merged.keys.shape[1]
+    request = request._replace(backend="triton")  # the same case, whoever asked for it
     return Case(request, index.window, count, tables.always_seen, by_query, by_window, exact)
 
 
