@@ -584,7 +584,7 @@ class FocalFastAttention(FocalAttention):
                 raise ValueError(f"{found}: the checkpoint was made for another map size, or is damaged")
 
     @torch.compiler.assume_constant_result
-    def read_choice(self, _: Any = None) -> None:
+    def read_choice(self, loaded: Any = None) -> None:
         """Follow the stored keys after they were loaded, moved or written to; a compiled model does when it
         is compiled and when a state dict is loaded."""
         choice = self.choice()
@@ -593,7 +593,7 @@ class FocalFastAttention(FocalAttention):
         ):
             return
         versions = tuple((x.data_ptr(), None if x.is_inference() else x._version) for x in choice)
-        if versions != self.stored_versions:
+        if loaded is not None or versions != self.stored_versions:  # inference tensors have no version
             self.check_choice(choice)
             self.stored = tuple(level.long().cpu().numpy().tobytes() for level in choice)
             self.stored_versions = versions

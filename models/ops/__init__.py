@@ -54,7 +54,8 @@ def agree_on_backends(
     for rank, (_, text) in enumerate(answers):
         if text:
             raise ValueError(f"process {rank}: {text}") from failure
-    different = [rank for rank, (others, _) in enumerate(answers) if others != answers[0][0]]
+    chosen = [[name.partition(" ")[0] for name in stages] for stages, _ in answers]  # reasons name devices
+    different = [rank for rank, stages in enumerate(chosen) if stages != chosen[0]]
     if not different:
         return names
     logger.warning(
