@@ -267,7 +267,11 @@ def make_index(
         )
     seen = None if visible is None or visible.all() else torch.tensor(visible, device=device)
     groups = tuple(tuple(torch.tensor(array, device=device) for array in group) for group in bias_index)
-    return choose_backend(AttentionIndex(*sizes, torch.tensor(keys, device=device), seen, groups), request)
+    index = AttentionIndex(*sizes, torch.tensor(keys, device=device), seen, groups)
+    index = choose_backend(index, request)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # other streams may use it next
+    return index
 
 
 # --- The operator that computes attention -------------------------------------------------------------------
@@ -949,14 +953,14 @@ class FocalTransformer(nn.Module):
         return {name for name, _ in self.named_parameters() if any(word in name for word in keywords)}
 
     def attention_backends(self, dtype: torch.dtype = torch.float32) -> list[str]:
-        """Attention operator of each stage at `img_size`, for activations of `dtype` where the model is; if
+        """Attention operator of each block at `img_size`, for activations of `dtype` where the model is; if
         `auto` can only take the plain one, with the reason."""
         size, found = self.train_resolution, []
         like = torch.empty(0, dtype=dtype, device=next(self.parameters()).device)
         for stage in self.stages:
-            layer = next(m for m in stage.modules() if isinstance(m, FocalAttention))
-            index = layer.index(*size, like)
-            found.append(f"{index.backend} ({index.why_plain})" if index.why_plain else index.backend)
+            for layer in (m for m in stage.modules() if isinstance(m, FocalAttention)):
+                index = layer.index(*size, like)
+                found.append(f"{index.backend} ({index.why_plain})" if index.why_plain else index.backend)
             size = size if stage.downsample is None else stage.downsample.output_size(*size)
         return found
 
@@ -1038,9 +1042,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     """Raise ValueError for options that contradict each other, with every problem."""
     stages, size, least = len(options["depths"]), options["img_size"], smallest_side(options)
     sides = (size, size) if isinstance(size, int) else tuple(size)
-    unknown = [
-        stage for stage in options["focal_stages"] if not 0 <= stage < max(stages, 4)
-    ]  # 4: the default
+    unknown = set(options["focal_stages"]) - {*range(max(stages, 4))}  # 4: the default
     conv = options["use_conv_embed"]
     checks = [
         ("img_size", len(sides) == 2 and min(sides) >= least, f"a side or two of at least {least} pixels"),

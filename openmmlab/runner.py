@@ -219,7 +219,7 @@ def agree_on_attention(runner: "Runner", dtype: torch.dtype) -> None:
     model = getattr(runner.model, "module", runner.model)  # of a wrapper for several processes, or of --tta
     backbone = getattr(getattr(model, "module", model), "backbone", None)
     if isinstance(backbone, FocalTransformer):
-        runner.logger.info(f"attention of the stages: {', '.join(agree_on_backends(backbone, dtype))}")
+        runner.logger.info(f"attention: {' and '.join(dict.fromkeys(agree_on_backends(backbone, dtype)))}")
 
 
 def load_all_weights(runner: "Runner", checkpoint: str) -> None:

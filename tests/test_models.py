@@ -78,7 +78,7 @@ def test_any_size_trains_and_evaluates_and_operators_agree(variant, size) -> Non
     results = []
     for backend in ("plain", "cpu"):
         model = build(**VARIANTS[variant], attention_backend=backend).double().train()
-        assert model.attention_backends(torch.float64) == [backend] * 4
+        assert set(model.attention_backends(torch.float64)) == {backend}
         x = image(*size).double().requires_grad_()
         logits = model(x)
         logits.square().sum().backward()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import json
 import logging
 import os
 import subprocess
@@ -254,42 +255,68 @@ def test_a_trial_is_made_once_and_leaves_random_numbers_alone(monkeypatch: pytes
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+@compiled
+def test_memory_that_is_full_now_may_be_free_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then nothing is known about the kernels, and nothing is remembered."""
+    outcomes = iter([torch.OutOfMemoryError("full"), torch.OutOfMemoryError("full"), 0.0])
+
+    def largest_error(_: trial.Case) -> float:
+        if isinstance(outcome := next(outcomes), Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(trial, "largest_error", largest_error)
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            trial.problem(case(window=6))
+    assert trial.problem(case(window=6)) is None
+
+
 # --- Several processes --------------------------------------------------------------------------------------
 
 AGREE = """
-import pathlib, sys, torch, torch.distributed as dist
+import json, pathlib, sys, torch, torch.distributed as dist
 from models import FocalTransformer, agree_on_backends
 from models.focal_transformer import BACKENDS, Backend, Unsupported
 
-def prepare(index, request):
+def newest(index, request):
     if dist.get_rank() == 1:
         raise Unsupported("no C compiler here")
 
-BACKENDS["newest"] = Backend(prepare, BACKENDS["plain"].attend)
+def full(index, request):
+    if request.backend == "auto":
+        raise Unsupported("full")
+    if dist.get_rank() == 1:
+        raise MemoryError("full")
+
+plain = BACKENDS["plain"].attend
+BACKENDS.update(full=Backend(full, plain), newest=Backend(newest, plain))
 dist.init_process_group("gloo")
-model = FocalTransformer(depths=(1, 1), num_heads=(1, 1), embed_dim=8, focal_levels=(1, 1),
-                         focal_windows=(1, 1), expand_sizes=(1, 1), attention_backend=sys.argv[1])
-try:
-    answer = str(agree_on_backends(model, torch.float32))
-except ValueError as error:
-    answer = str(error)
-pathlib.Path(f"{sys.argv[0]}.{dist.get_rank()}").write_text(answer)
+answers = {}
+for backend in ("auto", "newest", "full", "cpu"):
+    model = FocalTransformer(depths=(1, 1), num_heads=(1, 1), embed_dim=8, focal_levels=(1, 1),
+                             focal_windows=(1, 1), expand_sizes=(1, 1), attention_backend=backend)
+    try:
+        answers[backend] = agree_on_backends(model, torch.float32)
+    except Exception as error:
+        answers[backend] = f"{type(error).__name__}: {error}"
+pathlib.Path(f"{sys.argv[0]}.{dist.get_rank()}").write_text(json.dumps(answers))
 dist.destroy_process_group()
 """
 
 
 @compiled
-@pytest.mark.parametrize("backend", ["auto", "newest", "cpu"])
-def test_processes_agree(backend: str, tmp_path: Path) -> None:
-    """Where one of them cannot use an operator none does; a named one is an error in all."""
+def test_processes_agree(tmp_path: Path) -> None:
+    """Where one of them cannot use an operator none does; a named one is an error in all, and so is whatever
+    else happens in one of them."""
     script = tmp_path / "agree.py"
     script.write_text(AGREE)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"PYTHONPATH": str(REPO)}
-    command = [*launcher, str(script), backend]
-    subprocess.run(command, env=environment, capture_output=True, check=True)
-    answers = [tmp_path.joinpath(f"agree.py.{rank}").read_text() for rank in (0, 1)]
-    if backend == "newest":
-        assert all(a.startswith("process 1: attention_backend newest: no C compiler here") for a in answers)
-    else:
-        assert answers == [str(["plain" if backend == "auto" else backend] * 2)] * 2
+    subprocess.run([*launcher, str(script)], env=environment, capture_output=True, check=True)
+    first, second = (json.loads(tmp_path.joinpath(f"agree.py.{rank}").read_text()) for rank in (0, 1))
+    assert first["auto"] == second["auto"] == ["plain"] * 2
+    assert first["cpu"] == second["cpu"] == ["cpu"] * 2
+    expected = "ValueError: process 1: attention_backend newest: no C compiler here"
+    assert all(answers["newest"].startswith(expected) for answers in (first, second))
+    assert (first["full"], second["full"]) == ("RuntimeError: process 1: full", "MemoryError: full")

@@ -18,8 +18,8 @@ REPEAT_SECONDS = {"cuda": 1.0, "cpu": 0.5}  # target; a repeat has at least one 
 
 
 def unique_backends(backends: list[str]) -> str:
-    """The attention backends of all stages for a message: one name if they are the same."""
-    return backends[0] if len(set(backends)) == 1 else "/".join(backends)
+    """The attention backends of all blocks for a message: each one once."""
+    return " and ".join(dict.fromkeys(backends))
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Throughput:
     image_size: tuple[int, int]
     peak_memory_mb: float
     precision: str
-    backends: list[str]  # attention backend per stage
+    backends: list[str]  # attention backend per block
     device: str
     torch: str
 
@@ -57,7 +57,7 @@ def measure_throughput(
         model: on the device of ``images``.
         images: [B, C, H, W]; each step runs this batch.
         precision: of the forward pass.
-        backends: attention backend per stage, for the report.
+        backends: attention backend per block, for the report.
     """
     device = images.device
     is_cuda = device.type == "cuda"

@@ -7,6 +7,7 @@ as in `focal_transformer`.
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import distributed as dist
@@ -40,22 +41,29 @@ def agree_on_backends(
 
     Raises:
         ValueError: a named operator cannot run in one of the processes.
+        RuntimeError: another process failed in another way. The one that did raises its own error.
     """
+    names: list[str] = []
+    failure: Exception | None = None
     try:
-        names, failure = model.attention_backends(dtype), None
-    except ValueError as error:
-        names, failure = [], error
+        names = model.attention_backends(dtype)
+    except Exception as error:  # the other processes wait for an answer
+        failure = error
     if not dist.is_available() or not dist.is_initialized():
         if failure:
             raise failure
         return names
-    answers: list[tuple[list[str], str]] = [([], "")] * dist.get_world_size(group)
-    dist.all_gather_object(answers, (names, str(failure or "")), group=group)
-    for rank, (_, text) in enumerate(answers):
-        if text:
-            raise ValueError(f"process {rank}: {text}") from failure
-    chosen = [[name.partition(" ")[0] for name in stages] for stages, _ in answers]  # reasons name devices
-    different = [rank for rank, stages in enumerate(chosen) if stages != chosen[0]]
+    failed = None if failure is None else (isinstance(failure, ValueError), str(failure))
+    answers: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(answers, (names, failed), group=group)
+    if failure and not isinstance(failure, ValueError):
+        raise failure
+    for rank, (_, failed) in enumerate(answers):
+        if failed:
+            kind = ValueError if failed[0] else RuntimeError
+            raise kind(f"process {rank}: {failed[1]}") from failure
+    chosen = [[name.partition(" ")[0] for name in found] for found, _ in answers]  # reasons name devices
+    different = [rank for rank, found in enumerate(chosen) if found != chosen[0]]
     if not different:
         return names
     logger.warning(

@@ -160,7 +160,7 @@ def costs(entry: Entry, resolution: int) -> tuple[int | None, int | None]:
 
 
 def attention_backends(model: nn.Module, dtype: torch.dtype) -> str | None:
-    """The attention backend of each stage, one name if all are the same; None for models of others.
+    """The attention backends of a model, each one once; None for models of others.
 
     Args:
         model: on its device.
@@ -169,5 +169,4 @@ def attention_backends(model: nn.Module, dtype: torch.dtype) -> str | None:
     list_them: Callable[[torch.dtype], list[str]] | None = getattr(model, "attention_backends", None)
     if list_them is None:
         return None
-    names = list_them(dtype)
-    return names[0] if len(set(names)) == 1 else "/".join(names)
+    return " and ".join(dict.fromkeys(list_them(dtype)))

@@ -130,6 +130,7 @@ class StubDriver:
             (torch.cuda, "get_device_capability", lambda device=None: self.card.capability),
             (torch.cuda, "get_device_name", lambda device=None: self.card_name),
             (torch.cuda, "is_current_stream_capturing", lambda: False),
+            (torch.cuda, "current_stream", lambda device=None: SimpleNamespace(synchronize=lambda: None)),
             (torch.version, "hip", "stub" if hip else None),
             (torch.version, "cuda", None if hip else "stub"),
         ):

@@ -1,17 +1,17 @@
 """Try the kernels on a small case before a model depends on them.
 
 On some machines they cannot be built (no C compiler), do not fit (too little memory on the chip), or could
-be wrong.
-So what a layer will compile is compiled and run on random numbers first, once per process and device, and
-compared with the plain operator.
+be wrong. So what a layer will compile is compiled and run on random numbers first, once per process and
+device, and compared with the plain operator.
 """
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 from math import isnan
-from threading import Lock, Thread
+from threading import Lock
 from typing import NamedTuple
 
 import torch
@@ -54,13 +54,12 @@ def problem(case: Case) -> str | None:
 
     Runs in a thread of its own, which no mode of the caller's reaches: autocast, inference mode, a dispatch
     mode, or torch.compile's tracing.
+
+    Raises:
+        torch.OutOfMemoryError: there is no memory to find out; the next call tries again.
     """
-    found: list[str | None] = []
-    thread = Thread(target=lambda: found.append(attempt(case)), name="trial of the attention kernels")
-    with ONE_AT_A_TIME:
-        thread.start()
-        thread.join()
-    return found[0]
+    with ONE_AT_A_TIME, ThreadPoolExecutor(1, "trial of the attention kernels") as executor:
+        return executor.submit(attempt, case).result()
 
 
 ONE_AT_A_TIME = Lock()
@@ -72,6 +71,8 @@ def attempt(case: Case) -> str | None:
     where = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
     try:
         error = largest_error(case)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as failure:  # whatever a compiler, driver or linker says
         return f"the kernels do not run on {where}: {launch.explain(failure)}"
     limit = EXACT_ERROR if case.exact else LARGEST_ERROR
