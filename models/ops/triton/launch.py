@@ -51,7 +51,7 @@ AMPERE: dict[tuple[str, int, int], Config] = {
     ("forward", 64, 2): Config(4, 2, 64, 32, 64),
     ("forward", 32, 4): Config(4, 1, 64, 32),
     ("forward", 64, 4): Config(4, 1, 32, 32),
-    ("query_gradient", 32, 2): Config(4, 2, 64, 32, 64),
+    ("query_gradient", 32, 2): Config(4, 3, 64, 32, 64),
     ("query_gradient", 64, 2): Config(4, 2, 32, 32, 96),
     ("query_gradient", 32, 4): Config(4, 1, 16, 32, 32),
     ("query_gradient", 64, 4): Config(8, 1, 16, 32, 32),
@@ -60,7 +60,6 @@ AMPERE: dict[tuple[str, int, int], Config] = {
     ("key_gradient", 32, 4): Config(4, 1, 16, BLOCK_KEYS),
     ("key_gradient", 64, 4): Config(8, 1, 16, BLOCK_KEYS),
 }
-BLACKWELL_RTX = AMPERE | {("query_gradient", 32, 2): Config(4, 3, 64, 32, 64)}
 HOPPER = AMPERE | {
     ("forward", 32, 2): Config(4, 1, 64, 64, 224),
     ("forward", 64, 2): Config(4, 2, 64, 64, 128),
@@ -88,9 +87,9 @@ RDNA = AMPERE | {
 }
 CONFIGS = {
     "ampere": AMPERE,  # and Ada
+    "blackwell_rtx": AMPERE,
     "hopper": HOPPER,
     "blackwell": BLACKWELL,  # of data centers
-    "blackwell_rtx": BLACKWELL_RTX,
     "cdna": CDNA,
     "rdna": RDNA,
 }
