@@ -96,7 +96,8 @@ _C.TRAIN.USE_CHECKPOINT = False  # recompute activations in the backward pass to
 _C.TRAIN.LAYER_DECAY = 1.0  # share of a layer's learning rate that the layer before it gets
 _C.TRAIN.FREEZE_STAGES = -1  # -1 freezes nothing, 0 the stem, n the first n stages as well; never the head
 
-_C.TRAIN.BAD_STEPS_MAX = 10  # updates in a row with a loss or gradient not finite (skipped) that end the run
+# Updates whose gradient is not finite are skipped. So many in a row, up to a log line, end the run.
+_C.TRAIN.BAD_STEPS_MAX = 10
 
 _C.TRAIN.EMA = CN()
 _C.TRAIN.EMA.ENABLED = False  # keep a moving average of the weights; evaluated and saved beside them
@@ -140,14 +141,15 @@ _C.DEVICE = ""  # '' (cuda when available, else cpu) | cpu | cuda | cuda:N; --de
 _C.OUTPUT = ""  # root of the output folders, '' is output; the run's is <OUTPUT>/<MODEL.NAME>/<TAG>
 _C.TAG = "default"  # --tag
 # Saving. A file that cannot be written (full disk, read-only folder) is an error in the log; older ones stay,
-# and training continues until the next save. Exit status: 0 done, 2 for what the user can correct, 75 saved
-# and stopped by SIGTERM or SIGUSR1 (the same command continues), 1 if another process died or hangs.
+# and training continues; the last save of a run must succeed. Exit status: 0 done, 2 for what the user can
+# correct, 75 saved and stopped by SIGTERM or SIGUSR1 (the same command continues), 1 if another process died
+# or hangs.
 _C.SAVE_FREQ = 1  # epochs between checkpoints; the last epoch is always saved
 _C.SAVE_STEPS = 0  # also save every so many steps, after the next update; 0 for never
 _C.SAVE_MINUTES = 0.0  # also save after so many minutes without a checkpoint; 0 for never
 _C.SAVE_KEEP = 0  # newest checkpoints to keep besides best.pth; 0 keeps those of all whole epochs
 _C.SAVE_ASYNC = True  # write in the background while training continues; copies the state to host memory
-_C.SAVE_FAILURES_MAX = 3  # failed saves in a row that end the run; the last save of a run must succeed
+_C.SAVE_FAILURES_MAX = 3  # failed saves in a row, of checkpoints or of best.pth, that end the run
 _C.DIST_TIMEOUT_MINUTES = 30.0  # how long a process waits for one that hangs, before it ends the job
 _C.DETERMINISTIC = False  # use deterministic algorithms only, or raise an error; slower on a GPU
 _C.PRINT_FREQ = 100  # steps between log lines
@@ -162,12 +164,22 @@ _C.LOCAL_RANK = 0  # no effect: torchrun's environment decides
 # --- Types, choices and ranges ------------------------------------------------------------------------------
 
 
+LARGEST = {int: 2**63 - 1, float: 3.4e38}  # what integers of 64 bits and floats of 32 bits can hold
+
+
 def _scalar(kind: type, *accepted: type) -> Callable[[Any], Any]:
-    """A function that converts values of exactly the accepted types to ``kind``; TypeError for others."""
+    """A function that converts values of exactly the accepted types to ``kind``.
+
+    It raises a TypeError for other types, and a ValueError for numbers that are too large.
+    """
 
     def convert(value: Any) -> Any:
         if type(value) not in accepted or (isinstance(value, float) and not math.isfinite(value)):
             raise TypeError
+        if kind in LARGEST and abs(value) > LARGEST[kind]:
+            raise ValueError(
+                f"expected a magnitude up to {LARGEST[kind]:.2g}, got {value!r}; correct the value"
+            )
         return kind(value)
 
     return convert
@@ -235,7 +247,7 @@ AT_LEAST_0 = ["DATA.NUM_WORKERS", "TRAIN.START_EPOCH", "TRAIN.WARMUP_EPOCHS", "T
 AT_LEAST_0 += ["TRAIN.MIN_LR", "TRAIN.WEIGHT_DECAY", "TRAIN.CLIP_GRAD", "TRAIN.ACCUMULATION_STEPS"]
 AT_LEAST_0 += ["AUG.COLOR_JITTER", "AUG.MIXUP", "AUG.CUTMIX", "SEED"]
 AT_LEAST_0 += ["SAVE_STEPS", "SAVE_MINUTES", "SAVE_KEEP"]
-POSITIVE = ["DATA.STD", "TRAIN.BASE_LR", "TRAIN.OPTIMIZER.EPS", "AUG.RATIO", "DIST_TIMEOUT_MINUTES"]
+POSITIVE = ["DATA.STD", "TRAIN.BASE_LR", "TRAIN.OPTIMIZER.EPS", "AUG.RATIO"]
 PROBABILITIES = ["AUG.HFLIP", "AUG.REPROB", "AUG.CUTMIX_MINMAX", "AUG.MIXUP_PROB", "AUG.MIXUP_SWITCH_PROB"]
 BELOW_1 = ["MODEL.LABEL_SMOOTHING", "TRAIN.EMA.DECAY", "TRAIN.OPTIMIZER.BETAS", "TRAIN.OPTIMIZER.MOMENTUM"]
 SHARES = ["TRAIN.LAYER_DECAY", "TRAIN.LR_SCHEDULER.DECAY_RATE", "AUG.SCALE"]
@@ -249,6 +261,7 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(PROBABILITIES, ("in [0, 1]", lambda value: 0 <= value <= 1)),
     **dict.fromkeys(BELOW_1, ("in [0, 1)", lambda value: 0 <= value < 1)),
     **dict.fromkeys(SHARES, ("in (0, 1]", lambda value: 0 < value <= 1)),
+    "DIST_TIMEOUT_MINUTES": ("in (0, 525600], at most a year", lambda value: 0 < value <= 525_600),
     "MODEL.NAME": ("a name for a folder", lambda value: bool(value.strip())),
     "DEVICE": ("'', cpu, cuda or cuda:N", lambda value: bool(re.fullmatch(r"|cpu|cuda(:\d+)?", value))),
 }

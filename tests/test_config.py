@@ -112,6 +112,7 @@ def test_options_from_the_command_line(key: str, given: object, expected: object
             ["MODEL.HEAD_CLASS_MAP", "without MODEL.RESET_HEAD"],
         ),
         (["AMP_OPT_LEVEL", "O0", "AMP_DTYPE", "fp16"], ["AMP_DTYPE", "O0"]),
+        (["DIST_TIMEOUT_MINUTES", 1e9], ["at most a year"]),
     ],
 )
 def test_each_mistake_is_named(opts: list[object], words: list[str]) -> None:
@@ -121,6 +122,17 @@ def test_each_mistake_is_named(opts: list[object], words: list[str]) -> None:
     assert text.startswith("1 problem(s)")
     assert all(word in text for word in words), text
     assert "command line" in text or "--opts" in text
+
+
+def test_numbers_of_absurd_size_are_named() -> None:
+    keys = [key for key, value in flatten(load_config()).items() if type(value) in (int, float)]
+    numbers = ("9" * 500, "-" + "9" * 500)
+    for number in numbers:
+        with pytest.raises(ValueError) as caught:
+            load_config(None, [word for key in keys for word in (key, number)])
+        assert all(f"{key}: expected a magnitude up to" in str(caught.value) for key in keys)
+    with pytest.raises(ValueError, match="SIZE: expected a magnitude"):
+        load_config(None, ["DATA.IMG_SIZE", [32, 10**500]])
 
 
 def test_all_problems_come_in_one_error(tmp_path: Path) -> None:
