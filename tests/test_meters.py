@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_main import PLAIN, command, folder_of, make_run
+from test_train_state import make_state
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -88,6 +89,43 @@ def test_a_bad_step_changes_nothing(
     assert not torch.equal(trained.ema.module.head.weight, trained.model.head.weight)
     assert math.isfinite(trained.meter.mean_loss)
     assert trained.position.updates == 6
+
+
+@pytest.mark.parametrize("clip", [0.0, 5.0])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_finite_gradients_whose_norm_overflows_change_nothing(scaled: bool, fused: bool, clip: float) -> None:
+    trained = make_state()
+    trained.optimizer = torch.optim.AdamW(trained.model.parameters(), fused=fused)
+    trained.scaler = torch.amp.GradScaler("cpu", init_scale=2.0, enabled=scaled)
+    seen = []
+    for factor in (1.0, 1e30, 1.0):
+        trained.scaler.scale(factor * trained.model(torch.ones(2, 3)).sum()).backward()
+        assert all(torch.isfinite(parameter.grad).all() for parameter in trained.model.parameters())
+        assert math.isfinite(loop.update(trained, clip)) == (factor == 1)
+        moments = [moment for state in trained.optimizer.state.values() for moment in state.values()]
+        seen.append([tensor.clone() for tensor in (*trained.model.parameters(), *moments)])
+    assert all(map(torch.equal, seen[0], seen[1]))
+    assert not any(map(torch.equal, seen[1], seen[2]))
+    assert all(torch.isfinite(tensor).all() for tensor in seen[2])
+
+
+@pytest.mark.parametrize("kind", ["focal", "focalv2"])
+def test_the_average_copies_buffers_that_are_no_floats(kind: str, nano_opts: list[object]) -> None:
+    """Such as the keys that Focal-fast stores: averaged, they would be other keys."""
+    trained = make_state()
+    trained.model = build_model(load_config(opts=[*nano_opts, "MODEL.TYPE", kind]))
+    trained.model.register_buffer("mask", torch.tensor([True, False]))
+    trained.ema = ModelEmaV3(trained.model, 0.9)
+    trained.position.updates = 100
+    with torch.no_grad():
+        for tensor in trained.model.state_dict().values():
+            tensor.copy_(~tensor if tensor.dtype == torch.bool else tensor + 1)
+    loop.update_ema(trained, torch.tensor(True))
+    averages = trained.ema.module.state_dict()
+    for name, tensor in trained.model.state_dict().items():
+        assert torch.equal(tensor, averages[name]) != tensor.is_floating_point(), name
+    assert any(tensor.dtype == torch.int64 for tensor in averages.values()) == (kind == "focalv2")
 
 
 def test_skipped_updates_in_a_row_end_the_run(tmp_path: Path) -> None:

@@ -111,7 +111,8 @@ def sync_gradients(model: nn.Module, enabled: bool) -> contextlib.AbstractContex
 def update(state: TrainState, max_norm: float) -> torch.Tensor:
     """Make the next optimizer update; one whose gradient norm is not finite changes nothing.
 
-    Fused optimizers and the gradient scaler skip it on the device; for other optimizers the host waits.
+    That includes finite gradients whose norm overflows, since the optimizer squares them, too. Fused
+    optimizers skip the update on the device; for others the host waits.
 
     Args:
         state: with gradients, which are reset.
@@ -125,14 +126,13 @@ def update(state: TrainState, max_norm: float) -> torch.Tensor:
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), max_norm or math.inf)
     is_finite = torch.isfinite(norm)
-    if scaler.is_enabled():
-        scaler.step(optimizer)
-    elif optimizer.param_groups[0].get("fused"):
-        optimizer.found_inf = (~is_finite).float()  # fused optimizers read what a scaler would set
+    # Not scaler.step, which looks at single gradients, before clipping, and not at their norm.
+    if optimizer.param_groups[0].get("fused"):
+        optimizer.found_inf = (~is_finite).float()
         optimizer.step()
     elif is_finite:
         optimizer.step()
-    scaler.update()
+    scaler.update()  # by the gradients that `unscale_` has seen
     optimizer.zero_grad()
     if state.ema is not None:
         update_ema(state, is_finite)
