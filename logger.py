@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import IO, Any
 OWN_LOGGERS = ("main", "training", "lr_scheduler", "models", "data")  # log at every level
 logger = logging.getLogger("main")
 
+_TRAIN_LINE = re.compile(rb'\{"kind": "train", "epoch": (\d+), "step": (\d+)')
 _handlers: list[logging.Handler] = []  # installed by create_logger
 _bars: list[Any] = []  # progress bars that are shown now
 
@@ -175,8 +177,14 @@ class Metrics:
         except OSError as error:
             logger.error(f"{self.file.name}: expected to write metrics to the disk, got: {error.strerror}")
 
-    def truncate(self, size: int) -> None:
-        """Drop what was recorded after the first ``size`` bytes: a resumed run records it again."""
+    def truncate(self, size: int, next_step: tuple[int, int]) -> None:
+        """Drop what a resumed run records again.
+
+        Args:
+            size: bytes that its checkpoint counts on; what was recorded after them goes.
+            next_step: epoch and step that training goes on with. The lines of later steps go, too: there are
+                such if the epoch starts again, or another batch size or number of processes makes it shorter.
+        """
         if self.file is None:
             return
         if size > self.size:
@@ -184,9 +192,13 @@ class Metrics:
                 f"{self.file.name}: expected the {size:,} bytes that the checkpoint has recorded, got "
                 f"{self.size:,}: lines are missing (a power loss, or a full disk); training goes on"
             )
-            return
-        self.file.truncate(size)
-        self.size = size
+        self.size = 0
+        for line in Path(self.file.name).read_bytes()[:size].splitlines(keepends=True):
+            match = _TRAIN_LINE.match(line)
+            if match and (int(match[1]), int(match[2])) >= next_step:
+                break
+            self.size += len(line)
+        self.file.truncate(self.size)
 
     def close(self) -> None:
         """Close the files; an error of TensorBoard is a warning."""

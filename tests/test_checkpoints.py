@@ -17,8 +17,19 @@ from test_train_state import make_state
 import utils
 from logger import Metrics
 from models import read_checkpoint
-from training import checkpoints as files
-from training.checkpoints import AsyncCheckpointWriter, Checkpoints, write_checkpoint
+from training.checkpoints import (
+    BEST_NAME,
+    AsyncCheckpointWriter,
+    Checkpoints,
+    file_name,
+    find_newest,
+    is_valid,
+    prune,
+    read_best,
+    remove_temporary_files,
+    set_aside,
+    write_checkpoint,
+)
 from training.state import Position, TrainState
 from utils import UserError
 
@@ -26,8 +37,14 @@ CONTENT = {"model": {"weight": torch.arange(3000.0)}, "optimizer": {}, "note": "
 
 
 def write(folder: Path, epoch: int, step: int = 0) -> Path:
-    path = folder / files.file_name(Position(epoch, step))
+    path = folder / file_name(Position(epoch, step))
     write_checkpoint(CONTENT, path)
+    return path
+
+
+def write_best(folder: Path, epoch: int) -> Path:
+    path = folder / BEST_NAME
+    write_checkpoint(CONTENT | {"position": vars(Position(epoch)), "accuracy": 50.0}, path)
     return path
 
 
@@ -69,18 +86,18 @@ def group() -> Iterator[None]:
 
 def test_changed_tensors_and_cut_files_are_not_valid(tmp_path: Path) -> None:
     path = write(tmp_path, 1)
-    assert files.is_valid(path)
+    assert is_valid(path)
     content = path.read_bytes()
     begin = content.index(CONTENT["model"]["weight"].numpy().tobytes())
     for place in range(begin, begin + 12000, 401):
         damaged = bytearray(content)
         damaged[place] ^= 1 << place % 8
         path.write_bytes(damaged)
-        assert not files.is_valid(path), place
+        assert not is_valid(path), place
     for length in range(0, len(content), 101):
         path.write_bytes(content[:length])
-        assert not files.is_valid(path), length
-    assert not files.is_valid(tmp_path / "nowhere.pth")
+        assert not is_valid(path), length
+    assert not is_valid(tmp_path / "nowhere.pth")
 
 
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
@@ -99,15 +116,22 @@ def test_any_pickle_protocol_is_read_or_refused_in_a_sentence(tmp_path: Path, pr
 def test_the_newest_valid_one_is_found_by_its_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     order = [(12, 0), (2, 30), (2, 4), (2, 0), (1, 10)]
     paths = [write(tmp_path, *position) for position in order]
-    write_checkpoint(CONTENT, tmp_path / files.BEST_NAME)
     (tmp_path / "ckpt_epoch_x.pth").write_text("")
     (tmp_path / "ckpt_epoch_99.pth").mkdir()
-    for path in [*paths, tmp_path / files.BEST_NAME]:
-        assert files.find_newest(tmp_path) == path
+    for path in paths:
+        assert find_newest(tmp_path) == path
         path.write_bytes(path.read_bytes()[:-100])
-    assert files.find_newest(tmp_path) is None
+    assert find_newest(tmp_path) is None
     assert f"{paths[0]} is damaged or incomplete and was skipped" in caplog.text
-    assert files.find_newest(tmp_path / "nowhere") is None
+    assert find_newest(tmp_path / "nowhere") is None
+
+
+def test_best_is_the_newest_where_it_is_further_or_alone(tmp_path: Path) -> None:
+    best = write_best(tmp_path, epoch=2)
+    assert find_newest(tmp_path) == best
+    for epoch, step, newest in ((1, 9, best), (2, 0, None), (2, 1, None)):
+        path = write(tmp_path, epoch, step)
+        assert find_newest(tmp_path) == (newest or path)
 
 
 def test_a_file_that_the_disk_cannot_read_is_not_skipped(tmp_path: Path) -> None:
@@ -115,7 +139,7 @@ def test_a_file_that_the_disk_cannot_read_is_not_skipped(tmp_path: Path) -> None
     lost = tmp_path / "ckpt_epoch_1.pth"
     lost.symlink_to("/proc/self/mem")
     with pytest.raises(UserError, match=rf"{lost}: expected to read the checkpoint, got: "):
-        files.find_newest(tmp_path)
+        find_newest(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -128,13 +152,13 @@ def test_a_file_that_the_disk_cannot_read_is_not_skipped(tmp_path: Path) -> None
 )
 def test_few_are_kept(tmp_path: Path, keep: int, left: list[str]) -> None:
     """best.pth and later epochs stay; those inside an epoch stay until it is over."""
-    others = [write(tmp_path, 9), tmp_path / files.BEST_NAME]
+    others = [write(tmp_path, 9), tmp_path / BEST_NAME]
     write_checkpoint(CONTENT, others[1])
     for epoch in range(4):
         for step in (0, 2, 4, 6):
             if epoch or step:
                 write(tmp_path, epoch, step)
-                files.prune(tmp_path, (epoch, step), keep)
+                prune(tmp_path, (epoch, step), keep)
     assert names_in(tmp_path) - {path.name for path in others} == {f"ckpt_{name}.pth" for name in left}
     assert all(path.exists() for path in others)
 
@@ -143,22 +167,23 @@ def test_a_new_one_inside_an_epoch_replaces_those_of_a_larger_number_of_steps(tm
     """As after a restart with more processes, which count fewer steps; else the old ones would win."""
     for step in (70, 80, 45):
         write(tmp_path, 3, step)
-    files.prune(tmp_path, (3, 45), keep=0)
-    assert files.find_newest(tmp_path).name == "ckpt_epoch_3_step_45.pth"
+    prune(tmp_path, (3, 45), keep=0)
+    assert find_newest(tmp_path).name == "ckpt_epoch_3_step_45.pth"
 
 
 def test_files_of_another_run_are_moved_aside(tmp_path: Path) -> None:
-    for number, later_than in enumerate([(2, 0), None], start=1):
+    """Also best.pth, if it is later: else it would be the newest, and keep its place against this run's."""
+    late, all_of_them = {"ckpt_epoch_2.pth"}, {*(f"ckpt_epoch_{n}.pth" for n in range(3)), BEST_NAME}
+    cases = [((2, 0), 2, late), ((2, 0), 3, late | {BEST_NAME}), (None, 2, all_of_them | {Metrics.NAME})]
+    for number, (later_than, best_epoch, expected) in enumerate(cases, start=1):
         for epoch in (1, 2, 3):
             write(tmp_path, epoch)
+        write_best(tmp_path, best_epoch)
         (tmp_path / "metrics.jsonl").write_text("{}\n")
-        files.set_aside(tmp_path, later_than)
-        moved = names_in(tmp_path / f"earlier_{number}")
-        assert moved == (
-            {"ckpt_epoch_2.pth"} if later_than else {*(f"ckpt_epoch_{n}.pth" for n in range(3)), Metrics.NAME}
-        )
-    files.set_aside(tmp_path, None)
-    assert names_in(tmp_path) == {"earlier_1", "earlier_2"}
+        set_aside(tmp_path, later_than)
+        assert names_in(tmp_path / f"earlier_{number}") == expected
+    set_aside(tmp_path, None)
+    assert names_in(tmp_path) == {"earlier_1", "earlier_2", "earlier_3"}
 
 
 def test_a_killed_writer_leaves_the_old_file_whole(tmp_path: Path) -> None:
@@ -171,7 +196,7 @@ def test_a_killed_writer_leaves_the_old_file_whole(tmp_path: Path) -> None:
     assert path.read_bytes() == before
     assert len(names_in(tmp_path)) == 2
     (tmp_path / ".mine.tmp").write_text("not ours")
-    files.remove_temporary_files(tmp_path)
+    remove_temporary_files(tmp_path)
     assert names_in(tmp_path) == {path.name, ".mine.tmp"}
 
 
@@ -191,7 +216,7 @@ def test_a_full_disk_keeps_the_older_file_and_ends_the_run_at_last(
     before = path.read_bytes()
     request.getfixturevalue("full_disk")
     save(writer, path)
-    assert "File too large" in writer.last_error
+    assert "File too large" in writer.errors[-1]
     assert writer.failure == ""
     assert f"{path}: expected to write a checkpoint" in caplog.text
     assert "bytes free" in caplog.text
@@ -205,10 +230,23 @@ def test_a_save_that_succeeds_forgives_failures(tmp_path: Path) -> None:
     writer, path = AsyncCheckpointWriter(background=True, max_failures=3), tmp_path / "run" / "a.pth"
     path.parent.write_text("in the way")
     save(writer, path)
-    assert writer.failures == 1
+    assert len(writer.errors) == 1
     path.parent.unlink()
     save(writer, path)
-    assert (writer.failures, writer.last_error) == (0, "")
+    assert writer.errors == []
+
+
+@pytest.mark.parametrize("failing", ["ckpt_epoch_0.pth", BEST_NAME])
+def test_best_and_the_others_do_not_forgive_each_others_failures(tmp_path: Path, failing: str) -> None:
+    writer = AsyncCheckpointWriter(background=True, max_failures=2)
+    (tmp_path / failing).mkdir()
+    for failures in (1, 2):
+        for name in ("ckpt_epoch_0.pth", BEST_NAME):
+            save(writer, tmp_path / name)
+        assert [len(writer.errors), len(writer.best_errors)] == [
+            failures * (failing == name) for name in ("ckpt_epoch_0.pth", BEST_NAME)
+        ]
+    assert f"{tmp_path / failing}: expected to write" in writer.failure
 
 
 def test_a_bug_in_the_writer_is_raised() -> None:
@@ -263,7 +301,7 @@ def test_a_save_is_due_by_steps(tmp_path: Path) -> None:
 def test_a_save_is_due_by_minutes_once(tmp_path: Path, group: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a group the flag returns a step later; the main rank must not ask again in between."""
     state, now = make_state(opts=("SAVE_MINUTES", 1)), [0.0]
-    monkeypatch.setattr(files.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("training.checkpoints.time.monotonic", lambda: now[0])
     checkpoints, saved = checkpoints_of(tmp_path, state), []
     monkeypatch.setattr(checkpoints, "save", lambda state: saved.append(state.position.step))
     for step in range(1, 16):
@@ -318,10 +356,42 @@ def test_a_stop_tries_a_failed_save_again(tmp_path: Path) -> None:
     state.position = Position(1)
     checkpoints.after_epoch(state)
     checkpoints.writer.wait()
-    assert checkpoints.writer.last_error
+    assert checkpoints.writer.errors
     folder.unlink()
     checkpoints.stop(state)
     assert names_in(folder) == {"ckpt_epoch_0.pth"}
+
+
+def test_a_run_without_its_last_checkpoint_or_best_fails(tmp_path: Path) -> None:
+    """Whichever was written last. A stop needs the checkpoint alone, so that the run is started again."""
+    state = make_state()
+    state.position = Position(1)
+    for lacking in ("ckpt_epoch_0.pth", BEST_NAME):
+        folder = tmp_path / lacking.split(".")[0]
+        (folder / lacking).mkdir(parents=True)
+        checkpoints = checkpoints_of(folder, state)
+        checkpoints.save_if_best(state, 50.0)
+        checkpoints.after_epoch(state)
+        checkpoints.save_if_best(state, 60.0)
+        with pytest.raises(UserError, match=f"{lacking}: expected to write a checkpoint"):
+            checkpoints.finish()
+        if lacking == BEST_NAME:
+            checkpoints.stop(state)
+
+
+def test_a_folder_that_cannot_be_listed_or_flushed_has_the_file_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = make_state()
+    checkpoints = checkpoints_of(tmp_path, state)
+    with monkeypatch.context() as patch:
+        for name in ("listdir", "open"):
+            patch.setattr(os, name, lambda *given: (_ for _ in ()).throw(PermissionError(13, "no")))
+        checkpoints.save(state)
+        checkpoints.writer.wait()
+    checkpoints.finish()
+    assert len(names_in(tmp_path)) == 1
+    assert "superseded checkpoints stay: no" in caplog.text
 
 
 def test_best_gives_way_to_the_next_that_is_better_than_the_file(
@@ -335,10 +405,10 @@ def test_best_gives_way_to_the_next_that_is_better_than_the_file(
         state.max_accuracy = max(state.max_accuracy, accuracy)
         checkpoints.save_if_best(state, accuracy)
         checkpoints.writer.wait()
-        return files.best_accuracy(tmp_path)
+        return read_best(tmp_path)[1]
 
     assert evaluated(100 / 3) == 100 / 3  # to the last digit
-    blocked = tmp_path / f".{files.BEST_NAME}.tmp"
+    blocked = tmp_path / f".{BEST_NAME}.tmp"
     blocked.mkdir()
     assert evaluated(60.0) == 100 / 3
     blocked.rmdir()
@@ -350,8 +420,8 @@ def test_best_gives_way_to_the_next_that_is_better_than_the_file(
     caplog.clear()
     checkpoints.warn_if_best_missing(state)
     assert not caplog.text
-    os.truncate(tmp_path / files.BEST_NAME, 3000)
-    assert files.best_accuracy(tmp_path) == 0.0
+    os.truncate(tmp_path / BEST_NAME, 3000)
+    assert read_best(tmp_path)[1] == 0.0
 
 
 # --- Metrics ------------------------------------------------------------------------------------------------
@@ -383,11 +453,11 @@ def test_metrics_are_on_the_disk_before_the_checkpoint_that_counts_on_them(
     assert synced[:2] == ["metrics.jsonl", ".ckpt_epoch_0.pth.tmp"]
     recorded = torch.load(tmp_path / "ckpt_epoch_0.pth", weights_only=True)["metrics_size"]
     metrics.write("epoch", 2, loss=2.5)
-    metrics.truncate(recorded)
+    metrics.truncate(recorded, (2, 0))
     assert losses_in(tmp_path) == [1.0, 2.0]
     os.truncate(tmp_path / Metrics.NAME, size)
     metrics.open()
-    metrics.truncate(recorded)
+    metrics.truncate(recorded, (2, 0))
     assert f"expected the {recorded:,} bytes that the checkpoint has recorded, got {size:,}" in caplog.text
     metrics.write("epoch", 2, loss=3.0)
     assert losses_in(tmp_path) == [1.0, 3.0]

@@ -172,7 +172,10 @@ def test_going_back_and_starting_elsewhere(
     first = str(folder / "ckpt_epoch_0.pth")
     back = [*opts, "TRAIN.AUTO_RESUME", False]
     assert main.main(command(few_images, tmp_path, back, "--resume", first)) == 0
-    assert [path.name for path in (folder / "earlier_1").iterdir()] == ["ckpt_epoch_1.pth"]
+    moved = {path.name for path in (folder / "earlier_1").iterdir()}
+    assert moved - {"best.pth"} == {"ckpt_epoch_1.pth"}
+    assert ("best.pth" in moved) == (once[-1]["acc1"] > once[len(once) // 2 - 1]["acc1"])
+    assert torch.load(folder / "best.pth", weights_only=True)["accuracy"] == once[-1]["max_accuracy"]
     assert metrics_of(tmp_path) == once
     assert main.main(command(few_images, tmp_path, opts, "--resume", first)) == 0
     assert f"continuing from {folder / 'ckpt_epoch_1.pth'}" in (folder / "log_rank0.txt").read_text()
@@ -187,6 +190,30 @@ def test_going_back_and_starting_elsewhere(
     accuracy = torch.load(new / "best.pth", weights_only=True)["accuracy"]
     said = f"best.pth ends without the best weights: 100.50% was reached, it holds {accuracy:.2f}%"
     assert said in (new / "log_rank0.txt").read_text()
+
+
+@pytest.mark.parametrize(("flags", "start"), [(("--seed", "1"), 0), (("--batch-size", "32"), 2)])
+def test_steps_that_are_counted_again_are_recorded_once(
+    flags: tuple[str, ...],
+    start: int,
+    few_images: Path,
+    nano_opts: list[object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another order of the images begins the epoch again; 80 images are 5 small batches, or 2 large ones."""
+    opts, started = [*nano_opts, "PRINT_FREQ", 1, "SAVE_STEPS", 1], []
+    with monkeypatch.context() as patch:
+        at_update(patch, 14, kill)  # an epoch has 8
+        with pytest.raises(Killed):
+            main.main(command(few_images, tmp_path, opts))
+    assert metrics_of(tmp_path)[-1]["step"] == 5
+    monkeypatch.setattr(Checkpoints, "start", lambda self, position: started.append(position.step))
+    assert main.main(command(few_images, tmp_path, opts, *flags)) == 0
+    lines = [(record["epoch"], record["step"]) for record in metrics_of(tmp_path) if "step" in record]
+    assert started == [start]
+    assert lines == sorted(set(lines))
+    assert lines[-1] == (1, 7 if start == 0 else 2)
 
 
 # --- Several processes --------------------------------------------------------------------------------------

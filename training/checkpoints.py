@@ -29,16 +29,13 @@ import utils
 from logger import Metrics
 from models import read_checkpoint
 from training.preemption import FlagSync, StopRequested
-from training.state import Position, TrainState
-from utils import UserError
+from training.state import EpochStep, Position, TrainState
+from utils import UserError, user_input
 
 BEST_NAME = "best.pth"
 NAME = re.compile(r"ckpt_epoch_(\d+)(?:_step_(\d+))?\.pth")
 TEMPORARY_NAME = re.compile(r"\.(best|ckpt_epoch_\d+(_step_\d+)?)\.pth\.tmp")
 KEPT_INSIDE = 2  # checkpoints of the running epoch, so that a damaged one has a predecessor
-
-Order = tuple[int, int]
-"""(finished epochs, finished batches of the running epoch)"""
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +50,8 @@ def file_name(position: Position) -> str:
     return f"ckpt_epoch_{position.epoch - 1}.pth"
 
 
-def checkpoints_in(folder: Path) -> list[tuple[Order, Path]]:
-    """All checkpoints of a folder but best.pth, complete or not, in their order.
+def checkpoints_in(folder: Path) -> list[tuple[EpochStep, Path]]:
+    """All checkpoints of a folder but best.pth, complete or not, sorted by progress.
 
     Raises:
         OSError: the folder cannot be read.
@@ -110,12 +107,12 @@ def write_checkpoint(content: dict[str, Any], path: Path) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some file systems cannot flush folders
+    with contextlib.suppress(OSError):  # Windows and some file systems cannot flush folders
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
             os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def is_valid(path: Path) -> bool:
@@ -141,45 +138,51 @@ def is_valid(path: Path) -> bool:
 
 
 def find_newest(folder: Path) -> Path | None:
-    """The valid checkpoint that is furthest in training, best.pth if there is no other; None without any.
+    """The valid checkpoint that is furthest in training, best.pth included; None without any.
 
     Raises:
         UserError: a file cannot be read.
     """
-    paths = [path for _, path in reversed(checkpoints_in(folder))]
-    for path in [*paths, folder / BEST_NAME]:
+    found, best = checkpoints_in(folder), folder / BEST_NAME
+    if best.is_file():
+        found.append((read_best(folder)[0], best))
+    for _, path in sorted(found, reverse=True):
         if is_valid(path):
             return path
-        if path.is_file():
-            logger.warning(f"{path} is damaged or incomplete and was skipped")
+        logger.warning(f"{path} is damaged or incomplete and was skipped")
     return None
 
 
-def best_accuracy(folder: Path) -> float:
-    """The accuracy (percent) of best.pth; 0 if there is none, or it is damaged.
+def read_best(folder: Path) -> tuple[EpochStep, float]:
+    """The position and the accuracy (percent) of best.pth; zeros if there is none, or it is damaged.
 
     Raises:
-        UserError: the disk cannot read it.
+        UserError: it cannot be read, or is something else.
     """
     path = folder / BEST_NAME
-    accuracy = read_checkpoint(path).get("accuracy") if is_valid(path) else None
-    return float(accuracy) if isinstance(accuracy, int | float) else 0.0
+    with user_input():
+        content = read_checkpoint(path) if is_valid(path) else {}
+    position, accuracy = content.get("position", {}), content.get("accuracy", 0.0)
+    return (position.get("epoch", 0), position.get("step", 0)), float(accuracy)
 
 
-def set_aside(folder: Path, later_than: Order | None) -> None:
+def set_aside(folder: Path, later_than: EpochStep | None) -> None:
     """Move what other runs have left to a folder `earlier_N` in `folder`; its files are no longer found.
 
     Args:
         folder: of the run.
-        later_than: move the checkpoints after this one; None moves all of them, best.pth and metrics.jsonl.
+        later_than: move the checkpoints after this one, best.pth included; None moves all, and metrics.jsonl.
 
     Raises:
         OSError: a file cannot be moved.
+        UserError: best.pth cannot be read.
     """
-    moved = [path for order, path in checkpoints_in(folder) if later_than is None or order > later_than]
+    moved = [path for place, path in checkpoints_in(folder) if later_than is None or place > later_than]
+    best, metrics = folder / BEST_NAME, folder / Metrics.NAME
     if later_than is None:
-        others = (folder / BEST_NAME, folder / Metrics.NAME)
-        moved += [path for path in others if path.is_file() and path.stat().st_size]
+        moved += [path for path in (best, metrics) if path.is_file() and path.stat().st_size]
+    elif read_best(folder)[0] > later_than:
+        moved.append(best)
     if not moved:
         return
     number = 1
@@ -191,7 +194,7 @@ def set_aside(folder: Path, later_than: Order | None) -> None:
     logger.warning(f"{len(moved)} files of an earlier run, not continued here, were moved to {target}")
 
 
-def prune(folder: Path, newest: Order, keep: int) -> None:
+def prune(folder: Path, newest: EpochStep, keep: int) -> None:
     """Remove the checkpoints that a new one supersedes. best.pth stays.
 
     Of the checkpoints inside epochs, those before the last whole epoch go, and all but the last KEPT_INSIDE.
@@ -201,19 +204,20 @@ def prune(folder: Path, newest: Order, keep: int) -> None:
         folder: of the checkpoints.
         newest: the one that was just written; later epochs are not touched.
         keep: how many stay at most; 0 for all those of whole epochs.
-
-    Raises:
-        OSError: the folder cannot be read.
     """
-    found = checkpoints_in(folder)
-    known = [(order, path) for order, path in found if order <= newest]
-    last_whole = max((order for order, _ in known if not order[1]), default=(0, 0))
-    current = [path for order, path in known if order[1] and order > last_whole][-KEPT_INSIDE:]
-    left = [path for order, path in known if not order[1] or path in current]
+    try:
+        found = checkpoints_in(folder)
+    except OSError as error:
+        logger.warning(f"{folder} cannot be read, superseded checkpoints stay: {error.strerror}")
+        return
+    known = [(place, path) for place, path in found if place <= newest]
+    last_whole = max((place for place, _ in known if not place[1]), default=(0, 0))
+    current = [path for place, path in known if place[1] and place > last_whole][-KEPT_INSIDE:]
+    left = [path for place, path in known if not place[1] or path in current]
     left = left[-keep:] if keep else left
-    for order, path in found:
-        is_abandoned = newest[1] > 0 and newest < order < (newest[0] + 1, 0)
-        if is_abandoned or (order <= newest and path not in left):
+    for place, path in found:
+        is_abandoned = newest[1] > 0 and newest < place < (newest[0] + 1, 0)
+        if is_abandoned or (place <= newest and path not in left):
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:
@@ -239,19 +243,25 @@ class AsyncCheckpointWriter:
     filled on the current stream, in order with the updates. One save runs at a time.
 
     A file that cannot be written is an error in the log, and training goes on. Too many in a row, or content
-    that is not finite, set `failure`, with which training cannot go on.
+    that is not finite, set `failure`, with which training cannot go on. best.pth is counted for itself: that
+    it can be written says nothing about a checkpoint that could not.
 
     Args:
         background: False writes in `submit` itself.
         max_failures: saves that may fail in a row before there is a `failure`.
+
+    Attributes:
+        failure: why training cannot go on, or ''.
+        errors: of the checkpoints that failed since the last one that was written.
+        best_errors: of best.pth, likewise.
     """
 
     def __init__(self, background: bool, max_failures: int) -> None:
         self.background = background
         self.max_failures = max_failures
-        self.failures = 0  # in a row
-        self.failure = ""  # why training cannot go on
-        self.last_error = ""  # of the last save; '' if it succeeded
+        self.failure = ""
+        self.errors: list[str] = []
+        self.best_errors: list[str] = []
         self._buffers: dict[tuple[Any, ...], torch.Tensor] = {}
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._running: Future[None] | None = None
@@ -307,23 +317,24 @@ class AsyncCheckpointWriter:
     ) -> None:
         if event is not None:
             event.synchronize()
+        errors = self.best_errors if path.name == BEST_NAME else self.errors
         try:
             write(content)
-            self.failures, self.last_error = 0, ""
+            errors.clear()
         except UserError as error:
-            self.failure = self.last_error = str(error)
+            self.failure = str(error)
         except OSError as error:
-            self.failures += 1
-            self.last_error = f"{path}: expected to write a checkpoint, got: {error.strerror or error}"
+            message = f"{path}: expected to write a checkpoint, got: {error.strerror or error}"
             with contextlib.suppress(OSError):
-                self.last_error += f" ({shutil.disk_usage(path.parent).free:,} bytes free)"
-            count = f"failure {self.failures} of {self.max_failures} in a row (SAVE_FAILURES_MAX)"
-            if self.failures < self.max_failures:
-                logger.error(f"{self.last_error}; older files stay, training goes on; {count}")
+                message += f" ({shutil.disk_usage(path.parent).free:,} bytes free)"
+            errors.append(message)
+            count = f"failure {len(errors)} of {self.max_failures} in a row (SAVE_FAILURES_MAX)"
+            if len(errors) < self.max_failures:
+                logger.error(f"{message}; older files stay, training goes on; {count}")
             else:
                 self.failure = (
-                    f"{self.last_error}; {count}: make space or choose another --output, and start the same "
-                    "command again"
+                    f"{message}; {count}: make space or choose another --output, and start the same command "
+                    "again"
                 )
 
 
@@ -360,13 +371,13 @@ class Checkpoints:
         self.best = best
         self.writer = AsyncCheckpointWriter(config.SAVE_ASYNC, config.SAVE_FAILURES_MAX)
         self.flags = FlagSync()
-        self._saved: Order | None = None  # position of the last save
+        self._saved: EpochStep | None = None  # position of the last save
         self._timer_start = time.monotonic()
         self._last_step = 0
 
     def start(self, position: Position) -> None:
         """Note that nothing has to be saved at the position where the run starts."""
-        self._saved, self._last_step = (position.epoch, position.step), position.step
+        self._saved, self._last_step = position.epoch_step, position.step
 
     def after_update(self, state: TrainState, is_last: bool) -> None:
         """Stop, fail or save inside an epoch (SAVE_STEPS, SAVE_MINUTES), on all ranks at the same step.
@@ -412,7 +423,7 @@ class Checkpoints:
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint of ``state``, which is between two updates."""
-        self._saved, self._timer_start = (state.position.epoch, state.position.step), time.monotonic()
+        self._saved, self._timer_start = state.position.epoch_step, time.monotonic()
         self._submit(state, file_name(state.position))
 
     def _submit(self, state: TrainState, name: str, extra: dict[str, Any] | None = None) -> None:
@@ -420,7 +431,7 @@ class Checkpoints:
         if not utils.is_main_process():
             return
         content = state.state_dict() | {"metrics_size": self.metrics.flush()} | (extra or {})
-        newest, path = (state.position.epoch, state.position.step), self.folder / name
+        newest, path = state.position.epoch_step, self.folder / name
 
         def write(copied: dict[str, Any]) -> None:
             trained = [copied.get(key) for key in ("model", "model_ema", "optimizer")]
@@ -442,20 +453,23 @@ class Checkpoints:
     def stop(self, state: TrainState) -> None:
         """Save before a run leaves after a signal, if the state is not on the disk yet."""
         self.writer.wait()
-        is_saved = self._saved == (state.position.epoch, state.position.step) and not self.writer.last_error
-        if utils.any_rank(not is_saved):
+        if utils.any_rank(self._saved != state.position.epoch_step or bool(self.writer.errors)):
             self.save(state)
-        self.finish()
+        self.finish(with_best=False)
 
-    def finish(self) -> None:
-        """Wait for the last checkpoint.
+    def finish(self, with_best: bool = True) -> None:
+        """Wait for the last save.
+
+        Args:
+            with_best: whether best.pth must have been written, too.
 
         Raises:
-            UserError: it could not be written.
+            UserError: the last checkpoint, or the last best.pth, could not be written.
         """
         self.flags.wait()
         self.writer.wait()
-        self._raise(self.writer.failure or self.writer.last_error)
+        errors = self.writer.errors or (self.writer.best_errors if with_best else [])
+        self._raise(self.writer.failure or "".join(errors[-1:]))
 
     def _raise(self, reason: str) -> None:
         """Raise the main rank's reason, if there is one, on all ranks."""

@@ -9,8 +9,14 @@ import utils
 from data import Loaders, build_loaders
 from models import FocalTransformer, load_checkpoint
 from models.checkpoint import read_class_map
-from training import checkpoints as files
-from training.checkpoints import Checkpoints
+from training.checkpoints import (
+    BEST_NAME,
+    Checkpoints,
+    find_newest,
+    read_best,
+    remove_temporary_files,
+    set_aside,
+)
 from training.loop import Run, evaluate, train_one_epoch
 from training.preemption import EXIT_STOPPED, StopRequested, handle_stop_signals
 from training.state import TrainState, build_train_state, load_ema, read_training_checkpoint
@@ -33,7 +39,7 @@ def train(run: Run, model: FocalTransformer) -> None:
             if not state.evaluated:
                 finish_epoch(run, state, loaders, checkpoints)
             while position.epoch < run.config.TRAIN.EPOCHS:
-                position.step = loaders.resume_at(position.epoch, position.samples_seen)
+                loaders.resume_at(position.epoch, position.samples_seen)
                 train_one_epoch(run, state, loaders.train_loader, loaders.mixup_fn, checkpoints.after_update)
                 state.meter.gather()
                 position.next_epoch(state.updates_per_epoch)
@@ -67,8 +73,8 @@ def setup(run: Run, model: FocalTransformer) -> tuple[TrainState, Loaders, Check
     with utils.raise_on_all_ranks():
         newest = None
         if utils.is_main_process():
-            files.remove_temporary_files(run.output)
-            newest = files.find_newest(run.output) if config.TRAIN.AUTO_RESUME else None
+            remove_temporary_files(run.output)
+            newest = find_newest(run.output) if config.TRAIN.AUTO_RESUME else None
     newest = utils.broadcast(newest)
     source, content = newest or config.MODEL.RESUME, None
     if newest and config.MODEL.RESUME and newest.resolve() != Path(config.MODEL.RESUME).resolve():
@@ -92,17 +98,19 @@ def setup(run: Run, model: FocalTransformer) -> tuple[TrainState, Loaders, Check
     state.meter.reset()
     if content is not None:
         resume(state, content, str(source), loaders.train_sampler.order)
-    state.position.order = loaders.train_sampler.order
+    position = state.position
+    position.image_order = loaders.train_sampler.order
+    position.step = loaders.resume_at(position.epoch, position.samples_seen)
     best = 0.0
     with utils.raise_on_all_ranks():
         if utils.is_main_process():
             best = prepare_folder(run, state, source, content)
     checkpoints = Checkpoints(config, run.output, run.metrics, best)
-    checkpoints.start(state.position)
+    checkpoints.start(position)
     return state, loaders, checkpoints
 
 
-def resume(state: TrainState, content: dict[str, Any], source: str, order: str) -> None:
+def resume(state: TrainState, content: dict[str, Any], source: str, image_order: str) -> None:
     """Load a checkpoint, and find the position in this run's epochs.
 
     Warns if the running epoch cannot be continued, or the number of updates in an epoch has changed.
@@ -111,17 +119,17 @@ def resume(state: TrainState, content: dict[str, Any], source: str, order: str) 
         state: to load into.
         content: of the checkpoint.
         source: its path.
-        order: of this run's training samples, see `TrainSampler.order`.
+        image_order: of this run, see `TrainSampler.order`.
 
     Raises:
         UserError: the optimizer has other parameters.
     """
     state.load_state_dict(content, source)
     position, config = state.position, state.config
-    if position.samples_seen and position.order != order:
+    if position.samples_seen and position.image_order != image_order:
         logger.warning(
-            f"{source} was written inside an epoch of {position.order}, this run has {order}: epoch "
-            f"{position.epoch + 1} starts again from its beginning"
+            f"{source} was written inside an epoch of {position.image_order}, this run has {image_order}: "
+            f"epoch {position.epoch + 1} starts again from its beginning"
         )
         position.restart_epoch()
         state.meter.reset()
@@ -153,16 +161,15 @@ def prepare_folder(run: Run, state: TrainState, source: Path | str, content: dic
     if content is not None and Path(source).resolve().parent == run.output.resolve():
         position = content["position"]
         if not run.config.TRAIN.AUTO_RESUME:  # back to an older checkpoint: the newer ones would win
-            files.set_aside(run.output, later_than=(position["epoch"], position["step"]))
-        run.metrics.truncate(content["metrics_size"])
+            set_aside(run.output, later_than=(position["epoch"], position["step"]))
+        run.metrics.truncate(content["metrics_size"], state.position.epoch_step)
     else:
-        files.set_aside(run.output, later_than=None)
+        set_aside(run.output, later_than=None)
         run.metrics.open()
-    with user_input():
-        best = files.best_accuracy(run.output)
+    _, best = read_best(run.output)
     if best < state.max_accuracy:
         logger.warning(
-            f"{run.output / files.BEST_NAME} holds {best:.2f}%, not the best so far: it is written after the "
+            f"{run.output / BEST_NAME} holds {best:.2f}%, not the best so far: it is written after the "
             "next epoch that is better than what it holds"
         )
     return best

@@ -51,6 +51,9 @@ NOT_RECIPE = (
     *("MODEL.ATTENTION_BACKEND", "MODEL.NAME", "TRAIN.AUTO_RESUME"),
 )
 
+EpochStep = tuple[int, int]
+"""(finished epochs, finished batches of the running epoch): sorts checkpoints by progress."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -63,14 +66,19 @@ class Position:
         step: finished batches per rank of the running epoch.
         updates: optimizer updates since the beginning, skipped ones included.
         samples_seen: images of the running epoch that all ranks together have seen.
-        order: what the order of the images depends on; `samples_seen` is valid for the same order only.
+        image_order: what the order of the images depends on (`TrainSampler.order`); `samples_seen` is valid
+            for the same order only.
     """
 
     epoch: int = 0
     step: int = 0
     updates: int = 0
     samples_seen: int = 0
-    order: str = ""
+    image_order: str = ""
+
+    @property
+    def epoch_step(self) -> EpochStep:
+        return self.epoch, self.step
 
     def restart_epoch(self) -> None:
         """Go back to the beginning of the running epoch."""
