@@ -248,7 +248,8 @@ AT_LEAST_0 += ["TRAIN.MIN_LR", "TRAIN.WEIGHT_DECAY", "TRAIN.CLIP_GRAD", "TRAIN.A
 AT_LEAST_0 += ["AUG.COLOR_JITTER", "AUG.MIXUP", "AUG.CUTMIX", "SEED"]
 AT_LEAST_0 += ["SAVE_STEPS", "SAVE_MINUTES", "SAVE_KEEP"]
 POSITIVE = ["DATA.STD", "TRAIN.BASE_LR", "TRAIN.OPTIMIZER.EPS", "AUG.RATIO"]
-PROBABILITIES = ["AUG.HFLIP", "AUG.REPROB", "AUG.CUTMIX_MINMAX", "AUG.MIXUP_PROB", "AUG.MIXUP_SWITCH_PROB"]
+FROM_0_TO_1 = ["AUG.HFLIP", "AUG.REPROB", "AUG.CUTMIX_MINMAX", "AUG.MIXUP_PROB", "AUG.MIXUP_SWITCH_PROB"]
+FROM_0_TO_1 += ["DATA.MEAN"]
 BELOW_1 = ["MODEL.LABEL_SMOOTHING", "TRAIN.EMA.DECAY", "TRAIN.OPTIMIZER.BETAS", "TRAIN.OPTIMIZER.MOMENTUM"]
 SHARES = ["TRAIN.LAYER_DECAY", "TRAIN.LR_SCHEDULER.DECAY_RATE", "AUG.SCALE"]
 
@@ -258,7 +259,7 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(AT_LEAST_1, ("1 or more", lambda value: value >= 1)),
     **dict.fromkeys(AT_LEAST_0, ("0 or more", lambda value: value >= 0)),
     **dict.fromkeys(POSITIVE, ("greater than 0", lambda value: value > 0)),
-    **dict.fromkeys(PROBABILITIES, ("in [0, 1]", lambda value: 0 <= value <= 1)),
+    **dict.fromkeys(FROM_0_TO_1, ("in [0, 1]", lambda value: 0 <= value <= 1)),
     **dict.fromkeys(BELOW_1, ("in [0, 1)", lambda value: 0 <= value < 1)),
     **dict.fromkeys(SHARES, ("in (0, 1]", lambda value: 0 < value <= 1)),
     "DIST_TIMEOUT_MINUTES": ("in (0, 525600], at most a year", lambda value: 0 < value <= 525_600),

@@ -113,6 +113,7 @@ def test_options_from_the_command_line(key: str, given: object, expected: object
         ),
         (["AMP_OPT_LEVEL", "O0", "AMP_DTYPE", "fp16"], ["AMP_DTYPE", "O0"]),
         (["DIST_TIMEOUT_MINUTES", 1e9], ["at most a year"]),
+        (["DATA.MEAN", [123.7, 116.3, 103.5]], ["DATA.MEAN", "[0, 1] for every entry"]),
     ],
 )
 def test_each_mistake_is_named(opts: list[object], words: list[str]) -> None:
