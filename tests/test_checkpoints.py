@@ -53,7 +53,7 @@ def names_in(folder: Path) -> set[str]:
 
 
 def checkpoints_of(folder: Path, state: TrainState, metrics: Metrics | None = None) -> Checkpoints:
-    return Checkpoints(state.config, folder, metrics or Metrics(None))
+    return Checkpoints(state.config, folder, metrics or Metrics(None), state.position)
 
 
 def reach(state: TrainState, checkpoints: Checkpoints, step: int, is_last: bool = False) -> None:
@@ -292,7 +292,6 @@ def test_a_save_is_due_by_steps(tmp_path: Path) -> None:
     """At the first update at or after every third step; the last one of an epoch leaves it to the epoch's."""
     state = make_state(opts=("SAVE_STEPS", 3))
     checkpoints = checkpoints_of(tmp_path, state)
-    checkpoints.start(state.position)
     for step in (2, 4, 6, 8, 10):
         reach(state, checkpoints, step, is_last=step == 10)
     assert names_in(tmp_path) == {"ckpt_epoch_0_step_4.pth", "ckpt_epoch_0_step_6.pth"}
@@ -365,12 +364,13 @@ def test_a_stop_tries_a_failed_save_again(tmp_path: Path) -> None:
 def test_a_run_without_its_last_checkpoint_or_best_fails(tmp_path: Path) -> None:
     """Whichever was written last. A stop needs the checkpoint alone, so that the run is started again."""
     state = make_state()
-    state.position = Position(1)
     for lacking in ("ckpt_epoch_0.pth", BEST_NAME):
         folder = tmp_path / lacking.split(".")[0]
         (folder / lacking).mkdir(parents=True)
+        state.position = Position()
         checkpoints = checkpoints_of(folder, state)
         checkpoints.save_if_best(state, 50.0)
+        state.position = Position(1)
         checkpoints.after_epoch(state)
         checkpoints.save_if_best(state, 60.0)
         with pytest.raises(UserError, match=f"{lacking}: expected to write a checkpoint"):

@@ -208,10 +208,16 @@ def test_steps_that_are_counted_again_are_recorded_once(
         with pytest.raises(Killed):
             main.main(command(few_images, tmp_path, opts))
     assert metrics_of(tmp_path)[-1]["step"] == 5
-    monkeypatch.setattr(Checkpoints, "start", lambda self, position: started.append(position.step))
+    create = Checkpoints.__init__
+
+    def watched(self: Checkpoints, *given: Any) -> None:
+        create(self, *given)
+        started.append((given[3].step, self._last_step))
+
+    monkeypatch.setattr(Checkpoints, "__init__", watched)
     assert main.main(command(few_images, tmp_path, opts, *flags)) == 0
     lines = [(record["epoch"], record["step"]) for record in metrics_of(tmp_path) if "step" in record]
-    assert started == [start]
+    assert started == [(start, start)]
     assert lines == sorted(set(lines))
     assert lines[-1] == (1, 7 if start == 0 else 2)
 

@@ -361,23 +361,22 @@ class Checkpoints:
         config: the whole configuration.
         folder: of the files.
         metrics: a checkpoint records its length.
+        position: where the run starts; nothing has to be saved there.
         best: accuracy (percent) of best.pth, on the main rank.
     """
 
-    def __init__(self, config: CfgNode, folder: Path, metrics: Metrics, best: float = 0.0) -> None:
+    def __init__(
+        self, config: CfgNode, folder: Path, metrics: Metrics, position: Position, best: float = 0.0
+    ) -> None:
         self.config = config
         self.folder = folder
         self.metrics = metrics
         self.best = best
         self.writer = AsyncCheckpointWriter(config.SAVE_ASYNC, config.SAVE_FAILURES_MAX)
         self.flags = FlagSync()
-        self._saved: EpochStep | None = None  # position of the last save
+        self._saved = position.epoch_step  # of the last save
+        self._last_step = position.step
         self._timer_start = time.monotonic()
-        self._last_step = 0
-
-    def start(self, position: Position) -> None:
-        """Note that nothing has to be saved at the position where the run starts."""
-        self._saved, self._last_step = position.epoch_step, position.step
 
     def after_update(self, state: TrainState, is_last: bool) -> None:
         """Stop, fail or save inside an epoch (SAVE_STEPS, SAVE_MINUTES), on all ranks at the same step.
@@ -419,18 +418,19 @@ class Checkpoints:
         if utils.is_main_process() and accuracy > self.best:
             self.writer.wait()  # `best` may be about to change
         if utils.any_rank(utils.is_main_process() and accuracy > self.best):
-            self._submit(state, BEST_NAME, {"accuracy": accuracy})
+            self._submit(state, BEST_NAME, accuracy)
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint of ``state``, which is between two updates."""
         self._saved, self._timer_start = state.position.epoch_step, time.monotonic()
         self._submit(state, file_name(state.position))
 
-    def _submit(self, state: TrainState, name: str, extra: dict[str, Any] | None = None) -> None:
+    def _submit(self, state: TrainState, name: str, accuracy: float | None = None) -> None:
         state.meter.gather()
         if not utils.is_main_process():
             return
-        content = state.state_dict() | {"metrics_size": self.metrics.flush()} | (extra or {})
+        content = state.state_dict() | {"metrics_size": self.metrics.flush()}
+        content |= {} if accuracy is None else {"accuracy": accuracy}
         newest, path = state.position.epoch_step, self.folder / name
 
         def write(copied: dict[str, Any]) -> None:
@@ -443,10 +443,10 @@ class Checkpoints:
             self.metrics.sync()
             write_checkpoint(copied, path)
             logger.debug(f"saved {path}")
-            if extra:
-                self.best = extra["accuracy"]
-            else:
+            if accuracy is None:
                 prune(self.folder, newest, self.config.SAVE_KEEP)
+            else:
+                self.best = accuracy
 
         self.writer.submit(content, path, write)
 

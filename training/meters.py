@@ -129,11 +129,8 @@ class TrainMeter:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue an epoch, with any number of ranks."""
         self.reset()
-        self.loss_sum, self.image_sum, self.replaced = (
-            state["loss_sum"],
-            state["image_sum"],
-            state["replaced"],
-        )
+        self.loss_sum, self.image_sum = state["loss_sum"], state["image_sum"]
+        self.replaced = state["replaced"]
         self._batches, self._updates = list(state["batches"]), list(state["updates"])
         self.skipped_in_a_row = state["skipped_in_a_row"]
         self._epoch_start -= state["seconds"]

@@ -1,6 +1,7 @@
 """A training run: start or resume, all epochs, finish."""
 
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -69,23 +70,11 @@ def setup(run: Run, model: FocalTransformer) -> tuple[TrainState, Loaders, Check
     Raises:
         UserError: on all ranks; something that the user named cannot be read, or does not fit.
     """
-    config = run.config
-    with utils.raise_on_all_ranks():
-        newest = None
-        if utils.is_main_process():
-            remove_temporary_files(run.output)
-            newest = find_newest(run.output) if config.TRAIN.AUTO_RESUME else None
-    newest = utils.broadcast(newest)
-    source, content = newest or config.MODEL.RESUME, None
-    if newest and config.MODEL.RESUME and newest.resolve() != Path(config.MODEL.RESUME).resolve():
-        logger.warning(
-            f"continuing from {newest}, the newest in the output folder, instead of {config.MODEL.RESUME}; "
-            "choose another --tag or set TRAIN.AUTO_RESUME False to prevent this"
-        )
+    config, content = run.config, None
+    source, option = choose_checkpoint(run)
     with utils.raise_on_all_ranks():
         if source:
-            auto = "TRAIN.AUTO_RESUME (choose another --tag to start a new run)"
-            with user_input(auto if newest else "MODEL.RESUME (--resume)"):
+            with user_input(option):
                 content = read_training_checkpoint(source, model, config)
         elif config.MODEL.PRETRAINED:
             load_weights(model, config, "PRETRAINED")
@@ -105,9 +94,28 @@ def setup(run: Run, model: FocalTransformer) -> tuple[TrainState, Loaders, Check
     with utils.raise_on_all_ranks():
         if utils.is_main_process():
             best = prepare_folder(run, state, source, content)
-    checkpoints = Checkpoints(config, run.output, run.metrics, best)
-    checkpoints.start(position)
-    return state, loaders, checkpoints
+    return state, loaders, Checkpoints(config, run.output, run.metrics, position, best)
+
+
+def choose_checkpoint(run: Run) -> tuple[Path | str, str]:
+    """The checkpoint to continue from, '' for none, and the option that chose it, for messages. Collective.
+
+    Raises:
+        UserError: a file of the output folder cannot be read.
+    """
+    named, newest = run.config.MODEL.RESUME, None
+    with utils.raise_on_all_ranks():
+        if utils.is_main_process() and run.config.TRAIN.AUTO_RESUME:
+            newest = find_newest(run.output)
+    newest = utils.broadcast(newest)
+    if newest is None:
+        return named, "MODEL.RESUME (--resume)"
+    if named and newest.resolve() != Path(named).resolve():
+        logger.warning(
+            f"continuing from {newest}, the newest in the output folder, instead of {named}; choose another "
+            "--tag or set TRAIN.AUTO_RESUME False to prevent this"
+        )
+    return newest, "TRAIN.AUTO_RESUME (choose another --tag to start a new run)"
 
 
 def resume(state: TrainState, content: dict[str, Any], source: str, image_order: str) -> None:
@@ -134,7 +142,7 @@ def resume(state: TrainState, content: dict[str, Any], source: str, image_order:
         position.restart_epoch()
         state.meter.reset()
     batch = config.DATA.BATCH_SIZE * max(1, config.TRAIN.ACCUMULATION_STEPS) * utils.get_world_size()
-    updates = position.epoch * state.updates_per_epoch + -(-position.samples_seen // batch)
+    updates = position.epoch * state.updates_per_epoch + math.ceil(position.samples_seen / batch)
     if position.updates != updates:
         logger.warning(
             f"{source} made {position.updates} updates in {position.epoch} epochs and "
@@ -157,6 +165,7 @@ def prepare_folder(run: Run, state: TrainState, source: Path | str, content: dic
     Raises:
         UserError, OSError: a file cannot be read, moved or written.
     """
+    remove_temporary_files(run.output)
     record_config(run)
     if content is not None and Path(source).resolve().parent == run.output.resolve():
         position = content["position"]
@@ -203,9 +212,8 @@ def finish_epoch(run: Run, state: TrainState, loaders: Loaders, checkpoints: Che
     if state.ema is not None:
         ema = evaluate(run, state.ema.module, loaders.val_loader)
         values |= {"acc1_ema": ema["acc1"], "acc5_ema": ema["acc5"], "val_loss_ema": ema["loss"]}
-    accuracy = max(
-        values["acc1"], values.get("acc1_ema", 0.0)
-    )  # best.pth holds the weights and their average
+    # best.pth holds the weights and their average: the better of the two counts
+    accuracy = max(values["acc1"], values.get("acc1_ema", 0.0))
     state.max_accuracy, state.evaluated = max(accuracy, state.max_accuracy), True
     if meter.replaced:
         logger.warning(f"{meter.replaced} training images of this epoch did not decode, and were replaced")
