@@ -28,7 +28,7 @@ _C = CN()
 _C.DATA = CN()
 _C.DATA.BATCH_SIZE = 128  # images per process and step; --batch-size
 _C.DATA.DATA_PATH = ""  # root folder of the data set; --data-path
-_C.DATA.DATASET = "imagenet"  # imagenet | imagenet22k | imagewoof | folder; --dataset
+_C.DATA.DATASET = "imagenet"  # imagenet | imagenet22k | imagewoof | folder | wds | hf; --dataset
 _C.DATA.IMG_SIZE = 224  # one number, or [height, width]
 _C.DATA.INTERPOLATION = "bicubic"  # random | bilinear | bicubic; 'random' concerns training only
 _C.DATA.ZIP_MODE = False  # read from zip files with map files instead of folders; --zip
@@ -39,6 +39,12 @@ _C.DATA.WORKER_START_METHOD = ""  # '' (the platform's default) | fork | spawn |
 _C.DATA.DECODER = "pil"  # pil | opencv (faster); concerns training only, evaluation always decodes with pil
 _C.DATA.MEAN = [0.485, 0.456, 0.406]  # per channel, of images in [0, 1]
 _C.DATA.STD = [0.229, 0.224, 0.225]
+
+_C.DATA.HF = CN()  # with DATASET hf; '' finds what fits
+_C.DATA.HF.IMAGE_COLUMN = ""
+_C.DATA.HF.LABEL_COLUMN = ""
+_C.DATA.HF.TRAIN_SPLIT = ""
+_C.DATA.HF.VAL_SPLIT = ""
 
 _C.MODEL = CN()
 _C.MODEL.TYPE = "focal"  # focal | focalv2 (Focal-fast)
@@ -134,6 +140,9 @@ _C.AUG.MIXUP_MODE = "batch"  # batch | pair | elem
 _C.TEST = CN()
 _C.TEST.CROP = True  # resize larger and crop the centre, instead of resizing to IMG_SIZE
 
+_C.LOG = CN()
+_C.LOG.WANDB = ""  # log to this project of Weights & Biases as well; '' does not
+
 _C.AMP_OPT_LEVEL = ""  # '' (O1 on CUDA or with AMP_DTYPE, else O0) | O0 full precision | O1, O2 autocast
 _C.AMP_DTYPE = ""  # '' (bf16 where the device has it, else fp16) | bf16 | fp16; --amp-dtype
 _C.COMPILE = False  # torch.compile the model; --compile
@@ -228,7 +237,7 @@ SPECIAL_TYPES: dict[str, tuple[str, Callable[[Any], Any]]] = {
 
 DECODERS = ("pil", "opencv")
 CHOICES: dict[str, tuple[str, ...]] = {
-    "DATA.DATASET": ("imagenet", "imagenet22k", "imagewoof", "folder"),
+    "DATA.DATASET": ("imagenet", "imagenet22k", "imagewoof", "folder", "wds", "hf"),
     "DATA.INTERPOLATION": ("random", "bilinear", "bicubic"),
     "DATA.CACHE_MODE": ("no", "part", "full"),
     "DATA.WORKER_START_METHOD": ("", "fork", "spawn", "forkserver"),

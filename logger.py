@@ -1,5 +1,6 @@
-"""Console, one log file per rank, metrics.jsonl and TensorBoard."""
+"""Console, one log file per rank, metrics.jsonl, TensorBoard and Weights & Biases."""
 
+import contextlib
 import errno
 import json
 import logging
@@ -95,8 +96,63 @@ def _under_bar(bar: Any) -> Iterator[Any]:
         bar.close()
 
 
+class TensorBoard:
+    """Numbers for TensorBoard, in the folder ``tensorboard``; ImportError if it is not installed."""
+
+    name = "TensorBoard"
+
+    def __init__(self, output: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(output / "tensorboard"))
+
+    def add(self, kind: str, position: int, values: dict[str, float | int]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(f"{kind}/{name}", value, position)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """Numbers for Weights & Biases. The id of its run stays in the output folder."""
+
+    name = "Weights & Biases"
+    ID_NAME = "wandb_id.txt"
+
+    def __init__(self, output: Path, continues: bool, **options: Any) -> None:
+        """
+        Args:
+            output: folder of the run.
+            continues: whether to continue the run that was recorded from this folder.
+            options: of ``wandb.init``.
+
+        Raises:
+            ImportError: the library is not installed.
+            Exception: of many kinds: no network, no login.
+        """
+        import wandb
+
+        logging.getLogger("wandb").propagate = False  # it has a log of its own
+        path = output / self.ID_NAME
+        old_id = path.read_text(encoding="utf-8").strip() if continues and path.is_file() else None
+        self.run = wandb.init(dir=output, id=old_id or None, resume="allow", **options)
+        path.write_text(self.run.id, encoding="utf-8")
+        for kind in ("train", "epoch"):
+            self.run.define_metric(f"{kind}/*", step_metric=f"{kind}/position")
+
+    def add(self, kind: str, position: int, values: dict[str, float | int]) -> None:
+        named = {f"{kind}/{name}": value for name, value in values.items()}
+        self.run.log(named | {f"{kind}/position": position})
+
+    def close(self) -> None:
+        self.run.finish()
+
+
 class Metrics:
-    """Appends one JSON object per line to ``metrics.jsonl``, and mirrors numbers to TensorBoard.
+    """Appends one JSON object per line to ``metrics.jsonl``, and mirrors the numbers to other tools.
+
+    A mirror that fails is left out from then on, with a warning; training goes on.
 
     Args:
         output: existing folder; None records nothing (every rank but the first).
@@ -107,17 +163,30 @@ class Metrics:
     def __init__(self, output: Path | None) -> None:
         self.output = output
         self.file: IO[bytes] | None = None
-        self.board = None
+        self.mirrors: list[TensorBoard | WeightsAndBiases] = []
         self.size = 0  # bytes in the file
         self.unwritten = b""  # records that a full disk did not take
         self.open()
-        if output is None:
+        if output is not None:
+            with contextlib.suppress(ImportError):
+                self.mirrors.append(TensorBoard(output))
+
+    def start_wandb(self, continues: bool, **options: Any) -> None:
+        """Mirror to Weights & Biases from now on, see ``WeightsAndBiases``.
+
+        Raises:
+            ImportError: the library is not installed.
+        """
+        if self.output is None:
             return
         try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            return
-        self.board = SummaryWriter(str(output / "tensorboard"))
+            self.mirrors.append(WeightsAndBiases(self.output, continues, **options))
+        except ImportError as error:
+            raise ImportError(
+                f"LOG.WANDB: expected the library wandb, got: {error}; pip install wandb, or set it to ''"
+            ) from error
+        except Exception as error:  # a failure of its own must not stop training
+            logger.warning(f"{WeightsAndBiases.name} records nothing: {error}")
 
     def open(self) -> None:
         """Open the file, or open it again after it was moved away."""
@@ -134,7 +203,7 @@ class Metrics:
 
         Args:
             kind: 'train' (a logging interval) or 'epoch'.
-            position: horizontal axis in TensorBoard.
+            position: horizontal axis in the mirrors.
             values: numbers; nan and inf become null, since JSON has neither.
         """
         if self.file is None:
@@ -142,13 +211,12 @@ class Metrics:
         record = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self.unwritten += (json.dumps({"kind": kind, **record}, allow_nan=False) + "\n").encode()
         self.flush()
-        if self.board is not None:
+        for mirror in list(self.mirrors):
             try:
-                for name, value in values.items():
-                    self.board.add_scalar(f"{kind}/{name}", value, position)
-            except OSError as error:
-                self.board = None
-                logger.warning(f"TensorBoard records no more: {error}")
+                mirror.add(kind, position, values)
+            except Exception as error:  # a failure of its own must not stop training
+                self.mirrors.remove(mirror)
+                logger.warning(f"{mirror.name} records no more: {error}")
 
     def flush(self) -> int:
         """Write all records; returns the length of the file with all of them, in bytes."""
@@ -201,14 +269,14 @@ class Metrics:
         self.file.truncate(self.size)
 
     def close(self) -> None:
-        """Close the files; an error of TensorBoard is a warning."""
+        """Close the file and the mirrors; an error of these is a warning."""
         if self.file is not None:
             self.file.close()
-        if self.board is not None:
+        for mirror in self.mirrors:
             try:
-                self.board.close()
-            except OSError as error:
-                logger.warning(f"TensorBoard lacks what was recorded last: {error}")
+                mirror.close()
+            except Exception as error:  # as above
+                logger.warning(f"{mirror.name} lacks what was recorded last: {error}")
 
 
 def _drop_partial_line(path: Path) -> None:

@@ -36,7 +36,7 @@ logger = logging.getLogger("main")
 
 FLAGS = {  # flag -> (config key, help); one that is not given leaves the yaml file's value alone
     "batch-size": ("DATA.BATCH_SIZE", "images per process and step"),
-    "dataset": ("DATA.DATASET", "imagenet, imagenet22k, imagewoof or folder"),
+    "dataset": ("DATA.DATASET", "imagenet, imagenet22k, imagewoof, folder, wds or hf"),
     "data-path": ("DATA.DATA_PATH", "root folder of the data set"),
     "cache-mode": ("DATA.CACHE_MODE", "with --zip: no, part or full"),
     "resume": ("MODEL.RESUME", "checkpoint to continue from; with --eval, to evaluate"),

@@ -53,6 +53,7 @@ class ArchiveSource:
         """
         assert len(names) == len(labels) == len(members)
         self._archives = [str(archive) for archive in archives]
+        self.origin, self.classes = self._archives[0], None
         self._names = StringTable(names)
         self._members = members
         self._files: dict[int, BinaryIO] = {}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from timm.data import Mixup
 from torch.utils.data import DataLoader
@@ -15,9 +16,11 @@ from yacs.config import CfgNode
 from data import folder
 from data.archive import open_archive_split
 from data.datasets import EvalImages, ImageLoader, TrainImages
+from data.hugging_face import open_rows
 from data.mixing import SeededMixup
 from data.samplers import EvalSampler, ShardSampler, TrainSampler, shard_of
-from data.source import CachedSource, ImageSource
+from data.shards import open_shards
+from data.source import CachedSource, ImageSource, some
 from data.transforms import (
     DEFAULT_RATIO,
     DEFAULT_SCALE,
@@ -35,6 +38,7 @@ from utils import get_rank, get_world_size
 
 logger = logging.getLogger(__name__)
 
+FOLDERS = ("imagenet", "imagewoof", "folder")  # DATA.DATASET of class folders
 _POLICY = re.compile(r"(|none|(original|originalr|v0|v0r|3a)(-.+)?|(rand|augmix)-.+)")  # of timm
 
 
@@ -124,8 +128,10 @@ def check_options(config: CfgNode) -> None:
         ValueError: any other problem.
     """
     data, problems = config.DATA, []
-    if data.ZIP_MODE and data.DATASET == "imagenet22k":
-        problems.append("DATA.ZIP_MODE: expected False with DATA.DATASET imagenet22k; unpack it to folders")
+    if data.ZIP_MODE and data.DATASET in ("imagenet22k", "wds", "hf"):
+        problems.append(
+            f"DATA.ZIP_MODE: expected False with DATA.DATASET {data.DATASET}, got True; drop --zip"
+        )
     if data.CACHE_MODE == "full" and not data.ZIP_MODE:
         problems.append(
             "DATA.CACHE_MODE: expected DATA.ZIP_MODE (--zip) along with 'full', as only archives are cached; "
@@ -141,7 +147,7 @@ def check_options(config: CfgNode) -> None:
         problems.append("DATA.DATA_PATH: expected the folder of the data set, got ''; give --data-path")
     if problems:
         raise ValueError("\n".join(problems))
-    if not Path(data.DATA_PATH).is_dir():
+    if data.DATASET != "hf" and not Path(data.DATA_PATH).is_dir():
         raise FileNotFoundError(
             f"DATA.DATA_PATH: expected an existing folder, got {data.DATA_PATH}; set it to the folder of the "
             "data set"
@@ -191,27 +197,52 @@ def _why_no_opencv() -> str:
 
 def _open(config: CfgNode, splits: tuple[str, ...]) -> dict[str, Any]:
     """The sources of the splits, by name."""
-    root, num_classes = Path(config.DATA.DATA_PATH), config.MODEL.NUM_CLASSES
-    if config.DATA.ZIP_MODE:
-        sources = {split: open_archive_split(root, split, num_classes) for split in splits}
-    elif config.DATA.DATASET == "imagenet22k":
-        name = "ILSVRC2011fall_whole_map_{}.txt"
-        sources = {split: folder.read_map_of_files(root, name.format(split), num_classes) for split in splits}
-    else:
-        return _open_folders(root, splits, num_classes)
-    largest = max(int(source.labels.max()) for source in sources.values())
-    if largest + 1 < num_classes:
-        logger.warning("the maps have labels up to %d only, MODEL.NUM_CLASSES is %d", largest, num_classes)
+    data, root, num_classes = config.DATA, Path(config.DATA.DATA_PATH), config.MODEL.NUM_CLASSES
+    names, maps = data.HF, "ILSVRC2011fall_whole_map_{}.txt"
+    openers: dict[str, Callable[[str], ImageSource]] = {
+        "zip": lambda split: open_archive_split(root, split, num_classes),
+        "imagenet22k": lambda split: folder.read_map_of_files(root, maps.format(split), num_classes),
+        "wds": lambda split: open_shards(root, split, Path(config.OUTPUT or "output")),
+        "hf": lambda split: open_rows(
+            data.DATA_PATH, split, names[f"{split.upper()}_SPLIT"], names.IMAGE_COLUMN, names.LABEL_COLUMN
+        ),
+        **dict.fromkeys(FOLDERS, lambda split: folder.open_folder_split(root, split)),
+    }
+    sources = {split: openers["zip" if data.ZIP_MODE else data.DATASET](split) for split in splits}
+    _check_classes(list(sources.values()), num_classes)
     return sources
 
 
-def _open_folders(root: Path, splits: tuple[str, ...], num_classes: int) -> dict[str, ImageSource]:
-    scanned = {split: folder.scan_class_folders(root / split) for split in splits}
-    if "train" in scanned:
-        folder.check_same_classes(root / "train", scanned["train"][0], root / "val", scanned["val"][0])
-    for split, (classes, _) in scanned.items():
-        folder.check_class_count(root / split, classes, num_classes)
-    return {split: source for split, (_, source) in scanned.items()}
+def _check_classes(sources: list[ImageSource], num_classes: int) -> None:
+    """Raise ValueError unless the splits have the same classes, as many as the model, and labels of them."""
+    first, last = sources[0], sources[-1]
+    if first.classes != last.classes:
+        ours, theirs = first.classes or [], last.classes or []
+        only = [some(sorted(set(a) - set(b))) for a, b in ((ours, theirs), (theirs, ours))]
+        raise ValueError(
+            f"expected the same classes, in one order, in {first.origin} and {last.origin}, got only in the "
+            f"first: {only[0]}, only in the second: {only[1]}; add what is missing or remove what is extra"
+        )
+    for source in sources:
+        if source.classes is not None and len(source.classes) != num_classes:
+            count = len(source.classes)
+            raise ValueError(
+                f"{source.origin}: expected {num_classes} classes (MODEL.NUM_CLASSES), got {count}; set "
+                f"MODEL.NUM_CLASSES to {count}, or DATA.DATA_PATH to the right data set"
+            )
+        if not len(source):
+            raise ValueError(
+                f"{source.origin}: expected at least one image, got none; correct DATA.DATA_PATH"
+            )
+        wrong = np.flatnonzero((source.labels < 0) | (source.labels >= num_classes))
+        if len(wrong):
+            raise ValueError(
+                f"{source.name(int(wrong[0]))}: expected a label in [0, {num_classes}), got "
+                f"{source.labels[wrong[0]]}; correct it, set MODEL.NUM_CLASSES, or choose another split"
+            )
+    largest = max(int(source.labels.max()) for source in sources)
+    if largest + 1 < num_classes:
+        logger.warning("the labels go up to %d only, MODEL.NUM_CLASSES is %d", largest, num_classes)
 
 
 def _image_size(config: CfgNode) -> Size:

@@ -1,6 +1,7 @@
 """Data sets of plain image files.
 
-Either a split has one folder per class (`train/<class>/*`), or a map file names the images (ImageNet-22K).
+Either a split has one folder per class (`train/<class>/*`), or a file names the label of each image: Kaggle's
+solution for the validation images of ImageNet, or a map (ImageNet-22K).
 """
 
 import os
@@ -9,42 +10,69 @@ from pathlib import Path
 import numpy as np
 
 from data.maps import read_map
-from data.source import FileSource
+from data.source import SPLITS, FileSource, some
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
-_MAX_NAMED = 5
+SOLUTION = "LOC_val_solution.csv"
+_KAGGLE = ("CLS-LOC", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC")  # where Kaggle's ImageNet has its splits
 _MAX_PROBES = 1000
 
 
-def scan_class_folders(split_dir: Path) -> tuple[list[str], FileSource]:
-    """Find the images of a split that has one folder per class.
+def open_folder_split(root: Path, split: str) -> FileSource:
+    """The images of a split with one folder per class, or of Kaggle's ImageNet as it is unpacked.
 
-    Class indices follow the sorted folder names. Sub-folders of a class belong to it; names starting with a
-    dot are skipped.
+    In the latter, the validation images lie in one folder, and `LOC_val_solution.csv` there or in a folder
+    above has their classes.
 
     Args:
-        split_dir: for instance DATA_PATH/train.
-
-    Returns:
-        The class names, and the images in sorted order.
+        root: folder with the splits, or a folder of Kaggle's ImageNet above them.
+        split: "train" or "val", which may also be called "validation" or "test".
 
     Raises:
-        FileNotFoundError: the folder does not exist.
-        ValueError: there is no class folder, or a class folder has no images.
+        FileNotFoundError: the split does not exist.
+        ValueError: an image has no class, or a class no image.
     """
+    names = {name for group in SPLITS.values() for name in group}
+    inner = (root, *(root / folder for folder in _KAGGLE))
+    home = next((folder for folder in inner if any((folder / name).is_dir() for name in names)), root)
+    choices = [home / name for name in SPLITS[split]]
+    split_dir = next((folder for folder in choices if folder.is_dir()), choices[0])
     if not split_dir.is_dir():
+        others = f" (or {'/, '.join(SPLITS['val'][1:])}/)"
         raise FileNotFoundError(
             f"{split_dir}: expected a folder with one sub-folder per class, got "
             f"{'a file' if split_dir.exists() else 'nothing'}; set DATA.DATA_PATH to the folder that holds "
-            "train/ and val/"
+            f"train/ and val/{others}"
         )
-    with os.scandir(split_dir) as entries:
-        classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    classes = _class_names(split_dir)
+    if not classes and split == "val" and (solution := _find_solution(split_dir)):
+        return read_solution(solution, split_dir)
     if not classes:
+        hint = f", or put Kaggle's {SOLUTION} beside the folder" if split == "val" else ""
         raise ValueError(
             f"{split_dir}: expected one sub-folder per class, got none; arrange the images as "
-            f"{split_dir}/<class>/<image>"
+            f"{split_dir}/<class>/<image>{hint}"
         )
+    return scan_class_folders(split_dir, classes)
+
+
+def _class_names(split_dir: Path) -> list[str]:
+    with os.scandir(split_dir) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+def scan_class_folders(split_dir: Path, classes: list[str]) -> FileSource:
+    """The images of a split that has one folder per class, in sorted order.
+
+    Sub-folders of a class belong to it; names starting with a dot are skipped.
+
+    Args:
+        split_dir: for instance DATA_PATH/train.
+        classes: the sorted names of its folders.
+
+    Raises:
+        ValueError: a class folder has no images.
+    """
     paths: list[str] = []
     labels: list[int] = []
     empty: list[str] = []
@@ -56,10 +84,10 @@ def scan_class_folders(split_dir: Path) -> tuple[list[str], FileSource]:
             empty.append(name)
     if empty:
         raise ValueError(
-            f"{split_dir}: expected at least one image in every class folder, got none in {_some(empty)}; "
+            f"{split_dir}: expected at least one image in every class folder, got none in {some(empty)}; "
             f"add images ({' '.join(IMAGE_EXTENSIONS)}) or remove the folder"
         )
-    return classes, FileSource(split_dir, paths, labels)
+    return FileSource(split_dir, paths, labels, classes)
 
 
 def _list_images(split_dir: Path, class_name: str) -> list[str]:
@@ -73,33 +101,60 @@ def _list_images(split_dir: Path, class_name: str) -> list[str]:
             continue
         seen.add((status.st_dev, status.st_ino))
         relative = os.path.relpath(folder, split_dir)
-        found += [
-            os.path.join(relative, file)
-            for file in files
-            if file.lower().endswith(IMAGE_EXTENSIONS) and not file.startswith(".")
-        ]
+        found += [os.path.join(relative, file) for file in files if _is_image(file)]
     return sorted(found)
 
 
-def check_class_count(split_dir: Path, classes: list[str], num_classes: int) -> None:
-    """Raise ValueError unless a split has as many class folders as the model has classes."""
-    if len(classes) != num_classes:
-        raise ValueError(
-            f"{split_dir}: expected {num_classes} class folders (MODEL.NUM_CLASSES), got {len(classes)}; set "
-            f"MODEL.NUM_CLASSES to {len(classes)}, or DATA.DATA_PATH to the right data set"
-        )
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
 
 
-def check_same_classes(train_dir: Path, train: list[str], val_dir: Path, val: list[str]) -> None:
-    """Raise ValueError, naming the differences, unless both splits have the same class folders."""
-    only_train = sorted(set(train) - set(val))
-    only_val = sorted(set(val) - set(train))
-    if only_train or only_val:
+def _find_solution(split_dir: Path) -> Path | None:
+    """Kaggle's solution in a folder of validation images, or in one of the four folders above it."""
+    for start in (split_dir.absolute(), split_dir.resolve()):
+        for folder in (start, *start.parents[:4]):
+            if (folder / SOLUTION).is_file():
+                return folder / SOLUTION
+    return None
+
+
+def read_solution(path: Path, image_dir: Path) -> FileSource:
+    """The validation images of Kaggle's ImageNet, sorted by class, then by name.
+
+    Args:
+        path: file with a line per image, `<image name without .JPEG>,<class> <x> <y> <x> <y> ...`, below a
+            line of titles.
+        image_dir: folder of the images.
+
+    Raises:
+        ValueError: a line is malformed, or lines and images do not belong together one by one.
+    """
+    files = {Path(name).stem: name for name in os.listdir(image_dir) if _is_image(name)}
+    found: dict[str, str] = {}
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    for number, line in enumerate(lines[1:], start=2):
+        image, _, boxes = line.partition(",")
+        where, name = f"{path}:{number}", boxes.split()[:1]
+        if not image or not name:
+            raise ValueError(
+                f"{where}: expected '<image>,<class> <box>', got {line[:100]!r}; copy the file again"
+            )
+        if image not in files or files[image] in found:
+            got = "a second line for it" if image in files else "no such file"
+            raise ValueError(
+                f"{where}: expected one line for every image in {image_dir}, got {image!r}: {got}; copy the "
+                "file or the images again"
+            )
+        found[files[image]] = name[0]
+    if missing := sorted(set(files.values()) - set(found)):
         raise ValueError(
-            f"expected the same class folders in {train_dir} and {val_dir}, got only in the first: "
-            f"{_some(only_train)}, only in the second: {_some(only_val)}; add the missing folders or remove "
-            "the extra ones"
+            f"{path}: expected a line for every image in {image_dir}, got none for {some(missing)}; copy the "
+            "file again"
         )
+    classes = sorted(set(found.values()))
+    label_of = {name: label for label, name in enumerate(classes)}
+    images = sorted((label_of[name], file) for file, name in found.items())
+    return FileSource(image_dir, [file for _, file in images], [label for label, _ in images], classes)
 
 
 def read_map_of_files(root: Path, map_name: str, num_classes: int) -> FileSource:
@@ -131,10 +186,3 @@ def read_map_of_files(root: Path, map_name: str, num_classes: int) -> FileSource
                 "nothing; paths in the map are relative to DATA.DATA_PATH: correct the map or the path"
             )
     return FileSource(root, image_map.names, image_map.labels)
-
-
-def _some(names: list[str]) -> str:
-    if not names:
-        return "none"
-    more = len(names) - _MAX_NAMED
-    return ", ".join(names[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")

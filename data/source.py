@@ -1,5 +1,7 @@
 """Where encoded images come from: what every source offers, files on disk, and a cache in memory.
 
+Every source is read by index, so that shuffling, exact resume and exact evaluation work with any of them.
+
 Sources hold their tables in flat arrays rather than lists of Python objects: a million entries stay small,
 forked workers do not copy them page by page as reference counts change, and spawned workers receive them
 quickly.
@@ -19,12 +21,22 @@ from data.images import MAX_BYTES, UndecodableImageError
 
 logger = logging.getLogger(__name__)
 
+SPLITS = {"train": ("train",), "val": ("val", "validation", "test")}
+"""What a split may be called in a data set; the first name that is there is used."""
+
 
 class ImageSource(Protocol):
-    """Encoded images with labels, by index."""
+    """Encoded images with labels, by index.
 
+    Attributes:
+        origin: file or folder of the split, for messages.
+        labels: int64, one label per image.
+        classes: name of each label; None if the labels are bare numbers.
+    """
+
+    origin: str
     labels: np.ndarray
-    """int64, one label per image."""
+    classes: list[str] | None
 
     def __len__(self) -> int: ...
 
@@ -50,6 +62,12 @@ class SizedSource(ImageSource, Protocol):
         ...
 
 
+def some(names: list[str], most: int = 5) -> str:
+    """The first of the names, for a message."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more if names else "none"
+
+
 class StringTable:
     """A read-only list of strings in one block of bytes."""
 
@@ -65,17 +83,30 @@ class StringTable:
         return os.fsdecode(self._blob[self._ends[index] : self._ends[index + 1]])
 
 
+def check_size(name: str, size: int) -> None:
+    """Raise UndecodableImageError if an image file of `size` bytes is larger than any image."""
+    if size > MAX_BYTES:
+        raise UndecodableImageError(
+            f"{name}: expected an image file of at most {MAX_BYTES >> 20} MiB, got {size >> 20} MiB; replace "
+            "or remove it"
+        )
+
+
 class FileSource:
     """Image files under a folder."""
 
-    def __init__(self, root: Path, paths: Iterable[str], labels: Iterable[int]) -> None:
+    def __init__(
+        self, root: Path, paths: Iterable[str], labels: Iterable[int], classes: list[str] | None = None
+    ) -> None:
         """
         Args:
             root: the folder.
             paths: image paths relative to `root`.
             labels: class index of each image.
+            classes: name of each class index.
         """
-        self._root = str(root)
+        self.origin = self._root = str(root)
+        self.classes = classes
         self._paths = StringTable(paths)
         self.labels = np.asarray(list(labels), dtype=np.int64)
         assert len(self._paths) == len(self.labels)
@@ -96,12 +127,9 @@ class FileSource:
         """
         path = self.name(index)
         status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
-            got = "a larger one" if stat.S_ISREG(status.st_mode) else "no plain file"
-            raise UndecodableImageError(
-                f"{path}: expected an image file of at most {MAX_BYTES >> 20} MiB, got {got}; replace or "
-                "remove it"
-            )
+        if not stat.S_ISREG(status.st_mode):
+            raise UndecodableImageError(f"{path}: expected an image file, got no plain file; remove it")
+        check_size(path, status.st_size)
         with open(path, "rb") as file:
             return file.read()
 
@@ -125,7 +153,7 @@ class CachedSource:
         """
         self._source = source
         self._shard = shard
-        self.labels = source.labels
+        self.origin, self.labels, self.classes = source.origin, source.labels, source.classes
         ends = np.cumsum([0, *(source.num_bytes(index) for index in shard)], dtype=np.int64)
         self._ends = torch.from_numpy(ends)
         memory_size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

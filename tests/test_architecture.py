@@ -53,6 +53,8 @@ OPTIONAL_HOMES = {  # package -> the files that may import it
     "tensorboard": ("logger.py",),
     "torch.utils.tensorboard": ("logger.py",),
     "apex": ("optimizer.py",),
+    "datasets": ("data/hugging_face.py", "tools/benchmarks/*"),
+    "wandb": ("logger.py",),
     "sklearn": ("data/demo.py", "tools/figures/*"),
     "cv2": ("data/*", "classification/*", "detection/*", "tools/*"),
     "matplotlib": ("tools/*", "classification/*"),

@@ -467,7 +467,7 @@ def test_metrics_survive_a_full_disk(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest
 ) -> None:
     metrics = Metrics(tmp_path)
-    metrics.board = None
+    metrics.mirrors.clear()
     for number in range(120):
         metrics.write("epoch", number, loss=number)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

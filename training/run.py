@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import utils
+from config import flatten
 from data import Loaders, build_loaders
 from models import FocalTransformer, load_checkpoint
 from models.checkpoint import read_class_map
@@ -165,9 +166,16 @@ def prepare_folder(run: Run, state: TrainState, source: Path | str, content: dic
     Raises:
         UserError, OSError: a file cannot be read, moved or written.
     """
+    continues = content is not None and Path(source).resolve().parent == run.output.resolve()
+    if run.config.LOG.WANDB:
+        name = f"{run.config.MODEL.NAME}/{run.config.TAG}"
+        with user_input():
+            run.metrics.start_wandb(
+                continues, project=run.config.LOG.WANDB, name=name, config=flatten(run.config)
+            )
     remove_temporary_files(run.output)
     record_config(run)
-    if content is not None and Path(source).resolve().parent == run.output.resolve():
+    if continues:
         position = content["position"]
         if not run.config.TRAIN.AUTO_RESUME:  # back to an older checkpoint: the newer ones would win
             set_aside(run.output, later_than=(position["epoch"], position["step"]))

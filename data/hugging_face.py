@@ -1,0 +1,169 @@
+"""Data sets in the formats of Hugging Face's library `datasets`, which is needed for this source only."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.images import UndecodableImageError
+from data.source import SPLITS, check_size, some
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+class RowSource:
+    """Images in a column of a table. A row has the content of a file, or the path of one."""
+
+    def __init__(self, rows: Any, image: str, label: str, origin: str) -> None:
+        """
+        Args:
+            rows: a `datasets.Dataset`.
+            image: column of the images.
+            label: column of the labels, whole numbers.
+            origin: name of the split, for messages.
+
+        Raises:
+            ValueError: a label is missing.
+        """
+        import datasets
+
+        self.origin = origin
+        self.classes = getattr(rows.features[label], "names", None)
+        self.labels = np.asarray(rows[label][:])
+        if self.labels.dtype.kind not in "iu":
+            missing = next((i for i, value in enumerate(self.labels) if value is None), 0)
+            raise ValueError(
+                f"{self.name(missing)}: expected a whole number in the column {label!r}, got "
+                f"{self.labels[missing : missing + 1].tolist()}; correct the row"
+            )
+        self.labels = self.labels.astype(np.int64)
+        self._column = image
+        try:
+            self._rows = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+        except (TypeError, NotImplementedError, ValueError) as error:
+            raise ValueError(
+                f"{origin}: expected images in the column {image!r}, got {rows.features[image]}; name the "
+                "right one in DATA.HF.IMAGE_COLUMN"
+            ) from error
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        """`data set, split, row N`."""
+        return f"{self.origin}, row {index}"
+
+    def read(self, index: int) -> bytes:
+        """The content of the image file.
+
+        Raises:
+            OSError: a file that the row names cannot be read.
+            UndecodableImageError: there is no image, or it is larger than any image.
+        """
+        image = self._rows[index][self._column] or {}
+        content, path = image.get("bytes"), image.get("path")
+        if content is None and path is not None and os.path.isfile(path):
+            check_size(self.name(index), os.path.getsize(path))
+            content = Path(path).read_bytes()
+        if content is None:
+            raise UndecodableImageError(
+                f"{self.name(index)}: expected an image in the column {self._column!r}, got "
+                f"{'none' if path is None else f'the path {path} without a file'}; correct or remove the row"
+            )
+        check_size(self.name(index), len(content))
+        return content
+
+
+def open_rows(source: str, split: str, split_name: str, image: str, label: str) -> RowSource:
+    """The images of a split of a data set for the library `datasets`.
+
+    Args:
+        source: a folder of `save_to_disk`, a parquet file, a folder of parquet files, or a name on the hub.
+        split: "train" or "val".
+        split_name: what it is called there; '' for "train", or the first of "val", "validation" and "test".
+        image: column of the images; '' finds it.
+        label: column of the labels; '' finds it.
+
+    Raises:
+        ImportError: the library is not installed.
+        OSError: there is no such data set, or it cannot be read.
+        ValueError: the data set has no such split or column, or is damaged.
+    """
+    splits = _load(source)
+    names = [split_name] if split_name else list(SPLITS[split])
+    found = next((name for name in names if name in splits), None)
+    if found is None:
+        raise ValueError(
+            f"{source}: expected a split called {' or '.join(names)}, got {some(list(splits))}; name one in "
+            f"DATA.HF.{split.upper()}_SPLIT"
+        )
+    rows, origin = splits[found], f"{source}, {found}"
+    return RowSource(rows, _image_column(rows, image, origin), _label_column(rows, label, origin), origin)
+
+
+def _load(source: str) -> dict[str, Any]:
+    """The splits of a data set, by name."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"DATA.DATASET hf: expected the library datasets, got: {error}; pip install datasets"
+        ) from error
+    path = Path(source)
+    saved = {state.parent.name: state.parent for state in path.glob("*/state.json")}  # of save_to_disk
+    try:
+        if saved:
+            return {name: datasets.load_from_disk(str(folder)) for name, folder in saved.items()}
+        if (path / "state.json").is_file():
+            rows = datasets.load_from_disk(source)
+            return {str(rows.split or "train"): rows}
+        if path.is_file():
+            return datasets.load_dataset("parquet", data_files=source)
+        if path.is_dir() or _HUB_NAME.fullmatch(source):
+            return datasets.load_dataset(source)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = error.__cause__ or error
+        raise ValueError(
+            f"{source}: expected a data set that the library datasets reads (a folder of save_to_disk, "
+            f"parquet files, or a name on the hub), got: {' '.join(str(reason).split())}; correct "
+            "DATA.DATA_PATH"
+        ) from error
+    raise FileNotFoundError(
+        f"DATA.DATA_PATH: expected a folder, a parquet file or a name on the hub with DATA.DATASET hf, got "
+        f"{source}; correct it"
+    )
+
+
+def _image_column(rows: Any, wanted: str, origin: str) -> str:
+    import datasets
+
+    declared = [name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)]
+    plain = [name for name, kind in rows.features.items() if _holds_bytes(kind)]
+    return _choose(wanted, declared or plain, rows, "IMAGE_COLUMN", origin)
+
+
+def _holds_bytes(kind: Any) -> bool:
+    """Whether a column has the content of files, undeclared: binary, or a structure with `bytes`."""
+    return "binary" in getattr(kind.get("bytes") if isinstance(kind, dict) else kind, "dtype", "")
+
+
+def _label_column(rows: Any, wanted: str, origin: str) -> str:
+    import datasets
+
+    declared = [name for name, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)]
+    integers = [name for name, kind in rows.features.items() if "int" in getattr(kind, "dtype", "")]
+    found = declared or integers
+    usual = [name for name in ("label", "labels") if name in found]
+    return _choose(wanted, usual[:1] or found, rows, "LABEL_COLUMN", origin)
+
+
+def _choose(wanted: str, found: list[str], rows: Any, option: str, origin: str) -> str:
+    """The wanted column, or the only one that was found; ValueError if there is none."""
+    if wanted in rows.features or (found and not wanted and len(found) == 1):
+        return wanted or found[0]
+    raise ValueError(
+        f"{origin}: expected {f'a column {wanted!r}' if wanted else 'one column that can be it'} as "
+        f"DATA.HF.{option}, got {some(found if found and not wanted else rows.column_names)}; name the column"
+    )

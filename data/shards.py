@@ -1,0 +1,260 @@
+"""Data sets in tar shards, in the layout of WebDataset.
+
+The files of a sample share a key, which is the path up to the first dot of the file's name: an image
+(`key.jpg`, `.jpeg`, `.png` or `.webp`) and its label, as a number in `key.cls` or as `label` in `key.json`.
+
+The shards are indexed once, and images are read by their position in the file. The index is kept in a file
+until a shard changes.
+"""
+
+import contextlib
+import filecmp
+import itertools
+import json
+import logging
+import os
+import re
+import socket
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.images import UndecodableImageError
+from data.source import SPLITS, StringTable, check_size, some
+
+logger = logging.getLogger(__name__)
+
+IMAGES = ("jpg", "jpeg", "png", "webp")
+_LABELS = ("cls", "json")
+_BLOCK = 512  # bytes; everything in a tar file begins at a multiple
+_THREADS = 8  # shards indexed at a time; on network disks most of it is waiting
+Index = dict[str, np.ndarray]
+"""names: of the images, as bytes separated by NUL; members: [images, 3] number of the shard, offset, size;
+labels: [images]; shards: name, size and time of each shard, as JSON."""
+
+
+class ShardSource:
+    """Images in tar files, read by position. Nothing is open between reads, so workers share nothing."""
+
+    classes: list[str] | None = None
+
+    def __init__(self, shards: list[Path], index: Index) -> None:
+        """
+        Args:
+            shards: the tar files, at least one.
+            index: of their images.
+        """
+        self.origin = str(shards[0].parent)
+        self._shards = [str(shard) for shard in shards]
+        self._names = StringTable(_split_names(index))
+        self._members = index["members"]
+        self.labels = index["labels"]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        """`shard.tar@/path/in/shard.jpg`."""
+        return f"{self._shards[self._members[index, 0]]}@/{self._names[index]}"
+
+    def read(self, index: int) -> bytes:
+        """The content of the image file.
+
+        Raises:
+            OSError: the shard cannot be read.
+            UndecodableImageError: the shard has become shorter, or the file is larger than any image.
+        """
+        shard, offset, size = self._members[index].tolist()
+        check_size(self.name(index), size)
+        with open(self._shards[shard], "rb") as file:
+            file.seek(offset)
+            content = file.read(size)
+        if len(content) < size:
+            raise UndecodableImageError(
+                f"{self.name(index)}: expected {size} bytes at {offset}, got {len(content)}; copy the shard "
+                "again"
+            )
+        return content
+
+
+def open_shards(root: Path, split: str, spare: Path) -> ShardSource:
+    """The images of a split in tar shards.
+
+    Args:
+        root: has the shards in a folder for each split, or side by side with the split in their names.
+        split: "train" or "val", which may also be called "validation" or "test".
+        spare: where the index is kept if the folder of the shards cannot be written.
+
+    Raises:
+        FileNotFoundError: there are no shards.
+        ValueError: a shard is damaged or incomplete, or an image lacks a label.
+    """
+    shards = _find_shards(root, split)
+    stats = [(shard.name, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in shards]
+    facts, folder = json.dumps(stats), shards[0].parent.resolve()
+    name = f"index_{split}.npz"
+    files = [folder / name, spare / f"{zlib.crc32(os.fsencode(folder)):08x}_{name}"]
+    for file in files:
+        if (index := _load_index(file, facts)) is not None:
+            return ShardSource(shards, index)
+    logger.info(f"indexing {len(shards)} shards of {root}; the index is kept for the next time")
+    index = _make_index(shards) | {"shards": np.array(facts)}
+    if not any(_save_index(file, index) for file in files):
+        logger.warning(f"the index of {root} can be written neither to {files[0]} nor to {files[1]}")
+    return ShardSource(shards, index)
+
+
+def _find_shards(root: Path, split: str) -> list[Path]:
+    """The shards of a split, sorted: those in its folder, or those with its name as a word of their name."""
+    beside = sorted(root.glob("*.tar"))
+    for name in SPLITS[split]:
+        shards = sorted((root / name).glob("*.tar"))
+        shards = shards or [shard for shard in beside if name in re.findall("[a-z]+", shard.name.lower())]
+        if shards:
+            return shards
+    names = SPLITS[split]
+    wanted = (
+        " or ".join(f"{name}/*.tar" for name in names) + f", or *.tar with {' or '.join(names)} in the name"
+    )
+    raise FileNotFoundError(
+        f"{root}: expected {wanted}, not compressed, got {some([shard.name for shard in beside])}; set "
+        "DATA.DATA_PATH to the folder of the shards"
+    )
+
+
+def _make_index(shards: list[Path]) -> Index:
+    with ThreadPoolExecutor(_THREADS) as pool:
+        parts = list(pool.map(lambda shard: list(_read_shard(shard)), shards))
+    _check_copies(shards, parts)
+    rows = list(itertools.chain.from_iterable(parts))
+    if not rows:
+        raise ValueError(f"{shards[0]}: expected images ({', '.join(IMAGES)}) in the shards, got none")
+    numbers = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    positions = np.array([row[1:3] for row in rows], dtype=np.int64)
+    return {
+        "names": np.frombuffer(
+            "\0".join(row[0] for row in rows).encode("utf-8", "surrogateescape"), np.uint8
+        ),
+        "members": np.column_stack([numbers, positions]),
+        "labels": np.array([row[3] for row in rows], dtype=np.int64),
+    }
+
+
+def _read_shard(path: Path) -> Iterator[tuple[str, int, int, int]]:
+    """Name, offset, size and label of every image of a shard.
+
+    Raises:
+        ValueError: the message names the shard, and the member if it is one's fault.
+    """
+    images: dict[str, tarfile.TarInfo] = {}
+    labels: dict[str, dict[str, bytes]] = {}
+    for member, content in _members(path):
+        folder, slash, file = member.name.rpartition("/")
+        stem, _, kind = file.lower().partition(".")
+        key = folder + slash + file[: len(stem)]
+        if not stem or (stem[:2] == stem[-2:] == "__"):
+            continue  # hidden, or about the whole shard
+        if kind in IMAGES and key in images or kind in labels.get(key, ()):
+            raise ValueError(
+                f"{path}@/{member.name}: expected one image and one label for a key, got a second one for "
+                f"{key!r}; write the shard again with a key for each sample"
+            )
+        if kind in IMAGES:
+            images[key] = member
+        elif kind in _LABELS:
+            labels.setdefault(key, {})[kind] = content
+    if alone := sorted(set(labels) - set(images)):
+        raise ValueError(
+            f"{path}@/{alone[0]}: expected an image ({', '.join(IMAGES)}) beside the label, got none; write "
+            "the shard again"
+        )
+    for key, member in images.items():
+        label = _read_label(labels.get(key, {}), f"{path}@/{member.name}")
+        yield member.name, member.offset_data, member.size, label
+
+
+def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
+    """The files in a tar file, with their content if they can be labels; ValueError if it is not intact."""
+    end = 0
+    try:
+        with tarfile.open(path, "r:") as shard:
+            for member in shard:
+                if member.issparse():
+                    raise tarfile.ReadError(f"{member.name} is a sparse file")
+                end = member.offset_data
+                if member.isreg():
+                    end += -(-member.size // _BLOCK) * _BLOCK
+                    is_label = member.name.lower().endswith(_LABELS)
+                    yield member, shard.extractfile(member).read() if is_label else b""
+            shard.fileobj.seek(end)
+            if shard.fileobj.read(_BLOCK) != bytes(_BLOCK):  # tarfile accepts files without their end
+                raise tarfile.ReadError(f"no end mark at {end}")
+    except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
+        raise ValueError(
+            f"{path}: expected a whole tar file without compression, got a truncated, damaged or other one "
+            f"({error}); copy it again"
+        ) from error
+
+
+def _read_label(files: dict[str, bytes], name: str) -> int:
+    """The label in the files of a sample, by their kind; ValueError if there is none."""
+    try:
+        label: Any = int(files["cls"]) if "cls" in files else json.loads(files["json"])["label"]
+    except (KeyError, ValueError, TypeError, RecursionError):
+        label = None
+    if type(label) is not int or not -(2**31) <= label < 2**31:
+        got = {kind: content[:50] for kind, content in files.items()} or "neither file"
+        raise ValueError(
+            f"{name}: expected its label, a number in the file .cls or as 'label' in .json, got {got}; write "
+            "the shard again"
+        )
+    return label
+
+
+def _check_copies(shards: list[Path], parts: list[list[tuple[str, int, int, int]]]) -> None:
+    """Raise ValueError if a shard is there twice under different names."""
+    seen: dict[int, Path] = {}
+    for shard, part in zip(shards, parts, strict=True):
+        other = seen.setdefault(hash(tuple(part)), shard)
+        if part and other is not shard and filecmp.cmp(shard, other, shallow=False):
+            raise ValueError(
+                f"{shard}: expected another content than {other}, got a copy; remove one of them"
+            )
+
+
+def _split_names(index: Index) -> list[str]:
+    return index["names"].tobytes().decode("utf-8", "surrogateescape").split("\0")
+
+
+def _load_index(path: Path, facts: str) -> Index | None:
+    """The index in a file; None unless it is there, intact and of these shards."""
+    try:
+        with np.load(path) as file:
+            index = dict(file) if str(file["shards"]) == facts else None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
+    return (
+        index if index and len(_split_names(index)) == len(index["members"]) == len(index["labels"]) else None
+    )
+
+
+def _save_index(path: Path, index: Index) -> bool:
+    """Write an index, whole or not at all; whether that worked. Other processes may do the same."""
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            np.savez(file, **index)
+        os.replace(temporary, path)
+    except OSError:
+        return False
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return True

@@ -1,0 +1,480 @@
+"""Every source of images gives what class folders give, bit for bit, and names what is wrong with it."""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_data import (
+    CLASSES,
+    COUNTS,
+    draw_epoch,
+    make_config,
+    raises,
+    split_images,
+    val_set,
+    write_in22k,
+    write_zip,
+)
+from yacs.config import CfgNode
+
+from data import Loaders, UndecodableImageError, build_loaders
+from data.shards import open_shards
+
+Options = dict[str, object]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def offline(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The library datasets neither asks the network nor writes to the home folder."""
+    datasets = pytest.importorskip("datasets")
+    datasets.config.HF_HUB_OFFLINE = True
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("cache")
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders in train/ and val/."""
+    root = tmp_path_factory.mktemp("plain")
+    for split in COUNTS:
+        for path, _, image in split_images(split):
+            (root / split / path).parent.mkdir(parents=True, exist_ok=True)
+            image.save(root / split / path)
+    return root
+
+
+@pytest.fixture(scope="module")
+def expected(plain: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Images and labels of an epoch, and of the evaluation, from class folders."""
+    loaders = build_loaders(make_config(plain))
+    return *draw_epoch(loaders, 2), *val_set(loaders)
+
+
+# --- Writing the same images in other layouts ---------------------------------------------------------------
+
+
+def write_folders(plain: Path, root: Path, val: str) -> None:
+    shutil.copytree(plain / "train", root / "train")
+    shutil.copytree(plain / "val", root / val)
+
+
+def write_kaggle(plain: Path, root: Path, solution: str = "") -> None:
+    """ImageNet as Kaggle packs it; in its flat folder the images of a class are scattered."""
+    home = root / "ILSVRC" / "Data" / "CLS-LOC"
+    shutil.copytree(plain / "train", home / "train")
+    (home / "val").mkdir()
+    lines = ["ImageId,PredictionString"]
+    for path, label, _ in split_images("val"):
+        image = f"ILSVRC2012_val_{int(Path(path).stem) * len(CLASSES) + label:08d}"
+        shutil.copy(plain / "val" / path, home / "val" / f"{image}.JPEG")
+        lines.append(f"{image},{CLASSES[label]} 111 108 365 342 {CLASSES[label]} 1 2 3 4 ")
+    (root / solution / "LOC_val_solution.csv").write_text("\n".join([lines[0], *reversed(lines[1:])]) + "\n")
+
+
+def add(shard: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    shard.addfile(member, io.BytesIO(content))
+
+
+def write_shards(plain: Path, root: Path, pattern: str, as_json: bool = False, **names: str) -> None:
+    """Tar shards of five samples each; `pattern` has fields for the split and the number of the shard."""
+    for split in COUNTS:
+        samples = list(split_images(split))
+        for number in range(0, len(samples), 5):
+            path = root / pattern.format(names.get(split, split), number // 5)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tarfile.open(path, "w") as shard:
+                add(shard, "__info__.json", b'{"about": "the shard"}')
+                for name, label, _ in samples[number : number + 5]:
+                    key = f"images.v1/{name.removesuffix('.png')}"
+                    text = json.dumps({"label": label, "name": name}) if as_json else f"{label}\n"
+                    add(shard, f"{key}.{'json' if as_json else 'cls'}", text.encode())
+                    add(shard, f"{key}.PNG" if as_json else f"{key}.png", (plain / split / name).read_bytes())
+
+
+def make_rows(plain: Path, split: str, image: str = "image", label: str = "label"):
+    import datasets
+
+    samples = list(split_images(split))
+    features = {
+        "id": datasets.Value("int64"),
+        image: datasets.Image(),
+        label: datasets.ClassLabel(names=list(CLASSES)),
+    }
+    columns = {
+        "id": list(range(len(samples))),
+        image: [{"bytes": (plain / split / path).read_bytes(), "path": None} for path, _, _ in samples],
+        label: [label for _, label, _ in samples],
+    }
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def write_disk(plain: Path, root: Path) -> None:
+    import datasets
+
+    splits = {"train": make_rows(plain, "train"), "validation": make_rows(plain, "val")}
+    datasets.DatasetDict(splits).save_to_disk(str(root))
+
+
+def write_disk_folders(plain: Path, root: Path) -> None:
+    """Each split saved on its own, in an order that only the library knows, with names of its own."""
+    for split in COUNTS:
+        count = len(list(split_images(split)))
+        backwards = make_rows(plain, split, "pic", "digit").select(range(count - 1, -1, -1))
+        backwards.select(range(count - 1, -1, -1)).save_to_disk(str(root / f"my_{split}"))
+
+
+def write_parquet(plain: Path, root: Path) -> None:
+    (root / "data").mkdir(parents=True)
+    for split, name in (("train", "train"), ("val", "validation")):
+        make_rows(plain, split).to_parquet(root / "data" / f"{name}-00000-of-00001.parquet")
+
+
+def write_plain_parquet(plain: Path, root: Path) -> None:
+    """As pandas would write it: no features of the library, paths instead of content."""
+    import pyarrow
+    from pyarrow import parquet
+
+    root.mkdir()
+    for split in COUNTS:
+        samples = list(split_images(split))
+        files = [{"bytes": None, "path": str(plain / split / path)} for path, _, _ in samples]
+        column = pyarrow.array(files, pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()}))
+        labels = pyarrow.array([label for _, label, _ in samples], pyarrow.int16())
+        parquet.write_table(pyarrow.table({"img": column, "labels": labels}), root / f"{split}.parquet")
+
+
+HF_NAMES = {
+    **{"DATA__HF__IMAGE_COLUMN": "pic", "DATA__HF__LABEL_COLUMN": "digit"},
+    **{"DATA__HF__TRAIN_SPLIT": "my_train", "DATA__HF__VAL_SPLIT": "my_val"},
+}
+WDS, HF, ZIP = {"DATA__DATASET": "wds"}, {"DATA__DATASET": "hf"}, {"DATA__ZIP_MODE": True}
+IN22K = {"DATA__DATASET": "imagenet22k"}
+
+
+def write_maps(plain: Path, root: Path, as_json: bool) -> None:
+    shutil.copytree(plain, root)
+    write_in22k(root, as_json)
+
+
+LAYOUTS: dict[str, tuple[Callable[[Path, Path], object], str, Options]] = {  # writer, folder to name, options
+    "validation": (lambda plain, root: write_folders(plain, root, "validation"), "", {}),
+    "test": (lambda plain, root: write_folders(plain, root, "test"), "", {"DATA__DATASET": "folder"}),
+    "kaggle": (write_kaggle, "", {}),
+    "kaggle in ILSVRC": (lambda plain, root: write_kaggle(plain, root, "ILSVRC"), "ILSVRC", {}),
+    "kaggle in Data": (write_kaggle, "ILSVRC/Data", {}),
+    "kaggle in CLS-LOC": (write_kaggle, "ILSVRC/Data/CLS-LOC", {}),
+    "zip": (
+        lambda plain, root: write_zip(plain, root, "", zipfile.ZIP_DEFLATED),
+        "",
+        ZIP | {"DATA__CACHE_MODE": "no"},
+    ),
+    "zip in memory": (
+        lambda plain, root: write_zip(plain, root, "{}.zip@/"),
+        "",
+        ZIP | {"DATA__CACHE_MODE": "full"},
+    ),
+    "maps": (lambda plain, root: write_maps(plain, root, False), "", IN22K),
+    "maps in json": (
+        lambda plain, root: write_maps(plain, root, True),
+        "",
+        IN22K | {"MODEL__NUM_CLASSES": 21841},
+    ),
+    "shards in folders": (lambda plain, root: write_shards(plain, root, "{}/{:03d}.tar"), "", WDS),
+    "shards side by side": (
+        lambda plain, root: write_shards(plain, root, "imagenet1k-{}-{:04d}.tar", True, val="validation"),
+        "",
+        WDS,
+    ),
+    "saved": (write_disk, "", HF),
+    "saved splits": (write_disk_folders, "", HF | HF_NAMES),
+    "parquet": (write_parquet, "", HF),
+    "plain parquet": (write_plain_parquet, "", HF),
+}
+
+
+@pytest.fixture(params=LAYOUTS)
+def config(request: pytest.FixtureRequest, plain: Path, tmp_path: Path) -> CfgNode:
+    """The configuration of one layout, which it writes."""
+    write, inner, options = LAYOUTS[request.param]
+    write(plain, tmp_path / "data")
+    return make_config(tmp_path / "data" / inner, OUTPUT=str(tmp_path / "output"), **options)
+
+
+def test_a_source_equals_class_folders(config: CfgNode, expected: tuple[torch.Tensor, ...]) -> None:
+    """In training, resumed, with another number of processes, and in evaluation; in workers of both kinds."""
+    alone = build_loaders(config)
+    for ours, theirs in zip((*draw_epoch(alone, 2), *val_set(alone)), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    resumed = [build_loaders(config, rank, 2) for rank in range(2)]
+    steps = [draw_epoch(loaders, 2, samples_seen=8)[0].split(4) for loaders in resumed]
+    rest = torch.cat([batch for step in zip(*steps, strict=True) for batch in step])
+    torch.testing.assert_close(rest, expected[0][8:16], rtol=0, atol=0)
+    shares = torch.cat([val_set(loaders)[0] for loaders in resumed]).flatten(1)
+    assert torch.equal(torch.unique(shares, dim=0), torch.unique(expected[2].flatten(1), dim=0))
+    assert len(shares) == len(expected[2])
+
+    config.defrost()
+    config.DATA.NUM_WORKERS, config.DATA.WORKER_START_METHOD = 1, "fork"
+    forked = build_loaders(config)
+    forked.val_dataset[0]  # whatever a source opens is open before the worker starts
+    torch.testing.assert_close(val_set(forked)[0], expected[2], rtol=0, atol=0)
+    source = pickle.loads(pickle.dumps(forked.val_dataset.source))  # as a spawned worker receives it
+    assert [source.read(i) for i in range(9)] == [alone.val_dataset.source.read(i) for i in range(9)]
+
+
+# --- Class folders and Kaggle's ImageNet --------------------------------------------------------------------
+
+
+def test_val_comes_before_test(plain: Path, tmp_path: Path, expected: tuple[torch.Tensor, ...]) -> None:
+    write_folders(plain, tmp_path / "data", "val")
+    (tmp_path / "data" / "test").mkdir()
+    assert torch.equal(val_set(build_loaders(make_config(tmp_path / "data")))[0], expected[2])
+
+
+def kaggle_lines(change: Callable[[list[str]], object]) -> Callable[[Path], object]:
+    def rewrite(root: Path) -> None:
+        lines = (root / "LOC_val_solution.csv").read_text().splitlines()
+        change(lines)
+        (root / "LOC_val_solution.csv").write_text("\n".join(lines))
+
+    return rewrite
+
+
+@pytest.mark.parametrize(
+    ("damage", "parts"),
+    [
+        (lambda root: (root / "LOC_val_solution.csv").unlink(), ("val: expected one sub-folder", "LOC_val")),
+        (
+            kaggle_lines(lambda lines: lines.pop(3)),
+            ("csv: expected a line for every image", "ILSVRC2012_val"),
+        ),
+        (kaggle_lines(lambda lines: lines.append(lines[1])), ("csv:11: expected one line", "a second line")),
+        (
+            kaggle_lines(lambda lines: lines.insert(2, "x,ant 1")),
+            ("csv:3: expected one line", "no such file"),
+        ),
+        (
+            kaggle_lines(lambda lines: lines.insert(2, "x,")),
+            ("csv:3: expected '<image>,<class> <box>'", "'x,'"),
+        ),
+        (lambda root: shutil.rmtree(root / "ILSVRC/Data/CLS-LOC/train/cat"), ("only in the second: cat",)),
+    ],
+)
+def test_bad_solutions_of_kaggle(
+    damage: Callable[[Path], object], parts: tuple[str, ...], plain: Path, tmp_path: Path
+) -> None:
+    write_kaggle(plain, tmp_path)
+    damage(tmp_path)
+    with raises(ValueError, *parts):
+        build_loaders(make_config(tmp_path))
+
+
+# --- Shards -------------------------------------------------------------------------------------------------
+
+
+def shard_of(*files: tuple[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as shard:
+        for name, content in files:
+            add(shard, name, content)
+    return buffer.getvalue()
+
+
+def open_shard(folder: Path, *contents: bytes) -> None:
+    (folder / "train").mkdir()
+    for number, content in enumerate(contents):
+        (folder / "train" / f"{number}.tar").write_bytes(content)
+    open_shards(folder, "train", folder / "spare")
+
+
+IMAGE, LABEL = ("a/0.jpg", b"\xff" * 700), ("a/0.cls", b"1")
+WHOLE = shard_of(IMAGE, LABEL)
+
+
+@pytest.mark.parametrize(
+    ("contents", "parts"),
+    [
+        ([WHOLE[:700]], ("0.tar: expected a whole tar file", "truncated")),
+        ([WHOLE[:1536]], ("0.tar: expected a whole tar file", "no end mark")),
+        ([WHOLE[:1700]], ("0.tar: expected a whole tar file",)),
+        ([WHOLE[:2560]], ("0.tar: expected a whole tar file", "no end mark")),
+        ([WHOLE[:1536] + b"x" * 5000], ("0.tar: expected a whole tar file", "no end mark")),
+        ([b""], ("0.tar: expected a whole tar file",)),
+        ([b"\x1f\x8b" + bytes(2000)], ("0.tar: expected a whole tar file without compression",)),
+        ([shard_of()], ("0.tar: expected images", "got none")),
+        ([shard_of(IMAGE)], ("0.tar@/a/0.jpg: expected its label", "got neither file")),
+        ([shard_of(IMAGE, ("b/0.cls", b"1"))], ("0.tar@/b/0: expected an image", "beside the label")),
+        ([shard_of(IMAGE, ("a/0.cls", b"one"))], ("a/0.jpg: expected its label", "got {'cls': b'one'}")),
+        ([shard_of(IMAGE, ("a/0.cls", b"1.0"))], ("a/0.jpg: expected its label",)),
+        ([shard_of(IMAGE, ("a/0.json", b'{"class": 1}'))], ("a/0.jpg: expected its label", "'json'")),
+        ([shard_of(IMAGE, ("a/0.json", b'{"label": true}'))], ("a/0.jpg: expected its label",)),
+        ([shard_of(IMAGE, ("a/0.json", b"[" * 10**5))], ("a/0.jpg: expected its label",)),
+        ([shard_of(IMAGE, ("a/0.json", b'{"label": 1e99}'))], ("a/0.jpg: expected its label",)),
+        (
+            [shard_of(IMAGE, LABEL, IMAGE)],
+            ("a/0.jpg: expected one image and one label", "second one for 'a/0'"),
+        ),
+        ([shard_of(IMAGE, LABEL, LABEL)], ("a/0.cls: expected one image and one label",)),
+        ([shard_of(IMAGE, LABEL, ("a/0.png", b""))], ("a/0.png: expected one image and one label",)),
+        (
+            [WHOLE, shard_of(("b.png", b""), ("b.cls", b"0")), WHOLE],
+            ("2.tar: expected another content than", "0.tar"),
+        ),
+    ],
+)
+def test_bad_shards(contents: list[bytes], parts: tuple[str, ...], tmp_path: Path) -> None:
+    with raises(ValueError, *parts):
+        open_shard(tmp_path, *contents)
+    assert not list(tmp_path.rglob("*.npz"))
+
+
+def test_a_key_may_come_back_in_another_shard(tmp_path: Path) -> None:
+    open_shard(tmp_path, WHOLE, shard_of(("a/0.jpg", b"another"), LABEL))
+
+
+def test_missing_shards(tmp_path: Path) -> None:
+    (tmp_path / "train-0.tar.gz").touch()
+    (tmp_path / "interval-0.tar").touch()
+    with raises(FileNotFoundError, "expected train/*.tar", "not compressed", "got interval-0.tar"):
+        open_shards(tmp_path, "train", tmp_path)
+    with raises(FileNotFoundError, "val/*.tar or validation/*.tar or test/*.tar"):
+        open_shards(tmp_path, "val", tmp_path)
+
+
+@pytest.mark.parametrize("can_write", [True, False])
+def test_the_index_is_kept_until_a_shard_changes(
+    can_write: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard, spare = tmp_path / "train-0.tar", tmp_path / "output" / "spare"
+    beside = tmp_path / "index_train.npz"
+    if not can_write:
+        beside.mkdir()
+    shard.write_bytes(shard_of(IMAGE, LABEL))
+    opened: list[object] = []
+    open_tar = tarfile.open
+
+    def count_and_open(*args: object, **options: object) -> tarfile.TarFile:
+        opened.extend(args[:1])
+        return open_tar(*args, **options)
+
+    monkeypatch.setattr(tarfile, "open", count_and_open)
+    for _ in range(2):
+        source = open_shards(tmp_path, "train", spare)
+        assert (len(opened), len(source), source.labels.tolist()) == (1, 1, [1])
+        assert source.read(0) == IMAGE[1]
+    kept = [beside] if can_write else list(spare.iterdir())
+    assert len(kept) == 1 and kept[0].is_file()
+    before = shard.stat()
+    shard.write_bytes(shard_of(IMAGE, ("a/0.cls", b"2")))
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert open_shards(tmp_path, "train", spare).labels.tolist() == [2]
+    for damaged in (b"", kept[0].read_bytes()[:-30]):
+        kept[0].write_bytes(damaged)
+        assert open_shards(tmp_path, "train", spare).labels.tolist() == [2]
+    assert len(opened) == 4
+    assert not list(tmp_path.rglob(".index*")), "temporary files"
+
+
+def test_a_shard_cut_later_is_a_damaged_image(
+    plain: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_shards(plain, tmp_path, "{}-{}.tar")
+    loaders = build_loaders(make_config(tmp_path, **WDS))
+    os.truncate(tmp_path / "train-3.tar", 1000)
+    os.truncate(tmp_path / "val-1.tar", 1000)
+    draw_epoch(loaders)
+    assert loaders.train_dataset.undecodable and "train-3.tar@/images.v1/cat/" in caplog.text
+    with raises(UndecodableImageError, "val-1.tar@/images.v1/bee/2.png: expected", "copy the shard again"):
+        val_set(loaders)
+
+
+# --- Hugging Face -------------------------------------------------------------------------------------------
+
+
+def hf_loaders(root: Path | str, **options: object) -> Loaders:
+    return build_loaders(make_config(root, **HF, **options))
+
+
+def test_names_of_splits_and_columns(plain: Path, tmp_path: Path) -> None:
+    write_disk_folders(plain, tmp_path / "data")
+    with raises(ValueError, "expected a split called train, got my_", "DATA.HF.TRAIN_SPLIT"):
+        hf_loaders(tmp_path / "data")
+    splits = {"DATA__HF__TRAIN_SPLIT": "my_train", "DATA__HF__VAL_SPLIT": "my_val"}
+    with raises(ValueError, "expected a column 'pixels' as DATA.HF.IMAGE_COLUMN, got id, pic, digit"):
+        hf_loaders(tmp_path / "data", DATA__HF__IMAGE_COLUMN="pixels", **splits)
+    with raises(ValueError, "expected images in the column 'id'", "DATA.HF.IMAGE_COLUMN"):
+        hf_loaders(tmp_path / "data", DATA__HF__IMAGE_COLUMN="id", **splits)
+    with raises(ValueError, "my_train, row 3: expected a label in [0, 3), got 3"):
+        hf_loaders(tmp_path / "data", DATA__HF__LABEL_COLUMN="id", **splits, MODEL__NUM_CLASSES=3)
+    with raises(ValueError, "my_train: expected 5 classes (MODEL.NUM_CLASSES), got 3"):
+        hf_loaders(tmp_path / "data", **splits, MODEL__NUM_CLASSES=5)
+
+
+def test_columns_that_are_not_clear(plain: Path, tmp_path: Path) -> None:
+    import datasets
+
+    rows = make_rows(plain, "train", label="fine").add_column("coarse", [0] * 18)
+    rows = rows.cast_column("coarse", datasets.ClassLabel(num_classes=3))
+    for split in COUNTS:
+        rows.save_to_disk(str(tmp_path / "data" / split))
+    with raises(ValueError, "expected one column that can be it as DATA.HF.LABEL_COLUMN, got fine, coarse"):
+        hf_loaders(tmp_path / "data")
+    with raises(ValueError, "expected one column that can be it as DATA.HF.IMAGE_COLUMN, got id, fine"):
+        rows.remove_columns("image").save_to_disk(str(tmp_path / "none" / "train"))
+        hf_loaders(tmp_path / "none")
+
+
+def test_bad_rows(plain: Path, tmp_path: Path) -> None:
+    """A missing label is an error at the start, a missing image one of that image."""
+    for split in COUNTS:
+        make_rows(plain, split).save_to_disk(str(tmp_path / "data" / split))
+
+    def change(name: str, row: int, value: object) -> None:
+        rows = make_rows(plain, "val")
+        changed = rows.map(lambda sample, index: {name: value} if index == row else {}, with_indices=True)
+        shutil.rmtree(tmp_path / "data" / "val")
+        changed.save_to_disk(str(tmp_path / "data" / "val"))
+
+    change("label", 4, None)
+    with raises(ValueError, "val, row 4: expected a whole number in the column 'label', got [None]"):
+        hf_loaders(tmp_path / "data")
+    change("label", 5, -1)
+    with raises(ValueError, "val, row 5: expected a label in [0, 3), got -1"):
+        hf_loaders(tmp_path / "data")
+    change("image", 3, None)
+    with raises(UndecodableImageError, "val, row 3: expected an image in the column 'image', got none"):
+        val_set(hf_loaders(tmp_path / "data"))
+
+
+@pytest.mark.parametrize("name", ["no/such", "/no/such/folder", "no such"])
+def test_missing_data_sets(name: str) -> None:
+    with raises((ValueError, OSError), "expected a", "name on the hub", "got", "correct") as caught:
+        hf_loaders(name)
+    assert name in str(caught.value)
+
+
+def test_damaged_parquet_and_a_single_file(plain: Path, tmp_path: Path) -> None:
+    path = tmp_path / "one.parquet"
+    make_rows(plain, "val").to_parquet(path)
+    weights = {"EVAL_MODE": True, "MODEL__RESUME": "weights.pth"}
+    assert len(val_set(hf_loaders(path, DATA__HF__VAL_SPLIT="train", **weights))[0]) == 9
+    path.write_bytes(path.read_bytes()[:300])
+    with raises(ValueError, path, "expected a data set that the library datasets reads", "correct"):
+        hf_loaders(path)
+
+
+def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with raises(ImportError, "DATA.DATASET hf: expected the library datasets", "pip install datasets"):
+        hf_loaders(tmp_path)

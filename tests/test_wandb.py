@@ -1,0 +1,114 @@
+"""Weights & Biases beside metrics.jsonl, with the real library in its offline mode."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import REPO
+from test_main import command, folder_of
+
+import main
+from logger import Metrics, WeightsAndBiases
+
+wandb = pytest.importorskip("wandb")
+
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+import psutil
+sys.modules["torch.utils"] = None  # no TensorBoard: it takes a second to import
+from logger import Metrics
+metrics = Metrics(Path(sys.argv[1]))
+metrics.start_wandb(False, project="tests")
+metrics.write("train", 0, loss=1.5)
+for child in psutil.Process().children(recursive=True):
+    if "wandb" in child.name():
+        child.kill()
+        child.wait()
+for step in range(1, 50):
+    metrics.write("train", step, loss=2.5)
+    time.sleep(0.1 if metrics.mirrors else 0)
+print(len(metrics.mirrors), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    yield
+    wandb.teardown()  # a process that this one starts would share its service
+
+
+def records(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / Metrics.NAME).read_text().splitlines()]
+
+
+def run_ids(folder: Path) -> list[str]:
+    """Of the runs that the library wrote, one entry for each time it was started."""
+    return [path.name.split("-")[-1] for path in sorted((folder / "wandb").glob("offline-run-*"))]
+
+
+def test_a_resumed_run_continues_in_its_run(
+    few_images: Path, nano_opts: list[object], tmp_path: Path
+) -> None:
+    opts = [*nano_opts, "LOG.WANDB", "tests"]
+    folder = folder_of(tmp_path)
+    for epochs in (1, 2):
+        assert main.main(command(few_images, tmp_path, [*opts, "TRAIN.EPOCHS", epochs])) == 0
+    own_id = (folder / WeightsAndBiases.ID_NAME).read_text()
+    assert run_ids(folder) == [own_id] * 2
+    wandb.teardown()  # which writes everything
+    files = b"".join(path.read_bytes() for path in (folder / "wandb").glob("offline-run-*/*.wandb"))
+    assert [record["kind"] for record in records(folder)] == ["train", "epoch"] * 2
+    for record in records(folder):
+        assert f"{record['kind']}/loss".encode() in files and str(record["loss"]).encode() in files
+
+
+def test_a_failure_ends_nothing_and_a_killed_run_continues(tmp_path: Path) -> None:
+    """The library's own process is killed, then the run."""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)], cwd=REPO, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == -signal.SIGKILL and done.stdout.split() == ["0"], done.stderr
+    assert len(records(tmp_path)) == 50
+    for continues in (True, False):
+        metrics = Metrics(tmp_path)
+        metrics.start_wandb(continues, project="tests")
+        metrics.close()
+    killed, continued, new = run_ids(tmp_path)
+    assert killed == continued != new == (tmp_path / WeightsAndBiases.ID_NAME).read_text()
+
+
+def test_without_login_nothing_is_recorded_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(**options: object) -> None:
+        raise RuntimeError("No API key configured")
+
+    monkeypatch.setattr("wandb.init", refuse)
+    metrics = Metrics(tmp_path)
+    metrics.start_wandb(False, project="tests")
+    metrics.write("train", 0, loss=1.0)
+    metrics.close()
+    assert "Weights & Biases records nothing: No API key configured" in caplog.text
+    assert len(records(tmp_path)) == 1
+
+
+def test_without_the_library(
+    few_images: Path,
+    nano_opts: list[object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert main.main(command(few_images, tmp_path, [*nano_opts, "LOG.WANDB", "tests"])) == 2
+    assert "LOG.WANDB: expected the library wandb" in (error := capsys.readouterr().err)
+    assert "pip install wandb" in error and len(error.splitlines()) == 1
+    assert not (folder_of(tmp_path) / "config.yaml").exists()
