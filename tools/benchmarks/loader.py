@@ -1,17 +1,20 @@
-"""Times the training data pipeline with each decoder, in alternating rounds, on generated images.
+"""Times the training data pipeline with each decoder and source, in alternating rounds, on the same images.
 
     python -m tools.benchmarks.loader --workers 0 1 2
 
-The pipeline is that of training: read, decode, crop, augment, normalise, batch. The images decode like
-photographs: noise with the spectrum of natural scenes, 500x375 pixels, JPEG at quality 90, about 110 kB each
-(the mean of ImageNet).
+The pipeline is that of training: read, decode, crop, augment, normalise, batch. The images are generated and
+decode like photographs: noise with the spectrum of natural scenes, 500x375 pixels, JPEG at quality 90, about
+110 kB each (the mean of ImageNet).
 """
 
 import argparse
+import io
 import statistics
 import sys
+import tarfile
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -25,9 +28,17 @@ from . import common
 
 HEIGHT, WIDTH, QUALITY = 375, 500, 90
 CLASSES = 2
-DECODERS = ("pil", "opencv")
+SHARD_IMAGES = 100
+CASES = {  # name -> options: class folders with each decoder, then other sources with Pillow
+    "pil": {"DATA.DECODER": "pil"},
+    "opencv": {"DATA.DECODER": "opencv"},
+    "zip": {"DATA.ZIP_MODE": True, "DATA.CACHE_MODE": "no"},
+    "zip in memory": {"DATA.ZIP_MODE": True, "DATA.CACHE_MODE": "part"},
+    "wds": {"DATA.DATASET": "wds"},
+    "hf": {"DATA.DATASET": "hf"},
+}
 BASELINE = "pil"
-COLUMNS = ("workers", "decoder", "img/s", "quartiles", "ratio to pil", "quartiles of the ratio")
+COLUMNS = ("workers", "case", "img/s", "quartiles", "ratio to pil", "quartiles of the ratio")
 
 
 def photograph(seed: int) -> Image.Image:
@@ -58,12 +69,38 @@ def make_images(root: Path, count: int) -> float:
     return statistics.mean(sizes)
 
 
-def loaders_for(root: Path, decoder: str, workers: int, args: argparse.Namespace) -> Loaders:
-    """The loaders of training with one decoder."""
+def pack_images(root: Path) -> None:
+    """Write the images of the class folders once more, in the layouts of the other sources."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    for split in ("train", "val"):
+        paths = sorted((root / split).glob("*/*.jpg"))
+        files = [(path, path.relative_to(root / split), int(path.parent.name[-1])) for path in paths]
+        with zipfile.ZipFile(root / f"{split}.zip", "w") as archive:
+            for path, name, _ in files:
+                archive.write(path, name)
+        lines = [f"{name}\t{label}\n" for _, name, label in files]
+        (root / f"{split}_map.txt").write_text("".join(lines))
+        for number in range(0, len(files), SHARD_IMAGES):
+            with tarfile.open(root / f"{split}-{number // SHARD_IMAGES:04d}.tar", "w") as shard:
+                for path, name, label in files[number : number + SHARD_IMAGES]:
+                    shard.add(path, str(name))
+                    entry, content = tarfile.TarInfo(f"{name.with_suffix('.cls')}"), str(label).encode()
+                    entry.size = len(content)
+                    shard.addfile(entry, io.BytesIO(content))
+        features = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
+        images = [{"bytes": path.read_bytes(), "path": None} for path in paths]
+        columns = {"image": images, "label": [label for *_, label in files]}
+        datasets.Dataset.from_dict(columns, features=features).save_to_disk(str(root / "hf" / split))
+
+
+def loaders_for(root: Path, case: str, workers: int, args: argparse.Namespace) -> Loaders:
+    """The loaders of training in one case."""
     values = {
-        "DATA.DATA_PATH": str(root),
+        "DATA.DATA_PATH": str(root / "hf" if case == "hf" else root),
         "DATA.DATASET": "folder",
-        "DATA.DECODER": decoder,
+        **CASES[case],
         "DATA.BATCH_SIZE": args.batch_size,
         "DATA.IMG_SIZE": args.size,
         "DATA.NUM_WORKERS": workers,
@@ -98,7 +135,7 @@ def timer_of(loaders: Loaders) -> Callable[[], float]:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = common.new_parser("Time the training data pipeline with each decoder.", "loader")
+    parser = common.new_parser("Time the training data pipeline with each decoder and source.", "loader")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="loader processes")
     parser.add_argument("--images", type=int, default=256, help="training images of an epoch")
     parser.add_argument("--size", type=int, default=224, help="side of the training images in pixels")
@@ -111,25 +148,27 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def measure(args: argparse.Namespace) -> int:
-    """Time every decoder with every number of workers, and publish."""
+    """Time every case with every number of workers, and publish."""
     facts, rows = common.describe_run(args.device), []
     with tempfile.TemporaryDirectory() as folder:
         kilobytes = make_images(Path(folder), args.images)
+        pack_images(Path(folder))
         facts["Images"] = (
             f"{args.images} of {WIDTH}x{HEIGHT} pixels, JPEG quality {QUALITY}, {kilobytes:.0f} kB each; to "
             f"{args.size}x{args.size}, batches of {args.batch_size}"
         )
         for workers in args.workers:
-            timers = {name: timer_of(loaders_for(Path(folder), name, workers, args)) for name in DECODERS}
+            timers = {name: timer_of(loaders_for(Path(folder), name, workers, args)) for name in CASES}
             common.alternate(timers, 1)  # starts the workers, fills the page cache
             times = common.alternate(timers, args.rounds)
-            for name in DECODERS:
+            for name in CASES:
                 rate = common.Spread.of([1 / value for value in times[name]])
                 ratio = common.speed_ratio(times[name], times[BASELINE])
                 spread = f"{common.show(rate.lower)}-{common.show(rate.upper)}"
                 quartiles = f"{ratio.lower:.2f}-{ratio.upper:.2f}"
                 rows.append([workers, name, rate.median, spread, ratio.median, quartiles])
-    note = f"Medians of {args.rounds} epochs in alternating rounds; ratios are within a round."
+    note = "pil and opencv are decoders, with class folders; the other cases are sources, with pil. "
+    note += f"Medians of {args.rounds} epochs in alternating rounds; ratios are within a round."
     common.publish(args, "Training data pipeline", facts, [note], COLUMNS, rows)
     return 0
 
