@@ -32,17 +32,16 @@ def open_folder_split(root: Path, split: str) -> FileSource:
         FileNotFoundError: the split does not exist.
         ValueError: an image has no class, or a class no image.
     """
-    names = {name for group in SPLITS.values() for name in group}
+    names = ("train", *SPLITS["val"])
     inner = (root, *(root / folder for folder in _KAGGLE))
     home = next((folder for folder in inner if any((folder / name).is_dir() for name in names)), root)
     choices = [home / name for name in SPLITS[split]]
     split_dir = next((folder for folder in choices if folder.is_dir()), choices[0])
     if not split_dir.is_dir():
-        others = f" (or {'/, '.join(SPLITS['val'][1:])}/)"
         raise FileNotFoundError(
             f"{split_dir}: expected a folder with one sub-folder per class, got "
-            f"{'a file' if split_dir.exists() else 'nothing'}; set DATA.DATA_PATH to the folder that holds "
-            f"train/ and val/{others}"
+            f"{'a file' if split_dir.exists() else 'nothing'}; set DATA.DATA_PATH to the folder that has "
+            f"train/ and {'/ or '.join(SPLITS['val'])}/"
         )
     classes = _class_names(split_dir)
     if not classes and split == "val" and (solution := _find_solution(split_dir)):

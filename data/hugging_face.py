@@ -131,7 +131,7 @@ def _load(source: str) -> dict[str, Any]:
             "DATA.DATA_PATH"
         ) from error
     raise FileNotFoundError(
-        f"DATA.DATA_PATH: expected a folder, a parquet file or a name on the hub with DATA.DATASET hf, got "
+        "DATA.DATA_PATH: expected a folder, a parquet file or a name on the hub with DATA.DATASET hf, got "
         f"{source}; correct it"
     )
 
@@ -161,9 +161,10 @@ def _label_column(rows: Any, wanted: str, origin: str) -> str:
 
 def _choose(wanted: str, found: list[str], rows: Any, option: str, origin: str) -> str:
     """The wanted column, or the only one that was found; ValueError if there is none."""
-    if wanted in rows.features or (found and not wanted and len(found) == 1):
-        return wanted or found[0]
-    raise ValueError(
-        f"{origin}: expected {f'a column {wanted!r}' if wanted else 'one column that can be it'} as "
-        f"DATA.HF.{option}, got {some(found if found and not wanted else rows.column_names)}; name the column"
-    )
+    if wanted in rows.features:
+        return wanted
+    if not wanted and len(found) == 1:
+        return found[0]
+    expected = f"a column {wanted!r}" if wanted else "one column that can be it"
+    got = rows.column_names if wanted or not found else found
+    raise ValueError(f"{origin}: expected {expected} as DATA.HF.{option}, got {some(got)}; name the column")

@@ -112,19 +112,16 @@ def open_shards(root: Path, split: str, spare: Path) -> ShardSource:
 
 def _find_shards(root: Path, split: str) -> list[Path]:
     """The shards of a split, sorted: those in its folder, or those with its name as a word of their name."""
-    beside = sorted(root.glob("*.tar"))
+    beside = sorted(root.glob("[!.]*.tar"))
     for name in SPLITS[split]:
-        shards = sorted((root / name).glob("*.tar"))
+        shards = sorted((root / name).glob("[!.]*.tar"))
         shards = shards or [shard for shard in beside if name in re.findall("[a-z]+", shard.name.lower())]
         if shards:
             return shards
-    names = SPLITS[split]
-    wanted = (
-        " or ".join(f"{name}/*.tar" for name in names) + f", or *.tar with {' or '.join(names)} in the name"
-    )
+    names = " or ".join(SPLITS[split])
     raise FileNotFoundError(
-        f"{root}: expected {wanted}, not compressed, got {some([shard.name for shard in beside])}; set "
-        "DATA.DATA_PATH to the folder of the shards"
+        f"{root}: expected *.tar, not compressed, in a folder called {names}, or with {names} as a word of "
+        f"the file name, got {some([shard.name for shard in beside])}; set DATA.DATA_PATH to their folder"
     )
 
 

@@ -1,5 +1,6 @@
 """Every source of images gives what class folders give, bit for bit, and names what is wrong with it."""
 
+import importlib.util
 import io
 import json
 import os
@@ -35,7 +36,10 @@ Options = dict[str, object]
 @pytest.fixture(scope="module", autouse=True)
 def offline(tmp_path_factory: pytest.TempPathFactory) -> None:
     """The library datasets neither asks the network nor writes to the home folder."""
-    datasets = pytest.importorskip("datasets")
+    if importlib.util.find_spec("datasets") is None:
+        return
+    import datasets
+
     datasets.config.HF_HUB_OFFLINE = True
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("cache")
     datasets.disable_progress_bars()
@@ -103,8 +107,7 @@ def write_shards(plain: Path, root: Path, pattern: str, as_json: bool = False, *
 
 
 def make_rows(plain: Path, split: str, image: str = "image", label: str = "label"):
-    import datasets
-
+    datasets = pytest.importorskip("datasets")
     samples = list(split_images(split))
     features = {
         "id": datasets.Value("int64"),
@@ -120,8 +123,7 @@ def make_rows(plain: Path, split: str, image: str = "image", label: str = "label
 
 
 def write_disk(plain: Path, root: Path) -> None:
-    import datasets
-
+    datasets = pytest.importorskip("datasets")
     splits = {"train": make_rows(plain, "train"), "validation": make_rows(plain, "val")}
     datasets.DatasetDict(splits).save_to_disk(str(root))
 
@@ -142,6 +144,7 @@ def write_parquet(plain: Path, root: Path) -> None:
 
 def write_plain_parquet(plain: Path, root: Path) -> None:
     """As pandas would write it: no features of the library, paths instead of content."""
+    pytest.importorskip("datasets")
     import pyarrow
     from pyarrow import parquet
 
@@ -346,9 +349,9 @@ def test_a_key_may_come_back_in_another_shard(tmp_path: Path) -> None:
 def test_missing_shards(tmp_path: Path) -> None:
     (tmp_path / "train-0.tar.gz").touch()
     (tmp_path / "interval-0.tar").touch()
-    with raises(FileNotFoundError, "expected train/*.tar", "not compressed", "got interval-0.tar"):
+    with raises(FileNotFoundError, "expected *.tar, not compressed", "called train", "got interval-0.tar"):
         open_shards(tmp_path, "train", tmp_path)
-    with raises(FileNotFoundError, "val/*.tar or validation/*.tar or test/*.tar"):
+    with raises(FileNotFoundError, "val or validation or test as a word of the file name"):
         open_shards(tmp_path, "val", tmp_path)
 
 
@@ -422,8 +425,7 @@ def test_names_of_splits_and_columns(plain: Path, tmp_path: Path) -> None:
 
 
 def test_columns_that_are_not_clear(plain: Path, tmp_path: Path) -> None:
-    import datasets
-
+    datasets = pytest.importorskip("datasets")
     rows = make_rows(plain, "train", label="fine").add_column("coarse", [0] * 18)
     rows = rows.cast_column("coarse", datasets.ClassLabel(num_classes=3))
     for split in COUNTS:
@@ -459,6 +461,7 @@ def test_bad_rows(plain: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["no/such", "/no/such/folder", "no such"])
 def test_missing_data_sets(name: str) -> None:
+    pytest.importorskip("datasets")
     with raises((ValueError, OSError), "expected a", "name on the hub", "got", "correct") as caught:
         hf_loaders(name)
     assert name in str(caught.value)
