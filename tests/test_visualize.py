@@ -1,7 +1,6 @@
 """tools/visualize.py and tools/figures: weights reproduce the layers' output, maps show the right tokens."""
 
 from collections.abc import Iterator
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +42,14 @@ def make(name: str) -> tuple[FocalTransformer, torch.Tensor]:
 @pytest.fixture(scope="module", params=list(VARIANTS))
 def seen(request: pytest.FixtureRequest) -> Iterator[tuple[FocalTransformer, torch.Tensor, list]]:
     model, image = make(request.param)
-    yield model, image, attention.record(model, image)
+    yield model, image, record(model, image)
+
+
+def record(model: FocalTransformer, image: torch.Tensor) -> list[list[attention.BlockAttention]]:
+    """The attention of all blocks, by stage."""
+    maps = attention.token_maps(model, *image.shape[2:])
+    found = iter(attention.record(model, image, [tokens for stage in maps for tokens in stage]))
+    return [[next(found) for _ in stage] for stage in maps]
 
 
 def outputs(model: FocalTransformer, image: torch.Tensor) -> list[list[torch.Tensor]]:
@@ -121,55 +127,6 @@ def test_the_query_stands_where_it_is_said_to(seen: tuple) -> None:
         token = attention.window_tokens(tokens.index)[window, query]
         fine = tokens.grains()[0].cells
         assert fine[1 % tokens.height, 0] == token
-
-
-def test_rollout_is_a_share(seen: tuple) -> None:
-    _, _, records = seen
-    heat = attention.rollout(records)
-    first = records[0][-1].tokens
-    assert heat.shape == (first.height, first.width)
-    assert heat.min() >= 0
-    torch.testing.assert_close(heat.sum(), torch.tensor(1.0))
-
-
-@pytest.mark.parametrize("name", ["224", "shift", "three levels"])
-def test_rollout_conserves_what_it_passes_on(name: str) -> None:
-    """Where nothing is padded; and it is linear, with the weights as its matrix."""
-    for stage in attention.record(*make(name)):
-        tokens = stage[-1].tokens
-        assert tokens.padded == (tokens.height, tokens.width)
-        relevance = torch.rand(tokens.height, tokens.width)
-        passed = stage[-1].passed_on(relevance)
-        torch.testing.assert_close(passed.sum(), relevance.sum())
-        one = torch.zeros(tokens.height, tokens.width)
-        one[0, 2] = 1
-        expected = tokens.evenly(stage[-1].of_query(0, 2).mean(dim=0))
-        torch.testing.assert_close(stage[-1].passed_on(one), expected)
-
-
-@pytest.mark.parametrize("name", ["224", "shift"])
-def test_rollout_is_a_product_of_matrices(name: str) -> None:
-    """From the last two stages' maps: (I + A) / 2 of every block, and the mean of 2 x 2 between them."""
-    stages = attention.record(*make(name))[-2:]
-    product_of_all = None
-    for stage in stages:
-        tokens = stage[0].tokens
-        places = list(product(range(tokens.height), range(tokens.width)))
-        total = torch.eye(len(places))
-        for each in stage:
-            rows = [each.tokens.evenly(each.of_query(*place).mean(dim=0)).flatten() for place in places]
-            total = (torch.eye(len(places)) + torch.stack(rows)) / 2 @ total
-        if product_of_all is None:
-            product_of_all, finer = total, tokens
-        else:
-            mean = torch.zeros(len(places), finer.height * finer.width)
-            for row, (y, x) in enumerate(places):
-                for dy, dx in product((0, 1), (0, 1)):
-                    mean[row, (2 * y + dy) * finer.width + 2 * x + dx] = 1 / 4
-            product_of_all = total @ mean @ product_of_all
-    expected = product_of_all.mean(dim=0)
-    heat = attention.rollout(stages)
-    torch.testing.assert_close(heat.flatten(), expected / expected.sum())
 
 
 @pytest.mark.parametrize("name", ["three levels", "Focal-fast"])
@@ -254,7 +211,7 @@ def test_every_kind_is_written(checkpoint: Path, image: Path, tmp_path: Path) ->
     assert visualize.main(words) == 0
     files = sorted(path.stem for path in out.iterdir())
     heads = [f"heads_stage{number}" for number in range(1, 5)]
-    assert files == ["attention", "gradcam", *heads, "keys", "rollout"]
+    assert files == ["attention", "gradcam", *heads, "keys"]
     for path in out.iterdir():
         Image.open(path).verify()
 
@@ -268,7 +225,7 @@ def test_keys_need_no_weights(image: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--kinds", "rollout", "--cfg", str(REPO / "configs/demo.yaml")], "--resume: expected a checkpoint"),
+        (["--kinds", "heads", "--cfg", str(REPO / "configs/demo.yaml")], "--resume: expected a checkpoint"),
         (["--at", "64", "0"], "--at: expected a pixel"),
         (["--block", "1"], "--block: stage 1 has 1 blocks"),
         (["--kinds", "gradcam", "--target", "10"], "--target: expected a class from 0 to 9"),

@@ -3,8 +3,8 @@
 The fused operators never form the weights. Here they are computed again from what the layers use: hooks
 record the queries, keys and values, and the layer gives the keys of each window and their bias.
 
-Legend: B batch, H W rows and columns of a stage's map, T fine tokens of the padded map, S = T + pooled
-tokens, N heads, P windows, Q queries of a window, K keys of a window, s window side.
+Legend: B batch, H W rows and columns of a stage's map, S fine and pooled tokens, N heads, P windows, Q queries
+of a window, K keys of a window, s window side.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from models import FocalTransformer
 from models.focal_transformer import AttentionIndex, FocalAttention, padded_size
@@ -38,6 +37,11 @@ class Grain:
         """Values of all tokens [S] at the places of these: [H, W], nan where none is seen."""
         return torch.where(self.cells >= 0, values[self.cells.clamp(min=0)], float("nan"))
 
+    @property
+    def tokens(self) -> Tensor:
+        """Each token once."""
+        return self.cells[self.cells >= 0].unique()
+
 
 @dataclass(frozen=True)
 class TokenMap:
@@ -50,8 +54,8 @@ class TokenMap:
     @property
     def index(self) -> AttentionIndex:
         """Which keys each window sees."""
-        parameter = next(self.layer.parameters())
-        return self.layer.index(self.height, self.width, torch.empty(0, device=parameter.device))
+        device = self.layer.qkv.weight.device
+        return self.layer.index(self.height, self.width, torch.empty(0, device=device))
 
     @property
     def padded(self) -> tuple[int, int]:
@@ -79,10 +83,9 @@ class TokenMap:
 
     def place_of(self, row: int, column: int) -> tuple[int, int]:
         """Window and query within it of the token at a place of the map."""
-        (rows, columns), s = self.padded, self.layer.window_size
-        token = int(self._in_place(torch.arange(rows * columns).view(rows, columns))[row, column])
-        row, column = divmod(token, columns)
-        return row // s * (columns // s) + column // s, row % s * s + column % s
+        token = self.grains()[0].cells[row, column]
+        window, query = (window_tokens(self.index) == token).nonzero()[0].tolist()
+        return window, query
 
     def seen_from(self, row: int, column: int) -> list[Grain]:
         """The tokens that the query at a place sees, by granularity; empty ones are left out."""
@@ -91,33 +94,25 @@ class TokenMap:
         keys = index.keys[window].cpu()
         if index.visible is not None:
             keys = keys[index.visible[window].expand(index.window**2, -1)[query].cpu()]
-        fine, *pooled = self.grains()
-        mine = torch.zeros(self.padded[0] * self.padded[1], dtype=torch.bool)
-        mine[window_tokens(index)[window].cpu()] = True
-        mine = mine[fine.cells]
-        seen = [Grain(each.name, _only(each.cells, keys), each.area) for each in (fine, *pooled)]
-        own = Grain(OWN_WINDOW, seen[0].cells.masked_fill(~mine, -1), 1)
-        around = Grain(AROUND, seen[0].cells.masked_fill(mine, -1), 1)
-        return [grain for grain in (own, around, *seen[1:]) if (grain.cells >= 0).any()]
+        fine, *pooled = [
+            Grain(each.name, each.cells.masked_fill(~torch.isin(each.cells, keys), -1), each.area)
+            for each in self.grains()
+        ]
+        mine = torch.isin(fine.cells, window_tokens(index)[window])
+        own = Grain(OWN_WINDOW, fine.cells.masked_fill(~mine, -1), 1)
+        around = Grain(AROUND, fine.cells.masked_fill(mine, -1), 1)
+        return [grain for grain in (own, around, *pooled) if len(grain.tokens)]
 
     def evenly(self, values: Tensor) -> Tensor:
         """Values of all tokens [S], each divided evenly among the places that it stands for: [H, W]."""
         return sum(grain.spread(values).nan_to_num() / grain.area for grain in self.grains())
 
 
-def _only(cells: Tensor, tokens: Tensor) -> Tensor:
-    """Cells of tokens that are in `tokens`, -1 for the others."""
-    return torch.where(torch.isin(cells, tokens), cells, -1)
-
-
 def window_tokens(index: AttentionIndex) -> Tensor:
-    """The fine tokens of each window, [P, Q]."""
+    """The fine tokens of each window, [P, Q], on the CPU."""
     s = index.window
-    tokens = torch.arange(index.height * index.width, device=index.keys.device)
+    tokens = torch.arange(index.height * index.width)
     return tokens.view(index.height // s, s, index.width // s, s).transpose(1, 2).reshape(-1, s * s)
-
-
-# --- Weights ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -150,44 +145,8 @@ class BlockAttention:
         total = weights.new_zeros(len(weights), self.qkv.shape[1])
         return total.index_add(1, self.tokens.index.keys[window], weights).cpu()
 
-    def passed_on(self, relevance: Tensor) -> Tensor:
-        """Relevance of the inputs from that of the outputs, [H, W], by the mean over heads of the weights."""
-        tokens, index = self.tokens, self.tokens.index
-        rolled = tokens.layer.pad_and_roll(relevance[None, ..., None], *tokens.padded).flatten()
-        queries = rolled[window_tokens(index).cpu()][..., None]  # [P, Q, 1]
-        shares = (self.weights()[0].mean(dim=0).cpu() * queries).sum(dim=1)  # [P, K]
-        total = torch.zeros(self.qkv.shape[1], dtype=shares.dtype)
-        return tokens.evenly(total.index_add(0, index.keys.cpu().flatten(), shares.flatten()))
 
-
-def record(model: FocalTransformer, image: Tensor) -> list[list[BlockAttention]]:
-    """The attention of every block, by stage, in a forward pass of an image [1, C, H, W]."""
-    records: list[list[BlockAttention]] = [[] for _ in model.layers]
-    sizes: list[torch.Size] = []
-
-    def add(layer: FocalAttention, stage: list[BlockAttention], output: Tensor) -> None:
-        qkv = output.detach().unflatten(-1, (3, layer.num_heads, -1))
-        stage.append(BlockAttention(TokenMap(layer, *sizes.pop()), qkv))
-
-    handles = []
-    for stage, found in zip(model.layers, records, strict=True):
-        for layer in (block.attn for block in stage.blocks):
-            handles += [
-                layer.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape[1:3])),
-                layer.qkv.register_forward_hook(
-                    lambda _, __, output, layer=layer, found=found: add(layer, found, output)
-                ),
-            ]
-    try:
-        with torch.no_grad():
-            model(image)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return records
-
-
-# --- Maps of an image ---------------------------------------------------------------------------------------
+# --- Of a model ---------------------------------------------------------------------------------------------
 
 
 def strides(model: FocalTransformer) -> list[int]:
@@ -198,50 +157,44 @@ def strides(model: FocalTransformer) -> list[int]:
     return sides
 
 
-def stage_maps(model: FocalTransformer, height: int, width: int, block: int = -1) -> list[TokenMap]:
-    """The map of a block of each stage, for an input of `height` x `width` pixels.
-
-    Raises:
-        ValueError: a stage has no such block.
-    """
-    maps = []
-    size = model.patch_embed.output_size(height, width)
-    for number, stage in enumerate(model.layers):
-        if not -len(stage.blocks) <= block < len(stage.blocks):
-            raise ValueError(f"--block: stage {number + 1} has {len(stage.blocks)} blocks, got {block}")
-        maps.append(TokenMap(stage.blocks[block].attn, *size))
+def token_maps(model: FocalTransformer, height: int, width: int) -> list[list[TokenMap]]:
+    """The map of every block, by stage, for an input of `height` x `width` pixels."""
+    maps, size = [], model.patch_embed.output_size(height, width)
+    for stage in model.layers:
+        maps.append([TokenMap(block.attn, *size) for block in stage.blocks])
         size = size if stage.downsample is None else stage.downsample.output_size(*size)
     return maps
 
 
-@torch.no_grad()
-def rollout(records: Sequence[Sequence[BlockAttention]]) -> Tensor:
-    """Attention rollout (Abnar and Zuidema, 2020) of the first image: share of each token of the first stage.
+def stage_maps(model: FocalTransformer, height: int, width: int, block: int = -1) -> list[TokenMap]:
+    """The map of one block of each stage.
 
-    The classifier takes the mean over the last map. From there backwards, half of a token's relevance stays
-    with it (the residual connection), and half is divided by the mean over heads of its weights. Pooled
-    tokens and the steps between stages divide theirs evenly; learned pooling, overlapping patches and MLPs
-    are ignored.
-
-    Returns:
-        [H, W] of the first stage, of sum 1.
+    Raises:
+        ValueError: a stage has no such block.
     """
-    last = records[-1][-1].tokens
-    relevance = torch.full((last.height, last.width), 1 / (last.height * last.width))
-    for stage in reversed(records):
-        tokens = stage[-1].tokens
-        if tuple(relevance.shape) != (tokens.height, tokens.width):
-            relevance = _to_finer(relevance, tokens.height, tokens.width)
-        for record in reversed(stage):
-            relevance = (relevance + record.passed_on(relevance)) / 2
-    return relevance / relevance.sum()
+    maps = token_maps(model, height, width)
+    for number, blocks in enumerate(maps, start=1):
+        if not -len(blocks) <= block < len(blocks):
+            raise ValueError(f"--block: stage {number} has {len(blocks)} blocks, got {block}")
+    return [blocks[block] for blocks in maps]
 
 
-def _to_finer(relevance: Tensor, height: int, width: int) -> Tensor:
-    """Divide each token's share among the 2 x 2 of the stage before, [H, W] to [height, width]."""
-    finer = relevance.repeat_interleave(2, 0).repeat_interleave(2, 1) / 4
-    finer = finer[:height, :width]
-    return F.pad(finer, (0, width - finer.shape[1], 0, height - finer.shape[0]))
+def record(model: FocalTransformer, image: Tensor, maps: Sequence[TokenMap]) -> list[BlockAttention]:
+    """The attention of some blocks in a forward pass of an image [1, C, H, W]."""
+    outputs: list[Tensor] = []
+    handles = [
+        tokens.layer.qkv.register_forward_hook(lambda _, __, qkv: outputs.append(qkv)) for tokens in maps
+    ]
+    try:
+        with torch.no_grad():
+            model(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [
+        BlockAttention(tokens, qkv.unflatten(-1, (3, tokens.layer.num_heads, -1)))
+        for tokens, qkv in zip(maps, outputs, strict=True)
+    ]
 
 
 def grad_cam(model: FocalTransformer, image: Tensor, target: int, stage: int = -1) -> Tensor:

@@ -1,20 +1,21 @@
 """Pictures of what focal attention looks at, drawn over the image; the numbers come from attention.py.
 
 Tokens are drawn at their own size: a fine one of the first stage is 4 x 4 pixels, one that was pooled from a
-window 28 x 28. What a query does not see is dark.
+window 28 x 28. What a query does not see is dark. In all functions `picture` is [H, W, 3] in [0, 1], `at` are
+x and y of the query in pixels, and `stride` is the side of a token of the map in pixels.
 """
 
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from .attention import AROUND, OWN_WINDOW, BlockAttention, Grain, TokenMap
+from .attention import AROUND, OWN_WINDOW, BlockAttention, TokenMap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,18 +23,14 @@ if TYPE_CHECKING:
 
 COLOURS = {OWN_WINDOW: "#d55e00", AROUND: "#f0e442"}  # Okabe and Ito's, told apart by the colour-blind
 POOLED_COLOURS = ("#0072b2", "#009e73")
-MARK = "#ffffff"
 TINT = 0.45  # opacity of a colour over the image
 DARK = 0.3  # brightness of what is not seen
 PANEL = 2.3  # inches
-DPI = 110
 HEADS_ACROSS = 6
 
 
-def new_figure(
-    down: int, across: int, title: str, panel: float = PANEL, legend: float = 0.0
-) -> tuple["Figure", np.ndarray]:
-    """A figure of panels without axes, [down, across]; sides of a panel and height of a legend in inches.
+def blank_figure(**options: Any) -> "Figure":
+    """An empty figure.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -42,8 +39,12 @@ def new_figure(
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("the pictures need matplotlib: pip install matplotlib") from error
-    height = (panel + 0.25) * down + 0.35 + legend  # with titles
-    figure = Figure(figsize=(max(panel * across, 2 * PANEL), height), layout="constrained")
+    return Figure(layout="constrained", **options)
+
+
+def new_figure(down: int, across: int, title: str) -> tuple["Figure", np.ndarray]:
+    """A figure of panels without axes, [down, across]."""
+    figure = blank_figure(figsize=(PANEL * max(across, 2), (PANEL + 0.25) * down + 0.6))
     figure.suptitle(title, fontsize="medium")
     panels = figure.subplots(down, across, squeeze=False)
     for axes in panels.flat:
@@ -55,16 +56,17 @@ def save(figure: "Figure", path: Path) -> None:
     """Write a PNG file of 256 colours, a third as large as one of all colours."""
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=DPI, format="png")
+    figure.savefig(drawn, dpi=110, format="png")
     picture = Image.open(drawn).convert("RGB")
     picture.quantize(256, dither=Image.Dither.NONE).save(path, format="PNG", optimize=True)
+    print(f"wrote {path}")
 
 
-def at_pixels(cells: Tensor, stride: int, size: tuple[int, int], fill: float = -1) -> np.ndarray:
+def at_pixels(cells: Tensor, stride: int, size: tuple[int, ...], fill: float = -1) -> np.ndarray:
     """Values of a stage's map [H, W] at the pixels of an image of `size`; `fill` beyond the map."""
-    large = cells.repeat_interleave(stride, 0).repeat_interleave(stride, 1)[: size[0], : size[1]]
-    pixels = np.full(size, fill, dtype=large.numpy().dtype)
-    pixels[: large.shape[0], : large.shape[1]] = large.numpy()
+    large = cells.repeat_interleave(stride, 0).repeat_interleave(stride, 1)[: size[0], : size[1]].numpy()
+    pixels = np.full(size, fill, dtype=large.dtype)
+    pixels[: large.shape[0], : large.shape[1]] = large
     return pixels
 
 
@@ -84,58 +86,42 @@ def mark_query(axes: "Axes", stride: int, row: int, column: int) -> None:
     """A cross on the query's token."""
     y, x = (row + 0.5) * stride - 0.5, (column + 0.5) * stride - 0.5
     axes.plot([x], [y], marker="x", markersize=6, markeredgewidth=3, color="black")
-    axes.plot([x], [y], marker="x", markersize=5, markeredgewidth=1.5, color=MARK)
+    axes.plot([x], [y], marker="x", markersize=5, markeredgewidth=1.5, color="white")
 
 
-def colours_of(grains: Sequence[Grain]) -> dict[str, str]:
-    """A colour per granularity."""
-    pooled = iter(POOLED_COLOURS)
-    return {grain.name: COLOURS.get(grain.name) or next(pooled) for grain in grains}
+def token_at(tokens: TokenMap, at: tuple[int, int], stride: int) -> tuple[int, int]:
+    """Row and column of the token at a pixel; rows left over by the patches count to the last one."""
+    return min(at[1] // stride, tokens.height - 1), min(at[0] // stride, tokens.width - 1)
+
+
+def grey(picture: np.ndarray) -> np.ndarray:
+    """Without colours, in the same shape."""
+    return picture.mean(axis=2, keepdims=True).repeat(3, axis=2)
 
 
 # --- Which tokens a query sees ------------------------------------------------------------------------------
 
 
-def draw_keys(axes: "Axes", picture: np.ndarray, tokens: TokenMap, at: tuple[int, int], stride: int) -> int:
-    """The tokens that the query at a pixel sees, in a colour per granularity, coarse ones below.
+def draw_keys(
+    axes: "Axes", picture: np.ndarray, tokens: TokenMap, at: tuple[int, int], stride: int
+) -> dict[str, str]:
+    """The tokens that a query sees, in a colour per granularity, coarse ones below; returns the colours."""
+    from matplotlib.colors import to_rgb
 
-    Args:
-        axes: to draw on.
-        picture: [H, W, 3] in [0, 1].
-        tokens: a layer's map.
-        at: x and y of the query, in pixels.
-        stride: side of a token of the map, in pixels.
-
-    Returns:
-        How many tokens are seen.
-    """
-    row, column = token_at(tokens, at, stride)
-    grains = tokens.seen_from(row, column)
-    colours = colours_of(grains)
-    size = picture.shape[:2]
-    pixels = {grain.name: at_pixels(grain.cells, stride, size) for grain in grains}
-    seen = np.zeros(size, dtype=bool)
-    shown = picture.mean(axis=2, keepdims=True).repeat(3, axis=2)
+    place = token_at(tokens, at, stride)
+    grains, pooled = tokens.seen_from(*place), iter(POOLED_COLOURS)
+    colours = {grain.name: COLOURS.get(grain.name) or next(pooled) for grain in grains}
+    shown, seen = grey(picture), np.zeros(picture.shape[:2], dtype=bool)
     for grain in reversed(grains):
-        here = pixels[grain.name] >= 0
+        pixels = at_pixels(grain.cells, stride, seen.shape)
+        here, colour = pixels >= 0, colours[grain.name]
         seen |= here
-        shown = np.where(here[..., None], (1 - TINT) * picture + TINT * rgb(colours[grain.name]), shown)
+        shown = np.where(here[..., None], (1 - TINT) * picture + TINT * np.array(to_rgb(colour)), shown)
+        draw_borders(axes, pixels, colour, 0.4 if grain.area == 1 else 0.9)
     axes.imshow(np.where(seen[..., None], shown, DARK * shown), interpolation="nearest")
-    for grain in reversed(grains):
-        draw_borders(axes, pixels[grain.name], colours[grain.name], 0.4 if grain.area == 1 else 0.9)
-    mark_query(axes, stride, row, column)
-    return sum(int((grain.cells.unique() >= 0).sum()) for grain in grains)
-
-
-def rgb(colour: str) -> np.ndarray:
-    """ "#ff8000" as three numbers from 0 to 1."""
-    return np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
-
-
-def token_at(tokens: TokenMap, at: tuple[int, int], stride: int) -> tuple[int, int]:
-    """Row and column of the token at a pixel (x, y); rows left over by the patches count to the last one."""
-    x, y = at
-    return min(y // stride, tokens.height - 1), min(x // stride, tokens.width - 1)
+    mark_query(axes, stride, *place)
+    axes.set_title(f"{sum(len(grain.tokens) for grain in grains)} keys", fontsize="small")
+    return colours
 
 
 def keys_figure(
@@ -145,27 +131,23 @@ def keys_figure(
     strides: Sequence[int],
     title: str,
 ) -> "Figure":
-    """One row of panels per model, one panel per stage, and a legend.
+    """A row of panels per model, a panel per stage, and a legend.
 
     Args:
         rows: names of models and the maps of their stages.
-        picture: [H, W, 3] in [0, 1].
-        at: x and y of the query, in pixels.
-        strides: side of a token of each stage, in pixels.
+        picture, at: see above.
+        strides: of the stages.
         title: of the figure.
     """
     from matplotlib.patches import Patch
 
-    figure, panels = new_figure(len(rows), max(len(maps) for _, maps in rows), title, legend=0.4)
+    figure, panels = new_figure(len(rows), len(strides), title)
     used: dict[str, str] = {}
     for (name, maps), line in zip(rows, panels, strict=True):
-        for number, (tokens, axes) in enumerate(zip(maps, line, strict=False)):
-            stride = strides[number]
-            count = draw_keys(axes, picture, tokens, at, stride)
-            used |= colours_of(tokens.seen_from(*token_at(tokens, at, stride)))
-            prefix = f"{name}, " if name else ""
-            axes.set_title(f"{prefix}stage {number + 1}: {count} keys", fontsize="small")
-    names = sorted(used, key=lambda name: [*COLOURS, *used].index(name))
+        for number, (tokens, axes, stride) in enumerate(zip(maps, line, strides, strict=True), start=1):
+            used |= draw_keys(axes, picture, tokens, at, stride)
+            axes.set_title(f"{name}stage {number}: {axes.get_title()}", fontsize="small")
+    names = sorted(used, key=[*COLOURS, *used].index)
     handles = [Patch(color=used[name], label=name) for name in names]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize="small")
     return figure
@@ -174,16 +156,24 @@ def keys_figure(
 # --- Weights ------------------------------------------------------------------------------------------------
 
 
-def draw_heat(axes: "Axes", picture: np.ndarray, heat: np.ndarray, smooth: bool = False) -> None:
+def draw_heat(axes: "Axes", picture: np.ndarray, heat: np.ndarray) -> None:
     """Values at pixels, nan where there are none, as colours over the darkened image."""
     from matplotlib.colors import PowerNorm
 
-    grey = picture.mean(axis=2, keepdims=True).repeat(3, axis=2)
-    axes.imshow(grey if smooth else DARK * grey, interpolation="nearest")
-    top = float(np.nanmax(heat)) or 1.0
-    opacity = np.where(np.isnan(heat), 0.0, 0.55 if smooth else 0.75)
-    norm = PowerNorm(1.0 if smooth else 0.5, vmin=0, vmax=top)  # a few tokens get most of the weight
+    axes.imshow(DARK * grey(picture), interpolation="nearest")
+    norm = PowerNorm(0.5, vmin=0, vmax=float(np.nanmax(heat)) or 1.0)  # a few tokens get most of the weight
+    opacity = np.where(np.isnan(heat), 0.0, 0.75)
     axes.imshow(np.nan_to_num(heat), cmap="inferno", norm=norm, alpha=opacity, interpolation="nearest")
+
+
+def draw_weights(
+    axes: "Axes", picture: np.ndarray, record: BlockAttention, values: Tensor, at: tuple[int, int], stride: int
+) -> None:
+    """What each pixel gets of the values of all tokens [S], coarse ones divided over theirs."""
+    heat = record.tokens.evenly(values)
+    heat = torch.where(heat > 0, heat, float("nan"))
+    draw_heat(axes, picture, at_pixels(heat, stride, picture.shape[:2], np.nan))
+    mark_query(axes, stride, *token_at(record.tokens, at, stride))
 
 
 def attention_figure(
@@ -200,45 +190,34 @@ def attention_figure(
     for number, (record, place, grains) in enumerate(zip(records, places, seen, strict=True)):
         stride, size = strides[number], picture.shape[:2]
         values = record.of_query(*place).mean(dim=0)
-        draw_heat(panels[number, 0], picture, all_grains(record.tokens, values, stride, size))
+        draw_weights(panels[number, 0], picture, record, values, at, stride)
         panels[number, 0].set_title(f"stage {number + 1}: all", fontsize="small")
-        mark_query(panels[number, 0], stride, *place)
         for axes, grain in zip(panels[number, 1:], grains, strict=False):
-            numbers = grain.cells.unique()
-            share = 100 * float(values[numbers[numbers >= 0]].sum())
             draw_heat(axes, picture, at_pixels(grain.spread(values), stride, size, np.nan))
             draw_borders(axes, at_pixels(grain.cells, stride, size), "#808080", 0.3)
             mark_query(axes, stride, *place)
-            axes.set_title(f"{grain.name}: {share:.0f} %", fontsize="small")
+            axes.set_title(f"{grain.name}: {100 * float(values[grain.tokens].sum()):.0f} %", fontsize="small")
     return figure
-
-
-def all_grains(tokens: TokenMap, values: Tensor, stride: int, size: tuple[int, int]) -> np.ndarray:
-    """What each pixel gets, coarse tokens divided over theirs."""
-    heat = tokens.evenly(values)
-    return at_pixels(torch.where(heat > 0, heat, float("nan")), stride, size, np.nan)
 
 
 def heads_figure(
     record: BlockAttention, picture: np.ndarray, at: tuple[int, int], stride: int, title: str
 ) -> "Figure":
     """What each pixel gets, by head."""
-    place = token_at(record.tokens, at, stride)
-    heads = record.of_query(*place)
-    across = min(HEADS_ACROSS, len(heads))
-    figure, panels = new_figure(-(-len(heads) // across), across, title)
-    for number, (axes, values) in enumerate(zip(panels.flat, heads, strict=False)):
-        draw_heat(axes, picture, all_grains(record.tokens, values, stride, picture.shape[:2]))
-        mark_query(axes, stride, *place)
-        axes.set_title(f"head {number + 1}", fontsize="small")
+    heads = record.of_query(*token_at(record.tokens, at, stride))
+    figure, panels = new_figure(-(-len(heads) // HEADS_ACROSS), min(HEADS_ACROSS, len(heads)), title)
+    for number, (axes, values) in enumerate(zip(panels.flat, heads, strict=False), start=1):
+        draw_weights(axes, picture, record, values, at, stride)
+        axes.set_title(f"head {number}", fontsize="small")
     return figure
 
 
 def overlay_figure(picture: np.ndarray, heat: Tensor, title: str) -> "Figure":
-    """The image, and a stage's map [H, W] over it, interpolated to pixels."""
-    figure, panels = new_figure(1, 2, title, panel=3)
-    panels[0, 0].imshow(picture, interpolation="nearest")
+    """The image, and beside it a stage's map [H, W] over it, interpolated to pixels."""
+    figure, panels = new_figure(1, 2, title)
     size = picture.shape[:2]
     large = torch.nn.functional.interpolate(heat[None, None], size, mode="bicubic")[0, 0].clamp(min=0)
-    draw_heat(panels[0, 1], picture, large.numpy(), smooth=True)
+    panels[0, 0].imshow(picture, interpolation="nearest")
+    panels[0, 1].imshow(grey(picture), interpolation="nearest")
+    panels[0, 1].imshow(large, cmap="inferno", alpha=0.55, vmin=0, interpolation="nearest")
     return figure
