@@ -14,7 +14,9 @@ def test_the_teaser_is_drawn_again(tmp_path: Path) -> None:
     assert [path.name for path in (REPO / "figures").glob("*.png")] == ["teaser.png"]
     assert "python -m tools.figures --out figures" in (REPO / "figures" / "README.md").read_text("utf-8")
     assert make_figures.main(["--out", str(tmp_path)]) == 0
-    drawn, there = (Image.open(folder / "teaser.png").convert("RGB") for folder in (tmp_path, REPO / "figures"))
+    drawn, there = (
+        Image.open(folder / "teaser.png").convert("RGB") for folder in (tmp_path, REPO / "figures")
+    )
     assert drawn.size == there.size
     assert len(set(drawn.resize((50, 50)).getdata())) > 20  # not blank
 

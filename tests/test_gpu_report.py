@@ -14,23 +14,23 @@ from conftest import REPO
 
 pytest.importorskip("triton")
 from tools.benchmarks import gpu_checks, gpu_report
-from tools.benchmarks.gpu_report import NO_TIME, Task, run_tasks
-from tools.benchmarks.worker import DIED
+from tools.benchmarks.gpu_report import DIED, NO_TIME, Task, run_tasks
 
 SMALL_REPORT = """
 import sys
-from tools.benchmarks import entries, gpu_report
+from tools.benchmarks import entries, gpu_checks, gpu_report
 from tools.benchmarks.attention import MATMUL_SIDE
 
 MATMUL_SIDE["cpu"] = 64
 gpu_report.CHECKERS = 1
 gpu_report.KERNELS = gpu_report.KERNELS[2:]
-gpu_report.CHECKS = [check for check in gpu_report.CHECKS if check.name in NAMES or check.gpus]
+every = gpu_checks.cases
+gpu_checks.cases = lambda *of: [case for case in every(*of) if (case.check, case.precision) == CHECKED]
 entries.FAMILIES["swin"] = {"tiny": "test_convnext"}
 if __name__ == "__main__":
     sys.exit(gpu_report.main(sys.argv[1:]))
 """
-FAST = ("forward and backward", "torch.func.jvp", "no images")
+CHECKED = ("forward and backward", "fp32")
 
 
 def table(folder: Path, part: str) -> list[dict[str, str]]:
@@ -41,19 +41,15 @@ def table(folder: Path, part: str) -> list[dict[str, str]]:
 
 def test_the_whole_report(tmp_path: Path) -> None:
     script, out = tmp_path / "report.py", tmp_path / "out"
-    script.write_text(f"NAMES = {FAST}\n{SMALL_REPORT}")
+    script.write_text(f"CHECKED = {CHECKED}\n{SMALL_REPORT}")
     command = [sys.executable, str(script), "--device", "cpu", "--quick", "--out", str(out)]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(REPO)}
     done = subprocess.run(command, env=environment, cwd=REPO, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     checks = table(out, "checks")
-    for check in gpu_checks.CHECKS:
-        rows = [row for row in checks if row["check"].partition(":")[0] == check.name]
-        if check.gpus:
-            assert all(row["result"] == "not run" and row["note"].startswith("needs ") for row in rows)
-        elif check.name in FAST:
-            assert {row["model"] for row in rows} == {*gpu_checks.TINY}
-            assert all(row["result"] == "ok" and float(row["error"]) <= float(row["limit"]) for row in rows)
+    assert {row["check"].partition(":")[0] for row in checks} == {CHECKED[0]}
+    assert {row["model"] for row in checks} == {*gpu_checks.TINY}
+    assert all(row["result"] == "ok" and float(row["error"]) <= float(row["limit"]) for row in checks)
     kernels = table(out, "kernels")
     assert len(kernels) == 2 * 2  # passes, backends
     assert all(row["check"] == "ok" and float(row["ms"]) > 0 for row in kernels)
@@ -64,17 +60,18 @@ def test_the_whole_report(tmp_path: Path) -> None:
     for heading in ("## Checks", "## Attention kernels", "## infer, fp32, eager", "## train, fp32, eager"):
         assert heading in text
     assert "Without result" not in text
-    assert len([*out.glob("*_gpu.png")]) == 1
+    assert len([*out.glob("*_gpu_models.png")]) == 1
 
 
-def test_a_wrong_result_is_reported(tmp_path: Path) -> None:
+def test_a_wrong_result_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     error = 0.0
-    check = gpu_checks.Check("x", lambda case: [gpu_checks.Outcome("logits", error, 0.5)])
-    case = gpu_checks.Case(gpu_checks.TINY[0], "fp32", torch.device("cpu"), quick=True)
+    outcome = lambda case: [gpu_checks.Outcome("logits", error, 0.5)]  # noqa: E731
+    monkeypatch.setitem(gpu_checks.CHECKS, "x", outcome)
+    case = gpu_checks.Case("x", gpu_checks.TINY[0], "fp32", torch.device("cpu"), quick=True)
     report = gpu_report.Report(Namespace(out=tmp_path, device=case.device))
     for error in (0.1, float("nan")):
         result = "ok" if error == 0.1 else "FAILED"
-        report.checks = gpu_checks.run(check, case)
+        report.checks = gpu_checks.run(case)
         assert report.checks[0][:4] == ["x: logits", case.variant, "fp32", result]
         assert report.is_wrong == (result == "FAILED")
 
@@ -84,7 +81,7 @@ def test_what_had_no_time_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert gpu_report.main(["--device", "cpu", "--minutes", "0", "--out", str(tmp_path)]) == 0
     assert {row["model"] for row in table(tmp_path, "checks")} == {*gpu_checks.RELEASED}
     (text,) = (path.read_text() for path in tmp_path.glob("*_gpu.md"))
-    assert text.count(f": {NO_TIME}") == len(gpu_report.KERNELS) * 4 + len(gpu_report.groups(quick=False))
+    assert text.count(f": {NO_TIME}") == len(gpu_report.KERNELS) + len(gpu_report.groups(quick=False))
 
 
 def test_it_says_why_the_kernels_cannot_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -95,7 +92,7 @@ def test_it_says_why_the_kernels_cannot_run(tmp_path: Path, caplog: pytest.LogCa
 @pytest.mark.parametrize("variant", gpu_checks.TINY)
 def test_a_wrong_gradient_is_found(variant: str) -> None:
     """Of any parameter, where it is nan or missing."""
-    subject = gpu_checks.Subject(gpu_checks.Case(variant, "fp32", torch.device("cpu"), quick=True))
+    subject = gpu_checks.Subject(gpu_checks.Case("x", variant, "fp32", torch.device("cpu"), quick=True))
     assert all(found.error <= found.limit for found in subject.compare(subject.plain))
     for name, value in subject.plain.items():
         for wrong in (value * float("nan"), torch.zeros_like(value)):
@@ -110,7 +107,7 @@ def test_tasks_fail_alone_and_end_in_time() -> None:
         Task("fails", int, ("x",)),
         Task("dies", os._exit, (3,)),
         Task("works", os.getpid, ()),
-        Task("in a new process", os.getpid, (), fresh=True),
+        Task("works in the same process", os.getpid, ()),
     ]
     found: dict[str, tuple] = {}
 
@@ -121,7 +118,7 @@ def test_tasks_fail_alone_and_end_in_time() -> None:
     assert list(found) == [task.label for task in tasks]
     assert found["fails"][1].startswith("failed: ValueError: invalid literal")
     assert found["dies"] == (None, f"failed: {DIED}")
-    assert found["works"][0] != found["in a new process"][0]
+    assert found["works"] == found["works in the same process"]
     with pytest.raises(ProcessLookupError):
         os.kill(found["works"][0], 0)
     late = [Task("hangs", time.sleep, (600,)), Task("comes too late", os.getpid, ())]

@@ -82,7 +82,9 @@ def draw(args: argparse.Namespace) -> Iterator[tuple[str, "Figure"]]:
         yield "gradcam", drawing.overlay_figure(picture, heat, f"{model_name}: Grad-CAM for {label}, {name}")
 
 
-def grad_cam(args: argparse.Namespace, trained: predict.Trained, image: torch.Tensor) -> tuple[torch.Tensor, str]:
+def grad_cam(
+    args: argparse.Namespace, trained: predict.Trained, image: torch.Tensor
+) -> tuple[torch.Tensor, str]:
     """The map of the chosen stage [H, W], and the name of the chosen class."""
     model, stages = trained.model, len(trained.model.layers)
     target, stage = args.target, stages if args.stage is None else args.stage

@@ -2,7 +2,6 @@
 
     python -m tools.benchmarks.attention --device cuda --precisions bf16 --batch-size 128 --sizes 224 448
     python -m tools.benchmarks.attention --settings --device cuda --precisions bf16 --batch-size 128
-    python -m tools.benchmarks.attention --index --sizes 448 896
 
 By default every backend is timed against the floor, which no kernel can beat: the larger of bytes over
 bandwidth and FLOPs over FLOP/s, both as a large copy and a large product reach them in the same run. Bytes
@@ -12,8 +11,7 @@ float64: the largest error, relative to the largest value, may be twice that of 
 
 --settings times the Triton kernels with one setting changed at a time, beside those of
 `models/ops/triton/launch.py`; a ratio above 1 is a faster setting (tests/test_compile_matrix.py says whether
-it spills registers). --index times what a new image size costs:
-the index of keys, and the tables that the operators derive from it.
+it spills registers).
 """
 
 import argparse
@@ -37,6 +35,7 @@ from models.focal_transformer import (
     choose_backend,
 )
 from models.ops.tables import merge_duplicates
+from tools.figures.attention import stage_maps
 
 from . import common
 from .common import DTYPES, Cell, Spread, Timer
@@ -45,13 +44,18 @@ PASSES = ("forward", "forward+backward")
 ROUND_SECONDS = {"cpu": 0.2, "cuda": 0.1}
 COPY_BYTES = {"cpu": 2**27, "cuda": 2**31}
 MATMUL_SIDE = {"cpu": 512, "cuda": 8192}
+CHECKED_IMAGES = 2
 TOLERANCE = 2.0  # times the error of `plain` in the same precision
 LEAST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # always allowed
 RESULTS = ("output", "d_qkv", "d_bias")
+SHAPE_COLUMNS = ("stage", "resolution", "map", "heads", "head dim", "windows", "keys", "precision")
 COLUMNS = (
-    *("stage", "resolution", "map", "heads", "head dim", "windows", "keys", "precision", "pass", "backend"),
-    *("ms", "lower quartile", "upper quartile", "floor ms", "times floor", "bound by"),
-    *("error", "error of plain", "check"),
+    *(*SHAPE_COLUMNS, "pass", "backend", "ms", "lower quartile", "upper quartile"),
+    *("floor ms", "times floor", "bound by", "error", "error of plain", "check"),
+)
+SETTING_COLUMNS = (
+    *(*SHAPE_COLUMNS, "kernel", "setting"),
+    *("ms", "lower quartile", "upper quartile", "times as fast", "check"),
 )
 SETTINGS = {  # kernel -> setting -> values; `programs` is TARGET_PROGRAMS
     "forward": {"block_keys": (32, 64), "static_keys": (0, 224), "programs": (264, 528, 1056, 2112, 4224)},
@@ -59,11 +63,6 @@ SETTINGS = {  # kernel -> setting -> values; `programs` is TARGET_PROGRAMS
     "key_gradient": {"block_queries": (16, 32, 64)},
 }
 EVERY_KERNEL = {"num_stages": (1, 2, 3), "num_warps": (4, 8)}
-SETTING_COLUMNS = (
-    *("stage", "resolution", "map", "heads", "head dim", "windows", "keys", "precision", "kernel"),
-    *("setting", "ms", "lower quartile", "upper quartile", "times as fast", "check"),
-)
-INDEX_COLUMNS = ("resolution", "part", "ms", "lower quartile", "upper quartile")
 
 
 # --- The operator of a stage --------------------------------------------------------------------------------
@@ -107,61 +106,52 @@ class Shape:
     layer: FocalAttention
     index: AttentionIndex
     bias: Tensor  # [N, P or 1, Q, K], float32
-    tokens: int  # S
+
+    @property
+    def fine(self) -> int:
+        """Fine tokens T."""
+        return self.index.height * self.index.width
 
     def cells(self, precision: str) -> list[Cell]:
-        """The first columns of a row."""
+        """By SHAPE_COLUMNS."""
         windows, keys = merge_duplicates(self.index).keys.shape
         size = f"{self.index.height}x{self.index.width}"
-        return [
-            *(self.stage, self.resolution, size, self.layer.num_heads, self.layer.head_dim),
-            *(windows, keys, precision),
-        ]
+        heads, width = self.layer.num_heads, self.layer.head_dim
+        return [self.stage, self.resolution, size, heads, width, windows, keys, precision]
 
     def inputs(self, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Random queries, keys and values [B, S, 3, N, D], and gradient of the output [B, T, N*D]."""
         torch.manual_seed(1)
-        device, fine = self.bias.device, self.index.height * self.index.width
-        heads, width = self.layer.num_heads, self.layer.head_dim
-        qkv = torch.randn(batch, self.tokens, 3, heads, width, device=device)
-        d_out = torch.randn(batch, fine, heads * width, device=device)
+        device, heads, width = self.bias.device, self.layer.num_heads, self.layer.head_dim
+        qkv = torch.randn(batch, self.index.tokens, 3, heads, width, device=device)
+        d_out = torch.randn(batch, self.fine, heads * width, device=device)
         return qkv.to(dtype), d_out.to(dtype)
 
     def floor(self, peaks: Peaks, batch: int, precision: str, backward: bool) -> tuple[float, str]:
-        """Seconds that a pass takes at least, and what bounds it."""
+        """Milliseconds that a pass takes at least, and what bounds it."""
         merged, queries = merge_duplicates(self.index), self.index.window**2
         pairs = merged.keys.numel() * queries  # of query and key, over all windows of one image and head
         if merged.visible is not None:
             pairs = int(merged.visible.expand(-1, queries, -1).sum())
         width = self.layer.num_heads * self.layer.head_dim * batch
-        fine = self.index.height * self.index.width
-        moved = 2 * (fine + self.tokens) * width * DTYPES[precision].itemsize  # q, output; k, v
+        moved = 2 * (self.fine + self.index.tokens) * width * DTYPES[precision].itemsize  # q, output; k, v
         flops = 4 * width * pairs  # q k^T and p v
         if backward:
             moved += 2 * moved  # in: q, k, v, o, gradient of o; out: gradients of q, k, v
             flops += 2.5 * flops  # scores again, and four products
         times = {"bytes": moved / peaks.bytes_per_second, "FLOPs": flops / peaks.flops_per_second[precision]}
-        bound = max(times, key=lambda name: times[name])
-        return times[bound], bound
+        bound = max(times, key=times.__getitem__)
+        return 1e3 * times[bound], bound
 
 
 def shapes_of(model: FocalTransformer, resolution: int) -> list[Shape]:
-    """One operator per stage of a model in evaluation, with its index and its bias."""
-    shapes: list[Shape] = []
-
-    def add(layer: FocalAttention, height: int, width: int, qkv: Tensor) -> None:
-        index = layer.index(height, width, qkv.unflatten(-1, (3, layer.num_heads, layer.head_dim)))
-        bias = layer.bias(index, torch.float32)
-        shapes.append(Shape(len(shapes) + 1, resolution, layer, index, bias, qkv.shape[1]))
-
-    sizes: list[torch.Size] = []
-    for stage in model.layers:
-        layer = stage.blocks[0].attn
-        layer.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape[1:3]))
-        layer.qkv.register_forward_hook(lambda _, __, qkv, layer=layer: add(layer, *sizes[-1], qkv))
+    """One operator per stage of a model, with its index and its bias."""
+    shapes = []
     with torch.no_grad():
-        device = next(model.parameters()).device
-        model(torch.zeros(1, model.in_chans, resolution, resolution, device=device))
+        for stage, tokens in enumerate(stage_maps(model, resolution, resolution, 0), start=1):
+            index = tokens.index
+            bias = tokens.layer.bias(index, torch.float32)
+            shapes.append(Shape(stage, resolution, tokens.layer, index, bias))
     return shapes
 
 
@@ -191,24 +181,20 @@ class Contender:
         request = Request(name, qkv.device, qkv.dtype, shape.layer.num_heads, shape.layer.head_dim, True)
         self.index = choose_backend(shape.index, request)
 
-    def attend(self) -> Tensor:
-        """The output, with a graph."""
-        return BACKENDS[self.name].attend(self.qkv, self.index, self.bias, self.scale)
-
     def forward(self) -> None:
         """As in evaluation: inputs that require gradients could choose another kernel."""
         with torch.no_grad():
             qkv, bias = self.qkv.detach(), self.bias.detach()
             BACKENDS[self.name].attend(qkv, self.index, bias, self.scale)
 
-    def forward_backward(self) -> None:
-        """Forward and backward."""
-        torch.autograd.grad(self.attend(), (self.qkv, self.bias), self.d_out)
+    def forward_backward(self) -> list[Tensor]:
+        """The output and the gradients of `qkv` and of the bias."""
+        out = BACKENDS[self.name].attend(self.qkv, self.index, self.bias, self.scale)
+        return [out, *torch.autograd.grad(out, (self.qkv, self.bias), self.d_out)]
 
     def results(self) -> list[Tensor]:
-        """The output and the gradients of `qkv` and of the bias, in double."""
-        out = self.attend()
-        d_qkv, d_bias = torch.autograd.grad(out, (self.qkv, self.bias), self.d_out)
+        """The same in double."""
+        out, d_qkv, d_bias = self.forward_backward()
         d_qkv[:, self.index.height * self.index.width :, 0] = 0  # pooled tokens have no queries
         return [x.detach().double() for x in (out, d_qkv, d_bias)]
 
@@ -230,64 +216,64 @@ def limit(yardstick: float, dtype: torch.dtype) -> float:
 
 
 def verdict(off: Sequence[float], yardstick: Sequence[float], dtype: torch.dtype) -> str:
-    """'ok', or which results have errors beyond their limits."""
-    wrong = [
-        name
-        for name, mine, theirs in zip(RESULTS, off, yardstick, strict=True)
-        if not mine <= limit(theirs, dtype)  # nan is beyond any limit
-    ]
+    """'ok', or which results have errors beyond their limits; nan is beyond any limit."""
+    pairs = zip(RESULTS, off, yardstick, strict=True)
+    wrong = [name for name, mine, theirs in pairs if not mine <= limit(theirs, dtype)]
     return f"WRONG: {', '.join(wrong)}" if wrong else "ok"
+
+
+def is_wrong(rows: Sequence[Sequence[Cell]]) -> bool:
+    """Whether a row ends in the verdict that a result is wrong."""
+    return any(str(row[-1]).startswith("WRONG") for row in rows)
 
 
 # --- Measuring ----------------------------------------------------------------------------------------------
 
 
-def milliseconds(times: Sequence[float]) -> tuple[float, float, float]:
-    """Median and quartiles."""
-    spread = Spread.of([1e3 * value for value in times])
-    return spread.median, spread.lower, spread.upper
+def milliseconds(times: Sequence[float]) -> Spread:
+    """Of seconds."""
+    return Spread.of([1e3 * value for value in times])
 
 
 def time_backends(shape: Shape, precision: str, peaks: Peaks, args: argparse.Namespace) -> list[list[Cell]]:
-    """Rows of the table: every backend at one shape and precision, forward and with backward.
+    """Rows of COLUMNS: every backend at one shape and precision, forward and with backward.
 
     Args:
         shape: of the operator.
         precision: a key of DTYPES.
         peaks: of the device.
-        args: backends, batch_size, check_images, device, rounds.
+        args: backends, batch_size, device, rounds.
     """
     dtype = DTYPES[precision]
     qkv, d_out = shape.inputs(args.batch_size, dtype)
-    few = slice(0, min(args.batch_size, args.check_images))
-    truth = Contender("plain", shape, qkv[few].double(), d_out[few].double()).results()
-    yardstick = errors(Contender("plain", shape, qkv[few], d_out[few]).results(), truth)
+    few = qkv[:CHECKED_IMAGES], d_out[:CHECKED_IMAGES]
+    truth = Contender("plain", shape, *(x.double() for x in few)).results()
+    yardstick = errors(Contender("plain", shape, *few).results(), truth)
     checks: dict[str, list[Cell]] = {}
     timers: dict[str, dict[str, Callable[[], float]]] = {name: {} for name in PASSES}
-    notes: dict[str, str] = {}
     for name in args.backends:
         try:
-            off = errors(Contender(name, shape, qkv[few], d_out[few]).results(), truth)
-            shown = (" ".join(f"{value:.1e}" for value in values) for values in (off, yardstick))
-            checks[name] = [*shown, verdict(off, yardstick, dtype)]
+            off = errors(Contender(name, shape, *few).results(), truth)
             contender = Contender(name, shape, qkv, d_out)
-            for kind, action in zip(PASSES, (contender.forward, contender.forward_backward), strict=True):
-                timers[kind][name] = Timer(action, args.device, ROUND_SECONDS[args.device.type])
+            actions = contender.forward, contender.forward_backward
+            made = [Timer(action, args.device, ROUND_SECONDS[args.device.type]) for action in actions]
         except (ValueError, RuntimeError) as error:
-            notes[name] = f"cannot run: {common.short_reason(error)}"
+            checks[name] = [None, None, f"cannot run: {common.short_reason(error)}"]
+            continue
+        shown = (" ".join(f"{value:.1e}" for value in values) for values in (off, yardstick))
+        checks[name] = [*shown, verdict(off, yardstick, dtype)]
+        for kind, timer in zip(PASSES, made, strict=True):
+            timers[kind][name] = timer
     rows: list[list[Cell]] = []
     for kind in PASSES:
-        seconds, bound = shape.floor(peaks, args.batch_size, precision, backward=kind != "forward")
-        times = common.alternate(
-            {name: timers[kind][name] for name in checks if name not in notes}, args.rounds
-        )
-        for name in args.backends:
-            head = [*shape.cells(precision), kind, name]
-            if name in notes:
-                rows.append([*head, *[None] * 8, notes[name]])
-                continue
-            spread = milliseconds(times[name])
-            rows.append([*head, *spread, seconds * 1e3, spread[0] / seconds / 1e3, bound, *checks[name]])
+        floor, bound = shape.floor(peaks, args.batch_size, precision, backward=kind != "forward")
+        times = common.alternate(timers[kind], args.rounds)
+        for name, check in checks.items():
+            speed: list[Cell] = [None] * 6
+            if name in times:
+                spread = milliseconds(times[name])
+                speed = [*spread, floor, spread.median / floor, bound]
+            rows.append([*shape.cells(precision), kind, name, *speed, *check])
     return rows
 
 
@@ -311,12 +297,11 @@ def changed(kernel: str, setting: str, value: int, qkv: Tensor) -> Iterator[bool
 
 
 def time_settings(shape: Shape, precision: str, args: argparse.Namespace) -> list[list[Cell]]:
-    """Rows of the table: every change of a setting, at one shape and precision."""
+    """Rows of SETTING_COLUMNS: every change of a setting, at one shape and precision."""
     device, dtype, seconds = args.device, DTYPES[precision], ROUND_SECONDS[args.device.type]
     qkv, d_out = shape.inputs(args.batch_size, dtype)
     contender = Contender("triton", shape, qkv, d_out)
-    few = slice(0, min(args.batch_size, args.check_images))
-    checked = Contender("triton", shape, qkv[few], d_out[few])
+    checked = Contender("triton", shape, qkv[:CHECKED_IMAGES], d_out[:CHECKED_IMAGES])
     truth, rows = checked.results(), []
     changes = [
         (kernel, name, value)
@@ -328,7 +313,6 @@ def time_settings(shape: Shape, precision: str, args: argparse.Namespace) -> lis
         action = contender.forward if kernel == "forward" else contender.forward_backward
         head = [*shape.cells(precision), kernel, f"{name} {value}"]
         change = (kernel, name, value, qkv)
-
         with changed(*change) as is_change:
             if not is_change:
                 continue
@@ -349,42 +333,6 @@ def time_settings(shape: Shape, precision: str, args: argparse.Namespace) -> lis
     return rows
 
 
-def time_index(model: FocalTransformer, size: int, args: argparse.Namespace) -> list[list[Cell]]:
-    """Rows of the table: the index of all stages, and the tables that each operator derives."""
-    from models.ops import cpu
-    from models.ops.triton.tables import build_tables
-
-    layers, (height, width) = [], model.patch_embed.output_size(size, size)
-    for stage in model.stages:
-        layers.append((stage.blocks[0].attn, height, width))
-        if stage.downsample is not None:
-            height, width = stage.downsample.output_size(height, width)
-
-    def indices() -> list[AttentionIndex]:
-        with torch.autograd.forward_ad.dual_level():  # what is built while tracing is not cached
-            return [layer.index(*place, torch.empty(0, device=args.device)) for layer, *place in layers]
-
-    built = indices()
-
-    def cpu_tables(trains: bool) -> None:
-        for index, (layer, *_) in zip(built, layers, strict=True):
-            request = Request("cpu", args.device, torch.float32, layer.num_heads, layer.head_dim, trains)
-            cpu.prepare(index, request)
-
-    def triton_tables(trains: bool) -> None:
-        for index in built:
-            build_tables(index, trains)
-
-    actions: dict[str, Callable[[], object]] = {"index": indices}
-    for backend, build in {"cpu": cpu_tables, "triton": triton_tables}.items():
-        if backend != "cpu" or args.device.type == "cpu":
-            for kind in PASSES:
-                actions[f"{backend}, {kind}"] = lambda build=build, kind=kind: build(kind != "forward")
-    timers = {name: Timer(action, args.device) for name, action in actions.items()}
-    times = common.alternate(timers, args.rounds)
-    return [[size, name, *milliseconds(times[name])] for name in times]
-
-
 # --- Command line -------------------------------------------------------------------------------------------
 
 
@@ -397,39 +345,33 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=common.positive, default=8)
     parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=["fp32"])
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
-    parser.add_argument("--check-images", type=common.positive, default=2, help="images of the comparison")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--settings", action="store_true", help="settings of the kernels, not backends")
-    what.add_argument("--index", action="store_true", help="cost of a new image size, not backends")
+    parser.add_argument("--settings", action="store_true", help="settings of the kernels, not backends")
     return parser.parse_args(argv)
 
 
 def measure(args: argparse.Namespace) -> int:
     """Measure and publish; 1 if a result is wrong."""
+    facts, rows = common.describe_run(args.device), []
+    facts["Configuration"] = f"{args.cfg.stem}, batch {args.batch_size}"
     if args.settings:
         require_kernels(args.device)
-    facts, rows, columns = common.describe_run(args.device), [], COLUMNS
-    facts["Configuration"] = f"{args.cfg.stem}, batch {args.batch_size}"
-    note = "Errors, relative to the largest value: output, gradient of q, k and v, gradient of the bias."
-    if not (args.settings or args.index):
+        columns, note = SETTING_COLUMNS, "Ratios compare with the settings in force."
+    else:
         peaks = measure_peaks(args.device, args.precisions)
         facts["Peaks"] = str(peaks)
+        columns = COLUMNS
+        note = "Errors, relative to the largest value: output, gradient of q, k and v, gradient of the bias."
     for resolution in args.sizes:
         torch.manual_seed(0)
         model = build_model(load_config(args.cfg, ["DATA.IMG_SIZE", resolution])).to(args.device).eval()
-        if args.index:
-            columns, note = INDEX_COLUMNS, "All stages together, without a cache."
-            rows += time_index(model, resolution, args)
-            continue
         for shape in shapes_of(model, resolution):
             for precision in args.precisions:
                 if args.settings:
-                    columns, note = SETTING_COLUMNS, "Ratios compare with the settings in force."
                     rows += time_settings(shape, precision, args)
                 else:
                     rows += time_backends(shape, precision, peaks, args)
     common.publish(args, "The attention operator", facts, [note], columns, rows)
-    return 1 if any(str(row[-1]).startswith("WRONG") for row in rows) else 0
+    return int(is_wrong(rows))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

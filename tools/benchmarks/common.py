@@ -1,4 +1,4 @@
-"""What the benchmarks share: one timer, alternating rounds, spreads, the description of a run, result files.
+"""What the benchmarks share: one timer, alternating rounds, the description of a run, tables and files.
 
 On a machine that does other work too, a single timing says little. So everything that is compared is timed in
 alternating rounds in one process, and compared by the median of the ratios within a round.
@@ -6,6 +6,7 @@ alternating rounds in one process, and compared by the median of the ratios with
 
 import argparse
 import csv
+import io
 import logging
 import os
 import platform
@@ -15,16 +16,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from utils import pick_device, synchronize
-
-from .worker import short_reason as short_reason
 
 logger = logging.getLogger("benchmarks")
 
@@ -33,6 +32,7 @@ RESULTS = REPO / "tools" / "results"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROUNDS = {"cpu": 5, "cuda": 20}
 MAX_CALLS = 1000  # of an action in one round
+MISTAKES = (ValueError, OSError, ImportError)  # that the user can correct
 
 Cell = str | int | float | None
 
@@ -40,8 +40,7 @@ Cell = str | int | float | None
 # --- Timing -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Spread:
+class Spread(NamedTuple):
     """A median with quartiles."""
 
     median: float
@@ -51,9 +50,8 @@ class Spread:
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
         """Of at least one value."""
-        if len(values) == 1:
-            return cls(values[0], values[0], values[0])
-        lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+        some = values if len(values) > 1 else [*values, *values]
+        lower, median, upper = statistics.quantiles(some, n=4, method="inclusive")
         return cls(median, lower, upper)
 
 
@@ -78,7 +76,6 @@ class Timer:
         held: bytes on the device that belong to the action's model before it runs.
 
     Attributes:
-        calls: of the action in a round.
         peak_mib: on CUDA the peak memory in MiB, without what belongs to other models; else None.
     """
 
@@ -161,7 +158,7 @@ def run_command(args: argparse.Namespace, measure: Callable[[argparse.Namespace]
         if args.threads is not None:
             torch.set_num_threads(args.threads)
         return measure(args)
-    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
+    except (*MISTAKES, torch.OutOfMemoryError) as error:
         logger.error(f"error: {error}")
         return 2
 
@@ -171,28 +168,22 @@ def run_command(args: argparse.Namespace, measure: Callable[[argparse.Namespace]
 
 def describe_run(device: torch.device) -> dict[str, str]:
     """What a reader has to know to judge a result."""
-    cpu = f"{_cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    cpu = names[0] if names else platform.machine()
+    cpu += f", {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
     versions = [f"{name} {_version(name)}" for name in ("torch", "torchvision", "timm", "triton")]
-    facts = {
+    versions += [f"CUDA {torch.version.cuda}"] if device.type == "cuda" else []
+    changes = git("status", "--porcelain", "--", "*.py", "configs")
+    return {
         "Date": datetime.now().isoformat(timespec="minutes"),
         "Machine": f"{torch.cuda.get_device_name(device)}; {cpu}" if device.type == "cuda" else cpu,
         "Load": " ".join(f"{value:.2f}" for value in os.getloadavg()) + " (1, 5, 15 minutes, at the start)",
         "Versions": ", ".join([f"Python {platform.python_version()}", *versions]),
-        "Commit": _commit(),
-        "Command": shlex.join(["python", *_program(), *sys.argv[1:]]),
+        "Commit": (git("rev-parse", "--short=12", "HEAD") or "unknown") + " and changes" * bool(changes),
+        "Command": shlex.join(["python", *sys.orig_argv[1:]]),
     }
-    if device.type == "cuda":
-        facts["Versions"] += f", CUDA {torch.version.cuda}"
-    return facts
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str:
@@ -205,43 +196,30 @@ def _version(package: str) -> str:
 def git(*words: str) -> str:
     """Output of a git command in this repository; '' where git or its folder is missing."""
     try:
-        return subprocess.run(
-            ["git", "-C", str(REPO), *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        command = ["git", "-C", str(REPO), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
 
 
-def _commit() -> str:
-    changed = git("status", "--porcelain", "--", "*.py", "configs")
-    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + (" and changes" if changed else "")
+def short_reason(error: BaseException, length: int = 160) -> str:
+    """An error in one line."""
+    text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
-def _program() -> list[str]:
-    """What runs, as after `python`: a module of this repository, or a file."""
-    path = Path(sys.argv[0]).resolve()
-    if not path.is_relative_to(REPO) or path.suffix != ".py":
-        return [path.name]
-    module = ".".join(path.relative_to(REPO).with_suffix("").parts).removesuffix(".__main__")
-    return ["-m", module]
-
-
-def result_stem(folder: Path, name: str) -> Path:
-    """<folder>/<date>_<name>, without ending; makes the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{datetime.now():%Y-%m-%d}_{name}"
-
-
-def show(value: Cell) -> str:
-    """A cell's text; numbers have at least three digits, None is '-'."""
+def show(value: Cell | Spread) -> str:
+    """A cell's text; numbers have at least three digits, a spread its quartiles in brackets, None is '-'."""
     if value is None:
         return "-"
+    if isinstance(value, Spread):
+        return f"{show(value.median)} ({show(value.lower)}-{show(value.upper)})"
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
     return str(value).replace("|", "/").replace("\n", " ")
 
 
-def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Cell | Spread]]) -> str:
     """A table in Markdown."""
     lines = [columns, ["---"] * len(columns), *([show(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -255,12 +233,19 @@ def markdown_report(title: str, facts: dict[str, str], notes: Sequence[str], tab
     )
 
 
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> None:
+def write_result(folder: Path, ending: str, text: str) -> Path:
+    """Write <folder>/<date>_<ending>, such as today's speed.md; returns the path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{datetime.now():%Y-%m-%d}_{ending}"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
     """The rows with all digits; None is an empty cell."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(["" if cell is None else cell for cell in row] for row in rows)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+    return text.getvalue()
 
 
 def publish(
@@ -270,11 +255,18 @@ def publish(
     notes: Sequence[str],
     columns: Sequence[str],
     rows: Sequence[Sequence[Cell]],
+    tables: Sequence[str] = (),
 ) -> None:
-    """Log a report of one table, and write it as `--out` and `--name` say."""
-    report = markdown_report(title, facts, notes, [markdown_table(columns, rows)])
+    """Log a report, and write it and its rows as `--out` and `--name` say.
+
+    Args:
+        args: the command line.
+        title, facts, notes: of the report.
+        columns, rows: of the .csv file.
+        tables: of the report; one of all rows, if there are none.
+    """
+    report = markdown_report(title, facts, notes, tables or [markdown_table(columns, rows)])
     logger.info(report)
     if args.out is not None:
-        stem = result_stem(args.out, args.name)
-        (stem.parent / f"{stem.name}.md").write_text(report, encoding="utf-8")
-        write_csv(stem.parent / f"{stem.name}.csv", columns, rows)
+        write_result(args.out, f"{args.name}.md", report)
+        write_result(args.out, f"{args.name}.csv", csv_text(columns, rows))

@@ -14,7 +14,6 @@ import argparse
 import logging
 import multiprocessing
 import os
-import shlex
 import sys
 import tempfile
 from collections import Counter
@@ -28,34 +27,28 @@ import torch
 from torch import Tensor, nn
 
 from models import FocalTransformer
-from models.focal_transformer import FocalAttention, FocalBlock
+from models.focal_transformer import FocalAttention
 from models.registry import VARIANTS
 
 from . import common
+from .common import DTYPES
 from .kernel_figures import Figures, figures
-from .operator_costs import SORTED_INDICES, SORTED_KERNELS, activations, count_launches
+from .operator_costs import BATCH, activations, count_launches
 from .stub_driver import CARDS, StubDriver
 
 logger = logging.getLogger("benchmark")
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-BATCH = 2  # images
 COUNTED_ON = "sm_90"  # the card of launches and activations
 WIDE_HEADS: dict[str, Any] = {"num_heads": (2, 4, 8, 16)}  # of width 64 in Focal-B
 WINDOW_12: dict[str, Any] = {"img_size": 384, "window_size": 12}
-
-
-def short_name(variant: str) -> str:
-    """Without patch, window and size, which all variants share."""
-    return variant.removesuffix("_patch4_window7_224")
-
-
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {short_name(name): (name, {}) for name in VARIANTS}
+MODELS: dict[str, dict[str, Any]] = {  # by short name: options of FocalTransformer
+    name.removesuffix("_patch4_window7_224"): options for name, options in VARIANTS.items()
+}
 for _name in ("focal_tiny", "focalv2_tiny_useconv"):
-    MODELS[f"{_name} window 12"] = (MODELS[_name][0], WINDOW_12)
+    MODELS[f"{_name} window 12"] = MODELS[_name] | WINDOW_12
 for _name in ("focal_base", "focalv2_base_useconv"):
-    MODELS[f"{_name} wide heads"] = (MODELS[_name][0], WIDE_HEADS)
-    MODELS[f"{_name} wide heads window 12"] = (MODELS[_name][0], WINDOW_12 | WIDE_HEADS)
+    MODELS[f"{_name} wide heads"] = MODELS[_name] | WIDE_HEADS
+    MODELS[f"{_name} wide heads window 12"] = MODELS[_name] | WINDOW_12 | WIDE_HEADS
 
 
 @dataclass(frozen=True)
@@ -83,12 +76,10 @@ def distinct_layers(models: Iterable[str]) -> list[Layer]:
     """The attention layers of models, without those that equal one before them in all but weights."""
     found: dict[Any, Layer] = {}
     for name in models:
-        variant, options = MODELS[name]
-        model = FocalTransformer(**VARIANTS[variant] | options, attention_backend="triton")
+        model = FocalTransformer(**MODELS[name], attention_backend="triton")
         size = model.train_resolution
         for number, stage in enumerate(model.stages, 1):
             for block in stage.blocks:
-                assert isinstance(block, FocalBlock)
                 layer = block.attn
                 numbers = {k: v for k, v in vars(layer).items() if isinstance(v, (int, float, str))}
                 key = (type(layer), layer.qkv.in_features, *size, *sorted(numbers.items()))
@@ -109,11 +100,12 @@ class Row:
     figures: Figures
 
     def cells(self) -> list[common.Cell]:
-        """In the order of COLUMNS."""
+        """By COLUMNS."""
         return [self.card, self.dtype, self.model, self.stage, self.head_dim, *astuple(self.figures)]
 
 
 COLUMNS = ["card", "dtype", "model", "stage", "head width", *(f.name for f in fields(Figures))]
+SHOWN_CLASSES = 8  # most frequent instructions in the report
 
 
 def compile_layer(layer: Layer, card: str, dtype: str) -> list[Row]:
@@ -165,46 +157,23 @@ def verdict_table(rows: Sequence[Row]) -> str:
     return "## Verdicts\n\n" + common.markdown_table(["card", "dtype", *verdicts], cells)
 
 
-def fault_table(rows: Sequence[Row]) -> str:
-    """The kernels that are not ok, alike ones in one line."""
-    groups: dict[Any, list[Row]] = {}
-    for row in rows:
-        if row.figures.verdict != "ok":
-            key = (row.card, row.dtype, row.head_dim, row.figures.kernel, row.figures.verdict)
-            groups.setdefault(key, []).append(row)
+def figure_table(title: str, rows: Iterable[Row]) -> str:
+    """All figures but the hash, with the most frequent instructions."""
     cells = []
-    for key, alike in groups.items():
-        stack = max(row.figures.stack or 0 for row in alike)
-        where = ", ".join(dict.fromkeys(f"{row.model} {row.stage}" for row in alike))
-        reasons = "; ".join(dict.fromkeys(row.figures.reason for row in alike))
-        cells.append([*key, reasons, stack, len(alike), where])
-    columns = ["card", "dtype", "head width", "kernel", "verdict", "reason", "most stack", "kernels", "where"]
-    return "## Kernels that are not ok\n\n" + common.markdown_table(columns, cells)
+    for row in rows:
+        *most, classes, _ = row.cells()
+        cells.append([*most, ", ".join(str(classes).split(", ")[:SHOWN_CLASSES])])
+    return f"## {title}\n\n" + common.markdown_table(COLUMNS[:-1], cells)
 
 
-def figure_table(rows: Sequence[Row], models: Sequence[str]) -> str:
-    """The kernels of the first stage of some models, with the most frequent instructions."""
-    shown = [row for row in rows if row.model in models and row.stage == 1]
-    cells: list[list[common.Cell]] = []
-    for row in shown:
-        f = row.figures
-        numbers = [f.warps, f.stages, f.shared, f.registers, f.stack, f.spilled, f.tensor, f.blocks]
-        most = ", ".join(f.classes.split(", ")[:8])
-        cells.append(
-            [row.card, row.dtype, row.model, f.kernel, *numbers, f.units, f.instructions, most, f.verdict]
-        )
-    names = ["warps", "stages", "shared", "registers", "stack", "spilled", "tensor", "blocks", "units"]
-    columns = ["card", "dtype", "model", "kernel", *names, "instructions", "most frequent", "verdict"]
-    return "## Figures of the first stage\n\n" + common.markdown_table(columns, cells)
-
-
-def launch_table(layers: Sequence[Layer]) -> str:
+def launch_table(layers: Iterable[Layer]) -> str:
     """Kernels between the two projections of each stage's layer."""
     cells: list[list[common.Cell]] = []
     for layer in layers:
-        for name, kernels in count_launches(layer.attention, layer.pools, layer.input(), COUNTED_ON):
+        counts = count_launches(layer.attention, layer.height, layer.width, COUNTED_ON)
+        for name, kernels in counts.items():
             listed = ", ".join(f"{kernel} {count}" for kernel, count in kernels.items())
-            cells.append([layer.model, layer.stage, name, sum(kernels.values()), listed])
+            cells.append([layer.model, layer.stage, name, kernels.total(), listed])
     columns = ["model", "stage", "pass", "launches", "of these"]
     return "## Launches between the projections\n\n" + common.markdown_table(columns, cells)
 
@@ -213,62 +182,47 @@ def activation_table() -> str:
     """What Focal-T keeps for backward, and Swin-T."""
     kept = activations(COUNTED_ON)
     cells = [[name, value, value / kept["swin_tiny"]] for name, value in kept.items()]
-    title = "## Kept for backward\n\n"
-    return title + common.markdown_table(["model", "MiB per image", "of swin_tiny's"], cells)
+    columns = ["model", "MiB per image", "of swin_tiny's"]
+    return "## Kept for backward\n\n" + common.markdown_table(columns, cells)
 
 
 NOTES = [
     "Shared memory in bytes of a block; registers, stack and local memory (bytes) of a thread, on AMD "
     "scratch and spilled vector registers; tensor memory in columns; blocks that fit into an SM (on AMD a "
-    "compute unit) by registers, shared memory, tensor memory and warps.",
-    "Instructions: of the largest loop's body, per warp: over items (windows of images) in forward and query "
-    "gradient, over pairs of window and block of queries in the key gradient. A loop inside counts once.",
+    "compute unit) by registers, shared memory, tensor memory and warps. Instructions of the whole program.",
     "A layer that several models share is listed under the first of them.",
     f"Launches and activations: as on {COUNTED_ON}, in training under autocast to bf16, with a batch of "
     f"{BATCH}. Launches are operations of ATen that start a kernel on CUDA, plus Triton's, from the output "
-    "of qkv to the input of proj and back, the bias and its gradient included. embedding_dense_backward "
-    f"counts 2 up to {SORTED_INDICES} indices and {SORTED_KERNELS} beyond, and a copy where its gradient is "
-    "not contiguous.",
+    "of qkv to the input of proj and back, the bias and its gradient included.",
 ]
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 1 if a kernel is not ok."""
     parser = argparse.ArgumentParser(description="Compile the attention kernels for GPUs that are not there.")
     parser.add_argument("--architectures", nargs="+", choices=CARDS, default=list(CARDS))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write a dated .md and .csv here")
     parser.add_argument("--name", default="compile", help="of the files")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 1 if a kernel is not ok."""
-    args = parse(argv)
+    args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     facts = common.describe_run(torch.device("cpu"))
-    facts["Command"] = shlex.join(["python", "-m", "tools.benchmarks.compile_matrix", *sys.argv[1:]])
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("TRITON_CACHE_DIR", folder)
         layers = distinct_layers(args.models)
         jobs = [(layer, card, t) for card in args.architectures for t in args.dtypes for layer in layers]
         rows = distinct_rows(jobs)
-        first = {type(layer.attention): layer.model for layer in reversed(layers)}  # of each family
-        main_layers = [layer for layer in layers if layer.model in first.values()]
+        first = {type(layer.attention): layer.model for layer in reversed(layers)}.values()  # of each family
         tables = [
             verdict_table(rows),
-            fault_table(rows),
-            figure_table(rows, [*first.values()]),
-            launch_table(main_layers),
+            figure_table("Kernels that are not ok", (row for row in rows if row.figures.verdict != "ok")),
+            figure_table("The first stage", (row for row in rows if row.model in first and row.stage == 1)),
+            launch_table(layer for layer in layers if layer.model in first),
             activation_table(),
         ]
-    report = common.markdown_report("Attention kernels, compiled for every GPU", facts, NOTES, tables)
-    logger.info(report)
-    if args.out is not None:
-        stem = common.result_stem(args.out, args.name)
-        (stem.parent / f"{stem.name}.md").write_text(report, encoding="utf-8")
-        common.write_csv(stem.parent / f"{stem.name}.csv", COLUMNS, [row.cells() for row in rows])
+    title = "Attention kernels, compiled for every GPU"
+    common.publish(args, title, facts, NOTES, COLUMNS, [row.cells() for row in rows], tables)
     return int(any(row.figures.verdict != "ok" for row in rows))
 
 

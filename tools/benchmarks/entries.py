@@ -7,8 +7,7 @@ measured at where its library allows it.
 import importlib.util
 import sys
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -17,10 +16,9 @@ import timm
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from yacs.config import CfgNode
 
 from config import load_config
-from models import build_model, count_params_and_macs
+from models import build_model
 
 from .common import REPO
 
@@ -97,27 +95,22 @@ def build(entry: Entry, resolution: int) -> nn.Module:
     Raises:
         ValueError, RuntimeError, AssertionError: its library refuses the resolution.
     """
-    path = config_file(entry.name)
+    options = {"num_classes": CLASSES, "drop_path_rate": DROP_PATH, "img_size": resolution}
     if entry.checkout is not None:
         package = models_of(entry.checkout)
-        options = {"img_size": resolution, "attention_backend": entry.backend}
-        options |= {"num_classes": CLASSES, "drop_path_rate": DROP_PATH}
+        options["attention_backend"] = entry.backend
         return package.FocalTransformer(**package.VARIANTS[entry.name] | options)
-    if path is not None:
-        return build_model(_load(path, resolution, entry.backend))
-    options = {"num_classes": CLASSES, "drop_path_rate": DROP_PATH}
+    if path := config_file(entry.name):
+        opts = ["MODEL.NUM_CLASSES", CLASSES, "MODEL.DROP_PATH_RATE", DROP_PATH]
+        opts += ["DATA.IMG_SIZE", resolution, "MODEL.ATTENTION_BACKEND", entry.backend]
+        return build_model(load_config(path, opts))
     try:
-        return timm.create_model(entry.name, **options, img_size=resolution)
+        return timm.create_model(entry.name, **options)
     except TypeError as error:  # convolutional networks have no such option
         if "img_size" not in str(error):
             raise
+        del options["img_size"]
         return timm.create_model(entry.name, **options)
-
-
-def _load(path: Path, resolution: int, backend: str) -> CfgNode:
-    options = {"DATA.IMG_SIZE": resolution, "MODEL.NUM_CLASSES": CLASSES, "MODEL.DROP_PATH_RATE": DROP_PATH}
-    options["MODEL.ATTENTION_BACKEND"] = backend
-    return load_config(path, [word for pair in options.items() for word in pair])
 
 
 @lru_cache
@@ -141,22 +134,15 @@ def models_of(checkout: Path) -> ModuleType:
 
 
 @lru_cache
-def costs(entry: Entry, resolution: int) -> tuple[int | None, int | None]:
-    """Parameters and multiply-accumulates of one image; None where they cannot be counted.
-
-    Counted on the meta device, where no fused kernel hides its products.
-    """
-    path = config_file(entry.name)
-    with torch.device("meta"):
-        if path is not None:
-            return count_params_and_macs(_load(path, resolution, "auto"))
-        try:
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                model = build(entry, resolution).eval()
-                model(torch.empty(1, 3, resolution, resolution))
-        except (RuntimeError, ValueError, AssertionError, NotImplementedError):
-            return None, None
-    return sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops() // 2
+def multiply_adds(entry: Entry, resolution: int) -> int | None:
+    """Of one image, counted on the meta device with the plain operator; None where that cannot run."""
+    try:
+        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model = build(replace(entry, backend="plain"), resolution).eval()
+            model(torch.empty(1, 3, resolution, resolution))
+    except RuntimeError:
+        return None
+    return counter.get_total_flops() // 2
 
 
 def attention_backends(model: nn.Module, dtype: torch.dtype) -> str | None:
@@ -166,7 +152,5 @@ def attention_backends(model: nn.Module, dtype: torch.dtype) -> str | None:
         model: on its device.
         dtype: of the activations.
     """
-    list_them: Callable[[torch.dtype], list[str]] | None = getattr(model, "attention_backends", None)
-    if list_them is None:
-        return None
-    return " and ".join(dict.fromkeys(list_them(dtype)))
+    list_them = getattr(model, "attention_backends", None)
+    return None if list_them is None else " and ".join(dict.fromkeys(list_them(dtype)))

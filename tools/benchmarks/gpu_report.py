@@ -4,7 +4,7 @@
     TRITON_INTERPRET=1 python -m tools.benchmarks.gpu_report --device cpu --quick
 
 1. Checks (gpu_checks.py): the released models with the Triton operator against the plain one, forward and
-   backward, and under torch.compile, CUDA graphs and torch.func.
+   backward, and under torch.compile and CUDA graphs.
 2. The attention kernels alone against the limits of the device, as attention.py.
 3. The models in inference and training against Swin and others, as models.py.
 
@@ -16,38 +16,39 @@ nor a compiler that hangs stops the rest. Exit status 1: a result is wrong.
 
 import argparse
 import logging
+import multiprocessing
 import os
+import signal
 import sys
 import time
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, TimeoutError
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from tools.figures.drawing import blank_figure
+
 from . import attention, common, entries, gpu_checks, models
 from .entries import OURS, Entry
-from .gpu_checks import CHECKS, FAILED, IMAGES, NOT_RUN, TINY, Case, precision_on
+from .gpu_checks import FAILED, HALF, NOT_RUN, TINY, Case
 from .models import BASELINE, MODES, NO_TIME, Row, Setting
-from .worker import Worker, WorkerError
 
 logger = logging.getLogger("benchmarks.gpu_report")
 
+DIED = "its process ended, out of memory or with the error above"
 CHECKERS = 6  # most processes for checks, which do not need a quiet machine
 CHECKER_BYTES = 12 * 2**30  # of GPU memory for one
 KERNELS = ((TINY[0], "half"), (TINY[1], "half"), (TINY[0], "fp32"))
 KERNEL_ROUNDS = 10
 KERNEL_COLUMNS = ("model", *attention.COLUMNS)
-KERNELS_SHOWN = (
-    *("model", "stage", "map", "precision", "pass", "backend", "ms", "floor ms", "times floor", "bound by"),
-    "check",
-)
 BATCH = 128  # at 224 pixels; fewer at more
 MODEL_ROUNDS = 7
 OTHERS = ("convnext", "focalnet")  # families beside the baseline, at 224 pixels
@@ -60,14 +61,48 @@ NOTE = (
 )
 
 
-@dataclass(frozen=True)
-class Task:
+# --- Other processes ----------------------------------------------------------------------------------------
+
+
+class Task(NamedTuple):
     """A call in another process."""
 
     label: str
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
-    fresh: bool = False  # in a new one
+
+
+class Worker:
+    """A process that runs tasks; after a failure the next one gets a new process."""
+
+    pool: ProcessPoolExecutor | None = None
+
+    def run(self, task: Task, seconds: float) -> tuple[Any, str]:
+        """The result of a task, or None and why there is none."""
+        if seconds <= 0:
+            return None, NO_TIME
+        try:
+            if self.pool is None:
+                set_up = partial(logging.basicConfig, level=logging.INFO, format="%(message)s")
+                self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), set_up)
+                self.pid = self.pool.submit(os.getpid).result()
+            return self.pool.submit(task.function, *task.arguments).result(seconds), ""
+        except TimeoutError:
+            reason = NO_TIME
+        except BrokenProcessPool:
+            reason = f"failed: {DIED}"
+        except Exception as error:  # whatever a task raises, the others go on
+            reason = f"failed: {common.short_reason(error)}"
+        self.close()
+        return None, reason
+
+    def close(self) -> None:
+        """End the process, whatever it does."""
+        if self.pool is not None:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            self.pool.shutdown()
+            self.pool = None
 
 
 def run_tasks(
@@ -84,24 +119,18 @@ def run_tasks(
     waiting, lock = deque(tasks), Lock()
 
     def serve() -> None:
-        with Worker() as worker:
+        worker = Worker()
+        try:
             while True:
                 with lock:
                     if not waiting:
                         return
                     task = waiting.popleft()
-                result, reason, seconds = None, NO_TIME, end - time.monotonic()
-                if seconds > 0:
-                    if task.fresh:
-                        worker.close()
-                    try:
-                        result, reason = worker.call(task.function, *task.arguments, seconds=seconds), ""
-                    except TimeoutError:
-                        pass
-                    except WorkerError as error:
-                        reason = f"failed: {error}"
+                outcome = worker.run(task, end - time.monotonic())
                 with lock:
-                    done(task, result, reason)
+                    done(task, *outcome)
+        finally:
+            worker.close()
 
     with ThreadPoolExecutor(workers) as pool:
         serving = [pool.submit(serve) for _ in range(workers)]
@@ -112,57 +141,38 @@ def run_tasks(
             waiting.clear()
 
 
+# --- The report ---------------------------------------------------------------------------------------------
+
+
 class Report:
-    """The results so far.
+    """The results so far; `write` writes them all.
 
     Args:
         args: the command line.
     """
 
     def __init__(self, args: Namespace) -> None:
-        self.stem = common.result_stem(args.out, "gpu")
-        self.facts = common.describe_run(args.device)
+        self.folder, self.facts = args.out, common.describe_run(args.device)
         self.checks: list[list[common.Cell]] = []
         self.kernels: list[list[common.Cell]] = []
         self.models: list[Row] = []
         self.missing: list[str] = []
 
-    def add_missing(self, task: Task, reason: str) -> None:
-        """List a task that has no result."""
-        self.missing.append(f"{task.label}: {reason}")
-        logger.info(self.missing[-1])
-        self.write()
-
-    def add_checks(self, rows: list[list[common.Cell]]) -> None:
-        """Rows of gpu_checks.COLUMNS."""
-        self.checks += rows
-        for row in rows:
-            logger.info(" | ".join(map(common.show, row)))
-        self.write()
-
-    def add_kernels(self, peaks: str, rows: list[list[common.Cell]]) -> None:
-        """Rows of KERNEL_COLUMNS, and the peaks of the device."""
-        self.facts["Peaks"] = peaks
-        self.kernels += rows
-        logger.info(common.markdown_table(KERNELS_SHOWN, map(shown_kernel, rows)))
-        self.write()
-
-    def add_models(self, rows: list[Row]) -> None:
-        """Rows of one group."""
-        models.compare(rows)
-        self.models += rows
-        logger.info(common.markdown_table(models.SHOWN, [row.shown() for row in rows]))
+    def add(self, task: Task, reason: str, table: str) -> None:
+        """Log a table, or why a task has no result, and write everything."""
+        if reason:
+            self.missing.append(f"{task.label}: {reason}")
+        logger.info(self.missing[-1] if reason else table)
         self.write()
 
     @property
     def is_wrong(self) -> bool:
         """Whether any result is wrong."""
-        wrong = any(str(row[-1]).startswith("WRONG") for row in self.kernels)
-        return wrong or any(row[3] == FAILED for row in self.checks)
+        return attention.is_wrong(self.kernels) or any(row[3] == FAILED for row in self.checks)
 
     def write(self) -> Path:
         """Write all files; the path of the Markdown one."""
-        names = [check.name for check in CHECKS]
+        names = list(gpu_checks.CHECKS)
         self.checks.sort(key=lambda row: names.index(str(row[0]).partition(":")[0]))
         results = [row[3] for row in self.checks]
         counts = ", ".join(f"{results.count(result)} {result}" for result in dict.fromkeys(results))
@@ -171,126 +181,81 @@ class Report:
             notes.append("\n".join(["Without result:", "", *(f"- {line}" for line in self.missing)]))
         tables = [
             "## Checks\n\n" + common.markdown_table(gpu_checks.COLUMNS, self.checks),
-            "## Attention kernels\n\n"
-            + common.markdown_table(KERNELS_SHOWN, map(shown_kernel, self.kernels)),
+            "## Attention kernels\n\n" + common.markdown_table(KERNEL_COLUMNS, self.kernels),
             *models.tables(self.models),
         ]
         facts = self.facts | {"Checks": counts or "none"}
-        path = self._file(".md")
-        path.write_text(common.markdown_report("GPU report", facts, notes, tables), encoding="utf-8")
-        speeds = [row.cells() for row in self.models]
-        common.write_csv(self._file("_checks.csv"), gpu_checks.COLUMNS, self.checks)
-        common.write_csv(self._file("_kernels.csv"), KERNEL_COLUMNS, self.kernels)
-        common.write_csv(self._file("_models.csv"), models.COLUMNS, [list(row.values()) for row in speeds])
-        if any(row.rate is not None for row in self.models):
-            try:
-                models.draw(speeds).savefig(self._file(".png"), dpi=120)
-            except ImportError as error:
-                logger.info(f"no picture: {error}")
-        return path
-
-    def _file(self, ending: str) -> Path:
-        return self.stem.with_name(self.stem.name + ending)
-
-
-def shown_kernel(row: Sequence[common.Cell]) -> list[common.Cell]:
-    """Of a row of KERNEL_COLUMNS, those of KERNELS_SHOWN."""
-    return [row[KERNEL_COLUMNS.index(name)] for name in KERNELS_SHOWN]
-
-
-# --- The three parts ----------------------------------------------------------------------------------------
+        for name, columns, rows in (
+            ("checks", gpu_checks.COLUMNS, self.checks),
+            ("kernels", KERNEL_COLUMNS, self.kernels),
+        ):
+            common.write_result(self.folder, f"gpu_{name}.csv", common.csv_text(columns, rows))
+        models.save_table(self.models, self.folder, "gpu_models")
+        text = common.markdown_report("GPU report", facts, notes, tables)
+        return common.write_result(self.folder, "gpu.md", text)
 
 
 def run_checks(report: Report, args: Namespace, end: float) -> None:
     """Part 1."""
-    tasks = []
-    for check in CHECKS:
-        for case in check.cases(args.device, args.quick):
-            if reason := check.why_not(args.device):
-                report.checks.append(gpu_checks.row(check, case, "", NOT_RUN, None, None, reason))
-            else:
-                tasks.append(Task(check.name, gpu_checks.run, (check, case), check.fresh))
+    tasks = [Task(case.check, gpu_checks.run, (case,)) for case in gpu_checks.cases(args.device, args.quick)]
 
     def done(task: Task, rows: list[list[common.Cell]] | None, reason: str) -> None:
         result = NOT_RUN if reason == NO_TIME else FAILED
-        report.add_checks(rows or [gpu_checks.row(*task.arguments, "", result, None, None, reason)])
+        rows = rows or [task.arguments[0].row("", result, None, None, reason)]
+        report.checks += rows
+        report.add(task, "", "\n".join(" | ".join(map(common.show, row)) for row in rows))
 
-    run_tasks(tasks, end, checkers(args.device), done)
-
-
-def checkers(device: torch.device) -> int:
-    """Processes for checks."""
-    most = min(CHECKERS, (os.cpu_count() or 1) // 2)
-    if device.type == "cuda":
-        most = min(most, torch.cuda.get_device_properties(device).total_memory // CHECKER_BYTES)
-    return max(1, most)
+    workers = min(CHECKERS, (os.cpu_count() or 1) // 2)
+    if args.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(args.device).total_memory
+        workers = min(workers, memory // CHECKER_BYTES)
+    run_tasks(tasks, end, max(1, workers), done)
 
 
 def run_kernels(report: Report, args: Namespace, end: float) -> None:
     """Part 2."""
     tasks = []
     for variant, precision in KERNELS:
-        case = Case(variant, precision_on(args.device, precision), args.device, args.quick)
-        for stage in range(1 if args.quick else 4):
-            label = f"kernels of {case.variant}, stage {stage + 1}, {case.precision}"
-            tasks.append(Task(label, time_kernels, (case, stage)))
+        precision = HALF[args.device.type] if precision == "half" else precision
+        case = Case("kernels", variant, precision, args.device, args.quick)
+        tasks.append(Task(f"kernels of {variant}, {precision}", time_kernels, (case,)))
 
     def done(task: Task, found: tuple[str, list[list[common.Cell]]] | None, reason: str) -> None:
-        if found is None:
-            report.add_missing(task, reason)
-        else:
-            report.add_kernels(*found)
+        peaks, rows = found or ("", [])
+        if peaks:
+            report.facts[f"Peaks, {task.label}"] = peaks
+        report.kernels += rows
+        report.add(task, reason, common.markdown_table(KERNEL_COLUMNS, rows))
 
     run_tasks(tasks, end, 1, done)
 
 
-def time_kernels(case: Case, stage: int) -> tuple[str, list[list[common.Cell]]]:
-    """Peaks of the device, and rows of the table for one stage."""
-    setting = Namespace(
-        device=case.device,
-        batch_size=1 if case.quick else BATCH,
-        check_images=IMAGES,
-        backends=["plain", "triton"],
-        rounds=1 if case.quick else KERNEL_ROUNDS,
-    )
+def time_kernels(case: Case) -> tuple[str, list[list[common.Cell]]]:
+    """Peaks of the device, and rows of KERNEL_COLUMNS for all stages of a model."""
+    setting = Namespace(device=case.device, backends=["plain", "triton"])
+    setting.batch_size, setting.rounds = (1, 1) if case.quick else (BATCH, KERNEL_ROUNDS)
     if case.device.type == "cuda":
         torch.cuda.set_device(case.device)
-    peaks, shape = peaks_of(case.device), shapes_of(case)[stage]
-    rows = attention.time_backends(shape, case.precision, peaks, setting)
-    return str(peaks), [[case.variant, *row] for row in rows]
-
-
-@lru_cache
-def peaks_of(device: torch.device) -> attention.Peaks:
-    """Of all precisions that kernels are timed in."""
-    names = {precision_on(device, precision) for _, precision in KERNELS}
-    return attention.measure_peaks(device, sorted(names))
-
-
-@lru_cache
-def shapes_of(case: Case) -> list[attention.Shape]:
-    """The operators of a model."""
-    model = gpu_checks.make_model(case, "plain")
-    return attention.shapes_of(model, gpu_checks.side_of(case))
+    peaks = attention.measure_peaks(case.device, [case.precision])
+    shapes = attention.shapes_of(gpu_checks.make_model(case, "plain"), case.side)
+    rows = [attention.time_backends(shape, case.precision, peaks, setting) for shape in shapes]
+    return str(peaks), [[case.variant, *row] for found in rows for row in found]
 
 
 def run_models(report: Report, args: Namespace, end: float) -> None:
     """Part 3."""
     tasks = []
     for setting, group in groups(args.quick):
-        options = Namespace(
-            device=args.device,
-            batch_size=1 if args.quick else BATCH * 224**2 // setting.resolution**2,
-            threads=None,
-            rounds=1 if args.quick else MODEL_ROUNDS,
-        )
-        tasks.append(Task(f"models, {setting}", models.run_group, (setting, group, options, end - GRACE)))
+        batch = 1 if args.quick else BATCH * 224**2 // setting.resolution**2
+        rounds = 1 if args.quick else MODEL_ROUNDS
+        label = f"models, {' '.join(map(str, setting))}"
+        arguments = (setting, group, batch, rounds, args.device, end - GRACE)
+        tasks.append(Task(label, models.run_group, arguments))
 
     def done(task: Task, rows: list[Row] | None, reason: str) -> None:
-        if rows is None:
-            report.add_missing(task, reason)
-        else:
-            report.add_models(rows)
+        report.models += rows or []
+        table = common.markdown_table(models.SHOWN, [row.shown() for row in rows or []])
+        report.add(task, reason, table)
 
     run_tasks(tasks, end, 1, done)
 
@@ -333,6 +298,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
 def measure(args: Namespace) -> int:
     """All parts; 1 if a result is wrong."""
     start = time.monotonic()
+    blank_figure()  # says that matplotlib is missing before, not after measuring
     attention.require_kernels(args.device)
     report = Report(args)
     for name, part in {"checks": run_checks, "kernels": run_kernels, "models": run_models}.items():

@@ -12,26 +12,27 @@ run gets a row with the reason. Writes <date>_<name>.md, .csv and .png after eve
 """
 
 import argparse
-import csv
 import gc
 import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tools.figures.drawing import blank_figure
 from utils import Precision
 
 from . import common, entries
-from .common import DTYPES, RESULTS
+from .common import DTYPES, RESULTS, Spread, Timer
 from .entries import Entry
 
 if TYPE_CHECKING:
@@ -57,18 +58,19 @@ ROUND_SECONDS = {"cpu": 0.5, "cuda": 0.3}
 WARM_UP_STEPS = {"cpu": 1, "cuda": 5}
 HALVINGS = 4
 NO_TIME = "left out: no time"
+NO_MEMORY = "failed: out of memory"
+SHOWN = (
+    *("model", "resolution", "batch", "img/s", f"vs {BASELINE}", "peak MiB", "params M", "GMACs"),
+    *("attention", "note"),
+)
 COLUMNS = (
     *("model", "resolution", "mode", "precision", "compile", "batch", "img/s", "lower quartile"),
     *("upper quartile", f"vs {BASELINE}", "ratio lower", "ratio upper", "peak MiB", "params M", "GMACs"),
     *("attention", "note"),
 )
-HIDDEN = {"mode", "precision", "compile"}  # in the heading of a table
-HIDDEN |= {"lower quartile", "upper quartile", "ratio lower", "ratio upper"}  # beside the median
-SHOWN = [column for column in COLUMNS if column not in HIDDEN]
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """What the models of a group have in common."""
 
     size: str  # of the models
@@ -76,14 +78,6 @@ class Setting:
     mode: str
     precision: str
     compile: str
-
-    @property
-    def panel(self) -> tuple[str, str, str]:
-        """What the rows of a table have in common."""
-        return self.mode, self.precision, self.compile
-
-    def __str__(self) -> str:
-        return f"{self.size or 'other'} {self.resolution} {self.mode} {self.precision} {self.compile}"
 
 
 @dataclass
@@ -94,7 +88,7 @@ class Row:
     setting: Setting
     batch: int
     seconds: list[float] = field(default_factory=list)  # per step, by round
-    ratio: common.Spread | None = None
+    ratio: Spread | None = None
     memory_mib: float | None = None
     params: int | None = None
     macs: int | None = None
@@ -102,37 +96,32 @@ class Row:
     note: str = ""
 
     @property
-    def rate(self) -> common.Spread | None:
+    def rate(self) -> Spread | None:
         """Images per second."""
-        return common.Spread.of([self.batch / value for value in self.seconds]) if self.seconds else None
+        return Spread.of([self.batch / value for value in self.seconds]) if self.seconds else None
 
-    def cells(self) -> dict[str, common.Cell]:
-        """By column."""
-        rate, ratio, setting = self.rate, self.ratio, self.setting
-        values = (
-            *(self.entry.label, setting.resolution, setting.mode, setting.precision, setting.compile),
-            *(self.batch, rate and rate.median, rate and rate.lower, rate and rate.upper),
-            *(ratio and ratio.median, ratio and ratio.lower, ratio and ratio.upper, self.memory_mib),
-            *(self.params and self.params / 1e6, self.macs and self.macs / 1e9, self.attention, self.note),
-        )
-        return dict(zip(COLUMNS, values, strict=True))
+    @property
+    def _costs(self) -> tuple[common.Cell, ...]:
+        millions, billions = self.params and self.params / 1e6, self.macs and self.macs / 1e9
+        return self.memory_mib, millions, billions, self.attention, self.note
 
-    def shown(self) -> list[common.Cell]:
-        """By column of SHOWN, with quartiles in brackets."""
-        cells, rate, ratio = self.cells(), self.rate, self.ratio
-        if rate is not None:
-            quartiles = f"{common.show(rate.lower)}-{common.show(rate.upper)}"
-            cells["img/s"] = f"{common.show(rate.median)} ({quartiles})"
-        if ratio is not None:
-            cells[f"vs {BASELINE}"] = f"{ratio.median:.2f} ({ratio.lower:.2f}-{ratio.upper:.2f})"
-        return [cells[column] for column in SHOWN]
+    def cells(self) -> list[common.Cell]:
+        """By COLUMNS."""
+        none = (None, None, None)
+        speed = (*(self.rate or none), *(self.ratio or none))
+        return [self.entry.label, *self.setting[1:], self.batch, *speed, *self._costs]
+
+    def shown(self) -> list[common.Cell | Spread]:
+        """By SHOWN."""
+        names = (self.entry.label, self.setting.resolution, self.batch)
+        return [*names, self.rate, self.ratio, *self._costs]
 
 
 # --- Measuring ----------------------------------------------------------------------------------------------
 
 
 def make_step(model: nn.Module, images: torch.Tensor, setting: Setting) -> Callable[[], object]:
-    """One step of the setting's mode; it does not wait for the device."""
+    """What is timed: a forward pass or a training step."""
     device, precision = images.device, Precision(DTYPES[setting.precision])
     call = torch.compile(model, dynamic=False) if setting.compile == "compiled" else model
     if setting.mode == "infer":
@@ -159,151 +148,95 @@ def make_step(model: nn.Module, images: torch.Tensor, setting: Setting) -> Calla
     return train
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Of the device, or of the host where PyTorch notices."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
-class Group:
-    """The models of one setting, on the device together.
-
-    Args:
-        setting: of all models.
-        group: the models.
-        batch: images of a step.
-        device: where they run.
-        deadline: on the clock `time.monotonic`; no model is begun after it, and no round but the first.
-    """
-
-    def __init__(
-        self,
-        setting: Setting,
-        group: Sequence[Entry],
-        batch: int,
-        device: torch.device,
-        deadline: float = math.inf,
-    ) -> None:
-        self.setting, self.batch, self.device, self.deadline = setting, batch, device, deadline
-        self.rows = [Row(entry, setting, batch) for entry in group]
-        self.models: dict[str, nn.Module] = {}
-        self.timers: dict[str, common.Timer] = {}
-
-    def run(self, rounds: int) -> list[Row]:
-        """Measure everything that runs."""
-        self._each(self._build)
-        self._fit_batch()
-        self._each(self._warm_up)
-        for number in range(rounds):
-            if number and time.monotonic() > self.deadline:
-                break
-            for row in self._running() if number % 2 == 0 else reversed(self._running()):
-                self._guarded(row, lambda row: row.seconds.append(self.timers[row.entry.label]()))
-        self.models.clear()
-        self.timers.clear()
-        torch.compiler.reset()
-        self._free_memory()
-        return self.rows
-
-    def _running(self) -> list[Row]:
-        return [row for row in self.rows if not row.note]
-
-    def _each(self, action: Callable[[Row], object]) -> None:
-        for row in self._running():
-            if self._in_time(row):
-                self._guarded(row, action)
-
-    def _in_time(self, row: Row) -> bool:
-        if time.monotonic() > self.deadline:
-            self._drop(row, NO_TIME)
-        return not row.note
-
-    def _guarded(self, row: Row, action: Callable[[Row], object]) -> None:
-        """Do something; an error takes the model out of the group and becomes its note."""
-        try:
-            action(row)
-        except Exception as error:  # whatever one model raises, the others go on
-            self._fail(row, error)
-
-    def _fail(self, row: Row, error: Exception) -> None:
-        logger.debug("failed", exc_info=True)
+@contextmanager
+def errors_noted(row: Row, timers: dict[str, Timer]) -> Iterator[None]:
+    """An error inside takes the model out of its group and becomes its note."""
+    try:
+        yield
+    except Exception as error:  # whatever one model raises, the others go on
+        lacks_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        row.note = NO_MEMORY if lacks_memory else f"failed: {common.short_reason(error)}"
+        row.seconds = []
+        timers.pop(row.entry.label, None)
         error.__traceback__ = None  # it holds tensors
-        self._drop(row, f"failed: {common.short_reason(error)}")
+        free_memory()
 
-    def _drop(self, row: Row, note: str) -> None:
-        row.note, row.seconds = note, []
-        self.models.pop(row.entry.label, None)
-        self.timers.pop(row.entry.label, None)
-        self._free_memory()
 
-    def _build(self, row: Row) -> None:
-        row.params, row.macs = entries.costs(row.entry, self.setting.resolution)
-        torch.manual_seed(0)
-        with self.device:
-            model = entries.build(row.entry, self.setting.resolution)
-        row.params = sum(parameter.numel() for parameter in model.parameters())
-        self.models[row.entry.label] = model.to(self.device)
-        row.attention = entries.attention_backends(model, DTYPES[self.setting.precision])
-
-    def _images(self) -> torch.Tensor:
-        side = self.setting.resolution
-        return torch.randn(self.batch, 3, side, side, device=self.device)
-
-    def _fit_batch(self) -> None:
-        """Halve the batch until every model that runs at all can do a step."""
-        least = max(1, self.batch >> HALVINGS)
-        for row in self._running():
-            model = self.models[row.entry.label]
-            while self._in_time(row):
-                try:
-                    common.seconds_of(make_step(model, self._images(), self.setting), 1, self.device)
-                    break
-                except Exception as error:  # as in _guarded
-                    if not is_out_of_memory(error) or self.batch <= least:
-                        self._fail(row, error)
-                        break
-                    error.__traceback__ = None
-                self.batch //= 2
-                model.zero_grad()
-                self._free_memory()
-                logger.info(f"{row.entry.label}: out of memory, the group goes on with batch {self.batch}")
-        for row in self.rows:
-            row.batch = self.batch
-
-    def _warm_up(self, row: Row) -> None:
-        model, kind = self.models[row.entry.label], self.device.type
-        model.zero_grad()
-        step = make_step(model, self._images(), self.setting)
-        held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
-        timer = common.Timer(step, self.device, ROUND_SECONDS[kind], WARM_UP_STEPS[kind], held)
-        self.timers[row.entry.label], row.memory_mib = timer, timer.peak_mib
-
-    def _free_memory(self) -> None:
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+def free_memory() -> None:
+    """Give back what no model uses any more."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def run_group(
     setting: Setting,
     group: Sequence[Entry],
-    args: argparse.Namespace,
+    batch: int,
+    rounds: int,
+    device: torch.device,
     deadline: float = math.inf,
 ) -> list[Row]:
-    """Measure a group in this process; `args` has batch_size, device, threads and rounds."""
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    if args.device.type == "cuda":
-        torch.cuda.set_device(args.device)
-    return Group(setting, group, args.batch_size, args.device, deadline).run(args.rounds)
+    """Measure models that are on the device together.
 
-
-def compare(rows: Sequence[Row]) -> None:
-    """Set the ratios to the baseline of the same size."""
+    Args:
+        setting: of all models.
+        group: the models.
+        batch: images of a step; halved, HALVINGS times at most, until all models have enough memory.
+        rounds: of measuring.
+        device: where they run.
+        deadline: on the clock `time.monotonic`; no model is begun after it, and no round but the first.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    rows = [Row(entry, setting, batch) for entry in group]
+    timers: dict[str, Timer] = {}
+    least = max(1, batch >> HALVINGS)
+    while True:
+        images = torch.randn(batch, 3, setting.resolution, setting.resolution, device=device)
+        for row in rows:
+            row.batch, row.note = batch, "" if time.monotonic() <= deadline else NO_TIME
+            if not row.note:
+                with errors_noted(row, timers):
+                    timers[row.entry.label] = warmed_up(row, images)
+            if row.note == NO_MEMORY and batch > least:
+                break
+        else:
+            break
+        batch = max(least, batch // 2)
+        logger.info(f"{row.entry.label}: out of memory, the group goes on with batch {batch}")
+        timers.clear()
+        free_memory()
+    for number in range(rounds):
+        if number and time.monotonic() > deadline:
+            break
+        for row in rows if number % 2 == 0 else reversed(rows):
+            if row.entry.label in timers:
+                with errors_noted(row, timers):
+                    row.seconds.append(timers[row.entry.label]())
+    timers.clear()
+    torch.compiler.reset()
+    free_memory()
     for row in rows:
-        name = entries.FAMILIES[BASELINE].get(row.setting.size)
-        base = next((other for other in rows if other.entry.name == name), None)
-        if base is not None and base.seconds and row.seconds:
-            row.ratio = common.speed_ratio(row.seconds, base.seconds)
+        base = [other for other in rows if other.entry.name == entries.FAMILIES[BASELINE].get(setting.size)]
+        if base and base[0].seconds and row.seconds:
+            row.ratio = common.speed_ratio(row.seconds, base[0].seconds)
+    return rows
+
+
+def warmed_up(row: Row, images: torch.Tensor) -> Timer:
+    """Build a row's model, fill in what is known of it, and do its first steps."""
+    device = images.device
+    row.macs = entries.multiply_adds(row.entry, row.setting.resolution)
+    torch.manual_seed(0)
+    with device:
+        model = entries.build(row.entry, row.setting.resolution).to(device)
+    row.params = sum(parameter.numel() for parameter in model.parameters())
+    row.attention = entries.attention_backends(model, DTYPES[row.setting.precision])
+    held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    step = make_step(model, images, row.setting)
+    timer = Timer(step, device, ROUND_SECONDS[device.type], WARM_UP_STEPS[device.type], held)
+    row.memory_mib = timer.peak_mib
+    return timer
 
 
 # --- Results ------------------------------------------------------------------------------------------------
@@ -312,98 +245,43 @@ def compare(rows: Sequence[Row]) -> None:
 def tables(rows: Sequence[Row]) -> list[str]:
     """One Markdown table per mode, precision and compilation, with a heading."""
     found = []
-    for panel in dict.fromkeys(row.setting.panel for row in rows):
-        lines = [row.shown() for row in rows if row.setting.panel == panel]
+    for panel in dict.fromkeys(row.setting[2:] for row in rows):
+        lines = [row.shown() for row in rows if row.setting[2:] == panel]
         found.append(f"## {', '.join(panel)}\n\n" + common.markdown_table(SHOWN, lines))
     return found
 
 
-def draw(rows: Sequence[Mapping[str, Any]]) -> "Figure":
+def draw(rows: Sequence[Row]) -> "Figure":
     """Images per second, and the ratio to the baseline: one panel per resolution and table.
 
     Args:
-        rows: by column of COLUMNS, as numbers or as text of a .csv file.
-
-    Raises:
-        ImportError: matplotlib is not installed.
+        rows: at least one of them was measured.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("the plot needs matplotlib: pip install matplotlib") from error
-    panels: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    panels: dict[tuple, list[Row]] = {}
     for row in rows:
-        if row["img/s"]:
-            panel = tuple(str(row[key]) for key in ("resolution", "mode", "precision", "compile"))
-            panels.setdefault(panel, []).append(row)
-    across = min(2, len(panels))
-    down = -(-len(panels) // across)
-    most = max(map(len, panels.values()))
-    figure = Figure(figsize=(6 * across, (1 + 0.25 * most) * down), layout="constrained")
+        if row.rate:
+            panels.setdefault(row.setting[1:], []).append(row)
+    down, most = -(-len(panels) // 2), max(map(len, panels.values()))
+    figure = blank_figure(figsize=(12, (1 + 0.25 * most) * down))
     for place, (panel, shown) in enumerate(panels.items(), start=1):
-        axes = figure.add_subplot(down, across, place)
-        labels = [row["model"] for row in shown]
+        axes = figure.add_subplot(down, 2, place)
+        labels = [row.entry.label for row in shown]
         colours = ["C0" if label.rpartition("-")[0] in entries.OURS else "0.7" for label in labels]
-        bars = axes.barh(labels, [float(row["img/s"]) for row in shown], color=colours)
-        ratios = [row[f"vs {BASELINE}"] for row in shown]
-        axes.bar_label(bars, [f"{float(x):.2f}" if x else "" for x in ratios], padding=3, fontsize="small")
-        axes.set(title=", ".join(panel), xlabel=f"images per second; beside the bar: times {BASELINE}")
+        bars = axes.barh(labels, [row.rate.median for row in shown], color=colours)
+        ratios = [f"{row.ratio.median:.2f}" if row.ratio else "" for row in shown]
+        axes.bar_label(bars, ratios, padding=3, fontsize="small")
+        title = ", ".join(map(str, panel))
+        axes.set(title=title, xlabel=f"images per second; beside the bar: times {BASELINE}")
         axes.margins(x=0.12)
         axes.set_ylim(most - 0.5, -0.5)
     return figure
 
 
-def write(rows: Sequence[Row], facts: dict[str, str], notes: list[str], folder: Path, name: str) -> Path:
-    """The three files, <folder>/<date>_<name> with their endings; returns the path of the Markdown one."""
-    stem = common.result_stem(folder, name)
-    path = stem.parent / f"{stem.name}.md"
-    path.write_text(common.markdown_report("Speed", facts, notes, tables(rows)), encoding="utf-8")
-    cells = [row.cells() for row in rows]
-    common.write_csv(stem.parent / f"{stem.name}.csv", COLUMNS, [list(row.values()) for row in cells])
-    if any(row.rate is not None for row in rows):
-        draw(cells).savefig(stem.parent / f"{stem.name}.png", dpi=120)
-    return path
-
-
-NAMES_IN_CHECKOUTS = {"Focal-T": "focal-tiny", "Focal-fast-T": "focalv2-tiny"}
-
-
-def committed_ratios(machine: str) -> dict[tuple[str, ...], tuple[float, str]]:
-    """Ratios to Swin in the newest committed results of this kind of machine.
-
-    Args:
-        machine: as `describe_run` has it; the kind is its part before the first comma.
-
-    Returns:
-        By model, resolution and mode (float32, eager): the ratio, and the name of its file.
-    """
-    found: dict[tuple[str, ...], tuple[float, str]] = {}
-    for name in sorted(common.git("ls-files", "--", str(RESULTS)).splitlines()):
-        path = RESULTS / Path(name).name
-        described = path.with_suffix(".md")
-        is_table = path.suffix == ".csv" and path.is_file() and described.is_file()
-        if not is_table or f"\n- Machine: {machine.split(',')[0]}," not in described.read_text("utf-8"):
-            continue
-        with path.open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                ratio, mode = row.get("vs swin") or row.get("vs Swin-T"), row.get("mode") or row.get("pass")
-                usual = (row.get("precision", "fp32"), row.get("compile", "eager"))
-                today = (row.get("checkout", "."), row.get("attention") if "checkout" in row else "auto")
-                if ratio and usual == ("fp32", "eager") and today == (".", "auto"):
-                    model = NAMES_IN_CHECKOUTS.get(row["model"], row["model"])
-                    found[model, row["resolution"], mode] = (float(ratio), path.name)
-    return found
-
-
-def log_regression(rows: Sequence[Row], machine: str) -> None:
-    """Log each ratio beside the newest committed one of this kind of machine."""
-    before, lines = committed_ratios(machine), []
-    for row in rows:
-        if row.ratio is not None and row.entry.label != f"{BASELINE}-{row.setting.size}":
-            key = (row.entry.label, str(row.setting.resolution), row.setting.mode)
-            lines.append([*key, row.ratio.median, *before.get(key, (None, None))])
-    columns = ("model", "resolution", "mode", f"vs {BASELINE}", "committed", "in tools/results")
-    logger.info(common.markdown_table(columns, lines))
+def save_table(rows: Sequence[Row], folder: Path, name: str) -> None:
+    """<folder>/<date>_<name>.csv, and .png if anything was measured."""
+    path = common.write_result(folder, f"{name}.csv", common.csv_text(COLUMNS, [row.cells() for row in rows]))
+    if any(row.rate for row in rows):
+        draw(rows).savefig(path.with_suffix(".png"), dpi=120)
 
 
 # --- Command line -------------------------------------------------------------------------------------------
@@ -423,21 +301,21 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=common.positive, default=8, help="halved when memory runs out")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this time")
     preset = parser.parse_known_args(argv)[0].preset
-    parser.set_defaults(out=RESULTS, **PRESETS.get(preset, {}))
-    args = parser.parse_args(argv)
-    args.name = args.preset if args.preset and args.name == "speed" else args.name
-    return args
+    parser.set_defaults(out=RESULTS, name=preset or "speed", **PRESETS.get(preset, {}))
+    return parser.parse_args(argv)
 
 
 def measure(args: argparse.Namespace) -> int:
     """Run all groups; the files are written after each."""
+    blank_figure()  # says that matplotlib is missing before, not after measuring
     deadline = time.monotonic() + 60 * args.minutes
     chosen = entries.entries(args.models)
     facts, rows = common.describe_run(args.device), []
     notes = [
         f"Median and quartiles of {args.rounds} alternating rounds; a ratio is the median of the ratios "
         "within a round. `train` is forward, cross entropy, backward and AdamW; stochastic depth "
-        f"{entries.DROP_PATH} everywhere. Peak memory, on CUDA only, without other models."
+        f"{entries.DROP_PATH} everywhere. Peak memory, on CUDA only, without other models. Where memory ran "
+        f"out with batch {args.batch_size}, the column batch shows less."
     ]
     sizes = [size for size in (*entries.SIZES, "") if any(entry.size == size for entry in chosen)]
     settings = [
@@ -446,6 +324,12 @@ def measure(args: argparse.Namespace) -> int:
             args.sizes, sizes, args.modes, args.precisions, args.compile
         )
     ]
+
+    def save() -> Path:
+        save_table(rows, args.out, args.name)
+        report = common.markdown_report("Speed", facts, notes, tables(rows))
+        return common.write_result(args.out, f"{args.name}.md", report)
+
     for number, setting in enumerate(settings):
         if time.monotonic() > deadline:
             left = len(settings) - number
@@ -453,16 +337,11 @@ def measure(args: argparse.Namespace) -> int:
             break
         group = [entry for entry in chosen if entry.size == setting.size]
         logger.info(f"{setting}: {', '.join(entry.label for entry in group)}")
-        new = run_group(setting, group, args, deadline)
-        compare(new)
+        new = run_group(setting, group, args.batch_size, args.rounds, args.device, deadline)
         logger.info(common.markdown_table(SHOWN, [row.shown() for row in new]))
         rows += new
-        write(rows, facts, notes, args.out, args.name)
-    if any(row.batch < args.batch_size for row in rows):
-        notes.append(f"Memory ran out with batch {args.batch_size}; the column batch shows what was used.")
-    if args.preset == "cpu":
-        log_regression(rows, facts["Machine"])
-    logger.info(f"wrote {write(rows, facts, notes, args.out, args.name)}")
+        save()
+    logger.info(f"wrote {save()}")
     return 0
 
 

@@ -6,7 +6,7 @@ Both run under a `StubDriver`, so the operator and its launch code are the GPU's
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import timm
@@ -17,31 +17,25 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import FocalTransformer
-from models.focal_transformer import FocalAttention
+from models.focal_transformer import BACKENDS, FocalAttention, padded_size
 from models.registry import VARIANTS
 
 from .stub_driver import StubDriver
 
-MIB = 2**20
+BATCH = 2  # images whose launches are counted
 KERNELS = {"constant_pad_nd": 2, "index_add": 2, "scatter_add": 2, "select_backward": 2, "slice_backward": 2}
 """Operations that fill or copy before their kernel runs; others with a result in memory count as one."""
 
-WITHOUT_KERNEL = (
-    "empty",
-    "new_empty",
-    "_unsafe_view",
-    "_reshape_alias",
-    "lift_fresh",
-    "is_",
-    "_local_scalar",
-)
+ALLOCATING = ("empty", "new_empty", "_unsafe_view", "_reshape_alias", "lift_fresh", "is_", "_local_scalar")
+"""Beginnings of the names of operations that start no kernel, beside views."""
+
 SORTED_INDICES, SORTED_KERNELS = 3072, 12
 """embedding_dense_backward: up to so many indices it is a fill and a kernel, else about 12 kernels: indices
 are numbered, sorted (three), the gradient filled, and sums made by segments (seven)."""
 
 
 class LaunchCounter(TorchDispatchMode):
-    """Counts the kernels that ATen's operations would start on CUDA, by name, while it is on.
+    """Counts the kernels that ATen's operations would start on CUDA, by name.
 
     Sees into operators that are written in Python.
     """
@@ -49,7 +43,6 @@ class LaunchCounter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.kernels: Counter[str] = Counter()
-        self.on = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -57,7 +50,7 @@ class LaunchCounter(TorchDispatchMode):
             with self:
                 return operator._init_fn(*args, **kwargs)
         out = func(*args, **kwargs)
-        if self.on and (count := kernels_of(func, args, out)):
+        if count := kernels_of(func, args, out):
             self.kernels[func._schema.name.removeprefix("aten::")] += count
         return out
 
@@ -66,7 +59,7 @@ def kernels_of(func: Any, args: Sequence[Any], out: Any) -> int:
     """Kernels that an operation of ATen starts on CUDA; views and what only allocates start none."""
     name, returns = func._schema.name.removeprefix("aten::"), func._schema.returns
     is_view = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-    if is_view or name.startswith(WITHOUT_KERNEL) or (isinstance(out, Tensor) and out.numel() == 0):
+    if is_view or name.startswith(ALLOCATING) or (isinstance(out, Tensor) and out.numel() == 0):
         return 0
     if name == "embedding_dense_backward":
         copies = 0 if args[0].is_contiguous() else 1
@@ -74,87 +67,65 @@ def kernels_of(func: Any, args: Sequence[Any], out: Any) -> int:
     return KERNELS.get(name, 1)
 
 
-def count_launches(
-    attention: FocalAttention, pools: nn.ModuleList, x: Tensor, card: str
-) -> list[tuple[str, Counter[str]]]:
+def count_launches(layer: FocalAttention, height: int, width: int, card: str) -> dict[str, Counter[str]]:
     """Kernels between the two projections of an attention layer in training under autocast, those of the bias
-    and its gradient included: forward and backward, by name.
+    and its gradient included: by name, for the passes forward and backward.
 
     Args:
-        attention: on the CPU, with the backend triton.
-        pools: its pooling modules.
-        x: a map [B, H, W, C].
+        layer: on the CPU, with the backend triton.
+        height, width: of its map.
         card: of CARDS.
     """
-    counter, ends = LaunchCounter(), {}
-
-    def begin(layer: nn.Module, inputs: Any, qkv: Tensor) -> Tensor:
-        counter.on = True
-        return qkv.detach().requires_grad_()
-
-    def end(layer: nn.Module, inputs: Any) -> None:
-        counter.on = False
-        ends["out"] = inputs[0]
-
-    def forward() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
-            attention(x, pools)
-
-    passes: list[tuple[str, Counter[str]]] = []
     driver = StubDriver(card, keep_going=True)
+    padded = padded_size(height, width, layer.window_size)
 
-    def record(name: str) -> None:
-        kernels, counter.kernels = counter.kernels, Counter()
-        passes.append((name, kernels + Counter(launch.name for launch in driver.launches)))
-        driver.launches.clear()
+    def forward(qkv: Tensor) -> Tensor:
+        index = layer.index(height, width, qkv)
+        x = BACKENDS[index.backend].attend(qkv, index, layer.bias(index, torch.float32), layer.scale)
+        return layer.unroll_and_crop(x.unflatten(1, padded), height, width)
 
-    hooks = [attention.qkv.register_forward_hook(begin), attention.proj.register_forward_pre_hook(end)]
-    with driver:
-        forward()  # builds the index
-        ends["out"].backward(torch.ones_like(ends["out"]))
-        attention.zero_grad()
+    with driver, torch.autocast("cpu", torch.bfloat16):
+        tokens = layer.index(height, width, torch.empty(0, dtype=torch.bfloat16)).tokens
+        shape = (BATCH, tokens, 3, layer.num_heads, layer.head_dim)
+        qkv = torch.zeros(shape, dtype=torch.bfloat16).requires_grad_()
+        forward(qkv).sum().backward()  # derives tables from the index
+        layer.zero_grad()
+        qkv.grad = None
         driver.launches.clear()
-        with counter:
-            counter.kernels.clear()
-            forward()
-            record("forward")
-            gradient = torch.ones_like(ends["out"])
-            counter.on = True
-            ends["out"].backward(gradient)
-            record("backward")
-    for hook in hooks:
-        hook.remove()
-    attention.zero_grad()
+        with LaunchCounter() as forward_counter:
+            out = forward(qkv)
+        passes = {"forward": forward_counter.kernels + Counter(launch.name for launch in driver.launches)}
+        gradient = torch.ones_like(out)
+        driver.launches.clear()
+        with LaunchCounter() as backward_counter:
+            out.backward(gradient)
+        passes["backward"] = backward_counter.kernels + Counter(launch.name for launch in driver.launches)
     return passes
 
 
-def kept_bytes(model: nn.Module, batch: int, size: int) -> int:
-    """Bytes that a forward pass in training under autocast keeps for backward, each storage once."""
-    kept: dict[int, int] = {}
+def kept_per_image(model: nn.Module, size: int = 224) -> float:
+    """MiB that a forward pass in training under autocast keeps for backward, for each image: the difference
+    of two batches, in which parameters and their copies cancel out."""
+    kept: dict[int, int] = {}  # bytes by storage
 
     def keep(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    with saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16):
-        out = model(torch.zeros(batch, 3, size, size))
-    del out
-    return sum(kept.values())
-
-
-def kept_per_image(build: Callable[[], nn.Module], size: int = 224) -> float:
-    """MiB that training keeps for each image: parameters and their copies cancel out."""
-    model = build().train()
-    return (kept_bytes(model, 6, size) - kept_bytes(model, 2, size)) / 4 / MIB
+    totals = []
+    for batch in (2, 6):
+        kept.clear()
+        with saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+            out = model.train()(torch.zeros(batch, 3, size, size))
+        totals.append(sum(kept.values()))
+        del out
+    return (totals[1] - totals[0]) / 4 / 2**20
 
 
 def activations(card: str) -> dict[str, float]:
     """MiB for an image of Focal-T under a card's driver, and of timm's Swin-T."""
     variant = VARIANTS["focal_tiny_patch4_window7_224"]
     with StubDriver(card, keep_going=True):
-        focal = kept_per_image(lambda: FocalTransformer(**variant, attention_backend="triton"))
-    return {
-        "focal_tiny": focal,
-        "swin_tiny": kept_per_image(lambda: timm.create_model("swin_tiny_patch4_window7_224")),
-    }
+        focal = kept_per_image(FocalTransformer(**variant, attention_backend="triton"))
+    swin = kept_per_image(timm.create_model("swin_tiny_patch4_window7_224"))
+    return {"focal_tiny": focal, "swin_tiny": swin}

@@ -167,7 +167,12 @@ def draw_heat(axes: "Axes", picture: np.ndarray, heat: np.ndarray) -> None:
 
 
 def draw_weights(
-    axes: "Axes", picture: np.ndarray, record: BlockAttention, values: Tensor, at: tuple[int, int], stride: int
+    axes: "Axes",
+    picture: np.ndarray,
+    record: BlockAttention,
+    values: Tensor,
+    at: tuple[int, int],
+    stride: int,
 ) -> None:
     """What each pixel gets of the values of all tokens [S], coarse ones divided over theirs."""
     heat = record.tokens.evenly(values)
