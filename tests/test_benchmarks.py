@@ -66,12 +66,12 @@ def test_the_table_of_models(quick: None, tmp_path: Path) -> None:
             assert row["note"].startswith("failed: ") and not row["img/s"]
             continue
         assert row["note"] == "" and float(row["img/s"]) > 0
-        assert float(row["ratio lower"]) <= float(row["vs swin"]) <= float(row["ratio upper"])
+        assert float(row["vs swin lower"]) <= float(row["vs swin"]) <= float(row["vs swin upper"])
         assert float(row["params M"]) > 0 and float(row["GMACs"]) > 0
         assert row["attention"] == {"focal-tiny": "cpu", "focal-tiny:plain": "plain"}.get(row["model"], "")
         assert row["model"] != "swin-tiny" or float(row["vs swin"]) == 1
     text = next(out.glob("*.md")).read_text()
-    for fact in ("Machine: ", "Versions: ", "Commit: ", "Command: ", "Load: ", "## train, fp32, eager"):
+    for fact in ("Machine: ", "Versions: ", "Commit: ", "Command: ", "Load: "):
         assert fact in text
 
 

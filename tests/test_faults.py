@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tools.faults import __main__ as faults
-from tools.faults.run import FaultError, Setting, TrainingRun, compare
+from tools.faults.run import FaultError, TrainingRun, compare
 
 
 @pytest.fixture(scope="module")
@@ -18,12 +18,12 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> faults.Lab:
 
 
 def test_one_process_survives(lab: faults.Lab) -> None:
-    """One run after another fault: killed in a save, newest checkpoint cut off, a full disk, a signal."""
-    sequence = ["save", "truncate", "disk", "stop"]
+    """One run and one fault after another: all that may hit a run of one process."""
+    sequence = ["save", "truncate", "disk", "second", "stop"]
     if os.geteuid():
         sequence.remove("disk")  # only root may mount one
     _, _, happened, launches, _, result = lab.survive(sequence, 1)
-    assert all(words in happened for words in ("the save after", "cut off", "SIG"))
+    assert all(words in happened for words in ("the save after", "cut off", "second run refused", "SIG"))
     assert launches == 4
     assert "tensors bit-identical, 42 metrics equal" in result
 
@@ -40,7 +40,7 @@ def test_two_processes_survive(lab: faults.Lab, sequence: list[str]) -> None:
 def copied(lab: faults.Lab, tmp_path: Path) -> TrainingRun:
     """The same files as those of the undisturbed run."""
     shutil.copytree(lab.reference(1).output, tmp_path / "run")
-    return TrainingRun(lab.data, tmp_path / "run", Setting(1, 2))
+    return TrainingRun(lab.data, tmp_path / "run", 1, 2)
 
 
 def test_a_changed_bit_is_found(lab: faults.Lab, copied: TrainingRun) -> None:
@@ -65,7 +65,7 @@ def test_lost_metrics_and_files_are_found(lab: faults.Lab, copied: TrainingRun) 
 
 
 def test_repeated_steps_are_counted(tmp_path: Path) -> None:
-    run = TrainingRun(tmp_path, tmp_path, Setting())
+    run = TrainingRun(tmp_path, tmp_path, 1, 3)
     run.folder.mkdir(parents=True)
     run.log.write_text("".join(f"epoch 1/3 step {n}/20  loss\n" for n in (1, 2, 3, 2, 3, 4, 5, 4)))
     assert run.redone == 4

@@ -11,7 +11,6 @@ name.
 """
 
 import argparse
-import contextlib
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -24,26 +23,10 @@ from models.checkpoint import STATE_KEYS, read_checkpoint, state_dict_of
 from models.safetensors_file import write_safetensors
 from training.checkpoints import write_checkpoint
 
-
-def write_pth(state: Mapping[str, Tensor], path: Path) -> None:
-    """Weights under `model`."""
-    write_checkpoint({"model": dict(state)}, path)
-
-
 WRITERS: dict[str, Callable[[Mapping[str, Tensor], Path], None]] = {
-    ".pth": write_pth,
+    ".pth": lambda state, path: write_checkpoint({"model": dict(state)}, path),
     ".safetensors": write_safetensors,
 }
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("source", type=Path, help="weights: .pth of any kind, or .safetensors")
-    parser.add_argument("target", type=Path, help="new file, .pth or .safetensors")
-    parser.add_argument("--weights", default="", help="where in the source, if not the usual place")
-    parser.add_argument("--force", action="store_true", help="replace a file that is there")
-    return parser.parse_args(arguments)
 
 
 def read_weights(source: Path, key: str = "") -> dict[str, Tensor]:
@@ -61,11 +44,12 @@ def read_weights(source: Path, key: str = "") -> dict[str, Tensor]:
     content = read_checkpoint(source)
     if not key:
         return state_dict_of(content, str(source))
-    if not isinstance(content.get(key), Mapping):
-        found = ", ".join(str(key) for key, value in content.items() if isinstance(value, Mapping)) or "none"
+    groups = {name: value for name, value in content.items() if isinstance(value, Mapping)}
+    if key not in groups:
+        found = ", ".join(map(str, groups)) or "none"
         raise ValueError(f"{source}: expected weights under {key!r}, found these groups: {found}")
-    usual = next((content[name] for name in STATE_KEYS if isinstance(content.get(name), Mapping)), {})
-    return state_dict_of({"model": dict(usual) | dict(content[key])}, str(source))
+    usual = next((groups[name] for name in STATE_KEYS if name in groups), {})
+    return state_dict_of({"model": dict(usual) | dict(groups[key])}, str(source))
 
 
 def convert(source: Path, target: Path, key: str = "", force: bool = False) -> dict[str, Tensor]:
@@ -91,8 +75,7 @@ def convert(source: Path, target: Path, key: str = "", force: bool = False) -> d
         check_same(state, state_dict_of(read_checkpoint(temporary), str(target)), str(target))
         os.replace(temporary, target)
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     return state
 
 
@@ -116,7 +99,12 @@ def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; 1 for an error that the user can correct."""
-    args = parse(arguments)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("source", type=Path, help="weights: .pth of any kind, or .safetensors")
+    parser.add_argument("target", type=Path, help="new file, .pth or .safetensors")
+    parser.add_argument("--weights", default="", help="where in the source, if not the usual place")
+    parser.add_argument("--force", action="store_true", help="replace a file that is there")
+    args = parser.parse_args(arguments)
     try:
         state = convert(args.source, args.target, args.weights, args.force)
     except (ValueError, OSError, ImportError) as error:

@@ -50,13 +50,10 @@ LEAST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  
 RESULTS = ("output", "d_qkv", "d_bias")
 SHAPE_COLUMNS = ("stage", "resolution", "map", "heads", "head dim", "windows", "keys", "precision")
 COLUMNS = (
-    *(*SHAPE_COLUMNS, "pass", "backend", "ms", "lower quartile", "upper quartile"),
-    *("floor ms", "times floor", "bound by", "error", "error of plain", "check"),
+    *(*SHAPE_COLUMNS, "pass", "backend", "ms", "floor ms", "times floor", "bound by"),
+    *("error", "error of plain", "check"),
 )
-SETTING_COLUMNS = (
-    *(*SHAPE_COLUMNS, "kernel", "setting"),
-    *("ms", "lower quartile", "upper quartile", "times as fast", "check"),
-)
+SETTING_COLUMNS = (*SHAPE_COLUMNS, "kernel", "setting", "ms", "times as fast", "check")
 SETTINGS = {  # kernel -> setting -> values; `programs` is TARGET_PROGRAMS
     "forward": {"block_keys": (32, 64), "static_keys": (0, 224), "programs": (264, 528, 1056, 2112, 4224)},
     "query_gradient": {"static_keys": (64, 128, 224), "programs": (132, 264, 528, 1056, 2112)},
@@ -269,10 +266,10 @@ def time_backends(shape: Shape, precision: str, peaks: Peaks, args: argparse.Nam
         floor, bound = shape.floor(peaks, args.batch_size, precision, backward=kind != "forward")
         times = common.alternate(timers[kind], args.rounds)
         for name, check in checks.items():
-            speed: list[Cell] = [None] * 6
+            speed: list[Cell] = [None] * 4
             if name in times:
                 spread = milliseconds(times[name])
-                speed = [*spread, floor, spread.median / floor, bound]
+                speed = [spread, floor, spread.median / floor, bound]
             rows.append([*shape.cells(precision), kind, name, *speed, *check])
     return rows
 
@@ -320,7 +317,7 @@ def time_settings(shape: Shape, precision: str, args: argparse.Namespace) -> lis
                 off = errors(checked.results(), truth)
                 timer = Timer(action, device, seconds)
             except Exception as error:  # shared memory, registers: whatever a compiler or driver raises
-                rows.append([*head, *[None] * 4, f"cannot run: {common.short_reason(error)}"])
+                rows.append([*head, None, None, f"cannot run: {common.short_reason(error)}"])
                 continue
 
         def timed_change(change=change, timer=timer) -> float:
@@ -328,8 +325,8 @@ def time_settings(shape: Shape, precision: str, args: argparse.Namespace) -> lis
                 return timer()
 
         times = common.alternate({"new": timed_change, "old": Timer(action, device, seconds)}, args.rounds)
-        ratio = common.speed_ratio(times["new"], times["old"]).median
-        rows.append([*head, *milliseconds(times["new"]), ratio, verdict(off, [0.0] * 3, dtype)])
+        ratio = common.speed_ratio(times["new"], times["old"])
+        rows.append([*head, milliseconds(times["new"]), ratio, verdict(off, [0.0] * 3, dtype)])
     return rows
 
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,8 +34,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROUNDS = {"cpu": 5, "cuda": 20}
 MAX_CALLS = 1000  # of an action in one round
 MISTAKES = (ValueError, OSError, ImportError)  # that the user can correct
-
-Cell = str | int | float | None
 
 
 # --- Timing -------------------------------------------------------------------------------------------------
@@ -53,6 +52,9 @@ class Spread(NamedTuple):
         some = values if len(values) > 1 else [*values, *values]
         lower, median, upper = statistics.quantiles(some, n=4, method="inclusive")
         return cls(median, lower, upper)
+
+
+Cell = str | int | float | Spread | None
 
 
 def seconds_of(action: Callable[[], object], calls: int, device: torch.device) -> float:
@@ -208,7 +210,7 @@ def short_reason(error: BaseException, length: int = 160) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
-def show(value: Cell | Spread) -> str:
+def show(value: Cell) -> str:
     """A cell's text; numbers have at least three digits, a spread its quartiles in brackets, None is '-'."""
     if value is None:
         return "-"
@@ -219,7 +221,7 @@ def show(value: Cell | Spread) -> str:
     return str(value).replace("|", "/").replace("\n", " ")
 
 
-def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Cell | Spread]]) -> str:
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
     """A table in Markdown."""
     lines = [columns, ["---"] * len(columns), *([show(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -233,18 +235,24 @@ def markdown_report(title: str, facts: dict[str, str], notes: Sequence[str], tab
     )
 
 
-def write_result(folder: Path, ending: str, text: str) -> Path:
-    """Write <folder>/<date>_<ending>, such as today's speed.md; returns the path."""
+def result_path(folder: Path, ending: str) -> Path:
+    """<folder>/<date>_<ending>, such as today's speed.md; makes the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{datetime.now():%Y-%m-%d}_{ending}"
-    path.write_text(text, encoding="utf-8")
-    return path
+    return folder / f"{datetime.now():%Y-%m-%d}_{ending}"
 
 
-def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
-    """The rows with all digits; None is an empty cell."""
+def csv_text(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+    """The rows with all digits; None is an empty cell, and a spread takes three columns."""
+    wide = {i for row in rows for i, cell in enumerate(row) if isinstance(cell, Spread)}
+    names = [
+        (name, f"{name} lower", f"{name} upper") if i in wide else (name,) for i, name in enumerate(columns)
+    ]
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(chain(*names))
+    for row in rows:
+        cells = [(cell or (None,) * 3) if i in wide else (cell,) for i, cell in enumerate(row)]
+        writer.writerow(chain(*cells))
     return text.getvalue()
 
 
@@ -268,5 +276,5 @@ def publish(
     report = markdown_report(title, facts, notes, tables or [markdown_table(columns, rows)])
     logger.info(report)
     if args.out is not None:
-        write_result(args.out, f"{args.name}.md", report)
-        write_result(args.out, f"{args.name}.csv", csv_text(columns, rows))
+        result_path(args.out, f"{args.name}.md").write_text(report, encoding="utf-8")
+        result_path(args.out, f"{args.name}.csv").write_text(csv_text(columns, rows), encoding="utf-8")

@@ -22,14 +22,12 @@ import signal
 import sys
 import time
 from argparse import Namespace
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, TimeoutError
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, TimeoutError, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -105,73 +103,103 @@ class Worker:
             self.pool = None
 
 
-def run_tasks(
-    tasks: Sequence[Task], end: float, workers: int, done: Callable[[Task, Any, str], object]
-) -> None:
-    """Run tasks in processes, in this order.
+def run_tasks(tasks: Sequence[Task], end: float, workers: int) -> Iterator[tuple[Task, Any, str]]:
+    """Run tasks in processes, the first ones first.
 
     Args:
         tasks: to run.
         end: when to stop, on the clock `time.monotonic`.
         workers: processes.
-        done: is called with a task, its result, and the reason why there is none (then the result is None).
+
+    Yields:
+        Each task when it is done, its result, and the reason why there is none (then the result is None).
     """
-    waiting, lock = deque(tasks), Lock()
+    idle = [Worker() for _ in range(workers)]
 
-    def serve() -> None:
-        worker = Worker()
+    def run(task: Task) -> tuple[Task, Any, str]:
+        worker = idle.pop()
         try:
-            while True:
-                with lock:
-                    if not waiting:
-                        return
-                    task = waiting.popleft()
-                outcome = worker.run(task, end - time.monotonic())
-                with lock:
-                    done(task, *outcome)
+            return task, *worker.run(task, end - time.monotonic())
         finally:
+            idle.append(worker)
+
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for done in as_completed([pool.submit(run, task) for task in tasks]):
+            yield done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        for worker in idle:
             worker.close()
-
-    with ThreadPoolExecutor(workers) as pool:
-        serving = [pool.submit(serve) for _ in range(workers)]
-        try:
-            for each in serving:
-                each.result()
-        finally:
-            waiting.clear()
 
 
 # --- The report ---------------------------------------------------------------------------------------------
 
 
 class Report:
-    """The results so far; `write` writes them all.
+    """The results so far.
 
     Args:
         args: the command line.
     """
 
     def __init__(self, args: Namespace) -> None:
-        self.folder, self.facts = args.out, common.describe_run(args.device)
+        self.args, self.facts = args, common.describe_run(args.device)
         self.checks: list[list[common.Cell]] = []
         self.kernels: list[list[common.Cell]] = []
         self.models: list[Row] = []
         self.missing: list[str] = []
 
-    def add(self, task: Task, reason: str, table: str) -> None:
-        """Log a table, or why a task has no result, and write everything."""
-        if reason:
-            self.missing.append(f"{task.label}: {reason}")
-        logger.info(self.missing[-1] if reason else table)
-        self.write()
+    def run_checks(self, end: float) -> None:
+        """Part 1."""
+        device = self.args.device
+        workers = min(CHECKERS, (os.cpu_count() or 1) // 2)
+        if device.type == "cuda":
+            workers = min(workers, torch.cuda.get_device_properties(device).total_memory // CHECKER_BYTES)
+        cases = gpu_checks.cases(device, self.args.quick)
+        tasks = [Task(case.check, gpu_checks.run, (case,)) for case in cases]
+        for task, rows, reason in run_tasks(tasks, end, max(1, workers)):
+            result = NOT_RUN if reason == NO_TIME else FAILED
+            rows = rows or [task.arguments[0].row("", result, None, None, reason)]
+            self.checks += rows
+            self.write(common.markdown_table(gpu_checks.COLUMNS, rows))
+
+    def run_kernels(self, end: float) -> None:
+        """Part 2."""
+        device, tasks = self.args.device, []
+        for variant, precision in KERNELS:
+            precision = HALF[device.type] if precision == "half" else precision
+            case = Case("kernels", variant, precision, device, self.args.quick)
+            tasks.append(Task(f"kernels of {variant}, {precision}", time_kernels, (case,)))
+        for task, found, reason in run_tasks(tasks, end, 1):
+            if found:
+                self.facts[f"Peaks, {task.label}"] = found[0]
+                self.kernels += found[1]
+            self.write(common.markdown_table(KERNEL_COLUMNS, found[1] if found else []), task, reason)
+
+    def run_models(self, end: float) -> None:
+        """Part 3."""
+        tasks, quick = [], self.args.quick
+        for setting, group in groups(quick):
+            batch = 1 if quick else BATCH * 224**2 // setting.resolution**2
+            arguments = (setting, group, batch, 1 if quick else MODEL_ROUNDS, self.args.device, end - GRACE)
+            tasks.append(Task(f"models, {' '.join(map(str, setting))}", models.run_group, arguments))
+        for task, rows, reason in run_tasks(tasks, end, 1):
+            self.models += rows or []
+            cells = [row.cells() for row in rows or []]
+            self.write(common.markdown_table(models.COLUMNS, cells), task, reason)
 
     @property
     def is_wrong(self) -> bool:
         """Whether any result is wrong."""
         return attention.is_wrong(self.kernels) or any(row[3] == FAILED for row in self.checks)
 
-    def write(self) -> Path:
-        """Write all files; the path of the Markdown one."""
+    def write(self, news: str, task: Task | None = None, reason: str = "") -> None:
+        """Log a new table, or why a task has none, and write all files."""
+        if reason:
+            news = f"{task.label}: {reason}"
+            self.missing.append(news)
+        logger.info(news)
         names = list(gpu_checks.CHECKS)
         self.checks.sort(key=lambda row: names.index(str(row[0]).partition(":")[0]))
         results = [row[3] for row in self.checks]
@@ -179,55 +207,19 @@ class Report:
         notes = [NOTE]
         if self.missing:
             notes.append("\n".join(["Without result:", "", *(f"- {line}" for line in self.missing)]))
-        tables = [
-            "## Checks\n\n" + common.markdown_table(gpu_checks.COLUMNS, self.checks),
-            "## Attention kernels\n\n" + common.markdown_table(KERNEL_COLUMNS, self.kernels),
-            *models.tables(self.models),
-        ]
-        facts = self.facts | {"Checks": counts or "none"}
+        folder, tables = self.args.out, []
         for name, columns, rows in (
             ("checks", gpu_checks.COLUMNS, self.checks),
             ("kernels", KERNEL_COLUMNS, self.kernels),
+            ("models", models.COLUMNS, [row.cells() for row in self.models]),
         ):
-            common.write_result(self.folder, f"gpu_{name}.csv", common.csv_text(columns, rows))
-        models.save_table(self.models, self.folder, "gpu_models")
-        text = common.markdown_report("GPU report", facts, notes, tables)
-        return common.write_result(self.folder, "gpu.md", text)
-
-
-def run_checks(report: Report, args: Namespace, end: float) -> None:
-    """Part 1."""
-    tasks = [Task(case.check, gpu_checks.run, (case,)) for case in gpu_checks.cases(args.device, args.quick)]
-
-    def done(task: Task, rows: list[list[common.Cell]] | None, reason: str) -> None:
-        result = NOT_RUN if reason == NO_TIME else FAILED
-        rows = rows or [task.arguments[0].row("", result, None, None, reason)]
-        report.checks += rows
-        report.add(task, "", "\n".join(" | ".join(map(common.show, row)) for row in rows))
-
-    workers = min(CHECKERS, (os.cpu_count() or 1) // 2)
-    if args.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(args.device).total_memory
-        workers = min(workers, memory // CHECKER_BYTES)
-    run_tasks(tasks, end, max(1, workers), done)
-
-
-def run_kernels(report: Report, args: Namespace, end: float) -> None:
-    """Part 2."""
-    tasks = []
-    for variant, precision in KERNELS:
-        precision = HALF[args.device.type] if precision == "half" else precision
-        case = Case("kernels", variant, precision, args.device, args.quick)
-        tasks.append(Task(f"kernels of {variant}, {precision}", time_kernels, (case,)))
-
-    def done(task: Task, found: tuple[str, list[list[common.Cell]]] | None, reason: str) -> None:
-        peaks, rows = found or ("", [])
-        if peaks:
-            report.facts[f"Peaks, {task.label}"] = peaks
-        report.kernels += rows
-        report.add(task, reason, common.markdown_table(KERNEL_COLUMNS, rows))
-
-    run_tasks(tasks, end, 1, done)
+            tables.append(f"## {name.capitalize()}\n\n{common.markdown_table(columns, rows)}")
+            path = common.result_path(folder, f"gpu_{name}.csv")
+            path.write_text(common.csv_text(columns, rows), encoding="utf-8")
+        text = common.markdown_report("GPU report", self.facts | {"Checks": counts}, notes, tables)
+        common.result_path(folder, "gpu.md").write_text(text, encoding="utf-8")
+        if any(row.rate for row in self.models):
+            models.draw(self.models).savefig(common.result_path(folder, "gpu.png"), dpi=120)
 
 
 def time_kernels(case: Case) -> tuple[str, list[list[common.Cell]]]:
@@ -240,24 +232,6 @@ def time_kernels(case: Case) -> tuple[str, list[list[common.Cell]]]:
     shapes = attention.shapes_of(gpu_checks.make_model(case, "plain"), case.side)
     rows = [attention.time_backends(shape, case.precision, peaks, setting) for shape in shapes]
     return str(peaks), [[case.variant, *row] for found in rows for row in found]
-
-
-def run_models(report: Report, args: Namespace, end: float) -> None:
-    """Part 3."""
-    tasks = []
-    for setting, group in groups(args.quick):
-        batch = 1 if args.quick else BATCH * 224**2 // setting.resolution**2
-        rounds = 1 if args.quick else MODEL_ROUNDS
-        label = f"models, {' '.join(map(str, setting))}"
-        arguments = (setting, group, batch, rounds, args.device, end - GRACE)
-        tasks.append(Task(label, models.run_group, arguments))
-
-    def done(task: Task, rows: list[Row] | None, reason: str) -> None:
-        report.models += rows or []
-        table = common.markdown_table(models.SHOWN, [row.shown() for row in rows or []])
-        report.add(task, reason, table)
-
-    run_tasks(tasks, end, 1, done)
 
 
 def groups(quick: bool) -> list[tuple[Setting, list[Entry]]]:
@@ -284,32 +258,28 @@ def groups(quick: bool) -> list[tuple[Setting, list[Entry]]]:
 # --- Command line -------------------------------------------------------------------------------------------
 
 
-def parse(argv: Sequence[str] | None = None) -> Namespace:
-    """The command line."""
+def measure(args: Namespace) -> int:
+    """All parts; 1 if a result is wrong."""
+    start = time.monotonic()
+    blank_figure()  # says that matplotlib is missing before, not after measuring
+    attention.require_kernels(args.device)
+    report, whole = Report(args), 60 * args.minutes
+    report.run_checks(start + SHARES["checks"] * whole)
+    report.run_kernels(start + SHARES["kernels"] * whole)
+    report.run_models(start + SHARES["models"] * whole)
+    logger.info(f"wrote the results to {args.out}")
+    return int(report.is_wrong)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 1 if a result is wrong, 2 for an error that the user can correct."""
     parser = argparse.ArgumentParser(description="Check and time everything on a GPU.", allow_abbrev=False)
     parser.add_argument("--minutes", type=float, default=12.0, help="that it may take (default: 12)")
     parser.add_argument("--device", default="", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     parser.add_argument("--quick", action="store_true", help="tiny models, to try the report itself")
     parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder (default: tools/results)")
     parser.set_defaults(threads=None, rounds=None)
-    return parser.parse_args(argv)
-
-
-def measure(args: Namespace) -> int:
-    """All parts; 1 if a result is wrong."""
-    start = time.monotonic()
-    blank_figure()  # says that matplotlib is missing before, not after measuring
-    attention.require_kernels(args.device)
-    report = Report(args)
-    for name, part in {"checks": run_checks, "kernels": run_kernels, "models": run_models}.items():
-        part(report, args, start + SHARES[name] * 60 * args.minutes)
-    logger.info(f"wrote {report.write()}")
-    return 1 if report.is_wrong else 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 1 if a result is wrong, 2 for an error that the user can correct."""
-    return common.run_command(parse(argv), measure)
+    return common.run_command(parser.parse_args(argv), measure)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -59,14 +58,9 @@ WARM_UP_STEPS = {"cpu": 1, "cuda": 5}
 HALVINGS = 4
 NO_TIME = "left out: no time"
 NO_MEMORY = "failed: out of memory"
-SHOWN = (
-    *("model", "resolution", "batch", "img/s", f"vs {BASELINE}", "peak MiB", "params M", "GMACs"),
-    *("attention", "note"),
-)
 COLUMNS = (
-    *("model", "resolution", "mode", "precision", "compile", "batch", "img/s", "lower quartile"),
-    *("upper quartile", f"vs {BASELINE}", "ratio lower", "ratio upper", "peak MiB", "params M", "GMACs"),
-    *("attention", "note"),
+    *("model", "resolution", "mode", "precision", "compile", "batch", "img/s", f"vs {BASELINE}"),
+    *("peak MiB", "params M", "GMACs", "attention", "note"),
 )
 
 
@@ -100,21 +94,11 @@ class Row:
         """Images per second."""
         return Spread.of([self.batch / value for value in self.seconds]) if self.seconds else None
 
-    @property
-    def _costs(self) -> tuple[common.Cell, ...]:
-        millions, billions = self.params and self.params / 1e6, self.macs and self.macs / 1e9
-        return self.memory_mib, millions, billions, self.attention, self.note
-
     def cells(self) -> list[common.Cell]:
         """By COLUMNS."""
-        none = (None, None, None)
-        speed = (*(self.rate or none), *(self.ratio or none))
-        return [self.entry.label, *self.setting[1:], self.batch, *speed, *self._costs]
-
-    def shown(self) -> list[common.Cell | Spread]:
-        """By SHOWN."""
-        names = (self.entry.label, self.setting.resolution, self.batch)
-        return [*names, self.rate, self.ratio, *self._costs]
+        millions, billions = self.params and self.params / 1e6, self.macs and self.macs / 1e9
+        speed = (self.batch, self.rate, self.ratio, self.memory_mib)
+        return [self.entry.label, *self.setting[1:], *speed, millions, billions, self.attention, self.note]
 
 
 # --- Measuring ----------------------------------------------------------------------------------------------
@@ -242,17 +226,8 @@ def warmed_up(row: Row, images: torch.Tensor) -> Timer:
 # --- Results ------------------------------------------------------------------------------------------------
 
 
-def tables(rows: Sequence[Row]) -> list[str]:
-    """One Markdown table per mode, precision and compilation, with a heading."""
-    found = []
-    for panel in dict.fromkeys(row.setting[2:] for row in rows):
-        lines = [row.shown() for row in rows if row.setting[2:] == panel]
-        found.append(f"## {', '.join(panel)}\n\n" + common.markdown_table(SHOWN, lines))
-    return found
-
-
 def draw(rows: Sequence[Row]) -> "Figure":
-    """Images per second, and the ratio to the baseline: one panel per resolution and table.
+    """Images per second, and the ratio to the baseline: one panel per setting.
 
     Args:
         rows: at least one of them was measured.
@@ -275,13 +250,6 @@ def draw(rows: Sequence[Row]) -> "Figure":
         axes.margins(x=0.12)
         axes.set_ylim(most - 0.5, -0.5)
     return figure
-
-
-def save_table(rows: Sequence[Row], folder: Path, name: str) -> None:
-    """<folder>/<date>_<name>.csv, and .png if anything was measured."""
-    path = common.write_result(folder, f"{name}.csv", common.csv_text(COLUMNS, [row.cells() for row in rows]))
-    if any(row.rate for row in rows):
-        draw(rows).savefig(path.with_suffix(".png"), dpi=120)
 
 
 # --- Command line -------------------------------------------------------------------------------------------
@@ -324,24 +292,19 @@ def measure(args: argparse.Namespace) -> int:
             args.sizes, sizes, args.modes, args.precisions, args.compile
         )
     ]
-
-    def save() -> Path:
-        save_table(rows, args.out, args.name)
-        report = common.markdown_report("Speed", facts, notes, tables(rows))
-        return common.write_result(args.out, f"{args.name}.md", report)
-
     for number, setting in enumerate(settings):
         if time.monotonic() > deadline:
-            left = len(settings) - number
-            notes.append(f"Stopped after {args.minutes:g} minutes with {left} groups to go.")
+            notes.append(
+                f"Stopped after {args.minutes:g} minutes: {len(settings) - number} groups are missing."
+            )
             break
         group = [entry for entry in chosen if entry.size == setting.size]
         logger.info(f"{setting}: {', '.join(entry.label for entry in group)}")
-        new = run_group(setting, group, args.batch_size, args.rounds, args.device, deadline)
-        logger.info(common.markdown_table(SHOWN, [row.shown() for row in new]))
-        rows += new
-        save()
-    logger.info(f"wrote {save()}")
+        rows += run_group(setting, group, args.batch_size, args.rounds, args.device, deadline)
+        cells = [row.cells() for row in rows]
+        common.publish(args, "Speed", facts, notes, COLUMNS, cells)
+        if any(row.rate for row in rows):
+            draw(rows).savefig(common.result_path(args.out, f"{args.name}.png"), dpi=120)
     return 0
 
 

@@ -12,6 +12,7 @@ save      SIGKILL to all processes in the middle of a save
 truncate  SIGKILL, then the newest checkpoint is cut off; the run must warn and go on from the one before
 stop      SIGTERM or SIGUSR1: exit code 75, no step may be repeated
 disk      the disk is full for a while: the run must go on, and older checkpoints stay (needs rights to mount)
+second    another run in the same folder must be refused
 rank      SIGKILL to one of several processes, which torchrun --max-restarts brings back
 hang      SIGSTOP to one of several processes: the others end with a message
 
@@ -19,25 +20,26 @@ Prints a table; with --out it is written to FOLDER/<date>_faults.md. Exit status
 """
 
 import argparse
-import contextlib
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
+import psutil
 import torch
 
 from tools.benchmarks import common
 
-from .run import SAVE_EVERY, FaultError, Setting, TrainingRun, compare, make_data, send
+from .run import SAVE_EVERY, FaultError, TrainingRun, compare, make_data
 
 PREEMPTED = 75  # exit code after SIGTERM or SIGUSR1
+MISTAKE = 2  # exit code for what the user can correct
 HANG_MINUTES = 0.2
 DISK_MB = 24
 COLUMNS = ("fault", "processes", "what happened", "launches", "steps repeated", "result")
@@ -59,7 +61,8 @@ def kill_in_save(run: TrainingRun, step: int, rng: random.Random) -> str:
     run.until_step(step)
     old = run.temporary_files()
     run.until(lambda: run.temporary_files() - old, "a save")
-    send(signal.SIGKILL, *run.ranks)
+    for rank in run.ranks:
+        rank.kill()
     run.kill()
     where = "in" if run.temporary_files() - old else "at the end of"
     return f"killed {where} the save after step {run.last_step()}"
@@ -82,10 +85,10 @@ def stop(run: TrainingRun, step: int, rng: random.Random) -> str:
     number = rng.choice((signal.SIGTERM, signal.SIGUSR1))
     repeated = run.redone
     run.until_step(step)
-    target = run.pid if number == signal.SIGTERM else run.ranks[-1]  # torchrun does not pass SIGUSR1 on
-    send(number, target)
+    target = run.process if number == signal.SIGTERM else run.ranks[-1]  # torchrun does not pass SIGUSR1 on
+    target.send_signal(number)
     code = run.wait()
-    if run.setting.processes == 1 and code != PREEMPTED:
+    if run.processes == 1 and code != PREEMPTED:
         raise FaultError(f"{number.name}: expected exit code {PREEMPTED}, got {code}: {run.last_words()}")
     run.launch()
     run.until(run.last_step, "the first step")
@@ -96,10 +99,10 @@ def stop(run: TrainingRun, step: int, rng: random.Random) -> str:
 
 def fill_disk(run: TrainingRun, step: int, rng: random.Random) -> str:
     """The disk is full until a refused save is logged; the newest checkpoint must stay as it is."""
-    step += 1 - (step - 1) % run.setting.steps_per_epoch % SAVE_EVERY  # just after a save within an epoch
+    step += 1 - (step - 1) % run.steps_per_epoch % SAVE_EVERY  # just after a save within an epoch
     run.until_step(step)
     filler = run.folder.parent / "filler"
-    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
         while True:
             file.write(bytes(4096))
     time.sleep(0.1)
@@ -112,7 +115,7 @@ def fill_disk(run: TrainingRun, step: int, rng: random.Random) -> str:
     return f"disk full after step {step}"
 
 
-@contextlib.contextmanager
+@contextmanager
 def small_disk(folder: Path) -> Iterator[None]:
     """A tmpfs of DISK_MB as `folder`; CalledProcessError if this user must not mount one."""
     folder.mkdir(parents=True)
@@ -124,11 +127,27 @@ def small_disk(folder: Path) -> Iterator[None]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+def second(run: TrainingRun, step: int, rng: random.Random) -> str:
+    """The same command while the run is there, which is paused so that it does not end before."""
+    run.until_step(step)
+    run.process.suspend()
+    try:
+        with tempfile.TemporaryFile() as console:
+            code = run.start(console).wait(timeout=600)
+            console.seek(0)
+            said = console.read().decode(errors="replace")
+    finally:
+        run.process.resume()
+    if code != MISTAKE or "another --tag" not in said:
+        raise FaultError(f"expected a second run to be refused, got exit code {code}: {said[-300:]}")
+    return f"second run refused after step {step}"
+
+
 def kill_rank(run: TrainingRun, step: int, rng: random.Random) -> str:
     """SIGKILL to the last rank alone; torchrun starts all of them again."""
     run.until_step(step)
     before = run.ranks
-    send(signal.SIGKILL, before[-1])
+    before[-1].kill()
     run.until(lambda: run.ranks and set(before).isdisjoint(run.ranks), "a restart by torchrun")
     return f"rank {len(before) - 1} killed after step {step}"
 
@@ -137,13 +156,14 @@ def hang(run: TrainingRun, step: int, rng: random.Random) -> str:
     """SIGSTOP to the last rank: the others must end with a message within DIST_TIMEOUT_MINUTES."""
     run.until_step(step)
     stopped = run.ranks[-1]
-    send(signal.SIGSTOP, stopped)
+    stopped.suspend()
     began = time.monotonic()
     try:
         run.until(lambda: "did not answer for DIST_TIMEOUT_MINUTES" in run.text(), "a message")
         seconds, code = time.monotonic() - began, run.wait()
     finally:
-        send(signal.SIGKILL, stopped)
+        with suppress(psutil.NoSuchProcess):
+            stopped.kill()
     if not code or seconds > 60 * HANG_MINUTES + 30:
         raise FaultError(f"message after {seconds:.0f} s, exit code {code}")
     return f"stopped after step {step}: message after {seconds:.0f} s, exit code {code}"
@@ -151,13 +171,14 @@ def hang(run: TrainingRun, step: int, rng: random.Random) -> str:
 
 FAULTS: dict[str, Callable[[TrainingRun, int, random.Random], str]] = {
     **{"kill": kill, "save": kill_in_save, "truncate": truncate, "stop": stop, "disk": fill_disk},
-    **{"rank": kill_rank, "hang": hang},
+    **{"second": second, "rank": kill_rank, "hang": hang},
 }
-NEED_TWO = ("rank", "hang")
-OPTIONS = {"disk": (("SAVE_FAILURES_MAX", 1000),), "hang": (("DIST_TIMEOUT_MINUTES", HANG_MINUTES),)}
-
-
-# --- The test -----------------------------------------------------------------------------------------------
+FOR_ONE, FOR_MORE = ("second",), ("rank", "hang")  # processes; the others are for any number
+OPTIONS = {
+    "disk": (("SAVE_FAILURES_MAX", 1000),),
+    "hang": (("DIST_TIMEOUT_MINUTES", HANG_MINUTES),),
+    "second": (("DIST_TIMEOUT_MINUTES", HANG_MINUTES),),  # half of it is how long a second run waits
+}
 
 
 class Lab:
@@ -165,20 +186,19 @@ class Lab:
 
     Args:
         root: an empty folder.
-        seed: of steps and moments of faults.
         epochs: of every run.
     """
 
-    def __init__(self, root: Path, seed: int = 0, epochs: int = 3) -> None:
+    def __init__(self, root: Path, epochs: int = 3) -> None:
         self.root, self.epochs = root, epochs
-        self.rng = random.Random(seed)
+        self.rng = random.Random(0)
         self.data = make_data(root)
         self.references: dict[int, TrainingRun] = {}
 
     def reference(self, count: int) -> TrainingRun:
         """The finished run of `count` processes that nothing happens to."""
         if count not in self.references:
-            run = TrainingRun(self.data, self.root / f"reference_{count}", Setting(count, self.epochs))
+            run = TrainingRun(self.data, self.root / f"reference_{count}", count, self.epochs)
             run.launch().finish()
             self.references[count] = run
         return self.references[count]
@@ -189,76 +209,61 @@ class Lab:
         Raises:
             FaultError: it did not survive, or ended differently.
         """
-        options = tuple(pair for fault in set(faults) for pair in OPTIONS.get(fault, ()))
-        setting = Setting(count, self.epochs, faults.count("rank"), options)
-        steps = self.rng.sample(
-            range(SAVE_EVERY + 1, setting.steps_per_epoch * self.epochs - 2 * SAVE_EVERY), len(faults)
-        )
-        reference = self.reference(count)
-        run = TrainingRun(self.data, Path(tempfile.mkdtemp(dir=self.root)), setting)
-        happened: list[str] = []
-        with small_disk(run.folder.parent) if "disk" in faults else contextlib.nullcontext():
+        reference, output = self.reference(count), Path(tempfile.mkdtemp(dir=self.root))
+        options = [pair for fault in set(faults) for pair in OPTIONS.get(fault, ())]
+        run = TrainingRun(self.data, output, count, self.epochs, faults.count("rank"), options)
+        last = run.steps_per_epoch * self.epochs - 2 * SAVE_EVERY
+        steps = sorted(self.rng.sample(range(SAVE_EVERY + 1, last), len(faults)))
+        happened = []
+        with small_disk(run.folder.parent) if "disk" in faults else nullcontext():
+            run.launch()
             try:
-                for fault, step in zip(faults, sorted(steps), strict=True):
+                for fault, step in zip(faults, steps, strict=True):
+                    happened.append(FAULTS[fault](run, max(step, run.last_step() + 1), self.rng))
                     if not run.is_running:
                         run.launch()
-                    happened.append(FAULTS[fault](run, max(step, run.last_step() + 1), self.rng))
-                if not run.is_running:
-                    run.launch()
                 run.finish()
                 result = compare(run, reference)
             finally:
                 if run.is_running:
                     run.kill()
-        return [
-            ", ".join(dict.fromkeys(faults)),
-            count,
-            "; ".join(happened),
-            run.launches,
-            run.redone,
-            result,
-        ]
+        names = ", ".join(dict.fromkeys(faults))
+        return [names, count, "; ".join(happened), run.launches, run.redone, result]
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 1 if something was lost."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS), help="(all)")
     parser.add_argument("--processes", nargs="+", type=common.positive, default=[1, 2], help="(1 2)")
     parser.add_argument("--times", type=common.positive, default=3, help="hits of each run (3)")
-    parser.add_argument("--epochs", type=common.positive, default=3, help="of each run (3)")
-    parser.add_argument("--seed", type=int, default=0, help="of steps and moments of faults (0)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the table, such as tools/results")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 1 if something was lost."""
-    args = parse(argv)
+    args = parser.parse_args(argv)
     facts, rows, lost = common.describe_run(torch.device("cpu")), [], 0
-    root = Path(tempfile.mkdtemp(prefix="faults_"))
-    try:
-        lab = Lab(root, args.seed, args.epochs)
+    with tempfile.TemporaryDirectory(prefix="faults_", ignore_cleanup_errors=True) as root:
+        lab = Lab(Path(root))
         for count in args.processes:
             for fault in args.only:
-                if count == 1 and fault in NEED_TWO:
+                if fault in (FOR_MORE if count == 1 else FOR_ONE):
                     continue
                 try:
                     row = lab.survive([fault] * args.times, count)
-                except (FaultError, subprocess.SubprocessError) as error:  # the other faults go on
+                except (
+                    FaultError,
+                    psutil.Error,
+                    subprocess.SubprocessError,
+                ) as error:  # the other faults go on
                     lost += 1
                     row = [fault, count, None, None, None, f"**LOST**: {common.short_reason(error, 400)}"]
                 print(" | ".join(map(common.show, row)), flush=True)
                 rows.append(row)
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
     if args.out is not None:
-        path = common.result_stem(args.out, "faults").with_suffix(".md")
-        note = f"Each run: {args.epochs} epochs of 160 digits, a checkpoint every {SAVE_EVERY} steps."
+        note = f"Each run: {lab.epochs} epochs of 160 digits, a checkpoint every {SAVE_EVERY} steps."
         table = common.markdown_table(COLUMNS, rows)
-        path.write_text(common.markdown_report("Faults", facts, [note], [table]), encoding="utf-8")
+        report = common.markdown_report("Faults", facts, [note], [table])
+        common.result_path(args.out, "faults.md").write_text(report, encoding="utf-8")
     print(f"{len(rows)} runs, {lost} lost something")
     return 1 if lost else 0
 

@@ -4,20 +4,19 @@ Everything goes through main.py and torchrun, with the same command before and a
 done is read from its log, its metrics.jsonl and its checkpoints.
 """
 
-import contextlib
 import json
 import os
 import re
-import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import psutil
 import torch
 
 from data.demo import DemoOptions, write_demo
@@ -27,7 +26,8 @@ from tools.convert_checkpoint import same_bits
 REPO = Path(__file__).resolve().parents[2]
 STEP_LINE = re.compile(rb"epoch (\d+)/(\d+) step (\d+)/(\d+) ")
 TIMEOUT = 600.0  # seconds that anything may take on a busy machine
-TRAIN_PER_CLASS, VAL_PER_CLASS, BATCH_SIZE = 16, 4, 8
+IMAGES_PER_CLASS = {"train": 16, "val": 4}
+BATCH_SIZE = 8
 SAVE_EVERY = 5  # steps
 TIME_FIELDS = {"img_per_s", "minutes", "memory_mb", "data_ms", "step_ms", "save_ms"}  # of metrics.jsonl
 OPTIONS: dict[str, object] = {  # a small model, all randomness switched on, a log line for every step
@@ -37,77 +37,21 @@ OPTIONS: dict[str, object] = {  # a small model, all randomness switched on, a l
     **{"SAVE_FREQ": 1, "SAVE_STEPS": SAVE_EVERY, "PRINT_FREQ": 1},
 }
 
+Options = Iterable[tuple[str, object]]
+
 
 class FaultError(Exception):
     """A run did not survive a fault as it should have."""
 
 
-@dataclass(frozen=True)
-class Setting:
-    """How a run is launched."""
-
-    processes: int = 1  # 1 is plain main.py, more is torchrun
-    epochs: int = 3
-    max_restarts: int = 0  # of torchrun
-    options: tuple[tuple[str, object], ...] = ()  # (key, value) pairs over OPTIONS
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return 10 * TRAIN_PER_CLASS // (BATCH_SIZE * self.processes)
-
-    def command(self, data: Path, output: Path) -> list[str]:
-        """The command line."""
-        launcher = [sys.executable]
-        if self.processes > 1:
-            launcher += ["-m", "torch.distributed.run", "--standalone"]
-            launcher += ["--nproc_per_node", self.processes, "--max-restarts", self.max_restarts]
-        opts = OPTIONS | {"TRAIN.EPOCHS": self.epochs, "DATA.NUM_WORKERS": self.processes - 1}
-        pairs = [word for pair in (opts | dict(self.options)).items() for word in pair]
-        words = ["main.py", "--cfg", "configs/demo.yaml", "--data-path", data, "--output", output]
-        return [str(word) for word in [*launcher, *words, "--device", "cpu", "--opts", *pairs]]
-
-
 def make_data(root: Path) -> Path:
-    """A few of the demo's digits: TRAIN_PER_CLASS and VAL_PER_CLASS images per class."""
-    whole = write_demo(root / "demo", ["imagenet"], DemoOptions())["imagenet"]
-    for split, count in (("train", TRAIN_PER_CLASS), ("val", VAL_PER_CLASS)):
-        for folder in sorted(path for path in (whole / split).iterdir() if path.is_dir()):
-            target = root / "digits" / split / folder.name
-            target.mkdir(parents=True)
-            for image in sorted(folder.iterdir())[:count]:
-                shutil.copy(image, target)
-    return root / "digits"
-
-
-# --- Processes ----------------------------------------------------------------------------------------------
-
-
-def processes() -> dict[int, tuple[int, str]]:
-    """Parent and state letter of every process."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:  # it has just ended
-                continue
-            found[int(entry.name)] = (int(fields[1]), fields[0])
-    return found
-
-
-def descendants(pid: int) -> list[int]:
-    """Children of `pid`, their children and so on."""
-    table, found = processes(), [pid]
-    for parent in found:
-        found += [child for child, (its_parent, _) in table.items() if its_parent == parent]
-    return found[1:]
-
-
-def send(number: signal.Signals, *pids: int) -> None:
-    """Send a signal to those that still exist."""
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
+    """A few of the demo's digits."""
+    data = write_demo(root / "demo", ["imagenet"], DemoOptions())["imagenet"]
+    for split, count in IMAGES_PER_CLASS.items():
+        for folder in (data / split).glob("*/"):
+            for image in sorted(folder.iterdir())[count:]:
+                image.unlink()
+    return data
 
 
 class TrainingRun:
@@ -116,59 +60,66 @@ class TrainingRun:
     Args:
         data: its images.
         output: its own folder, for console output and what main.py writes.
-        setting: how it is launched.
+        processes: 1 is plain main.py, more is torchrun.
+        epochs: of training.
+        restarts: how often torchrun may restart it.
+        options: (key, value) pairs over OPTIONS.
     """
 
-    def __init__(self, data: Path, output: Path, setting: Setting) -> None:
-        self.data, self.output, self.setting = data, output, setting
+    process: psutil.Popen  # of the last launch: main.py, or torchrun
+
+    def __init__(
+        self, data: Path, output: Path, processes: int, epochs: int, restarts: int = 0, options: Options = ()
+    ) -> None:
+        self.data, self.output, self.processes, self.epochs = data, output, processes, epochs
+        self.restarts, self.options = restarts, options
+        self.steps_per_epoch = 10 * IMAGES_PER_CLASS["train"] // (BATCH_SIZE * processes)
         self.folder = output / "demo" / "default"
-        self.log = self.folder / "log_rank0.txt"
-        self.console = output / "console.txt"
+        self.log, self.console = self.folder / "log_rank0.txt", output / "console.txt"
         self.launches = 0
-        self.process: subprocess.Popen[bytes] | None = None
         self._starts = (0, 0)  # of log and console, at the last launch
 
+    def start(self, console: IO[bytes]) -> psutil.Popen:
+        """A process with the command of this run."""
+        own = {"TRAIN.EPOCHS": self.epochs, "DATA.NUM_WORKERS": self.processes - 1}
+        options = OPTIONS | own | dict(self.options)
+        words = f"-m torch.distributed.run --standalone --nproc_per_node {self.processes}".split()
+        words = [*words, "--max-restarts", self.restarts] if self.processes > 1 else []
+        words += ["main.py", "--cfg", "configs/demo.yaml", "--device", "cpu", "--data-path", self.data]
+        words += ["--output", self.output, "--opts", *(word for pair in options.items() for word in pair)]
+        command = [sys.executable, *map(str, words)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PT_OUTPUT_DIR": ""}
+        streams = {"stdout": console, "stderr": subprocess.STDOUT}
+        return psutil.Popen(command, **streams, env=environment, cwd=REPO, start_new_session=True)
+
     def launch(self) -> "TrainingRun":
-        """Start it."""
+        """Start it, for the first time or again."""
         self.output.mkdir(parents=True, exist_ok=True)
         self._starts = (len(_content(self.log)), len(_content(self.console)))
-        environment = {name: value for name, value in os.environ.items() if name != "PT_OUTPUT_DIR"}
         with self.console.open("ab") as console:
-            self.process = subprocess.Popen(
-                self.setting.command(self.data, self.output),
-                stdout=console,
-                stderr=subprocess.STDOUT,
-                env=environment | {"OMP_NUM_THREADS": "1"},
-                cwd=REPO,
-                start_new_session=True,
-            )
+            self.process = self.start(console)
         self.launches += 1
         return self
 
     @property
     def is_running(self) -> bool:
-        return self.process is not None and self.process.poll() is None
+        return self.launches > 0 and self.process.poll() is None
 
     @property
-    def pid(self) -> int:
-        """Of what was launched: main.py, or torchrun."""
-        return self.process.pid
-
-    @property
-    def ranks(self) -> list[int]:
+    def ranks(self) -> list[psutil.Process]:
         """The training processes, by rank: torchrun starts them in this order."""
-        children = [
-            pid for pid, (parent, state) in processes().items() if parent == self.pid and state != "Z"
-        ]
-        return [self.pid] if self.setting.processes == 1 else sorted(children)
+        if self.processes == 1:
+            return [self.process]
+        return sorted(filter(_is_alive, self.process.children()), key=lambda process: process.pid)
 
     def kill(self) -> None:
         """Send SIGKILL to all processes at once, and wait for their end."""
-        family = [self.pid, *descendants(self.pid)]
-        send(signal.SIGKILL, *family)
+        children = self.process.children(recursive=True)
+        for process in (self.process, *children):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         self.wait()
-        while any(processes().get(pid, (0, "X"))[1] not in "ZX" for pid in family):
-            time.sleep(0.01)
+        psutil.wait_procs(children, TIMEOUT)
 
     def wait(self) -> int:
         """The exit code, once it has ended."""
@@ -205,8 +156,7 @@ class TrainingRun:
     @property
     def redone(self) -> int:
         """Steps that were logged and then repeated by a later launch."""
-        made = self.steps()
-        return sum(max(0, last - step + 1) for last, step in zip(made, made[1:], strict=False))
+        return sum(max(0, last - step + 1) for last, step in pairwise(self.steps()))
 
     def text(self) -> str:
         """Log and console output of this launch."""
@@ -214,9 +164,9 @@ class TrainingRun:
         return (_content(self.log)[log:] + _content(self.console)[console:]).decode(errors="replace")
 
     def last_words(self) -> str:
-        """The last error of the console, or its last line."""
-        lines = [line for line in self.text().splitlines() if re.search(r"\w", line)] or ["no output"]
-        return [lines[-1], *(line for line in lines if line.startswith("error:"))][-1][:300]
+        """The last error, or the end of the output."""
+        errors = [line for line in self.text().splitlines() if line.startswith("error:")]
+        return [self.text()[-300:], *errors][-1][:300]
 
     def newest_checkpoint(self) -> Path:
         """The one that was written last; not best.pth."""
@@ -225,6 +175,12 @@ class TrainingRun:
     def temporary_files(self) -> set[Path]:
         """Files that are being written, or were when a process was killed."""
         return set(self.folder.glob("*.tmp"))
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _content(path: Path) -> bytes:
@@ -244,22 +200,20 @@ def compare(run: TrainingRun, reference: TrainingRun) -> str:
         FaultError: the runs differ.
     """
     differences, count = [], 0
-    for name in (f"ckpt_epoch_{reference.setting.epochs - 1}.pth", "best.pth"):
+    for name in (f"ckpt_epoch_{reference.epochs - 1}.pth", "best.pth"):
         paths = [each.folder / name for each in (run, reference)]
         if missing := [str(path) for path in paths if not path.exists()]:
             differences.append(f"no {' and no '.join(missing)}")
             continue
         ours, theirs = (dict(tensors(read_checkpoint(path))) for path in paths)
         count += len(theirs)
-        for key in sorted(ours.keys() | theirs.keys()):
-            if not same_bits(ours.get(key), theirs.get(key)):
-                differences.append(f"{name}{key}")
+        keys = sorted(ours.keys() | theirs.keys())
+        differences += [f"{name}{key}" for key in keys if not same_bits(ours.get(key), theirs.get(key))]
     our_metrics, their_metrics = metrics(run), metrics(reference)
     if len(our_metrics) != len(their_metrics):
         differences.append(f"{len(our_metrics)} lines of metrics instead of {len(their_metrics)}")
-    for number, (our, their) in enumerate(zip(our_metrics, their_metrics, strict=False), 1):
-        if our != their:
-            differences.append(f"metrics line {number}: {our} instead of {their}")
+    pairs = zip(our_metrics, their_metrics, strict=False)
+    differences += [f"metrics: {our} instead of {their}" for our, their in pairs if our != their]
     differences += [f"left over: {path.name}" for path in run.temporary_files()]
     if differences:
         raise FaultError(f"{len(differences)} differences: {'; '.join(differences[:3])}")

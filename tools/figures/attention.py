@@ -3,8 +3,8 @@
 The fused operators never form the weights. Here they are computed again from what the layers use: hooks
 record the queries, keys and values, and the layer gives the keys of each window and their bias.
 
-Legend: B batch, H W rows and columns of a stage's map, S fine and pooled tokens, N heads, P windows, Q queries and
-K keys of a window, s window side.
+Legend: B batch, H W rows and columns of a stage's map, S fine and pooled tokens, N heads, P windows,
+Q queries of a window, K keys of a window, s window side.
 """
 
 from collections.abc import Sequence
