@@ -39,10 +39,8 @@ from tools.benchmarks import common
 from .run import SAVE_EVERY, FaultError, TrainingRun, compare, make_data
 
 PREEMPTED = 75  # exit code after SIGTERM or SIGUSR1
-MISTAKE = 2  # exit code for what the user can correct
 HANG_MINUTES = 0.2
 DISK_MB = 24
-COLUMNS = ("fault", "processes", "what happened", "launches", "steps repeated", "result")
 
 
 # --- Faults: each disturbs a run after a step, and says what happened ---------------------------------------
@@ -138,7 +136,7 @@ def second(run: TrainingRun, step: int, rng: random.Random) -> str:
             said = console.read().decode(errors="replace")
     finally:
         run.process.resume()
-    if code != MISTAKE or "another --tag" not in said:
+    if code != 2 or "another --tag" not in said:
         raise FaultError(f"expected a second run to be refused, got exit code {code}: {said[-300:]}")
     return f"second run refused after step {step}"
 
@@ -261,7 +259,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows.append(row)
     if args.out is not None:
         note = f"Each run: {lab.epochs} epochs of 160 digits, a checkpoint every {SAVE_EVERY} steps."
-        table = common.markdown_table(COLUMNS, rows)
+        columns = ("fault", "processes", "what happened", "launches", "steps repeated", "result")
+        table = common.markdown_table(columns, rows)
         report = common.markdown_report("Faults", facts, [note], [table])
         common.result_path(args.out, "faults.md").write_text(report, encoding="utf-8")
     print(f"{len(rows)} runs, {lost} lost something")

@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -21,9 +21,9 @@ import torch
 
 from data.demo import DemoOptions, write_demo
 from models import read_checkpoint
+from tools.benchmarks.common import REPO
 from tools.convert_checkpoint import same_bits
 
-REPO = Path(__file__).resolve().parents[2]
 STEP_LINE = re.compile(rb"epoch (\d+)/(\d+) step (\d+)/(\d+) ")
 TIMEOUT = 600.0  # seconds that anything may take on a busy machine
 IMAGES_PER_CLASS = {"train": 16, "val": 4}
@@ -36,8 +36,6 @@ OPTIONS: dict[str, object] = {  # a small model, all randomness switched on, a l
     **{"AUG.REPROB": 0.25, "TRAIN.WARMUP_EPOCHS": 1, "TRAIN.EMA.ENABLED": True, "TRAIN.EMA.DECAY": 0.98},
     **{"SAVE_FREQ": 1, "SAVE_STEPS": SAVE_EVERY, "PRINT_FREQ": 1},
 }
-
-Options = Iterable[tuple[str, object]]
 
 
 class FaultError(Exception):
@@ -69,7 +67,7 @@ class TrainingRun:
     process: psutil.Popen  # of the last launch: main.py, or torchrun
 
     def __init__(
-        self, data: Path, output: Path, processes: int, epochs: int, restarts: int = 0, options: Options = ()
+        self, data: Path, output: Path, processes: int, epochs: int, restarts: int = 0, options: Sequence = ()
     ) -> None:
         self.data, self.output, self.processes, self.epochs = data, output, processes, epochs
         self.restarts, self.options = restarts, options
@@ -88,9 +86,8 @@ class TrainingRun:
         words += ["main.py", "--cfg", "configs/demo.yaml", "--device", "cpu", "--data-path", self.data]
         words += ["--output", self.output, "--opts", *(word for pair in options.items() for word in pair)]
         command = [sys.executable, *map(str, words)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PT_OUTPUT_DIR": ""}
-        streams = {"stdout": console, "stderr": subprocess.STDOUT}
-        return psutil.Popen(command, **streams, env=environment, cwd=REPO, start_new_session=True)
+        how = {"cwd": REPO, "env": os.environ | {"OMP_NUM_THREADS": "1", "PT_OUTPUT_DIR": ""}}
+        return psutil.Popen(command, stdout=console, stderr=subprocess.STDOUT, start_new_session=True, **how)
 
     def launch(self) -> "TrainingRun":
         """Start it, for the first time or again."""
@@ -103,7 +100,7 @@ class TrainingRun:
 
     @property
     def is_running(self) -> bool:
-        return self.launches > 0 and self.process.poll() is None
+        return self.process.poll() is None
 
     @property
     def ranks(self) -> list[psutil.Process]:

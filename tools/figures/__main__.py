@@ -1,6 +1,8 @@
 """Draws figures/teaser.png: the tokens that a query sees in Focal-T and Focal-fast-T, over a photograph.
 
-python -m tools.figures [--out DIR]
+    python -m tools.figures [--out DIR]
+
+The photograph comes with scikit-learn.
 """
 
 import argparse
