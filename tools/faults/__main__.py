@@ -39,8 +39,7 @@ from tools.benchmarks import common
 from .run import SAVE_EVERY, FaultError, TrainingRun, compare, make_data
 
 PREEMPTED = 75  # exit code after SIGTERM or SIGUSR1
-HANG_MINUTES = 0.2
-DISK_MB = 24
+HANG_MINUTES, DISK_MB = 0.2, 24
 
 
 # --- Faults: each disturbs a run after a step, and says what happened ---------------------------------------
@@ -180,12 +179,7 @@ OPTIONS = {
 
 
 class Lab:
-    """Runs under faults, and undisturbed ones to compare them with.
-
-    Args:
-        root: an empty folder.
-        epochs: of every run.
-    """
+    """Runs under faults, and undisturbed ones to compare them with, in an empty folder `root`."""
 
     def __init__(self, root: Path, epochs: int = 3) -> None:
         self.root, self.epochs = root, epochs

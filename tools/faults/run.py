@@ -26,8 +26,7 @@ from tools.convert_checkpoint import same_bits
 
 STEP_LINE = re.compile(rb"epoch (\d+)/(\d+) step (\d+)/(\d+) ")
 TIMEOUT = 600.0  # seconds that anything may take on a busy machine
-IMAGES_PER_CLASS = {"train": 16, "val": 4}
-BATCH_SIZE = 8
+IMAGES_PER_CLASS, BATCH_SIZE = {"train": 16, "val": 4}, 8
 SAVE_EVERY = 5  # steps
 TIME_FIELDS = {"img_per_s", "minutes", "memory_mb", "data_ms", "step_ms", "save_ms"}  # of metrics.jsonl
 OPTIONS: dict[str, object] = {  # a small model, all randomness switched on, a log line for every step
@@ -79,8 +78,8 @@ class TrainingRun:
 
     def start(self, console: IO[bytes]) -> psutil.Popen:
         """A process with the command of this run."""
-        own = {"TRAIN.EPOCHS": self.epochs, "DATA.NUM_WORKERS": self.processes - 1}
-        options = OPTIONS | own | dict(self.options)
+        options = {**OPTIONS, "TRAIN.EPOCHS": self.epochs, "DATA.NUM_WORKERS": self.processes - 1}
+        options |= dict(self.options)
         words = f"-m torch.distributed.run --standalone --nproc_per_node {self.processes}".split()
         words = [*words, "--max-restarts", self.restarts] if self.processes > 1 else []
         words += ["main.py", "--cfg", "configs/demo.yaml", "--device", "cpu", "--data-path", self.data]
