@@ -1,7 +1,7 @@
 """Disturbs training in many ways, and shows that nothing is lost.
 
     python -m tools.faults
-    python -m tools.faults --only kill disk --processes 1 --times 5
+    python -m tools.faults --only kill disk --processes 1
 
 Every fault hits a run of its own several times, at random steps. After each hit the same command is started
 again if the run has ended. In the end all tensors of its last and of its best checkpoint must be those of an
@@ -61,8 +61,7 @@ def kill_in_save(run: TrainingRun, step: int, rng: random.Random) -> str:
     for rank in run.ranks:
         rank.kill()
     run.kill()
-    where = "in" if run.temporary_files() - old else "at the end of"
-    return f"killed {where} the save after step {run.last_step()}"
+    return f"killed in the save after step {run.last_step()}"
 
 
 def truncate(run: TrainingRun, step: int, rng: random.Random) -> str:
@@ -103,8 +102,7 @@ def fill_disk(run: TrainingRun, step: int, rng: random.Random) -> str:
         while True:
             file.write(bytes(4096))
     time.sleep(0.1)
-    newest = run.newest_checkpoint()
-    content = newest.read_bytes()
+    content = (newest := run.newest_checkpoint()).read_bytes()
     run.until(lambda: "No space left" in run.text(), "a refused save")
     if newest.read_bytes() != content:
         raise FaultError(f"{newest.name} was changed by a save that failed")
@@ -219,12 +217,11 @@ class Lab:
             finally:
                 if run.is_running:
                     run.kill()
-        names = ", ".join(dict.fromkeys(faults))
-        return [names, count, "; ".join(happened), run.launches, run.redone, result]
+        return [", ".join({*faults}), count, "; ".join(happened), run.launches, run.redone, result]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 1 if something was lost."""
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -232,7 +229,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", nargs="+", type=common.positive, default=[1, 2], help="(1 2)")
     parser.add_argument("--times", type=common.positive, default=3, help="hits of each run (3)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the table, such as tools/results")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 1 if something was lost."""
+    args = parse(argv)
     facts, rows, lost = common.describe_run(torch.device("cpu")), [], 0
     with tempfile.TemporaryDirectory(prefix="faults_", ignore_cleanup_errors=True) as root:
         lab = Lab(Path(root))

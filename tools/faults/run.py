@@ -203,8 +203,8 @@ def compare(run: TrainingRun, reference: TrainingRun) -> str:
             continue
         ours, theirs = (dict(tensors(read_checkpoint(path))) for path in paths)
         count += len(theirs)
-        keys = sorted(ours.keys() | theirs.keys())
-        differences += [f"{name}{key}" for key in keys if not same_bits(ours.get(key), theirs.get(key))]
+        keys = ours.keys() | theirs.keys()
+        differences += [name + key for key in keys if not same_bits(ours.get(key), theirs.get(key))]
     our_metrics, their_metrics = metrics(run), metrics(reference)
     if len(our_metrics) != len(their_metrics):
         differences.append(f"{len(our_metrics)} lines of metrics instead of {len(their_metrics)}")

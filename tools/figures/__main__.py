@@ -26,11 +26,16 @@ MODELS = {
 PHOTOGRAPH, CROP, QUERY, SIDE = "china.jpg", (0, 0, 427, 427), (93, 100), 224
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 2 for what the user can correct."""
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description="Draw figures/teaser.png.", allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=REPO / "figures", metavar="DIR", help="folder (figures)")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 2 for what the user can correct."""
+    args = parse(argv)
     try:
         from sklearn.datasets import load_sample_image
 
