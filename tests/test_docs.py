@@ -29,7 +29,8 @@ from config import load_config
 from models import count_params_and_macs
 
 DOCS = [REPO / "README.md", *sorted(REPO.glob("*/get_started.md"))]
-PAGES = [*DOCS, REPO / "MODEL_ZOO.md", REPO / "figures" / "README.md"]
+PAGES = [*DOCS, REPO / "figures" / "README.md"]
+PAGES += [REPO / name for name in ("MODEL_ZOO.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 FEW_SCENES = {  # over a config of detection/ or segmentation/, so that an epoch takes a second
     "train_dataloader.dataset.indices": 2,
     "val_dataloader.dataset.indices": 1,
