@@ -136,7 +136,7 @@ def draw(runs: Sequence[RunMetrics]) -> "Figure":
     except ImportError as error:
         raise ImportError("the plot needs matplotlib: pip install matplotlib") from error
     beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(runs) > 1 else {}
-    figure = Figure(figsize=(12 if beside else 8, 11), layout="constrained")
+    figure = Figure(figsize=(9 if beside else 5, 7), layout="constrained")
     panels = figure.subplots(len(PANELS), 1, sharex=True)
     for number, run in enumerate(runs):
         _draw_run(panels, run, f"C{number % 10}", f"{run.name}, " if len(runs) > 1 else "")
@@ -173,15 +173,21 @@ def _draw_run(panels: Any, run: RunMetrics, colour: str, prefix: str) -> None:
     speed.plot(steps, speeds, color=colour, label=f"{prefix}median {statistics.median(finite(speeds)):.3g}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 2 for an error that the user can correct."""
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments of the command."""
     parser = argparse.ArgumentParser(description="Draw loss, accuracy, learning rate and speed of runs.")
     parser.add_argument("folders", nargs="+", type=Path, metavar="OUTPUT_FOLDER", help="of main.py")
     parser.add_argument("--out", type=Path, metavar="FILE", help="(default: plot.png in the folder)")
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.out is None and len(args.folders) > 1:
         parser.error("--out is needed to compare several runs")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 2 for an error that the user can correct."""
+    args = parse(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     out = args.out or args.folders[0] / "plot.png"
     try:
         runs = [read_metrics(folder) for folder in args.folders]

@@ -65,7 +65,7 @@ def draw(args: argparse.Namespace) -> Iterator[tuple[str, "Figure"]]:
     model_name, name = trained.config.MODEL.NAME, Path(args.image).name
 
     def title(text: str) -> str:
-        return f"{model_name}: {text}, {name}, query at {at[0]}, {at[1]}"
+        return f"{model_name}: {text},\n{name}, query at {at[0]}, {at[1]}"
 
     if "keys" in args.kinds:
         rows = [("", maps)]
@@ -79,7 +79,7 @@ def draw(args: argparse.Namespace) -> Iterator[tuple[str, "Figure"]]:
             yield f"heads_stage{number}", figure
     if "gradcam" in args.kinds:
         heat, label = grad_cam(args, trained, image)
-        yield "gradcam", drawing.overlay_figure(picture, heat, f"{model_name}: Grad-CAM for {label}, {name}")
+        yield "gradcam", drawing.overlay_figure(picture, heat, f"{model_name}:\nGrad-CAM for {label}, {name}")
 
 
 def grad_cam(

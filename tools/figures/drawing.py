@@ -25,7 +25,7 @@ COLOURS = {OWN_WINDOW: "#d55e00", AROUND: "#f0e442"}  # Okabe and Ito's, told ap
 POOLED_COLOURS = ("#0072b2", "#009e73")
 TINT = 0.45  # opacity of a colour over the image
 DARK = 0.3  # brightness of what is not seen
-PANEL = 2.3  # inches
+PANEL = 1.5  # inches; small, so that letters are large beside it
 HEADS_ACROSS = 6
 
 
@@ -44,7 +44,7 @@ def blank_figure(**options: Any) -> "Figure":
 
 def new_figure(down: int, across: int, title: str) -> tuple["Figure", np.ndarray]:
     """A figure of panels without axes, [down, across]."""
-    figure = blank_figure(figsize=(PANEL * max(across, 2), (PANEL + 0.25) * down + 0.6))
+    figure = blank_figure(figsize=(PANEL * max(across, 3), (PANEL + 0.25) * down + 0.7))
     figure.suptitle(title, fontsize="medium")
     panels = figure.subplots(down, across, squeeze=False)
     for axes in panels.flat:
@@ -56,7 +56,7 @@ def save(figure: "Figure", path: Path) -> None:
     """Write a PNG file of 256 colours, a third as large as one of all colours."""
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=110, format="png")
+    figure.savefig(drawn, dpi=170, format="png")
     picture = Image.open(drawn).convert("RGB")
     picture.quantize(256, dither=Image.Dither.NONE).save(path, format="PNG", optimize=True)
     print(f"wrote {path}")
@@ -85,8 +85,8 @@ def draw_borders(axes: "Axes", cells: np.ndarray, colour: str, width: float) -> 
 def mark_query(axes: "Axes", stride: int, row: int, column: int) -> None:
     """A cross on the query's token."""
     y, x = (row + 0.5) * stride - 0.5, (column + 0.5) * stride - 0.5
-    axes.plot([x], [y], marker="x", markersize=6, markeredgewidth=3, color="black")
-    axes.plot([x], [y], marker="x", markersize=5, markeredgewidth=1.5, color="white")
+    axes.plot([x], [y], marker="x", markersize=5, markeredgewidth=2.5, color="black")
+    axes.plot([x], [y], marker="x", markersize=4, markeredgewidth=1.2, color="white")
 
 
 def token_at(tokens: TokenMap, at: tuple[int, int], stride: int) -> tuple[int, int]:
@@ -117,7 +117,7 @@ def draw_keys(
         here, colour = pixels >= 0, colours[grain.name]
         seen |= here
         shown = np.where(here[..., None], (1 - TINT) * picture + TINT * np.array(to_rgb(colour)), shown)
-        draw_borders(axes, pixels, colour, 0.4 if grain.area == 1 else 0.9)
+        draw_borders(axes, pixels, colour, 0.25 if grain.area == 1 else 0.6)
     axes.imshow(np.where(seen[..., None], shown, DARK * shown), interpolation="nearest")
     mark_query(axes, stride, *place)
     axes.set_title(f"{sum(len(grain.tokens) for grain in grains)} keys", fontsize="small")
@@ -146,10 +146,13 @@ def keys_figure(
     for (name, maps), line in zip(rows, panels, strict=True):
         for number, (tokens, axes, stride) in enumerate(zip(maps, line, strides, strict=True), start=1):
             used |= draw_keys(axes, picture, tokens, at, stride)
-            axes.set_title(f"{name}stage {number}: {axes.get_title()}", fontsize="small")
+            axes.set_title(f"stage {number}: {axes.get_title()}", fontsize="small")
+        line[0].text(-0.06, 0.5, name, transform=line[0].transAxes, rotation=90, ha="right", va="center")
     names = sorted(used, key=[*COLOURS, *used].index)
     handles = [Patch(color=used[name], label=name) for name in names]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize="small")
+    handles.append(Patch(color="0.2", label="not seen"))
+    where = {"loc": "outside lower center", "ncols": len(handles), "columnspacing": 1}
+    figure.legend(handles=handles, fontsize="small", **where)
     return figure
 
 
