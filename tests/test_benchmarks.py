@@ -205,6 +205,13 @@ def test_a_wrong_backend_is_found(quick: None, nano: Path, monkeypatch: pytest.M
     assert off == "WRONG: d_qkv"
 
 
+def test_the_cost_of_an_index(quick: None, nano: Path, tmp_path: Path) -> None:
+    assert attention.main(["--index", "--cfg", str(nano), "--out", str(tmp_path / "out"), *TINY]) == 0
+    rows = table(tmp_path / "out")
+    assert [row["part"] for row in rows][:2] == ["index", "cpu, forward"]
+    assert all(float(row["ms"]) > 0 for row in rows)
+
+
 def test_settings_need_the_kernels(nano: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert attention.main(["--settings", "--cfg", str(nano), *TINY]) == 2
     assert "needs a CUDA device, got cpu" in caplog.text

@@ -22,7 +22,7 @@ from models import FocalTransformer
 from models.focal_transformer import FAMILIES
 from models.ops.triton import kernels
 from tools.benchmarks.compile_matrix import Job, Layer, Row, compile_all, distinct_layers
-from tools.benchmarks.kernel_figures import AMDGCN, CUOBJDUMP, SASS
+from tools.benchmarks.kernel_figures import CUOBJDUMP, main_loop, parse_sass
 from tools.benchmarks.operator_costs import LaunchCounter, activations, count_launches
 from tools.benchmarks.stub_driver import StubDriver
 
@@ -212,19 +212,25 @@ def test_the_stub_leaves_nothing_behind() -> None:
     assert driver.device.index not in kernels.forward_kernel.device_caches
 
 
-SASS_TEXT = """
+SASS = """
         /*0000*/                   S2R R0, SR_TID.X ;      /* 0x00 */
-                                                           /* 0x00 */
         /*0010*/              @!P0 BRA 0x0060 ;            /* 0x00 */
         /*0020*/                   FADD.FTZ R0, R0, R1 ;   /* 0x00 */
+        /*0030*/                   FMUL R0, R0, R1 ;       /* 0x00 */
+        /*0040*/              @!P1 BRA 0x0070 ;            /* 0x00 */
+        /*0050*/               @P0 BRA 0x0020 ;            /* 0x00 */
+        /*0060*/                   EXIT ;                  /* 0x00 */
+        /*0070*/                   SYNCS R1 ;              /* 0x00 */
+        /*0080*/              @!P1 BRA 0x0070 ;            /* 0x00 */
+        /*0090*/                   BRA 0x0050 ;            /* 0x00 */
+        /*00a0*/                   BRA 0xa0;               /* 0x00 */
 """
-AMD_TEXT = "kernel:\n.LBB0_1:\n\ts_load_b64 s[0:1]\n\tv_add_f32_e32 v1, v2\n\t.p2align 8\n"
 
 
-def test_opcodes_are_read() -> None:
-    """Of instructions, without modifiers, predicates, labels and directives."""
-    assert SASS.findall(SASS_TEXT) == ["S2R", "BRA", "FADD"]
-    assert AMDGCN.findall(AMD_TEXT) == ["s_load_b64", "v_add_f32"]
+def test_main_loop() -> None:
+    """Waiting code that lies behind the program belongs to the loop that it serves, and makes no other."""
+    loop = main_loop(*parse_sass(SASS))
+    assert loop == ["FADD.FTZ", "FMUL", "BRA", "BRA", "SYNCS", "BRA", "BRA"]
 
 
 @torch.library.custom_op("test_compile_matrix::double_and_add", mutates_args=())

@@ -2,6 +2,7 @@
 
     python -m tools.benchmarks.attention --device cuda --precisions bf16 --batch-size 128 --sizes 224 448
     python -m tools.benchmarks.attention --settings --device cuda --precisions bf16 --batch-size 128
+    python -m tools.benchmarks.attention --index --sizes 448 896
 
 By default every backend is timed against the floor, which no kernel can beat: the larger of bytes over
 bandwidth and FLOPs over FLOP/s, both as a large copy and a large product reach them in the same run. Bytes
@@ -11,7 +12,8 @@ float64: the largest error, relative to the largest value, may be twice that of 
 
 --settings times the Triton kernels with one setting changed at a time, beside those of
 `models/ops/triton/launch.py`; a ratio above 1 is a faster setting (tests/test_compile_matrix.py says whether
-it spills registers).
+it spills registers). --index times what a new image size costs: the index of keys of all stages, and the
+tables that the operators derive from it.
 """
 
 import argparse
@@ -54,6 +56,7 @@ COLUMNS = (
     *("error", "error of plain", "check"),
 )
 SETTING_COLUMNS = (*SHAPE_COLUMNS, "kernel", "setting", "ms", "times as fast", "check")
+INDEX_COLUMNS = ("resolution", "part", "ms")
 SETTINGS = {  # kernel -> setting -> values; `programs` is TARGET_PROGRAMS
     "forward": {"block_keys": (32, 64), "static_keys": (0, 224), "programs": (264, 528, 1056, 2112, 4224)},
     "query_gradient": {"static_keys": (64, 128, 224), "programs": (132, 264, 528, 1056, 2112)},
@@ -330,6 +333,37 @@ def time_settings(shape: Shape, precision: str, args: argparse.Namespace) -> lis
     return rows
 
 
+def time_index(model: FocalTransformer, size: int, args: argparse.Namespace) -> list[list[Cell]]:
+    """Rows of INDEX_COLUMNS: the index of all stages, and the tables that each operator derives."""
+    from models.ops import cpu
+    from models.ops.triton.tables import build_tables
+
+    maps = stage_maps(model, size, size, 0)
+
+    def indices() -> list[AttentionIndex]:
+        with torch.autograd.forward_ad.dual_level():  # what is built while tracing is not cached
+            return [tokens.index for tokens in maps]
+
+    built = indices()
+
+    def cpu_tables(trains: bool) -> None:
+        for tokens, index in zip(maps, built, strict=True):
+            heads, width = tokens.layer.num_heads, tokens.layer.head_dim
+            cpu.prepare(index, Request("cpu", args.device, torch.float32, heads, width, trains))
+
+    def triton_tables(trains: bool) -> None:
+        for index in built:
+            build_tables(index, trains)
+
+    actions: dict[str, Callable[[], object]] = {"index": indices}
+    for backend, build in {"cpu": cpu_tables, "triton": triton_tables}.items():
+        if backend != "cpu" or args.device.type == "cpu":
+            for kind in PASSES:
+                actions[f"{backend}, {kind}"] = lambda build=build, kind=kind: build(kind != "forward")
+    times = common.alternate({name: Timer(act, args.device) for name, act in actions.items()}, args.rounds)
+    return [[size, name, milliseconds(times[name])] for name in times]
+
+
 # --- Command line -------------------------------------------------------------------------------------------
 
 
@@ -342,7 +376,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=common.positive, default=8)
     parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=["fp32"])
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
-    parser.add_argument("--settings", action="store_true", help="settings of the kernels, not backends")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--settings", action="store_true", help="settings of the kernels, not backends")
+    what.add_argument("--index", action="store_true", help="cost of a new image size, not backends")
     return parser.parse_args(argv)
 
 
@@ -353,6 +389,8 @@ def measure(args: argparse.Namespace) -> int:
     if args.settings:
         require_kernels(args.device)
         columns, note = SETTING_COLUMNS, "Ratios compare with the settings in force."
+    elif args.index:
+        columns, note = INDEX_COLUMNS, "All stages together, without a cache."
     else:
         peaks = measure_peaks(args.device, args.precisions)
         facts["Peaks"] = str(peaks)
@@ -361,6 +399,9 @@ def measure(args: argparse.Namespace) -> int:
     for resolution in args.sizes:
         torch.manual_seed(0)
         model = build_model(load_config(args.cfg, ["DATA.IMG_SIZE", resolution])).to(args.device).eval()
+        if args.index:
+            rows += time_index(model, resolution, args)
+            continue
         for shape in shapes_of(model, resolution):
             for precision in args.precisions:
                 if args.settings:

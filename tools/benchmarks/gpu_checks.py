@@ -182,6 +182,17 @@ def compiled(case: Case) -> list[Outcome]:
     return subject.compare(subject.answer(call, model))
 
 
+def reduced_overhead(case: Case) -> list[Outcome]:
+    """A mode of torch.compile that records CUDA graphs."""
+    subject, model = Subject(case), make_model(case, "triton")
+    call = torch.compile(model, mode="reduce-overhead")
+    with torch.no_grad(), subject.precision.autocast(case.device):
+        for images in (subject.others, subject.others, subject.others, subject.images):
+            torch.compiler.cudagraph_mark_step_begin()
+            logits = call(images).double()
+    return subject.compare({"logits": logits})
+
+
 def captured(case: Case) -> list[Outcome]:
     """A CUDA graph of a forward pass, captured as PyTorch's notes on CUDA say, replayed with other images."""
     subject, model = Subject(case), make_model(case, "triton")
@@ -209,24 +220,33 @@ def same_bits(case: Case) -> list[Outcome]:
     return [Outcome("logits and gradients", off[worst], 0.0, worst if off[worst] else "")]
 
 
+def other_gpu(case: Case) -> list[Outcome]:
+    """On a GPU that is not the current one."""
+    return forward_backward(case._replace(device=torch.device("cuda", 0 if case.device.index else 1)))
+
+
 CHECKS: dict[str, Callable[[Case], list[Outcome]]] = {
     "forward and backward": forward_backward,
     "torch.compile": compiled,
+    "torch.compile, reduce-overhead": reduced_overhead,
     "CUDA graph": captured,
     "same bits twice": same_bits,
+    "another GPU than the current one": other_gpu,
 }
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
     """All checks, those that take long to compile early; quickly, for one small model of each family."""
-    half = HALF[device.type]
+    half, graphs = HALF[device.type], TINY if device.type == "cuda" else ()
     more = [] if quick else [name for name in RELEASED if name not in TINY]
     wanted = [
         ("forward and backward", TINY, ("fp32", half)),
         ("torch.compile", TINY, (half,)),
         ("forward and backward", more, ("fp32", half)),
-        ("CUDA graph", TINY if device.type == "cuda" else (), ("fp32",)),
+        ("torch.compile, reduce-overhead", graphs, (half,)),
+        ("CUDA graph", graphs, ("fp32",)),
         ("same bits twice", TINY, (half,)),
+        ("another GPU than the current one", TINY if torch.cuda.device_count() > 1 else (), (half,)),
     ]
     return [
         Case(check, variant, precision, device, quick)
