@@ -13,6 +13,8 @@ OMP_NUM_THREADS ?= 1
 GPU_MINUTES ?= 12
 # processes that share the files of tests: one for each processor
 TEST_PROCESSES ?= auto
+PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_PROCESSES) --maxprocesses 8 \
+	--dist loadfile --no-loadscope-reorder
 VENV = .venv
 RUN = $(VENV)/bin/python
 SETUP = $(VENV)/.ready-dev
@@ -156,13 +158,12 @@ test: $(SETUP) $(SETUP_OPENMMLAB)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_PROCESSES) --maxprocesses 8 --dist loadfile
+	$(PYTEST)
 
 # what an edit of the network, the options or the data is likely to break, in two minutes
 FAST_TESTS = models ops config optimizer data checkpoint golden main
 test-fast: $(SETUP)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_PROCESSES) --maxprocesses 8 --dist loadfile \
-		$(FAST_TESTS:%=tests/test_%.py) -k 'not _small_ and not _base_'
+	$(PYTEST) $(FAST_TESTS:%=tests/test_%.py) -k 'not _small_ and not _base_'
 
 gpu-report: $(SETUP)
 	$(RUN) -m tools.benchmarks.gpu_report --minutes $(GPU_MINUTES)

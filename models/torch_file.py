@@ -99,6 +99,11 @@ def _reason(error: str) -> str:
         )
     short = re.search(r"WeightsUnpickler error:\s*(.+)", error)
     text = short[1] if short else error.partition("In PyTorch 2.6")[0]
+    if "Unsupported operand" in text:
+        return (
+            f"not a checkpoint, or damaged, or saved with a pickle protocol other than 2 ({shown(text)}); "
+            "get it again, or save it again with torch.save(..., pickle_protocol=2)"
+        )
     return f"not a checkpoint, or damaged ({shown(text)}); get it again"
 
 

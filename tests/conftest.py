@@ -31,6 +31,17 @@ TRAIN_PER_CLASS = 13
 VAL_IMAGES = 43  # no multiple of any batch size or number of processes in the tests
 
 
+LONGEST = [  # files that start first, so that no process is left with a long one at the end
+    f"test_{name}"
+    for name in ("triton", "compile_matrix", "detection", "docs", "distributed", "segmentation", "faults")
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, the others as they are."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def repo() -> Path:
     """The repository's root."""

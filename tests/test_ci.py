@@ -29,14 +29,6 @@ def test_oldest_versions_are_the_bounds() -> None:
         assert version.removesuffix(".0") == bounds[name].removesuffix(".0"), name
 
 
-def test_every_bound_has_a_reason() -> None:
-    for name, least in (("requirements.txt", 20), ("requirements-dev.txt", 10)):
-        for line in (REPO / name).read_text(encoding="utf-8").splitlines():
-            assert (
-                not line or line.startswith(("#", "-r ")) or re.fullmatch(rf"\S+ +# .{{{least},}}", line)
-            ), line
-
-
 @pytest.mark.parametrize("job", ["oldest", "newest"])
 def test_jobs(job: str) -> None:
     steps = yaml.safe_load(WORKFLOW)["jobs"][job]["steps"]

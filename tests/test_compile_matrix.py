@@ -20,10 +20,10 @@ from triton.runtime.errors import OutOfResources
 
 from models import FocalTransformer
 from models.focal_transformer import FAMILIES
-from models.ops.triton import kernels
+from models.ops.triton import bias, kernels
 from tools.benchmarks.compile_matrix import Job, Layer, Row, compile_all, distinct_layers
 from tools.benchmarks.kernel_figures import CUOBJDUMP, main_loop, parse_sass
-from tools.benchmarks.operator_costs import LaunchCounter, activations, count_launches
+from tools.benchmarks.operator_costs import LaunchCounter, count_launches
 from tools.benchmarks.stub_driver import StubDriver
 
 pytestmark = [
@@ -76,7 +76,7 @@ EVERY_FAMILY = {
     f"{kind} {card}": (OneStage.build, kind, card, "bf16")
     for kind, cards in (
         ("focal", ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")),
-        ("focalv2", ("sm_80", "sm_100")),
+        ("focalv2", ("sm_100",)),
     )
     for card in cards
 }
@@ -85,9 +85,8 @@ HOPPER = {
     "one window": (last_layer, "focal_tiny", "sm_90", "bf16"),
     "more keys than registers hold": (first_layer, "focal_tiny window 12", "sm_90", "bf16"),
     "window of 12, bias of each window": (first_layer, "focalv2_tiny_useconv window 12", "sm_90", "bf16"),
-    **{f"heads of {width}": (with_head_dim, width, "sm_90", "bf16") for width in (8, 48, 64)},
-    "fp16": (with_head_dim, 32, "sm_90", "fp16"),
-    **{f"fp32, heads of {width}": (with_head_dim, width, "sm_90", "fp32") for width in (32, 64)},
+    **{f"heads of {width}": (with_head_dim, width, "sm_90", "fp16") for width in (48, 64)},
+    "fp32, heads of 64": (with_head_dim, 64, "sm_90", "fp32"),
 }
 CASES: dict[str, tuple[Callable[[Any], Layer], Any, str, str]] = EVERY_FAMILY | FLOAT32_ON_AMD | HOPPER
 """By name: what builds a layer of what, card, dtype."""
@@ -123,12 +122,12 @@ def test_no_shape_spills_on_hopper(case: str, compiled: dict[str, list[Row]]) ->
             assert "wgmma" in figures.units, figures
 
 
-@pytest.mark.parametrize("name", ATTENTION)
-def test_sizes_make_no_kernel_of_their_own(name: str) -> None:
-    """Only pointers and the scale are specialised: what is compiled here is what runs at any size."""
-    kernel = getattr(kernels, name)
-    free = [p for p in kernel.params if not p.is_constexpr and not p.do_not_specialize]
-    assert all(p.name.endswith(("_ptr", "scale")) for p in free)
+def test_sizes_make_no_kernel_of_their_own() -> None:
+    """Only pointers and factors are specialised: what is compiled here is what runs at any size."""
+    attention = [getattr(kernels, name) for name in ATTENTION]
+    for kernel in (*attention, bias.prepare_kernel, bias.gradient_kernel):
+        free = [p for p in kernel.params if not p.is_constexpr and not p.do_not_specialize]
+        assert all(p.name.endswith(("_ptr", "scale", "factor", "limit")) for p in free)
 
 
 def test_another_batch_compiles_nothing() -> None:
@@ -261,12 +260,3 @@ def test_launches_of_a_layer(kind: str) -> None:
     assert forward["forward_kernel"] == 1 and "mm" not in forward
     assert backward["query_gradient_kernel"] >= 1 and backward["key_gradient_kernel"] == 1
     assert backward["embedding_dense_backward"] >= 4
-
-
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="the linear pool keeps a copy of its input besides qkv's"
-)
-def test_training_keeps_less_than_swin() -> None:
-    """Activations of Focal-T are at most 0.8 of Swin-T's, for an image."""
-    kept = activations("sm_90")
-    assert kept["focal_tiny"] <= 0.8 * kept["swin_tiny"], kept

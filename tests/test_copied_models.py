@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from conftest import REPO
 from golden_files import normal
@@ -90,35 +89,36 @@ import torch
 from focal_transformer import BACKENDS, FocalTransformer
 assert sys.modules["focal_transformer"].__file__.startswith(sys.argv[1])
 assert [*BACKENDS] == ["plain"] and "models" not in sys.modules
-model = FocalTransformer(**json.load(open("options.json")))
-with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
-    state = torch.load("official.pth", weights_only=True)["model"]
 derived = re.compile(r"\.attn\.(relative_position_index|valid_ind|window_coords|topk_cloest_coords)")
-more = state.keys() - model.state_dict().keys()
-assert all(derived.search(key) for key in more), more
-model.load_state_dict({key: value for key, value in state.items() if key not in more})
-images, logits = torch.load("images.pt"), torch.load("logits.pt")
-with torch.no_grad():
-    assert (model.eval()(images) - logits).abs().max() < 1e-5
-model.train()(images[:, :, :100, :130]).square().sum().backward()
-assert not [name for name, p in model.named_parameters() if p.grad is None]
+for version in ("v1", "v2"):
+    model = FocalTransformer(**json.load(open(version + ".json")))
+    with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
+        state = torch.load(version + ".pth", weights_only=True)["model"]
+    more = state.keys() - model.state_dict().keys()
+    assert all(derived.search(key) for key in more), more
+    model.load_state_dict({key: value for key, value in state.items() if key not in more})
+    images, logits = torch.load(version + ".pt")
+    with torch.no_grad():
+        assert (model.eval()(images) - logits).abs().max() < 1e-5
+    model.train()(images[:, :, :100, :130]).square().sum().backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None]
 """
 
 
-@pytest.mark.parametrize("version", ["v1", "v2"])
-def test_one_file_is_the_network(version: str, tmp_path: Path) -> None:
+def test_one_file_is_the_network(tmp_path: Path) -> None:
     """Both families, with weights of the original; a training step reaches every parameter."""
-    official = REPO / f"tests/checkpoints/official_{version}_nano"
-    given = json.loads(official.with_suffix(".yaml").read_text())["MODEL"]
-    options = {key.lower(): value for key, value in (given | given["FOCAL"]).items()}
-    options["kind"] = options.pop("type")
-    options = {key: value for key, value in options.items() if key not in ("name", "focal")}
-    (tmp_path / "options.json").write_text(json.dumps(options))
-    expected = np.load(f"{official}_expected.npz")
-    images = normal(str(expected["input_salt"]) + "input", (2, 3, 224, 224))
-    torch.save(torch.from_numpy(images).float(), tmp_path / "images.pt")
-    torch.save(torch.from_numpy(expected["logits"]), tmp_path / "logits.pt")
-    shutil.copy(official.with_suffix(".pth"), tmp_path / "official.pth")
+    for version in ("v1", "v2"):
+        official = REPO / f"tests/checkpoints/official_{version}_nano"
+        given = json.loads(official.with_suffix(".yaml").read_text())["MODEL"]
+        options = {key.lower(): value for key, value in (given | given["FOCAL"]).items()}
+        options["kind"] = options.pop("type")
+        options = {key: value for key, value in options.items() if key not in ("name", "focal")}
+        (tmp_path / f"{version}.json").write_text(json.dumps(options))
+        expected = np.load(f"{official}_expected.npz")
+        images = normal(str(expected["input_salt"]) + "input", (2, 3, 224, 224))
+        pair = torch.from_numpy(images).float(), torch.from_numpy(expected["logits"])
+        torch.save(pair, tmp_path / f"{version}.pt")
+        shutil.copy(official.with_suffix(".pth"), tmp_path / f"{version}.pth")
     shutil.copy(REPO / "models/focal_transformer.py", tmp_path)
     (tmp_path / "alone.py").write_text(ONE_FILE)
     run(tmp_path, "alone.py")

@@ -71,21 +71,6 @@ def test_files_agree_for_any_length_of_batches(name, family, tmp_path) -> None:
     assert_same(FORMATS[name].load(path), model, ODD, 1, 2, 5)
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("family", FAMILIES)
-def test_plain_calls_work_without_this_tool(family, tmp_path) -> None:
-    """With gradients on, as nobody turns them off; tracing with PyTorch's check of itself."""
-    model, x = build(**FAMILIES[family]), images(2, ODD)
-    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False)
-    assert_same(program.module(), model, ODD, 1, 2, 5)
-    assert_same(torch.jit.trace(model, (x,)), model, ODD, 1, 2, 5)
-    need_packages("onnx")
-    for dynamo in (True, False):
-        path = tmp_path / f"{dynamo}.onnx"
-        torch.onnx.export(model, (x,), path, dynamo=dynamo, input_names=["images"])
-        assert_same(export.load_onnx(path), model, ODD, 2)
-
-
 @pytest.mark.parametrize(
     "options",
     [

@@ -1,7 +1,5 @@
-"""Starting from weights: classes by a map, layer-wise rates, frozen stages, and what it all gains."""
+"""Starting from weights: classes by a map, layer-wise rates, frozen stages."""
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -264,69 +262,6 @@ def test_configs_take_the_weights_that_they_are_for(path: Path, tmp_path: Path) 
     assert not report.continued
     assert not report.dropped
     assert bool(report.resized) == (config.DATA.IMG_SIZE == 384)
-
-
-# --- What it gains ------------------------------------------------------------------------------------------
-
-SMALL_DEMO = {
-    "DATA.NUM_WORKERS": 0,
-    "MODEL.FOCAL.EMBED_DIM": 32,
-    "MODEL.FOCAL.NUM_HEADS": [1, 2],
-    "TRAIN.WARMUP_EPOCHS": 0,
-    "SAVE_FREQ": 100,
-}
-
-
-def train(data: Path, output: Path, tag: str, *words: str, **opts: object) -> list[float]:
-    """Accuracy after every epoch of a small demo model."""
-    pairs = SMALL_DEMO | {key.replace("__", "."): value for key, value in opts.items()}
-    arguments = ["--cfg", str(REPO / "configs/demo.yaml"), "--data-path", str(data), "--output", str(output)]
-    options = [str(word) for pair in pairs.items() for word in pair]
-    assert main.main([*arguments, "--device", "cpu", "--tag", tag, *words, "--opts", *options]) == 0
-    lines = (output / "demo" / tag / "metrics.jsonl").read_text().splitlines()
-    return [record["acc1"] for record in map(json.loads, lines) if record["kind"] == "epoch"]
-
-
-@pytest.fixture(scope="session")
-def digits_run(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of the ten digits at 32 pixels, trained for a few epochs."""
-    output = tmp_path_factory.mktemp("digits")
-    train(demo_data, output, "digits", TRAIN__EPOCHS=5)
-    return output / "demo/digits/best.pth"
-
-
-@pytest.fixture(scope="session")
-def five_digits(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Digits 0 to 4, 13 training images and 20 others of each."""
-    root = tmp_path_factory.mktemp("own")
-    for split, count in (("train", 13), ("val", 20)):
-        for digit in range(5):
-            (root / split / str(digit)).mkdir(parents=True)
-            for image in sorted((demo_data / split / str(digit)).iterdir())[:count]:
-                shutil.copy(image, root / split / str(digit))
-    return root
-
-
-def test_fine_tuning_beats_training_from_scratch(digits_run: Path, five_digits: Path, tmp_path: Path) -> None:
-    """Other classes, larger images, few of them, 24 steps."""
-    same = {"MODEL__NUM_CLASSES": 5, "DATA__IMG_SIZE": 48, "TRAIN__EPOCHS": 12}
-    scratch = train(five_digits, tmp_path, "scratch", **same)
-    start = ["--pretrained", str(digits_run)]
-    tuned = train(
-        five_digits, tmp_path, "tuned", *start, **same, MODEL__RESET_HEAD=True, TRAIN__LAYER_DECAY=0.7
-    )
-    print(f"top-1 accuracy after each epoch: from scratch {scratch}, fine-tuned {tuned}")
-    assert tuned[-1] > scratch[-1] + 10
-    assert max(tuned) > max(scratch) + 10
-
-
-def test_a_class_map_keeps_what_was_learned(digits_run: Path, five_digits: Path, tmp_path: Path) -> None:
-    """At next to no learning rate, with one class new."""
-    class_map = write(tmp_path / "map.txt", "0\n1\n2\n3\n-\n")
-    opts = {"MODEL__NUM_CLASSES": 5, "TRAIN__EPOCHS": 1, "TRAIN__BASE_LR": 1e-6}
-    words = ["--pretrained", str(digits_run)]
-    (accuracy,) = train(five_digits, tmp_path, "map", *words, **opts, MODEL__HEAD_CLASS_MAP=str(class_map))
-    assert accuracy > 45  # chance is 20
 
 
 def test_mistakes_with_a_class_map_end_in_one_message(

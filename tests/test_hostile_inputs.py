@@ -21,7 +21,6 @@ from data.folder import read_map_of_files, scan_class_folders
 from data.images import MAX_PIXELS, decode_rgb
 from data.source import CachedSource, FileSource
 from data.transforms import Recipe, eval_transform, train_transform, with_decoder
-from models import read_checkpoint
 
 SIZE, MEAN, STD = (48, 64), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SOME = settings(
@@ -310,27 +309,3 @@ def test_any_bytes_are_an_image_or_named(content: bytes, start: bytes) -> None:
         assert str(error).startswith("some/image.jpg: ")
     else:
         assert image.mode == "RGB" and image.width * image.height <= MAX_PIXELS
-
-
-# --- Checkpoints --------------------------------------------------------------------------------------------
-
-
-class RunsCode:
-    def __reduce__(self) -> tuple:
-        return os.system, ("touch canary",)
-
-
-@pytest.mark.parametrize("kind", ["code", "cut off", "no weights", "empty", "text", "number"])
-def test_checkpoints_are_refused(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "weights.pth"
-    torch.save({"model": {"x": RunsCode() if kind == "code" else torch.ones(9)}}, path)
-    if kind == "cut off":
-        os.truncate(path, path.stat().st_size // 2)
-    elif kind == "number":
-        torch.save(3, path)
-    elif kind != "code":
-        write(path, {"no weights": archive(), "empty": b"", "text": b"weights"}[kind])
-    with pytest.raises(ValueError, match="weights.pth"):
-        read_checkpoint(path)
-    assert os.listdir() == ["weights.pth"]

@@ -71,8 +71,11 @@ def alive(kind: type) -> set[int]:
 # --- What the model computes --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "size"),
+    [(name, size) for name in VARIANTS for size in (SIZES if name in KINDS else SIZES[1:2])],
+    ids=str,
+)
 def test_any_size_trains_and_evaluates_and_operators_agree(variant, size) -> None:
     """Every parameter gets a finite gradient, the same from both operators, whatever the size."""
     results = []
@@ -120,26 +123,6 @@ def test_forward_intermediates_has_timms_signature() -> None:
         inspect.signature(cls.forward_intermediates).parameters for cls in (FocalTransformer, SwinTransformer)
     )
     assert [(p.name, p.default) for p in ours.values()] == [(p.name, p.default) for p in its.values()]
-
-
-@every_kind
-def test_intermediate_maps(kind) -> None:
-    model, x = build(kind=kind).eval(), image(64, 96)
-    with torch.no_grad():
-        last, maps = model.forward_intermediates(x)
-        chosen = model.forward_intermediates(x, [1, -1], intermediates_only=True)
-        normed = model.forward_intermediates(x, 1, norm=True, output_fmt="NHWC", intermediates_only=True)
-        early, _ = model.forward_intermediates(x, [1], stop_early=True)
-        features, logits = model.forward_features(x), model(x)
-    assert [list(m.shape) for m in maps] == [[2, 8 * 2**i, 16 // 2**i, 24 // 2**i] for i in range(4)]
-    assert torch.equal(chosen[0], maps[1]) and torch.equal(chosen[1], maps[3]) and len(chosen) == 2
-    torch.testing.assert_close(model.norm(maps[3].permute(0, 2, 3, 1)), features)
-    torch.testing.assert_close([last, *normed], [features, features])
-    torch.testing.assert_close(early, maps[1].permute(0, 2, 3, 1))
-    torch.testing.assert_close(model.forward_head(features), logits)
-    assert model.forward_head(features, pre_logits=True).shape == (2, 64)
-    with pytest.raises(ValueError, match="stages 0 to 3"):
-        model.forward_intermediates(x, [4])
 
 
 @every_kind

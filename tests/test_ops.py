@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import EagerAndRecordGraphs
-from torch.autograd import forward_ad
 
 from models.focal_transformer import (
     BACKENDS,
@@ -198,19 +197,6 @@ def test_the_backward_pass_leaves_its_inputs_alone(side, images) -> None:
     assert all(map(torch.equal, kept, (qkv, bias, slopes)))
     out = definition.attend(strided, index, bias, 0.4)
     torch.testing.assert_close(first, torch.autograd.grad(out, (qkv, bias), slopes[..., ::2]))
-
-
-@pytest.mark.parametrize(
-    "build", [lambda: ring((14, 21), (3, 5, 1, 0)), lambda: nearest((14, 21), 40, 1)], ids=KINDS
-)
-def test_training_after_inference_mode(build) -> None:
-    """What is kept with an index serves both."""
-    with torch.inference_mode():
-        index = build()
-        qkv, bias = (x.detach() for x in problem(index))
-        out = cpu.attend(qkv, index, bias, 0.4)
-    agree(index, *problem(index))
-    assert torch.equal(out, cpu.attend(*(problem(index)[:1]), index, problem(index)[1], 0.4))
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -575,20 +561,6 @@ def test_functional_gradients(kind) -> None:
     with torch.no_grad():
         one_by_one = torch.func.vmap(lambda image: layer(image[None])[0])(x)
         torch.testing.assert_close(one_by_one, plain(x))
-
-
-@pytest.mark.parametrize("trains", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
-def test_forward_mode(kind, trains) -> None:
-    """A derivative along a direction is the gradient's product with it."""
-    layer, x, direction = block(kind, "cpu"), maps(14, 9).requires_grad_(), maps(14, 9).flip(0)
-    (slope,) = torch.autograd.grad(block(kind, "plain")(x).square().sum(), x)
-    layer.requires_grad_(trains)
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(x.detach(), direction)
-        tangent = forward_ad.unpack_dual(layer(dual).square().sum()).tangent
-    assert tangent is not None
-    torch.testing.assert_close(tangent, (slope * direction).sum())
 
 
 def test_subclasses_of_tensors_are_computed_plainly() -> None:

@@ -7,7 +7,6 @@ its own, with TRITON_INTERPRET=1; the tests marked `interpreted` run only there.
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,10 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import attention_definition as definition
-import numpy as np
 import pytest
 import torch
-from golden_files import normal
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -32,8 +29,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
-from config import load_config
-from models import FocalTransformer, build_model, load_checkpoint
+from models import FocalTransformer
 from models.focal_transformer import (
     BACKENDS,
     AttentionIndex,
@@ -96,33 +92,6 @@ def _widened(operand: Any) -> Any:
     if operand.dtype.scalar != tl.bfloat16:
         return operand
     return TensorHandle((operand.data.astype("uint32") << 16).view("float32"), tl.float32)
-
-
-def cut(x: np.ndarray) -> np.ndarray:
-    """float32 as a tensor core reads it: ten bits of the mantissa."""
-    return (np.ascontiguousarray(x).view("uint32") & np.uint32(0xFFFFE000)).view("float32")
-
-
-def split_in_two(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest TF32, halves away from zero (`cvt.rna.tf32`), and what is missing, as the cores read it."""
-    large = cut((np.ascontiguousarray(x).view("uint32") + np.uint32(0x1000)).view("float32"))
-    return large, cut(x - large)
-
-
-def product_in_three_parts(_: Any, a: Any, b: Any, total: Any, *__: Any) -> Any:
-    """Triton's `tf32x3`, for its interpreter."""
-    from triton.runtime.interpreter import TensorHandle
-
-    (a_large, a_small), (b_large, b_small) = split_in_two(a.data), split_in_two(b.data)
-    small = a_small @ b_large + a_large @ b_small
-    return TensorHandle(small + a_large @ b_large + total.data, total.dtype.scalar)
-
-
-def product_in_one_part(_: Any, a: Any, b: Any, total: Any, *__: Any) -> Any:
-    """Triton's `tf32`."""
-    from triton.runtime.interpreter import TensorHandle
-
-    return TensorHandle(cut(a.data) @ cut(b.data) + total.data, total.dtype.scalar)
 
 
 CPU = torch.device("cpu")
@@ -205,20 +174,20 @@ RING = {
     "one window": (ring(7, 0, 1, 1, 7, 7), 56),
     "ring meets itself": (ring(5, 2, 1, 1, 5, 10), 64),
     "queries of a window see different keys": (ring(4, 2, 3, 1, 8, 8, shift=2), 16),
-    "several blocks of queries, more than 256 keys": (ring(12, 3, 3, 1, 12, 24), 16),
+    "several blocks of queries": (ring(9, 2, 3, 1, 9, 18), 16),
 }
 NEAREST = {
     "nearest": (nearest(4, 20, 1, 8, 12), 32),
     "whole tiles of keys": (nearest(4, 26, 1, 8, 12), 40),
     "nearest, with padding": (nearest(7, 30, 1, 9, 13), 48),
 }
-LONG = {"nearest, more than 256 keys": (nearest(12, 270, 0, 12, 24), 64)}
+LONG = {"more keys than registers hold": (nearest(9, 140, 1, 9, 18), 64)}
 TINY = {"tiny": (ring(4, 1, 1, 1, 4, 8), 16), "tiny nearest": (nearest(4, 12, 1, 4, 8), 16)}
 CASES = RING | NEAREST | LONG | TINY
 
 
 @interpreted
-@pytest.mark.parametrize("case", RING | NEAREST)
+@pytest.mark.parametrize("case", [case for case in RING | NEAREST if case != "shipped window"])
 def test_equals_definition(case: str) -> None:
     """float32: output and every gradient."""
     problem = Problem(*CASES[case], torch.float32, heads=2 if "small" in case else 1)
@@ -227,9 +196,18 @@ def test_equals_definition(case: str) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("family", ["ampere", "hopper", "blackwell"])
-@pytest.mark.parametrize("case", ["shipped window", "border, padding, two pooled levels", "nearest", *LONG])
+@pytest.mark.parametrize(
+    ("case", "family", "dtype"),
+    [
+        ("shipped window", "ampere", torch.bfloat16),
+        ("shipped window", "hopper", torch.float16),
+        ("shipped window", "blackwell", torch.bfloat16),
+        ("border, padding, two pooled levels", "ampere", torch.float16),
+        ("border, padding, two pooled levels", "hopper", torch.bfloat16),
+        ("nearest", "hopper", torch.bfloat16),
+        *((case, "hopper", torch.float16) for case in LONG),
+    ],
+)
 def test_as_exact_as_definition(
     case: str, family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,8 +230,7 @@ def fused_weight(score, row, scale, dtype: tl.constexpr):
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("window", [11, 12])
+@pytest.mark.parametrize(("window", "dtype"), [(11, torch.float16), (12, torch.bfloat16)])
 def test_a_tile_without_keys(window: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond the seam of a rolled map queries may see no key of their first tile; the product and the sum
     before the exponential are rounded once, as on a GPU."""
@@ -267,8 +244,9 @@ def test_a_tile_without_keys(window: int, dtype: torch.dtype, monkeypatch: pytes
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scale", [-0.3, 0.0, 1e-3])
+@pytest.mark.parametrize(
+    ("scale", "dtype"), [(-0.3, torch.float32), (0.0, torch.bfloat16), (1e-3, torch.bfloat16)]
+)
 def test_any_scale(scale: float, dtype: torch.dtype) -> None:
     """Also one that a bias cannot be divided by."""
     problem = Problem(*CASES["tiny"], dtype, heads=1)
@@ -292,8 +270,13 @@ BIASES = ("border, padding, two pooled levels", "queries of a window see differe
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", [*BIASES, "several blocks of queries, more than 256 keys"])
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        *zip(BIASES, (torch.float32, torch.bfloat16, torch.float16), strict=True),
+        ("several blocks of queries", torch.float16),
+    ],
+)
 def test_prepared_bias(case: str, dtype: torch.dtype) -> None:
     """Keys merged, what a query may not see and the padding at the lowest value; of any strides."""
     problem = Problem(*CASES[case], dtype)
@@ -318,9 +301,15 @@ def test_prepared_bias(case: str, dtype: torch.dtype) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("slices", [1, 3, 40])
-@pytest.mark.parametrize("case", BIASES)
+@pytest.mark.parametrize(
+    ("case", "slices", "dtype"),
+    [
+        (BIASES[0], 40, torch.float32),
+        (BIASES[1], 3, torch.bfloat16),
+        (BIASES[1], 1, torch.float32),
+        (BIASES[2], 3, torch.float32),
+    ],
+)
 def test_gradient_of_the_bias(case: str, slices: int, dtype: torch.dtype) -> None:
     """The sum over slices, and over windows that share a bias, as autograd divides it among merged keys."""
     problem = Problem(*CASES[case], torch.float32)
@@ -375,7 +364,7 @@ class Launches(TorchDispatchMode):
 
 
 @interpreted
-@pytest.mark.parametrize("case", ["shipped window", "queries of a window see different keys", "tiny nearest"])
+@pytest.mark.parametrize("case", ["tiny", "queries of a window see different keys", "tiny nearest"])
 def test_few_launches(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One kernel prepares the bias, one makes its gradient, and nothing comes between."""
     problem = Problem(*CASES[case], torch.bfloat16, heads=1)
@@ -400,27 +389,13 @@ def test_few_launches(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("case", TINY)
 def test_slices_and_determinism(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """However the items are divided; and the same bits twice."""
-    problem = Problem(*CASES[case], torch.float32, heads=1, batch=5)
+    problem = Problem(*CASES[case], torch.float32, heads=1, batch=3)
     expected = problem.run(attention.attend)
     assert all(torch.equal(x, y) for x, y in zip(problem.run(attention.attend), expected, strict=True))
     for programs in (1, 4):
         monkeypatch.setattr(launch, "TARGET_PROGRAMS", dict.fromkeys(("forward", "query_gradient"), programs))
         for x, y in zip(problem.run(attention.attend), expected, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
-
-
-@interpreted
-@pytest.mark.parametrize("name", ["official_v1_nano", "official_v2_nano"])
-def test_the_originals_logits(name: str) -> None:
-    """A whole model in evaluation, with the original's weights, against what the original answered."""
-    folder = Path(__file__).parent / "checkpoints"
-    model = build_model(load_config(folder / f"{name}.yaml", ["MODEL.ATTENTION_BACKEND", "triton"])).eval()
-    load_checkpoint(model, folder / f"{name}.pth")
-    expected = np.load(folder / f"{name}_expected.npz")
-    image = torch.from_numpy(normal(str(expected["input_salt"]) + "input", (2, 3, 224, 224))).float()
-    with torch.no_grad():
-        logits = model(image[:1])
-    assert (logits - torch.from_numpy(expected["logits"][:1])).abs().max() < 1e-5
 
 
 @interpreted
@@ -459,8 +434,7 @@ def test_operator_contract() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", [*TINY, *LONG])
+@pytest.mark.parametrize(("case", "dtype"), zip(TINY, (torch.float32, torch.bfloat16), strict=True))
 def test_an_empty_batch(case: str, dtype: torch.dtype) -> None:
     """No image: an empty output, and a gradient of the bias that is zero."""
     problem = Problem(*CASES[case], dtype, heads=1, batch=0)
@@ -492,7 +466,7 @@ def test_what_training_keeps() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize(("kind", "train"), [("focal", True), ("focalv2", True), ("focalv2", False)])
+@pytest.mark.parametrize(("kind", "train"), [("focal", True), ("focalv2", False)])
 def test_a_model_compiles_into_one_graph(kind: str, train: bool) -> None:
     """No graph break in a block; the same answer, under autocast too."""
     torch.manual_seed(0)
@@ -512,38 +486,6 @@ def test_a_model_compiles_into_one_graph(kind: str, train: bool) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("case", ["border, padding, two pooled levels", "nearest"])
-def test_products_in_three_parts_are_float32(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`tf32x3` as the tensor cores do it: at most twice the error of the definition in float32; one part
-    (`tf32`) is not."""
-    problem = Problem(*CASES[case], torch.float32, heads=1)
-    allowed = problem.errors(problem.run(definition.attend))
-    errors = {}
-    for name, product in {"tf32x3": product_in_three_parts, "tf32": product_in_one_part}.items():
-        with monkeypatch.context() as patch:
-            patch.setattr("triton.runtime.interpreter.InterpreterBuilder.create_dot", product)
-            errors[name] = problem.errors(problem.run(attention.attend))
-    assert all(x <= 2 * y for x, y in zip(errors["tf32x3"], allowed, strict=True)), (errors, allowed)
-    assert all(x > 2 * y for x, y in zip(errors["tf32"], allowed, strict=True)), (errors, allowed)
-
-
-@interpreted
-def test_compiles_into_one_graph() -> None:
-    """`torch.compile` sees one operator, and gets the same numbers."""
-    problem = Problem(*CASES["tiny"], torch.float32, heads=1)
-
-    def attend(qkv: Tensor) -> Tensor:
-        return BACKENDS["triton"].attend(qkv, problem.index, problem.bias, 0.25)
-
-    results = []
-    for function in (attend, torch.compile(attend, backend="aot_eager", fullgraph=True)):
-        qkv = problem.qkv.clone().requires_grad_()
-        function(qkv).sum().backward()
-        results.append(qkv.grad)
-    assert torch.equal(*results)
-
-
-@interpreted
 def test_no_bias_gradient_and_odd_strides() -> None:
     """A frozen bias gets no gradient; a cotangent that is expanded or permuted is read all the same."""
     problem = Problem(*CASES["tiny"], torch.float32, heads=1)
@@ -559,11 +501,11 @@ SMALL = AttentionIndex(4, 4, 4, 16, torch.arange(16)[None], None, ((torch.arange
 
 
 @interpreted
-@pytest.mark.parametrize("family", launch.CONFIGS)
+@pytest.mark.parametrize("family", ["ampere", "blackwell"])
 def test_a_frozen_bias_changes_no_other_gradient(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels then loop over all keys, whatever registers hold; the last tile may be smaller."""
     monkeypatch.setattr(launch, "device_family", lambda device: family)
-    problem = Problem(*CASES["shipped window"], torch.float16, heads=1)
+    problem = Problem(*CASES["small window"], torch.float16, heads=1)
     gradients = []
     for trained in (True, False):
         qkv, bias = problem.qkv.clone().requires_grad_(), problem.bias.clone().requires_grad_(trained)
@@ -769,52 +711,3 @@ def test_blocks_of_large_maps(case: str, monkeypatch: pytest.MonkeyPatch) -> Non
 @compiled
 def test_inference_builds_no_blocks() -> None:
     assert tables.build_tables(BLOCKS["large map"][0][0], trains=False).blocks is None
-
-
-TARGETS = [
-    *(("cuda", capability, 32) for capability in (80, 89, 90, 100, 120)),
-    *(("hip", name, 64) for name in ("gfx90a", "gfx942", "gfx950")),
-    ("hip", "gfx1100", 32),
-]
-POINTERS = {"columns_ptr": "*i32", "visible_ptr": "*i1", "d_prepared_ptr": "*fp32"}
-
-
-@compiled
-@pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target[0]}-{target[1]}")
-@pytest.mark.parametrize(
-    ("kernel", "constants"),
-    [
-        ("prepare_kernel", {"BLOCK_Q": 32, "BLOCK_K": 32, "visible_ptr": None, "transposed_ptr": None}),
-        ("prepare_kernel", {"BLOCK_Q": 32, "BLOCK_K": 32}),
-        ("gradient_kernel", {"SUMMANDS": 1, "BLOCK": 1024}),
-        ("gradient_kernel", {"SUMMANDS": 32, "BLOCK": 32}),
-    ],
-)
-def test_bias_kernels_compile_without_spills(
-    kernel: str, constants: dict[str, Any], target: tuple[str, Any, int], tmp_path: Path
-) -> None:
-    """For every kind of GPU, with a network in float32; no size makes a kernel of its own."""
-    triton = pytest.importorskip("triton", minversion="3.3")  # earlier, ASTSource took other arguments
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    function = getattr(bias_kernels, kernel)
-    free = [p for p in function.params if not p.is_constexpr and not p.do_not_specialize]
-    assert all(p.name.endswith(("_ptr", "factor", "limit")) for p in free)
-    types = {"out_ptr": "*bf16", "transposed_ptr": "*bf16", "factor": "fp32", "limit": "fp32"} | POINTERS
-    types |= dict.fromkeys(constants, "constexpr")
-    signature = {
-        name: types.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in function.arg_names
-    }
-    constant_at = {(function.arg_names.index(name),): value for name, value in constants.items()}
-    built = triton.compile(ASTSource(function, signature, constexprs=constant_at), target=GPUTarget(*target))
-    if target[0] == "hip":
-        assert re.search(r"vgpr_spill_count:\s*0\b", built.asm["amdgcn"])
-        return
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    if tool.exists():
-        binary = tmp_path / "kernel.cubin"
-        binary.write_bytes(built.asm["cubin"])
-        command = [tool, "--dump-resource-usage", binary]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        assert "STACK:0" in usage and "LOCAL:0" in usage

@@ -133,6 +133,18 @@ def test_numpy_scalars_of_both_releases(module: bytes, tmp_path: Path) -> None:
     assert read_checkpoint(tmp_path / "w.pth") == {"metric": 2.5}
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_other_pickle_protocols(protocol: int, tmp_path: Path) -> None:
+    """PyTorch reads the last two only by executing what they hold, so they are refused."""
+    torch.save({"w": torch.ones(2)}, tmp_path / "w.pth", pickle_protocol=protocol)
+    if protocol < 4:
+        assert torch.equal(read_checkpoint(tmp_path / "w.pth")["w"], torch.ones(2))
+    else:
+        with pytest.raises(ValueError, match=r"w\.pth: .* other than 2 .*save\(\.\.\., pickle_protocol=2\)"):
+            read_checkpoint(tmp_path / "w.pth")
+
+
 def test_the_list_of_harmless_objects_is_open_while_reading_only(tmp_path: Path) -> None:
     before = set(torch.serialization.get_safe_globals())
     read_checkpoint(saved({"args": Namespace(a=1)}, tmp_path))
