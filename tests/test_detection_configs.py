@@ -208,7 +208,7 @@ def dataset_of(loader: ConfigDict, root: Path, change: Callable[[str, Any], Any]
     return DATASETS.build(told)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if "tiny" in name or "large" in name])
 def test_trains_and_detects(name: str, scenes: Path) -> None:
     """A step of training reaches every parameter with its weight decay, and changes it; then a detection."""
     torch.manual_seed(0)

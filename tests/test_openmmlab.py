@@ -247,10 +247,6 @@ def test_options_that_cannot_be_followed(options: dict[str, Any], message: str) 
         build(**options)
 
 
-def test_the_adapter_is_thin() -> None:
-    assert len((REPO / "openmmlab/focal_backbone.py").read_text().splitlines()) <= 110
-
-
 # --- The front ----------------------------------------------------------------------------------------------
 
 OPTIM = "optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.1))\n"

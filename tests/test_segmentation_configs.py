@@ -191,7 +191,7 @@ def segmented(model: torch.nn.Module, config: Config, scenes: Path) -> Any:
     return model.eval().test_step(data)[0]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if "tiny" in name or name == LARGE])
 def test_trains_and_segments(name: str, scenes: Path) -> None:
     """A step of training reaches every parameter, with its weight decay; then an inference."""
     torch.manual_seed(0)

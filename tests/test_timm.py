@@ -113,14 +113,6 @@ def test_every_parameter_learns_and_checkpointing_changes_nothing(name) -> None:
     torch.testing.assert_close(*gradients)
 
 
-@every_family
-def test_other_precision_after_a_forward(name) -> None:
-    model = create(name).eval()
-    with torch.no_grad():
-        model(image(64, 64))
-        assert model.to(torch.bfloat16)(image(64, 64).bfloat16()).dtype == torch.bfloat16
-
-
 # --- Classifier ---------------------------------------------------------------------------------------------
 
 
