@@ -163,8 +163,7 @@ test: $(SETUP) $(SETUP_OPENMMLAB)
 # what an edit of the network, the options or the data is likely to break, in two minutes
 FAST_TESTS = models ops config optimizer data checkpoint golden main
 test-fast: $(SETUP)
-	$(PYTEST) $(FAST_TESTS:%=tests/test_%.py) \
-		-k 'not _small_ and not _base_ and not compiled_model_trains'
+	$(PYTEST) $(FAST_TESTS:%=tests/test_%.py) -k 'not _small_ and not _base_'
 
 gpu-report: $(SETUP)
 	$(RUN) -m tools.benchmarks.gpu_report --minutes $(GPU_MINUTES)

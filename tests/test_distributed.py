@@ -162,8 +162,9 @@ def test_a_signal_to_one_of_two_ranks_stops_both_at_the_same_step(
     assert metrics_of(tmp_path / "one", "train")[-1]["step"] + 1 == 48 // 8 + (130 - 48) // 8
 
 
-def test_two_ranks_train_and_evaluate_a_compiled_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_compiled_model_trains_and_evaluates(ranks: int, tmp_path: Path) -> None:
     words = command(tmp_path, tmp_path, [*OPTS, *ONE_BLOCK], "--debug", "--compile")
-    done = torchrun(2, str(REPO / "main.py"), *words)
+    done = torchrun(ranks, str(REPO / "main.py"), *words)
     assert done.returncode == 0, done.stderr
     assert "step 2/2  loss" in done.stdout

@@ -245,8 +245,16 @@ def test_debug_runs_two_steps_and_counts(
     assert folder_of(tmp_path / "elsewhere").is_dir()
 
 
-def test_a_compiled_model_trains(few_images: Path, nano_opts: list[object], tmp_path: Path) -> None:
-    """One epoch of one step, and its evaluation."""
+def test_a_compiled_model_trains(
+    few_images: Path, nano_opts: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One epoch of one step, and its evaluation; test_distributed.py runs the default backend of compile."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda self, **options: compile_module(self, backend="aot_eager", **options),
+    )
     opts = [*nano_opts, *PLAIN, *ONE_BLOCK, "TRAIN.EPOCHS", 1]
     for name, flags in (("compiled", ["--compile"]), ("plain", [])):
         words = command(few_images, tmp_path / name, opts, *flags, "--batch-size", "130")

@@ -222,6 +222,19 @@ def test_as_exact_as_definition(
     assert all(mine <= 2 * theirs for mine, theirs in zip(errors, allowed, strict=True)), (errors, allowed)
 
 
+@interpreted
+@pytest.mark.parametrize(("case", "dtype"), [("shipped window", torch.float16), ("tiny", torch.float32)])
+def test_one_key_outweighs_all_others(case: str, dtype: torch.dtype) -> None:
+    """In any tile: beyond the range of the exponential, unless the largest score is subtracted."""
+    problem = Problem(*CASES[case], dtype, heads=1)
+    query = torch.arange(problem.index.window**2)
+    problem.bias[:, :, query, query * 4 % problem.bias.shape[3]] += 300
+    found, expected = problem.run(attention.attend), problem.run(definition.attend, torch.float64)
+    assert all(x.isfinite().all() for x in found)
+    for x, y in ((found[0], expected[0]), (found[3], expected[3])):  # the other gradients are almost zero
+        assert (x.double() - y).norm() <= (1e-3 if dtype == torch.float16 else 1e-5) * y.norm()
+
+
 @triton.jit
 def fused_weight(score, row, scale, dtype: tl.constexpr):
     """`kernels._weight` in half precision, as hardware computes it."""
