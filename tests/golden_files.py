@@ -5,6 +5,7 @@ seeded with the CRC-32 of a text.
 """
 
 import json
+import os
 import zlib
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from models import FocalTransformer
 FOLDER = Path(__file__).parent / "golden"
 FILES = sorted(FOLDER.glob("*.npz"))
 SMALL = [file for file in FILES if file.stem.startswith(("v1_", "v2_"))]
+ALL = os.environ.get("ALL_GOLDENS") == "1"
+"""Every file with every operator and type of numbers; takes an hour, and in Triton's interpreter hours."""
 
 
 def normal(key: str, shape: tuple[int, ...]) -> np.ndarray:

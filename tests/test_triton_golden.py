@@ -1,12 +1,14 @@
 """The fused kernels in whole models, against what the original answered.
 
 On a GPU with all files. Elsewhere this file, as test_triton.py, runs itself again with TRITON_INTERPRET=1,
-for a few small models.
+for a few small models, or hours for all of them:
+
+    ALL_GOLDENS=1 TRITON_INTERPRET=1 python -m pytest tests/test_triton_golden.py
 """
 
 import pytest
 import torch
-from golden_files import FILES, Golden, relative
+from golden_files import ALL, FILES, Golden, relative
 from test_triton import INTERPRETED, compiled, run_in_interpreter
 
 HAS_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
@@ -24,14 +26,14 @@ def test_in_interpreter() -> None:
 
 
 @kernels_run
-@pytest.mark.parametrize("path", FEW if INTERPRETED else FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FEW if INTERPRETED and not ALL else FILES, ids=lambda path: path.stem)
 def test_same_results_as_the_original(path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits and gradients in float32; in the interpreter some models answer one image, without gradients."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     golden, device = Golden(path), "cpu" if INTERPRETED else "cuda"
     model = golden.build(attention_backend="triton").float().train().to(device)
     images, expected = golden.input().float().to(device), torch.from_numpy(golden.data["logits"])
-    if INTERPRETED and path.stem not in FEW_GRADIENTS:
+    if INTERPRETED and not ALL and path.stem not in FEW_GRADIENTS:
         with torch.no_grad():
             assert relative(model(images[:1]).cpu(), expected[:1]) < 5e-6
         return
