@@ -31,7 +31,9 @@ from models import count_params_and_macs
 
 DOCS = [REPO / "README.md", *sorted(REPO.glob("*/get_started.md"))]
 PAGES = [*DOCS, REPO / "figures" / "README.md"]
-PAGES += [REPO / name for name in ("MODEL_ZOO.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+PAGES += [
+    REPO / name for name in ("MODEL_ZOO.md", "CONTRIBUTING.md", "CHANGELOG.md", "tools/results/README.md")
+]
 FEW_SCENES = {  # over a config of detection/ or segmentation/, so that an epoch takes a second
     "train_cfg.val_interval": 1000,  # after the last epoch alone
     "train_dataloader.dataset.indices": 2,
