@@ -6,9 +6,12 @@ sets, pipelines, samplers, loops, schedules, evaluators and hooks are those of t
 
 import json
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import REPO
 
 pytest.importorskip("mmdet", reason="needs OpenMMLab's packages: make setup-openmmlab")
 
@@ -20,8 +23,10 @@ from openmmlab_configs import edit
 from openmmlab_runs import ONE_PROCESS, in_scope, scalars
 from test_detection import evaluated
 from test_detection_configs import CONFIGS, METHODS, NAMES, shrunken, small_scale
+from test_docs import blocks
 
 from data.demo import DemoOptions, write_demo
+from models import FocalTransformer
 from openmmlab import runner
 
 FEW = ONE_PROCESS | {"train_cfg.max_epochs": 1, "default_hooks.logger.interval": 1}  # one step of training
@@ -61,9 +66,11 @@ def in_folder(coco: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def small_config(method: str) -> Config:
     """The method's config, that of the longest schedule, for small images and with few channels."""
-    config = runner.read_config(
-        str(CONFIGS / next(f"{n}.py" for n in reversed(NAMES) if n.startswith(method)))
-    )
+    return small(str(CONFIGS / next(f"{n}.py" for n in reversed(NAMES) if n.startswith(method))))
+
+
+def small(path: str) -> Config:
+    config = runner.read_config(path)
     config.model = edit(shrunken(config), lambda key, value: 80 if key == "num_classes" else value)
     for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
         loader.dataset = edit(loader.dataset, small_scale)
@@ -85,6 +92,21 @@ def test_a_method_trains_and_evaluates(method: str, tmp_path: Path) -> None:
     found = evaluated(scalars(tmp_path))
     assert found == evaluated(lines)
     assert [f"coco/{kind}_mAP" in found for kind in ("bbox", "segm")] == [True, masks]
+
+
+def test_the_pages_backbone_trains(coco: Path, tmp_path: Path) -> None:
+    """The config that get_started.md prints, over mmdet's own, with a classifier's weights."""
+    (own,) = (b for b in blocks(REPO / "detection/get_started.md", "python") if "with_cp" in b.text)
+    names: dict[str, str] = {}
+    exec(own.text, names)
+    (tmp_path / "own.py").write_text(names["config"].replace("focal_tiny.pth", f"{tmp_path}/focal.pth"))
+    config = small(str(tmp_path / "own.py"))
+    options = {k: v for k, v in config.model.backbone.items() if k in signature(FocalTransformer).parameters}
+    torch.save({"model": FocalTransformer(**options).state_dict()}, tmp_path / "focal.pth")
+    config.dump(tmp_path / "small.py")
+    few = ["--cfg-options", *(f"{key}={value}" for key, value in FEW.items())]
+    assert runner.train([str(tmp_path / "small.py"), "--work-dir", str(tmp_path), *few]) == 0
+    assert [line["step"] for line in scalars(tmp_path) if "loss" in line] == [1]
 
 
 @pytest.mark.parametrize("method", METHODS)

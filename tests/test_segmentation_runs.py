@@ -159,6 +159,18 @@ def test_other_families_train_and_evaluate(config: str, tmp_path: Path) -> None:
     assert report["mIoU"] == next(line["mIoU"] for line in scalars(tmp_path) if "mIoU" in line)
 
 
+def test_the_pages_backbone_trains(tmp_path: Path) -> None:
+    """The config that the page prints, over mmseg's own, with a classifier's weights."""
+    (own,) = (b for b in blocks(PAGE, "python") if "with_cp" in b.text)
+    names: dict[str, str] = {}
+    exec(own.text, names)
+    (tmp_path / "own.py").write_text(names["config"])
+    options = {"model.backbone.drop_path_rate": 0.0, "train_dataloader.batch_size": 2}
+    words = ["--cfg-options", *(f"{key}={value}" for key, value in options.items())]
+    assert run("train", [str(tmp_path / "own.py"), "--work-dir", str(tmp_path), *words], 1) == 0
+    check_run(tmp_path, 1)
+
+
 def test_what_is_true_gets_full_marks() -> None:
     """The config's evaluator, given what the config's own test set says is there; and given another class."""
     config = runner.read_config(CONV)

@@ -6,6 +6,9 @@ millions, FLOPs in G. Nothing of it was reproduced here, and the README does not
 
 Backbones start from fresh weights unless a classifier's are named, which the reported figures need:
 `--pretrained FILE`, or `init_cfg=dict(type="Pretrained", checkpoint=FILE)` of the backbone.
+
+Unlike in Swin's configs no norm decays, also where a head does not call it `norm` (but `bn`, `gn`). Theirs:
+`optim_wrapper=dict(paramwise_cfg=dict(norm_decay_mult=None, custom_keys=dict(norm=dict(decay_mult=0.0))))`.
 """
 
 _base_ = "../../../openmmlab/configs/recipe.py"

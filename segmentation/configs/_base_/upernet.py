@@ -7,6 +7,9 @@ recipe; stochastic depth of 0.3 in every size is that of MMSegmentation's Swin c
 
 Backbones start from fresh weights unless `--pretrained FILE` names a classifier's, which the reported figures
 need.
+
+Unlike in Swin's configs no norm decays, also those of the heads, which are called `bn`. Theirs:
+`optim_wrapper=dict(paramwise_cfg=dict(norm_decay_mult=None, custom_keys=dict(norm=dict(decay_mult=0.0))))`.
 """
 
 _base_ = [
