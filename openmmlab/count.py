@@ -7,9 +7,7 @@ operators are counted as they are called, with attention as plain matrix product
 """
 
 import argparse
-import os
 import platform
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -18,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from openmmlab.runner import read_config
+from openmmlab.runner import read_config, run_command
 
 if TYPE_CHECKING:
     from mmengine.config import Config, ConfigDict
@@ -118,16 +116,13 @@ def main(task: Task, description: str, argv: Sequence[str] | None = None) -> int
     )
     parser.add_argument("--out", type=Path, help="Markdown file to write instead of printing")
     args = parser.parse_args(argv)
-    try:
+
+    def print_table() -> None:
         text = table(task, args.configs or sorted(task.configs.glob(task.pattern)))
         text = f"{text}\n{versions(task.package)}\n"
         if args.out:
             args.out.write_text(text, encoding="utf-8")
         else:
             print(text)
-    except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("FOCAL_TRACEBACK"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_command(print_table)

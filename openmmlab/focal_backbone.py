@@ -1,10 +1,9 @@
-"""The one FocalTransformer as a backbone of MMDetection and MMSegmentation.
-
-It adds what their configs expect of a backbone: chosen stages, each with a LayerNorm of its own (norm0,
-norm1, ...), frozen stages, and weights of a classifier.
+"""The one FocalTransformer as a backbone of MMDetection and MMSegmentation: chosen stages, each with a
+LayerNorm of its own (norm0, norm1, ...), frozen stages, and weights of a classifier.
 """
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 from mmengine.logging import print_log
@@ -12,11 +11,8 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from models import FocalTransformer, load_checkpoint
+from utils import UserError, user_input
 
-REFUSED = {
-    "num_classes": "a backbone has no classifier; leave it out",
-    "use_checkpoint": "it is called with_cp here",
-}
 PRETRAINED = ({"type", "checkpoint"}, "Pretrained")  # the one init_cfg: its keys, its type
 
 
@@ -33,7 +29,7 @@ class FocalBackbone(FocalTransformer):
         options: those of `models.FocalTransformer`; `img_size` is that of the checkpoint, not of images.
 
     Raises:
-        ValueError: options that contradict each other, or would do nothing.
+        UserError: options that are unknown, contradict each other, or would do nothing.
     """
 
     def __init__(
@@ -45,18 +41,23 @@ class FocalBackbone(FocalTransformer):
         init_cfg: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        for name in REFUSED.keys() & options.keys():
-            raise ValueError(f"FocalBackbone takes no {name}: {REFUSED[name]}")
+        known = signature(FocalTransformer).parameters.keys() - {"num_classes", "use_checkpoint"}
+        if unknown := ", ".join(sorted(options.keys() - known)):
+            raise UserError(
+                f"FocalBackbone takes no {unknown}. Is it left from a base config's backbone (ResNet, Swin)? "
+                "Then write backbone=dict(_delete_=True, ...)"
+            )
         if norm_eval:
-            raise ValueError("norm_eval=True would do nothing: no norm here keeps statistics; leave it out")
+            raise UserError("norm_eval=True would do nothing: no norm here keeps statistics; leave it out")
         if init_cfg is not None and ({*init_cfg}, init_cfg.get("type")) != PRETRAINED:
-            raise ValueError(f"expected init_cfg=dict(type='Pretrained', checkpoint=FILE), got {init_cfg}")
-        super().__init__(num_classes=0, use_checkpoint=with_cp, **options)
+            raise UserError(f"expected init_cfg=dict(type='Pretrained', checkpoint=FILE), got {init_cfg}")
+        with user_input("FocalBackbone"):
+            super().__init__(num_classes=0, use_checkpoint=with_cp, **options)
         stages = len(self.layers)
         if not out_indices or sorted({*out_indices} & {*range(stages)}) != list(out_indices):
-            raise ValueError(f"out_indices must ascend within 0 to {stages - 1}, got {list(out_indices)}")
+            raise UserError(f"out_indices must ascend within 0 to {stages - 1}, got {list(out_indices)}")
         if not -1 <= frozen_stages <= out_indices[-1] + 1:
-            raise ValueError(f"frozen_stages must be -1 to {out_indices[-1] + 1}, got {frozen_stages}")
+            raise UserError(f"frozen_stages must be -1 to {out_indices[-1] + 1}, got {frozen_stages}")
         self.options, self.init_cfg = options, init_cfg
         self.out_indices, self.frozen_stages = tuple(out_indices), frozen_stages
         self.prune_intermediate_layers(out_indices, prune_norm=True)
@@ -71,13 +72,13 @@ class FocalBackbone(FocalTransformer):
         """Load the classifier that `init_cfg` names, all of its stages, resized to the windows here.
 
         Raises:
-            FileNotFoundError: no such file.
-            ValueError: a file that does not fit, with the keys that differ.
+            UserError: no such file, or one that does not fit, with the keys that differ.
         """
         if self.init_cfg is None:
             return
         classifier = FocalTransformer(num_classes=0, **self.options)
-        report = load_checkpoint(classifier, self.init_cfg["checkpoint"], reset_head=True, resize=True)
+        with user_input("init_cfg"):
+            report = load_checkpoint(classifier, self.init_cfg["checkpoint"], reset_head=True, resize=True)
         loaded, own = classifier.state_dict(), self.state_dict()
         self.load_state_dict({key: value for key, value in loaded.items() if key in own}, strict=False)
         dropped = ", ".join([*report.reset, *report.dropped, *sorted(loaded.keys() - own.keys())])

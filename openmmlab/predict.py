@@ -1,8 +1,6 @@
 """What the commands that draw predictions share: arguments, loading a model, names of the pictures."""
 
 import argparse
-import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from openmmlab.runner import import_mmengine, need_file, read_config, refusing
+from openmmlab.runner import import_mmengine, need_file, read_config, refusing, run_command
+from utils import UserError
 
 if TYPE_CHECKING:
     from mmengine.model import BaseModel
@@ -41,17 +40,24 @@ def load_model(config_file: str, checkpoint: str, device: str | None) -> "BaseMo
     """A config's model with all weights of a checkpoint, ready for mmdet's and mmseg's inference functions.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a checkpoint that does not fit.
+        UserError: no such file, or a checkpoint that does not fit.
     """
     mmengine = import_mmengine()
     config = read_config(config_file)
     need_file(checkpoint, "checkpoint")
     mmengine.registry.init_default_scope(config.default_scope)
-    model = mmengine.registry.MODELS.build(config.model)
+    from openmmlab.check_config import explained
+    from openmmlab.check_data import check_data_sets, check_model, check_trained_classes
+
+    with explained(config):
+        model = mmengine.registry.MODELS.build(config.model)
     with refusing(checkpoint):
         content = mmengine.runner.load_checkpoint(model, checkpoint, map_location="cpu", strict=True)
-        model.cfg, model.dataset_meta = config, content["meta"]["dataset_meta"]
+    if "dataset_meta" not in content.get("meta", {}):
+        raise UserError(f"{checkpoint} does not say its classes: expected a checkpoint that training wrote")
+    model.cfg, model.dataset_meta = config, content["meta"]["dataset_meta"]
+    check_model(model, model.dataset_meta["classes"])
+    check_trained_classes(checkpoint, content, check_data_sets(config, splits=()))
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 
@@ -59,12 +65,12 @@ def picture_paths(images: Sequence[str], folder: str) -> list[Path]:
     """Where the pictures go: PNG files of the images' names.
 
     Raises:
-        ValueError: two images have the same name.
+        UserError: two images have the same name.
     """
     paths = [Path(folder) / f"{Path(image).stem}.png" for image in images]
     twice = sorted({path.name for path in paths if paths.count(path) > 1})
     if twice:
-        raise ValueError(f"several images would become {', '.join(twice)}: give them to separate commands")
+        raise UserError(f"several images would become {', '.join(twice)}: give them to separate commands")
     return paths
 
 
@@ -72,22 +78,22 @@ def read_image(path: str) -> np.ndarray:
     """An image file as [H, W, 3] in BGR, enlarged where its longer side is short of READABLE.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not an image.
+        UserError: no such file, or not an image.
     """
     import mmcv
 
     need_file(path, "image")
     image = mmcv.imread(path)
     if image is None:
-        raise ValueError(f"{path}: not an image that opencv can read")
+        raise UserError(f"{path}: not an image that opencv can read")
     factor = READABLE / max(image.shape[:2])
     return mmcv.imrescale(image, factor, interpolation="bicubic") if factor > 1 else image
 
 
 def run(draw: Draw, args: argparse.Namespace) -> int:
     """Draw what a model finds in each image, and tell where; 2 for what the user can correct."""
-    try:
+
+    def draw_all() -> None:
         paths = picture_paths(args.images, args.out)
         model = load_model(args.config, args.checkpoint, args.device)
         import mmcv
@@ -96,9 +102,5 @@ def run(draw: Draw, args: argparse.Namespace) -> int:
             picture, text = draw(model, read_image(image), args.threshold)
             mmcv.imwrite(picture, str(path))
             print(f"{path}: {text}")
-    except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("FOCAL_TRACEBACK"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_command(draw_all)

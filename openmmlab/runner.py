@@ -2,7 +2,8 @@
 
 One process, torchrun or Slurm; on CPUs processes talk through gloo. Differences from the tools that mmdet and
 mmseg ship: torchrun is noticed without being told, a checkpoint that lacks weights is refused in testing,
-and what the user can correct is told in one line (the variable FOCAL_TRACEBACK shows where it came from).
+and what the user can correct is looked for first (check_config.py, check_data.py) and told in one line; the
+variable FOCAL_TRACEBACK shows where it came from.
 """
 
 import argparse
@@ -18,10 +19,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from torch import distributed
+from torch import distributed, nn
 
 from models import FocalTransformer, agree_on_backends
+from utils import UserError, user_input
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -72,14 +75,16 @@ def parse_test(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def _parser(description: str) -> argparse.ArgumentParser:
     """What both commands take."""
-    action = import_mmengine().config.DictAction
+    import_mmengine()
+    from openmmlab.check_config import Options
+
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("config", help="config file")
     parser.add_argument(
         "--work-dir", metavar="DIR", help="where logs and checkpoints go (work_dirs/<config>)"
     )
     parser.add_argument(
-        "--cfg-options", nargs="+", action=action, metavar="KEY=VALUE", help="over the config's values"
+        "--cfg-options", nargs="+", action=Options, metavar="KEY=VALUE", help="over the config's values"
     )
     parser.add_argument(
         "--launcher", choices=LAUNCHERS, help="what started the processes (torchrun is noticed)"
@@ -92,17 +97,19 @@ def import_mmengine() -> ModuleType:
     """mmengine with the parts used here, and the operators that mmcv may lack.
 
     Raises:
-        ImportError: what to run, where OpenMMLab's packages are missing.
+        UserError: what to run, where OpenMMLab's packages are missing.
     """
     try:
         import mmengine.config
         import mmengine.registry
         import mmengine.runner
     except ImportError as error:
-        raise ImportError(f"OpenMMLab's packages are not installed ({error}): {INSTALL}") from error
+        raise UserError(f"OpenMMLab's packages are not installed ({error}): {INSTALL}") from error
     from openmmlab import ops_bridge
 
     ops_bridge.install()
+    numbers = {type(np.dtype(code)) for code in "?" + np.typecodes["AllInteger"] + np.typecodes["Float"]}
+    torch.serialization.add_safe_globals([*numbers])  # of the logged values in checkpoints
     return mmengine
 
 
@@ -110,15 +117,23 @@ def read_config(path: str) -> "Config":
     """A config file, with what it inherits; imports what it asks for.
 
     Raises:
-        FileNotFoundError: no such file.
-        ImportError: a package that the config imports is not installed.
+        UserError: no such file, it is no Python, or a package that it imports is not installed.
     """
-    return import_mmengine().config.Config.fromfile(need_file(path, "config"))
+    mmengine = import_mmengine()
+    need_file(path, "config")
+    try:
+        with user_input():
+            return mmengine.config.Config.fromfile(path)
+    except SyntaxError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def _common_config(args: argparse.Namespace) -> "Config":
     """The config with what the command line says about both training and testing."""
     config = read_config(args.config)
+    from openmmlab.check_config import check_options
+
+    check_options(config, args.cfg_options or {})
     config.merge_from_dict(args.cfg_options or {})
     config.work_dir = args.work_dir or config.get("work_dir") or f"work_dirs/{Path(args.config).stem}"
     config.launcher = args.launcher or ("pytorch" if distributed.is_torchelastic_launched() else "none")
@@ -147,7 +162,7 @@ def training_config(args: argparse.Namespace) -> "Config":
     """The config of a training run.
 
     Raises:
-        ValueError: options that this machine or the config cannot follow.
+        UserError: options that this machine or the config cannot follow.
     """
     config = _common_config(args)
     wrapper = config.optim_wrapper
@@ -159,17 +174,19 @@ def training_config(args: argparse.Namespace) -> "Config":
         }
         config.optim_wrapper.type = "OptimWrapper"
     if config.optim_wrapper.type == "AmpOptimWrapper" and not torch.cuda.is_available():
-        raise ValueError(NO_GPU_AMP)
+        raise UserError(NO_GPU_AMP)
     if args.auto_scale_lr:
         if "base_batch_size" not in config.get("auto_scale_lr", {}):
-            raise ValueError(f"--auto-scale-lr: {args.config} does not say auto_scale_lr.base_batch_size")
+            raise UserError(f"--auto-scale-lr: {args.config} does not say auto_scale_lr.base_batch_size")
         config.auto_scale_lr.enable = True
     if args.pretrained:
         file = need_file(args.pretrained, "classifier's checkpoint")
         config.model.backbone.init_cfg = {"type": "Pretrained", "checkpoint": file}
     if args.resume is not None:
         config.resume = True
-        config.load_from = None if args.resume == "auto" else need_file(args.resume, "checkpoint")
+        config.load_from = None if args.resume == "auto" else args.resume
+    if config.get("load_from") and "://" not in config.load_from:
+        need_file(config.load_from, "checkpoint")
     return config
 
 
@@ -177,14 +194,14 @@ def testing_config(args: argparse.Namespace) -> "Config":
     """The config of an evaluation.
 
     Raises:
-        ValueError: --tta and a config that does not describe it.
+        UserError: --tta and a config that does not describe it.
     """
     config = _common_config(args)
     need_file(args.checkpoint, "checkpoint")
     config.load_from, config.resume = None, False
     if args.tta:
         if "tta_model" not in config or "tta_pipeline" not in config:
-            raise ValueError(
+            raise UserError(
                 f"--tta: {args.config} has no tta_model and tta_pipeline; leave it out, or add them "
                 "(MMDetection merges boxes only, no masks)"
             )
@@ -199,7 +216,7 @@ def testing_config(args: argparse.Namespace) -> "Config":
 
 def need_file(path: str, kind: str) -> str:
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: expected a file with the {kind}, and there is none; check the path")
+        raise UserError(f"{path}: expected a file with the {kind}, and there is none; check the path")
     return path
 
 
@@ -207,45 +224,53 @@ def build_runner(config: "Config") -> "Runner":
     """The Runner of a config; on CPUs it finds the process group made already."""
     if config.launcher != "none" and not torch.cuda.is_available() and not distributed.is_initialized():
         if config.launcher == "slurm":
-            raise ValueError("Slurm without GPUs: start the processes with torchrun instead")
+            raise UserError("Slurm without GPUs: start the processes with torchrun instead")
         distributed.init_process_group("gloo")
     if "visualizer" in config:  # of one name there is one per process, which keeps to the first run's folder
         config.visualizer.name = f"visualizer-{time.time_ns()}"
     return import_mmengine().runner.Runner.from_cfg(config)
 
 
+def unwrapped(runner: "Runner") -> nn.Module:
+    """The detector or segmenter itself, without the wrapper for several processes and that of --tta."""
+    model = getattr(runner.model, "module", runner.model)
+    return getattr(model, "module", model)
+
+
 def agree_on_attention(runner: "Runner", dtype: torch.dtype) -> None:
     """Let the backbones of all processes use the same attention operators, and log which."""
-    model = getattr(runner.model, "module", runner.model)  # of a wrapper for several processes, or of --tta
-    backbone = getattr(getattr(model, "module", model), "backbone", None)
+    backbone = getattr(unwrapped(runner), "backbone", None)
     if isinstance(backbone, FocalTransformer):
         runner.logger.info(f"attention: {' and '.join(dict.fromkeys(agree_on_backends(backbone, dtype)))}")
 
 
-def load_all_weights(runner: "Runner", checkpoint: str) -> None:
+def load_all_weights(runner: "Runner", checkpoint: str, classes: Sequence[str] | None) -> None:
     """Load a checkpoint that has every weight of the runner's model, and no other.
 
     Raises:
-        ValueError: it has not, or is none.
+        UserError: it has not, is none, or was trained for other classes.
     """
     with refusing(checkpoint):
-        runner.load_checkpoint(checkpoint, strict=True)
+        content = runner.load_checkpoint(checkpoint, strict=True)
+    from openmmlab.check_data import check_trained_classes
+
+    check_trained_classes(checkpoint, content, classes)
 
 
 @contextmanager
 def refusing(checkpoint: str) -> Iterator[None]:
-    """What loading a checkpoint raises, as a ValueError that names the file."""
+    """What loading a checkpoint raises, as a UserError that names the file."""
     try:
         yield
     except (RuntimeError, EOFError, LookupError, TypeError, AttributeError, *DAMAGED) as error:
-        raise ValueError(f"{checkpoint} does not fit the config's model, or is damaged: {error}") from error
+        raise UserError(f"{checkpoint} does not fit the config's model, or is damaged: {error}") from error
 
 
-def _run(action: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None) -> int:
+def run_command(action: Callable[[], None]) -> int:
     """Run a command; 2 for what the user can correct, told in one message."""
     try:
-        action(argv)
-    except (ValueError, OSError, ImportError) as error:
+        action()
+    except (UserError, OSError) as error:
         if os.environ.get("FOCAL_TRACEBACK"):
             raise
         # Mistakes on the command line meet all processes alike, later ones perhaps one alone.
@@ -259,31 +284,60 @@ def _run(action: Callable[[Sequence[str] | None], None], argv: Sequence[str] | N
     return 0
 
 
+def _build(config: "Config", splits: Sequence[str]) -> tuple["Runner", tuple[str, ...] | None]:
+    """The Runner of a config whose model and data sets fit each other, and the names of the classes.
+
+    Raises:
+        UserError: they do not, see check_data.py.
+    """
+    from openmmlab import check_data
+
+    classes = check_data.check_data_sets(config, splits)
+    runner = build_runner(config)
+    model = unwrapped(runner)
+    check_data.check_model(model, classes)
+    if config.get("default_scope") == "mmdet":
+        check_data.check_coco_when_read(config, model)
+    for split in splits:
+        loop = getattr(runner, f"{split}_loop")  # reads the data set
+        if split == "train" and config.get("default_scope") == "mmseg":
+            check_data.check_class_weights(model, loop.dataloader.dataset)
+    return runner, classes
+
+
 def _train(argv: Sequence[str] | None) -> None:
     config = training_config(parse_train(argv))
-    runner = build_runner(config)
-    if not (config.model.backbone.get("init_cfg") or config.get("load_from") or config.get("resume")):
-        runner.logger.warning("the backbone starts from random weights: --pretrained names a classifier's")
-    wrapper = config.optim_wrapper
-    mixed = wrapper.type == "AmpOptimWrapper"
-    agree_on_attention(runner, getattr(torch, wrapper.get("dtype") or "float16") if mixed else torch.float32)
-    runner.train()
+    from openmmlab.check_config import explained
+    from openmmlab.loaded_weights import LoadedWeights
+
+    with explained(config):
+        runner, _ = _build(config, ("train", "val"))
+        runner.register_hook(LoadedWeights())
+        wrapper = config.optim_wrapper
+        mixed = wrapper.type == "AmpOptimWrapper"
+        dtype = getattr(torch, wrapper.get("dtype") or "float16") if mixed else torch.float32
+        agree_on_attention(runner, dtype)
+        runner.train()
 
 
 def _test(argv: Sequence[str] | None) -> None:
     args = parse_test(argv)
-    runner = build_runner(testing_config(args))
-    load_all_weights(runner, args.checkpoint)
-    with torch.no_grad():
-        agree_on_attention(runner, torch.float32)
-    runner.test()
+    config = testing_config(args)
+    from openmmlab.check_config import explained
+
+    with explained(config):
+        runner, classes = _build(config, ("test",))
+        load_all_weights(runner, args.checkpoint, classes)
+        with torch.no_grad():
+            agree_on_attention(runner, torch.float32)
+        runner.test()
 
 
 def train(argv: Sequence[str] | None = None) -> int:
     """The training command; the process's exit status."""
-    return _run(_train, argv)
+    return run_command(lambda: _train(argv))
 
 
 def test(argv: Sequence[str] | None = None) -> int:
     """The evaluation command; the process's exit status."""
-    return _run(_test, argv)
+    return run_command(lambda: _test(argv))

@@ -36,8 +36,8 @@ MODEL_LEVELS = {  # a module of models/ imports only modules of lower levels
 MODEL_NEEDS = {"numpy", "torch", "timm"}
 OPTIONAL_HOMES = {  # package -> the files that may import it
     "triton": ("models/ops/triton/*", "tools/benchmarks/*"),
-    "mmdet": ("detection/*", "tools/benchmarks/detector.py"),
-    "mmseg": ("segmentation/*",),
+    "mmdet": ("detection/*", "openmmlab/check_data.py", "tools/benchmarks/detector.py"),
+    "mmseg": ("segmentation/*", "openmmlab/check_data.py"),
     "mmcv": ("openmmlab/*", "detection/*", "segmentation/*"),
     "mmengine": ("openmmlab/*", "detection/*", "segmentation/*", "tools/benchmarks/detector.py"),
     "safetensors": ("models/safetensors_file.py",),
@@ -56,6 +56,7 @@ OPTIONAL_HOMES = {  # package -> the files that may import it
 }
 OPTIONAL_AS_A_WHOLE = (  # import them at the top
     *("models/ops/triton/*", "models/hub.py", "detection/*", "segmentation/*"),
+    *("openmmlab/check_config.py", "openmmlab/check_data.py", "openmmlab/loaded_weights.py"),
     *("openmmlab/focal_backbone.py", "openmmlab/ops_bridge.py"),
     *("tools/benchmarks/kernel_figures.py", "tools/benchmarks/stub_driver.py"),
 )

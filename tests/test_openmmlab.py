@@ -16,6 +16,7 @@ from config import load_config
 from models import FocalTransformer, read_checkpoint
 from openmmlab import runner
 from openmmlab.focal_backbone import FocalBackbone
+from utils import UserError
 
 NANO = {
     "img_size": 64,
@@ -188,7 +189,7 @@ def test_loading_is_logged_and_refuses_what_does_not_fit(
         load(state | {"extra": torch.zeros(1)})
     with pytest.raises(ValueError, match="of another shape"):
         load(state, embed_dim=16)
-    with pytest.raises(FileNotFoundError, match="gone.pth"):
+    with pytest.raises(UserError, match="gone.pth"):
         build(init_cfg=dict(type="Pretrained", checkpoint=str(tmp_path / "gone.pth"))).init_weights()
 
 
@@ -228,8 +229,8 @@ def test_the_choice_of_nearest_keys_is_made_anew_for_another_size(tmp_path: Path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_classes": 3}, "takes no num_classes: a backbone has no classifier"),
-        ({"use_checkpoint": True}, "takes no use_checkpoint: it is called with_cp here"),
+        ({"num_classes": 3, "use_checkpoint": True}, "takes no num_classes, use_checkpoint"),
+        ({"depth": 50, "norm_cfg": {}}, r"takes no depth, norm_cfg.*ResNet.*_delete_=True"),
         ({"norm_eval": True}, "norm_eval=True would do nothing"),
         ({"out_indices": []}, "out_indices must ascend within 0 to 3"),
         ({"out_indices": [2, 1]}, "out_indices must ascend within 0 to 3"),
@@ -243,7 +244,7 @@ def test_the_choice_of_nearest_keys_is_made_anew_for_another_size(tmp_path: Path
     ids=str,
 )
 def test_options_that_cannot_be_followed(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         build(**options)
 
 
@@ -269,8 +270,8 @@ def test_flags_come_over_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def read(*words: str) -> Any:
         return runner.training_config(runner.parse_train(words))
 
-    config = read(plain, "--cfg-options", "optim_wrapper.optimizer.lr=0.5", "a.b=[1,2]")
-    assert (config.optim_wrapper.optimizer.lr, config.a.b) == (0.5, [1, 2])
+    config = read(plain, "--cfg-options", "optim_wrapper.optimizer.lr=0.5", "train_cfg.a=[1,2]")
+    assert (config.optim_wrapper.optimizer.lr, config.train_cfg.a) == (0.5, [1, 2])
     assert (config.work_dir, config.launcher) == ("work_dirs/some", "none")
     assert read(plain, "--work-dir", "w").work_dir == "w"
     assert read(plain, "--amp").optim_wrapper.type == "AmpOptimWrapper"
@@ -332,16 +333,16 @@ def test_a_process_that_fails_alone_is_heard(
 ) -> None:
     """Before there is a process group, all fail alike, and the first one tells."""
 
-    def fail(argv: Any) -> None:
+    def fail() -> None:
         if group:
             torch.distributed.init_process_group(
                 "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
             )
-        raise ValueError("something in one image")
+        raise UserError("something in one image")
 
     monkeypatch.setenv("RANK", "1")
     monkeypatch.delenv("FOCAL_TRACEBACK", raising=False)
-    assert runner._run(fail, None) == 2
+    assert runner.run_command(fail) == 2
     assert ("error: something in one image" in capsys.readouterr().err) == heard
 
 

@@ -1,0 +1,397 @@
+"""Data and models that do not fit each other: class names, annotations, label images, heads.
+
+Nothing large is read twice: COCO's annotation files are checked as mmdet reads them; of images and label
+images a few are opened.
+"""
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from mmengine.dataset import BaseDataset
+from mmengine.registry import DATASETS, DefaultScope
+from PIL import Image
+from torch import nn
+
+from openmmlab.focal_backbone import FocalBackbone
+from utils import UserError, user_input
+
+if TYPE_CHECKING:
+    from mmdet.datasets.api_wrappers import COCO
+    from mmengine.config import Config
+    from mmseg.datasets import BaseSegDataset
+
+SAMPLE = 32  # images of a data set that are opened
+NOTHING = 255  # the label of pixels that belong to no class
+SWAPPED = range(5, 9)  # EXIF orientations that exchange height and width
+ENTRIES = {  # keys that mmdet reads of each entry of an annotation file
+    "categories": {"id", "name"},
+    "images": {"id", "file_name", "height", "width"},
+    "annotations": {"id", "image_id", "category_id", "bbox", "area"},
+}
+
+
+# --- Classes and files of a config --------------------------------------------------------------------------
+
+
+def check_data_sets(config: "Config", splits: Sequence[str]) -> tuple[str, ...] | None:
+    """Check the data sets of a config before anything large is read.
+
+    Args:
+        config: of a detector or segmenter.
+        splits: those of train, val, test whose files will be read; classes are compared among all three.
+
+    Returns:
+        The names of the classes; None if no data set has any.
+
+    Raises:
+        UserError: classes differ, files are missing, or label images do not fit.
+    """
+    found = {
+        split: [*_data_sets(config[f"{split}_dataloader"], f"{split}_dataloader", config)]
+        for split in ("train", "val", "test")
+        if config.get(f"{split}_dataloader")
+    }
+    named = [(key, _classes(key, data)) for split in found.values() for key, _, data in split]
+    named = [(key, classes) for key, classes in named if classes is not None]
+    for key, classes in named[1:]:
+        if classes != named[0][1]:
+            raise UserError(
+                f"{key} has the classes {_shown(classes)}, but {named[0][0]} has {_shown(named[0][1])}: give "
+                "the data sets of all loaders, test_dataloader too, the same metainfo=dict(classes=...)"
+            )
+    for split in found.keys() & {*splits}:
+        for key, options, dataset in found[split]:
+            _check_files(key, dataset)
+            if hasattr(dataset, "reduce_zero_label"):  # mmseg's `BaseSegDataset`
+                _check_label_images(key, options, dataset)
+        _check_evaluators(config, split, [dataset.ann_file for _, _, dataset in found[split]])
+    return named[0][1] if named else None
+
+
+def _data_sets(options: Any, key: str, config: "Config") -> Iterator[tuple[str, Any, BaseDataset]]:
+    """Key, options and data set of each that a loader reads, also inside of wrappers; none has read files."""
+    if "dataset" in options:
+        yield from _data_sets(options["dataset"], f"{key}.dataset", config)
+    elif "datasets" in options:
+        for number, part in enumerate(options["datasets"]):
+            yield from _data_sets(part, f"{key}.datasets.{number}", config)
+    else:
+        scope = DefaultScope.overwrite_default_scope(config.get("default_scope"))
+        with scope, DATASETS.switch_scope_and_registry(None) as registry, user_input(key):
+            kind = registry.get(options["type"]) if isinstance(options["type"], str) else options["type"]
+            ours = isinstance(kind, type) and issubclass(kind, BaseDataset)
+            dataset = registry.build({**options, "lazy_init": True, "pipeline": []}) if ours else None
+        if dataset is not None:
+            yield key, options, dataset
+
+
+def _classes(key: str, dataset: BaseDataset) -> tuple[str, ...] | None:
+    classes = dataset.metainfo.get("classes")
+    if isinstance(classes, str):
+        raise UserError(
+            f"{key}.metainfo.classes: expected names, or a file of names, got {classes!r}; one class alone "
+            f"is written classes=({classes!r},)"
+        )
+    return None if classes is None else tuple(classes)
+
+
+def _shown(names: Sequence[str]) -> str:
+    """Names for a message; of many the first ones."""
+    return str(tuple(names)) if len(names) <= 10 else f"({', '.join(names[:4])}, ... {len(names)} in all)"
+
+
+def _is_local(path: str, dataset: BaseDataset) -> bool:
+    return "://" not in path and not getattr(dataset, "backend_args", None)
+
+
+def _check_files(key: str, dataset: BaseDataset) -> None:
+    """Refuse an annotation file or a folder of images that is not there."""
+    named = {"ann_file": dataset.ann_file, **{f"data_prefix.{k}": v for k, v in dataset.data_prefix.items()}}
+    for name, path in named.items():
+        if path and _is_local(path, dataset) and not Path(path).exists():
+            raise UserError(
+                f"{key}.{name}: there is no {path}; paths begin at data_root={dataset.data_root!r}, and that "
+                f"where the command is started ({Path.cwd()})"
+            )
+
+
+def _check_evaluators(config: "Config", split: str, files: list[str]) -> None:
+    """Refuse evaluators with annotations of other images than those of their loader."""
+    evaluators = config.get(f"{split}_evaluator") or []
+    for evaluator in evaluators if isinstance(evaluators, list | tuple) else [evaluators]:
+        own = evaluator.get("ann_file")
+        if own and any(files) and Path(own).resolve() not in [Path(file).resolve() for file in files if file]:
+            raise UserError(
+                f"{split}_evaluator.ann_file is {own}, but {split}_dataloader reads {', '.join(files)}: name "
+                "the same file in both"
+            )
+
+
+# --- Label images -------------------------------------------------------------------------------------------
+
+
+def _check_label_images(key: str, options: Mapping[str, Any], dataset: "BaseSegDataset") -> None:
+    """Refuse label images, of a sample, with numbers that are no class, or of another size than the image."""
+    for step in options.get("pipeline", ()):
+        said = step.get("reduce_zero_label") if str(step["type"]).endswith("LoadAnnotations") else None
+        if said not in (None, dataset.reduce_zero_label):
+            raise UserError(
+                f"{key}: LoadAnnotations of its pipeline has reduce_zero_label={said}, the data set itself "
+                f"{dataset.reduce_zero_label}: leave it out of the pipeline"
+            )
+    pairs = dataset.load_data_list()
+    folder = dataset.data_prefix.get("img_path") or ""
+    if not pairs:
+        kinds = Counter(path.suffix for path in Path(folder).rglob("*") if path.is_file()).most_common(1)
+        others = f", but {kinds[0][1]} files that end in {kinds[0][0]}: set img_suffix" if kinds else ""
+        raise UserError(f"{key}: no images end in {dataset.img_suffix!r} below {folder}{others}")
+    reduced, classes = dataset.reduce_zero_label, dataset.metainfo.get("classes") or ()
+    count = len(dataset.label_map or classes)
+    labelled = [pair for pair in pairs if "seg_map_path" in pair]  # a secret test set has none
+    for pair in _sample(labelled) if _is_local(folder, dataset) else ():
+        labels = _labels(key, pair["img_path"], pair["seg_map_path"])
+        extra = sorted({*np.unique(labels).tolist()} - {*range(count + reduced), NOTHING})
+        if extra and count:
+            hint = "" if reduced or extra != [count] else "; if 0 is no class and 1 the first, set it to True"
+            raise UserError(
+                f"{pair['seg_map_path']}: needs {int(reduced)} to {count - 1 + reduced} for {count} classes, "
+                f"{'0 or 255' if reduced else 255} for none of them, found {extra[:5]}; {key} has "
+                f"reduce_zero_label={reduced}{hint}"
+            )
+
+
+def _sample(items: Sequence[Any]) -> list[Any]:
+    """At most SAMPLE items, evenly spaced."""
+    return [items[i] for i in range(0, len(items), -(-len(items) // SAMPLE) or 1)]
+
+
+def _labels(key: str, image: str, path: str) -> np.ndarray:
+    """The numbers [H, W] of a label image, which has the size of its image."""
+    for file in (image, path):
+        if not Path(file).is_file():
+            raise UserError(f"{key}: there is no {file}; each image needs a label image of the same name")
+    with user_input(path):
+        labels = np.asarray(Image.open(path)).squeeze()
+    if labels.ndim != 2:
+        raise UserError(f"{path}: expected one number per pixel, the class, got colours {labels.shape}")
+    _check_size(image, labels.shape, path)
+    return labels
+
+
+def _check_size(image: str, expected: tuple[int, ...], where: str) -> None:
+    """Compare an image's height and width, as they are after loading, with what another file says."""
+    with user_input(image), Image.open(image) as opened:
+        turned = opened.getexif().get(0x0112) in SWAPPED
+        size = opened.size if turned else opened.size[::-1]
+    if size != tuple(expected):
+        reason = " after the rotation that its EXIF entry asks for; store the image upright" if turned else ""
+        raise UserError(
+            f"{image} has {size[0]} x {size[1]} pixels{reason}, but {where} {expected[0]} x {expected[1]} "
+            "(rows x columns)"
+        )
+
+
+# --- COCO's annotation files --------------------------------------------------------------------------------
+
+
+def check_coco_when_read(config: "Config", model: nn.Module) -> None:
+    """Have mmdet's `CocoDataset` check annotation files as it reads them, for a config and its model."""
+    from mmdet.datasets import CocoDataset
+
+    loaders = [config.get(f"{split}_dataloader") for split in ("train", "val", "test")]
+    evaluators = [config.get(f"{split}_evaluator") for split in ("val", "test")]
+    masks = "'with_mask': True" in str(loaders) or "segm" in str(evaluators)
+    semantic = getattr(getattr(model, "roi_head", None), "semantic_head", None)
+    CocoDataset.COCOAPI = _coco_reader(masks, getattr(semantic, "num_classes", 0))
+
+
+def _coco_reader(masks: bool, stuff: int) -> Callable[[Any, str], "COCO"]:
+    """What reads and checks an annotation file for a data set.
+
+    Args:
+        masks: whether segmentations are needed, too.
+        stuff: how many classes the label images of a semantic branch may have; 0 without that branch.
+    """
+    from mmdet.datasets.api_wrappers import COCO
+
+    def read(dataset: Any, path: str) -> "COCO":
+        with user_input(path), open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        _check_annotations(content, dataset, path, masks)
+        for image in _sample(content["images"]) if _is_local(path, dataset) else ():
+            name = Path(dataset.data_prefix.get("img", "")) / image["file_name"]
+            if not name.is_file():
+                raise UserError(f"{path}: there is no {name}; see data_root and data_prefix of the data set")
+            _check_size(str(name), (image["height"], image["width"]), path)
+            if stuff and dataset.data_prefix.get("seg"):
+                seg = Path(dataset.data_prefix["seg"]) / image["file_name"]
+                labels = _labels(path, str(name), str(seg.with_suffix(dataset.seg_map_suffix)))
+                extra = {*np.unique(labels).tolist()} - {*range(stuff), NOTHING}
+                if extra:
+                    raise UserError(
+                        f"{seg}: label {min(extra)}, but model.roi_head.semantic_head.num_classes={stuff}"
+                    )
+        coco = COCO()
+        coco.dataset = content
+        coco.createIndex()
+        coco.img_ann_map, coco.cat_img_map = coco.imgToAnns, coco.catToImgs
+        return coco
+
+    return read
+
+
+def _check_annotations(content: Any, dataset: Any, path: str, masks: bool) -> None:
+    """Refuse annotations that mmdet cannot read, or reads as something else than they are."""
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected annotations in COCO's format, an object, got a list")
+    if dataset.test_mode:
+        content.setdefault("annotations", [])  # there are none for a test set that is kept secret
+    for kind, keys in ENTRIES.items():
+        entries = content.get(kind)
+        if not isinstance(entries, list):
+            raise UserError(f"{path}: expected annotations in COCO's format, found no list of {kind}")
+        needed = keys | {"iscrowd"} if dataset.test_mode and kind == "annotations" else keys
+        for entry in entries:
+            if not needed <= entry.keys():
+                missing = ", ".join(sorted(needed - entry.keys()))
+                raise UserError(f"{path}: one of the {kind} has no {missing}: {str(entry)[:150]}")
+        ids = {entry["id"] for entry in entries}
+        if len(ids) < len(entries):
+            raise UserError(f"{path}: {len(entries)} {kind} share {len(ids)} ids; each needs its own")
+    _check_category_names(content["categories"], _classes(path, dataset) or (), path)
+
+    ids = {kind: {entry["id"] for entry in content[kind]} for kind in ("images", "categories")}
+    for entry in content["annotations"]:
+        if entry["image_id"] not in ids["images"] or entry["category_id"] not in ids["categories"]:
+            raise UserError(
+                f"{path}: an annotation of an image or category that is not there: {str(entry)[:150]}"
+            )
+    wanted = {c["id"] for c in content["categories"] if c["name"] in dataset.metainfo["classes"]}
+    used = [
+        a
+        for a in content["annotations"]
+        if a["category_id"] in wanted and a["area"] > 0 and min(a["bbox"][2:]) >= 1 and not a.get("ignore")
+    ]
+    empty = [entry["id"] for entry in used if not entry.get("segmentation")] if masks else []
+    if empty:
+        raise UserError(
+            f"{path}: {len(empty)} annotations have no segmentation, the first has id {empty[0]}: remove "
+            "them, or choose a detector without masks"
+        )
+    least = (dataset.filter_cfg or {}).get("min_size", 0)
+    large = [image for image in content["images"] if min(image["width"], image["height"]) >= least]
+    if not dataset.test_mode and not (used and large):
+        raise UserError(
+            f"{path}: nothing to train on: {len(content['images'])} images, {len(large)} of them with sides "
+            f"of at least {least} pixels (filter_cfg.min_size), {len(content['annotations'])} annotations, "
+            f"{len(used)} of them of the classes {_shown(dataset.metainfo['classes'])}, with an area"
+        )
+
+
+def _check_category_names(categories: list[dict[str, Any]], classes: tuple[str, ...], path: str) -> None:
+    """mmdet numbers classes in the order of the file, whatever the config says: refuse another one."""
+    names = [category["name"] for category in categories]
+    unknown = [name for name in classes if name not in names]
+    if unknown:
+        raise UserError(f"{path}: no category is called {_shown(unknown)}; there are {_shown(names)}")
+    ordered = tuple(name for name in names if name in classes)
+    if len({*ordered}) < len(ordered):
+        raise UserError(f"{path}: several categories have the same name, of {_shown(sorted(ordered))}")
+    if ordered != classes:
+        raise UserError(
+            f"{path} has its categories in another order than metainfo.classes, by which objects would be "
+            f"named wrongly; write in the config: classes = {ordered}"
+        )
+
+
+# --- The model ----------------------------------------------------------------------------------------------
+
+
+def check_model(model: nn.Module, classes: Sequence[str] | None) -> None:
+    """Refuse heads for another number of classes, and necks or heads for another backbone's channels.
+
+    Raises:
+        UserError: with their keys.
+    """
+    wrong = []
+    for name, module in model.named_modules():
+        own = name and not name.startswith("backbone") and not name.endswith(("rpn_head", "semantic_head"))
+        count = getattr(module, "num_classes", None) if own else None
+        if isinstance(count, int) and not getattr(module, "class_agnostic", False) and classes is not None:
+            wrong += [f"model.{name}.num_classes={count}"] * (count != len(classes))
+    if wrong:
+        raise UserError(f"{', '.join(wrong)}: expected {len(classes)}, for the classes {_shown(classes)}")
+    backbone = getattr(model, "backbone", None)
+    if not isinstance(backbone, FocalBackbone):
+        return
+    dims = [backbone.feature_dims[stage] for stage in backbone.out_indices]
+    parts = ("neck",) if getattr(model, "neck", None) is not None else ("decode_head", "auxiliary_head")
+    for name in parts:
+        part = getattr(model, name, None)
+        asked, index = getattr(part, "in_channels", None), getattr(part, "in_index", range(len(dims)))
+        expected = [dims[i] for i in index] if not isinstance(index, int) else dims[index]
+        if asked is not None and asked != expected and [*np.atleast_1d(asked)] != [*np.atleast_1d(expected)]:
+            raise UserError(
+                f"model.{name}.in_channels: expected {expected}, as the backbone has, got {asked}"
+            )
+
+
+def check_trained_classes(checkpoint: str, content: Mapping[str, Any], classes: Sequence[str] | None) -> None:
+    """Refuse a checkpoint that was trained for other classes than those of the config.
+
+    Raises:
+        UserError: with both.
+    """
+    trained = content.get("meta", {}).get("dataset_meta", {}).get("classes")
+    if trained is not None and classes is not None and tuple(trained) != tuple(classes):
+        raise UserError(
+            f"{checkpoint} was trained for the classes {_shown(trained)}, the config has {_shown(classes)}: "
+            "use the config of that training"
+        )
+
+
+def check_class_weights(model: nn.Module, dataset: Any) -> None:
+    """Refuse class weights of a segmenter where there are pixels of no class; mmseg finds no weight for them.
+
+    Raises:
+        UserError: some of a few training images have such pixels, by their labels or by padding.
+    """
+    from mmseg.models.losses import CrossEntropyLoss
+
+    losses = {name: m for name, m in model.named_modules() if isinstance(m, CrossEntropyLoss)}
+    weighted = [
+        name for name, m in losses.items() if m.class_weight and m.cls_criterion.__name__ == "cross_entropy"
+    ]
+    for name in weighted:
+        weights, count = losses[name].class_weight, len(dataset.metainfo["classes"])
+        if len(weights) != count:
+            raise UserError(
+                f"model.{name}.class_weight: expected {count} numbers, a class each, got {len(weights)}"
+            )
+    with _keep_random_state():
+        for index in _sample(range(len(dataset)))[::4] if weighted else ():
+            labels = dataset[index]["data_samples"].gt_sem_seg.data
+            size = model.data_preprocessor.size or labels.shape[-2:]
+            if NOTHING in labels or any(a < b for a, b in zip(labels.shape[-2:], size, strict=True)):
+                raise UserError(
+                    f"model.{weighted[0]}.class_weight: training images have pixels of no class (label 255, "
+                    "or padding up to data_preprocessor.size), and mmseg's CrossEntropyLoss has no weight "
+                    "for them: leave class_weight out, or make them a class and all images of that size"
+                )
+
+
+@contextmanager
+def _keep_random_state() -> Iterator[None]:
+    """Leave no trace in the generators of Python, NumPy and torch."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)

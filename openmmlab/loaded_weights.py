@@ -1,0 +1,46 @@
+"""What a run starts from: checkpoints are looked at as they are loaded."""
+
+from typing import Any
+
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
+from utils import UserError
+
+
+class LoadedWeights(Hook):
+    """Refuse a checkpoint that would leave the backbone random; warn if nothing was loaded.
+
+    Raises:
+        UserError: weights of the backbone are missing; to resume, also any other weight or the optimizer.
+    """
+
+    loaded = False
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Compare the names and shapes of a checkpoint that was read with those of the model."""
+        resumes, model = runner.cfg.get("resume"), getattr(runner.model, "module", runner.model)
+        file = runner.cfg.get("load_from") or f"the newest checkpoint in {runner.work_dir}"
+        if resumes and not {"meta", "optimizer"} <= checkpoint.keys():
+            raise UserError(f"{file} cannot be resumed: expected one that training wrote, with its optimizer")
+        given = {
+            name.removeprefix("module."): value.shape
+            for name, value in checkpoint.get("state_dict", checkpoint).items()
+            if hasattr(value, "shape")
+        }
+        prefix = "" if resumes else "backbone."
+        needed = {name: value.shape for name, value in model.state_dict().items() if name.startswith(prefix)}
+        wrong = sorted(name for name, shape in needed.items() if given.get(name) != shape)
+        if wrong:
+            raise UserError(
+                f"{file}: {len(wrong)} of {len(needed)} weights are missing or of another shape, such as "
+                f"{wrong[0]}; expected a checkpoint of this model; a classifier's goes to --pretrained"
+            )
+        self.loaded = True
+
+    def before_train(self, runner: Runner) -> None:
+        """Say that the backbone starts from random weights, if it does."""
+        if not (self.loaded or runner.cfg.model.backbone.get("init_cfg")):
+            runner.logger.warning(
+                "the backbone starts from random weights: --pretrained names a classifier's"
+            )

@@ -1,0 +1,545 @@
+"""Mistakes in configs, data and checkpoints of detection and segmentation, told before training."""
+
+import copy
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPO
+from PIL import Image
+
+pytest.importorskip("mmdet", reason="needs OpenMMLab's packages: make setup-openmmlab")
+
+from mmengine.config import Config
+from mmengine.registry import DATASETS, MODELS, DefaultScope
+from openmmlab_runs import ONE_PROCESS, in_scope
+
+from data.demo import DemoOptions, write_demo
+from models import FocalTransformer
+from openmmlab import check_config, check_data, runner
+from openmmlab.loaded_weights import LoadedWeights
+from utils import UserError
+
+DETECTION, SEGMENTATION = (
+    str(REPO / task / f"configs/demo_{name}.py")
+    for task, name in (("detection", "mask_rcnn"), ("segmentation", "upernet"))
+)
+DIGITS = tuple("0123456789")
+SCENES = DemoOptions(train_scenes=2, val_scenes=1, scene_width=122, scene_height=90)
+SMALL = {
+    "model.backbone.depths": [1, 1, 1, 1],
+    "train_cfg.max_epochs": 1,
+    "train_cfg.val_interval": 1,
+    **ONE_PROCESS,
+}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("demo")
+    write_demo(root, ["detection", "segmentation"], SCENES)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def in_demo(demo: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
+    monkeypatch.setenv("DEMO", str(demo))
+    monkeypatch.delenv("FOCAL_TRACEBACK", raising=False)
+    with in_scope("mmseg" if "segment" in request.function.__name__ else "mmdet"):
+        yield
+
+
+def command(config: str, work_dir: Path, *options: str) -> list[str]:
+    small = [f"{key}={value}" for key, value in SMALL.items()]
+    return [config, "--work-dir", str(work_dir), "--cfg-options", *small, *options]
+
+
+def with_data(config: Config, folder: Path) -> Config:
+    """A config whose loaders and evaluators read another folder."""
+    for split in ("train", "val", "test"):
+        config[f"{split}_dataloader"].dataset.data_root = f"{folder}/"
+        if "ann_file" in config.get(f"{split}_evaluator", {}):
+            config[f"{split}_evaluator"].ann_file = f"{folder}/annotations/instances_val2017.json"
+    return config
+
+
+# --- Options ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("train_cfg.max_epochs", "expected KEY=VALUE, got 'train_cfg.max_epochs'"),
+        ("=3", "expected KEY=VALUE, got '=3'"),
+        ("trian_cfg.max_epochs=1", "no trian_cfg; did you mean train_cfg"),
+        ("data_root=x", "the config has no data_root"),
+        ("classes=3", "only the config file itself reads classes"),
+        ("model.bakbone.depths=1", "model takes no bakbone; did you mean backbone"),
+        ("model.roi_head.bbox_haed.num_classes=1", "model.roi_head takes no bbox_haed"),
+        ("model.neck.out_chanels=1", "model.neck takes no out_chanels; did you mean out_channels"),
+        ("train_dataloader.batchsize=1", "train_dataloader takes no batchsize; did you mean batch_size"),
+        ("train_dataloader.dataset.pipeline.9.scale=1", "pipeline is a list of 4, got 9"),
+        ("optim_wrapper.optimizer.lrr=1", "optim_wrapper.optimizer takes no lrr"),
+    ],
+)
+def test_options_that_nothing_reads(
+    option: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert runner.train(command(DETECTION, tmp_path, option)) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: --cfg-options") and message in last
+
+
+def test_options_that_something_reads() -> None:
+    """New keys of what is there, new parts, entries of lists, and what mmengine takes out first."""
+    values = {"optim_wrapper.optimizer.type": "SGD", "optim_wrapper.optimizer.momentum": 0.9}
+    keys = ["model.backbone.init_cfg.type", "optim_wrapper.clip_grad.norm_type", "load_from", "sync_bn"]
+    keys += ["train_dataloader.dataset.indices", "train_dataloader.dataset.pipeline.2.scale", "resume"]
+    keys += ["optim_wrapper.paramwise_cfg.bias_decay_mult", "model.backbone.norm_eval", "randomness.seed"]
+    keys += ["param_scheduler.0.convert_to_iter_based", "val_evaluator.ann_file", "custom_hooks"]
+    keys += ["train_dataloader.prefetch_factor", "model.test_cfg.rcnn.nms.iou_threshold"]
+    check_config.check_options(runner.read_config(DETECTION), values | dict.fromkeys(keys, 1))
+
+
+@pytest.mark.parametrize(
+    "path", sorted(REPO.glob("*/configs/*_*k_*.py"))[:1] + sorted(REPO.glob("*/configs/*coco.py"))[::6]
+)
+def test_right_configs_have_no_mistakes(path: Path) -> None:
+    found = [sentence for _, sentence in check_config.mistakes(runner.read_config(str(path)))]
+    assert [sentence for sentence in found if "split_thr" not in sentence] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("model = dict(neck=dict(type='FPM'))", "model.neck.type: there is no FPM; did you mean"),
+        (
+            "model = dict(neck=dict(out_chanels=1))",
+            "model.neck: FPN takes no out_chanels; did you mean out_ch",
+        ),
+        ("model = dict(backbone=dict(depth=50))", "FocalBackbone takes no depth"),
+        (
+            "model = dict(neck=dict(in_channels=[1, 2, 3, 4]))",
+            "model.neck.in_channels: expected [32, 64, 128, 256]",
+        ),
+        (
+            "train_dataloader = dict(dataset=dict(type='CoccoDataset'))",
+            "there is no CoccoDataset; did you mean",
+        ),
+        (
+            "optim_wrapper = dict(optimizer=dict(type='Adamw'))",
+            "optimizer.type: there is no Adamw; did you mean",
+        ),
+        ("model = dict(", "was never closed"),
+    ],
+)
+def test_mistakes_in_a_config(
+    change: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.py").write_text(f"_base_ = {DETECTION!r}\n{change}\n")
+    assert runner.train(command(str(tmp_path / "own.py"), tmp_path)) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ") and message in last
+
+
+def test_bugs_keep_their_tracebacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors of any type, also where the config has a mistake that the error does not speak of."""
+    (tmp_path / "own.py").write_text(f"_base_ = {DETECTION!r}\nval_cfg = dict(fq16=True)\n")
+    for kind in (KeyError, TypeError, ValueError, ImportError):
+
+        def fail(config: Config, kind: type[Exception] = kind) -> None:
+            raise kind("a bug")
+
+        monkeypatch.setattr(runner, "build_runner", fail)
+        with pytest.raises(kind, match="a bug"):
+            runner.train(command(str(tmp_path / "own.py"), tmp_path))
+
+
+# --- Annotation files ---------------------------------------------------------------------------------------
+
+
+def renamed(*names: str) -> Callable[[dict[str, Any]], None]:
+    """Give the categories of an annotation file these names; others keep theirs."""
+
+    def change(content: dict[str, Any]) -> None:
+        for category, name in zip(content["categories"], names, strict=False):
+            category["name"] = name
+
+    return change
+
+
+def every(kind: str, **values: Any) -> Callable[[dict[str, Any]], None]:
+    """Set values in all entries of a kind; None takes the key out."""
+
+    def change(content: dict[str, Any]) -> None:
+        for number, entry in enumerate(content[kind]):
+            for key, value in values.items():
+                entry[key] = value(number) if callable(value) else value
+                if value is None:
+                    del entry[key]
+
+    return change
+
+
+@pytest.fixture(scope="module")
+def detection_set(demo: Path) -> Callable[..., Any]:
+    """A demo data set that has not read its file."""
+    with pytest.MonkeyPatch.context() as patch, DefaultScope.overwrite_default_scope("mmdet"):
+        patch.setenv("DEMO", str(demo))
+        config = runner.read_config(DETECTION)
+
+        def build(**options: Any) -> Any:
+            own = (
+                copy.deepcopy(config.train_dataloader.dataset) | {"lazy_init": True, "pipeline": []} | options
+            )
+            return DATASETS.build(own)
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (renamed("1", "0"), {}, r"write in the config: classes = \('1', '0', '2'"),
+        (renamed("zero"), {}, r"no category is called \('0',\); there are \('zero', '1'"),
+        (renamed("1"), {"metainfo": {"classes": DIGITS[1:]}}, "several categories have the same name"),
+        (lambda c: c.pop("categories"), {}, "no list of categories"),
+        (every("images", width=None), {}, "one of the images has no width"),
+        (every("annotations", area=None), {}, "one of the annotations has no area"),
+        (every("annotations", iscrowd=None), {"test_mode": True}, "one of the annotations has no iscrowd"),
+        (every("annotations", id=7), {}, "annotations share 1 ids"),
+        (every("annotations", image_id=77), {}, "of an image or category that is not there"),
+        (every("annotations", category_id=77), {}, "of an image or category that is not there"),
+        (every("annotations", area=0), {}, "nothing to train on.* 0 of them of the classes"),
+        (every("annotations", bbox=[1, 1, 0, 5]), {}, "nothing to train on"),
+        (lambda c: c.update(annotations=[]), {}, "nothing to train on"),
+        (
+            lambda c: None,
+            {"filter_cfg": {"min_size": 5000}},
+            "2 images, 0 of them with sides of at least 5000",
+        ),
+        (
+            every("annotations", segmentation=lambda n: [] if n else [[1, 1, 5, 1, 5, 5]]),
+            {},
+            "no segmentation",
+        ),
+        (every("annotations", segmentation=None), {}, "annotations have no segmentation, the first has id"),
+        (every("images", file_name="gone.jpg"), {}, "there is no .*gone.jpg; see data_root"),
+        (
+            every("images", width=90, height=122),
+            {},
+            r"has 90 x 122 pixels, but .* 122 x 90 \(rows x columns\)",
+        ),
+    ],
+)
+def test_annotations_that_do_not_fit(
+    change: Callable[[Any], None], options: dict[str, Any], message: str, detection_set: Any, tmp_path: Path
+) -> None:
+    dataset = detection_set(**options)
+    content = json.loads(Path(dataset.ann_file).read_text())
+    change(content)
+    (tmp_path / "own.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        check_data._coco_reader(masks=True, stuff=0)(dataset, str(tmp_path / "own.json"))
+
+
+def test_annotations_that_fit(detection_set: Any, tmp_path: Path) -> None:
+    """Some of the classes in the file's order, no masks where none are used, a secret test set."""
+    names = DIGITS[2:5]
+    dataset = detection_set(metainfo={"classes": names})
+    content = json.loads(Path(dataset.ann_file).read_text())
+    every("annotations", segmentation=None)(content)
+    (tmp_path / "own.json").write_text(json.dumps(content))
+    read = check_data._coco_reader(masks=False, stuff=0)(dataset, str(tmp_path / "own.json"))
+    assert [read.loadCats([i])[0]["name"] for i in read.get_cat_ids(cat_names=names)] == [*names]
+    assert read.img_ann_map and read.cat_img_map
+    del content["annotations"]
+    (tmp_path / "own.json").write_text(json.dumps(content))
+    secret = detection_set(test_mode=True)
+    assert not check_data._coco_reader(True, 0)(secret, str(tmp_path / "own.json")).img_ann_map
+    (tmp_path / "own.json").write_text("{")
+    with pytest.raises(UserError, match=r"own\.json: Expecting"):
+        check_data._coco_reader(True, 0)(dataset, str(tmp_path / "own.json"))
+
+
+def test_label_images_of_a_semantic_branch(detection_set: Any, tmp_path: Path) -> None:
+    dataset = detection_set(data_prefix={"img": "train2017/", "seg": str(tmp_path)})
+    for image in json.loads(Path(dataset.ann_file).read_text())["images"]:
+        label = np.full((image["height"], image["width"]), 7, np.uint8)
+        Image.fromarray(label).save((tmp_path / image["file_name"]).with_suffix(".png"))
+    check_data._coco_reader(masks=False, stuff=8)(dataset, dataset.ann_file)
+    with pytest.raises(UserError, match=r"label 7, but model.roi_head.semantic_head.num_classes=7"):
+        check_data._coco_reader(masks=False, stuff=7)(dataset, dataset.ann_file)
+
+
+def test_each_annotation_file_is_parsed_once_and_order_is_told(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parsed: list[str] = []
+    load = json.load
+    monkeypatch.setattr(check_data.json, "load", lambda file: parsed.append(file.name) or load(file))
+    own = tmp_path / "own.py"
+    loaders = "".join(
+        f"{split}_dataloader = dict(dataset=dict(metainfo=dict(classes=tuple('9876543210'))))\n"
+        for split in ("train", "val", "test")
+    )
+    own.write_text(f"_base_ = {DETECTION!r}\n{loaders}")
+    assert runner.train(command(str(own), tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert "another order than metainfo.classes" in error and f"classes = {DIGITS}" in error
+    assert [Path(name).name for name in parsed] == ["instances_train2017.json"]
+
+
+# --- Data sets of a config ----------------------------------------------------------------------------------
+
+
+def wrapped(dataset: Any) -> dict[str, Any]:
+    """A data set inside of three wrappers."""
+    parts = [dict(type="RepeatDataset", times=2, dataset=dataset), copy.deepcopy(dataset)]
+    return dict(
+        type="ClassBalancedDataset", oversample_thr=0.1, dataset=dict(type="ConcatDataset", datasets=parts)
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"val_dataloader.dataset.metainfo.classes": ("a", "b")},
+            r"val_dataloader.dataset has the classes \('a', 'b'\)",
+        ),
+        (
+            {"test_dataloader.dataset.metainfo.classes": DIGITS[::-1]},
+            "test_dataloader.dataset has the classes",
+        ),
+        (
+            {"train_dataloader.dataset.dataset.datasets.1.metainfo.classes": ("a",)},
+            r"train_dataloader.dataset.dataset.datasets.1 has the classes \('a',\), but "
+            r"train_dataloader.dataset.dataset.datasets.0.dataset has",
+        ),
+        (
+            {"val_dataloader.dataset.metainfo.classes": "cat"},
+            r"one class alone is written classes=\('cat',\)",
+        ),
+        (
+            {"val_dataloader.dataset.data_root": "gone"},
+            r"val_dataloader.dataset.ann_file: there is no gone/anno",
+        ),
+        (
+            {"val_dataloader.dataset.data_prefix.img": "x/"},
+            r"data_prefix.img: there is no .*x/; paths begin at",
+        ),
+        (
+            {"val_evaluator.ann_file": "gone.json"},
+            "val_evaluator.ann_file is gone.json, but val_dataloader reads",
+        ),
+    ],
+)
+def test_data_sets_that_do_not_agree(options: dict[str, Any], message: str) -> None:
+    config = runner.read_config(DETECTION)
+    config.train_dataloader.dataset = wrapped(config.train_dataloader.dataset)
+    assert check_data.check_data_sets(config, ("train", "val")) == DIGITS
+    config.merge_from_dict(options)
+    with pytest.raises(UserError, match=message):
+        check_data.check_data_sets(config, ("train", "val"))
+
+
+def test_the_pages_keys_of_another_folder(demo: Path) -> None:
+    """Those of get_started.md reach every file that is read."""
+    page = (REPO / "detection/get_started.md").read_text()
+    words = re.search(r"--cfg-options \\\n((?: +\S+=/data/coco/.*\n)+)", page)[1].replace("\\", "").split()
+    config = runner.read_config(DETECTION)
+    config.merge_from_dict(
+        {f"{split}_dataloader.dataset.data_root": "gone" for split in ("train", "val", "test")}
+    )
+    pairs = [word.replace("/data/coco", f"{demo}/detection").split("=") for word in words]
+    config.merge_from_dict(dict(pairs))
+    assert check_data.check_data_sets(config, ("train", "val", "test")) == DIGITS
+    assert len(pairs) == 5
+
+
+@pytest.fixture(scope="module")
+def detector() -> torch.nn.Module:
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        return MODELS.build(runner.read_config(DETECTION).model)
+
+
+def test_heads_for_another_number_of_classes(detector: torch.nn.Module) -> None:
+    check_data.check_model(detector, DIGITS)
+    expected = r"model.roi_head.bbox_head.num_classes=10, model.roi_head.mask_head.num_classes=10: expected 3"
+    with pytest.raises(UserError, match=expected):
+        check_data.check_model(detector, ("a", "b", "c"))
+
+
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [
+        ("cascade-mask-rcnn_focal-tiny_fpn_amp-ms-crop-3x_coco", 6),
+        ("retinanet_focal-tiny_fpn_1x_coco", 1),
+        ("reppointsv2_focal-tiny_bifpn_amp-ms-crop-3x_coco", 1),
+        ("sparse-rcnn_focal-tiny_fpn_amp-ms-crop-3x_coco", 6),
+    ],
+)
+def test_all_heads_are_looked_at(name: str, heads: int) -> None:
+    config = runner.read_config(str(REPO / f"detection/configs/{name}.py"))
+    with torch.device("meta"):
+        model = MODELS.build(config.model)
+    check_data.check_model(model, [str(n) for n in range(80)])
+    with pytest.raises(UserError) as caught:
+        check_data.check_model(model, DIGITS)
+    assert str(caught.value).count("num_classes=80") == heads
+
+
+# --- Label images -------------------------------------------------------------------------------------------
+
+
+def turned(path: Path) -> None:
+    """Store an image on its side, with an EXIF entry that says so."""
+    image = Image.open(path)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(path, exif=exif)
+
+
+def labels(path: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    Image.fromarray(change(np.asarray(Image.open(path)).copy()).astype(np.uint8)).save(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (
+            lambda i, s: labels(s, lambda x: x * 0 + 12),
+            {},
+            r"needs 1 to 11 for 11 classes, 0 or 255 .*found \[12\]",
+        ),
+        (
+            lambda i, s: labels(s, lambda x: x * 0 + 11),
+            {"reduce_zero_label": False},
+            r"\[11\].*set it to True",
+        ),
+        (lambda i, s: labels(s, lambda x: x[:-1]), {}, r"has 90 x 122 pixels, but .* 89 x 122"),
+        (lambda i, s: labels(s, lambda x: np.stack([x] * 3, -1)), {}, "expected one number per pixel"),
+        (lambda i, s: turned(i), {}, r"has 122 x 90 pixels after the rotation that its EXIF entry asks for"),
+        (lambda i, s: s.unlink(), {}, "there is no .*00000001.png; each image needs a label image"),
+        (lambda i, s: s.write_text("text"), {}, "00000001.png: cannot identify image file"),
+        (
+            lambda i, s: i.rename(i.with_suffix(".png")),
+            {},
+            r"no images end in '.jpg' .*1 files that end in .png",
+        ),
+        (
+            lambda i, s: None,
+            {"pipeline": [{"type": "LoadAnnotations", "reduce_zero_label": False}]},
+            "leave it out",
+        ),
+        (lambda i, s: None, {"metainfo": {"classes": ("a",), "palette": [[0, 0, 0]]}}, "has the classes"),
+    ],
+)
+def test_segments_that_do_not_fit(
+    change: Callable[[Path, Path], None], options: dict[str, Any], message: str, demo: Path, tmp_path: Path
+) -> None:
+    for kind, name in (("images", "00000001.jpg"), ("annotations", "00000001.png")):
+        target = tmp_path / kind / "validation" / name
+        target.parent.mkdir(parents=True)
+        target.write_bytes((demo / "segmentation" / kind / "validation" / name).read_bytes())
+    config = with_data(runner.read_config(SEGMENTATION), tmp_path)
+    assert len(check_data.check_data_sets(config, ("val",))) == 11
+    change(*(tmp_path / p for p in ("images/validation/00000001.jpg", "annotations/validation/00000001.png")))
+    config.val_dataloader.dataset.update(options)
+    with pytest.raises(UserError, match=message):
+        check_data.check_data_sets(config, ("val",))
+
+
+def test_class_weights_of_segmenters(demo: Path) -> None:
+    """Refused with pixels of no class; looking leaves the random numbers as they were."""
+    config = runner.read_config(SEGMENTATION)
+    model = MODELS.build(config.model)
+    dataset = DATASETS.build(config.train_dataloader.dataset)
+    torch.manual_seed(0), np.random.seed(0)
+    check_data.check_class_weights(model, dataset)
+    drawn = torch.rand(1), np.random.rand()
+    torch.manual_seed(0), np.random.seed(0)
+    assert drawn == (torch.rand(1), np.random.rand())
+    model.data_preprocessor.size = (160, 160)
+    with pytest.raises(
+        UserError, match=r"decode_head.loss_decode.class_weight: training images have pixels of no"
+    ):
+        check_data.check_class_weights(model, dataset)
+    model.auxiliary_head.loss_decode.class_weight = [1.0]
+    with pytest.raises(UserError, match="class_weight: expected 11 numbers, a class each, got 1"):
+        check_data.check_class_weights(model, dataset)
+
+
+# --- Weights ------------------------------------------------------------------------------------------------
+
+
+def test_checkpoints_that_would_leave_the_backbone_random(
+    detector: torch.nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Looked at as they are loaded, which a run does; a head of its own may be missing, but not to go on."""
+    options = {k: v for k, v in runner.read_config(DETECTION).model.backbone.items() if k != "type"}
+    classifier = {"model": FocalTransformer(**options).state_dict()}
+    torch.save(classifier, tmp_path / "classifier.pth")
+    assert runner.train(command(DETECTION, tmp_path, f"load_from={tmp_path}/classifier.pth")) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "classifier.pth: " in last and "a classifier's goes to --pretrained" in last
+
+    def load(checkpoint: dict[str, Any], resume: bool = False) -> None:
+        run = SimpleNamespace(cfg={"resume": resume, "load_from": "some.pth"}, model=detector)
+        LoadedWeights().after_load_checkpoint(run, checkpoint)
+
+    weights = detector.state_dict()
+    other_head = {k: v for k, v in weights.items() if "mask_head" not in k}
+    load({"state_dict": other_head})
+    load({"state_dict": {f"module.{key}": value for key, value in weights.items()}})
+    load({"state_dict": weights, "meta": {}, "optimizer": {}}, resume=True)
+    for checkpoint, resume, message in (
+        (
+            {"state_dict": {k: v for k, v in weights.items() if "norm3" not in k}},
+            False,
+            "2 of .*backbone.norm3",
+        ),
+        (
+            {"state_dict": weights | {"backbone.norm3.bias": torch.zeros(3)}},
+            False,
+            "1 of .*backbone.norm3.bias",
+        ),
+        (
+            {"state_dict": other_head, "meta": {}, "optimizer": {}},
+            True,
+            "missing .*such as roi_head.mask_head",
+        ),
+        ({"state_dict": weights}, True, "cannot be resumed: expected one that training wrote"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load(checkpoint, resume)
+
+
+def test_checkpoints_of_other_classes() -> None:
+    content = {"meta": {"dataset_meta": {"classes": ["cat", "dog"]}}}
+    check_data.check_trained_classes("a.pth", content, ("cat", "dog"))
+    with pytest.raises(
+        UserError, match=r"a.pth was trained for the classes \('cat', 'dog'\), the config has"
+    ):
+        check_data.check_trained_classes("a.pth", content, ("dog", "cat"))
+
+
+def test_own_checkpoints_are_read_safely(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runner.import_mmengine()
+    from mmengine.logging import HistoryBuffer
+    from mmengine.runner.checkpoint import CheckpointLoader
+
+    for kind in (np.float32, np.float64, np.int32, np.bool_):
+        buffer = HistoryBuffer()
+        buffer.update(1.0)
+        torch.save({"logged": buffer, "value": kind(1), "values": np.ones(2, kind)}, tmp_path / "own.pth")
+        assert CheckpointLoader.load_checkpoint(str(tmp_path / "own.pth"))["value"] == 1
+    captured = capsys.readouterr()
+    assert "WeightsUnpickler" not in captured.out + captured.err
