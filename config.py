@@ -2,7 +2,7 @@
 
 ``load_config`` starts from the defaults below, merges a yaml file and then a list of ``KEY VALUE`` pairs, and
 returns a frozen ``yacs.config.CfgNode``. A yaml file may inherit from others: ``BASE: [FILE, ...]``, relative
-to itself.
+to itself. In all paths, `~` and $VARIABLES are replaced.
 
 Names, types, choices and ranges of single values are checked here, and the mode, weights and precision of the
 run. Other contradictions are errors of what uses the options: ``models.build_model`` (all of the network's
@@ -24,6 +24,8 @@ from typing import Any
 import yaml
 from yacs.config import CfgNode as CN
 
+from utils import expand_path
+
 _C = CN()
 _C.DATA = CN()
 _C.DATA.BATCH_SIZE = 128  # images per process and step; --batch-size
@@ -34,9 +36,10 @@ _C.DATA.INTERPOLATION = "bicubic"  # random | bilinear | bicubic; 'random' conce
 _C.DATA.ZIP_MODE = False  # read from zip files with map files instead of folders; --zip
 _C.DATA.CACHE_MODE = "part"  # with ZIP_MODE: no | part (each process its share) | full; --cache-mode
 _C.DATA.PIN_MEMORY = True  # page-locked host memory for faster copies to the GPU
-_C.DATA.NUM_WORKERS = 8  # loader processes per training process
+_C.DATA.NUM_WORKERS = 8  # loader processes per training process; no more than there are cores
 _C.DATA.WORKER_START_METHOD = ""  # '' (the platform's default) | fork | spawn | forkserver
 _C.DATA.DECODER = "pil"  # pil | opencv (faster); concerns training only, evaluation always decodes with pil
+_C.DATA.EXIF_ORIENTATION = False  # turn photographs upright as their EXIF data say; the original does not
 _C.DATA.MEAN = [0.485, 0.456, 0.406]  # per channel, of images in [0, 1]
 _C.DATA.STD = [0.229, 0.224, 0.225]
 
@@ -143,10 +146,10 @@ _C.TEST.CROP = True  # resize larger and crop the centre, instead of resizing to
 _C.LOG = CN()
 _C.LOG.WANDB = ""  # log to this project of Weights & Biases as well; '' does not
 
-_C.AMP_OPT_LEVEL = ""  # '' (O1 on CUDA or with AMP_DTYPE, else O0) | O0 full precision | O1, O2 autocast
+_C.AMP_OPT_LEVEL = ""  # '' (O1 on CUDA, XPU or with AMP_DTYPE, else O0) | O0 full precision | O1, O2 autocast
 _C.AMP_DTYPE = ""  # '' (bf16 where the device has it, else fp16) | bf16 | fp16; --amp-dtype
 _C.COMPILE = False  # torch.compile the model; --compile
-_C.DEVICE = ""  # '' (cuda when available, else cpu) | cpu | cuda | cuda:N; --device
+_C.DEVICE = ""  # '' (the accelerator, else cpu) | cpu | cuda | cuda:N | mps | xpu | ...; --device
 _C.OUTPUT = ""  # root of the output folders, '' is output; the run's is <OUTPUT>/<MODEL.NAME>/<TAG>
 _C.TAG = "default"  # --tag
 # Saving. A file that cannot be written (full disk, read-only folder) is an error in the log; older ones stay,
@@ -208,6 +211,11 @@ def _list_of(item: Callable[[Any], Any], length: int | None = None) -> Callable[
 _int, _float, _text = _scalar(int, int), _scalar(float, float, int), _scalar(str, str)
 _pair = _list_of(_float, 2)
 
+
+def _path(value: Any) -> str:
+    return "" if value is None else expand_path(_text(value))
+
+
 # A type is what to call it in a message, and a function that converts a value or raises TypeError.
 TYPES: dict[type, tuple[str, Callable[[Any], Any]]] = {  # by the default's type
     bool: ("True or False", _scalar(bool, bool)),
@@ -216,7 +224,9 @@ TYPES: dict[type, tuple[str, Callable[[Any], Any]]] = {  # by the default's type
     str: ("text", lambda value: "" if value is None else _text(value)),
     list: ("a list of integers", _list_of(_int)),
 }
+PATHS = ("DATA.DATA_PATH", "MODEL.RESUME", "MODEL.PRETRAINED", "MODEL.HEAD_CLASS_MAP", "OUTPUT")
 SPECIAL_TYPES: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    **dict.fromkeys(PATHS, ("a path", _path)),
     "DATA.IMG_SIZE": (
         "an integer or [height, width]",
         lambda value: _list_of(_int, 2)(value) if isinstance(value, list | tuple) else _int(value),
@@ -273,7 +283,10 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(SHARES, ("in (0, 1]", lambda value: 0 < value <= 1)),
     "DIST_TIMEOUT_MINUTES": ("in (0, 525600], at most a year", lambda value: 0 < value <= 525_600),
     "MODEL.NAME": ("a name for a folder", lambda value: bool(value.strip())),
-    "DEVICE": ("'', cpu, cuda or cuda:N", lambda value: bool(re.fullmatch(r"|cpu|cuda(:\d+)?", value))),
+    "DEVICE": (
+        "'', cpu, or a type such as cuda, mps or xpu, alone or with an index as in cuda:1",
+        lambda value: bool(re.fullmatch(r"|cpu|[a-z]\w*(:\d+)?", value)),
+    ),
 }
 
 
@@ -328,7 +341,7 @@ def load_config(cfg_file: str | Path | None = None, opts: Sequence[Any] = ()) ->
         ValueError: with every problem found: its origin, what was expected and what to do.
     """
     problems: list[str] = []
-    settings = [] if cfg_file is None else _read_file(Path(cfg_file), problems)
+    settings = [] if cfg_file is None else _read_file(str(cfg_file), problems)
     if len(opts) % 2:
         words = " ".join(map(str, opts))
         problems.append(
@@ -392,9 +405,18 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_file(path: Path, problems: list[str], parents: tuple[Path, ...] = ()) -> list[Setting]:
-    """The settings of a yaml file, after those of its BASE files; problems are added to ``problems``."""
+def _read_file(file: str, problems: list[str], parents: tuple[Path, ...] = ()) -> list[Setting]:
+    """The settings of a yaml file, after those of its BASE files; problems are added to ``problems``.
+
+    Args:
+        file: as it was named, relative to the last of ``parents``, which name each other.
+    """
     named_by = f" (named by BASE in {parents[-1]})" if parents else ""
+    try:
+        path = Path(*(parent.parent for parent in parents[-1:]), expand_path(file))
+    except ValueError as error:
+        problems.append(f"{error}{named_by}")
+        return []
     if path.resolve() in [parent.resolve() for parent in parents]:
         chain = " -> ".join(map(str, (*parents, path)))
         problems.append(f"{path}: BASE: expected no cycle, got {chain}; remove one of these")
@@ -418,7 +440,7 @@ def _read_file(path: Path, problems: list[str], parents: tuple[Path, ...] = ()) 
         problems.append(f"{path}: BASE: expected a list of yaml files, got {bases!r}; correct it")
         bases = []
     for base in filter(None, bases):
-        settings += _read_file(path.parent / base, problems, (*parents, path))
+        settings += _read_file(base, problems, (*parents, path))
     return settings + [(key, value, str(path)) for key, value in _leaves(content, _C)]
 
 

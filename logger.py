@@ -41,7 +41,9 @@ def create_logger(output: Path | None = None, rank: int = 0) -> None:
         console.setFormatter(logging.Formatter(_coloured(line), datefmt="%Y-%m-%d %H:%M:%S"))
         _handlers.append(console)
     if output is not None:
-        file = logging.FileHandler(output / f"log_rank{rank}.txt", encoding="utf-8")
+        file = logging.FileHandler(
+            output / f"log_rank{rank}.txt", encoding="utf-8", errors="backslashreplace"
+        )
         file.setFormatter(logging.Formatter(line, datefmt="%Y-%m-%d %H:%M:%S"))
         _handlers.append(file)
     for handler in _handlers:
@@ -168,8 +170,12 @@ class Metrics:
         self.unwritten = b""  # records that a full disk did not take
         self.open()
         if output is not None:
-            with contextlib.suppress(ImportError):
+            try:
                 self.mirrors.append(TensorBoard(output))
+            except ImportError:
+                pass
+            except UnicodeError as error:
+                logger.warning(f"TensorBoard records nothing, as it cannot write to such a folder: {error}")
 
     def start_wandb(self, continues: bool, **options: Any) -> None:
         """Mirror to Weights & Biases from now on, see ``WeightsAndBiases``.
@@ -190,8 +196,7 @@ class Metrics:
 
     def open(self) -> None:
         """Open the file, or open it again after it was moved away."""
-        if self.file is not None:
-            self.file.close()
+        self.close_file()
         if self.output is not None:
             path = self.output / self.NAME
             _drop_partial_line(path)
@@ -268,10 +273,14 @@ class Metrics:
             self.size += len(line)
         self.file.truncate(self.size)
 
-    def close(self) -> None:
-        """Close the file and the mirrors; an error of these is a warning."""
+    def close_file(self) -> None:
+        """Close metrics.jsonl."""
         if self.file is not None:
             self.file.close()
+
+    def close(self) -> None:
+        """Close the file and the mirrors; an error of these is a warning."""
+        self.close_file()
         for mirror in self.mirrors:
             try:
                 mirror.close()

@@ -34,6 +34,13 @@ from utils import UserError, user_input
 
 logger = logging.getLogger("main")
 
+DESCRIPTION = "Focal Transformer: train, evaluate and time models for image classification"
+USAGE = """python main.py --cfg FILE [options], for example
+
+  python main.py --cfg configs/focal_tiny_patch4_window7_224.yaml --data-path imagenet --batch-size 128
+
+trains on the images in imagenet/train/<class> and imagenet/val/<class>; --help lists the options
+"""
 FLAGS = {  # flag -> (config key, help); one that is not given leaves the yaml file's value alone
     "batch-size": ("DATA.BATCH_SIZE", "images per process and step"),
     "dataset": ("DATA.DATASET", "imagenet, imagenet22k, imagewoof, folder, wds or hf"),
@@ -47,7 +54,7 @@ FLAGS = {  # flag -> (config key, help); one that is not given leaves the yaml f
     "output": ("OUTPUT", "root of the output folders (default: output)"),
     "tag": ("TAG", "name of the run; its folder is <output>/<model name>/<tag>"),
     "seed": ("SEED", "random seed"),
-    "device": ("DEVICE", "cpu, cuda or cuda:N"),
+    "device": ("DEVICE", "cpu, cuda, cuda:N, mps, xpu ... (default: the accelerator if there is one)"),
 }
 SWITCHES = {
     "zip": ("DATA.ZIP_MODE", "read the data set from zip files"),
@@ -65,7 +72,7 @@ def read_config(argv: list[str] | None) -> CfgNode:
     Raises:
         UserError: an option is unknown or has a wrong value.
     """
-    parser = argparse.ArgumentParser(description="Focal Transformer: train and evaluate", allow_abbrev=False)
+    parser = argparse.ArgumentParser(usage=USAGE, description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--cfg", required=True, metavar="FILE", help="yaml file, see configs/")
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="any option of config.py")
     for flag, (key, text) in FLAGS.items():
@@ -174,6 +181,7 @@ def main(argv: list[str] | None = None) -> int:
         0; 2 after a mistake of the user, whose message is printed; EXIT_STOPPED if training was stopped by a
         signal. Several processes that fail exit here: with 2, or 1 after any other error in one of them.
     """
+    utils.escape_output()
     try:
         start(read_config(argv))
     except StopRequested:

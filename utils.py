@@ -1,13 +1,16 @@
-"""Errors of users, process group, device, precision and seeds.
+"""Input of users, process group, device, precision and seeds.
 
-Every helper works without a process group, so that the same code runs on one CPU, on one GPU and under
-torchrun.
+Every helper works without a process group, so that the same code runs on one CPU, on one GPU of any maker and
+under torchrun.
 """
 
+import argparse
 import contextlib
+import io
 import os
 import random
-import resource
+import re
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,9 +18,13 @@ from datetime import timedelta
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
+
+STOP_SIGNALS = {getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)}
+"""Signals that ask a run to save and stop; Windows lacks SIGUSR1."""
 
 
 class UserError(ValueError):
@@ -38,6 +45,32 @@ def user_input(option: str = "") -> Iterator[None]:
         yield
     except (ValueError, OSError, ImportError) as error:
         raise UserError(f"{option}: {error}" if option else str(error)) from error
+
+
+def expand_path(path: str) -> str:
+    """A path as the user gave it, with `~` and $VARIABLES replaced. Use it once, where the path comes in.
+
+    Raises:
+        UserError: a variable is not set, or there is no such user.
+    """
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    if re.search(r"^~|\$(\w|\{)", expanded) and "://" not in path and not os.path.exists(expanded):
+        raise UserError(f"{path}: expected a path whose variables are set, got {expanded}; write it out")
+    return expanded
+
+
+def path_argument(path: str) -> str:
+    """`expand_path` as a type of argparse, which shows the message of one kind of error only."""
+    try:
+        return expand_path(path)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def escape_output() -> None:
+    """Print what the console's encoding lacks, such as names of files that are not UTF-8, as escapes."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def in_group() -> bool:
@@ -61,8 +94,9 @@ def pick_device(name: str = "") -> torch.device:
     """The device of this process.
 
     Args:
-        name: '' (CUDA when available, else the CPU), 'cpu', 'cuda' or 'cuda:N'. Under torchrun each process
-            takes the card of its local rank.
+        name: '' (the accelerator if there is one, else the CPU), 'cpu', or the type of the accelerator
+            ('cuda', 'mps', 'xpu', ...), alone or with an index. Under torchrun each process takes the card of
+            its local rank.
 
     Raises:
         UserError: the device does not exist here, or several processes would share it. All processes of a
@@ -70,25 +104,28 @@ def pick_device(name: str = "") -> torch.device:
     """
     if ":" in name and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
-            "DEVICE: expected 'cuda' with several processes, each of which takes a card of its own, got "
-            f"{name!r}; choose cards with CUDA_VISIBLE_DEVICES"
+            "DEVICE: expected a type without index with several processes, each of which takes a card of its "
+            f"own, got {name!r}; choose cards with CUDA_VISIBLE_DEVICES or the like"
         )
-    cuda = torch.cuda.is_available()
-    device = torch.device(name or ("cuda" if cuda else "cpu"))
-    if device.type == "cpu":
-        return device
-    if not cuda:
-        raise UserError(f"DEVICE: expected a usable device, got {name!r}, but there is no CUDA; use cpu")
-    index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
-    last = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1 if device.index is None else device.index
-    count = torch.cuda.device_count()
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name == "cpu" or not (name or found):
+        return torch.device("cpu")
+    kind, _, number = name.partition(":")
+    if found is None or kind not in ("", found.type):
+        usable = "cpu" if found is None else f"{found.type} or cpu"
+        raise UserError(
+            f"DEVICE: expected a device that PyTorch finds here ({usable}), got {name!r}; use that"
+        )
+    index = int(number or os.environ.get("LOCAL_RANK", "0"))
+    last = int(number or int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1)
+    count = torch.accelerator.device_count()
     if max(index, last) >= count:
         raise UserError(
             f"DEVICE: expected a card below {count}, as many as there are, got {max(index, last)}; use "
             "another one, or fewer processes"
         )
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
+    torch.accelerator.set_device_index(index)
+    return torch.device(found.type, index)
 
 
 _cpu_group: list[dist.ProcessGroup] = []  # one element while there is a process group
@@ -99,24 +136,25 @@ def init_distributed(device: torch.device, timeout_minutes: float) -> None:
 
     Args:
         device: of this process.
-        timeout_minutes: how long a collective waits for other processes. NCCL waits a minute longer than the
-            CPU group, because its watchdog ends the process without an exception.
+        timeout_minutes: how long a collective waits for other processes. The group of a GPU waits a minute
+            longer than that of the CPU, because NCCL's watchdog ends the process without an exception.
 
     Raises:
         DistError: the other processes do not come.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not in_group():
         timeout = timedelta(minutes=timeout_minutes)
-        on_cuda = device.type == "cuda"
+        backend = dist.Backend.default_device_backend_map.get(device.type, "gloo")
+        backend = backend if dist.is_backend_available(backend) else "gloo"  # as on Windows
         store, rank, world_size = next(rendezvous("env://", timeout=timeout))
         # torchrun's store outlives a restart, with the addresses of the processes that have ended
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         dist.init_process_group(
-            "nccl" if on_cuda else "gloo",
+            backend,
             store=dist.PrefixStore(f"attempt_{attempt}", store),
             rank=rank,
             world_size=world_size,
-            timeout=timeout + timedelta(seconds=60 if on_cuda else 0),
+            timeout=timeout + timedelta(seconds=0 if backend == "gloo" else 60),
         )
         _cpu_group.append(dist.new_group(backend="gloo", timeout=timeout))
 
@@ -197,10 +235,10 @@ class Precision:
     def name(self) -> str:
         return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
 
-    def autocast(self, device: torch.device) -> torch.autocast:
+    def autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
         """The context of the forward pass and the loss."""
         if self.dtype == torch.float32:
-            return torch.autocast(device.type, enabled=False)
+            return contextlib.nullcontext()  # not every device has autocast
         return torch.autocast(device.type, dtype=self.dtype)
 
     def scaler(self, device: torch.device) -> torch.amp.GradScaler:
@@ -212,30 +250,44 @@ def choose_precision(level: str, dtype: str, device: torch.device) -> Precision:
     """The precision that the options AMP_OPT_LEVEL and AMP_DTYPE ask for.
 
     Args:
-        level: 'O0' is float32, 'O1' and 'O2' autocast; '' is autocast on CUDA or if ``dtype`` is given.
-        dtype: 'bf16' or 'fp16'; '' takes bf16 where the device has it, else fp16.
+        level: 'O0' is float32, 'O1' and 'O2' autocast; '' is autocast if ``dtype`` is given, or on a GPU of
+            which PyTorch knows whether it has bf16 (CUDA, XPU).
+        dtype: 'bf16' or 'fp16'; '' takes fp16 where PyTorch knows that the device lacks bf16, else bf16.
         device: where the model runs.
+
+    Raises:
+        UserError: the device has no autocast.
     """
-    level = level or ("O1" if device.type == "cuda" or dtype else "O0")
+    ask = getattr(torch.get_device_module(device), "is_bf16_supported", None)
+    level = level or ("O1" if dtype or ask else "O0")
     if level == "O0":
         return Precision(torch.float32)
-    has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = dtype or ("bf16" if has_bf16 else "fp16")
+    if not torch.amp.is_autocast_available(device.type):
+        raise UserError(
+            f"AMP_OPT_LEVEL: expected O0 on {device.type}, which has no autocast, got {level}; drop it"
+        )
+    options = {"including_emulation": False} if device.type == "cuda" else {}
+    dtype = dtype or ("bf16" if ask is None or ask(**options) else "fp16")
     return Precision({"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
+
+
+def can_pin_memory() -> bool:
+    """Whether page-locked host memory speeds up copies to this machine's accelerator."""
+    found = torch.accelerator.is_available() and torch.accelerator.current_accelerator()
+    return bool(found) and found.type != "mps"  # Apple's shares the memory of the host
 
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
-def peak_memory_mb(device: torch.device) -> float:
-    """Largest memory use so far: allocated by torch on a GPU, resident of the process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return resident / (2**20 if sys.platform == "darwin" else 2**10)
+def memory_mb(device: torch.device) -> float:
+    """Largest memory that torch has allocated so far on a GPU; on others, what the process holds now."""
+    largest = getattr(torch.get_device_module(device), "max_memory_allocated", None)  # not on cpu and mps
+    used = psutil.Process().memory_info().rss if largest is None else largest(device)
+    return used / 2**20
 
 
 def be_deterministic() -> None:

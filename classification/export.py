@@ -33,6 +33,7 @@ if str(REPO) not in sys.path:
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+import utils  # noqa: E402
 from classification.predict import load_config_of, load_model  # noqa: E402
 from models import build_model  # noqa: E402
 
@@ -208,11 +209,14 @@ def _explained(what: str) -> Iterator[None]:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--cfg", metavar="FILE", help="yaml file (default: the one inside the checkpoint)")
+    path = utils.path_argument
+    parser.add_argument(
+        "--cfg", type=path, metavar="FILE", help="yaml file (default: the one inside the checkpoint)"
+    )
     weights = parser.add_mutually_exclusive_group(required=True)
-    weights.add_argument("--resume", metavar="FILE", help="checkpoint, .pth or .safetensors")
+    weights.add_argument("--resume", type=path, metavar="FILE", help="checkpoint, .pth or .safetensors")
     weights.add_argument("--random", action="store_true", help="random weights, to try an exporter")
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of the new files")
+    parser.add_argument("--out", metavar="DIR", type=path, required=True, help="folder of the new files")
     parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=list(FORMATS))
     parser.add_argument(
         "--size", nargs="+", metavar="PIXELS", help="side, or rows and columns (DATA.IMG_SIZE)"
@@ -237,6 +241,7 @@ def size_of(words: Sequence[str] | None, default: int | Sequence[int]) -> tuple[
 def main(arguments: Sequence[str] | None = None) -> int:
     """Export; 1 if a format could not be written."""
     args = parse(arguments)
+    utils.escape_output()
     status = 0
     try:
         config = load_config_of(args)
@@ -249,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for name in args.formats:
-        path = args.out / f"{config.MODEL.NAME}_{size[0]}x{size[1]}{FORMATS[name].suffix}"
+        path = Path(args.out) / f"{config.MODEL.NAME}_{size[0]}x{size[1]}{FORMATS[name].suffix}"
         try:
             print(export_model(model, name, (model.in_chans, *size), path, args.batch), flush=True)
         except (ExportError, OSError) as error:

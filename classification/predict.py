@@ -28,8 +28,7 @@ from yacs.config import CfgNode  # noqa: E402
 
 import utils  # noqa: E402
 from config import load_config  # noqa: E402
-from data.folder import IMAGE_EXTENSIONS  # noqa: E402
-from data.images import decode_rgb  # noqa: E402
+from data.images import decode_rgb, is_image_name, log_left_out  # noqa: E402
 from data.source import FileSource  # noqa: E402
 from data.transforms import Transform, eval_transform  # noqa: E402
 from models import FocalTransformer, build_model, load_checkpoint, read_checkpoint  # noqa: E402
@@ -79,12 +78,15 @@ class Prediction:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments from which `load_config_of` and `load_trained` make a model."""
-    parser.add_argument("--cfg", metavar="FILE", help="yaml file (default: the one inside the checkpoint)")
-    parser.add_argument("--resume", metavar="FILE", help="checkpoint, as for main.py --eval")
+    path = utils.path_argument
+    parser.add_argument(
+        "--cfg", type=path, metavar="FILE", help="yaml file (default: the one inside the checkpoint)"
+    )
+    parser.add_argument("--resume", type=path, metavar="FILE", help="checkpoint, as for main.py --eval")
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="any option of config.py")
     parser.add_argument("--data-path", metavar="DIR", help="data set whose folders name the classes")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: CUDA where there is some)")
-    parser.add_argument("--classes", type=Path, metavar="FILE", help="class names, one per line")
+    parser.add_argument("--device", help="as for main.py (default: the accelerator if there is one)")
+    parser.add_argument("--classes", type=path, metavar="FILE", help="class names, one per line")
 
 
 def load_config_of(args: argparse.Namespace) -> CfgNode:
@@ -144,7 +146,7 @@ def load_trained(args: argparse.Namespace) -> Trained:
 # --- Names of classes ---------------------------------------------------------------------------------------
 
 
-def class_names(config: CfgNode, file: Path | None) -> list[str]:
+def class_names(config: CfgNode, file: str | Path | None) -> list[str]:
     """One name per class: of a file, of ImageNet, or of the data set's folders; else its number.
 
     Args:
@@ -156,7 +158,7 @@ def class_names(config: CfgNode, file: Path | None) -> list[str]:
     """
     count = config.MODEL.NUM_CLASSES
     if file is not None:
-        return _names_of_file(file, count)
+        return _names_of_file(Path(file), count)
     names = [] if config.DATA.DATASET == "folder" else _imagenet_names(count)
     names = names or _folder_names(config.DATA.DATA_PATH, count)
     if not names:
@@ -209,22 +211,23 @@ def find_images(arguments: Sequence[str]) -> list[str]:
     for argument in arguments:
         found = [argument]
         if Path(argument).is_dir():
-            files = sorted(path for path in Path(argument).rglob("*") if not path.name.startswith("."))
-            found = [str(path) for path in files if path.suffix.lower() in IMAGE_EXTENSIONS]
+            files = sorted(path for path in Path(argument).rglob("*") if path.is_file())
+            found = [str(path) for path in files if is_image_name(path.name)]
+            log_left_out(argument, (path.name for path in files if not is_image_name(path.name)))
         if not found:
-            raise ValueError(f"{argument}: expected images ({' '.join(IMAGE_EXTENSIONS)}), got none")
+            raise ValueError(f"{argument}: expected images, got none; name image files, or a folder of them")
         images += found
     return images
 
 
-def read_image(path: str, transform: Transform) -> Tensor:
-    """An image file as the model's input, [C, H, W].
+def read_image(path: str, transform: Transform, upright: bool) -> Tensor:
+    """An image file as the model's input, [C, H, W]; turned as its EXIF data say if ``upright``.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: it does not decode.
     """
-    return transform(decode_rgb(FileSource(Path(), [path], [0]).read(0), path))
+    return transform(decode_rgb(FileSource(Path(), [path], [0]).read(0), path, upright))
 
 
 def predict(
@@ -239,13 +242,13 @@ def predict(
         batch_size: images per forward pass.
         top: classes per image, or all there are if fewer.
     """
-    transform = trained.transform()
+    transform, upright = trained.transform(), trained.config.DATA.EXIF_ORIENTATION
     for start in range(0, len(images), batch_size):
         predictions = [Prediction(path, []) for path in images[start : start + batch_size]]
         inputs = []
         for prediction in predictions:
             try:
-                inputs.append(read_image(prediction.image, transform))
+                inputs.append(read_image(prediction.image, transform, upright))
             except OSError as error:
                 prediction.error = f"{prediction.image}: expected an image file, got: {error.strerror}"
             except ValueError as error:
@@ -270,7 +273,13 @@ def _best_of(trained: Trained, inputs: Tensor, top: int) -> Iterator[list[tuple[
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments of the command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
-    parser.add_argument("images", nargs="+", metavar="IMAGE|FOLDER", help="image files, or folders of them")
+    parser.add_argument(
+        "images",
+        type=utils.path_argument,
+        nargs="+",
+        metavar="IMAGE|FOLDER",
+        help="image files, or folders of them",
+    )
     add_model_arguments(parser)
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at once (32)")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="classes per image (5)")
@@ -285,6 +294,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 1 if an image could not be read, 2 for what else the user can correct."""
     args = parse(argv)
+    utils.escape_output()
     logging.basicConfig(format="%(message)s")
     done = []
     try:

@@ -4,11 +4,11 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from timm.data import Mixup
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
@@ -17,6 +17,7 @@ from data import folder
 from data.archive import open_archive_split
 from data.datasets import EvalImages, ImageLoader, TrainImages
 from data.hugging_face import open_rows
+from data.images import decode_rgb
 from data.mixing import SeededMixup
 from data.samplers import EvalSampler, ShardSampler, TrainSampler, shard_of
 from data.shards import open_shards
@@ -33,8 +34,8 @@ from data.transforms import (
     train_transform,
     with_decoder,
 )
-from data.workers import leave_signals_to_parent, start_opencv_worker, stop_opencv_threads
-from utils import get_rank, get_world_size
+from data.workers import leave_signals_to_parent, limit_workers, start_opencv_worker, stop_opencv_threads
+from utils import can_pin_memory, get_rank, get_world_size
 
 logger = logging.getLogger(__name__)
 
@@ -106,17 +107,20 @@ def build_loaders(config: CfgNode, rank: int | None = None, world_size: int | No
             count = len(source)
             shard = range(count) if cache_mode == "full" else shard_of(count, rank, world_size)
             sources[split] = CachedSource(source, shard)
-    val_dataset = EvalImages(sources["val"], _eval_transform(config))
-    val_loader = _loader(config, val_dataset, EvalSampler(len(val_dataset), rank, world_size))
+    workers = limit_workers(data.NUM_WORKERS)
+    val_dataset = EvalImages(
+        sources["val"], _eval_transform(config), partial(decode_rgb, upright=data.EXIF_ORIENTATION)
+    )
+    val_loader = _loader(config, val_dataset, EvalSampler(len(val_dataset), rank, world_size), workers)
     if config.EVAL_MODE:
         return Loaders(None, val_dataset, None, val_loader, None, None)
-    decode, transform = with_decoder(data.DECODER, _train_transform(config))
+    decode, transform = with_decoder(data.DECODER, _train_transform(config), data.EXIF_ORIENTATION)
     if data.DECODER == "opencv" and data.NUM_WORKERS == 0:
         stop_opencv_threads()
     train_dataset = TrainImages(sources["train"], transform, config.SEED, decode)
     sampler_class = ShardSampler if cache_mode == "part" else TrainSampler
     train_sampler = sampler_class(len(train_dataset), data.BATCH_SIZE, rank, world_size, config.SEED)
-    train_loader = _loader(config, train_dataset, train_sampler)
+    train_loader = _loader(config, train_dataset, train_sampler, workers)
     return Loaders(train_dataset, val_dataset, train_loader, val_loader, train_sampler, _mixup(config, rank))
 
 
@@ -295,7 +299,7 @@ def _mixup(config: CfgNode, rank: int) -> SeededMixup | None:
     return SeededMixup(mixup, config.SEED, rank)
 
 
-def _loader(config: CfgNode, images: TrainImages | EvalImages, sampler: Any) -> DataLoader:
+def _loader(config: CfgNode, images: TrainImages | EvalImages, sampler: Any, workers: int) -> DataLoader:
     data, is_training = config.DATA, isinstance(images, TrainImages)
     init: Callable[[int], None] = leave_signals_to_parent
     if is_training and data.DECODER == "opencv":
@@ -304,10 +308,10 @@ def _loader(config: CfgNode, images: TrainImages | EvalImages, sampler: Any) -> 
         images,
         batch_size=data.BATCH_SIZE,
         sampler=sampler,
-        num_workers=data.NUM_WORKERS,
-        pin_memory=data.PIN_MEMORY and torch.cuda.is_available(),
+        num_workers=workers,
+        pin_memory=data.PIN_MEMORY and can_pin_memory(),
         drop_last=is_training,
         worker_init_fn=init,
-        persistent_workers=data.NUM_WORKERS > 0,
-        multiprocessing_context=(data.WORKER_START_METHOD or None) if data.NUM_WORKERS else None,
+        persistent_workers=workers > 0,
+        multiprocessing_context=(data.WORKER_START_METHOD or None) if workers else None,
     )

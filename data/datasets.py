@@ -98,13 +98,15 @@ class TrainImages(Dataset[Sample]):
 class EvalImages(Dataset[Sample]):
     """Images for evaluation; one that does not decode is an error, as leaving it out changes the result."""
 
-    def __init__(self, source: ImageSource, transform: Transform) -> None:
+    def __init__(self, source: ImageSource, transform: Transform, decode: Decode = decode_rgb) -> None:
         """
         Args:
             source: the images.
             transform: the evaluation transform.
+            decode: makes what `transform` takes.
         """
         self.source = source
+        self._decode = decode
         self._transform = transform
 
     def __len__(self) -> int:
@@ -116,7 +118,7 @@ class EvalImages(Dataset[Sample]):
         Raises:
             UndecodableImageError: the image cannot be read or does not decode.
         """
-        image = decode_rgb(_read(self.source, index), self.source.name(index))
+        image = self._decode(_read(self.source, index), self.source.name(index))
         return Sample(self._transform(image), int(self.source.labels[index]))
 
 

@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from data import demo_scenes
+from utils import path_argument
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ def write_demo(out: Path, kinds: Sequence[str], options: DemoOptions) -> dict[st
 def _write_kind(folder: Path, kind: str, options: DemoOptions) -> None:
     stamp = json.dumps({"kind": kind, **asdict(options)}, indent=1)
     if (folder / _STAMP).is_file():
-        if (folder / _STAMP).read_text() == stamp:
+        if (folder / _STAMP).read_text(encoding="utf-8") == stamp:
             logger.info("%s: already there", folder)
             return
     elif folder.exists():
@@ -124,7 +125,7 @@ def _write_kind(folder: Path, kind: str, options: DemoOptions) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     WRITERS[kind](unfinished, options)
-    (unfinished / _STAMP).write_text(stamp)
+    (unfinished / _STAMP).write_text(stamp, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(unfinished, folder)
     logger.info("%s: written", folder)
@@ -155,7 +156,7 @@ def _write_zip(folder: Path, options: DemoOptions) -> None:
             for file_name, label, content in _encoded_digits(split, options.size):
                 archive.writestr(zipfile.ZipInfo(file_name, _ZIP_DATE), content)
                 lines.append(f"{prefixes[name]}{file_name}\t{label}\n")
-        (folder / f"{name}_map.txt").write_text("".join(lines))
+        (folder / f"{name}_map.txt").write_text("".join(lines), encoding="utf-8")
 
 
 def _scenes(options: DemoOptions) -> Iterator[tuple[str, Iterator[demo_scenes.Scene]]]:
@@ -179,7 +180,9 @@ def _write_segmentation(folder: Path, options: DemoOptions) -> None:
     split_folders = {"train": "training", "val": "validation"}
     for name, scenes in _scenes(options):
         demo_scenes.write_ade(folder, split_folders[name], scenes)
-    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in demo_scenes.SEGMENTATION_CLASSES))
+    (folder / "classes.txt").write_text(
+        "".join(f"{name}\n" for name in demo_scenes.SEGMENTATION_CLASSES), encoding="utf-8"
+    )
 
 
 WRITERS: dict[str, Callable[[Path, DemoOptions], None]] = {
@@ -194,7 +197,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line (by default that of the process)."""
     defaults = DemoOptions()
     parser = argparse.ArgumentParser(prog="python -m data.demo", description="Write the demo data sets.")
-    parser.add_argument("out", type=Path, help="folder to write into")
+    parser.add_argument("out", type=path_argument, help="folder to write into")
     parser.add_argument(
         "--kinds", nargs="+", choices=list(WRITERS), default=list(WRITERS), help="default: all"
     )
@@ -212,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = DemoOptions(seed=args.seed, size=args.size, train_scenes=args.train, val_scenes=args.val)
-    write_demo(args.out, args.kinds, options)
+    write_demo(Path(args.out), args.kinds, options)
 
 
 if __name__ == "__main__":

@@ -184,7 +184,7 @@ def write_coco(root: Path, split: str, scenes: Iterator[Scene]) -> None:
             for number, name in enumerate(DETECTION_CLASSES, start=1)
         ],
     }
-    (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
+    (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content), encoding="utf-8")
 
 
 def _coco_annotation(digit: DigitInstance) -> dict[str, object]:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from data.images import is_image_name, log_left_out
 from data.maps import read_map
 from data.source import SPLITS, FileSource, some
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 SOLUTION = "LOC_val_solution.csv"
 _KAGGLE = ("CLS-LOC", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC")  # where Kaggle's ImageNet has its splits
 _MAX_PROBES = 1000
@@ -75,23 +75,28 @@ def scan_class_folders(split_dir: Path, classes: list[str]) -> FileSource:
     paths: list[str] = []
     labels: list[int] = []
     empty: list[str] = []
+    left_out: list[str] = []
     for label, name in enumerate(classes):
-        found = _list_images(split_dir, name)
+        found = _list_images(split_dir, name, left_out)
         paths += found
         labels += [label] * len(found)
         if not found:
             empty.append(name)
+    log_left_out(split_dir, left_out)
     if empty:
         raise ValueError(
             f"{split_dir}: expected at least one image in every class folder, got none in {some(empty)}; "
-            f"add images ({' '.join(IMAGE_EXTENSIONS)}) or remove the folder"
+            "add images, or remove the folder"
         )
     return FileSource(split_dir, paths, labels, classes)
 
 
-def _list_images(split_dir: Path, class_name: str) -> list[str]:
-    """The images below a class folder; a folder that several links lead to is listed once."""
-    found = []
+def _list_images(split_dir: Path, class_name: str, left_out: list[str]) -> list[str]:
+    """The images below a class folder; a folder that several links lead to is listed once.
+
+    The names of other files are added to ``left_out``.
+    """
+    found: list[str] = []
     seen: set[tuple[int, int]] = set()
     for folder, subfolders, files in os.walk(split_dir / class_name, followlinks=True):
         status = os.stat(folder)
@@ -100,12 +105,9 @@ def _list_images(split_dir: Path, class_name: str) -> list[str]:
             continue
         seen.add((status.st_dev, status.st_ino))
         relative = os.path.relpath(folder, split_dir)
-        found += [os.path.join(relative, file) for file in files if _is_image(file)]
+        found += [os.path.join(relative, file) for file in files if is_image_name(file)]
+        left_out += [file for file in files if not is_image_name(file)]
     return sorted(found)
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
 
 
 def _find_solution(split_dir: Path) -> Path | None:
@@ -128,7 +130,7 @@ def read_solution(path: Path, image_dir: Path) -> FileSource:
     Raises:
         ValueError: a line is malformed, or lines and images do not belong together one by one.
     """
-    files = {Path(name).stem: name for name in os.listdir(image_dir) if _is_image(name)}
+    files = {Path(name).stem: name for name in os.listdir(image_dir) if is_image_name(name)}
     found: dict[str, str] = {}
     lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     for number, line in enumerate(lines[1:], start=2):

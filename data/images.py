@@ -1,24 +1,48 @@
 """From the encoded bytes of an image file to RGB: a whole PIL image by Pillow, or an array of a resized crop
 by OpenCV, which is faster.
 
-Both ignore the EXIF orientation, as the original does. Of an animated file both take the first frame, and of
-transparent ones the colours alone. OpenCV only gets the JPEG files that it decodes like Pillow; everything
-else stays with Pillow, damaged files too, so that both find the same images undecodable.
+Both ignore the EXIF orientation, as the original does, unless `upright` is set. Of an animated file both take
+the first frame, and of transparent ones the colours alone. OpenCV only gets the JPEG files that it decodes
+like Pillow; everything else stays with Pillow, damaged files too, so that both find the same images
+undecodable.
 """
 
+import logging
 import re
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch.nn import functional
+
+logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 2**26
 """Of an image; in RGB they take 200 MB."""
 MAX_BYTES = 2**28
 """Of an image file."""
-_FORMATS = ("JPEG", "PNG", "BMP", "DIB", "PPM", "TIFF", "WEBP", "GIF")  # Pillow runs programs for some others
+_REFUSED = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC", "FPX", "MIC"}
+"""Formats of which Pillow runs programs, or reads no more than the header."""
+
+Image.init()
+_FORMATS = sorted(
+    (name for name, (_, accepts) in Image.OPEN.items() if accepts and name not in _REFUSED),
+    key=lambda name: name != "JPEG",  # the first to be tried
+)
+"""Formats that are recognised by how a file begins, whatever its name says."""
+_FORMAT_OF = {
+    extension: name
+    for extension, name in Image.registered_extensions().items()
+    if name in Image.OPEN and name not in _REFUSED
+}
+IMAGE_EXTENSIONS = tuple(_FORMAT_OF)
+"""What Pillow can open here, such as .jpg and .png; in lower case, with the dot."""
+_FULL_SCALES = (1, 255, 2**16 - 1)  # what white may be in images of floating point numbers
 _REDUCTIONS = (8, 4, 2)  # denominators at which OpenCV decodes a JPEG file to a smaller image
 _STRAY_MARKERS = {  # by whether a file is progressive: what no intact scan contains ...
     False: re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]"),  # ... of a file with one scan
@@ -33,29 +57,44 @@ class UndecodableImageError(ValueError):
     """An image cannot be read or does not decode; the message names the image."""
 
 
-def decode_rgb(encoded: bytes, name: str) -> Image.Image:
+def is_image_name(name: str) -> bool:
+    """Whether a file is taken for an image, by the ending of its name; hidden files are not."""
+    return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
+
+
+def log_left_out(folder: Path | str, names: Iterable[str]) -> None:
+    """Say how many files of a folder are left out because `is_image_name` does not take them for images."""
+    kinds = Counter(Path(name).suffix or "no ending" for name in names if not name.startswith("."))
+    if kinds:
+        counts = ", ".join(f"{count} with {kind}" for kind, count in kinds.most_common())
+        logger.warning(f"{folder}: {kinds.total()} files are not taken for images and left out: {counts}")
+
+
+def decode_rgb(encoded: bytes, name: str, upright: bool = False) -> Image.Image:
     """Decode an image file to RGB with Pillow.
 
-    16-bit gray is scaled down to 8 bits instead of being clipped to white; an alpha channel is dropped.
+    Gray of more than 8 bits is scaled to 8 bits; an alpha channel is dropped.
 
     Args:
         encoded: the content of the image file.
         name: path of the image, for the error.
+        upright: follow the EXIF orientation.
 
     Raises:
         UndecodableImageError: the bytes are empty, truncated or not an image.
     """
-    return EncodedImage(encoded, name).decode()
+    return EncodedImage(encoded, name, upright).decode()
 
 
 class EncodedImage:
     """An image file of which only the header was read."""
 
-    def __init__(self, encoded: bytes, name: str) -> None:
+    def __init__(self, encoded: bytes, name: str, upright: bool = False) -> None:
         """
         Args:
             encoded: the content of the image file.
             name: path of the image, for the error.
+            upright: follow the EXIF orientation.
 
         Raises:
             UndecodableImageError: the bytes do not begin like an image, or the image is too large.
@@ -63,8 +102,9 @@ class EncodedImage:
         self._encoded = encoded
         self._name = name
         stream = BytesIO(encoded)
+        by_name = _FORMAT_OF.get(Path(name).suffix.lower(), "JPEG")  # TGA and a few others have no signature
         try:
-            self.header = Image.open(stream, formats=_FORMATS)
+            self.header = Image.open(stream, formats=[*_FORMATS, by_name])
         except UnidentifiedImageError as error:  # whose message is an address in memory
             raise self._undecodable("cannot identify image file") from error
         except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
@@ -73,17 +113,22 @@ class EncodedImage:
             size = f"{self.header.width} x {self.header.height}"
             raise self._undecodable(f"expected 1 to {MAX_PIXELS:,} pixels, got {size}")
         self._scan_start = stream.tell()  # of a JPEG file; Pillow reads up to its first scan
+        self.is_turned = False
+        """Whether `decode` turns or mirrors the image."""
+        if upright:
+            with suppress(Exception):  # damaged EXIF data count as none
+                self.is_turned = self.header.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
 
     def decode(self) -> Image.Image:
         """The whole image in RGB, by Pillow; UndecodableImageError if it does not decode."""
         try:
             with self.header as image:
-                return _to_rgb(image)
+                return _to_rgb(ImageOps.exif_transpose(image) if self.is_turned else image)
         except Exception as error:  # as above
             raise self._undecodable(error) from error
 
     def opencv_crop(self, box: Box, size: tuple[int, int], mode: str) -> np.ndarray | None:
-        """A crop of the image, resized; None where OpenCV does not decode it as Pillow does.
+        """A crop of the image as it is stored, resized; None where OpenCV does not decode it as Pillow does.
 
         A JPEG file is decoded at the smallest of full, half, quarter and eighth size at which the crop still
         covers `size`. At a smaller size the crop moves by up to half a pixel of the result. The resize is
@@ -138,11 +183,23 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         image.load()
         return image
-    if image.mode.startswith("I"):
-        gray = np.asarray(image) >> 8
-        return Image.fromarray(gray.clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        return Image.fromarray(np.asarray(image).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         return image.convert("RGBA").convert("RGB")
     return image.convert("RGB")
+
+
+def _to_8_bits(gray: np.ndarray) -> np.ndarray:
+    """Scale [H, W] of integers or floating point numbers to uint8; negative values and nan are black.
+
+    White is 65535 for integers. For floating point numbers, where no standard says what it is, it is the
+    smallest of 1, 255 and 65535 that no value exceeds. Where values exceed 65535, the largest is white.
+    """
+    if gray.dtype.kind != "f" and gray.max() < 2**16:
+        return (gray.clip(0) >> 8).astype(np.uint8)
+    values = np.nan_to_num(gray.astype(np.float64), posinf=0).clip(0)
+    largest = values.max()
+    scales = _FULL_SCALES if gray.dtype.kind == "f" else ()
+    white = next((scale for scale in scales if largest <= scale), largest)
+    return (values * (255 / white)).astype(np.uint8)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import psutil
 import torch
 
 from data.images import MAX_BYTES, UndecodableImageError
@@ -156,7 +157,7 @@ class CachedSource:
         self.origin, self.labels, self.classes = source.origin, source.labels, source.classes
         ends = np.cumsum([0, *(source.num_bytes(index) for index in shard)], dtype=np.int64)
         self._ends = torch.from_numpy(ends)
-        memory_size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        memory_size = psutil.virtual_memory().total
         if ends[-1] > memory_size:
             raise ValueError(
                 f"DATA.CACHE_MODE: expected images that fit into the {memory_size >> 20} MiB of memory, got "

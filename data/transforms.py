@@ -113,11 +113,15 @@ class OpencvCrop:
     It draws the same random numbers as that step, so the crop is the same, up to rounding.
     """
 
-    def __init__(self, step: RandomResizedCropAndInterpolation | transforms.Resize) -> None:
+    def __init__(
+        self, step: RandomResizedCropAndInterpolation | transforms.Resize, upright: bool = False
+    ) -> None:
         """
         Args:
             step: the first step.
+            upright: follow the EXIF orientation.
         """
+        self._upright = upright
         self._size = step.size
         modes = step.interpolation
         self._modes = tuple(modes) if isinstance(modes, list | tuple) else (modes,)
@@ -127,12 +131,13 @@ class OpencvCrop:
 
     def __call__(self, encoded: bytes, name: str) -> np.ndarray:
         """The crop of an image file, [H, W, 3]; UndecodableImageError if it does not decode."""
-        image = EncodedImage(encoded, name)
-        box = self._draw_box(image.header)
+        image = EncodedImage(encoded, name, self._upright)
+        whole = image.decode() if image.is_turned else None  # the header has the size before turning
+        box = self._draw_box(whole or image.header)
         mode = random.choice(self._modes) if len(self._modes) > 1 else self._modes[0]
-        crop = image.opencv_crop(box, self._size, mode.value)
+        crop = None if whole else image.opencv_crop(box, self._size, mode.value)
         if crop is None:
-            return np.array(functional.resized_crop(image.decode(), *box, self._size, mode))
+            return np.array(functional.resized_crop(whole or image.decode(), *box, self._size, mode))
         return crop
 
 
@@ -146,17 +151,20 @@ def _whole(image: Image.Image) -> Box:
     return 0, 0, image.height, image.width
 
 
-def with_decoder(decoder: str, transform: transforms.Compose) -> tuple[Decode, Transform]:
+def with_decoder(
+    decoder: str, transform: transforms.Compose, upright: bool = False
+) -> tuple[Decode, Transform]:
     """Divide the work between a decoder and the rest of a training transform.
 
     Args:
         decoder: "pil" is Pillow for everything; "opencv" decodes the crop alone, and augments with OpenCV.
         transform: from `train_transform`.
+        upright: follow the EXIF orientation.
     """
     if decoder == "pil":
-        return decode_rgb, transform
+        return partial(decode_rgb, upright=upright), transform
     crop, *steps = transform.transforms
-    return OpencvCrop(crop), transforms.Compose([_on_arrays(step) for step in steps])
+    return OpencvCrop(crop, upright), transforms.Compose([_on_arrays(step) for step in steps])
 
 
 def _on_arrays(step: Any) -> Callable:

@@ -1,11 +1,27 @@
-"""How a loader's worker process starts."""
+"""How many worker processes a loader has, and how they start."""
 
+import logging
 import multiprocessing
 import os
 import signal
 import threading
 
-_STOP_SIGNALS = {signal.SIGTERM, signal.SIGUSR1}
+from utils import STOP_SIGNALS
+
+logger = logging.getLogger(__name__)
+
+
+def limit_workers(wanted: int) -> int:
+    """The number of workers of a process: no more than its share of the cores that this machine lends it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    most = max(1, cores // processes)
+    if wanted > most:
+        logger.warning(
+            f"DATA.NUM_WORKERS: {wanted} is more than this machine has cores ({cores}, for {processes} "
+            f"process(es)); {most} are used"
+        )
+    return min(wanted, most)
 
 
 def leave_signals_to_parent(worker: int = 0) -> None:
@@ -13,15 +29,15 @@ def leave_signals_to_parent(worker: int = 0) -> None:
 
     Launchers signal all processes, but the training process needs the batches of the step that it finishes.
     It terminates its workers itself, by SIGTERM, which counts from it alone. Only `sigwaitinfo` shows the
-    sender of a signal, so a thread waits for them; where it is missing (macOS) workers end, and so does the
-    run.
+    sender of a signal, so a thread waits for them; where it is missing (macOS, Windows) workers end, and so
+    does the run.
 
     Args:
         worker: its number, not used.
     """
     if not hasattr(signal, "sigwaitinfo"):
         return
-    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     parent = multiprocessing.parent_process()  # not getppid, which may be the fork server
     number = os.getppid() if parent is None else parent.pid
     threading.Thread(target=_wait_for_parent, args=(number,), daemon=True, name="signals").start()
@@ -29,7 +45,7 @@ def leave_signals_to_parent(worker: int = 0) -> None:
 
 def _wait_for_parent(parent: int) -> None:
     while True:
-        received = signal.sigwaitinfo(_STOP_SIGNALS)
+        received = signal.sigwaitinfo(STOP_SIGNALS)
         if received.si_signo == signal.SIGTERM and received.si_pid == parent:
             os._exit(0)
 

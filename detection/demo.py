@@ -97,7 +97,7 @@ def train(method: str, data: Path, out: Path, epochs: int) -> dict[str, Any]:
     runner = build_runner(config)
     runner.train()
     minutes = (time.perf_counter() - began) / 60
-    lines = (Path(runner.log_dir) / "vis_data/scalars.json").read_text().splitlines()
+    lines = (Path(runner.log_dir) / "vis_data/scalars.json").read_text(encoding="utf-8").splitlines()
     none = {"coco/bbox_mAP": 0.0, "coco/bbox_mAP_50": 0.0}  # nothing was found, so nothing was logged
     results = [line for line in map(json.loads, lines) if "coco/bbox_mAP" in line] or [none]
     last = {name: results[-1].get(f"coco/{key}") for name, key in COLUMNS.items()}
@@ -118,10 +118,16 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command's arguments."""
+    from utils import path_argument
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"{', '.join(METHODS)}; default: all")
-    parser.add_argument("--data", type=Path, default="demo/detection", help="demo scenes (demo/detection)")
-    parser.add_argument("--out", type=Path, default="demo/output/methods", help="folder of runs and table.md")
+    parser.add_argument(
+        "--data", type=path_argument, default="demo/detection", help="demo scenes (demo/detection)"
+    )
+    parser.add_argument(
+        "--out", type=path_argument, default="demo/output/methods", help="folder of runs and table.md"
+    )
     parser.add_argument("--epochs", type=int, default=10, help="passes over the training scenes (10)")
     args = parser.parse_args(argv)
     unknown = sorted(set(args.methods) - set(METHODS))
@@ -133,16 +139,17 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command line."""
     args = parse(argv)
-    if not (args.data / "annotations").is_dir():
+    data, out = Path(args.data), Path(args.out)
+    if not (data / "annotations").is_dir():
         print(
-            f"error: no scenes in {args.data}: run `python -m data.demo demo --kinds detection`",
+            f"error: no scenes in {data}: run `python -m data.demo demo --kinds detection`",
             file=sys.stderr,
         )
         return 2
     rows = []
     for method in args.methods or METHODS:
-        rows.append(train(method, args.data, args.out, args.epochs))
-        (args.out / "table.md").write_text(table(rows))
+        rows.append(train(method, data, out, args.epochs))
+        (out / "table.md").write_text(table(rows), encoding="utf-8")
     print(table(rows))
     return 0
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from openmmlab.runner import import_mmengine, need_file, read_config, refusing, run_command
-from utils import UserError
+from utils import UserError, escape_output, path_argument
 
 if TYPE_CHECKING:
     from mmengine.model import BaseModel
@@ -23,11 +23,14 @@ Draw = Callable[["BaseModel", np.ndarray, float], tuple[np.ndarray, str]]
 def parse(description: str, argv: Sequence[str] | None = None, threshold: float = 0.3) -> argparse.Namespace:
     """The arguments of a command that draws predictions; `threshold` is the one that is not given."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
-    parser.add_argument("--config", required=True, help="config that the checkpoint was trained with")
-    parser.add_argument("--checkpoint", required=True, help="file written by training")
+    path = path_argument
+    parser.add_argument("images", type=path, nargs="+", metavar="IMAGE", help="image files")
     parser.add_argument(
-        "--out", default="predictions", metavar="DIR", help="folder of pictures (predictions)"
+        "--config", type=path, required=True, help="config that the checkpoint was trained with"
+    )
+    parser.add_argument("--checkpoint", type=path, required=True, help="file written by training")
+    parser.add_argument(
+        "--out", type=path, default="predictions", metavar="DIR", help="folder of pictures (predictions)"
     )
     parser.add_argument(
         "--threshold", type=float, default=threshold, help="least score that is drawn (%(default)s)"
@@ -92,6 +95,7 @@ def read_image(path: str) -> np.ndarray:
 
 def run(draw: Draw, args: argparse.Namespace) -> int:
     """Draw what a model finds in each image, and tell where; 2 for what the user can correct."""
+    escape_output()
 
     def draw_all() -> None:
         paths = picture_paths(args.images, args.out)

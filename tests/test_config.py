@@ -100,7 +100,7 @@ def test_options_from_the_command_line(key: str, given: object, expected: object
         (["TRAIN.OPTIMIZER.BETAS", [0.9, 1]], ["BETAS", "[0, 1) for every entry"]),
         (["TRAIN.BASE_LR", "nan"], ["TRAIN.BASE_LR", "a number"]),
         (["TRAIN.OPTIMIZER.NAME", "lion"], ["TRAIN.OPTIMIZER.NAME", "'adamw'"]),
-        (["DEVICE", "tpu"], ["DEVICE", "cuda"]),
+        (["DEVICE", "cuda:one"], ["DEVICE", "mps"]),
         (["EVAL_MODE", True], ["EVAL_MODE", "--resume"]),
         (["EVAL_EMA", True], ["EVAL_EMA", "EVAL_MODE (--eval) along with it"]),
         (["THROUGHPUT_MODE", True, "DEBUG_MODE", True], ["at most one mode"]),

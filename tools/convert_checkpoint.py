@@ -22,6 +22,7 @@ from torch import Tensor
 from models.checkpoint import STATE_KEYS, read_checkpoint, state_dict_of
 from models.safetensors_file import write_safetensors
 from training.checkpoints import write_checkpoint
+from utils import escape_output, path_argument
 
 WRITERS: dict[str, Callable[[Mapping[str, Tensor], Path], None]] = {
     ".pth": lambda state, path: write_checkpoint({"model": dict(state)}, path),
@@ -100,13 +101,14 @@ def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; 1 for an error that the user can correct."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("source", type=Path, help="weights: .pth of any kind, or .safetensors")
-    parser.add_argument("target", type=Path, help="new file, .pth or .safetensors")
+    parser.add_argument("source", type=path_argument, help="weights: .pth of any kind, or .safetensors")
+    parser.add_argument("target", type=path_argument, help="new file, .pth or .safetensors")
     parser.add_argument("--weights", default="", help="where in the source, if not the usual place")
     parser.add_argument("--force", action="store_true", help="replace a file that is there")
     args = parser.parse_args(arguments)
+    escape_output()
     try:
-        state = convert(args.source, args.target, args.weights, args.force)
+        state = convert(Path(args.source), Path(args.target), args.weights, args.force)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils import path_argument
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -176,8 +178,8 @@ def _draw_run(panels: Any, run: RunMetrics, colour: str, prefix: str) -> None:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments of the command."""
     parser = argparse.ArgumentParser(description="Draw loss, accuracy, learning rate and speed of runs.")
-    parser.add_argument("folders", nargs="+", type=Path, metavar="OUTPUT_FOLDER", help="of main.py")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="(default: plot.png in the folder)")
+    parser.add_argument("folders", nargs="+", type=path_argument, metavar="OUTPUT_FOLDER", help="of main.py")
+    parser.add_argument("--out", type=path_argument, metavar="FILE", help="(default: plot.png in the folder)")
     args = parser.parse_args(argv)
     if args.out is None and len(args.folders) > 1:
         parser.error("--out is needed to compare several runs")
@@ -188,10 +190,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 2 for an error that the user can correct."""
     args = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    out = args.out or args.folders[0] / "plot.png"
+    folders = [Path(folder) for folder in args.folders]
+    out = Path(args.out or folders[0] / "plot.png")
     try:
-        runs = [read_metrics(folder) for folder in args.folders]
-        for run, name in zip(runs, names_of(args.folders), strict=True):
+        runs = [read_metrics(folder) for folder in folders]
+        for run, name in zip(runs, names_of(folders), strict=True):
             run.name = name
         figure = draw(runs)
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -48,7 +48,7 @@ def draw(args: argparse.Namespace) -> Iterator[tuple[str, "Figure"]]:
     """
     trained = load(args)
     model, data = trained.model, trained.config.DATA
-    image = predict.read_image(args.image, trained.transform())[None].to(trained.device)
+    image = predict.read_image(args.image, trained.transform(), data.EXIF_ORIENTATION)[None].to(trained.device)
     height, width = image.shape[2:]
     at = tuple(args.at) if args.at else (width // 2, height // 2)
     if not (0 <= at[0] < width and 0 <= at[1] < height):
@@ -105,18 +105,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("image", metavar="IMAGE", help="image file")
+    parser.add_argument("image", type=utils.path_argument, metavar="IMAGE", help="image file")
     predict.add_model_arguments(parser)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="pictures (all)")
     parser.add_argument("--at", nargs=2, type=int, metavar=("X", "Y"), help="query's pixel (the centre)")
     parser.add_argument("--block", type=int, default=-1, help="block of each stage, from 0 (the last)")
     parser.add_argument("--stage", type=int, help="stage of Grad-CAM, from 1 (the last)")
     parser.add_argument("--target", type=int, metavar="CLASS", help="class of Grad-CAM (the likeliest)")
-    parser.add_argument("--out", type=Path, default=Path("pictures"), metavar="DIR", help="folder (pictures)")
+    parser.add_argument(
+        "--out", type=utils.path_argument, default="pictures", metavar="DIR", help="folder (pictures)"
+    )
     args = parser.parse_args(argv)
+    utils.escape_output()
     try:
         for name, figure in draw(args):
-            drawing.save(figure, args.out / f"{name}.png")
+            drawing.save(figure, Path(args.out, f"{name}.png"))
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

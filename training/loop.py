@@ -79,7 +79,7 @@ def train_one_epoch(
     state.ddp_model.train()
     for step, (images, targets) in enumerate(shown, start=first):
         utils.seed_everything(config.SEED, utils.get_rank(), position.epoch, step)
-        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        images, targets = to_device(images, device), to_device(targets, device)
         if mixup_fn is not None:
             images, targets = mixup_fn(images, targets)
         index_in_group = (step - first) % accumulation
@@ -99,6 +99,11 @@ def train_one_epoch(
             report(run, state, step, steps)
         if is_update:
             after_update(state, step + 1 == steps)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a batch to the device; in the background if it lies in pinned memory."""
+    return tensor.to(device, non_blocking=tensor.is_pinned())
 
 
 def sync_gradients(model: nn.Module, enabled: bool) -> contextlib.AbstractContextManager:
@@ -158,7 +163,7 @@ def report(run: Run, state: TrainState, step: int, steps: int) -> None:
         UserError: too many updates in a row were skipped.
     """
     epoch, stats = state.position.epoch, state.meter.read()
-    rate, memory = state.optimizer.param_groups[0]["lr"], utils.peak_memory_mb(run.device)
+    rate, memory = state.optimizer.param_groups[0]["lr"], utils.memory_mb(run.device)
     skipped = f"  {stats.skipped} updates skipped" if stats.skipped else ""
     logger.info(
         f"epoch {epoch + 1}/{run.config.TRAIN.EPOCHS} step {step + 1}/{steps}  loss {stats.loss:.4f}  "
@@ -199,28 +204,27 @@ def evaluate(run: Run, model: nn.Module, batches: Batches) -> dict[str, float]:
         StopRequested: on all ranks; one of them received a stop signal, in training.
     """
     model.eval()
-    sums = torch.zeros(3, dtype=torch.float64, device=run.device)  # loss, hits, hits among the first five
-    count = 0
+    results: list[torch.Tensor] = []  # per batch [3, B]: loss, hit, hit among the first five
     full = (batches.batch_size or 0) if isinstance(batches, DataLoader) else 0
     with utils.raise_on_all_ranks(UndecodableImageError):
         for images, targets in progress(batches, "evaluation", utils.is_main_process()):
             if stop_received():
                 break
-            images = images.to(run.device, non_blocking=True)
-            targets = targets.to(run.device, non_blocking=True)
+            images, targets = to_device(images, run.device), to_device(targets, run.device)
             full = max(full, len(images))
             images = F.pad(images, [0] * (2 * images.ndim - 1) + [full - len(images)])
             with run.precision.autocast(run.device):
                 logits = model(images)[: len(targets)]
-            logits = logits.double()  # float32 sums would depend on their order
+            logits = logits.float()
             hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
-            loss = F.cross_entropy(logits, targets, reduction="sum")
-            sums += torch.stack([loss, hits[:, 0].sum().double(), hits.sum().double()])
-            count += len(targets)
+            loss = F.cross_entropy(logits, targets, reduction="none")
+            results.append(torch.stack([loss, hits[:, 0].float(), hits.any(dim=1).float()]))
     if utils.any_rank(stop_received()):
         raise StopRequested
-    loss_sum, top1, top5 = utils.all_gather(sums.cpu()).sum(dim=0).tolist()
-    count = int(utils.all_gather(torch.tensor(count)).sum())
+    values = torch.cat(results, dim=1).cpu().double() if results else torch.zeros(3, 0).double()
+    sums = torch.cat([values.sum(dim=1), torch.tensor([values.shape[1]])])  # in double precision, so the same
+    loss_sum, top1, top5, count = utils.all_gather(sums).sum(dim=0).tolist()  # in whatever order
+    count = int(count)
     if not math.isfinite(loss_sum):
         raise UserError(
             "expected finite outputs, got nan or inf; check the weights, or evaluate with --amp-opt-level O0"

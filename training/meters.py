@@ -73,7 +73,7 @@ class TrainMeter:
         self._replaced_before = replaced
         if self._pending_batches:
             losses, images = zip(*self._pending_batches, strict=True)
-            columns = [torch.stack(losses).double().cpu(), torch.tensor(images, dtype=torch.float64)]
+            columns = [torch.stack(losses).cpu().double(), torch.tensor(images, dtype=torch.float64)]
             self._batches += utils.all_gather(torch.stack(columns, dim=1)).flatten(0, 1).tolist()
         if self._pending_updates:
             steps, rates, norms = zip(*self._pending_updates, strict=True)

@@ -6,7 +6,6 @@ the network.
 """
 
 import contextlib
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -18,10 +17,8 @@ import torch.distributed as dist
 
 import utils
 
-EXIT_STOPPED = os.EX_TEMPFAIL
-"""75, the exit status of a run that saved and stopped after a signal: start the same command again."""
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+EXIT_STOPPED = 75
+"""The exit status of a run that saved and stopped after a signal: start the same command again."""
 
 _received: list[int] = []  # stop signals since `handle_stop_signals` was entered
 
@@ -37,7 +34,7 @@ def handle_stop_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # Python allows signal handlers in the main thread only
         return
-    before = {number: signal.signal(number, _record) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, _record) for number in utils.STOP_SIGNALS}
     try:
         yield
     finally:

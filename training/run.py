@@ -77,6 +77,7 @@ def setup(run: Run, model: FocalTransformer) -> tuple[TrainState, Loaders, Check
         if source:
             with user_input(option):
                 content = read_training_checkpoint(source, model, config)
+                check_epochs(content["position"], config.TRAIN.EPOCHS, str(source))
         elif config.MODEL.PRETRAINED:
             load_weights(model, config, "PRETRAINED")
         with user_input():
@@ -117,6 +118,17 @@ def choose_checkpoint(run: Run) -> tuple[Path | str, str]:
             "--tag or set TRAIN.AUTO_RESUME False to prevent this"
         )
     return newest, "TRAIN.AUTO_RESUME (choose another --tag to start a new run)"
+
+
+def check_epochs(position: dict[str, Any], epochs: int, source: str) -> None:
+    """Say so if nothing is left to train after ``epochs``; UserError if the position lies behind them."""
+    begun = position["epoch"] + (position["samples_seen"] > 0)
+    if begun > epochs:
+        raise UserError(
+            f"TRAIN.EPOCHS: expected at least {begun}, as many as {source} has begun, got {epochs}; raise it"
+        )
+    if position["epoch"] == epochs:
+        logger.warning(f"{source} has finished all {epochs} epochs (TRAIN.EPOCHS): nothing is left to train")
 
 
 def resume(state: TrainState, content: dict[str, Any], source: str, image_order: str) -> None:
@@ -181,6 +193,7 @@ def prepare_folder(run: Run, state: TrainState, source: Path | str, content: dic
             set_aside(run.output, later_than=(position["epoch"], position["step"]))
         run.metrics.truncate(content["metrics_size"], state.position.epoch_step)
     else:
+        run.metrics.close_file()  # Windows moves no open files
         set_aside(run.output, later_than=None)
         run.metrics.open()
     _, best = read_best(run.output)

@@ -6,23 +6,24 @@ which ends with its process.
 """
 
 import contextlib
-import errno
-import fcntl
 import logging
 import os
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+
+from filelock import FileLock, Timeout
 
 import utils
 from logger import Metrics, create_logger
 from utils import UserError
 
 LOCK_NAME = ".lock"
+HOLDER_NAME = ".lock_holder"
+"""The process that took the lock last, for messages."""
 PATIENCE = 30.0  # seconds that the process of an earlier run may take to end
 PAUSE = 0.5  # seconds between two attempts
+NO_LOCKS = (OSError, NotImplementedError)  # of filelock, where the file system has no locks
 
 logger = logging.getLogger(__name__)
 
@@ -69,38 +70,35 @@ def lock(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
         UserError: another process holds it for longer; the message names the process.
         OSError: the folder cannot be written.
     """
-    with (folder / LOCK_NAME).open("a+", encoding="utf-8", errors="replace") as file:
-        if _acquire(file, folder, patience):
-            with contextlib.suppress(OSError):  # a full disk; the text is only for messages
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()}")
-                file.flush()
+    path, holder = folder / LOCK_NAME, folder / HOLDER_NAME
+    path.touch()
+    file_lock = FileLock(path)
+    try:
+        _acquire(file_lock, folder, holder, patience)
+        with contextlib.suppress(OSError):  # a full disk
+            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+    except NO_LOCKS as error:
+        logger.warning(
+            f"{path} cannot be locked ({error}): make sure that no other run writes to this folder"
+        )
+    try:
         yield
+    finally:
+        file_lock.release()
 
 
-def _acquire(file: IO[str], folder: Path, patience: float) -> bool:
-    """Lock the file as soon as it is free; False if the file system has no locks."""
-    deadline, has_warned = time.monotonic() + patience, False
-    while True:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not shared with forked workers
-            return True
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                logger.warning(
-                    f"{file.name} cannot be locked ({error.strerror}): make sure that no other run writes to "
-                    "this folder"
-                )
-                return False
-        file.seek(0)
-        holder = file.read(200) or "another process"
-        if time.monotonic() >= deadline:
-            raise UserError(
-                f"{folder}: expected an output folder that no other run is writing to, got one that {holder} "
-                "has locked: wait for it, stop it, or choose another --tag; if its machine is gone, remove "
-                f"{file.name}"
-            )
-        if not has_warned:
-            logger.warning(f"{folder} is locked by {holder}: waiting up to {patience:.0f} s for it to end")
-            has_warned = True
-        time.sleep(PAUSE)
+def _acquire(file_lock: FileLock, folder: Path, holder: Path, patience: float) -> None:
+    """Lock the file as soon as it is free; UserError if that takes too long."""
+    with contextlib.suppress(Timeout):
+        file_lock.acquire(timeout=0)
+        return
+    name = holder.read_text(encoding="utf-8", errors="replace") if holder.exists() else "another process"
+    logger.warning(f"{folder} is locked by {name}: waiting up to {patience:.0f} s for it to end")
+    try:
+        file_lock.acquire(timeout=patience, poll_interval=PAUSE)
+    except Timeout as error:
+        raise UserError(
+            f"{folder}: expected an output folder that no other run is writing to, got one that {name} has "
+            f"locked: wait for it, stop it, or choose another --tag; if its machine is gone, remove "
+            f"{file_lock.lock_file}"
+        ) from error

@@ -10,11 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from utils import Precision, peak_memory_mb, synchronize
-
-WARM_UP_STEPS = {"cuda": 20, "cpu": 1}
-REPEATS = {"cuda": 20, "cpu": 5}
-REPEAT_SECONDS = {"cuda": 1.0, "cpu": 0.5}  # target; a repeat has at least one step
+from utils import Precision, memory_mb, synchronize
 
 
 def unique_backends(backends: list[str]) -> str:
@@ -30,7 +26,7 @@ class Throughput:
     milliseconds: float  # per batch
     batch_size: int
     image_size: tuple[int, int]
-    peak_memory_mb: float
+    memory_mb: float
     precision: str
     backends: list[str]  # attention backend per block
     device: str
@@ -39,7 +35,7 @@ class Throughput:
     def __str__(self) -> str:
         return (
             f"{self.images_per_second:.1f} img/s, {self.milliseconds:.2f} ms per batch of {self.batch_size} "
-            f"at {self.image_size[0]}x{self.image_size[1]}; {self.peak_memory_mb:.0f} MB peak, "
+            f"at {self.image_size[0]}x{self.image_size[1]}; {self.memory_mb:.0f} MB, "
             f"{self.precision}, attention {unique_backends(self.backends)}, {self.device}, torch {self.torch}"
         )
 
@@ -60,7 +56,8 @@ def measure_throughput(
         backends: attention backend per block, for the report.
     """
     device = images.device
-    is_cuda = device.type == "cuda"
+    warm_up, repeats, repeat_seconds = (1, 5, 0.5) if device.type == "cpu" else (20, 20, 1.0)
+    module = torch.get_device_module(device)
     model.eval()
 
     def seconds(steps: int) -> float:
@@ -72,19 +69,20 @@ def measure_throughput(
         synchronize(device)
         return time.perf_counter() - start
 
-    seconds(WARM_UP_STEPS[device.type])
-    if is_cuda:
-        torch.cuda.reset_peak_memory_stats(device)
-    steps = max(1, round(REPEAT_SECONDS[device.type] / seconds(1)))
-    median = statistics.median(seconds(steps) / steps for _ in range(REPEATS[device.type]))
+    seconds(warm_up)
+    if hasattr(module, "reset_peak_memory_stats"):
+        module.reset_peak_memory_stats(device)
+    steps = max(1, round(repeat_seconds / seconds(1)))
+    median = statistics.median(seconds(steps) / steps for _ in range(repeats))
+    named = hasattr(module, "get_device_name")
     return Throughput(
         images_per_second=len(images) / median,
         milliseconds=median * 1e3,
         batch_size=len(images),
         image_size=(images.shape[2], images.shape[3]),
-        peak_memory_mb=peak_memory_mb(device),
+        memory_mb=memory_mb(device),
         precision=precision.name,
         backends=backends,
-        device=torch.cuda.get_device_name(device) if is_cuda else f"{platform.machine()} CPU",
+        device=module.get_device_name(device) if named else f"{platform.machine()} {device.type}",
         torch=torch.__version__,
     )
