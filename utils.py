@@ -254,18 +254,11 @@ def choose_precision(level: str, dtype: str, device: torch.device) -> Precision:
             which PyTorch knows whether it has bf16 (CUDA, XPU).
         dtype: 'bf16' or 'fp16'; '' takes fp16 where PyTorch knows that the device lacks bf16, else bf16.
         device: where the model runs.
-
-    Raises:
-        UserError: the device has no autocast.
     """
     ask = getattr(torch.get_device_module(device), "is_bf16_supported", None)
     level = level or ("O1" if dtype or ask else "O0")
     if level == "O0":
         return Precision(torch.float32)
-    if not torch.amp.is_autocast_available(device.type):
-        raise UserError(
-            f"AMP_OPT_LEVEL: expected O0 on {device.type}, which has no autocast, got {level}; drop it"
-        )
     options = {"including_emulation": False} if device.type == "cuda" else {}
     dtype = dtype or ("bf16" if ask is None or ask(**options) else "fp16")
     return Precision({"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])

@@ -260,12 +260,12 @@ def predict(
         yield from predictions
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _best_of(trained: Trained, inputs: Tensor, top: int) -> Iterator[list[tuple[int, float]]]:
     """Per image [B, C, H, W] the likeliest classes with their probabilities."""
     with trained.precision.autocast(trained.device):
         logits = trained.model(inputs.to(trained.device))
-    shares, classes = logits.float().softmax(dim=-1).topk(top, dim=-1)
+    shares, classes = logits.float().cpu().softmax(dim=-1).topk(top, dim=-1)
     pairs = zip(classes.tolist(), shares.tolist(), strict=True)
     return iter([list(zip(numbers, values, strict=True)) for numbers, values in pairs])
 

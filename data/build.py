@@ -309,7 +309,7 @@ def _loader(config: CfgNode, images: TrainImages | EvalImages, sampler: Any, wor
         batch_size=data.BATCH_SIZE,
         sampler=sampler,
         num_workers=workers,
-        pin_memory=data.PIN_MEMORY and can_pin_memory(),
+        pin_memory=data.PIN_MEMORY and config.DEVICE != "cpu" and can_pin_memory(),
         drop_last=is_training,
         worker_init_fn=init,
         persistent_workers=workers > 0,

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import NANO, REPO
 
 WORDS = [str(word) for pair in NANO.items() for word in pair]
@@ -93,3 +94,44 @@ def test_every_command_runs_on_a_system_that_is_not_unix(few_images: Path, tmp_p
     assert "resumed" in printed and "were moved to" in printed
     for name in ("best.pth", "plot.png", "earlier_1/metrics.jsonl", "metrics.jsonl"):
         assert (run / name).is_file()
+
+
+# --- Another accelerator ------------------------------------------------------------------------------------
+
+DEVICE_STEPS = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+import stand_in_device
+import main
+from classification import predict
+data, output, *opts = sys.argv[3:]
+words = ["--cfg", f"{sys.argv[1]}/configs/focal_tiny_patch4_window7_224.yaml", "--dataset", "folder"]
+words += ["--data-path", data, "--output", output, "--batch-size", "64", "--opts", *opts, "TAG"]
+for tag, more in {"cpu": ["DEVICE", "cpu"], "other": []}.items():
+    assert main.main([*words, tag, *more]) == 0
+weights = f"{output}/nano/other/best.pth"
+assert main.main([*words, "evaluated", "MODEL.RESUME", weights, "EVAL_MODE", "True"]) == 0
+assert predict.main([f"{data}/val", "--resume", weights]) == 0
+assert main.main([*words, "bad", "DEVICE", "cuda"]) == 2
+assert main.main([*words, "bad", "DEVICE", "standin:1"]) == 2
+"""
+
+
+@pytest.mark.skipif(not hasattr(torch._C, "_acc"), reason="this PyTorch takes no device from Python")
+def test_a_device_that_only_pytorch_knows(few_images: Path, tmp_path: Path) -> None:
+    """It is the default where it is, and trains to the same bits as the CPU, which computes for it."""
+    (tmp_path / "steps.py").write_text(DEVICE_STEPS)
+    opts = [*WORDS, "TRAIN.EPOCHS", "1", "MODEL.ATTENTION_BACKEND", "plain"]
+    opts += ["DATA.PIN_MEMORY", "False"]
+    words = [tmp_path / "steps.py", REPO, REPO / "tests", few_images, tmp_path / "out", *opts]
+    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout.count("1 process(es) on standin:0, fp32") == 2
+    ours, theirs = (
+        torch.load(tmp_path / f"out/nano/{tag}/ckpt_epoch_0.pth", weights_only=True)
+        for tag in ("other", "cpu")
+    )
+    assert all(torch.equal(ours["model"][name], theirs["model"][name]) for name in theirs["model"])
+    for text in ("PyTorch finds here (standin or cpu), got 'cuda'", "below 1"):
+        assert text in done.stderr

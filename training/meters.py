@@ -77,7 +77,7 @@ class TrainMeter:
             self._batches += utils.all_gather(torch.stack(columns, dim=1)).flatten(0, 1).tolist()
         if self._pending_updates:
             steps, rates, norms = zip(*self._pending_updates, strict=True)
-            self._updates += map(list, zip(steps, rates, torch.stack(norms).tolist(), strict=True))
+            self._updates += map(list, zip(steps, rates, torch.stack(norms).cpu().tolist(), strict=True))
         self._pending_batches, self._pending_updates = [], []
 
     def read(self) -> IntervalStats:
