@@ -147,6 +147,9 @@ def _without_prefixes(state: Mapping[str, Tensor], origin: str) -> tuple[dict[st
             f"{origin}: expected every name once, found these with different prefixes or with and without "
             f"one: {_listed(sorted(twice))}"
         )
+    removed = sorted({key.removesuffix(PREFIXES.sub("", key, count=1)) for key in state} - {""})
+    if removed:
+        logger.info("%s: the prefix %s is removed from the names", origin, " and ".join(removed))
     return (own, sorted(rest)) if home else (own | rest, [])
 
 

@@ -1,20 +1,44 @@
-"""Machines and files of users: systems without Unix's calls, other accelerators, `~`, odd names and images."""
+"""Machines and files of users: systems that are not Unix, other accelerators, `~`, odd names and images."""
 
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import NANO, REPO
+from PIL import Image, ImageOps
+from test_main import command
+from timm.models import adapt_input_conv
+from timm.utils import CheckpointSaver
+
+import logger
+import main
+from classification import export, predict
+from config import load_config
+from data import build_loaders
+from data.folder import scan_class_folders
+from data.images import decode_rgb
+from data.transforms import Recipe, train_transform, with_decoder
+from data.workers import limit_workers
+from models import FocalTransformer, build_model
+from models.checkpoint import STEM
+from tools import convert_checkpoint, plot_run, visualize
+from training import run as training_run
+from utils import expand_path
 
 WORDS = [str(word) for pair in NANO.items() for word in pair]
 
 # --- A system that is not Unix ------------------------------------------------------------------------------
 
 NOT_UNIX = '''
-"""What Windows lacks is missing here, and files behave as they do there; read at the start of each process."""
+"""What Windows lacks is missing here, and files behave as there; read at the start of each process."""
 import builtins, multiprocessing, os, signal, sys, warnings
 import filelock, psutil, torch  # may use what is removed
 
@@ -73,12 +97,12 @@ if __name__ == "__main__":
 
 
 def test_every_command_runs_on_a_system_that_is_not_unix(few_images: Path, tmp_path: Path) -> None:
-    """With worker processes that are spawned, a console in ASCII, and folders with names that are not UTF-8."""
+    """With spawned worker processes, a console in ASCII, and a folder whose name is not UTF-8."""
     (tmp_path / "sitecustomize.py").write_text(NOT_UNIX.replace("{REPO!r}", repr(str(REPO))))
     (tmp_path / "steps.py").write_text(STEPS)
     odd = tmp_path / (os.fsdecode(b"caf\xe9") if sys.platform == "linux" else "café")
     odd.mkdir()
-    (odd / "data").symlink_to(few_images)
+    shutil.copytree(few_images, odd / "data")
     run = odd / "out/nano/default"
     run.mkdir(parents=True)
     (run / "metrics.jsonl").write_text("of an earlier run\n")
@@ -135,3 +159,182 @@ def test_a_device_that_only_pytorch_knows(few_images: Path, tmp_path: Path) -> N
     assert all(torch.equal(ours["model"][name], theirs["model"][name]) for name in theirs["model"])
     for text in ("PyTorch finds here (standin or cpu), got 'cuda'", "below 1"):
         assert text in done.stderr
+
+
+# --- Paths --------------------------------------------------------------------------------------------------
+
+
+def test_home_and_variables_are_replaced_in_every_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.setenv("WHERE", str(tmp_path / "there"))
+    monkeypatch.setenv("PT_OUTPUT_DIR", "~/runs")
+    (tmp_path / "base.yaml").write_text("{OUTPUT: ~/other, DATA: {DATA_PATH: '${WHERE}/data'}}")
+    (tmp_path / "own.yaml").write_text("{BASE: [~/base.yaml], MODEL: {HEAD_CLASS_MAP: $WHERE/map}}")
+    words = ["--cfg", "~/own.yaml", "--pretrained", "$WHERE/a.pth"]
+    config = main.read_config(words)
+    there = str(tmp_path / "there")
+    assert (str(tmp_path / "runs"), f"{there}/data") == (config.OUTPUT, config.DATA.DATA_PATH)
+    assert (f"{there}/a.pth", f"{there}/map") == (config.MODEL.PRETRAINED, config.MODEL.HEAD_CLASS_MAP)
+    assert main.main([*words, "--output", "$NOWHERE/x"]) == 2
+    assert "OUTPUT: $NOWHERE/x: expected a path whose variables are set" in capsys.readouterr().err
+    for path in ("https://host/$WEIGHTS.pth", "plain", "a~b", ""):
+        assert expand_path(path) == path
+    commands: dict[Callable[[list[str]], Any], list[str]] = {
+        predict.parse: ["~/a.png", "--resume", "$WHERE/b.pth", "--cfg", "~/c", "--classes", "~/d"],
+        export.parse: ["--resume", "~/a.pth", "--out", "$WHERE/out", "--cfg", "~/c"],
+        convert_checkpoint.parse: ["~/a.pth", "$WHERE/b.pth"],
+        visualize.parse: ["~/a.png", "--resume", "$WHERE/b.pth", "--out", "~/out"],
+    }
+    for parse, given in commands.items():
+        assert str(tmp_path) in str(parse(given)) and not {"~", "$"} & set(str(parse(given)))
+    assert plot_run.main(["~/nothing"]) == 2
+    with pytest.raises(SystemExit):
+        export.parse(["--random", "--out", "$NOWHERE/x"])
+    assert "argument --out: $NOWHERE/x: expected a path whose" in capsys.readouterr().err
+
+
+# --- Images -------------------------------------------------------------------------------------------------
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    stream = BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def test_class_folders_take_what_pillow_opens_and_say_what_they_leave_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    picture = Image.new("RGB", (48, 40), (200, 30, 40))
+    kinds = {"a.GIF": "GIF", "b.jfif": "JPEG", "c.tga": "TGA", "d.jp2": "JPEG2000", "e.ico": "ICO"}
+    kinds |= {"f.avif": "AVIF"} if ".avif" in Image.registered_extensions() else {}
+    folder = tmp_path / "only"
+    folder.mkdir()
+    for name, kind in kinds.items():
+        (folder / name).write_bytes(encoded(picture, kind))
+    for name in ("x.eps", "y.txt", "z.txt", ".hidden", "README"):
+        (folder / name).write_bytes(b"%!PS")
+    _, source = scan_class_folders(tmp_path)
+    assert [Path(source.name(index)).name for index in range(len(source))] == sorted(kinds)
+    assert "4 files are not taken for images and left out: 2 with .txt, 1 with" in caplog.text
+    for index in range(len(source)):
+        red, green, blue = np.asarray(decode_rgb(source.read(index), source.name(index)))[20, 20].tolist()
+        assert red > 180 and green < 60 and blue < 70
+    assert [Path(path).name for path in predict.find_images([str(folder)])] == sorted(kinds)
+
+
+@pytest.mark.parametrize(
+    ("values", "white"),
+    [
+        (np.linspace(0, 1, 256, dtype=np.float32), 1),
+        (np.linspace(0, 255, 256, dtype=np.float32), 255),
+        (np.linspace(0, 60000, 256, dtype=np.float32), 65535),
+        (np.linspace(-5e6, 1e6, 256, dtype=np.float32), 1e6),
+        (np.zeros(256, dtype=np.float32), 1),
+        (np.linspace(0, 65535, 256).astype(np.uint16), 65535),
+        (np.linspace(0, 2e9, 256).astype(np.int32), 2e9),
+    ],
+)
+def test_gray_of_any_range_is_scaled(values: np.ndarray, white: float) -> None:
+    gray = np.asarray(decode_rgb(encoded(Image.fromarray(values.reshape(16, 16)), "TIFF"), "a.tiff"))
+    expected = values.astype(float).clip(0).reshape(16, 16) * 255 / white
+    assert np.abs(gray[..., 0] - expected).max() <= 1
+
+
+@pytest.mark.parametrize("decoder", ["pil", "opencv"])
+def test_photographs_are_turned_if_wanted(decoder: str) -> None:
+    ramp = np.arange(80, dtype=np.uint8)[None, :, None] * np.ones((60, 1, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encoded(Image.fromarray(ramp), "JPEG", exif=exif, quality=100)
+    recipe = Recipe(auto_augment="none", color_jitter=0.0, reprob=0.0, hflip=0.0, scale=(1, 1), ratio=(1, 1))
+    transform = train_transform((64, 64), 3, [0.0] * 3, [1.0] * 3, "bilinear", recipe)
+    for upright in (False, True):
+        decode, rest = with_decoder(decoder, transform, upright)
+        image = rest(decode(content, "a.jpg"))[0] * 255
+        across, down = image[:, -1].mean() - image[:, 0].mean(), image[-1].mean() - image[0].mean()
+        assert (down if upright else across) > 40 and abs(across if upright else down) < 2
+    assert decode_rgb(content, "a.jpg", upright=True).size == (60, 80)
+    assert ImageOps.exif_transpose(Image.open(BytesIO(content))).size == (60, 80)
+
+
+# --- Fewer surprises ----------------------------------------------------------------------------------------
+
+
+def test_no_more_workers_than_cores(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, few_images: Path
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(6), raising=False)
+    assert [limit_workers(count) for count in (0, 4, 6)] == [0, 4, 6]
+    assert not caplog.records
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    opts = [*WORDS, "DATA.DATASET", "folder", "DATA.DATA_PATH", str(few_images), "DATA.BATCH_SIZE", "8"]
+    loaders = build_loaders(load_config(None, [*opts, "DATA.NUM_WORKERS", "8"]))
+    assert loaders.train_loader.num_workers == loaders.val_loader.num_workers == 1
+    assert caplog.text.count("DATA.NUM_WORKERS: 8 is more than this machine has cores (6") == 1
+
+
+def test_without_a_terminal_there_are_no_progress_bars() -> None:
+    assert logger.progress(batches := [1, 2], "work", show=True) is batches
+
+
+def test_without_arguments_a_whole_command_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main.main([])
+    line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("  python main.py"))
+    assert main.read_config(line.split()[2:]).DATA.DATA_PATH == "imagenet"
+
+
+# --- Weights of other tools, through the command line -------------------------------------------------------
+
+
+class Started(Exception):
+    """Training would begin."""
+
+
+def timm_file(model: FocalTransformer, folder: Path) -> Path:
+    """What timm's trainer writes."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    saver = CheckpointSaver(model, optimizer, args=None, checkpoint_dir=str(folder))
+    saver.save_checkpoint(0, metric=1.0)
+    return folder / "last.pth.tar"
+
+
+PREFIXES = ("_orig_mod.", "module.", "backbone.", "encoder.", "module._orig_mod.")
+
+
+@pytest.mark.parametrize("kind", [*PREFIXES, "timm", "one channel"])
+def test_pretrained_weights_of_other_tools(
+    kind: str,
+    few_images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = {}
+
+    def start(run: Any, state: Any, *_: Any) -> None:
+        found.update(state.model.state_dict())
+        raise Started
+
+    monkeypatch.setattr(training_run, "train_one_epoch", start)
+    torch.manual_seed(1)
+    model = build_model(load_config(None, WORDS))
+    weights = model.state_dict()
+    if kind == "timm":
+        path = timm_file(model, tmp_path)
+    else:
+        path = tmp_path / "w.pth"
+        prefix = kind if kind in PREFIXES else ""
+        torch.save({prefix + name: value for name, value in weights.items()}, path)
+    opts = [*WORDS, "MODEL.FOCAL.IN_CHANS", "1" if kind == "one channel" else "3"]
+    with pytest.raises(Started):
+        main.main(command(few_images, tmp_path, opts, "--pretrained", str(path)))
+    if kind == "one channel":
+        weights[STEM] = adapt_input_conv(1, weights[STEM])
+    assert all(torch.equal(found[name], value) for name, value in weights.items())
+    said = {"timm": "", "one channel": f"made for 3 input channels, adapted to the model's number: 1: {STEM}"}
+    assert said.get(kind, f"the prefix {kind} is removed") in capsys.readouterr().out

@@ -222,6 +222,25 @@ def test_fine_tuning_starts_from_weights(
     assert main.main(command(few_images, tmp_path / "b", opts, "--resume", release, "--eval")) == 0
 
 
+def test_a_finished_run_is_not_trained_further(
+    trained: Path,
+    few_images: Path,
+    nano_opts: list[object],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With fewer epochs than it has had, it is an error, and no file changes."""
+    shutil.copytree(folder_of(trained), folder_of(tmp_path))
+    opts = [*nano_opts, *PLAIN]
+    before = (folder_of(tmp_path) / "config.yaml").read_bytes()
+    assert main.main(command(few_images, tmp_path, [*opts, "TRAIN.EPOCHS", 1, "SAVE_KEEP", 1])) == 2
+    assert "TRAIN.EPOCHS: expected at least 2, as many as" in capsys.readouterr().err
+    assert (folder_of(tmp_path) / "config.yaml").read_bytes() == before
+    assert main.main(command(few_images, tmp_path, opts)) == 0
+    assert "has finished all 2 epochs (TRAIN.EPOCHS): nothing is left" in capsys.readouterr().out
+    assert metrics_of(tmp_path, "train") == metrics_of(trained, "train")
+
+
 def test_throughput_needs_no_data(nano_opts: list[object], tmp_path: Path) -> None:
     opts = [*nano_opts, "DATA.IMG_SIZE", [32, 64]]
     assert main.main(command(Path("/nowhere"), tmp_path, opts, "--throughput")) == 0
@@ -409,8 +428,9 @@ def test_every_process_of_a_machine_needs_a_card(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(UserError, match=r"^DEVICE: .*'cuda:1'.*CUDA_VISIBLE_DEVICES"):
         utils.pick_device("cuda:1")
     assert utils.pick_device("cpu").type == "cpu"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(UserError, match="below 2.*got 3"):

@@ -235,6 +235,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 1 if something was lost."""
     args = parse(argv)
+    if not Path("/proc").is_dir():
+        print(
+            "error: the faults are made through Linux's signals and /proc; run them on Linux", file=sys.stderr
+        )
+        return 2
     facts, rows, lost = common.describe_run(torch.device("cpu")), [], 0
     with tempfile.TemporaryDirectory(prefix="faults_", ignore_cleanup_errors=True) as root:
         lab = Lab(Path(root))
