@@ -40,7 +40,7 @@ WORDS = [str(word) for pair in NANO.items() for word in pair]
 NOT_UNIX = '''
 """What Windows lacks is missing here, and files behave as there; read at the start of each process."""
 import builtins, multiprocessing, os, signal, sys, warnings
-import filelock, psutil, torch  # may use what is removed
+import filelock, psutil  # may use what is removed
 
 for name in ("fcntl", "resource", "pwd", "grp", "termios"):
     sys.modules[name] = None
