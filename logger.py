@@ -1,6 +1,5 @@
 """Console, one log file per rank, metrics.jsonl, TensorBoard and Weights & Biases."""
 
-import contextlib
 import errno
 import json
 import logging

@@ -185,12 +185,14 @@ def test_home_and_variables_are_replaced_in_every_path(
     commands: dict[Callable[[list[str]], Any], list[str]] = {
         predict.parse: ["~/a.png", "--resume", "$WHERE/b.pth", "--cfg", "~/c", "--classes", "~/d"],
         export.parse: ["--resume", "~/a.pth", "--out", "$WHERE/out", "--cfg", "~/c"],
-        convert_checkpoint.parse: ["~/a.pth", "$WHERE/b.pth"],
-        visualize.parse: ["~/a.png", "--resume", "$WHERE/b.pth", "--out", "~/out"],
     }
     for parse, given in commands.items():
         assert str(tmp_path) in str(parse(given)) and not {"~", "$"} & set(str(parse(given)))
     assert plot_run.main(["~/nothing"]) == 2
+    assert convert_checkpoint.main(["~/a.pth", "$WHERE/b.pth"]) == 1
+    assert f"{tmp_path}/a.pth" in capsys.readouterr().err
+    assert visualize.main(["~/a.png", "--resume", "$WHERE/b.pth"]) == 2
+    assert f"{there}/b.pth" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         export.parse(["--random", "--out", "$NOWHERE/x"])
     assert "argument --out: $NOWHERE/x: expected a path whose" in capsys.readouterr().err

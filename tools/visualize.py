@@ -48,7 +48,9 @@ def draw(args: argparse.Namespace) -> Iterator[tuple[str, "Figure"]]:
     """
     trained = load(args)
     model, data = trained.model, trained.config.DATA
-    image = predict.read_image(args.image, trained.transform(), data.EXIF_ORIENTATION)[None].to(trained.device)
+    image = predict.read_image(args.image, trained.transform(), data.EXIF_ORIENTATION)[None].to(
+        trained.device
+    )
     height, width = image.shape[2:]
     at = tuple(args.at) if args.at else (width // 2, height // 2)
     if not (0 <= at[0] < width and 0 <= at[1] < height):
