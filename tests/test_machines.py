@@ -219,7 +219,7 @@ def test_class_folders_take_what_pillow_opens_and_say_what_they_leave_out(
         (folder / name).write_bytes(encoded(picture, kind))
     for name in ("x.eps", "y.txt", "z.txt", ".hidden", "README"):
         (folder / name).write_bytes(b"%!PS")
-    _, source = scan_class_folders(tmp_path)
+    source = scan_class_folders(tmp_path, ["only"])
     assert [Path(source.name(index)).name for index in range(len(source))] == sorted(kinds)
     assert "4 files are not taken for images and left out: 2 with .txt, 1 with" in caplog.text
     for index in range(len(source)):
