@@ -24,7 +24,7 @@ import torch
 from torch import distributed, nn
 
 from models import FocalTransformer, agree_on_backends
-from utils import UserError, user_input
+from utils import UserError, path_argument, user_input
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -43,11 +43,15 @@ def parse_train(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--resume",
         nargs="?",
         const="auto",
+        type=path_argument,
         metavar="CHECKPOINT",
         help="go on from a checkpoint; without a name, from the newest one in the work dir",
     )
     parser.add_argument(
-        "--pretrained", metavar="FILE", help="ImageNet classifier whose weights the backbone starts from"
+        "--pretrained",
+        type=path_argument,
+        metavar="FILE",
+        help="ImageNet classifier whose weights the backbone starts from",
     )
     parser.add_argument(
         "--amp", action=argparse.BooleanOptionalAction, help="mixed precision on or off, whatever the config"
@@ -63,7 +67,7 @@ def parse_train(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def parse_test(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments of an evaluation command."""
     parser = _parser("Evaluates a checkpoint on the test set that a config names.")
-    parser.add_argument("checkpoint", help="file written by training")
+    parser.add_argument("checkpoint", type=path_argument, help="file written by training")
     parser.add_argument(
         "--tta",
         "--multi-scale",
@@ -79,9 +83,12 @@ def _parser(description: str) -> argparse.ArgumentParser:
     from openmmlab.check_config import Options
 
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("config", help="config file")
+    parser.add_argument("config", type=path_argument, help="config file")
     parser.add_argument(
-        "--work-dir", metavar="DIR", help="where logs and checkpoints go (work_dirs/<config>)"
+        "--work-dir",
+        type=path_argument,
+        metavar="DIR",
+        help="where logs and checkpoints go (work_dirs/<config>)",
     )
     parser.add_argument(
         "--cfg-options", nargs="+", action=Options, metavar="KEY=VALUE", help="over the config's values"
