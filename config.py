@@ -105,7 +105,7 @@ _C.TRAIN.USE_CHECKPOINT = False  # recompute activations in the backward pass to
 _C.TRAIN.LAYER_DECAY = 1.0  # share of a layer's learning rate that the layer before it gets
 _C.TRAIN.FREEZE_STAGES = -1  # -1 freezes nothing, 0 the stem, n the first n stages as well; never the head
 
-# Updates whose gradient is not finite are skipped. So many in a row, up to a log line, end the run.
+# Updates whose gradient is not finite are skipped. This many in a row end the run; counted at log lines only.
 _C.TRAIN.BAD_STEPS_MAX = 10
 
 _C.TRAIN.EMA = CN()
@@ -424,7 +424,10 @@ def _read_file(file: str, problems: list[str], parents: tuple[Path, ...] = ()) -
     try:
         content = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
-        problems.append(f"{path}: expected a yaml file{named_by}, got: {error.strerror}; check the path")
+        problems.append(
+            f"{path}: expected a yaml file{named_by}, got: {error.strerror}; check the path, as seen from "
+            f"{Path.cwd()}"
+        )
         return []
     except ValueError as error:
         problems.append(f"{path}: expected valid yaml{named_by}, got: {error}; correct the file")

@@ -205,8 +205,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--size", type=int, default=defaults.size, help="side of the single digits, in pixels"
     )
-    parser.add_argument("--train", type=int, default=defaults.train_scenes, help="number of training scenes")
-    parser.add_argument("--val", type=int, default=defaults.val_scenes, help="number of validation scenes")
+    parser.add_argument(
+        "--train",
+        type=int,
+        default=defaults.train_scenes,
+        help="training scenes of detection and segmentation",
+    )
+    parser.add_argument("--val", type=int, default=defaults.val_scenes, help="their validation scenes")
     return parser.parse_args(argv)
 
 

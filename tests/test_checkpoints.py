@@ -126,10 +126,10 @@ def test_the_newest_valid_one_is_found_by_its_name(tmp_path: Path, caplog: pytes
     assert find_newest(tmp_path / "nowhere") is None
 
 
-def test_best_is_the_newest_where_it_is_further_or_alone(tmp_path: Path) -> None:
+def test_best_is_the_newest_where_it_is_further_or_as_far(tmp_path: Path) -> None:
     best = write_best(tmp_path, epoch=2)
     assert find_newest(tmp_path) == best
-    for epoch, step, newest in ((1, 9, best), (2, 0, None), (2, 1, None)):
+    for epoch, step, newest in ((1, 9, best), (2, 0, best), (2, 1, None)):
         path = write(tmp_path, epoch, step)
         assert find_newest(tmp_path) == (newest or path)
 

@@ -138,7 +138,9 @@ def is_valid(path: Path) -> bool:
 
 
 def find_newest(folder: Path) -> Path | None:
-    """The valid checkpoint that is furthest in training, best.pth included; None without any.
+    """The valid checkpoint that is furthest in training; None without any.
+
+    Of two at the same position it is best.pth, since that one was written after the evaluation.
 
     Raises:
         UserError: a file cannot be read.
@@ -146,7 +148,7 @@ def find_newest(folder: Path) -> Path | None:
     found, best = checkpoints_in(folder), folder / BEST_NAME
     if best.is_file():
         found.append((read_best(folder)[0], best))
-    for _, path in sorted(found, reverse=True):
+    for _, path in sorted(found, key=lambda item: (item[0], item[1] == best), reverse=True):
         if is_valid(path):
             return path
         logger.warning(f"{path} is damaged or incomplete and was skipped")

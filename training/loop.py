@@ -59,7 +59,8 @@ def train_one_epoch(
 ) -> None:
     """Train the rest of the epoch, from the state's position on.
 
-    A last accumulation group of fewer batches makes an update, too.
+    A last accumulation group of fewer batches makes an update, too. All batches have the same size. What
+    comes before and after an epoch (order of the images, evaluation, checkpoints) is in `training.run.train`.
 
     Args:
         run: what stays the same.
@@ -74,16 +75,17 @@ def train_one_epoch(
     """
     config, position, device = run.config, state.position, run.device
     accumulation = max(1, config.TRAIN.ACCUMULATION_STEPS)
-    first, steps = position.step, position.step + len(batches)
+    first_step, end_step = position.step, position.step + len(batches)
     shown = progress(batches, f"epoch {position.epoch + 1}", utils.is_main_process())
     state.ddp_model.train()
-    for step, (images, targets) in enumerate(shown, start=first):
+    for step, (images, targets) in enumerate(shown, start=first_step):
         utils.seed_everything(config.SEED, utils.get_rank(), position.epoch, step)
         images, targets = to_device(images, device), to_device(targets, device)
         if mixup_fn is not None:
             images, targets = mixup_fn(images, targets)
-        index_in_group = (step - first) % accumulation
-        group_size = min(accumulation, steps - (step - index_in_group))
+        index_in_group = (step - first_step) % accumulation
+        group_start = step - index_in_group
+        group_size = min(accumulation, end_step - group_start)
         is_update = index_in_group == group_size - 1
         with sync_gradients(state.ddp_model, is_update):
             with run.precision.autocast(device):
@@ -93,12 +95,13 @@ def train_one_epoch(
         if is_update:
             norm = update(state, config.TRAIN.CLIP_GRAD)
             state.meter.add_update(step, state.optimizer.param_groups[0]["lr"], norm)
-            position.step, position.updates = step + 1, position.updates + 1
+            position.step, position.updates = step + 1, position.updates + 1  # skipped ones count, too
             position.samples_seen += group_size * len(images) * utils.get_world_size()
-        if (step + 1) % config.PRINT_FREQ == 0 or step + 1 == steps:
-            report(run, state, step, steps)
+        if (step + 1) % config.PRINT_FREQ == 0 or step + 1 == end_step:
+            report(run, state, step, end_step)
+            raise_if_too_many_skipped(state)
         if is_update:
-            after_update(state, step + 1 == steps)
+            after_update(state, step + 1 == end_step)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -131,9 +134,9 @@ def update(state: TrainState, max_norm: float) -> torch.Tensor:
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), max_norm or math.inf)
     is_finite = torch.isfinite(norm)
-    # Not scaler.step, which looks at single gradients, before clipping, and not at their norm.
+    # Not by scaler.step, which skips if a gradient is not finite, but not if only their norm is.
     if optimizer.param_groups[0].get("fused"):
-        optimizer.found_inf = (~is_finite).float()
+        optimizer.found_inf = (~is_finite).float()  # makes a fused optimizer skip this step
         optimizer.step()
     elif is_finite:
         optimizer.step()
@@ -157,11 +160,7 @@ def update_ema(state: TrainState, is_finite: torch.Tensor) -> None:
 
 
 def report(run: Run, state: TrainState, step: int, steps: int) -> None:
-    """Log the interval that ends with batch ``step``. Collective; waits for the device.
-
-    Raises:
-        UserError: too many updates in a row were skipped.
-    """
+    """Log the interval that ends with batch ``step``. Collective; waits for the device."""
     epoch, stats = state.position.epoch, state.meter.read()
     rate, memory = state.optimizer.param_groups[0]["lr"], utils.memory_mb(run.device)
     skipped = f"  {stats.skipped} updates skipped" if stats.skipped else ""
@@ -175,14 +174,19 @@ def report(run: Run, state: TrainState, step: int, steps: int) -> None:
     if state.scaler.is_enabled():
         values["loss_scale"] = state.scaler.get_scale()
     run.metrics.write("train", epoch * steps + step, epoch=epoch, step=step, **values)
-    bad = state.meter.skipped_in_a_row
-    if len(bad) >= run.config.TRAIN.BAD_STEPS_MAX:
-        first_step, first_rate = bad[0]
+
+
+def raise_if_too_many_skipped(state: TrainState) -> None:
+    """Raise UserError if TRAIN.BAD_STEPS_MAX updates in a row were skipped, as `report` has read them."""
+    skipped, most = state.meter.skipped_in_a_row, state.config.TRAIN.BAD_STEPS_MAX
+    if len(skipped) >= most:
+        first_step, first_rate = skipped[0]
+        precision = ", or train in bf16" if state.scaler.is_enabled() else ""
         raise UserError(
-            f"epoch {epoch + 1}: expected finite gradients, got nan or inf in {len(bad)} updates in a row "
-            f"(TRAIN.BAD_STEPS_MAX), which were skipped, from step {first_step + 1} and learning rate "
-            f"{first_rate:.3e} on; start the same command again with a lower learning rate, or in bf16 or "
-            "full precision: it continues from the newest checkpoint"
+            f"epoch {state.position.epoch + 1}: expected finite gradients, got nan or inf in {len(skipped)} "
+            f"updates in a row, which were skipped (TRAIN.BAD_STEPS_MAX is {most}), from step "
+            f"{first_step + 1} and learning rate {first_rate:.3e} on; start the same command again with a "
+            f"lower learning rate{precision}: it continues from the newest checkpoint, if there is one"
         )
 
 
@@ -201,18 +205,18 @@ def evaluate(run: Run, model: nn.Module, batches: Batches) -> dict[str, float]:
 
     Raises:
         UserError: on all ranks; the outputs are not finite, or an image of any rank cannot be read.
-        StopRequested: on all ranks; one of them received a stop signal, in training.
+        StopRequested: on all ranks; one of them received a stop signal, which only training handles.
     """
     model.eval()
     results: list[torch.Tensor] = []  # per batch [3, B]: loss, hit, hit among the first five
-    full = (batches.batch_size or 0) if isinstance(batches, DataLoader) else 0
+    batch_size = (batches.batch_size or 0) if isinstance(batches, DataLoader) else 0
     with utils.raise_on_all_ranks(UndecodableImageError):
         for images, targets in progress(batches, "evaluation", utils.is_main_process()):
             if stop_received():
                 break
             images, targets = to_device(images, run.device), to_device(targets, run.device)
-            full = max(full, len(images))
-            images = F.pad(images, [0] * (2 * images.ndim - 1) + [full - len(images)])
+            batch_size = max(batch_size, len(images))
+            images = F.pad(images, [0] * (2 * images.ndim - 1) + [batch_size - len(images)])
             with run.precision.autocast(run.device):
                 logits = model(images)[: len(targets)]
             logits = logits.float()

@@ -110,7 +110,7 @@ class TrainMeter:
 
     @property
     def minutes(self) -> float:
-        """Training time of the epoch, without the time between a stop and its continuation."""
+        """Time since the epoch began, without that between a stop and its continuation."""
         return (time.perf_counter() - self._epoch_start) / 60
 
     def state_dict(self) -> dict[str, Any]:

@@ -59,6 +59,8 @@ def train(run: Run, model: FocalTransformer) -> None:
             checkpoints.writer.wait()
         checkpoints.finish()
         checkpoints.warn_if_best_missing(state)
+        best = f"best {checkpoints.best:.2f}% in {run.output / BEST_NAME}"
+        logger.info(f"all {position.epoch} epochs are done: {best}")
     utils.barrier()  # the last checkpoint is on the disk before any rank returns
 
 
@@ -157,11 +159,12 @@ def resume(state: TrainState, content: dict[str, Any], source: str, image_order:
     batch = config.DATA.BATCH_SIZE * max(1, config.TRAIN.ACCUMULATION_STEPS) * utils.get_world_size()
     updates = position.epoch * state.updates_per_epoch + math.ceil(position.samples_seen / batch)
     if position.updates != updates:
+        seen = position.samples_seen
+        rest = "with the images that the epoch has not seen" if seen else "with a whole epoch"
         logger.warning(
             f"{source} made {position.updates} updates in {position.epoch} epochs and "
             f"{position.samples_seen} images, which are {updates} in this run (other data, batch size or "
-            "number of processes): it continues with the images that the epoch has not seen, but not bit for "
-            "bit"
+            f"number of processes): it continues {rest}, but not bit for bit"
         )
         position.updates = updates
     state.scheduler.step_update(max(0, updates - 1))  # the rate of the last update
@@ -238,8 +241,11 @@ def finish_epoch(run: Run, state: TrainState, loaders: Loaders, checkpoints: Che
     state.max_accuracy, state.evaluated = max(accuracy, state.max_accuracy), True
     if meter.replaced:
         logger.warning(f"{meter.replaced} training images of this epoch did not decode, and were replaced")
-    minutes, left = meter.minutes, meter.minutes * (run.config.TRAIN.EPOCHS - epoch)
-    logger.info(f"epoch {epoch}: best {state.max_accuracy:.2f}%, {minutes:.1f} min, {left:.0f} to go")
+    minutes, epochs = meter.minutes, run.config.TRAIN.EPOCHS
+    logger.info(
+        f"epoch {epoch}/{epochs} done: acc1 {accuracy:.2f}%, best {state.max_accuracy:.2f}%, took "
+        f"{minutes:.1f} min, about {minutes * (epochs - epoch):.0f} min left"
+    )
     values |= {"max_accuracy": state.max_accuracy, "minutes": minutes, "undecodable": meter.replaced}
     run.metrics.write("epoch", epoch - 1, epoch=epoch - 1, **values)
     meter.reset()

@@ -8,6 +8,7 @@ updates. A checkpoint is written before its epoch is evaluated; `evaluated` says
 
 import logging
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -126,7 +127,8 @@ class TrainState:
     evaluated: bool = True
 
     def state_dict(self) -> dict[str, Any]:
-        """The content of a checkpoint, but for `metrics_size`. Tensors are not copied."""
+        """The content of a checkpoint; tensors are not copied. `Checkpoints` adds `metrics_size`, and to
+        best.pth `accuracy`."""
         content = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -216,12 +218,19 @@ def build_train_state(
         precision.scaler(device),
         config,
         ema=ModelEmaV3(model, train.EMA.DECAY, use_warmup=train.EMA.WARMUP) if train.EMA.ENABLED else None,
-        ddp_model=DistributedDataParallel(model, broadcast_buffers=False) if utils.in_group() else model,
+        ddp_model=data_parallel(model) if utils.in_group() else model,
         scheduler=scheduler,
         criterion=SoftTargetCrossEntropy() if soft_targets else hard,
         updates_per_epoch=updates_per_epoch,
         position=Position(train.START_EPOCH, updates=train.START_EPOCH * updates_per_epoch),
     )
+
+
+def data_parallel(model: nn.Module) -> nn.Module:
+    """The model with gradients averaged over all ranks. Its buffers are the same on all, and never change."""
+    with warnings.catch_warnings():  # newer releases have a new name for the option
+        warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
+        return DistributedDataParallel(model, broadcast_buffers=False)
 
 
 def read_training_checkpoint(path: str | Path, model: nn.Module, config: CfgNode) -> dict[str, Any]:
