@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import NANO, REPO
@@ -269,7 +270,8 @@ def test_photographs_are_turned_if_wanted(decoder: str) -> None:
 def test_no_more_workers_than_cores(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, few_images: Path
 ) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(6), raising=False)
+    affinities = {os.getpid(): range(6), os.getppid(): range(6)}
+    monkeypatch.setattr(psutil.Process, "cpu_affinity", lambda self: affinities[self.pid], raising=False)
     assert [limit_workers(count) for count in (0, 4, 6)] == [0, 4, 6]
     assert not caplog.records
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
@@ -277,6 +279,8 @@ def test_no_more_workers_than_cores(
     loaders = build_loaders(load_config(None, [*opts, "DATA.NUM_WORKERS", "8"]))
     assert loaders.train_loader.num_workers == loaders.val_loader.num_workers == 1
     assert caplog.text.count("DATA.NUM_WORKERS: 8 is more than this machine has cores (6") == 1
+    affinities[os.getppid()] = range(24)  # a launcher has bound this process to its share
+    assert limit_workers(6) == 6
 
 
 def test_without_a_terminal_there_are_no_progress_bars() -> None:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import filelock
 import pytest
 
 from training import run_dir
@@ -47,13 +46,29 @@ def test_a_second_process_is_refused_until_the_first_is_dead(
                 assert f"process {os.getpid()} " in (tmp_path / run_dir.HOLDER_NAME).read_text()
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, os.strerror(errno.ENOLCK)), NotImplementedError()])
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="flock is Unix's")
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
 def test_a_file_system_without_locks_is_reported(
-    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise error
+    """Twice, as after a kill: nothing that is left behind is taken for a lock."""
 
-    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
-    with run_dir.lock(tmp_path):
-        assert "cannot be locked" in caplog.text
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    for _ in range(2):
+        with run_dir.lock(tmp_path, patience=0.1):
+            assert "cannot be locked" in caplog.text
+            caplog.clear()
+
+
+def test_a_holder_that_cannot_be_read_lets_nobody_in(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        (tmp_path / run_dir.HOLDER_NAME).unlink()
+        (tmp_path / run_dir.HOLDER_NAME).mkdir()  # so that reading it is an OSError
+        with (
+            pytest.raises(UserError, match="another process has locked"),
+            run_dir.lock(tmp_path, patience=0.1),
+        ):
+            pass

@@ -148,24 +148,27 @@ def find_newest(folder: Path) -> Path | None:
     found, best = checkpoints_in(folder), folder / BEST_NAME
     if best.is_file():
         found.append((read_best(folder)[0], best))
-    for _, path in sorted(found, key=lambda item: (item[0], item[1] == best), reverse=True):
-        if is_valid(path):
+    for place, path in sorted(found, key=lambda item: (item[0], item[1] == best), reverse=True):
+        if (path == best and place > (0, 0)) or is_valid(path):  # `read_best` has looked at that one
             return path
         logger.warning(f"{path} is damaged or incomplete and was skipped")
     return None
 
 
 def read_best(folder: Path) -> tuple[EpochStep, float]:
-    """The position and the accuracy (percent) of best.pth; zeros if there is none, or it is damaged.
+    """The position and the accuracy (percent) of best.pth; zeros if there is none, or it is no valid one.
 
     Raises:
-        UserError: it cannot be read, or is something else.
+        UserError: it cannot be read.
     """
     path = folder / BEST_NAME
     with user_input():
         content = read_checkpoint(path) if is_valid(path) else {}
-    position, accuracy = content.get("position", {}), content.get("accuracy", 0.0)
-    return (position.get("epoch", 0), position.get("step", 0)), float(accuracy)
+    position, accuracy = content.get("position"), content.get("accuracy")
+    place = tuple(position.get(key) for key in ("epoch", "step")) if isinstance(position, dict) else ()
+    if [*map(type, place), type(accuracy)] != [int, int, float]:
+        return (0, 0), 0.0
+    return place, accuracy
 
 
 def set_aside(folder: Path, later_than: EpochStep | None) -> None:

@@ -195,8 +195,8 @@ def evaluate(run: Run, model: nn.Module, batches: Batches) -> dict[str, float]:
     """Accuracy in percent (acc1, acc5) and mean loss over the images of all ranks, each counted once.
 
     With fewer than five classes acc5 is over all of them. A batch smaller than the others is padded, since
-    rounding depends on the batch size and a compiled model would be compiled again: the results do not depend
-    on the number of ranks.
+    rounding depends on the batch size and a compiled model would be compiled again: the accuracies do not
+    depend on the number of ranks, and the loss only by the rounding of a sum in double precision.
 
     Args:
         run: what stays the same.
@@ -226,8 +226,8 @@ def evaluate(run: Run, model: nn.Module, batches: Batches) -> dict[str, float]:
     if utils.any_rank(stop_received()):
         raise StopRequested
     values = torch.cat(results, dim=1).cpu().double() if results else torch.zeros(3, 0).double()
-    sums = torch.cat([values.sum(dim=1), torch.tensor([values.shape[1]])])  # in double precision, so the same
-    loss_sum, top1, top5, count = utils.all_gather(sums).sum(dim=0).tolist()  # in whatever order
+    sums = torch.cat([values.sum(dim=1), torch.tensor([values.shape[1]])])
+    loss_sum, top1, top5, count = utils.all_gather(sums).sum(dim=0).tolist()
     count = int(count)
     if not math.isfinite(loss_sum):
         raise UserError(

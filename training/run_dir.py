@@ -2,7 +2,7 @@
 
 Two runs in one folder, such as a job that is queued again while its first attempt is still ending, would mix
 their metrics and remove each other's files. The main rank therefore holds a lock of the operating system,
-which ends with its process.
+which ends with its process; data workers of a process that was killed may hold it some seconds longer.
 """
 
 import contextlib
@@ -21,9 +21,8 @@ from utils import UserError
 LOCK_NAME = ".lock"
 HOLDER_NAME = ".lock_holder"
 """The process that took the lock last, for messages."""
-PATIENCE = 30.0  # seconds that the process of an earlier run may take to end
+PATIENCE = 60.0  # seconds that the process of an earlier run may take to end
 PAUSE = 0.5  # seconds between two attempts
-NO_LOCKS = (OSError, NotImplementedError)  # of filelock, where the file system has no locks
 
 logger = logging.getLogger(__name__)
 
@@ -68,37 +67,37 @@ def lock(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
 
     Raises:
         UserError: another process holds it for longer; the message names the process.
-        OSError: the folder cannot be written.
     """
     path, holder = folder / LOCK_NAME, folder / HOLDER_NAME
-    path.touch()
-    file_lock = FileLock(path)
+    file_lock = FileLock(path, fallback_to_soft=False)  # the fallback is a file that outlives a killed run
     try:
-        _acquire(file_lock, folder, holder, patience)
-        with contextlib.suppress(OSError):  # a full disk
-            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
-    except NO_LOCKS as error:
+        if not _acquire(file_lock, 0):
+            name = "another process"
+            with contextlib.suppress(OSError):
+                name = holder.read_text(encoding="utf-8", errors="replace")
+            logger.warning(f"{folder} is locked by {name}: waiting up to {patience:.0f} s for it to end")
+            if not _acquire(file_lock, patience):
+                raise UserError(
+                    f"{folder}: expected an output folder that no other run is writing to, got one that "
+                    f"{name} has locked: wait for it, stop it, or choose another --tag; if its machine is "
+                    f"gone, remove {path}"
+                )
+    except OSError as error:  # the file system has no locks
         logger.warning(
             f"{path} cannot be locked ({error}): make sure that no other run writes to this folder"
         )
+    with contextlib.suppress(OSError):  # a full disk
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
     try:
         yield
     finally:
         file_lock.release()
 
 
-def _acquire(file_lock: FileLock, folder: Path, holder: Path, patience: float) -> None:
-    """Lock the file as soon as it is free; UserError if that takes too long."""
-    with contextlib.suppress(Timeout):
-        file_lock.acquire(timeout=0)
-        return
-    name = holder.read_text(encoding="utf-8", errors="replace") if holder.exists() else "another process"
-    logger.warning(f"{folder} is locked by {name}: waiting up to {patience:.0f} s for it to end")
+def _acquire(file_lock: FileLock, timeout: float) -> bool:
+    """Whether the file could be locked within so many seconds."""
     try:
-        file_lock.acquire(timeout=patience, poll_interval=PAUSE)
-    except Timeout as error:
-        raise UserError(
-            f"{folder}: expected an output folder that no other run is writing to, got one that {name} has "
-            f"locked: wait for it, stop it, or choose another --tag; if its machine is gone, remove "
-            f"{file_lock.lock_file}"
-        ) from error
+        file_lock.acquire(timeout=timeout, poll_interval=PAUSE)
+    except Timeout:
+        return False
+    return True

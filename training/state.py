@@ -9,7 +9,6 @@ updates. A checkpoint is written before its epoch is evaluated; `evaluated` says
 import logging
 import math
 import warnings
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
 import utils
+from config import flatten
 from lr_scheduler import build_scheduler, scale_rates
 from models import read_checkpoint
 from models.checkpoint import check_state
@@ -257,8 +257,8 @@ def read_training_checkpoint(path: str | Path, model: nn.Module, config: CfgNode
 
 def _compare_config(saved_text: str, config: CfgNode, origin: str) -> None:
     """Warn about differences in the recipe; another optimizer is an error, its state does not fit."""
-    saved = dict(_flatten(CfgNode.load_cfg(saved_text)))
-    for key, value in _flatten(CfgNode.load_cfg(config.dump())):
+    saved = flatten(CfgNode.load_cfg(saved_text))
+    for key, value in flatten(CfgNode.load_cfg(config.dump())).items():
         old = saved.get(key, value)
         if value == old:
             continue
@@ -269,15 +269,6 @@ def _compare_config(saved_text: str, config: CfgNode, origin: str) -> None:
             )
         if key.startswith(RECIPE) and key not in NOT_RECIPE:
             logger.warning(f"{origin} was written with {key} {old!r}; this run continues with {value!r}")
-
-
-def _flatten(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """All options as (dotted key, value)."""
-    for name, value in node.items():
-        if isinstance(value, CfgNode):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def load_ema(model: nn.Module, path: str | Path) -> None:
