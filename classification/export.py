@@ -2,10 +2,10 @@
 
     python classification/export.py --resume CHECKPOINT --out DIR [--cfg FILE] [--formats onnx] [--size H W]
 
-PyTorch's own exporters do the work. What they wrote is read again, run on images that they did not see, by
-ONNX Runtime for ONNX, and kept if it agrees with the model to 1e-4 (of its largest logit, if that is more
-than 1). Batches may have any length unless --batch fixes it. A file has one input size: which tokens a window
-attends to is a table that Python makes for a size, and is a constant of the file.
+PyTorch's exporters write the files. Each is loaded again and run on new images (ONNX by ONNX Runtime), and is
+kept if its logits agree with the model's to 1e-4 (of the largest logit, if that is more than 1). Batches may
+have any length unless --batch fixes it. A file has one input size, because the table of the tokens that a
+window attends to is a constant of the file.
 
 ONNX needs onnx, onnxscript and onnxruntime.
 """
@@ -38,7 +38,7 @@ from classification.predict import load_config_of, load_model  # noqa: E402
 from models import build_model  # noqa: E402
 
 TOLERANCE = 1e-4
-EXAMPLE_BATCH = 2  # of one image, exporters would take the length for a constant
+EXAMPLE_BATCH = 2  # with 1, exporters would treat the length as a constant
 CHECKED_BATCHES = (1, 3)  # other than the exporter's own
 TIMED_RUNS = 7
 
@@ -55,16 +55,16 @@ class ExportError(ValueError):
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of file."""
+    """A file format."""
 
     suffix: str
-    write: Callable[[nn.Module, Tensor, bool, Path], None]  # (model, images, whether of any length, file)
+    write: Callable[[nn.Module, Tensor, bool, Path], None]  # (model, images, any_length, file)
     load: Callable[[Path], Program]
-    packages: tuple[str, ...] = ()  # what it needs besides PyTorch
+    packages: tuple[str, ...] = ()  # required besides PyTorch
 
 
 def shapes_of(any_length: bool) -> tuple[dict[int, Any]] | None:
-    """What the exporters are told of the images' shape."""
+    """`dynamic_shapes` of the exporters: batches of any length, or None for the example's shape."""
     return ({0: torch.export.Dim.DYNAMIC},) if any_length else None
 
 
@@ -90,7 +90,7 @@ def write_onnx(model: nn.Module, images: Tensor, any_length: bool, path: Path) -
 
 
 def write_torchscript(model: nn.Module, images: Tensor, any_length: bool, path: Path) -> None:
-    """By torch.jit.trace, which leaves the length open in any case."""
+    """By torch.jit.trace, which allows batches of any length."""
     torch.jit.save(torch.jit.trace(model, images), path)
 
 
@@ -116,21 +116,21 @@ FORMATS = {
 def export_model(
     model: nn.Module, name: str, shape: tuple[int, int, int], path: Path, batch: int | None = None
 ) -> str:
-    """Write a model in one format, if it agrees with the model; else leave everything as it was.
+    """Write a model in one format; if the file does not agree with the model, write nothing.
 
     Args:
         model: in evaluation mode on the CPU, float32.
         name: a key of `FORMATS`.
         shape: channels, rows and columns of an image.
-        path: of the new file, which is replaced if it is there.
+        path: of the new file; an existing file is replaced.
         batch: the only length of batches; None for any.
 
     Returns:
-        How large, how exact and how fast the file is.
+        A line with the file's size, its largest difference from the model and its speed.
 
     Raises:
-        ExportError: packages are missing, the exporter fails, or its result does not run or is another
-            function.
+        ExportError: packages are missing, the exporter fails, or its result does not run or differs from
+            the model.
         OSError: the file could not be written.
     """
     chosen = FORMATS[name]
@@ -144,7 +144,7 @@ def export_model(
         for length in ((EXAMPLE_BATCH, *CHECKED_BATCHES) if batch is None else (batch, batch))
     )
     try:
-        with _explained(f"{name}: the exporter cannot do this model"):
+        with _explained(f"{name}: the exporter failed"):
             chosen.write(model, example, batch is None, temporary)
         with _explained(f"{name}: {path} does not load and run"):
             program = chosen.load(temporary)
@@ -165,7 +165,7 @@ def _difference(model: nn.Module, program: Program, images: Tensor, name: str) -
     expected, got = model(images), program(images)
     if got.shape != expected.shape:
         shapes = f"{list(got.shape)}, expected {list(expected.shape)}"
-        raise ExportError(f"{name}: for {len(images)} images it answers {shapes}; nothing was written")
+        raise ExportError(f"{name}: for {len(images)} images it returns {shapes}; nothing was written")
     difference = (got - expected).abs().max().item()
     allowed = TOLERANCE * max(1.0, expected.abs().max().item())
     if not difference <= allowed:
@@ -186,8 +186,7 @@ def _milliseconds(program: Program, images: Tensor) -> float:
 
 @contextlib.contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """What fails inside as one sentence, since exporters raise anything; and none of their warnings, since
-    the result is checked."""
+    """Raise any error inside as an ExportError of one line, and suppress warnings: the result is checked."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -232,7 +231,7 @@ def size_of(words: Sequence[str] | None, default: int | Sequence[int]) -> tuple[
     if words and not (len(words) <= 2 and all(word.isdecimal() for word in words)):
         raise ValueError(
             f"--size: expected one or two numbers of pixels, got {' '.join(words)}. A file has one input "
-            "size, in every format, since tables of keys belong to it; write a file for each"
+            "size, in every format; write a file for each"
         )
     sides = [int(word) for word in words] if words else [default] if isinstance(default, int) else default
     return sides[0], sides[-1]
@@ -249,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.batch is not None and args.batch < 1:
             raise ValueError(f"--batch: expected at least 1, got {args.batch}")
         model = (load_model(config) if config.MODEL.RESUME else build_model(config)).eval()
-        model(torch.zeros(1, model.in_chans, *size))  # says what is wrong with a size
+        model(torch.zeros(1, model.in_chans, *size))  # raises an error if the size is wrong
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -3,8 +3,8 @@
     python classification/predict.py IMAGE|FOLDER ... --resume CHECKPOINT [--cfg FILE] [--json]
 
 Checkpoints are those that main.py evaluates. A training checkpoint of this project holds its configuration,
-so that --cfg is not needed; with weights alone, and with files of the original release, it is. An image that
-cannot be read is told in one sentence, the others are predicted, and the exit status is 1.
+so that --cfg is not needed; weights alone, and files of the original release, need it. For an image that
+cannot be read an error is printed; the others are predicted, and the exit status is 1.
 """
 
 import argparse
@@ -41,7 +41,7 @@ NAME_WIDTH = 60  # letters of a class name in the table
 
 @dataclass(frozen=True)
 class Trained:
-    """A model with its weights, ready to be run, and what it was configured with."""
+    """A model with loaded weights, its configuration, device and precision."""
 
     config: CfgNode
     model: FocalTransformer
@@ -58,26 +58,26 @@ class Trained:
 
 @dataclass
 class Prediction:
-    """What was found in an image, the likeliest class first; or why it could not be read."""
+    """The likeliest classes of an image, best first, or the reason why it could not be read."""
 
     image: str
     top: list[tuple[int, str, float]]  # class, its name, probability
     error: str = ""
 
     def as_json(self) -> dict[str, object]:
-        """Plain data."""
+        """As a dict for JSON."""
         keys = ("class", "name", "probability")
         top = [dict(zip(keys, entry, strict=True)) for entry in self.top]
         return {"image": self.image, "error": self.error} if self.error else {"image": self.image, "top": top}
 
     def as_text(self) -> str:
-        """A heading and one line per class."""
+        """The image's name and one line per class."""
         lines = [f"  {100 * share:5.1f} %  {name[:NAME_WIDTH]}" for _, name, share in self.top]
         return "\n".join([self.image, *lines])
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments from which `load_config_of` and `load_trained` make a model."""
+    """Add the arguments that `load_config_of`, `load_trained` and `class_names` need."""
     path = utils.path_argument
     parser.add_argument(
         "--cfg", type=path, metavar="FILE", help="yaml file (default: the one inside the checkpoint)"
@@ -90,13 +90,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_config_of(args: argparse.Namespace) -> CfgNode:
-    """The configuration that --cfg or the checkpoint names, overridden by the flags that were given.
+    """The configuration of --cfg, else of the checkpoint, overridden by --opts and the flags.
 
     Raises:
         ValueError: neither of them has one, or it has problems.
     """
     flags = {"MODEL.RESUME": args.resume, "DATA.DATA_PATH": args.data_path, "DEVICE": args.device}
-    opts = [*(("EVAL_MODE", "True") if args.resume else ()), *args.opts]  # EVAL_EMA wants to know
+    opts = [*(("EVAL_MODE", "True") if args.resume else ()), *args.opts]  # EVAL_EMA needs it
     opts += [word for key, value in flags.items() if value for word in (key, value)]
     if args.cfg:
         return load_config(args.cfg, opts)
@@ -115,7 +115,7 @@ def load_config_of(args: argparse.Namespace) -> CfgNode:
 
 
 def load_model(config: CfgNode) -> FocalTransformer:
-    """The model of a configuration, with the weights of MODEL.RESUME, or with EVAL_EMA their average.
+    """The model of a configuration, with the weights of MODEL.RESUME (with EVAL_EMA, their moving average).
 
     Raises:
         UserError: no such checkpoint, or it does not fit the configuration.
@@ -128,7 +128,7 @@ def load_model(config: CfgNode) -> FocalTransformer:
 
 
 def load_trained(args: argparse.Namespace) -> Trained:
-    """The model of the arguments with its weights, in evaluation mode.
+    """The model with its weights, in evaluation mode, on its device.
 
     Raises:
         FileNotFoundError: no such checkpoint.
@@ -147,10 +147,10 @@ def load_trained(args: argparse.Namespace) -> Trained:
 
 
 def class_names(config: CfgNode, file: str | Path | None) -> list[str]:
-    """One name per class: of a file, of ImageNet, or of the data set's folders; else its number.
+    """One name per class, from a file, ImageNet or the data set's folders; else its number.
 
     Args:
-        config: its data set says where names come from.
+        config: of the model; its DATA section tells whether the classes are ImageNet's.
         file: one name per line; None to look elsewhere.
 
     Raises:
@@ -180,13 +180,13 @@ def _names_of_file(file: Path, count: int) -> list[str]:
 
 
 def _imagenet_names(count: int) -> list[str]:
-    """Descriptions in the order of ImageNet's sorted folders, by timm; none for other numbers of classes."""
+    """Descriptions in the order of ImageNet's sorted folders, by timm; empty for other numbers of classes."""
     subset = infer_imagenet_subset({"num_classes": count})
     return ImageNetInfo(subset).label_descriptions() if subset else []
 
 
 def _folder_names(data_path: str, count: int) -> list[str]:
-    """The class folders of a data set, where there are as many as classes; ImageNet's are described."""
+    """Names of the class folders, if there is one per class; ImageNet's ids become descriptions."""
     for split in ("train", "val"):
         folder = Path(data_path or "-") / split
         folders = folder.iterdir() if data_path and folder.is_dir() else ()
@@ -240,7 +240,7 @@ def predict(
         images: paths of files.
         names: one per class.
         batch_size: images per forward pass.
-        top: classes per image, or all there are if fewer.
+        top: classes per image; all classes if there are fewer.
     """
     transform, upright = trained.transform(), trained.config.DATA.EXIF_ORIENTATION
     for start in range(0, len(images), batch_size):
@@ -292,7 +292,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 1 if an image could not be read, 2 for what else the user can correct."""
+    """Run the command line; returns 1 if an image could not be read, 2 after other mistakes of the user."""
     args = parse(argv)
     utils.escape_output()
     logging.basicConfig(format="%(message)s")

@@ -1,11 +1,10 @@
-"""BiFPN, the neck of RepPoints v2's stronger configs, for MMDetection 3; registered by being imported.
+"""BiFPN, the neck of RepPoints v2's stronger configs, for MMDetection 3. Importing this module registers it.
 
-Tan et al., "EfficientDet: Scalable and Efficient Object Detection" (CVPR 2020), section 3: a pyramid that is
-passed through from coarse to fine and back, several times over, in which every map is a weighted sum of those
-it is made of. As the authors of RepPoints v2 configure it, which Swin Transformer's RepPoints v2 follows:
-plain 3x3 convolutions in the place of separable ones, group normalization, which 1x1 convolutions of the
-backbone's maps have too, and levels beyond the backbone's that are max-pooled from its last map, each with a
-1x1 convolution of its own.
+Tan et al., "EfficientDet: Scalable and Efficient Object Detection" (CVPR 2020), section 3: several passes
+from coarse to fine and back, in which each map is a weighted sum of its inputs. Departures from the paper, as
+in the configs of RepPoints v2's authors and of Swin Transformer: plain 3x3 convolutions instead of separable
+ones; group normalization, also after the 1x1 convolutions of the backbone's maps; levels beyond the
+backbone's are max-pooled from its last map, each with its own 1x1 convolution.
 
 Letters: B images; L levels, finest first; C channels of the neck; H_l, W_l cells of a level, each level half
 as high and wide as the one before, rounded up.
@@ -21,7 +20,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, max_pool2d, relu, silu
 
-EPSILON = 1e-4  # the paper's, in the sum of weights
+EPSILON = 1e-4  # the paper's; added to the sum of weights
 NORM = {"type": "GN", "num_groups": 32}
 INIT = {"type": "Xavier", "layer": "Conv2d", "distribution": "uniform"}
 
@@ -51,7 +50,7 @@ class BiFPNLayer(nn.Module):
     """Once from coarse to fine and once back (figure 2d of the paper).
 
     Args:
-        in_channels: of each level; where they are C already, the map comes in as it is.
+        in_channels: channels of each level's map; a map that has C channels gets no convolution.
         channels: C.
         norm_cfg: of all convolutions.
     """
@@ -97,7 +96,7 @@ class BiFPN(BaseModule):
         init_cfg: initialization.
 
     Raises:
-        ValueError: numbers of levels or layers that cannot be.
+        ValueError: impossible numbers of levels or layers.
     """
 
     def __init__(
@@ -126,7 +125,7 @@ class BiFPN(BaseModule):
         """The backbone's maps (B, in_channels[l], H_l, W_l) to `num_outs` maps (B, C, H_l, W_l).
 
         Raises:
-            ValueError: another number of maps.
+            ValueError: wrong number of maps.
         """
         maps = list(inputs)
         if len(maps) + self.pooled != self.levels:

@@ -1,11 +1,11 @@
-"""Targets of RepPoints v2's verification tasks, and how a verified corner replaces a regressed one.
+"""Targets of RepPoints v2's verification tasks, and the replacement of regressed by verified corners.
 
-Plain tensors in, plain tensors out; `detection.reppoints_v2` is the user. The tasks are those of Chen et al.,
-"RepPoints v2: Verification Meets Regression for Object Detection" (NeurIPS 2020), section 3: corner points as
-in CornerNet (Law and Deng, ECCV 2018), and the inside of boxes, per class. As in the authors' release all
-boxes are targets on all levels, and bumps are sized in pixels. Departures from it: where two boxes have a
-corner in the same cell, that cell's offset leads to the nearer corner (there, to the later box's), and of two
-equally near cells the upper or left one is taken.
+Functions of plain tensors, used by `detection.reppoints_v2`. The tasks are those of Chen et al., "RepPoints
+v2: Verification Meets Regression for Object Detection" (NeurIPS 2020), section 3: corner points as in
+CornerNet (Law and Deng, ECCV 2018), and the inside of boxes, per class. As in the authors' release, all boxes
+are targets on all levels, and heatmap peaks are sized in pixels. Departures from it: if two boxes have a
+corner in the same cell, the cell's offset points to the nearer corner (in the release, to the later box's);
+of two equally near cells, the upper or left one is used.
 
 Letters: B images; G boxes of an image; C classes; N boxes of an image to be refined; H, W cells of a level.
 The cell in row i and column j of a level with stride s stands for the image point (j * s, i * s). Corner
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-NOWHERE = -1e7  # coordinate of a stand-in box, so that an image without boxes needs no case of its own
+NOWHERE = -1e7  # coordinate of a dummy box, so that images without boxes are no special case
 
 
 class LevelTargets(NamedTuple):
@@ -41,7 +41,7 @@ class LevelTargets(NamedTuple):
 
 
 def corner_radii(boxes: Tensor, min_overlap: float = 0.7) -> Tensor:
-    """How far both corners may be off with the box still overlapping the true one: (G,), pixels.
+    """Largest error of both corners at which a box overlaps the true one by `min_overlap`: (G,), pixels.
 
     Of CornerNet's three cases (both corners moved inwards, both outwards, one each) the first is always the
     tightest: (w - 2r)(h - 2r) = min_overlap * w * h.
@@ -63,7 +63,7 @@ def corner_targets(
     The heatmap falls off as a Gaussian of a sixth of 2r + 1 pixels, and ends at r of `corner_radii`.
 
     Args:
-        boxes: (G, 4) in pixels; they may end at or beyond the level's last cell.
+        boxes: (G, 4) in pixels; they may reach beyond the level's last cell.
         size: (H, W).
         stride: pixels per cell.
         min_overlap: as for `corner_radii`.
@@ -103,10 +103,10 @@ def _nearest_cells(points: Tensor, size: tuple[int, int]) -> Tensor:
 def foreground_targets(
     boxes: Tensor, labels: Tensor, num_classes: int, size: tuple[int, int], stride: int, finest_stride: int
 ) -> Tensor:
-    """Foreground (C, H, W) of `LevelTargets`: what a positive cell weighs, so that all boxes count alike.
+    """Foreground (C, H, W) of `LevelTargets`: weights of positive cells, with which all boxes count equally.
 
-    A box covers the finest level's cells that it touches, and on a coarser level those whose point is the
-    point of a covered cell of the finest.
+    On the finest level, a box covers all cells that it touches; on a coarser level, the cells whose image
+    point is also the point of a covered cell of the finest level.
 
     Args:
         boxes: (G, 4) in pixels.
@@ -172,8 +172,8 @@ def snap_to_corners(points: Tensor, scores: Tensor, offsets: Tensor, stride: int
     that cell's offset.
 
     Args:
-        points: (B, N, 2) x and y in pixels; those outside of the level see its nearest cells.
-        scores: (B, H, W) verification scores of one corner kind, in any increasing scale.
+        points: (B, N, 2) x and y in pixels; points outside the level use its nearest cells.
+        scores: (B, H, W) verification scores of one corner kind, on any monotonically increasing scale.
         offsets: (B, 2, H, W) x and y from cells to corners, in cells.
         stride: pixels per cell.
     """

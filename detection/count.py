@@ -6,9 +6,8 @@ For one image of 800 x 1280, from the pixels to the heads' raw outputs, with as 
 config keeps: matrix products, convolutions and deformable convolutions. Norms, activations, softmax, RoIAlign
 and NMS are not counted.
 
-The backbone is counted on the meta device, where nothing is computed, neck and heads on the CPU, since what
-they do with proposals depends on values. Nothing is multiplied there either: products are zeros of the right
-shape.
+The backbone is counted on the meta device, where nothing is computed. Neck and heads are counted on the CPU,
+because they select proposals by their values; their products are replaced by zeros of the right shape.
 """
 
 import re
@@ -40,7 +39,7 @@ PRODUCTS = {
 
 
 class ZeroProducts(TorchDispatchMode):
-    """While entered, matrix products and convolutions take no time: they give zeros of the right shape."""
+    """Context manager in which matrix products and convolutions return zeros without computing anything."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -51,7 +50,7 @@ class ZeroProducts(TorchDispatchMode):
 
 
 class FixedMaps(nn.Module):
-    """Stands in for a backbone that was counted already: maps of zeros, whatever the image.
+    """A backbone that returns maps of zeros, for any image.
 
     Args:
         shapes: [B, C_i, H_i, W_i] of each map.
@@ -69,7 +68,7 @@ class FixedMaps(nn.Module):
 def deform_conv_flops(
     image: Sequence[int], weight: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any
 ) -> int:
-    """A deformable convolution's: those of the convolution, two per multiply-add; sampling is not counted.
+    """FLOPs of a deformable convolution: two per multiply-add of the convolution; sampling is not counted.
 
     Args:
         image: [B, C, H, W].
@@ -91,7 +90,7 @@ def count(model: "ConfigDict", size: Sequence[int]) -> Cost:
         with torch.device("meta"):
             whole = MODELS.build(model)
             backbone = MODELS.build(plain_backbone(model.backbone))
-            backbone.eval()  # mmdet's return nothing from it
+            backbone.eval()  # not chained: eval() of mmdet's backbones returns None
             with counter() as in_backbone, torch.no_grad():
                 maps = backbone(torch.empty(1, 3, *size))
         rest = headed(model, [list(x.shape) for x in maps])
@@ -103,7 +102,7 @@ def count(model: "ConfigDict", size: Sequence[int]) -> Cost:
 
 
 def surplus_mask_flops(model: "ConfigDict", seen: FlopCounterMode) -> int:
-    """What the masks of proposals take that are no detections.
+    """FLOPs of the masks of proposals that the test config does not keep.
 
     Mask R-CNN's raw forward pass in mmdet makes 100 masks, that of cascades one for every proposal; the test
     config keeps 100 detections in both.
@@ -116,13 +115,13 @@ def surplus_mask_flops(model: "ConfigDict", seen: FlopCounterMode) -> int:
 
 
 def counter() -> FlopCounterMode:
-    """Counts while it is entered."""
+    """A FLOP counter that knows deformable convolutions."""
     known = {torch.ops.torchvision.deform_conv2d: deform_conv_flops}
     return FlopCounterMode(display=False, custom_mapping=known)
 
 
 def headed(model: "ConfigDict", shapes: Sequence[Sequence[int]]) -> nn.Module:
-    """The detector with maps of these shapes for a backbone."""
+    """The detector with `FixedMaps` of these shapes as its backbone."""
     from mmdet.registry import MODELS
 
     MODELS.register_module(module=FixedMaps, force=True)
@@ -130,7 +129,7 @@ def headed(model: "ConfigDict", shapes: Sequence[Sequence[int]]) -> nn.Module:
 
 
 def sample(size: Sequence[int]) -> Any:
-    """What a detector wants to know of an image of `size`; it has no objects."""
+    """The data sample of an image of `size` without objects."""
     from mmdet.structures import DetDataSample
     from mmengine.structures import InstanceData
 

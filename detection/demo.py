@@ -1,4 +1,4 @@
-"""Trains every method of the configs, made small, on the demo scenes, and writes a table of what it reached.
+"""Trains a small version of every method on the demo scenes, and writes a table of the results.
 
     python -m data.demo demo --kinds detection
     python detection/demo.py [METHOD ...] [--data demo/detection] [--out demo/output/methods] [--epochs 10]
@@ -51,7 +51,7 @@ COLUMNS = {"box AP": "bbox_mAP", "AP50": "bbox_mAP_50", "mask AP": "segm_mAP", "
 
 
 def smaller(node: Any, rules: dict[str, dict[Any, Any]], key: str = "") -> Any:
-    """A part of a model's config with the values of rules such as SMALLER, and 64 channels for every 256."""
+    """A part of a model's config with values replaced by `rules`, see SMALLER, and 64 channels for 256."""
     if isinstance(node, dict):
         return type(node)({name: smaller(value, rules, name) for name, value in node.items()})
     if isinstance(node, list | tuple):
@@ -82,7 +82,7 @@ def demo_config(method: str) -> "Config":
 
 
 def train(method: str, data: Path, out: Path, epochs: int) -> dict[str, Any]:
-    """Train a method, evaluating four times; what the table says about it."""
+    """Train a method, evaluating four times, and return its row of the table."""
     from openmmlab.runner import build_runner
 
     config = demo_config(method)
@@ -107,7 +107,7 @@ def train(method: str, data: Path, out: Path, epochs: int) -> dict[str, Any]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as a Markdown table; what a method has not is left empty."""
+    """Rows as a Markdown table; missing values are empty."""
 
     def shown(value: Any) -> str:
         return "" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)

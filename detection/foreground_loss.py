@@ -1,4 +1,4 @@
-"""The loss of RepPoints v2's foreground maps, registered by being imported."""
+"""The loss of RepPoints v2's foreground maps. Importing this module registers it."""
 
 import torch
 from mmdet.registry import MODELS
@@ -8,14 +8,14 @@ from torch.nn.functional import logsigmoid
 
 @MODELS.register_module()
 class BoxNormalizedFocalLoss(nn.Module):
-    """Focal loss of foreground maps in which every box counts alike, whatever its size.
+    """Focal loss of foreground maps in which every box counts equally, whatever its size.
 
-    The paper's normalized focal loss: positive cells weigh as `LevelTargets.foreground` says and are divided
-    by the sum of these weights; negative cells by the number of positive ones.
+    The paper's normalized focal loss: the loss of positive cells is weighted by `LevelTargets.foreground` and
+    divided by the sum of these weights; the loss of negative cells is divided by the number of positive ones.
 
     Args:
-        gamma: how strongly well classified cells are played down.
-        alpha: share of the positive cells' part.
+        gamma: exponent; larger values reduce the loss of well classified cells.
+        alpha: weight of the positive cells; negative ones have 1 - alpha.
         loss_weight: factor of the result.
     """
 
@@ -26,7 +26,7 @@ class BoxNormalizedFocalLoss(nn.Module):
         self.loss_weight = loss_weight
 
     def forward(self, logits: Tensor, weights: Tensor, valid: Tensor) -> Tensor:
-        """A scalar of logits, weights and valid (bool) of one shape; what is not valid does not count."""
+        """The loss, a scalar. Logits, weights and valid (bool) have one shape; invalid cells are ignored."""
         logits = logits.float()
         positive = weights > 0
         negative = valid & ~positive

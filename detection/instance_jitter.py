@@ -1,10 +1,10 @@
 """A training transform that moves objects a little, after InstaBoost (Fang et al., "InstaBoost: Boosting
 Instance Segmentation via Probability Map Guided Copy-Pasting", ICCV 2019, section 3.1).
 
-Objects are cut out along their masks, the holes are filled from their surroundings, and the objects are put
-back slightly shifted, scaled and turned. Departures from the authors' package: no heat map of places and no
-change of colours (its heat map is off in mmdet too), and holes are filled at a low resolution, which takes
-milliseconds and shows only along the rim of what moved.
+Objects are cut out along their masks, the holes are filled from their surroundings, and the objects are
+pasted back slightly shifted, scaled and rotated. Departures from the authors' package: no heat map of places
+(mmdet does not use it either), no change of colours, and holes are filled at a low resolution, which is fast
+and visible only along the edge of a moved object.
 
 Letters of shapes: N objects; H, W image.
 """
@@ -22,13 +22,13 @@ FILL_SIDE = 160
 """Longer side of the image in which holes are filled, pixels."""
 FILL_RADIUS = 3
 RIM = np.ones((5, 5), np.uint8)
-"""Two pixels around an object are filled with it: masks are seldom exact, and a ghost of its outline would
-tell where it was."""
+"""Holes are two pixels wider than masks: masks are seldom exact, and a visible outline would give away the
+old place of an object."""
 
 
 @TRANSFORMS.register_module()
 class InstanceJitter(BaseTransform):
-    """Stands after `LoadAnnotations(with_bbox=True, with_mask=True)`.
+    """Belongs after `LoadAnnotations(with_bbox=True, with_mask=True)`.
 
     Objects whose boxes overlap move together. Crowd regions stay where they are.
 
@@ -94,11 +94,11 @@ class InstanceJitter(BaseTransform):
 
 
 def overlapping(boxes: np.ndarray, chosen: np.ndarray) -> list[list[int]]:
-    """Groups of those chosen boxes that hang together by overlaps.
+    """Groups of the chosen boxes that are connected by overlaps.
 
     Args:
         boxes: [N, 4], left, top, right, bottom.
-        chosen: their numbers.
+        chosen: indices of boxes.
     """
     groups: list[list[int]] = []
     for number in chosen.tolist():
@@ -111,7 +111,7 @@ def overlapping(boxes: np.ndarray, chosen: np.ndarray) -> list[list[int]]:
 
 
 def fill_holes(image: np.ndarray, holes: np.ndarray) -> np.ndarray:
-    """A copy of the image [H, W, 3] uint8 whose pixels in `holes`, [H, W] bool, continue the surroundings."""
+    """A copy of the image [H, W, 3] uint8 with `holes` [H, W] filled from their surroundings."""
     height, width = holes.shape
     factor = min(1.0, FILL_SIDE / max(height, width))
     size = max(1, round(width * factor)), max(1, round(height * factor))
@@ -126,7 +126,7 @@ def fill_holes(image: np.ndarray, holes: np.ndarray) -> np.ndarray:
 
 
 def _warp(array: np.ndarray, matrix: np.ndarray, interpolation: int) -> np.ndarray:
-    """An array [H, W] or [H, W, C] moved by an affine map [2, 3]; nothing (0) comes in from outside."""
+    """An array [H, W] or [H, W, C] moved by an affine map [2, 3]; 0 outside of it."""
     height, width = array.shape[:2]
     return cv2.warpAffine(array, matrix, (width, height), flags=interpolation)
 
@@ -134,7 +134,7 @@ def _warp(array: np.ndarray, matrix: np.ndarray, interpolation: int) -> np.ndarr
 def _paste(
     canvas: np.ndarray, image: np.ndarray, mask: np.ndarray, matrix: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Put what `mask` shows of `image` on the canvas, moved, with a soft edge.
+    """Move the masked part of `image` by `matrix` and paste it on the canvas, with a soft edge.
 
     Returns:
         The new canvas, and the pixels [H, W] bool that are mostly covered.
@@ -146,7 +146,7 @@ def _paste(
 
 
 def _updated(results: dict[str, Any], image: np.ndarray, masks: np.ndarray) -> dict[str, Any]:
-    """The results with a new image and masks [N, H, W]; objects of which nothing is left are dropped."""
+    """The results with a new image and masks [N, H, W]; objects without visible pixels are dropped."""
     left = masks.any(axis=(1, 2))
     ignored = results["gt_ignore_flags"][left]
     new = BitmapMasks(masks[left].astype(np.uint8), *image.shape[:2])

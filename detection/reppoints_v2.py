@@ -1,7 +1,7 @@
-"""RepPoints v2 for MMDetection 3: a head and an assigner, registered by being imported, like the loss.
+"""RepPoints v2 for MMDetection 3. Importing this module registers its head, assigner and loss.
 
-Chen et al., "RepPoints v2: Verification Meets Regression for Object Detection" (NeurIPS 2020). MMDetection's
-RepPointsHead regresses; what is added here verifies, after section 3 of the paper:
+Chen et al., "RepPoints v2: Verification Meets Regression for Object Detection" (NeurIPS 2020). This
+module adds verification to MMDetection's RepPointsHead, after section 3 of the paper:
 
 - Verification tasks: heatmaps and offsets of top-left and bottom-right corners, behind CornerNet's pooling,
   and one foreground map per class (within boxes). `detection.corner_targets` has their targets.
@@ -14,11 +14,11 @@ Layer widths, loss weights and the levels of joint inference are those of the au
 convolution before the branches, 64 channels where corners are pooled, weights 0.25, 1 and 0.1 for heatmaps,
 offsets and foreground, ATSS to assign refined boxes, and no snapping of the finest level's boxes.
 
-Departures: a box is what its two corner points span, and the points start as a grid, `point_base_scale` cells
-wide, around their cell. (The release starts them all in one place and leaves the two unordered; a box turned
-inside out has a negative GIoU loss, which its GIoU hides by counting one more pixel.) A batch's padding is
-left out of the foreground loss too; both corner kinds share one average; denominators are at least 1, for
-images without boxes.
+Departures: a box is spanned by its two corner points in any order, and the points start as a grid,
+`point_base_scale` cells wide, around their cell. (The release starts all points in one place and does not
+order the corners; inverted boxes then have a negative GIoU loss, unless a pixel is added to their sides.) The
+foreground loss ignores the batch's padding too; both corner kinds share one average; denominators are at
+least 1, for images without boxes.
 
 Letters: B images; C classes; H, W cells of a level.
 """
@@ -46,7 +46,7 @@ EXPLICIT_CORNERS = "explicit_corners"
 TRANSFORM_METHODS = (EXPLICIT_CORNERS, "minmax", "partial_minmax", "moment")
 CORNER_MAPS = 6  # two scores, two times two offsets
 REGRESSED_ONLY = -1
-FIXED = {"use_grid_points": False, "center_init": True, "conv_cfg": None}  # what v2 does not leave open
+FIXED = {"use_grid_points": False, "center_init": True, "conv_cfg": None}  # the only values that v2 supports
 
 LOSS_CORNER = {"type": "GaussianFocalLoss", "alpha": 2.0, "gamma": 4.0, "loss_weight": 0.25}
 LOSS_OFFSET = {"type": "SmoothL1Loss", "beta": 1 / 9, "loss_weight": 1.0}
@@ -65,7 +65,7 @@ INIT = {
 
 @TASK_UTILS.register_module()
 class StrideATSSAssigner(ATSSAssigner):
-    """ATSS that learns from a fifth column of the priors, their stride, which level they belong to."""
+    """ATSS that finds the level of each prior by its stride, a fifth column of the priors."""
 
     def assign(
         self,
@@ -73,7 +73,7 @@ class StrideATSSAssigner(ATSSAssigner):
         gt_instances: InstanceData,
         gt_instances_ignore: InstanceData | None = None,
     ) -> AssignResult:
-        """As every other assigner; `pred_instances.priors` is (N, 5), sorted by level."""
+        """See ATSSAssigner; `pred_instances.priors` is (N, 5), sorted by level."""
         strides = pred_instances.priors[:, 4]
         counts = torch.unique_consecutive(strides, return_counts=True)[1].tolist()
         return super().assign(pred_instances, counts, gt_instances, gt_instances_ignore)
@@ -91,7 +91,7 @@ class CornerFeatures(BiCornerPool):
 
 @MODELS.register_module()
 class RepPointsV2Head(RepPointsHead):
-    """RepPoints with corner and foreground verification; goes into MMDetection's RepPointsDetector.
+    """RepPoints with corner and foreground verification, for MMDetection's RepPointsDetector.
 
     Args:
         num_classes: C, without background.
@@ -100,7 +100,7 @@ class RepPointsV2Head(RepPointsHead):
         shared_convs: 3x3 convolutions between the regression features and the verification branches.
         verifying_levels: for each level, the level whose corner maps its boxes are snapped to at inference,
             or -1 to leave them as regressed.
-        corner_overlap: the overlap that sizes the heatmaps' bumps, see `corner_targets.corner_radii`.
+        corner_overlap: overlap that sets the size of heatmap peaks, see `corner_targets.corner_radii`.
         loss_corner: loss of the corner heatmaps.
         loss_corner_offset: loss of the offsets at corners.
         loss_foreground: loss of the foreground maps, called as `BoxNormalizedFocalLoss` is.
@@ -151,7 +151,7 @@ class RepPointsV2Head(RepPointsHead):
             not self.use_sigmoid_cls or self.loss_cls.activated
         ):
             raise ValueError(
-                "RepPointsV2Head gives QualityFocalLoss logits of one sigmoid per class: say "
+                "RepPointsV2Head gives QualityFocalLoss logits of one sigmoid per class: set "
                 "use_sigmoid=True in loss_cls, and leave out activated"
             )
         self.verifiers = {
@@ -164,7 +164,7 @@ class RepPointsV2Head(RepPointsHead):
         self.loss_foreground = MODELS.build(loss_foreground)
 
     def _init_layers(self) -> None:
-        """RepPoints' layers, wider where they see the corner maps, and the verification branches."""
+        """RepPoints' layers, with more input channels for the corner maps, and the verification branches."""
         super()._init_layers()
         width = self.feat_channels
         for name in ("reppoints_cls_conv", "reppoints_pts_refine_conv"):
@@ -402,7 +402,7 @@ class RepPointsV2Head(RepPointsHead):
             regressed: (B, 4, H, W) of each level, in its cells from the cell's own point.
             corner_scores: (B, 2, H, W) of each level.
             corner_offsets: (B, 4, H, W) of each level.
-            batch_img_metas: with each image's `img_shape`, outside of which no corner is sought.
+            batch_img_metas: with each image's `img_shape`, to which regressed corners are clipped.
 
         Returns:
             Boxes in the same form.
@@ -427,12 +427,12 @@ class RepPointsV2Head(RepPointsHead):
 
 
 def _chain(layers: nn.ModuleList, x: Tensor) -> Tensor:
-    """The layers one after another."""
+    """Apply the layers one after another."""
     for layer in layers:
         x = layer(x)
     return x
 
 
 def _flat(maps: list[Tensor]) -> Tensor:
-    """All values of maps of different sizes in one row."""
+    """Flatten and concatenate maps of different sizes."""
     return torch.cat([level.flatten() for level in maps])

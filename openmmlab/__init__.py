@@ -1,2 +1,2 @@
-"""What detection/ and segmentation/ share: the backbone's adapter, operators that mmcv-lite lacks, and the
-front over mmengine's Runner. Needs the packages that `make setup-openmmlab` installs."""
+"""Shared by detection/ and segmentation/: the backbone's adapter, operators that mmcv-lite lacks, and command
+lines for mmengine's Runner. Needs the packages that `make setup-openmmlab` installs."""

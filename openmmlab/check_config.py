@@ -1,5 +1,5 @@
-"""Mistakes in a config that mmengine passes over or reports by a traceback: options that nothing reads,
-unknown types, unknown keywords. Each is told with its key."""
+"""Finds mistakes in a config that mmengine ignores or reports by a traceback: options that nothing reads,
+unknown types, unknown keywords. Messages name the key."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +19,7 @@ from utils import UserError, user_input
 if TYPE_CHECKING:
     from mmengine.config import Config
 
-READ = {  # options that something else than `Runner` reads
+READ = {  # options that are not arguments of `Runner`, but read by it or by other code
     *("activation_checkpointing", "compile", "cudnn_benchmark", "efficient_conv_bn_eval"),
     *("find_unused_parameters", "model_wrapper_cfg", "sync_bn"),
     *("test_pipeline", "tta_model", "tta_pipeline"),
@@ -34,14 +34,14 @@ class Options(DictAction):
         for value in values:
             if not value.partition("=")[0] or "=" not in value:
                 raise UserError(
-                    f"{option_string}: expected KEY=VALUE, got {value!r}, without a space around ="
+                    f"{option_string}: expected KEY=VALUE, without spaces around =, got {value!r}"
                 )
         with user_input(option_string or ""):
             super().__call__(parser, namespace, values, option_string)
 
 
 def check_options(config: "Config", options: Mapping[str, Any]) -> None:
-    """Check --cfg-options, values by keys, against the config that they are about to change.
+    """Check --cfg-options, a mapping from keys to values, against the config that they will change.
 
     Raises:
         UserError: a key that nothing reads.
@@ -75,10 +75,10 @@ def check_options(config: "Config", options: Mapping[str, Any]) -> None:
 
 @contextmanager
 def explained(config: "Config") -> Iterator[None]:
-    """While something is built from a config: tell an error that a wrong type or keyword of it explains.
+    """Context manager for building from a config: explain errors that come from its types or keywords.
 
     Raises:
-        UserError: the config has such a mistake, and the error speaks of it. Others are left alone.
+        UserError: the config has an unknown type or keyword that the error mentions. Other errors pass.
     """
     try:
         yield
@@ -92,8 +92,8 @@ def explained(config: "Config") -> Iterator[None]:
 
 
 def mistakes(config: "Config") -> Iterator[tuple[list[str], str]]:
-    """Types that no registry has and keywords that no class takes: words of the errors that follow, and a
-    sentence about each."""
+    """Unknown types and keywords of a config: for each, the words by which to recognise an error that it
+    causes, and a message."""
     used = {key: value for key, value in config.to_dict().items() if key in READERS}
     for path, node in _nodes(used, ""):
         kind, called = node.get("type"), _called(path, node, config)
@@ -106,7 +106,7 @@ def mistakes(config: "Config") -> Iterator[tuple[list[str], str]]:
 
 
 def _nodes(node: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """All dicts in a nested value, each with its key."""
+    """All dicts in a nested value, with their dotted keys."""
     if isinstance(node, dict) and path:
         yield path, node
     pairs = (
@@ -117,7 +117,7 @@ def _nodes(node: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _registries(config: "Config") -> Iterator[Registry]:
-    """Those of the config's package (mmdet, mmseg), then mmengine's, which have mmcv's entries as well."""
+    """The registries of the config's package (mmdet, mmseg), then mmengine's, which include mmcv's."""
     scope = config.get("default_scope") or "mmengine"
     import_module(f"{scope}.registry")
     roots = [entry for entry in vars(mmengine.registry).values() if isinstance(entry, Registry)]
@@ -126,7 +126,7 @@ def _registries(config: "Config") -> Iterator[Registry]:
 
 
 def _called(path: str, node: Mapping[str, Any], config: "Config") -> Callable[..., Any] | None:
-    """What takes a dict of the config as its arguments; None where that cannot be told."""
+    """The class or function whose arguments a dict of the config holds; None if unknown."""
     kind = node.get("type")
     if kind is None:
         return DataLoader if path.endswith("_dataloader") else None
@@ -139,14 +139,14 @@ def _called(path: str, node: Mapping[str, Any], config: "Config") -> Callable[..
 
 
 def _keywords(called: Callable[..., Any] | None) -> set[str]:
-    """The keywords that a class or function takes; none where they cannot be told."""
+    """The keywords that a class or function takes; empty if unknown or if it takes any."""
     names = {
         "_delete_",
         "constructor",
         "convert_to_iter_based",
         "paramwise_cfg",
         "requires_grad",
-    }  # taken out
+    }  # not passed to it
     classes = inspect.getmro(called)[:-1] if inspect.isclass(called) else ()
     for part in [vars(c)["__init__"] for c in classes if "__init__" in vars(c)] or [called] * callable(
         called
@@ -159,6 +159,6 @@ def _keywords(called: Callable[..., Any] | None) -> set[str]:
 
 
 def _instead(name: str, known: set[str]) -> str:
-    """The end of a sentence: names that the unknown one may have been meant for."""
+    """The end of a message: known names that are similar to an unknown one."""
     near = get_close_matches(name, known, n=2, cutoff=0.6)
     return f"; did you mean {' or '.join(near)}?" if near else "; check its spelling"

@@ -1,7 +1,6 @@
-"""Data and models that do not fit each other: class names, annotations, label images, heads.
+"""Checks that data and model fit each other: class names, annotations, label images, heads.
 
-Nothing large is read twice: COCO's annotation files are checked as mmdet reads them; of images and label
-images a few are opened.
+COCO's annotation files are checked while mmdet reads them; of images and label images, a sample is opened.
 """
 
 import json
@@ -45,10 +44,10 @@ def check_data_sets(config: "Config", splits: Sequence[str]) -> tuple[str, ...] 
 
     Args:
         config: of a detector or segmenter.
-        splits: those of train, val, test whose files will be read; classes are compared among all three.
+        splits: those of train, val, test whose files are checked; classes are compared in all three.
 
     Returns:
-        The names of the classes; None if no data set has any.
+        The class names; None if no data set has any.
 
     Raises:
         UserError: classes differ, files are missing, or label images do not fit.
@@ -76,7 +75,7 @@ def check_data_sets(config: "Config", splits: Sequence[str]) -> tuple[str, ...] 
 
 
 def _data_sets(options: Any, key: str, config: "Config") -> Iterator[tuple[str, Any, BaseDataset]]:
-    """Key, options and data set of each that a loader reads, also inside of wrappers; none has read files."""
+    """Key, options and data set of each data set of a loader, also inside wrappers; no files are read."""
     if "dataset" in options:
         yield from _data_sets(options["dataset"], f"{key}.dataset", config)
     elif "datasets" in options:
@@ -103,7 +102,7 @@ def _classes(key: str, dataset: BaseDataset) -> tuple[str, ...] | None:
 
 
 def _shown(names: Sequence[str]) -> str:
-    """Names for a message; of many the first ones."""
+    """Names for a message, shortened if there are many."""
     return str(tuple(names)) if len(names) <= 10 else f"({', '.join(names[:4])}, ... {len(names)} in all)"
 
 
@@ -112,18 +111,18 @@ def _is_local(path: str, dataset: BaseDataset) -> bool:
 
 
 def _check_files(key: str, dataset: BaseDataset) -> None:
-    """Refuse an annotation file or a folder of images that is not there."""
+    """Refuse missing annotation files and image folders."""
     named = {"ann_file": dataset.ann_file, **{f"data_prefix.{k}": v for k, v in dataset.data_prefix.items()}}
     for name, path in named.items():
         if path and _is_local(path, dataset) and not Path(path).exists():
             raise UserError(
-                f"{key}.{name}: there is no {path}; paths begin at data_root={dataset.data_root!r}, and that "
-                f"where the command is started ({Path.cwd()})"
+                f"{key}.{name}: there is no {path}; paths are relative to data_root={dataset.data_root!r}, "
+                f"and data_root to the current folder ({Path.cwd()})"
             )
 
 
 def _check_evaluators(config: "Config", split: str, files: list[str]) -> None:
-    """Refuse evaluators with annotations of other images than those of their loader."""
+    """Refuse evaluators whose annotation file is not that of their loader."""
     evaluators = config.get(f"{split}_evaluator") or []
     for evaluator in evaluators if isinstance(evaluators, list | tuple) else [evaluators]:
         own = evaluator.get("ann_file")
@@ -138,7 +137,7 @@ def _check_evaluators(config: "Config", split: str, files: list[str]) -> None:
 
 
 def _check_label_images(key: str, options: Mapping[str, Any], dataset: "BaseSegDataset") -> None:
-    """Refuse label images, of a sample, with numbers that are no class, or of another size than the image."""
+    """Check a sample of label images: their values must be classes, and their sizes those of the images."""
     for step in options.get("pipeline", ()):
         said = step.get("reduce_zero_label") if str(step["type"]).endswith("LoadAnnotations") else None
         if said not in (None, dataset.reduce_zero_label):
@@ -154,16 +153,16 @@ def _check_label_images(key: str, options: Mapping[str, Any], dataset: "BaseSegD
         raise UserError(f"{key}: no images end in {dataset.img_suffix!r} below {folder}{others}")
     reduced, classes = dataset.reduce_zero_label, dataset.metainfo.get("classes") or ()
     count = len(dataset.label_map or classes)
-    labelled = [pair for pair in pairs if "seg_map_path" in pair]  # a secret test set has none
+    labelled = [pair for pair in pairs if "seg_map_path" in pair]  # test sets may have none
     for pair in _sample(labelled) if _is_local(folder, dataset) else ():
         labels = _labels(key, pair["img_path"], pair["seg_map_path"])
         extra = sorted({*np.unique(labels).tolist()} - {*range(count + reduced), NOTHING})
         if extra and count:
             hint = "" if reduced or extra != [count] else "; if 0 is no class and 1 the first, set it to True"
             raise UserError(
-                f"{pair['seg_map_path']}: needs {int(reduced)} to {count - 1 + reduced} for {count} classes, "
-                f"{'0 or 255' if reduced else 255} for none of them, found {extra[:5]}; {key} has "
-                f"reduce_zero_label={reduced}{hint}"
+                f"{pair['seg_map_path']}: expected {int(reduced)} to {count - 1 + reduced} for {count} "
+                f"classes, and {'0 or 255' if reduced else 255} for ignored pixels, got {extra[:5]}; {key} "
+                f"has reduce_zero_label={reduced}{hint}"
             )
 
 
@@ -173,7 +172,7 @@ def _sample(items: Sequence[Any]) -> list[Any]:
 
 
 def _labels(key: str, image: str, path: str) -> np.ndarray:
-    """The numbers [H, W] of a label image, which has the size of its image."""
+    """The values [H, W] of a label image; it must have the size of its image."""
     for file in (image, path):
         if not Path(file).is_file():
             raise UserError(f"{key}: there is no {file}; each image needs a label image of the same name")
@@ -186,12 +185,12 @@ def _labels(key: str, image: str, path: str) -> np.ndarray:
 
 
 def _check_size(image: str, expected: tuple[int, ...], where: str) -> None:
-    """Compare an image's height and width, as they are after loading, with what another file says."""
+    """Compare an image's height and width after loading with those that another file states."""
     with user_input(image), Image.open(image) as opened:
         turned = opened.getexif().get(0x0112) in SWAPPED
         size = opened.size if turned else opened.size[::-1]
     if size != tuple(expected):
-        reason = " after the rotation that its EXIF entry asks for; store the image upright" if turned else ""
+        reason = " after rotation by its EXIF orientation; store the image upright" if turned else ""
         raise UserError(
             f"{image} has {size[0]} x {size[1]} pixels{reason}, but {where} {expected[0]} x {expected[1]} "
             "(rows x columns)"
@@ -202,7 +201,7 @@ def _check_size(image: str, expected: tuple[int, ...], where: str) -> None:
 
 
 def check_coco_when_read(config: "Config", model: nn.Module) -> None:
-    """Have mmdet's `CocoDataset` check annotation files as it reads them, for a config and its model."""
+    """Make mmdet's `CocoDataset` check annotation files while it reads them."""
     from mmdet.datasets import CocoDataset
 
     loaders = [config.get(f"{split}_dataloader") for split in ("train", "val", "test")]
@@ -213,11 +212,11 @@ def check_coco_when_read(config: "Config", model: nn.Module) -> None:
 
 
 def _coco_reader(masks: bool, stuff: int) -> Callable[[Any, str], "COCO"]:
-    """What reads and checks an annotation file for a data set.
+    """A function that reads and checks a data set's annotation file.
 
     Args:
-        masks: whether segmentations are needed, too.
-        stuff: how many classes the label images of a semantic branch may have; 0 without that branch.
+        masks: whether every annotation needs a segmentation.
+        stuff: number of classes in the label images of a semantic branch; 0 without that branch.
     """
     from mmdet.datasets.api_wrappers import COCO
 
@@ -248,11 +247,11 @@ def _coco_reader(masks: bool, stuff: int) -> Callable[[Any, str], "COCO"]:
 
 
 def _check_annotations(content: Any, dataset: Any, path: str, masks: bool) -> None:
-    """Refuse annotations that mmdet cannot read, or reads as something else than they are."""
+    """Refuse annotations that mmdet cannot read or would misread."""
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected annotations in COCO's format, an object, got a list")
     if dataset.test_mode:
-        content.setdefault("annotations", [])  # there are none for a test set that is kept secret
+        content.setdefault("annotations", [])  # test sets may have none
     for kind, keys in ENTRIES.items():
         entries = content.get(kind)
         if not isinstance(entries, list):
@@ -296,7 +295,7 @@ def _check_annotations(content: Any, dataset: Any, path: str, masks: bool) -> No
 
 
 def _check_category_names(categories: list[dict[str, Any]], classes: tuple[str, ...], path: str) -> None:
-    """mmdet numbers classes in the order of the file, whatever the config says: refuse another one."""
+    """Refuse classes in another order than the file's, which is the order in which mmdet numbers them."""
     names = [category["name"] for category in categories]
     unknown = [name for name in classes if name not in names]
     if unknown:
@@ -306,8 +305,8 @@ def _check_category_names(categories: list[dict[str, Any]], classes: tuple[str, 
         raise UserError(f"{path}: several categories have the same name, of {_shown(sorted(ordered))}")
     if ordered != classes:
         raise UserError(
-            f"{path} has its categories in another order than metainfo.classes, by which objects would be "
-            f"named wrongly; write in the config: classes = {ordered}"
+            f"{path} has its categories in another order than metainfo.classes, so that objects would get "
+            f"wrong names; write in the config: classes = {ordered}"
         )
 
 
@@ -318,7 +317,7 @@ def check_model(model: nn.Module, classes: Sequence[str] | None) -> None:
     """Refuse heads for another number of classes, and necks or heads for another backbone's channels.
 
     Raises:
-        UserError: with their keys.
+        UserError: they do not fit; the message names their keys.
     """
     wrong = []
     for name, module in model.named_modules():
@@ -347,7 +346,7 @@ def check_trained_classes(checkpoint: str, content: Mapping[str, Any], classes: 
     """Refuse a checkpoint that was trained for other classes than those of the config.
 
     Raises:
-        UserError: with both.
+        UserError: the classes differ.
     """
     trained = content.get("meta", {}).get("dataset_meta", {}).get("classes")
     if trained is not None and classes is not None and tuple(trained) != tuple(classes):
@@ -358,10 +357,10 @@ def check_trained_classes(checkpoint: str, content: Mapping[str, Any], classes: 
 
 
 def check_class_weights(model: nn.Module, dataset: Any) -> None:
-    """Refuse class weights of a segmenter where there are pixels of no class; mmseg finds no weight for them.
+    """Refuse class weights if training images have pixels of no class, which mmseg's loss cannot weight.
 
     Raises:
-        UserError: some of a few training images have such pixels, by their labels or by padding.
+        UserError: there are such pixels in a sample (by labels or padding), or too many or few weights.
     """
     from mmseg.models.losses import CrossEntropyLoss
 
@@ -389,7 +388,7 @@ def check_class_weights(model: nn.Module, dataset: Any) -> None:
 
 @contextmanager
 def _keep_random_state() -> Iterator[None]:
-    """Leave no trace in the generators of Python, NumPy and torch."""
+    """Restore the random state of Python, NumPy and torch at the end."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         yield

@@ -1,9 +1,9 @@
-"""What detection/count.py and segmentation/count.py share: a command that prints parameters and multiply-adds
+"""Shared by detection/count.py and segmentation/count.py: a command that prints parameters and multiply-adds
 of configs' models, beside what the release reports, as a Markdown table.
 
-Multiply-adds are those of matrix products and convolutions, what the literature calls FLOPs. mmengine's own
-counter follows a trace and knows a fixed list of operators, in which fused attention counts nothing. Here
-operators are counted as they are called, with attention as plain matrix products.
+Multiply-adds are those of matrix products and convolutions, which the literature calls FLOPs. Operators are
+counted as they are called, with attention as plain matrix products; mmengine's counter would count 0 for
+fused attention.
 """
 
 import argparse
@@ -102,14 +102,14 @@ def _line(cells: Sequence[Any]) -> str:
 
 
 def versions(package: str) -> str:
-    """The packages that the numbers come from."""
+    """Versions of Python and of the packages that build the models."""
     parts = {"Python": platform.python_version(), "torch": torch.__version__}
     parts |= {name: import_module(name).__version__ for name in ("mmengine", package)}
     return ", ".join(f"{name} {version}" for name, version in parts.items())
 
 
 def main(task: Task, description: str, argv: Sequence[str] | None = None) -> int:
-    """Print the table, or write it to a file; 2 for what the user can correct, told in one message."""
+    """Print the table, or write it to a file; returns 2 after a mistake of the user."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "configs", nargs="*", type=Path, help=f"config files (those of {task.configs.parent.name}/configs)"

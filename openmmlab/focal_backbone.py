@@ -1,5 +1,5 @@
-"""The one FocalTransformer as a backbone of MMDetection and MMSegmentation: chosen stages, each with a
-LayerNorm of its own (norm0, norm1, ...), frozen stages, and weights of a classifier.
+"""FocalTransformer as a backbone of MMDetection and MMSegmentation: chosen stages, each with its own
+LayerNorm (norm0, norm1, ...), frozen stages, and weights of a classifier.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,13 +18,13 @@ PRETRAINED = ({"type", "checkpoint"}, "Pretrained")  # the one init_cfg: its key
 
 @MODELS.register_module()
 class FocalBackbone(FocalTransformer):
-    """Stage maps for a neck. Stages after the last one asked for are not built.
+    """Stage maps for a neck. Stages after the last of `out_indices` are not built.
 
     Args:
         out_indices: stages whose maps are returned, ascending from 0.
         frozen_stages: -1 trains everything, 0 freezes the stem, n the first n stages as well.
-        norm_eval: only False: norms here keep no running statistics that could be frozen.
-        with_cp: recompute activations in the backward pass instead of keeping them.
+        norm_eval: must be False: LayerNorm has no running statistics to freeze.
+        with_cp: recompute activations in the backward pass to save memory.
         init_cfg: `dict(type="Pretrained", checkpoint=FILE)`, an original or own classifier's weights.
         options: those of `models.FocalTransformer`; `img_size` is that of the checkpoint, not of images.
 
@@ -48,7 +48,7 @@ class FocalBackbone(FocalTransformer):
                 "Then write backbone=dict(_delete_=True, ...)"
             )
         if norm_eval:
-            raise UserError("norm_eval=True would do nothing: no norm here keeps statistics; leave it out")
+            raise UserError("norm_eval=True would do nothing: LayerNorm has no statistics; leave it out")
         if init_cfg is not None and ({*init_cfg}, init_cfg.get("type")) != PRETRAINED:
             raise UserError(f"expected init_cfg=dict(type='Pretrained', checkpoint=FILE), got {init_cfg}")
         with user_input("FocalBackbone"):
@@ -69,10 +69,10 @@ class FocalBackbone(FocalTransformer):
             self.absolute_pos_embed.requires_grad_(False)
 
     def init_weights(self) -> None:
-        """Load the classifier that `init_cfg` names, all of its stages, resized to the windows here.
+        """Load all stages of the classifier that `init_cfg` names, resized to this backbone's windows.
 
         Raises:
-            UserError: no such file, or one that does not fit, with the keys that differ.
+            UserError: no such file, or its weights do not fit; the message names the keys.
         """
         if self.init_cfg is None:
             return
@@ -95,14 +95,14 @@ class FocalBackbone(FocalTransformer):
         return tuple(norm(x).permute(0, 3, 1, 2).contiguous() for norm, x in zip(norms, maps, strict=True))
 
     def _frozen(self) -> list[nn.Module]:
-        """What does not learn: the stem, stages with the step to the next, and their output norms."""
+        """The frozen modules: stem, first stages with their downsamplers, and output norms."""
         if self.frozen_stages < 0:
             return []
         norms = [self.get_submodule(f"norm{i}") for i in self.out_indices if i < self.frozen_stages]
         return [self.patch_embed, self.pos_drop, *self.layers[: self.frozen_stages], *norms]
 
     def train(self, mode: bool = True) -> "FocalBackbone":
-        """Training mode, without dropout and stochastic depth in what is frozen."""
+        """Set training mode; frozen modules stay in evaluation mode, without dropout and stochastic depth."""
         super().train(mode)
         for module in self._frozen():
             module.eval()

@@ -1,4 +1,4 @@
-"""What a run starts from: checkpoints are looked at as they are loaded."""
+"""A hook that checks the weights from which training starts."""
 
 from typing import Any
 
@@ -12,13 +12,13 @@ class LoadedWeights(Hook):
     """Refuse a checkpoint that would leave the backbone random; warn if nothing was loaded.
 
     Raises:
-        UserError: weights of the backbone are missing; to resume, also any other weight or the optimizer.
+        UserError: weights of the backbone are missing; when resuming, any weight or the optimizer.
     """
 
     loaded = False
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """Compare the names and shapes of a checkpoint that was read with those of the model."""
+        """Compare the checkpoint's names and shapes with the model's."""
         resumes, model = runner.cfg.get("resume"), getattr(runner.model, "module", runner.model)
         file = runner.cfg.get("load_from") or f"the newest checkpoint in {runner.work_dir}"
         if resumes and not {"meta", "optimizer"} <= checkpoint.keys():
@@ -34,13 +34,13 @@ class LoadedWeights(Hook):
         if wrong:
             raise UserError(
                 f"{file}: {len(wrong)} of {len(needed)} weights are missing or of another shape, such as "
-                f"{wrong[0]}; expected a checkpoint of this model; a classifier's goes to --pretrained"
+                f"{wrong[0]}; expected a checkpoint of this model; for a classifier's, use --pretrained"
             )
         self.loaded = True
 
     def before_train(self, runner: Runner) -> None:
-        """Say that the backbone starts from random weights, if it does."""
+        """Warn if the backbone starts from random weights."""
         if not (self.loaded or runner.cfg.model.backbone.get("init_cfg")):
             runner.logger.warning(
-                "the backbone starts from random weights: --pretrained names a classifier's"
+                "the backbone starts from random weights; --pretrained loads a classifier's"
             )

@@ -1,9 +1,9 @@
-"""Stands in for `mmcv._ext`, the compiled operators that mmcv-lite comes without, using torchvision's.
+"""A replacement for `mmcv._ext`, the compiled operators that mmcv-lite lacks, by torchvision's operators.
 
-Importing this module does it; it steps aside where mmcv has compiled operators. It must come before
-`mmcv.ops` and `mmdet.models` do: first in a config's `custom_imports`. The functions below have the names and
-arguments that `mmcv.ops` calls them with (mmcv 2.1), which fill tensors that the caller made; autograd is
-mmcv's. Half precision is computed in float32 and rounded at the end.
+Importing this module installs it, unless mmcv has compiled operators. Import it before `mmcv.ops` and
+`mmdet.models`: first in a config's `custom_imports`. The functions below have the names and arguments with
+which `mmcv.ops` (mmcv 2.1) calls them; they fill tensors of the caller, and mmcv defines the gradients. Half
+precision is computed in float32 and rounded at the end.
 
 Legend: N boxes, K regions, B images, C channels, H W rows and columns of a map, h w of a region's grid.
 """
@@ -34,7 +34,7 @@ def full_precision(x: Tensor) -> Tensor:
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
-    """Indices of the boxes that no better kept one overlaps by more than `iou_threshold`, best first.
+    """Indices, best first, of the boxes that overlap no better kept box by more than `iou_threshold`.
 
     Args:
         boxes: [N, 4], left, top, right, bottom.
@@ -50,7 +50,7 @@ DECAYS: dict[int, Callable[[np.ndarray, float, float], np.ndarray]] = {
     1: lambda iou, threshold, sigma: np.where(iou < threshold, 1, 1 - iou),
     2: lambda iou, threshold, sigma: np.exp(-(iou**2) / sigma),
 }
-"""By mmcv's number of the method (naive, linear, gaussian): the factor of a score, given overlaps."""
+"""The factor of a score by its box's overlap, for mmcv's methods 0 (naive), 1 (linear) and 2 (gaussian)."""
 
 
 def softnms(
@@ -68,10 +68,10 @@ def softnms(
     Args:
         boxes: [N, 4] on the CPU.
         scores: [N].
-        dets: [N, 5], its first rows become boxes and lowered scores in the order they were taken.
+        dets: [N, 5], filled with boxes and lowered scores in the order in which boxes are taken.
         iou_threshold: overlap from which `naive` and `linear` act.
         sigma: width of `gaussian`.
-        min_score: a box that falls below leaves.
+        min_score: boxes whose score falls below it are removed.
         method: 0 naive, 1 linear, 2 gaussian.
         offset: see `nms`.
 
@@ -129,12 +129,12 @@ def roi_align_forward(
         input: maps [B, C, H, W].
         rois: [K, 5], image and box.
         output: filled, [K, C, h, w].
-        argmax_y: for `max` only, like `argmax_x`.
+        argmax_y: unused, like `argmax_x`.
         aligned_height: h; `aligned_width` is w.
         spatial_scale: pixels of the map per pixel of the box.
         sampling_ratio: samples per cell and side; 0 for as many as the cell has pixels.
-        pool_mode: 1, for `avg`; nothing else is covered.
-        aligned: pixels have their centre at half coordinates.
+        pool_mode: must be 1, for `avg`.
+        aligned: whether pixel centres are at half coordinates.
     """
     _need_average(pool_mode)
     maps = full_precision(input)
@@ -177,7 +177,7 @@ def _deformed_gradients(grad: Tensor, tensors: list[Tensor], geometry: tuple[Any
 
 
 def _plain(input: Tensor, weight: Tensor, offset: Tensor) -> list[Tensor]:
-    """Without mask and bias: what `_deformed` takes for a convolution that has none."""
+    """The arguments of `_deformed` for a convolution without mask and bias."""
     return [input, weight, offset, input.new_zeros(len(input), 0), weight.new_zeros(len(weight))]
 
 
@@ -209,7 +209,7 @@ def deform_conv_forward(
         weight: [C_out, C / groups, rows, columns].
         offset: [B, deformable groups * rows * columns * 2, H_out, W_out], rows before columns.
         output: filled, [B, C_out, H_out, W_out].
-        columns: scratch, like `ones`.
+        columns: unused, like `ones`.
         sizes: strides, paddings, dilations and groups under mmcv's names.
     """
     output.copy_(_deformed(_plain(input, weight, offset), _geometry_v1(sizes)))
@@ -225,7 +225,7 @@ def deform_conv_backward_input(
     columns: Tensor,
     **sizes: int,
 ) -> None:
-    """Fills `grad_input` and `grad_offset`; leaves the weight's gradient, known as well, in `columns`."""
+    """Fills `grad_input` and `grad_offset`, and stores the weight's gradient in `columns`."""
     gradients = _deformed_gradients(grad_output, _plain(input, weight, offset), _geometry_v1(sizes))
     grad_input.copy_(gradients[0])
     grad_offset.copy_(gradients[2])
@@ -241,7 +241,7 @@ def deform_conv_backward_parameters(
     ones: Tensor,
     **sizes: int,
 ) -> None:
-    """Fills `grad_weight`, from `columns` where `deform_conv_backward_input` was called before."""
+    """Fills `grad_weight`, from `columns` if `deform_conv_backward_input` was called before."""
     if columns.shape == grad_weight.shape:
         grad_weight.copy_(columns)
     else:
@@ -284,7 +284,7 @@ def modulated_deform_conv_backward(
     with_bias: bool,
     **sizes: int,
 ) -> None:
-    """Fills all that begins with `grad_`, but `grad_output`, from which they follow."""
+    """Fills the other arguments named `grad_...` from `grad_output`."""
     tensors = [input, weight, offset, mask, weight.new_zeros(len(weight))]
     gradients = _deformed_gradients(grad_output, tensors, _geometry_v2(sizes))
     targets = [grad_input, grad_weight, grad_offset, grad_mask, grad_bias][: 4 + with_bias]
@@ -303,7 +303,7 @@ def sigmoid_focal_loss_forward(
     Args:
         input: scores before the sigmoid, [N, classes].
         target: class of each row, [N]; the number of classes for background.
-        weight: must be empty; a weight per class is not covered.
+        weight: must be empty; weights per class are not supported.
         output: filled, [N, classes].
         gamma: exponent.
         alpha: weight of the row's own class; the others have 1 - alpha.
@@ -318,7 +318,7 @@ def sigmoid_focal_loss_forward(
 def sigmoid_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
-    """Fills `grad_input` [N, classes] with the derivative of each loss in its own score."""
+    """Fills `grad_input` [N, classes] with the derivative of each loss with respect to its score."""
     with torch.enable_grad():
         scores = full_precision(input.detach()).requires_grad_()
         loss = torch.zeros_like(scores)
@@ -330,9 +330,9 @@ def sigmoid_focal_loss_backward(
 
 
 def refuse(operator: str, *_: Any, **__: Any) -> NoReturn:
-    """What operators that are not covered do when they are called."""
+    """Called in place of operators that are not in COVERED."""
     raise NotImplementedError(
-        f"{operator}: this operator of mmcv is not among those that torchvision stands in for; "
+        f"{operator}: torchvision has no replacement for this operator of mmcv; "
         "choose a method without it, or compile mmcv 2.1.0 in place of mmcv-lite"
     )
 
@@ -353,7 +353,7 @@ COVERED: dict[str, Callable[..., Any]] = {
 
 
 class BridgedOperators(ModuleType):
-    """Has every name: those of COVERED, and refusals."""
+    """Any name is an operator, of COVERED or one that raises NotImplementedError."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("_"):
@@ -362,7 +362,7 @@ class BridgedOperators(ModuleType):
 
 
 def install() -> bool:
-    """Put the stand-in into `sys.modules`, unless something is there; say whether it was needed.
+    """Put the replacement into `sys.modules`, unless mmcv has the module; returns whether it did.
 
     Raises:
         ImportError: mmcv is not installed.

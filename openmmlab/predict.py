@@ -1,4 +1,4 @@
-"""What the commands that draw predictions share: arguments, loading a model, names of the pictures."""
+"""Shared by the commands that draw predictions: arguments, loading a model, names of the pictures."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ Draw = Callable[["BaseModel", np.ndarray, float], tuple[np.ndarray, str]]
 
 
 def parse(description: str, argv: Sequence[str] | None = None, threshold: float = 0.3) -> argparse.Namespace:
-    """The arguments of a command that draws predictions; `threshold` is the one that is not given."""
+    """The arguments of a command that draws predictions; `threshold` is the default."""
     parser = argparse.ArgumentParser(description=description)
     path = path_argument
     parser.add_argument("images", type=path, nargs="+", metavar="IMAGE", help="image files")
@@ -40,7 +40,7 @@ def parse(description: str, argv: Sequence[str] | None = None, threshold: float 
 
 
 def load_model(config_file: str, checkpoint: str, device: str | None) -> "BaseModel":
-    """A config's model with all weights of a checkpoint, ready for mmdet's and mmseg's inference functions.
+    """A config's model with all weights of a checkpoint, for mmdet's and mmseg's inference functions.
 
     Raises:
         UserError: no such file, or a checkpoint that does not fit.
@@ -57,7 +57,7 @@ def load_model(config_file: str, checkpoint: str, device: str | None) -> "BaseMo
     with refusing(checkpoint):
         content = mmengine.runner.load_checkpoint(model, checkpoint, map_location="cpu", strict=True)
     if "dataset_meta" not in content.get("meta", {}):
-        raise UserError(f"{checkpoint} does not say its classes: expected a checkpoint that training wrote")
+        raise UserError(f"{checkpoint} holds no class names: expected a checkpoint that training wrote")
     model.cfg, model.dataset_meta = config, content["meta"]["dataset_meta"]
     check_model(model, model.dataset_meta["classes"])
     check_trained_classes(checkpoint, content, check_data_sets(config, splits=()))
@@ -78,7 +78,7 @@ def picture_paths(images: Sequence[str], folder: str) -> list[Path]:
 
 
 def read_image(path: str) -> np.ndarray:
-    """An image file as [H, W, 3] in BGR, enlarged where its longer side is short of READABLE.
+    """An image file as [H, W, 3] in BGR, enlarged if its longer side is below READABLE.
 
     Raises:
         UserError: no such file, or not an image.
@@ -94,7 +94,7 @@ def read_image(path: str) -> np.ndarray:
 
 
 def run(draw: Draw, args: argparse.Namespace) -> int:
-    """Draw what a model finds in each image, and tell where; 2 for what the user can correct."""
+    """Draw the predictions for each image and print the paths; returns 2 after a mistake of the user."""
     escape_output()
 
     def draw_all() -> None:

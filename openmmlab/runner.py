@@ -1,9 +1,9 @@
-"""Command lines over mmengine's Runner, for training and testing detectors and segmenters alike.
+"""Command lines for mmengine's Runner: training and testing of detectors and segmenters.
 
-One process, torchrun or Slurm; on CPUs processes talk through gloo. Differences from the tools that mmdet and
-mmseg ship: torchrun is noticed without being told, a checkpoint that lacks weights is refused in testing,
-and what the user can correct is looked for first (check_config.py, check_data.py) and told in one line; the
-variable FOCAL_TRACEBACK shows where it came from.
+They run in one process, under torchrun or under Slurm; CPUs communicate through gloo. Differences from the
+tools of mmdet and mmseg: torchrun is recognised, testing refuses a checkpoint that lacks weights, and the
+user's mistakes are looked for first (check_config.py, check_data.py) and reported in one line.
+FOCAL_TRACEBACK=1 in the environment shows the traceback.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def parse_train(argv: Sequence[str] | None = None) -> argparse.Namespace:
         const="auto",
         type=path_argument,
         metavar="CHECKPOINT",
-        help="go on from a checkpoint; without a name, from the newest one in the work dir",
+        help="continue from a checkpoint; without a name, from the newest one in the work dir",
     )
     parser.add_argument(
         "--pretrained",
@@ -78,7 +78,7 @@ def parse_test(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _parser(description: str) -> argparse.ArgumentParser:
-    """What both commands take."""
+    """A parser with the arguments of both commands."""
     import_mmengine()
     from openmmlab.check_config import Options
 
@@ -91,20 +91,20 @@ def _parser(description: str) -> argparse.ArgumentParser:
         help="where logs and checkpoints go (work_dirs/<config>)",
     )
     parser.add_argument(
-        "--cfg-options", nargs="+", action=Options, metavar="KEY=VALUE", help="over the config's values"
+        "--cfg-options", nargs="+", action=Options, metavar="KEY=VALUE", help="replace values of the config"
     )
     parser.add_argument(
-        "--launcher", choices=LAUNCHERS, help="what started the processes (torchrun is noticed)"
+        "--launcher", choices=LAUNCHERS, help="what starts the processes (torchrun is recognised)"
     )
     parser.add_argument("--local_rank", "--local-rank", help="ignored: launchers set the environment")
     return parser
 
 
 def import_mmengine() -> ModuleType:
-    """mmengine with the parts used here, and the operators that mmcv may lack.
+    """Import mmengine with the parts used here, and install the operators that mmcv may lack.
 
     Raises:
-        UserError: what to run, where OpenMMLab's packages are missing.
+        UserError: OpenMMLab's packages are missing.
     """
     try:
         import mmengine.config
@@ -121,10 +121,10 @@ def import_mmengine() -> ModuleType:
 
 
 def read_config(path: str) -> "Config":
-    """A config file, with what it inherits; imports what it asks for.
+    """Read a config file and those it inherits from; imports its `custom_imports`.
 
     Raises:
-        UserError: no such file, it is no Python, or a package that it imports is not installed.
+        UserError: the file is missing or not Python, or a package that it imports is not installed.
     """
     mmengine = import_mmengine()
     need_file(path, "config")
@@ -136,7 +136,7 @@ def read_config(path: str) -> "Config":
 
 
 def _common_config(args: argparse.Namespace) -> "Config":
-    """The config with what the command line says about both training and testing."""
+    """The config with the arguments that training and testing share."""
     config = read_config(args.config)
     from openmmlab.check_config import check_options
 
@@ -148,13 +148,13 @@ def _common_config(args: argparse.Namespace) -> "Config":
         wrapper = {"type": "MMDistributedDataParallel", "broadcast_buffers": False, "device_ids": None}
         unused = {"find_unused_parameters": config.get("find_unused_parameters", False)}
         config.setdefault("model_wrapper_cfg", wrapper | unused)
-        config.pop("sync_bn", None)  # there is none on CPUs: each process normalises by its own images
+        config.pop("sync_bn", None)  # not available on CPUs, where each process normalises by its own images
         _normalise_locally(config.get("model"))
     return config
 
 
 def _normalise_locally(options: Any) -> None:
-    """Put BatchNorm of a single process into the place of SyncBN, in all that a config's model holds."""
+    """Replace SyncBN by BatchNorm in a config's model, recursively."""
     if isinstance(options, dict):
         if options.get("type") == "SyncBN":
             options["type"] = "BN"
@@ -169,7 +169,7 @@ def training_config(args: argparse.Namespace) -> "Config":
     """The config of a training run.
 
     Raises:
-        UserError: options that this machine or the config cannot follow.
+        UserError: options that this machine or the config does not support.
     """
     config = _common_config(args)
     wrapper = config.optim_wrapper
@@ -184,7 +184,7 @@ def training_config(args: argparse.Namespace) -> "Config":
         raise UserError(NO_GPU_AMP)
     if args.auto_scale_lr:
         if "base_batch_size" not in config.get("auto_scale_lr", {}):
-            raise UserError(f"--auto-scale-lr: {args.config} does not say auto_scale_lr.base_batch_size")
+            raise UserError(f"--auto-scale-lr: {args.config} has no auto_scale_lr.base_batch_size")
         config.auto_scale_lr.enable = True
     if args.pretrained:
         file = need_file(args.pretrained, "classifier's checkpoint")
@@ -201,7 +201,7 @@ def testing_config(args: argparse.Namespace) -> "Config":
     """The config of an evaluation.
 
     Raises:
-        UserError: --tta and a config that does not describe it.
+        UserError: --tta with a config that does not define it.
     """
     config = _common_config(args)
     need_file(args.checkpoint, "checkpoint")
@@ -215,47 +215,48 @@ def testing_config(args: argparse.Namespace) -> "Config":
         config.tta_model.module = config.model
         config.model = config.tta_model
         config.test_dataloader.dataset.pipeline = config.tta_pipeline
-    # Another name than the training's, for the Runner writes it to the folder where that one lies. A Config
-    # takes assignments for its own options, so that its name has to be set past it.
+    # The Runner writes the config to the work dir under this name, which must differ from the training's.
+    # `config.x = ...` would set an option.
     object.__setattr__(config, "_filename", f"{Path(args.config).stem}_{'tta' if args.tta else 'test'}.py")
     return config
 
 
 def need_file(path: str, kind: str) -> str:
+    """Return the path; UserError if it is no file."""
     if not Path(path).is_file():
-        raise UserError(f"{path}: expected a file with the {kind}, and there is none; check the path")
+        raise UserError(f"{path}: expected a file with the {kind}, got no file; check the path")
     return path
 
 
 def build_runner(config: "Config") -> "Runner":
-    """The Runner of a config; on CPUs it finds the process group made already."""
+    """The Runner of a config; on CPUs the process group is created first."""
     if config.launcher != "none" and not torch.cuda.is_available() and not distributed.is_initialized():
         if config.launcher == "slurm":
             raise UserError("Slurm without GPUs: start the processes with torchrun instead")
         distributed.init_process_group("gloo")
-    if "visualizer" in config:  # of one name there is one per process, which keeps to the first run's folder
+    if "visualizer" in config:  # one of the same name would be reused, with the folder of an earlier run
         config.visualizer.name = f"visualizer-{time.time_ns()}"
     return import_mmengine().runner.Runner.from_cfg(config)
 
 
 def unwrapped(runner: "Runner") -> nn.Module:
-    """The detector or segmenter itself, without the wrapper for several processes and that of --tta."""
+    """The detector or segmenter itself, without the wrappers for several processes and for --tta."""
     model = getattr(runner.model, "module", runner.model)
     return getattr(model, "module", model)
 
 
 def agree_on_attention(runner: "Runner", dtype: torch.dtype) -> None:
-    """Let the backbones of all processes use the same attention operators, and log which."""
+    """Make all processes use the same attention operators, and log their names."""
     backbone = getattr(unwrapped(runner), "backbone", None)
     if isinstance(backbone, FocalTransformer):
         runner.logger.info(f"attention: {' and '.join(dict.fromkeys(agree_on_backends(backbone, dtype)))}")
 
 
 def load_all_weights(runner: "Runner", checkpoint: str, classes: Sequence[str] | None) -> None:
-    """Load a checkpoint that has every weight of the runner's model, and no other.
+    """Load a checkpoint that has exactly the weights of the runner's model.
 
     Raises:
-        UserError: it has not, is none, or was trained for other classes.
+        UserError: weights are missing or unknown, the file is damaged, or it was trained for other classes.
     """
     with refusing(checkpoint):
         content = runner.load_checkpoint(checkpoint, strict=True)
@@ -266,7 +267,7 @@ def load_all_weights(runner: "Runner", checkpoint: str, classes: Sequence[str] |
 
 @contextmanager
 def refusing(checkpoint: str) -> Iterator[None]:
-    """What loading a checkpoint raises, as a UserError that names the file."""
+    """Raise errors of loading a checkpoint as a UserError that names the file."""
     try:
         yield
     except (RuntimeError, EOFError, LookupError, TypeError, AttributeError, *DAMAGED) as error:
@@ -274,28 +275,28 @@ def refusing(checkpoint: str) -> Iterator[None]:
 
 
 def run_command(action: Callable[[], None]) -> int:
-    """Run a command; 2 for what the user can correct, told in one message."""
+    """Run a command; returns 0, or 2 after a mistake of the user, which is printed."""
     try:
         action()
     except (UserError, OSError) as error:
         if os.environ.get("FOCAL_TRACEBACK"):
             raise
-        # Mistakes on the command line meet all processes alike, later ones perhaps one alone.
+        # Before the process group exists, all processes have the same error; later ones may concern one.
         if os.environ.get("RANK", "0") == "0" or distributed.is_initialized():
             print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
         if distributed.is_initialized():
-            gc.collect()  # the model's wrapper holds the group; threads of one that outlives it can abort
+            gc.collect()  # frees the model's wrapper, which holds the group: its threads could abort at exit
             distributed.destroy_process_group()
     return 0
 
 
 def _build(config: "Config", splits: Sequence[str]) -> tuple["Runner", tuple[str, ...] | None]:
-    """The Runner of a config whose model and data sets fit each other, and the names of the classes.
+    """The Runner of a config, whose model and data sets are checked to fit, and the class names.
 
     Raises:
-        UserError: they do not, see check_data.py.
+        UserError: they do not fit, see check_data.py.
     """
     from openmmlab import check_data
 

@@ -4,7 +4,7 @@
 
 For one image of the test scale (512 x 2048, 640 x 2560), through backbone and decode head: matrix products
 and convolutions. Norms, activations, softmax, pooling and interpolation are not counted. Parameters include
-the auxiliary head, which serves in training only. All is counted on the meta device: nothing is computed.
+the auxiliary head, which only training uses. All is counted on the meta device: nothing is computed.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Colours images by the class that a trained segmenter gives each pixel, with a legend beside them.
+"""Colours each pixel of images by its predicted class, with a legend beside the image.
 
 python segmentation/predict.py IMAGE ... --config CONFIG --checkpoint FILE [--out DIR] [--threshold 0]
 """
@@ -42,7 +42,7 @@ def draw(model: "BaseModel", image: np.ndarray, threshold: float) -> tuple[np.nd
 
 
 def overlay(image: np.ndarray, labels: np.ndarray, where: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """An RGB image [H, W, 3] with the colours of its labels [H, W] laid over it, `where` [H, W] says so."""
+    """Blend the colours of labels [H, W] into an RGB image [H, W, 3], at the pixels `where` [H, W]."""
     mixed = (1 - OPACITY) * image + OPACITY * palette[labels]
     return np.where(where[..., None], mixed.round(), image).astype(np.uint8)
 
@@ -64,7 +64,7 @@ def legend(names: Sequence[str], colours: np.ndarray, height: int) -> np.ndarray
 
 
 def beside(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Two pictures side by side, the lower one extended by white."""
+    """Two pictures side by side; the shorter one is padded with white."""
     height = max(len(left), len(right))
     parts = [np.pad(x, ((0, height - len(x)), (0, 0), (0, 0)), constant_values=255) for x in (left, right)]
     return np.concatenate(parts, axis=1)

@@ -129,7 +129,7 @@ def garbage(model: nn.Module, example: Tensor, any_length: bool, path: Path) -> 
         (lambda y: y + 1e-3, "differs from the model by 1.0e-03 for 1 images"),
         (lambda y: y + 1e-3 * (len(y) == 3), "differs from the model by 1.0e-03 for 3 images"),
         (lambda y: y * float("nan"), "differs from the model by nan"),
-        (lambda y: y[:, :1], r"for 1 images it answers \[1, 1\], expected \[1, 5\]"),
+        (lambda y: y[:, :1], r"for 1 images it returns \[1, 1\], expected \[1, 5\]"),
     ],
     ids=["all", "three", "nan", "shape"],
 )
@@ -183,7 +183,7 @@ def test_an_exporter_that_fails_says_why(tmp_path) -> None:
             return logits if logits.sum() > 0 else -logits
 
     with pytest.raises(
-        ExportError, match=r"\Atorch_export: the exporter cannot do this model: [^;].*; nothing was written\Z"
+        ExportError, match=r"\Atorch_export: the exporter failed: [^;].*; nothing was written\Z"
     ):
         export_model(Undecided(**NANO).eval(), "torch_export", SQUARE, tmp_path / "m.pt2")
     assert [*tmp_path.iterdir()] == []

@@ -309,10 +309,10 @@ def test_processes_without_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     [
         (AMP, [], "mixed precision needs a GPU, and there is none here: add --no-amp"),
         (OPTIM, ["--amp"], "mixed precision needs a GPU"),
-        (OPTIM, ["--auto-scale-lr"], "does not say auto_scale_lr.base_batch_size"),
-        (OPTIM, ["--resume", "gone.pth"], "gone.pth: expected a file with the checkpoint, and there is none"),
+        (OPTIM, ["--auto-scale-lr"], "has no auto_scale_lr.base_batch_size"),
+        (OPTIM, ["--resume", "gone.pth"], "gone.pth: expected a file with the checkpoint, got no file"),
         (OPTIM, ["--pretrained", "gone.pth"], "gone.pth: expected a file with the classifier's checkpoint"),
-        (None, [], "gone.py: expected a file with the config, and there is none; check the path"),
+        (None, [], "gone.py: expected a file with the config, got no file; check the path"),
         (MISSING, [], "no_such_package"),
         ("_base_ = 'gone.py'", [], "gone.py"),
     ],

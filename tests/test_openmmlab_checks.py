@@ -75,8 +75,8 @@ def with_data(config: Config, folder: Path) -> Config:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("train_cfg.max_epochs", "expected KEY=VALUE, got 'train_cfg.max_epochs'"),
-        ("=3", "expected KEY=VALUE, got '=3'"),
+        ("train_cfg.max_epochs", "expected KEY=VALUE, without spaces around =, got 'train_cfg.max_epochs'"),
+        ("=3", "expected KEY=VALUE, without spaces around =, got '=3'"),
         ("trian_cfg.max_epochs=1", "no trian_cfg; did you mean train_cfg"),
         ("data_root=x", "the config has no data_root"),
         ("classes=3", "only the config file itself reads classes"),
@@ -333,7 +333,7 @@ def wrapped(dataset: Any) -> dict[str, Any]:
         ),
         (
             {"val_dataloader.dataset.data_prefix.img": "x/"},
-            r"data_prefix.img: there is no .*x/; paths begin at",
+            r"data_prefix.img: there is no .*x/; paths are relative to",
         ),
         (
             {"val_evaluator.ann_file": "gone.json"},
@@ -417,7 +417,7 @@ def labels(path: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
         (
             lambda i, s: labels(s, lambda x: x * 0 + 12),
             {},
-            r"needs 1 to 11 for 11 classes, 0 or 255 .*found \[12\]",
+            r"expected 1 to 11 for 11 classes, and 0 or 255 .*got \[12\]",
         ),
         (
             lambda i, s: labels(s, lambda x: x * 0 + 11),
@@ -426,7 +426,7 @@ def labels(path: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
         ),
         (lambda i, s: labels(s, lambda x: x[:-1]), {}, r"has 90 x 122 pixels, but .* 89 x 122"),
         (lambda i, s: labels(s, lambda x: np.stack([x] * 3, -1)), {}, "expected one number per pixel"),
-        (lambda i, s: turned(i), {}, r"has 122 x 90 pixels after the rotation that its EXIF entry asks for"),
+        (lambda i, s: turned(i), {}, r"has 122 x 90 pixels after rotation by its EXIF orientation"),
         (lambda i, s: s.unlink(), {}, "there is no .*00000001.png; each image needs a label image"),
         (lambda i, s: s.write_text("text"), {}, "00000001.png: cannot identify image file"),
         (
@@ -489,7 +489,7 @@ def test_checkpoints_that_would_leave_the_backbone_random(
     torch.save(classifier, tmp_path / "classifier.pth")
     assert runner.train(command(DETECTION, tmp_path, f"load_from={tmp_path}/classifier.pth")) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert "classifier.pth: " in last and "a classifier's goes to --pretrained" in last
+    assert "classifier.pth: " in last and "for a classifier's, use --pretrained" in last
 
     def load(checkpoint: dict[str, Any], resume: bool = False) -> None:
         run = SimpleNamespace(cfg={"resume": resume, "load_from": "some.pth"}, model=detector)
