@@ -8,8 +8,9 @@ precision is computed in float32 and rounded at the end.
 Legend: N boxes, K regions, B images, C channels, H W rows and columns of a map, h w of a region's grid.
 """
 
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -19,6 +20,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torchvision.ops import sigmoid_focal_loss
 
 NAME = "mmcv._ext"
@@ -170,10 +172,62 @@ def _deformed(tensors: list[Tensor], geometry: tuple[Any, ...]) -> Tensor:
     return torch.ops.torchvision.deform_conv2d(*map(full_precision, tensors), *geometry)
 
 
-def _deformed_gradients(grad: Tensor, tensors: list[Tensor], geometry: tuple[Any, ...]) -> tuple[Tensor, ...]:
+def _deformed_gradients(grad: Tensor, tensors: list[Tensor], geometry: tuple[Any, ...]) -> list[Tensor]:
     """Gradients of input, weight, offset, mask and bias."""
+    tensors = [full_precision(x) for x in tensors]
     backward = torch.ops.torchvision._deform_conv2d_backward
-    return backward(*map(full_precision, [grad, *tensors]), *geometry)
+    gradients = list(backward(full_precision(grad), *tensors, *geometry))
+    border = _on_border(tensors[2], tensors[1].shape[2:], geometry)
+    gradients[2] = gradients[2].view(*border.shape[:4], 2, *border.shape[4:])
+    gradients[2] = gradients[2].masked_fill(border.unsqueeze(4), 0).view_as(tensors[2])
+    return gradients
+
+
+def _on_border(offset: Tensor, kernel: Sequence[int], geometry: tuple[Any, ...]) -> Tensor:
+    """Which samples lie in row or column -1 exactly, [B, deformable groups, rows, columns, H_out, W_out].
+
+    Their offset has no gradient in mmcv, but one in torchvision; in row H or column W it has none in both.
+    """
+    moved = offset.unflatten(1, (-1, *kernel, 2))
+    strides, paddings, dilations = geometry[0:2], geometry[2:4], geometry[4:6]
+    (rows, y), (columns, x) = (
+        (dilation * torch.arange(taps), stride * torch.arange(side) - padding)
+        for taps, side, stride, padding, dilation in zip(
+            kernel, offset.shape[2:], strides, paddings, dilations, strict=True
+        )
+    )
+    down = (rows[:, None, None, None] + y[:, None]).to(offset.device)
+    right = (columns[:, None, None] + x).to(offset.device)
+    return (moved[..., 0, :, :] + down == -1) | (moved[..., 1, :, :] + right == -1)
+
+
+def _first_values(x: Tensor, channels: int, like: Tensor) -> Tensor:
+    """What mmcv's modulated convolution reads of offsets or a mask: the first values of each image.
+
+    Args:
+        x: [B, channels, H_out, W_out] or more values per image: DyHead's maps are larger than its output.
+        channels: that the convolution needs.
+        like: the output, [B, C_out, H_out, W_out].
+
+    Returns:
+        [B, channels, H_out, W_out].
+
+    Raises:
+        ValueError: there are fewer values.
+    """
+    shape = (len(like), channels, *like.shape[2:])
+    if len(x) < shape[0] or x[0].numel() < math.prod(shape[1:]):
+        raise ValueError(
+            f"modulated_deform_conv: expected offsets or a mask of {shape} or larger, got {tuple(x.shape)}"
+        )
+    return x[: shape[0]].flatten(1)[:, : math.prod(shape[1:])].view(shape)
+
+
+def _fill_first(target: Tensor, values: Tensor) -> None:
+    """Fill the values that `_first_values` reads with `values`, the others with 0."""
+    missing = target[0].numel() - values[0].numel()
+    padded = functional.pad(values.flatten(1), (0, missing, 0, len(target) - len(values)))
+    target.copy_(padded.view_as(target))
 
 
 def _plain(input: Tensor, weight: Tensor, offset: Tensor) -> list[Tensor]:
@@ -250,6 +304,14 @@ def deform_conv_backward_parameters(
     columns.resize_(0)
 
 
+def _offset_and_mask(
+    offset: Tensor, mask: Tensor, weight: Tensor, like: Tensor, sizes: dict[str, int]
+) -> list[Tensor]:
+    """Both as large as the output, which `like` has the shape of."""
+    samples = sizes["deformable_group"] * weight.shape[2] * weight.shape[3]
+    return [_first_values(offset, 2 * samples, like), _first_values(mask, samples, like)]
+
+
 def modulated_deform_conv_forward(
     input: Tensor,
     weight: Tensor,
@@ -262,9 +324,13 @@ def modulated_deform_conv_forward(
     with_bias: bool,
     **sizes: int,
 ) -> None:
-    """`deform_conv_forward` with a factor per sample, `mask` [B, deformable groups * rows * columns, ...]."""
+    """`deform_conv_forward` with a factor per sample, `mask` [B, deformable groups * rows * columns, ...].
+
+    Larger offsets and masks: see `_first_values`.
+    """
     bias = bias if with_bias else weight.new_zeros(len(weight))
-    output.copy_(_deformed([input, weight, offset, mask, bias], _geometry_v2(sizes)))
+    moves = _offset_and_mask(offset, mask, weight, output, sizes)
+    output.copy_(_deformed([input, weight, *moves, bias], _geometry_v2(sizes)))
 
 
 def modulated_deform_conv_backward(
@@ -285,11 +351,15 @@ def modulated_deform_conv_backward(
     **sizes: int,
 ) -> None:
     """Fills the other arguments named `grad_...` from `grad_output`."""
-    tensors = [input, weight, offset, mask, weight.new_zeros(len(weight))]
+    moves = _offset_and_mask(offset, mask, weight, grad_output, sizes)
+    tensors = [input, weight, *moves, weight.new_zeros(len(weight))]
     gradients = _deformed_gradients(grad_output, tensors, _geometry_v2(sizes))
-    targets = [grad_input, grad_weight, grad_offset, grad_mask, grad_bias][: 4 + with_bias]
-    for target, gradient in zip(targets, gradients, strict=False):
-        target.copy_(gradient)
+    grad_input.copy_(gradients[0])
+    grad_weight.copy_(gradients[1])
+    _fill_first(grad_offset, gradients[2])
+    _fill_first(grad_mask, gradients[3])
+    if with_bias:
+        grad_bias.copy_(gradients[4])
 
 
 # --- Focal loss (mmdet calls it on CUDA) --------------------------------------------------------------------

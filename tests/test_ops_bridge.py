@@ -1,9 +1,10 @@
 """The operators that stand in for mmcv's compiled ones, through mmcv.ops, against plain definitions."""
 
 import importlib
+import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -243,11 +244,15 @@ def pair(value: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def zero_padded(plane: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """Planes [C, H, W] between pixels, with zeros around them."""
+    """Planes [C, H, W] between pixels, with zeros around them; constant from -1 and from H or W on."""
     value = plane.new_zeros(len(plane))
-    for row, column in product(*[(int(z.floor()), int(z.floor()) + 1) for z in (y, x)]):
-        if 0 <= row < plane.shape[1] and 0 <= column < plane.shape[2]:
-            value = value + plane[:, row, column] * (1 - (y - row).abs()) * (1 - (x - column).abs())
+    if not (-1 < y < plane.shape[1] and -1 < x < plane.shape[2]):
+        return value
+    top, left = int(y.floor()), int(x.floor())
+    for row, dy in ((top, top + 1 - y), (top + 1, y - top)):
+        for column, dx in ((left, left + 1 - x), (left + 1, x - left)):
+            if 0 <= row < plane.shape[1] and 0 <= column < plane.shape[2]:
+                value = value + plane[:, row, column] * dy * dx
     return value
 
 
@@ -255,11 +260,12 @@ def plain_deformed(x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, geom
     stride, padding, dilation, groups, deform_groups, kernel = geometry
     (sy, sx), (py, px), (dy, dx) = pair(stride), pair(padding), pair(dilation)
     taps = list(product(range(kernel[0]), range(kernel[1])))
-    offset = offset.unflatten(1, (deform_groups, len(taps), 2))
-    mask = mask.unflatten(1, (deform_groups, len(taps)))
+    size = output_size(geometry, x.shape[2:])
+    offset = first_values(offset, (deform_groups, len(taps), 2, *size))
+    mask = first_values(mask, (deform_groups, len(taps), *size))
     columns = []  # per tap and position: all channels
     for tap, (ky, kx) in enumerate(taps):
-        for row, column in product(range(offset.shape[-2]), range(offset.shape[-1])):
+        for row, column in product(*map(range, size)):
             samples = []
             for image, group in product(range(len(x)), range(deform_groups)):
                 by, bx = offset[image, group, tap, :, row, column]
@@ -270,22 +276,32 @@ def plain_deformed(x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, geom
                 )
                 samples.append(value * mask[image, group, tap, row, column])
             columns.append(torch.cat(samples).view(len(x), -1))
-    stacked = torch.stack(columns, dim=-1).unflatten(-1, (len(taps), *offset.shape[-2:]))  # B C taps H W
+    stacked = torch.stack(columns, dim=-1).unflatten(-1, (len(taps), *size))  # B C taps H W
     parts = zip(stacked.chunk(groups, dim=1), weight.flatten(2).chunk(groups), strict=True)
     return torch.cat([torch.einsum("bcthw,oct->bohw", part, w) for part, w in parts], dim=1)
 
 
-def deformable_inputs(geometry: tuple, size: tuple[int, int] = (6, 5)) -> dict[str, Tensor]:
-    stride, padding, dilation, groups, deform_groups, kernel = geometry
-    rows, columns = (
-        (side + 2 * p - d * (k - 1) - 1) // s + 1
-        for side, p, d, k, s in zip(size, pair(padding), pair(dilation), kernel, pair(stride), strict=True)
-    )
+def output_size(geometry: tuple, size: Sequence[int]) -> list[int]:
+    stride, padding, dilation, _, _, kernel = geometry
+    sides = zip(size, pair(padding), pair(dilation), kernel, pair(stride), strict=True)
+    return [(side + 2 * p - d * (k - 1) - 1) // s + 1 for side, p, d, k, s in sides]
+
+
+def first_values(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """mmcv's kernels know the shape that they need, and read it from where an image begins."""
+    return x.flatten(1)[:, : math.prod(shape)].unflatten(1, shape)
+
+
+def deformable_inputs(geometry: tuple, larger: int = 0) -> dict[str, Tensor]:
+    """Half of the offsets are whole numbers, which move samples to pixels and to the rows just outside."""
+    *_, groups, deform_groups, kernel = geometry
+    size = [side + larger for side in output_size(geometry, (6, 5))]
     taps = kernel[0] * kernel[1] * deform_groups
+    offset = rand(2, 2 * taps, *size, seed=2) * 1.7
     return {
-        "input": rand(2, 4, *size, seed=1),
-        "offset": rand(2, 2 * taps, rows, columns, seed=2) * 1.7,
-        "mask": rand(2, taps, rows, columns, seed=3).sigmoid(),
+        "input": rand(2, 4, 6, 5, seed=1),
+        "offset": torch.where(rand(*offset.shape, seed=6) > 0, offset, offset.round()),
+        "mask": rand(2, taps, *size, seed=3).sigmoid(),
         "weight": rand(6, 4 // groups, *kernel, seed=4),
     }
 
@@ -301,19 +317,42 @@ def test_deform_conv(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", GEOMETRIES)
-@pytest.mark.parametrize("bias", [True, False])
-def test_modulated_deform_conv(name: str, bias: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "bias", "larger"),
+    [
+        ("plain", True, 0),
+        ("strided", False, 0),
+        ("grouped", True, 0),
+        ("strided", True, 1),
+        ("grouped", False, 3),
+    ],
+)
+def test_modulated_deform_conv(name: str, bias: bool, larger: int) -> None:
+    """Offsets and mask may be larger than the output, and are parts of one tensor in DyHead."""
     geometry, shift = GEOMETRIES[name], rand(6, seed=5)
-    inputs = [*deformable_inputs(geometry).values(), *([shift] if bias else [])]
+    inputs = [*deformable_inputs(geometry, larger).values(), *([shift] if bias else [])]
 
     def ours(i: Tensor, o: Tensor, m: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        o, m = torch.cat([o, m], dim=1).split([o.shape[1], m.shape[1]], dim=1)
         return mmcv_ops.modulated_deform_conv2d(i, o, m, w, b, *geometry[:5])
 
     def plain(i: Tensor, o: Tensor, m: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         return plain_deformed(i, o, m, w, geometry) + (0 if b is None else b[:, None, None])
 
     agree(ours, plain, *inputs)
+
+
+def test_offsets_and_masks_of_another_size() -> None:
+    x = deformable_inputs(GEOMETRIES["plain"])
+    larger = deformable_inputs(GEOMETRIES["plain"], 1)
+    with pytest.raises(RuntimeError, match="offset output dims"):  # mmcv refuses as well
+        mmcv_ops.deform_conv2d(x["input"], larger["offset"], x["weight"], 1, 1)
+    for name in ("offset", "mask"):
+        inputs = {**larger, name: x[name][..., :-1]}
+        with pytest.raises(
+            ValueError, match=r"expected offsets or a mask of \(2, \d+, 6, 5\) or larger, got \(2, "
+        ):
+            mmcv_ops.modulated_deform_conv2d(*inputs.values(), None, 1, 1)
 
 
 def test_deform_conv_with_parts_frozen_and_two_backward_passes() -> None:
