@@ -22,6 +22,7 @@ METHODS = {  # name -> config
     "mask_rcnn": "demo_mask_rcnn",
     "retinanet": "retinanet_focal-tiny_fpn_1x_coco",
     "atss": "atss_focal-tiny_fpn_amp-ms-crop-3x_coco",
+    "atss_dyhead": "atss-dyhead_focal-large_fpn_amp-ms-480-1200-2x_coco",
     "cascade_mask_rcnn": "cascade-mask-rcnn_focal-tiny_fpn_amp-ms-crop-3x_coco",
     "sparse_rcnn": "sparse-rcnn_focal-tiny_fpn_amp-ms-crop-3x_coco",
     "reppoints_v2": "demo_reppoints_v2",
@@ -39,6 +40,7 @@ SMALLER = {  # key -> {value in a full config: value here}
     "num": {512: 32},
     "pos_fraction": {0.25: 0.5},
     "num_convs": {4: 2},
+    "num_blocks": {6: 2},
     "stacked_convs": {4: 2},
     "num_classes": {80: 10},
     "num_groups": {32: 8},
@@ -71,7 +73,8 @@ def demo_config(method: str) -> "Config":
     rules = SMALLER | OF_METHOD.get(method, {})
     base.model, backbone = smaller(config.model, rules), base.model.backbone
     stages = base.model.backbone.get("out_indices", (0, 1, 2, 3))
-    base.model.neck.in_channels = [backbone.embed_dim * 2**stage for stage in stages]
+    pyramid = base.model.neck[0] if isinstance(base.model.neck, list) else base.model.neck
+    pyramid.in_channels = [backbone.embed_dim * 2**stage for stage in stages]
     base.model.backbone = dict(backbone, out_indices=stages)
     base.custom_imports = config.custom_imports
     base.optim_wrapper.optimizer.lr = LEARNING_RATE.get(method, base.optim_wrapper.optimizer.lr)

@@ -30,10 +30,10 @@ def batch(dataset: Any, numbers: tuple[int, ...]) -> dict[str, list[Any]]:
     return {key: [item[key] for item in items] for key in ("inputs", "data_samples")}
 
 
-def check_backbone(config: Config, variant: str) -> None:
-    """The values of a variant of `openmmlab/configs`, but for the windows of Focal's pooled levels."""
+def check_backbone(config: Config, variant: str, **others: Any) -> None:
+    """A variant's values in `openmmlab/configs`, but for `others` and the windows of the pooled levels."""
     windows = config[variant].focal_windows if "fast" in variant else WIDE
-    expected = {**config[variant], "focal_windows": windows}
+    expected = {**config[variant], "focal_windows": windows, **others}
     backbone = config.model.backbone
     assert {**backbone, **expected} == backbone
     own = {"drop_path_rate", "out_indices", "with_cp"}

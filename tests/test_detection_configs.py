@@ -20,7 +20,7 @@ pytest.importorskip("mmdet", reason="needs OpenMMLab's packages: make setup-open
 
 from mmengine.config import Config, ConfigDict
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import DATASETS, MODELS, TASK_UTILS, DefaultScope
+from mmengine.registry import DATASETS, MODELS, TASK_UTILS
 from mmengine.structures import InstanceData
 from openmmlab_configs import (
     SMALL,
@@ -31,6 +31,7 @@ from openmmlab_configs import (
     edit,
     of_backbone,
 )
+from openmmlab_runs import in_scope
 
 from config import load_config
 from data.demo import DemoOptions, write_demo
@@ -42,14 +43,23 @@ CONFIGS = REPO / "detection" / "configs"
 BACKBONES = REPO / "openmmlab" / "configs"
 NAMES = [path.stem for path in sorted(CONFIGS.glob("*_coco.py"))]
 VARIANTS = [path.stem for path in sorted(BACKBONES.glob("focal_*.py"))]
-SCHEDULES = {"1x": (12, [8, 11]), "3x": (36, [27, 33]), "6x": (72, [63, 69])}
+SCHEDULES = {"1x": (12, [8, 11]), "2x": (24, [16, 22]), "3x": (36, [27, 33]), "6x": (72, [63, 69])}
 DROP_PATH = {"tiny": 0.2, "small": 0.2, "base": 0.3, "large": 0.2}
-METHODS = ("atss", "cascade-mask-rcnn", "htc", "mask-rcnn", "reppointsv2", "retinanet", "sparse-rcnn")
+METHODS = (
+    "atss",
+    "atss-dyhead",
+    "cascade-mask-rcnn",
+    "htc",
+    "mask-rcnn",
+    "reppointsv2",
+    "retinanet",
+    "sparse-rcnn",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def in_mmdet() -> Iterator[None]:
-    with DefaultScope.overwrite_default_scope("mmdet"):
+    with in_scope("mmdet"):
         yield
 
 
@@ -80,6 +90,7 @@ def test_every_row_of_the_release_has_a_config() -> None:
     others = ("atss", "cascade-mask-rcnn", "sparse-rcnn")
     wanted |= {f"{method}_focal-tiny_fpn_amp-ms-crop-3x_coco" for method in others}
     wanted |= {"reppointsv2_focal-tiny_bifpn_amp-ms-crop-3x_coco"}
+    wanted |= {"atss-dyhead_focal-large_fpn_amp-ms-480-1200-2x_coco"}
     wanted |= {"htc_focal-large_fpn_amp-ms-400-1400-6x_coco"}
     assert set(NAMES) == wanted
     assert all(path.stem in NAMES or path.stem.startswith("demo_") for path in CONFIGS.glob("*.py"))
@@ -120,10 +131,11 @@ def test_every_released_classifier_is_a_backbone() -> None:
 def test_recipe(name: str) -> None:
     config = read(name)
     variant = of_backbone(name)
-    check_backbone(config, variant)
+    dyhead = name.startswith("atss-dyhead")
+    check_backbone(config, variant, **({"window_size": 12} if dyhead else {}))
     assert config.model.backbone.drop_path_rate == DROP_PATH[variant.split("_")[-1]]
     optimizer = config.optim_wrapper.optimizer
-    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ("AdamW", 1e-4, 0.05)
+    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ("AdamW", 5e-5 if dyhead else 1e-4, 0.05)
     assert {*optimizer} == {"type", "lr", "weight_decay", "betas"}, "something is left of the base's"
     assert config.optim_wrapper.type == ("AmpOptimWrapper" if "amp" in name else "OptimWrapper")
     epochs, milestones = SCHEDULES[schedule_of(name)]
@@ -136,7 +148,10 @@ def test_recipe(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_size_as_reported(name: str) -> None:
-    """The whole detector, on the meta device; the release rounds, most often up (45.53 M to 45, though)."""
+    """The whole detector, on the meta device; the release rounds, most often up (45.53 M to 45, though).
+
+    mmdet's ATSS with DyHead on Swin-L has 210 M, too, where the same table says 213.
+    """
     config = read(name)
     with torch.device("meta"):
         model = MODELS.build(config.model)
@@ -144,7 +159,7 @@ def test_size_as_reported(name: str) -> None:
     reported = config.reported
     assert (reported is None) == ("fast" in name)
     if reported and "params_m" in reported:
-        assert -0.55 < reported.params_m - millions < 1
+        assert -0.55 < reported.params_m - millions < (2 if "dyhead" in name else 1)
 
 
 # --- At work ------------------------------------------------------------------------------------------------
@@ -160,6 +175,7 @@ NARROW = {  # key -> (how its config says it, how a test does)
     "num_convs": {4: 1},
     "stacked_convs": {4: 1, 3: 1},
     "num_shared_convs": {4: 1},
+    "num_blocks": {6: 1},
     "num_classes": {80: len(DETECTION_CLASSES)},
     "num_groups": {32: 4},
     "score_thr": {0.05: 0.0, 0.001: 0.0},
@@ -179,7 +195,8 @@ def shrunken(config: Config) -> ConfigDict:
     """The config's detector with the same parts, few channels, few proposals and, if sparse, two stages."""
     model = edit(config.model, narrow)
     model.backbone.update(SMALL)
-    model.neck.in_channels = [8 * 2**i for i in model.backbone.get("out_indices", (0, 1, 2, 3))]
+    pyramid = model.neck[0] if isinstance(model.neck, list) else model.neck
+    pyramid.in_channels = [8 * 2**i for i in model.backbone.get("out_indices", (0, 1, 2, 3))]
     for extractor in ("bbox_roi_extractor", "mask_roi_extractor"):
         if extractor in model.get("roi_head", {}):
             model.roi_head[extractor].finest_scale = 8  # instead of 56, images being as much smaller
@@ -276,24 +293,26 @@ def check_detections(found: Any, masks: bool, clipped: bool) -> None:
     assert not masks or found.masks.shape == (len(found), 90, 122)
 
 
-def test_only_retinanets_configs_have_augmentations_for_testing() -> None:
+def test_configs_with_augmentations_for_testing() -> None:
     """What get_started says of `--tta`."""
-    assert {n for n in NAMES if "tta_model" in read(n)} == {n for n in NAMES if n.startswith("retinanet_")}
+    with_tta = {n for n in NAMES if "tta_model" in read(n)}
+    assert with_tta == {n for n in NAMES if n.startswith(("retinanet_", "atss-dyhead_", "htc_"))}
 
 
-def test_detections_of_scales_and_flips_are_merged(scenes: Path, tmp_path: Path) -> None:
-    """The command with `--tta`: at most 100 boxes of an image, in its own coordinates."""
-    config = copy.deepcopy(read("retinanet_focal-tiny_fpn_1x_coco"))
+@pytest.mark.parametrize("method", ["retinanet", "atss-dyhead", "htc"])
+def test_detections_of_scales_and_flips_are_merged(method: str, scenes: Path, tmp_path: Path) -> None:
+    """The command with `--tta`: at most 100 objects of an image, in its own coordinates."""
+    config = copy.deepcopy(read(next(n for n in NAMES if n.startswith(f"{method}_"))))
+    masks = "segm" in config.val_evaluator.metric
     config.model = shrunken(config)
     test_set = {"data_root": f"{scenes}/", "metainfo": {"classes": DETECTION_CLASSES}}
+    test_set["pipeline"] = edit(config.test_dataloader.dataset.pipeline, small_scale)
     config.test_dataloader.dataset.update(test_set)
     config.test_dataloader.update(num_workers=0, persistent_workers=False)
     found = {"outfile_prefix": str(tmp_path / "found")}
     config.test_evaluator.update(found, ann_file=str(scenes / "annotations/instances_val2017.json"))
-    sizes = iter([(128, 80), (128, 96), (160, 112)])
-    config.tta_pipeline = edit(
-        config.tta_pipeline, lambda key, value: next(sizes) if key == "scale" else value
-    )
+    views = config.tta_pipeline[1].transforms
+    views[0] = [dict(views[0][0], scale=scale) for scale in ((128, 80), (160, 112))]
     config.dump(tmp_path / "small.py")
     torch.manual_seed(0)
     torch.save(MODELS.build(config.model).state_dict(), tmp_path / "small.pth")
@@ -301,13 +320,61 @@ def test_detections_of_scales_and_flips_are_merged(scenes: Path, tmp_path: Path)
     lists = []
     for flags in ([], ["--tta"]):
         assert runner.test([*command, *flags, "--work-dir", str(tmp_path / "work")]) == 0
-        lists.append(json.loads((tmp_path / "found.bbox.json").read_text()))
+        lists.append(json.loads((tmp_path / f"found.{'segm' if masks else 'bbox'}.json").read_text()))
     assert lists[0] != lists[1]
     per_image = Counter(found["image_id"] for found in lists[1])
     assert len(per_image) == 2 and max(per_image.values()) <= 100
-    boxes = np.array([found["bbox"] for found in lists[1]])
-    assert boxes[:, :2].min() >= 0
-    assert ((boxes[:, :2] + boxes[:, 2:]).max(axis=0) <= [122.01, 90.01]).all()
+    if masks:
+        assert all(found["segmentation"]["size"] == [90, 122] for found in lists[1])
+    else:
+        boxes = np.array([found["bbox"] for found in lists[1]])
+        assert boxes[:, :2].min() >= 0
+        assert ((boxes[:, :2] + boxes[:, 2:]).max(axis=0) <= [122.01, 90.01]).all()
+
+
+@pytest.mark.parametrize("method", ["htc", "mask-rcnn"])
+def test_masks_of_views_are_averaged(method: str, scenes: Path) -> None:
+    """One view gives what the detector gives; a scene and its mirror image give mirrored objects."""
+    torch.manual_seed(0)
+    htc, config = (
+        copy.deepcopy(read(next(n for n in NAMES if n.startswith(f"{m}_")))) for m in ("htc", method)
+    )
+    detector = MODELS.build(shrunken(config)).eval()
+    detector.init_weights()
+    with torch.no_grad():  # else every pixel of a mask is at about one half
+        for head in (m for m in detector.modules() if "MaskHead" in type(m).__name__):
+            head.conv_logits.weight.mul_(500)
+    keep_all = {"nms": {"type": "nms", "iou_threshold": 1.0}, "max_per_img": 100}
+    dataset = dataset_of(config.test_dataloader, scenes, small_scale)
+    item = dataset[0]
+    alone = detector.test_step(batch(dataset, (0,)))[0].pred_instances
+    assert 0.05 < alone.masks.float().mean() < 0.95
+
+    model = MODELS.build(
+        {"type": htc.tta_model.type, "module": detector, "tta_cfg": ConfigDict(keep_all)}
+    ).eval()
+
+    def detect(*flips: bool, mirrored: bool = False) -> InstanceData:
+        """Detections in views of the scene, or of its mirror image."""
+        samples = []
+        for flip in flips:
+            sample = copy.deepcopy(item["data_samples"])
+            sample.set_metainfo({"flip": flip, "flip_direction": "horizontal" if flip else None})
+            samples.append([sample])
+        inputs = [[item["inputs"].flip(-1) if flip != mirrored else item["inputs"]] for flip in flips]
+        with torch.no_grad():
+            return model.test_step({"inputs": inputs, "data_samples": samples})[0].pred_instances
+
+    same = detect(False)
+    order = alone.scores.argsort(descending=True, stable=True)
+    torch.testing.assert_close(same.scores, alone.scores[order])
+    assert (same.masks != alone.masks[order]).float().mean() < 0.01
+    here, there = detect(False, True), detect(False, True, mirrored=True)
+    assert len(here) == len(there) > 10
+    torch.testing.assert_close(here.scores, there.scores)
+    torch.testing.assert_close(here.bboxes[:, 0], 122 - there.bboxes[:, 2], atol=1e-2, rtol=0)
+    assert (here.masks != there.masks.flip(-1)).float().mean() < 0.01
+    assert (here.masks != same.masks[: len(here)]).any()
 
 
 def test_soft_nms_goes_class_by_class() -> None:
@@ -356,7 +423,8 @@ def test_pipelines_at_full_scale(method: str, scenes: Path) -> None:
     name = next(n for n in reversed(NAMES) if n.startswith(f"{method}_"))
     config = read(name)
     np.random.seed(0)
-    shorter, longest = ((400, 1400), 1600) if method == "htc" else ((480, 800), 1333)
+    of_method = {"htc": ((400, 1400), 1600), "atss-dyhead": ((480, 1200), 2000)}
+    shorter, longest = of_method.get(method, ((480, 800), 1333))
     dataset = dataset_of(config.train_dataloader, scenes)
     for number in [0, 1, 2, 3] * 2:
         item = dataset[number]
@@ -369,7 +437,7 @@ def test_pipelines_at_full_scale(method: str, scenes: Path) -> None:
         assert "masks" not in objects or objects.masks.masks.shape == (len(objects), height, width)
     assert ("clip_grad" in config.optim_wrapper) == (method == "sparse-rcnn")
     tested = dataset_of(config.test_dataloader, scenes)[0]["inputs"].shape[1:]
-    assert tested == ((1180, 1600) if method == "htc" else (800, 1084))
+    assert tested == {"htc": (1180, 1600), "atss-dyhead": (1200, 1627)}.get(method, (800, 1084))
 
 
 def test_weights_are_named_on_the_command_line() -> None:

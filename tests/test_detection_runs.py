@@ -66,7 +66,7 @@ def in_folder(coco: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def small_config(method: str) -> Config:
     """The method's config, that of the longest schedule, for small images and with few channels."""
-    return small(str(CONFIGS / next(f"{n}.py" for n in reversed(NAMES) if n.startswith(method))))
+    return small(str(CONFIGS / next(f"{n}.py" for n in reversed(NAMES) if n.startswith(f"{method}_"))))
 
 
 def small(path: str) -> Config:

@@ -15,6 +15,7 @@ _base_ = "../../../openmmlab/configs/recipe.py"
 
 warm_up = dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=1000)
 steps_1x = [warm_up, dict(type="MultiStepLR", begin=0, end=12, by_epoch=True, milestones=[8, 11], gamma=0.1)]
+steps_2x = [warm_up, dict(type="MultiStepLR", begin=0, end=24, by_epoch=True, milestones=[16, 22], gamma=0.1)]
 steps_3x = [warm_up, dict(type="MultiStepLR", begin=0, end=36, by_epoch=True, milestones=[27, 33], gamma=0.1)]
 steps_6x = [warm_up, dict(type="MultiStepLR", begin=0, end=72, by_epoch=True, milestones=[63, 69], gamma=0.1)]
 
@@ -36,3 +37,8 @@ crops_with_masks = [
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     *crops_with_boxes[2:],
 ]
+
+# views of test-time augmentation: each scale as it is and flipped
+flips = [dict(type="RandomFlip", prob=0.0), dict(type="RandomFlip", prob=1.0)]
+view_keys = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "flip", "flip_direction")
+pack_view = [dict(type="PackDetInputs", meta_keys=view_keys)]
