@@ -209,8 +209,7 @@ def testing_config(args: argparse.Namespace) -> "Config":
     if args.tta:
         if "tta_model" not in config or "tta_pipeline" not in config:
             raise UserError(
-                f"--tta: {args.config} has no tta_model and tta_pipeline; leave it out, or add them "
-                "(MMDetection merges boxes only, no masks)"
+                f"--tta: {args.config} has no tta_model and tta_pipeline; leave it out, or add them"
             )
         config.tta_model.module = config.model
         config.model = config.tta_model

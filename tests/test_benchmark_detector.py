@@ -48,11 +48,33 @@ def test_table_of_two_detectors(narrow: None, tmp_path: Path) -> None:
         assert fact in text
 
 
+def test_sizes_that_change_against_one(narrow: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both rows are the same detector."""
+    monkeypatch.setattr(tool, "STEPS", 2)
+    size = ["--size", "128", "160"]
+    assert tool.main([*WORDS, "--multi-scale", "--rounds", "1", *size, "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*_detector.csv")
+    with path.open() as file:
+        changing, fixed = csv.DictReader(file)
+    assert (changing["backbone"], fixed["backbone"]) == (tool.CHANGING, tool.ONE_SIZE)
+    assert changing["params M"] == fixed["params M"]
+    assert float(fixed[f"vs {tool.ONE_SIZE}"]) == 1 != float(changing[f"vs {tool.ONE_SIZE}"])
+
+
+def test_changing_sizes() -> None:
+    sizes = tool.changing_sizes((320, 500), 6)
+    assert len({*sizes}) == len(sizes) == 6 * tool.STEPS
+    for i in range(0, len(sizes), tool.STEPS):
+        assert 0.98 < sum(h * w for h, w in sizes[i : i + tool.STEPS]) / (tool.STEPS * 320 * 512) < 1.02
+    with pytest.raises(ValueError, match="--multi-scale: expected 40 sizes around 96 x 96, got"):
+        tool.changing_sizes((96, 96), 10)
+
+
 def test_a_step_trains_the_whole_detector(narrow: None) -> None:
     tool.silence_mmengine()
     batch = tool.make_batch(1, (64, 96))
     contender = tool.Contender(
-        tool.DETECTORS["Focal-T"], batch, tool.Precision(torch.float32), torch.device("cpu")
+        tool.DETECTORS["Focal-T"], [batch], tool.Precision(torch.float32), torch.device("cpu")
     )
     parameters = dict(contender.model.named_parameters())
     before = {key: parameter.detach().clone() for key, parameter in parameters.items()}

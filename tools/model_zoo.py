@@ -84,9 +84,21 @@ which compares them with the reported numbers, and has the configs with Focal-fa
 reports nothing.
 
 {detectors}
-HTC++ with Focal-L is in none of the release's tables: its AP is what the text of the README says of the largest model,
-which on test-dev reaches 58.9 for boxes and 51.3 for masks; that it is HTC++ is the paper's word. The schedule in
-brackets was chosen here, with what else the config names.
+The two rows of Focal-L are in none of the release's tables. Its README says 58.7 box AP and 50.9 mask AP of the largest
+model (test-dev: 58.9 and 51.3), which are two models: the box AP is that of ATSS + DyHead, tested at several scales (56.4
+at one), as the comparison table of the [FocalNet paper](https://arxiv.org/abs/2203.11926) says, where its 229 M parameters
+come from; the mask AP is that of HTC++, the instance segmentation of the paper. Schedules in brackets were chosen here, with
+what else the configs name. Both have a `tta_pipeline` for `detection/test.py --tta`.
+
+Where multiply-adds differ by more than 2 % from the quoted ones (with Swin's backbones the same heads are counted as
+Swin's authors report them, so that the difference is in the backbone):
+
+- Mask R-CNN with Focal-T and ATSS, -2.5 and -3.1 %: 7 G, as with Cascade Mask R-CNN; the quoted rows are 24 G above Swin-T's,
+  17 G here. RetinaNet's rows agree, so the release counted two different backbones; how they differ is not known.
+- Mask R-CNN with Focal-S, -4.1 %: 17 G in the same way, where RetinaNet with Focal-S lacks 2; not known.
+- RepPointsV2, -39 %: the quoted row is 208 G above Swin-T's, more than the whole backbone takes. Neck and head, 186 G, counted
+  twice would make it 485 G; whether they were is not known.
+- ATSS + DyHead: 227.5 M parameters with windows of 12 tokens, as Swin-L has; with 7, 213 M.
 
 ## ADE20K
 
@@ -96,7 +108,18 @@ UPerNet, 160,000 iterations; mIoU on the validation set, at one scale and at sev
 which compares them with the reported numbers, and has the configs with convolutional embeddings and Focal-fast
 backbones.
 
-{segmenters}"""  # noqa: E501
+{segmenters}
+Where the numbers differ by more than 2 % from the quoted ones:
+
+- Parameters of T, S and B, -2.1 to -2.6 %: with convolutional embeddings they are 62.5, 84.8 and 126.8 M, nearly the quoted
+  ones; the release does not say which embeddings it used.
+- Multiply-adds of T, S and B, -3.6, -5.9 and -9.7 %: 36, 66 and 132 G in the backbones, since with Swin's the same heads give
+  what Swin reports. Convolutional embeddings add 5 to 9 G; more keys cost in proportion to the width, 88 G for B where S
+  takes 66. The rest is not known.
+- Multiply-adds of L, -24 %: the quoted number is for more pixels. Swin-L takes 2580 G on 640 x 2560 and 3235 G on 800 x 2560,
+  and is reported with 3230. Focal-L takes 3231 G on 800 x 2560, and 3364 G with windows of 12 tokens, which have too many
+  parameters (251 M).
+"""  # noqa: E501
 
 
 def markdown(columns: Sequence[str], alignment: str, rows: Iterable[Sequence[Cell]]) -> str:
