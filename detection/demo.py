@@ -40,8 +40,13 @@ SMALLER = {  # key -> {value in a full config: value here}
     "num": {512: 32},
     "pos_fraction": {0.25: 0.5},
     "num_convs": {4: 2},
-    "num_blocks": {6: 2},
-    "stacked_convs": {4: 2},
+    "num_blocks": {6: 1},
+    "pred_kernel_size": {1: 3},
+    "pad_size_divisor": {128: 32},
+    "stacked_convs": {
+        4: 2,
+        0: 2,
+    },  # with DyHead as well: so few blocks and channels alone learn digits slowly
     "num_classes": {80: 10},
     "num_groups": {32: 8},
     "sampling_ratio": {0: 2},
@@ -77,6 +82,7 @@ def demo_config(method: str) -> "Config":
     pyramid.in_channels = [backbone.embed_dim * 2**stage for stage in stages]
     base.model.backbone = dict(backbone, out_indices=stages)
     base.custom_imports = config.custom_imports
+    base.optim_wrapper.paramwise_cfg.custom_keys.spatial_conv_offset = dict(lr_mult=0.1)  # DyHead's
     base.optim_wrapper.optimizer.lr = LEARNING_RATE.get(method, base.optim_wrapper.optimizer.lr)
     if "segm" not in config.val_evaluator.metric:
         base.train_dataloader.dataset.pipeline[1].with_mask = False

@@ -44,6 +44,7 @@ CLASSES = 80
 OBJECTS = 7  # of an image, as in COCO on average
 CHANGING, ONE_SIZE = "Focal-T, changing sizes", "Focal-T, one size"
 STEPS = 4  # of a round with --multi-scale
+REGIONS = 16  # of an image with --multi-scale: the heads' time depends on how many of them hold objects
 STRIDE = 32  # batches are padded to multiples
 COLUMNS = ("backbone", "params M", "attention", "img/s", "vs {}", "lower", "upper", "peak MiB")
 
@@ -56,6 +57,7 @@ class Contender:
         batches: of the steps, in turn: images (3, H, W) of bytes and their samples, as a data loader returns
             them.
         steps: of one call of the timer.
+        regions: that its second stage trains on, of an image; None for the config's number.
         precision: of the forward pass.
         device: where it trains.
 
@@ -70,9 +72,10 @@ class Contender:
         precision: Precision,
         device: torch.device,
         steps: int = 1,
+        regions: int | None = None,
     ) -> None:
         self.device, self.precision, self.steps = device, precision, steps
-        self.model, self.optimizer = build(base, device)
+        self.model, self.optimizer = build(base, device, regions)
         self.batches = [self.model.data_preprocessor(batch, training=True) for batch in batches]
         self.turn = cycle(self.batches)
         self.scaler = precision.scaler(device)
@@ -109,9 +112,13 @@ def read_base(base: str) -> "Config":
     return config
 
 
-def build(base: str, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """A config's detector in training mode with fresh weights, and its optimizer."""
+def build(
+    base: str, device: torch.device, regions: int | None = None
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A config's detector in training mode with fresh weights, and its optimizer; see Contender."""
     config = read_base(base)
+    if regions is not None:
+        config.model.train_cfg.rcnn.sampler.num = regions
     from mmdet.registry import MODELS
     from mmengine.optim import build_optim_wrapper
     from mmengine.registry import DefaultScope
@@ -208,16 +215,19 @@ def measure(args: argparse.Namespace) -> int:
     precision = Precision(DTYPES[args.precision])
     size, kind = tuple(args.size), args.device.type
     batches = {name: [make_batch(args.batch_size, size)] for name in DETECTORS}
-    bases, baseline, steps = DETECTORS, BASELINE, 1
+    bases, baseline, steps, regions = DETECTORS, BASELINE, 1, None
     if args.multi_scale:
         sizes = changing_sizes(size, WARM_UP_STEPS[kind] + 1 + args.rounds)
         batches = {
             CHANGING: [make_batch(args.batch_size, each) for each in sizes],
             ONE_SIZE: batches["Focal-T"],
         }
-        bases, baseline, steps = dict.fromkeys(batches, DETECTORS["Focal-T"]), ONE_SIZE, STEPS
+        bases = dict.fromkeys(batches, DETECTORS["Focal-T"])
+        baseline, steps, regions = ONE_SIZE, STEPS, REGIONS
+        facts["Detector"] += f", {REGIONS} regions of an image"
     contenders = {
-        name: Contender(base, batches[name], precision, args.device, steps) for name, base in bases.items()
+        name: Contender(base, batches[name], precision, args.device, steps, regions)
+        for name, base in bases.items()
     }
     timers = {name: contender.timer() for name, contender in contenders.items()}
     times, rows = common.alternate(timers, args.rounds), []
