@@ -306,8 +306,9 @@ def test_detections_of_scales_and_flips_are_merged(method: str, scenes: Path, tm
     masks = "segm" in config.val_evaluator.metric
     config.model = shrunken(config)
     test_set = {"data_root": f"{scenes}/", "metainfo": {"classes": DETECTION_CLASSES}}
-    test_set["pipeline"] = edit(config.test_dataloader.dataset.pipeline, small_scale)
-    config.test_dataloader.dataset.update(test_set)
+    config.test_dataloader.dataset.pipeline = edit(config.test_dataloader.dataset.pipeline, small_scale)
+    for split in ("train", "val", "test"):
+        config[f"{split}_dataloader"].dataset.update(test_set)
     config.test_dataloader.update(num_workers=0, persistent_workers=False)
     found = {"outfile_prefix": str(tmp_path / "found")}
     config.test_evaluator.update(found, ann_file=str(scenes / "annotations/instances_val2017.json"))
