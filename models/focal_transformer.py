@@ -8,8 +8,8 @@ rest. The map is cut into windows of s x s tokens. All queries of a window share
     own window   its s x s tokens
     ring         four copies of the window, moved diagonally by e tokens, without what falls into the window;
                  tokens in two copies count twice; beyond the border of the map the ring wraps around
-    level k      m x m coarse tokens, m = f + 2^k - 1, centred on the window and including its own ones; a
-                 coarse token is pooled from p x p fine ones, p = s // 2^k; outside the map they are masked
+    level k      k = 0, 1, ...: the window's own 2^k x 2^k coarse tokens and f // 2 more on each side; each is
+                 pooled from p x p fine ones, p = s // 2^k; those outside the map are masked
 
     out = softmax(scale * q k^T + bias) v,      one softmax over all keys of the window
 
@@ -29,11 +29,11 @@ everything is numbered row by row.
 from __future__ import annotations
 
 import logging
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from operator import index as integer
 from threading import Lock
 from typing import Any, NamedTuple, cast
 
@@ -63,9 +63,11 @@ class AttentionIndex:
     tokens: int  # S
     keys: Tensor  # int64 [P, K]: token of each key; masked keys hold the window's first token
     visible: Tensor | None  # bool [P, 1 or Q, K]: False for masked keys; None if all are visible
-    bias_index: tuple[tuple[Tensor, ...], ...]  # what the layer's `bias` looks up, per group of keys
+    # What the layer's `bias` looks up. Focal: (rows of the table,) of the own window and of each level.
+    # Focal-fast: what `offset_index` returns, for fine tokens and the pooled level.
+    bias_index: tuple[tuple[Tensor, ...], ...]
     backend: str = "plain"  # name of the operator that this is for
-    why_plain: str = ""  # if that is the plain one: why `auto` took no other
+    why_plain: str = ""  # if that is the plain one: the reasons of those that `auto` tried before it
     tables: Any = None  # what that operator derived from the above
 
 
@@ -118,8 +120,9 @@ def shift_mask(height: int, width: int, window: int, shift: int) -> np.ndarray:
 def nearest_cells(rows: np.ndarray, columns: np.ndarray, height: int, width: int, count: int) -> np.ndarray:
     """The `count` nearest cells of a map for each centre, nearest first, ties row by row.
 
-    Centres are all pairs of `rows` [R] and `columns` [X]; they may lie outside the map. Those with the same
-    distances to the border, as far as these matter, share one answer. Returns int64 [R * X, count].
+    Centres are all pairs of `rows` [R] and `columns` [X]; they may lie outside the map. Those that are
+    equally far from the borders, or too far for these to matter, form a class, which is computed once.
+    Returns int64 [R * X, count].
     """
     farthest = int(np.abs(rows).max() + np.abs(columns).max()) + height + width
     radius = 2 * int(np.ceil(np.sqrt(count / np.pi))) + 1  # a quarter of such a disc holds `count` cells
@@ -149,8 +152,8 @@ def _inside(places: np.ndarray, side: int, offset: np.ndarray, radius: int) -> t
 
 
 def cached_unless_traced(build: Callable[..., AttentionIndex]) -> Callable[..., AttentionIndex]:
-    """Cache an index by its arguments. The decorated function takes one more, first: whether the model is
-    traced, when tensors belong to that trace and must not be kept. torch.compile sees a constant. The last
+    """Cache an index by its arguments. The decorated function gets a first argument more, `traced`: if it is
+    True nothing is kept, since tensors then belong to the trace. torch.compile sees a constant. The last
     argument may be a plain tuple of the fields of `Request`."""
     fresh = torch.inference_mode(False)(build)  # inference tensors could not be used in training
     cached = lru_cache(maxsize=CACHED_INDEXES)(fresh)
@@ -202,7 +205,7 @@ def ring_index(height: int, width: int, config: tuple[int, ...], request: Reques
 @cached_unless_traced
 def nearest_index(height: int, width: int, config: tuple[Any, ...], request: Request) -> AttentionIndex:
     """Keys of Focal-fast attention on an unpadded map: the nearest tokens of each level, or those that are
-    stored, in bytes so that they can be a key of the cache."""
+    stored, as bytes, which can be hashed."""
     window, topk, pooled_levels, stored = config
     padded = padded_size(height, width, window)
     windows = grid(padded[0] // window, padded[1] // window)
@@ -243,8 +246,8 @@ def offset_index(y: np.ndarray, x: np.ndarray, unit: int, place: np.ndarray) -> 
         place: query - centre, [Q, 2], in tokens.
 
     Returns:
-        offsets: those for the MLP, float32 [R, 2], the box of all query - key.
-        rows: for each cell of the box of all centre - key and each query its row of `offsets`, [U, Q].
+        offsets: for the MLP, float32 [R, 2]: every offset in the bounding box of all query - key.
+        rows: row of `offsets` for each cell of the bounding box of all centre - key and each query, [U, Q].
         cell: the cell of each key, [K, P].
     """
     low, size = np.array([y.min(), x.min()]), (np.ptp(y) + 1, np.ptp(x) + 1)
@@ -290,7 +293,7 @@ def plain_attention(
         fused: whether PyTorch's fused kernels may run. They have no second derivative.
     """
     batch = -1  # as a number from the shape it would become a constant in ONNX files of TorchScript
-    heads, dim, keys = (operator.index(n) for n in (*qkv.shape[3:], bias.shape[-1]))
+    heads, dim, keys = (integer(n) for n in (*qkv.shape[3:], bias.shape[-1]))
     s, windows = index.window, len(index.keys)
     rows, columns = index.height // s, index.width // s
     q, k, v = qkv.transpose(1, 3).unbind(2)  # [B, N, S, D]
@@ -360,7 +363,7 @@ def choose_backend(index: AttentionIndex, request: Request) -> AttentionIndex:
             break
         except Unsupported as reason:
             reasons.append(f"{name}: {reason}")
-    else:
+    else:  # a named one; the plain one never refuses
         raise ValueError(f"attention_backend {reasons[0]}; use auto, or one of {', '.join(BACKENDS)}")
     why_plain = "; ".join(reasons) if name == "plain" else ""
     if why_plain and request.device.type == "cuda":
@@ -476,13 +479,13 @@ class FocalAttention(nn.Module):
         Returns:
             [B, H, W, C].
         """
-        height, width = operator.index(x.shape[1]), operator.index(x.shape[2])  # integers in any trace
+        height, width = integer(x.shape[1]), integer(x.shape[2])  # integers in any trace
         rows, columns = padded_size(height, width, self.window_size)
         x = self.pad_and_roll(x, rows, columns)
         coarse = [self.coarse_tokens(x, level, pool) for level, pool in enumerate(pools)]
         qkv = self.qkv(torch.cat([x.flatten(1, 2), *coarse], dim=1))  # [B, S, 3C]
         qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
-        index = self.index(height, width, qkv)
+        index = self.index(height, width, qkv)  # with the operator that `choose_backend` took
         bias = self.bias(index, x.dtype)
         x = BACKENDS[index.backend].attend(qkv, index, bias, self.scale)  # [B, T, C]
         x = self.unroll_and_crop(x.unflatten(1, (rows, columns)), height, width)
@@ -526,7 +529,7 @@ class FocalAttention(nn.Module):
         own, *levels = (rows for (rows,) in index.bias_index)
         parts = [F.embedding(own, self.relative_position_bias_table).permute(2, 1, 0)]
         if self.expand_size > 0:
-            parts.append(self.relative_position_bias_table_to_neighbors.squeeze(0))
+            parts.append(self.relative_position_bias_table_to_neighbors.squeeze(0))  # one entry per slot
         for level, rows in enumerate(levels):
             table = self.relative_position_bias_table_to_windows[level].t()
             parts.append(F.embedding(rows, table).permute(2, 1, 0))
@@ -538,7 +541,7 @@ class FocalFastAttention(FocalAttention):
 
     The original broke ties by an unstable sort, and released weights are trained with its choice. So the
     state dict stores the chosen keys (`topk_cloest_indice_k`, the original's spelling). They are used at the
-    size they were made for, `train_resolution`; at other sizes the first token wins.
+    size they were made for, `train_resolution`; at other sizes ties go to the first token, row by row.
     """
 
     def add_bias(self, topk: int, train_resolution: tuple[int, int]) -> None:  # type: ignore[override]
@@ -739,7 +742,7 @@ class FocalTransformer(nn.Module):
         embed_dim: int = 96,  # channels of the first stage; each following stage doubles them
         depths: Sequence[int] = (2, 2, 6, 2),  # blocks of each stage
         num_heads: Sequence[int] = (3, 6, 12, 24),
-        window_size: int = 7,  # s; at most the smaller side of the map, and then without ring and shift
+        window_size: int = 7,  # s; cut to the map's smaller side; where it is that side, no ring and no shift
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         qk_scale: float | None = None,  # factor of the scores; None or False for D ** -0.5
@@ -857,11 +860,11 @@ class FocalTransformer(nn.Module):
         until = max(wanted) if stop_early or intermediates_only else last
         x = self.stem(x)
         for i, stage in enumerate(self.layers[: until + 1]):
-            found, x = stage(x)
+            stage_map, x = stage(x)
             if i in wanted:
-                maps.append(self.norm(found) if norm and i == last else found)
+                maps.append(self.norm(stage_map) if norm and i == last else stage_map)
         maps = [m.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else m for m in maps]
-        return maps if intermediates_only else (self.norm(found) if until == last else found, maps)
+        return maps if intermediates_only else (self.norm(stage_map) if until == last else stage_map, maps)
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -970,16 +973,16 @@ def make_attention(
 ) -> FocalAttention:
     """The attention of one block whose map at `img_size` is `map_size`, from the model's options."""
     window, levels, scale = options["window_size"], options["focal_levels"][stage], options["qk_scale"]
-    single = min(map_size) <= window
-    pools = options["focal_pool"] != "none" and stage in options["focal_stages"]
-    rings = not single and levels > 0 and block % 2 not in RINGLESS[options["expand_layer"]]
+    is_single = min(map_size) <= window  # one window high or wide
+    has_pool = options["focal_pool"] != "none" and stage in options["focal_stages"]
+    has_ring = not is_single and levels > 0 and block % 2 not in RINGLESS[options["expand_layer"]]
     family: dict[str, Any]
     if options["kind"] == "focalv2":
         family = {"topk": options["focal_topk"], "train_resolution": map_size}
     else:
-        expand = options["expand_sizes"][stage] if rings else 0
+        expand = options["expand_sizes"][stage] if has_ring else 0
         family = {"expand_size": expand, "focal_window": options["focal_windows"][stage]}
-    window, pooled_levels = min(window, *map_size), max(levels - 1, 0) if pools else 0
+    window, pooled_levels = min(window, *map_size), max(levels - 1, 0) if has_pool else 0
     if window < 2 ** max(pooled_levels - 1, 0):
         cells = f"a window of {window} cannot be divided into {2 ** (pooled_levels - 1)} cells a side"
         raise ValueError(f"the model's options do not fit together:\n  stage {stage}: {cells}")
@@ -987,9 +990,9 @@ def make_attention(
         options["embed_dim"] * 2**stage,
         options["num_heads"][stage],
         window,
-        pool=options["focal_pool"] if pools else "none",
+        pool=options["focal_pool"] if has_pool else "none",
         pooled_levels=pooled_levels,
-        shift_size=window // 2 if options["use_shift"] and not single and block % 2 == 1 else 0,
+        shift_size=window // 2 if options["use_shift"] and not is_single and block % 2 == 1 else 0,
         qkv_bias=options["qkv_bias"],
         qk_scale=None if scale is None or scale is False else float(scale),
         proj_drop=options["drop_rate"],

@@ -13,7 +13,7 @@ import torch
 from torch import distributed as dist
 
 from ..focal_transformer import FocalAttention, FocalTransformer
-from . import triton  # before cpu, since `auto` takes the last that can run: on the CPU not the interpreter
+from . import triton  # first, since `auto` takes the last that can run: on a CPU not the interpreter
 
 # isort: split
 from . import cpu
