@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from openmmlab.runner import read_config, run_command
+from utils import path_argument
 
 if TYPE_CHECKING:
     from mmengine.config import Config, ConfigDict
@@ -112,16 +113,19 @@ def main(task: Task, description: str, argv: Sequence[str] | None = None) -> int
     """Print the table, or write it to a file; returns 2 after a mistake of the user."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
-        "configs", nargs="*", type=Path, help=f"config files (those of {task.configs.parent.name}/configs)"
+        "configs",
+        nargs="*",
+        type=path_argument,
+        help=f"config files (those of {task.configs.parent.name}/configs)",
     )
-    parser.add_argument("--out", type=Path, help="Markdown file to write instead of printing")
+    parser.add_argument("--out", type=path_argument, help="Markdown file to write instead of printing")
     args = parser.parse_args(argv)
 
     def print_table() -> None:
-        text = table(task, args.configs or sorted(task.configs.glob(task.pattern)))
+        text = table(task, [Path(path) for path in args.configs] or sorted(task.configs.glob(task.pattern)))
         text = f"{text}\n{versions(task.package)}\n"
         if args.out:
-            args.out.write_text(text, encoding="utf-8")
+            Path(args.out).write_text(text, encoding="utf-8")
         else:
             print(text)
 

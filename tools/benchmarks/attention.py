@@ -38,6 +38,7 @@ from models.focal_transformer import (
 )
 from models.ops.tables import merge_duplicates
 from tools.figures.attention import stage_maps
+from utils import path_argument
 
 from . import common
 from .common import DTYPES, Cell, Spread, Timer
@@ -371,7 +372,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = common.new_parser("Time and check the attention operator alone.", "attention")
     default = common.REPO / "configs" / "focal_tiny_patch4_window7_224.yaml"
-    parser.add_argument("--cfg", type=Path, default=default, help="configuration (default: Focal-T)")
+    parser.add_argument("--cfg", type=path_argument, default=default, help="configuration (default: Focal-T)")
     parser.add_argument("--sizes", type=common.positive, nargs="+", default=[224], help="resolutions, pixels")
     parser.add_argument("--batch-size", type=common.positive, default=8)
     parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=["fp32"])
@@ -385,7 +386,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def measure(args: argparse.Namespace) -> int:
     """Measure and publish; 1 if a result is wrong."""
     facts, rows = common.describe_run(args.device), []
-    facts["Configuration"] = f"{args.cfg.stem}, batch {args.batch_size}"
+    facts["Configuration"] = f"{Path(args.cfg).stem}, batch {args.batch_size}"
     if args.settings:
         require_kernels(args.device)
         columns, note = SETTING_COLUMNS, "Ratios compare with the settings in force."

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 
-from utils import pick_device, synchronize
+from utils import path_argument, pick_device, synchronize
 
 logger = logging.getLogger("benchmarks")
 
@@ -132,7 +132,9 @@ def new_parser(description: str, name: str) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=positive, help="of PyTorch on the CPU")
     parser.add_argument("--rounds", type=positive, help=f"alternating rounds (default: {ROUNDS})")
     parser.add_argument("--name", default=name, help=f"of the result files ({name})")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write <date>_<name>.md and .csv there")
+    parser.add_argument(
+        "--out", type=path_argument, metavar="FOLDER", help="write <date>_<name>.md and .csv there"
+    )
     return parser
 
 
@@ -235,10 +237,10 @@ def markdown_report(title: str, facts: dict[str, str], notes: Sequence[str], tab
     )
 
 
-def result_path(folder: Path, ending: str) -> Path:
+def result_path(folder: str | Path, ending: str) -> Path:
     """<folder>/<date>_<ending>, such as today's speed.md; makes the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{datetime.now():%Y-%m-%d}_{ending}"
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return Path(folder) / f"{datetime.now():%Y-%m-%d}_{ending}"
 
 
 def csv_text(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:

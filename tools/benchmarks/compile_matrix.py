@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from models import FocalTransformer
 from models.focal_transformer import FocalAttention
 from models.registry import VARIANTS
+from utils import path_argument
 
 from . import common
 from .common import DTYPES
@@ -205,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--architectures", nargs="+", choices=CARDS, default=list(CARDS))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write a dated .md and .csv here")
+    parser.add_argument("--out", type=path_argument, metavar="FOLDER", help="write a dated .md and .csv here")
     parser.add_argument("--name", default="compile", help="of the files")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")

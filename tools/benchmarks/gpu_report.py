@@ -27,12 +27,12 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, TimeoutE
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from tools.figures.drawing import blank_figure
+from utils import path_argument
 
 from . import attention, common, entries, gpu_checks, models
 from .entries import OURS, Entry
@@ -277,7 +277,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=12.0, help="that it may take (default: 12)")
     parser.add_argument("--device", default="", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     parser.add_argument("--quick", action="store_true", help="tiny models, to try the report itself")
-    parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder (default: tools/results)")
+    parser.add_argument(
+        "--out", type=path_argument, default=common.RESULTS, help="folder (default: tools/results)"
+    )
     parser.set_defaults(threads=None, rounds=None)
     return common.run_command(parser.parse_args(argv), measure)
 

@@ -35,6 +35,7 @@ import psutil
 import torch
 
 from tools.benchmarks import common
+from utils import path_argument
 
 from .run import SAVE_EVERY, FaultError, TrainingRun, compare, make_data
 
@@ -228,7 +229,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS), help="(all)")
     parser.add_argument("--processes", nargs="+", type=common.positive, default=[1, 2], help="(1 2)")
     parser.add_argument("--times", type=common.positive, default=3, help="hits of each run (3)")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the table, such as tools/results")
+    parser.add_argument(
+        "--out", type=path_argument, metavar="FOLDER", help="for the table, such as tools/results"
+    )
     return parser.parse_args(argv)
 
 

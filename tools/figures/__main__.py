@@ -19,6 +19,7 @@ from PIL import Image
 from config import load_config
 from models import build_model
 from tools.benchmarks.common import REPO, RESULTS
+from utils import path_argument
 
 from . import attention, drawing
 
@@ -97,7 +98,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("kinds", nargs="*", metavar="NAME", help=f"of {', '.join(KINDS)} (all)")
-    parser.add_argument("--out", type=Path, default=REPO / "figures", metavar="DIR", help="folder (figures)")
+    parser.add_argument(
+        "--out", type=path_argument, default=REPO / "figures", metavar="DIR", help="folder (figures)"
+    )
     args = parser.parse_args(argv)
     if unknown := set(args.kinds) - set(KINDS):
         parser.error(f"unknown picture {', '.join(sorted(unknown))}: choose from {', '.join(KINDS)}")
@@ -109,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
         for name in args.kinds or KINDS:
-            drawing.save(KINDS[name](), args.out / f"{name}.png")
+            drawing.save(KINDS[name](), Path(args.out, f"{name}.png"))
     except FileNotFoundError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
