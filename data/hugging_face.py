@@ -109,7 +109,7 @@ def _load(source: str) -> dict[str, Any]:
         import datasets
     except ImportError as error:
         raise ImportError(
-            f"DATA.DATASET hf: expected the library datasets, got: {error}; pip install datasets"
+            f"DATA.DATASET hf: expected the library datasets, got: {error}; pip install 'datasets>=4'"
         ) from error
     path = Path(source)
     saved = {state.parent.name: state.parent for state in path.glob("*/state.json")}  # of save_to_disk

@@ -79,12 +79,6 @@ class TrainSampler(Sampler[SampleKey]):
         for index in self._batches(epoch, self.samples_seen, self.rank).flatten().tolist():
             yield epoch, index
 
-    def batch_indices(self, epoch: int, step: int) -> list[list[int]]:
-        """The images of every process in a step, for messages."""
-        resumed = epoch == self.epoch and step >= self.start_step
-        seen, first = (self.samples_seen, self.start_step) if resumed else (0, 0)
-        return [self._batches(epoch, seen, rank)[step - first].tolist() for rank in range(self.world_size)]
-
     def _batches(self, epoch: int, samples_seen: int, rank: int) -> torch.Tensor:
         """The indices of a process from a position on, [steps, batch size]."""
         order = self._permutation(self.num_images, epoch)[samples_seen:]
