@@ -64,10 +64,18 @@ def is_image_name(name: str) -> bool:
 
 def log_left_out(folder: Path | str, names: Iterable[str]) -> None:
     """Say how many files of a folder are left out because `is_image_name` does not take them for images."""
-    kinds = Counter(Path(name).suffix or "no ending" for name in names if not name.startswith("."))
-    if kinds:
-        counts = ", ".join(f"{count} with {kind}" for kind, count in kinds.most_common())
-        logger.warning(f"{folder}: {kinds.total()} files are not taken for images and left out: {counts}")
+    endings = Counter(Path(name).suffix or "no ending" for name in names if not name.startswith("."))
+    log_left_out_endings(folder, endings)
+
+
+def log_left_out_endings(folder: Path | str, endings: Counter[str], most: int = 9) -> None:
+    """The same with the number of files by ending, of which the ``most`` frequent are named."""
+    if endings:
+        counts = ", ".join(f"{count} with {ending}" for ending, count in endings.most_common(most))
+        more = " and others" if len(endings) > most else ""
+        logger.warning(
+            f"{folder}: {endings.total()} files are not taken for images and left out: {counts}{more}"
+        )
 
 
 def decode_rgb(encoded: bytes, name: str, upright: bool = False) -> Image.Image:
@@ -196,10 +204,8 @@ def _to_8_bits(gray: np.ndarray) -> np.ndarray:
     White is 65535 for integers. For floating point numbers, where no standard says what it is, it is the
     smallest of 1, 255 and 65535 that no value exceeds. Where values exceed 65535, the largest is white.
     """
-    if gray.dtype.kind != "f" and gray.max() < 2**16:
+    largest = gray.max(where=np.isfinite(gray), initial=0)
+    if gray.dtype.kind != "f" and largest < 2**16:
         return (gray.clip(0) >> 8).astype(np.uint8)
-    values = np.nan_to_num(gray.astype(np.float64), posinf=0).clip(0)
-    largest = values.max()
-    scales = _FULL_SCALES if gray.dtype.kind == "f" else ()
-    white = next((scale for scale in scales if largest <= scale), largest)
-    return (values * (255 / white)).astype(np.uint8)
+    white = next((scale for scale in _FULL_SCALES if largest <= scale), largest)
+    return (np.nan_to_num(gray.clip(0, white)) / white * 255).round().astype(np.uint8)

@@ -2,6 +2,7 @@
 
 The files of a sample share a key, which is the path up to the first dot of the file's name: an image
 (`key.jpg`, `.jpeg`, `.png` or `.webp`) and its label, as a number in `key.cls` or as `label` in `key.json`.
+Other files of a sample, such as `key.txt` or `key.mask.png`, are left out.
 
 The shards are indexed once, and images are read by their position in the file. The index is kept in a file
 until a shard changes.
@@ -14,18 +15,19 @@ import json
 import logging
 import os
 import re
-import socket
 import tarfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
-from data.images import UndecodableImageError
+from data.images import UndecodableImageError, log_left_out_endings
 from data.source import SPLITS, StringTable, check_size, some
 
 logger = logging.getLogger(__name__)
@@ -34,9 +36,13 @@ IMAGES = ("jpg", "jpeg", "png", "webp")
 _LABELS = ("cls", "json")
 _BLOCK = 512  # bytes; everything in a tar file begins at a multiple
 _THREADS = 8  # shards indexed at a time; on network disks most of it is waiting
+_PATIENCE = 300.0  # seconds to wait for another process that indexes
+Row = tuple[str, int, int, int]
+"""Name, offset, size and label of an image."""
 Index = dict[str, np.ndarray]
 """names: of the images, as bytes separated by NUL; members: [images, 3] number of the shard, offset, size;
-labels: [images]; shards: name, size and time of each shard, as JSON."""
+labels: [images]; left_out: number of other files by ending, as JSON; shards: name, size and time of each
+shard, as JSON."""
 
 
 class ShardSource:
@@ -100,13 +106,16 @@ def open_shards(root: Path, split: str, spare: Path) -> ShardSource:
     facts, folder = json.dumps(stats), shards[0].parent.resolve()
     name = f"index_{split}.npz"
     files = [folder / name, spare / f"{zlib.crc32(os.fsencode(folder)):08x}_{name}"]
-    for file in files:
-        if (index := _load_index(file, facts)) is not None:
-            return ShardSource(shards, index)
-    logger.info(f"indexing {len(shards)} shards of {root}; the index is kept for the next time")
-    index = _make_index(shards) | {"shards": np.array(facts)}
-    if not any(_save_index(file, index) for file in files):
-        logger.warning(f"the index of {root} can be written neither to {files[0]} nor to {files[1]}")
+    index = _load_index(files, facts)
+    if index is None:
+        logger.info(f"indexing {len(shards)} shards of {root}, or waiting for the process that does")
+        with _lock(files):
+            index = _load_index(files, facts)
+            if index is None:
+                index = _make_index(shards) | {"shards": np.array(facts)}
+                if not any(_save_index(file, index) for file in files):
+                    logger.warning(f"the index of {root} can be kept neither in {files[0]} nor in {files[1]}")
+    log_left_out_endings(shards[0].parent, Counter(json.loads(str(index["left_out"]))))
     return ShardSource(shards, index)
 
 
@@ -127,7 +136,9 @@ def _find_shards(root: Path, split: str) -> list[Path]:
 
 def _make_index(shards: list[Path]) -> Index:
     with ThreadPoolExecutor(_THREADS) as pool:
-        parts = list(pool.map(lambda shard: list(_read_shard(shard)), shards))
+        results = list(pool.map(_read_shard, shards))
+    parts = [rows for rows, _ in results]
+    left_out = sum((counts for _, counts in results), Counter())
     _check_copies(shards, parts)
     rows = list(itertools.chain.from_iterable(parts))
     if not rows:
@@ -140,17 +151,20 @@ def _make_index(shards: list[Path]) -> Index:
         ),
         "members": np.column_stack([numbers, positions]),
         "labels": np.array([row[3] for row in rows], dtype=np.int64),
+        "left_out": np.array(json.dumps(left_out)),
     }
 
 
-def _read_shard(path: Path) -> Iterator[tuple[str, int, int, int]]:
-    """Name, offset, size and label of every image of a shard.
+def _read_shard(path: Path) -> tuple[list[Row], Counter[str]]:
+    """The images of a shard, and how many of its files are neither image nor label, by ending.
 
     Raises:
         ValueError: the message names the shard, and the member if it is one's fault.
     """
     images: dict[str, tarfile.TarInfo] = {}
     labels: dict[str, dict[str, bytes]] = {}
+    further: dict[str, str] = {}  # by key, an image with more in its ending, such as .mask.png
+    left_out: Counter[str] = Counter()
     for member, content in _members(path):
         folder, slash, file = member.name.rpartition("/")
         stem, _, kind = file.lower().partition(".")
@@ -166,14 +180,26 @@ def _read_shard(path: Path) -> Iterator[tuple[str, int, int, int]]:
             images[key] = member
         elif kind in _LABELS:
             labels.setdefault(key, {})[kind] = content
+        else:
+            left_out[f".{kind}" if kind else "no ending"] += 1
+            if kind.endswith(tuple(f".{ending}" for ending in IMAGES)):
+                further[key] = member.name
+    if lost := sorted(set(further) - set(images)):
+        raise ValueError(
+            f"{path}@/{further[lost[0]]}: expected an image named after the key of its sample, which ends at "
+            f"the first dot, got {further[lost[0]]!r} for the key {lost[0]!r}; write the shard again without "
+            "dots in the keys"
+        )
     if alone := sorted(set(labels) - set(images)):
         raise ValueError(
             f"{path}@/{alone[0]}: expected an image ({', '.join(IMAGES)}) beside the label, got none; write "
             "the shard again"
         )
+    rows: list[Row] = []
     for key, member in images.items():
         label = _read_label(labels.get(key, {}), f"{path}@/{member.name}")
-        yield member.name, member.offset_data, member.size, label
+        rows.append((member.name, member.offset_data, member.size, label))
+    return rows, left_out
 
 
 def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
@@ -214,7 +240,7 @@ def _read_label(files: dict[str, bytes], name: str) -> int:
     return label
 
 
-def _check_copies(shards: list[Path], parts: list[list[tuple[str, int, int, int]]]) -> None:
+def _check_copies(shards: list[Path], parts: list[list[Row]]) -> None:
     """Raise ValueError if a shard is there twice under different names."""
     seen: dict[int, Path] = {}
     for shard, part in zip(shards, parts, strict=True):
@@ -229,29 +255,45 @@ def _split_names(index: Index) -> list[str]:
     return index["names"].tobytes().decode("utf-8", "surrogateescape").split("\0")
 
 
-def _load_index(path: Path, facts: str) -> Index | None:
-    """The index in a file; None unless it is there, intact and of these shards."""
-    try:
-        with np.load(path) as file:
-            index = dict(file) if str(file["shards"]) == facts else None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-        return None
-    return (
-        index if index and len(_split_names(index)) == len(index["members"]) == len(index["labels"]) else None
-    )
+@contextlib.contextmanager
+def _lock(files: list[Path]) -> Iterator[None]:
+    """Inside, no other process indexes the same shards, if the folder of one of the files can be locked."""
+    with contextlib.ExitStack() as stack:
+        for file in files:
+            with contextlib.suppress(OSError, NotImplementedError):  # of filelock; its Timeout is an OSError
+                file.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(FileLock(file.with_name(f".{file.name}.lock"), timeout=_PATIENCE))
+                break
+        yield
+
+
+def _load_index(files: list[Path], facts: str) -> Index | None:
+    """The index in the first file where it is there, intact and of these shards; else None."""
+    for file in files:
+        try:
+            with np.load(file) as content:
+                index = dict(content)
+            if (
+                str(index["shards"]) == facts
+                and "left_out" in index
+                and len(_split_names(index)) == len(index["members"]) == len(index["labels"])
+            ):
+                return index
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+            continue
+    return None
 
 
 def _save_index(path: Path, index: Index) -> bool:
-    """Write an index, whole or not at all; whether that worked. Other processes may do the same."""
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    """Write an index, whole or not at all; whether that worked."""
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             np.savez(file, **index)
         os.replace(temporary, path)
     except OSError:
-        return False
-    finally:
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            temporary.unlink()
+        return False
     return True

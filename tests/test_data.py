@@ -368,15 +368,6 @@ def test_another_number_of_processes_continues_with_the_unseen_images() -> None:
     assert len(orders) == 2, "shards change with the number of processes"
 
 
-@pytest.mark.parametrize("kind", [TrainSampler, ShardSampler])
-def test_the_images_of_a_step_can_be_named(kind: type[TrainSampler]) -> None:
-    samplers = [kind(50, 4, rank, 2, seed=0) for rank in (0, 1)]
-    whole = [indices(sampler, 3) for sampler in samplers]
-    samplers[0].resume_at(3, 16)
-    for step in (0, 2, 4):
-        assert samplers[0].batch_indices(3, step) == [part[4 * step : 4 * step + 4] for part in whole]
-
-
 @pytest.mark.parametrize(("images", "world"), [(1, 3), (7, 2), (9, 8), (24, 1)])
 def test_evaluation_counts_every_image_once(images: int, world: int) -> None:
     samplers = [EvalSampler(images, rank, world) for rank in range(world)]

@@ -1,5 +1,6 @@
 """Every source of images gives what class folders give, bit for bit, and names what is wrong with it."""
 
+import errno
 import importlib.util
 import io
 import json
@@ -8,10 +9,13 @@ import pickle
 import shutil
 import sys
 import tarfile
+import time
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import filelock
 import pytest
 import torch
 from test_data import (
@@ -331,6 +335,15 @@ WHOLE = shard_of(IMAGE, LABEL)
         ([shard_of(IMAGE, LABEL, LABEL)], ("a/0.cls: expected one image and one label",)),
         ([shard_of(IMAGE, LABEL, ("a/0.png", b""))], ("a/0.png: expected one image and one label",)),
         (
+            [shard_of(("b.v2.jpg", b""), ("b.v2.cls", b"1"))],
+            ("@/b.v2.jpg: expected an image named", "key 'b'"),
+        ),
+        ([shard_of(("c/1.5m.PNG", b""), ("c/1.cls", b"1"))], ("@/c/1.5m.PNG: expected", "the key 'c/1'")),
+        (
+            [shard_of(IMAGE, LABEL, ("d.jpg.jpg", b""))],
+            ("@/d.jpg.jpg: expected an image named after the key",),
+        ),
+        (
             [WHOLE, shard_of(("b.png", b""), ("b.cls", b"0")), WHOLE],
             ("2.tar: expected another content than", "0.tar"),
         ),
@@ -346,6 +359,63 @@ def test_a_key_may_come_back_in_another_shard(tmp_path: Path) -> None:
     open_shard(tmp_path, WHOLE, shard_of(("a/0.jpg", b"another"), LABEL))
 
 
+def test_what_a_sample_has_besides_is_counted_at_every_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    more = (("a/0.mask.png", b""), ("a/0.txt", b""), ("a/1.txt", b""), ("a/README", b""), ("a/._0.jpg", b""))
+    (tmp_path / "train-0.tar").write_bytes(shard_of(IMAGE, LABEL, *more))
+    for _ in range(2):
+        caplog.clear()
+        assert len(open_shards(tmp_path, "train", tmp_path)) == 1
+        assert (
+            f"{tmp_path}: 4 files are not taken for images and left out: 2 with .txt, 1 with" in caplog.text
+        )
+        assert "1 with .mask.png" in caplog.text and "1 with no ending" in caplog.text
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The tar files that are opened from now on; each takes a moment."""
+    files: list[object] = []
+    open_tar = tarfile.open
+
+    def count_and_open(*args: object, **options: object) -> tarfile.TarFile:
+        files.extend(args[:1])
+        time.sleep(0.05)
+        return open_tar(*args, **options)
+
+    monkeypatch.setattr(tarfile, "open", count_and_open)
+    return files
+
+
+@pytest.mark.parametrize("can_write", [True, False])
+def test_one_of_the_processes_that_start_together_indexes(
+    can_write: bool, tmp_path: Path, opened: list[object]
+) -> None:
+    (tmp_path / "train-0.tar").write_bytes(WHOLE)
+    if not can_write:
+        (tmp_path / ".index_train.npz.lock").mkdir()
+        (tmp_path / "index_train.npz").mkdir()
+    with ThreadPoolExecutor() as pool:
+        starts = [pool.submit(open_shards, tmp_path, "train", tmp_path / "spare") for _ in range(4)]
+    assert [start.result().labels.tolist() for start in starts] == [[1]] * 4
+    assert len(opened) == 1
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOLCK, "no locks"), NotImplementedError(), filelock.Timeout("")]
+)
+def test_without_locks_every_process_indexes(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    open_shard(tmp_path, WHOLE)
+    assert (tmp_path / "train" / "index_train.npz").is_file()
+
+
 def test_missing_shards(tmp_path: Path) -> None:
     (tmp_path / "train-0.tar.gz").touch()
     (tmp_path / "interval-0.tar").touch()
@@ -357,26 +427,19 @@ def test_missing_shards(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("can_write", [True, False])
 def test_the_index_is_kept_until_a_shard_changes(
-    can_write: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    can_write: bool, tmp_path: Path, opened: list[object]
 ) -> None:
     shard, spare = tmp_path / "train-0.tar", tmp_path / "output" / "spare"
     beside = tmp_path / "index_train.npz"
     if not can_write:
         beside.mkdir()
     shard.write_bytes(shard_of(IMAGE, LABEL))
-    opened: list[object] = []
-    open_tar = tarfile.open
-
-    def count_and_open(*args: object, **options: object) -> tarfile.TarFile:
-        opened.extend(args[:1])
-        return open_tar(*args, **options)
-
-    monkeypatch.setattr(tarfile, "open", count_and_open)
+    beside.with_name(".index_train.npz.tmp").write_bytes(b"of a process that was killed")
     for _ in range(2):
         source = open_shards(tmp_path, "train", spare)
         assert (len(opened), len(source), source.labels.tolist()) == (1, 1, [1])
         assert source.read(0) == IMAGE[1]
-    kept = [beside] if can_write else list(spare.iterdir())
+    kept = [beside] if can_write else list(spare.glob("*.npz"))
     assert len(kept) == 1 and kept[0].is_file()
     before = shard.stat()
     shard.write_bytes(shard_of(IMAGE, ("a/0.cls", b"2")))
@@ -386,7 +449,7 @@ def test_the_index_is_kept_until_a_shard_changes(
         kept[0].write_bytes(damaged)
         assert open_shards(tmp_path, "train", spare).labels.tolist() == [2]
     assert len(opened) == 4
-    assert not list(tmp_path.rglob(".index*")), "temporary files"
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_a_shard_cut_later_is_a_damaged_image(
@@ -479,5 +542,5 @@ def test_damaged_parquet_and_a_single_file(plain: Path, tmp_path: Path) -> None:
 
 def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with raises(ImportError, "DATA.DATASET hf: expected the library datasets", "pip install datasets"):
+    with raises(ImportError, "DATA.DATASET hf: expected the library datasets", "pip install 'datasets>=4'"):
         hf_loaders(tmp_path)
