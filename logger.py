@@ -1,5 +1,6 @@
 """Console, one log file per rank, metrics.jsonl, TensorBoard and Weights & Biases."""
 
+import contextlib
 import errno
 import json
 import logging
@@ -135,12 +136,17 @@ class WeightsAndBiases:
         import wandb
 
         logging.getLogger("wandb").propagate = False  # it has a log of its own
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "10")  # seconds: a stopped job is killed soon
         path = output / self.ID_NAME
         old_id = path.read_text(encoding="utf-8").strip() if continues and path.is_file() else None
         self.run = wandb.init(dir=output, id=old_id or None, resume="allow", **options)
-        path.write_text(self.run.id, encoding="utf-8")
-        for kind in ("train", "epoch"):
-            self.run.define_metric(f"{kind}/*", step_metric=f"{kind}/position")
+        try:
+            path.write_text(self.run.id, encoding="utf-8")
+            for kind in ("train", "epoch"):
+                self.run.define_metric(f"{kind}/*", step_metric=f"{kind}/position")
+        except Exception:
+            self.close()
+            raise
 
     def add(self, kind: str, position: int, values: dict[str, float | int]) -> None:
         named = {f"{kind}/{name}": value for name, value in values.items()}
@@ -221,6 +227,8 @@ class Metrics:
             except Exception as error:  # a failure of its own must not stop training
                 self.mirrors.remove(mirror)
                 logger.warning(f"{mirror.name} records no more: {error}")
+                with contextlib.suppress(Exception):
+                    mirror.close()
 
     def flush(self) -> int:
         """Write all records; returns the length of the file with all of them, in bytes."""

@@ -51,7 +51,8 @@ def records(folder: Path) -> list[dict[str, float]]:
 
 def run_ids(folder: Path) -> list[str]:
     """Of the runs that the library wrote, one entry for each time it was started."""
-    return [path.name.split("-")[-1] for path in sorted((folder / "wandb").glob("offline-run-*"))]
+    folders = sorted((folder / "wandb").glob("offline-run-*"), key=lambda path: path.stat().st_mtime_ns)
+    return [path.name.split("-")[-1] for path in folders]
 
 
 def test_a_resumed_run_continues_in_its_run(
@@ -83,6 +84,21 @@ def test_a_failure_ends_nothing_and_a_killed_run_continues(tmp_path: Path) -> No
         metrics.close()
     killed, continued, new = run_ids(tmp_path)
     assert killed == continued != new == (tmp_path / WeightsAndBiases.ID_NAME).read_text()
+
+
+def test_no_run_stays_open(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither if its id cannot be written, nor if recording fails later."""
+    (tmp_path / WeightsAndBiases.ID_NAME).mkdir()
+    metrics = Metrics(tmp_path)
+    metrics.start_wandb(False, project="tests")
+    assert wandb.run is None and "Weights & Biases records nothing" in caplog.text
+    (tmp_path / WeightsAndBiases.ID_NAME).rmdir()
+    metrics.start_wandb(False, project="tests")
+    assert wandb.run.settings.finish_timeout == 10, "seconds that the end of a stopped run may take"
+    metrics.mirrors[-1].run.log = None
+    metrics.write("train", 0, loss=1.0)
+    assert wandb.run is None and "Weights & Biases records no more" in caplog.text
+    metrics.close()
 
 
 def test_without_login_nothing_is_recorded_there(
