@@ -49,6 +49,7 @@ OPTIONAL_HOMES = {  # package -> the files that may import it
     "apex": ("optimizer.py",),
     "datasets": ("data/hugging_face.py", "tools/benchmarks/*"),
     "wandb": ("logger.py",),
+    "transformers": ("tools/benchmarks/release_table.py",),
     "sklearn": ("data/demo.py", "tools/figures/*"),
     "cv2": ("data/*", "classification/*", "detection/*", "tools/*"),
     "matplotlib": ("tools/*", "classification/*"),

@@ -91,10 +91,11 @@ class Timer:
     ) -> None:
         self.action, self.device, self.peak_mib = action, device, None
         others = torch.cuda.memory_allocated(device) - held if device.type == "cuda" else 0
-        seconds_of(action, warm_up, device)
+        single = seconds_of(action, warm_up, device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        single = seconds_of(action, 1, device)
+        if device.type == "cuda" or single < seconds:  # a slower action is called once a round in any case
+            single = seconds_of(action, 1, device)
         if device.type == "cuda":
             self.peak_mib = (torch.cuda.max_memory_allocated(device) - others) / 2**20
         self.calls = max(1, min(MAX_CALLS, round(seconds / max(single, 1e-9))))
@@ -177,7 +178,7 @@ def describe_run(device: torch.device) -> dict[str, str]:
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     cpu = names[0] if names else platform.machine()
     cpu += f", {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
-    versions = [f"{name} {_version(name)}" for name in ("torch", "torchvision", "timm", "triton")]
+    versions = [f"{name} {version(name)}" for name in ("torch", "torchvision", "timm", "triton")]
     versions += [f"CUDA {torch.version.cuda}"] if device.type == "cuda" else []
     changes = git("status", "--porcelain", "--", "*.py", "configs")
     return {
@@ -190,7 +191,8 @@ def describe_run(device: torch.device) -> dict[str, str]:
     }
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """Of an installed package; "missing" where it is not."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -7,6 +7,7 @@ measured at where its library allows it.
 import importlib.util
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -36,6 +37,7 @@ FAMILIES: dict[str, dict[str, str]] = {  # family -> size -> configuration, or m
     "pvt_v2": {"tiny": "pvt_v2_b2", "small": "pvt_v2_b3", "base": "pvt_v2_b5"},
     "davit": {size: f"davit_{size}" for size in SIZES},
 }
+BUILDERS: dict[str, Callable[..., nn.Module]] = {}  # models of other sources by name; options are timm's
 OURS = ("focal", "useconv", "focalv2")
 
 
@@ -104,6 +106,8 @@ def build(entry: Entry, resolution: int) -> nn.Module:
         opts = ["MODEL.NUM_CLASSES", CLASSES, "MODEL.DROP_PATH_RATE", DROP_PATH]
         opts += ["DATA.IMG_SIZE", resolution, "MODEL.ATTENTION_BACKEND", entry.backend]
         return build_model(load_config(path, opts))
+    if entry.name in BUILDERS:
+        return BUILDERS[entry.name](**options)
     try:
         return timm.create_model(entry.name, **options)
     except TypeError as error:  # convolutional networks have no such option

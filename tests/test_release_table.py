@@ -1,0 +1,141 @@
+"""tools/benchmarks/release_table: ViL is ViL, and every model of the release has its row."""
+
+import csv
+import os
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import Tensor
+
+from tools.benchmarks import entries, release_table, vil
+from tools.release_numbers import SPEEDS
+
+# --- ViL ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "resolution", "params_m", "macs_g"),
+    [  # as its authors report them
+        ("vil_small", 224, 24.6, 5.12),
+        ("vil_medium", 224, 39.7, 9.1),
+        ("vil_base", 384, 55.7, 45.3),  # chunks of 7 do not divide its maps
+    ],
+)
+def test_counts_of_vil(model: str, resolution: int, params_m: float, macs_g: float) -> None:
+    entry = entries.Entry(model, model, "")
+    assert entries.multiply_adds(entry, resolution) / 1e9 == pytest.approx(macs_g, rel=0.01)
+    with torch.device("meta"):
+        built = entries.build(entry, 224)
+    assert sum(p.numel() for p in built.parameters()) / 1e6 == pytest.approx(params_m, rel=0.005)
+
+
+@pytest.mark.parametrize(("model", "macs_g"), [("vil_small", 4.86), ("vil_medium", 8.7), ("vil_base", 13.4)])
+def test_multiply_adds_of_vil_without_zeros_beyond_the_map(model: str, macs_g: float) -> None:
+    """As its paper has them, within 5 %."""
+    entry = entries.Entry(model, model, "")
+    macs = entries.multiply_adds(entry, 224)
+    for module in entries.build(entry, 224).modules():
+        if isinstance(module, vil.SlidingAttention):
+            hidden = int((~module.visible).sum()) * vil.SIDE**2  # pairs of a query and a zero
+            macs -= 2 * hidden * module.qkv.in_features
+    assert macs / 1e9 == pytest.approx(macs_g, rel=0.05)
+
+
+@pytest.mark.parametrize(("size", "global_tokens"), [((6, 8), 1), ((5, 3), 2), ((4, 4), 0)])
+def test_sliding_attention_is_masked_attention(size: tuple[int, int], global_tokens: int) -> None:
+    """Maps that chunks of 2 x 2 divide, and that they do not."""
+    torch.manual_seed(0)
+    attention = vil.SlidingAttention(8, 2, size, side=2)
+    plain = vil.Attention(8, 2, qkv_bias=True)
+    plain.load_state_dict(attention.state_dict())
+    x = torch.randn(3, global_tokens + size[0] * size[1], 8, requires_grad=True)
+    torch.testing.assert_close(attention(x), masked(plain, x, size, global_tokens))
+    weights = torch.randn_like(x)
+    found, expected = (
+        torch.autograd.grad((out * weights).sum(), x)[0]
+        for out in (attention(x), masked(plain, x, size, global_tokens))
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def masked(attention: vil.Attention, x: Tensor, size: tuple[int, int], global_tokens: int) -> Tensor:
+    """Attention over all pairs of tokens, without those whose chunks are no neighbours."""
+    row, column = torch.meshgrid(torch.arange(size[0]) // 2, torch.arange(size[1]) // 2, indexing="ij")
+    chunk = torch.stack([row, column], dim=-1).flatten(0, 1)
+    visible = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool)
+    visible[global_tokens:, global_tokens:] = (chunk[:, None] - chunk).abs().amax(-1) <= 1
+    q, k, v = attention.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+    scores = (q @ k.transpose(-2, -1) / 2).masked_fill(~visible, float("-inf"))
+    return attention.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+# --- The table ----------------------------------------------------------------------------------------------
+
+
+def test_every_row_of_the_release_can_be_built() -> None:
+    assert set(release_table.MODELS) == {speed.model for speed in SPEEDS}
+    for model in release_table.MODELS.values():
+        assert model.name in entries.BUILDERS or entries.config_file(model.name) or timm.is_model(model.name)
+
+
+@pytest.mark.parametrize("label", ["PVT-Small", "CvT-13"])
+def test_counts_of_models_of_transformers(label: str) -> None:
+    pytest.importorskip("transformers")
+    entry = entries.Entry(label, release_table.MODELS[label].name, "tiny")
+    with torch.device("meta"):
+        built = entries.build(entry, 224)
+    params = sum(parameter.numel() for parameter in built.parameters())
+    assert params / 1e6 == pytest.approx(release_table.MODELS[label].params_m, rel=0.005)
+    macs = entries.multiply_adds(entry, 224)
+    assert macs / 1e9 == pytest.approx(release_table.REPORTED[label].flops_g, rel=0.05)
+
+
+def test_the_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of two models, one of which refuses the second resolution."""
+    monkeypatch.setattr(
+        release_table, "in_own_process", lambda _, __, ___, *job: release_table.models.run_group(*job)
+    )
+    words = [
+        "--models",
+        "ViL-Small",
+        "Swin-Tiny",
+        "--sizes",
+        "32",
+        "40",
+        "--batch-size",
+        "1",
+        "--rounds",
+        "2",
+    ]
+    assert release_table.main([*words, "--device", "cpu", "--out", str(tmp_path)]) == 0
+    paths = {path.suffix: path for path in tmp_path.iterdir()}
+    assert set(paths) == {".md", ".csv", ".png"}
+    with paths[".csv"].open() as file:
+        rows = {(row["model"], row["resolution"]): row for row in csv.DictReader(file)}
+    assert set(rows) == {(model, size) for model in ("ViL-Small", "Swin-Tiny") for size in ("32", "40")}
+    for (model, size), row in rows.items():
+        if (model, size) == ("ViL-Small", "40"):
+            assert "multiple of 32" in row["note"] and not row["img/s"]
+        else:
+            assert row["note"] == "" and float(row["img/s"]) > 0 and row["rounds"] == "2"
+        assert model != "Swin-Tiny" or float(row["vs swin"]) == 1
+    lines = [line for line in paths[".md"].read_text().splitlines() if line.startswith(("| ViL", "| Swin"))]
+    assert len(lines) == 2 and "multiple of 32" in lines[0] and "multiple of 32" not in lines[1]
+
+
+def test_reported_ratios() -> None:
+    assert release_table.reported_ratio("Focal-Tiny", 224) == 319 / 760
+    assert release_table.reported_ratio("ViL-Base", 896) == 5 / 17
+    assert release_table.reported_ratio("Focal-fast-Tiny, conv", 448) is None
+    assert release_table.reported_ratio("Focal-Tiny", 64) is None
+
+
+def test_a_process_that_dies_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = release_table.in_own_process
+    monkeypatch.setattr(release_table, "in_own_process", lambda *_: start(os._exit, 1))
+    args = release_table.parse(["--models", "Swin-Tiny", "--rounds", "1"])
+    args.device = torch.device("cpu")
+    (row,) = release_table.run_group(args, "tiny", 224, deadline=0.0)
+    assert row.note == release_table.PROCESS_ENDED and not row.seconds

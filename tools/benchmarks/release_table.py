@@ -1,0 +1,327 @@
+"""Measures the release's table of throughput again, side by side on one machine.
+
+    python -m tools.benchmarks.release_table --minutes 25
+    python -m tools.benchmarks.release_table --device cuda
+
+All 17 rows of the table, with Focal-fast beside them, at 224, 448 and 896 pixels: inference, float32 on a CPU
+and bfloat16 on CUDA. The models of a size are timed at a resolution in alternating rounds, in a process of
+their own that cannot take more memory than is free; where it runs out, the batch is halved for all of them.
+A model that cannot run has the reason in its row. The table shows each ratio to Swin beside the release's.
+Parameters and multiply-adds are those at the smallest resolution measured.
+
+DeiT, ViT and Swin are timm's, ViL is in vil.py, PVT and CvT are those of transformers, which
+`pip install -r tools/benchmarks/requirements.txt` installs. Writes <date>_<name>.md, .csv and .png.
+"""
+
+import argparse
+import logging
+import math
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from itertools import product
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from tools.figures.drawing import blank_figure
+from tools.release_numbers import CLASSIFIERS, SPEEDS
+
+from . import common, entries, models
+from .common import RESULTS
+from .entries import FAMILIES, SIZES, Entry
+from .models import Row, Setting
+from .vil import ViL
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+logger = logging.getLogger("benchmarks.release_table")
+
+Result = TypeVar("Result")
+
+RESOLUTIONS = (224, 448, 896)
+BATCH = {"cpu": 8, "cuda": 128}
+PRECISION = {"cpu": "fp32", "cuda": "bf16"}
+PROCESS_ENDED = "failed: the process ended, perhaps for lack of memory"
+COLUMNS = (
+    *("model", "size", "resolution", "precision", "batch", "rounds", "img/s", "vs swin"),
+    *(
+        "reported img/s",
+        "reported vs swin",
+        "params M",
+        "reported params M",
+        "GMACs",
+        "reported GMACs",
+        "note",
+    ),
+)
+
+
+# --- Models -------------------------------------------------------------------------------------------------
+
+
+class Logits(nn.Module):
+    """A classifier of transformers that returns its logits alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, classes]."""
+        return self.model(images).logits
+
+
+def from_transformers(family: str, num_classes: int, **options: object) -> nn.Module:
+    """A model of transformers with random weights.
+
+    Args:
+        family: Pvt or Cvt.
+        num_classes: of the classifier.
+        options: of its configuration.
+
+    Raises:
+        ImportError: transformers is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("pip install -r tools/benchmarks/requirements.txt") from error
+    config = getattr(transformers, f"{family}Config")(num_labels=num_classes, **options)
+    return Logits(getattr(transformers, f"{family}ForImageClassification")(config))
+
+
+def pvt(depths: list[int], img_size: int, num_classes: int, drop_path_rate: float) -> nn.Module:
+    """Pyramid Vision Transformer, version 1."""
+    options = {"image_size": img_size, "drop_path_rate": drop_path_rate, "depths": depths}
+    return from_transformers("Pvt", num_classes, **options)
+
+
+def cvt(depths: list[int], img_size: int, num_classes: int, drop_path_rate: float) -> nn.Module:
+    """Convolutional vision Transformer; its weights fit all sizes of images."""
+    return from_transformers("Cvt", num_classes, depth=depths, drop_path_rate=[0.0, 0.0, drop_path_rate])
+
+
+entries.BUILDERS |= {
+    "pvt_small": partial(pvt, [3, 4, 6, 3]),
+    "pvt_medium": partial(pvt, [3, 4, 18, 3]),
+    "pvt_large": partial(pvt, [3, 8, 27, 3]),
+    "cvt_13": partial(cvt, [1, 2, 10]),
+    "cvt_21": partial(cvt, [1, 4, 16]),
+    "vil_small": partial(ViL, (1, 2, 8, 1)),
+    "vil_medium": partial(ViL, (1, 4, 16, 1)),
+    "vil_base": partial(ViL, (1, 8, 24, 1)),
+}
+
+
+class Model(NamedTuple):
+    """How a row of the release is built; `params_m` are those that the model's own paper reports."""
+
+    size: str
+    name: str
+    params_m: float | None
+
+
+MODELS: dict[str, Model] = {
+    "DeiT-Small/16": Model("tiny", "deit_small_patch16_224", 22),
+    "PVT-Small": Model("tiny", "pvt_small", 24.5),
+    "CvT-13": Model("tiny", "cvt_13", 20),
+    "ViL-Small": Model("tiny", "vil_small", 24.6),
+    "Swin-Tiny": Model("tiny", FAMILIES["swin"]["tiny"], 29),
+    "PVT-Medium": Model("small", "pvt_medium", 44.2),
+    "CvT-21": Model("small", "cvt_21", 32),
+    "ViL-Medium": Model("small", "vil_medium", 39.7),
+    "Swin-Small": Model("small", FAMILIES["swin"]["small"], 50),
+    "ViT-Base/16": Model("base", "vit_base_patch16_224", 86),
+    "DeiT-Base/16": Model("base", "deit_base_patch16_224", 86),
+    "PVT-Large": Model("base", "pvt_large", 61.4),
+    "ViL-Base": Model("base", "vil_base", 55.7),
+    "Swin-Base": Model("base", FAMILIES["swin"]["base"], 88),
+}
+for size in SIZES:
+    for label, family in (("Focal-{}", "focal"), ("Focal-fast-{}, conv", "focalv2")):
+        name = FAMILIES[family][size]
+        (params_m,) = (classifier.params_m for classifier in CLASSIFIERS if classifier.config == name)
+        MODELS[label.format(size.capitalize())] = Model(size, name, params_m)
+REPORTED = {speed.model: speed for speed in SPEEDS}
+
+
+def reported_rate(model: str, resolution: int) -> int | None:
+    """Images per second in the release's table."""
+    return getattr(REPORTED[model], f"at_{resolution}", None)
+
+
+def reported_ratio(model: str, resolution: int) -> float | None:
+    """To Swin of the same size, in the release's table."""
+    ours = reported_rate(model, resolution)
+    swin = reported_rate(f"Swin-{MODELS[model].size.capitalize()}", resolution)
+    return ours / swin if ours and swin else None
+
+
+# --- Measuring ----------------------------------------------------------------------------------------------
+
+
+def in_own_process(action: Callable[..., Result], *args: object) -> Result:
+    """Call a function in a new process.
+
+    Raises:
+        BrokenProcessPool: it ended without an answer.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(action, *args).result()
+
+
+def limited_group(threads: int, device: torch.device, *args: object) -> list[Row]:
+    """`models.run_group` with so many threads; on a CPU, more memory than is free now is an error."""
+    import psutil
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_num_threads(threads)
+    if device.type == "cpu" and sys.platform == "linux":
+        import resource
+
+        free = psutil.virtual_memory().available
+        resource.setrlimit(resource.RLIMIT_DATA, (free, resource.RLIM_INFINITY))
+    return models.run_group(*args)
+
+
+def run_group(args: argparse.Namespace, size: str, resolution: int, deadline: float) -> list[Row]:
+    """Time the chosen models of a size at a resolution; above 224, batch and rounds are smaller."""
+    group = [Entry(label, MODELS[label].name, size) for label in args.models if MODELS[label].size == size]
+    scale = min(1.0, 224 / resolution)
+    setting = Setting(size, resolution, "infer", PRECISION[args.device.type], "eager")
+    batch = max(1, round((args.batch_size or BATCH[args.device.type]) * scale**2))
+    rounds = max(1, round(args.rounds * scale))
+    logger.info(f"{setting}, batch {batch}: {', '.join(entry.label for entry in group)}")
+    job = (setting, group, batch, rounds, args.device, deadline)
+    try:
+        return in_own_process(limited_group, torch.get_num_threads(), args.device, *job)
+    except BrokenProcessPool:
+        return [Row(entry, setting, batch, note=PROCESS_ENDED) for entry in group]
+
+
+# --- Results ------------------------------------------------------------------------------------------------
+
+
+def cells(row: Row) -> list[common.Cell]:
+    """By COLUMNS."""
+    model, resolution = row.entry.label, row.setting.resolution
+    speed = (row.batch, len(row.seconds), row.rate, row.ratio)
+    reported = (reported_rate(model, resolution), reported_ratio(model, resolution))
+    params, macs = row.params and row.params / 1e6, row.macs and row.macs / 1e9
+    counts = (params, MODELS[model].params_m, macs, REPORTED[model].flops_g)
+    return [model, row.entry.size, resolution, row.setting.precision, *speed, *reported, *counts, row.note]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A line per model, and for each resolution images per second, ratio to Swin, and that of the release."""
+    by_model: dict[str, dict[int, Row]] = {}
+    for row in rows:
+        by_model.setdefault(row.entry.label, {})[row.setting.resolution] = row
+    resolutions = sorted({row.setting.resolution for row in rows})
+    columns = ["Model", "params M", "reported", "GMACs", "reported"]
+    for resolution in resolutions:
+        columns += [f"img/s at {resolution}", "vs Swin", "release"]
+    lines = []
+    for model in (label for label in REPORTED if label in by_model):
+        measured = by_model[model]
+        _, params, reported_params, macs, reported_macs, _ = cells(measured[min(measured)])[-6:]
+        line = [model, params, reported_params, macs, reported_macs]
+        for resolution in resolutions:
+            row = measured.get(resolution)
+            rate, ratio = (row and row.rate, row and row.ratio)
+            speed = rate.median if rate else row.note if row else None
+            line += [speed, ratio and ratio.median, reported_ratio(model, resolution)]
+        lines.append(line)
+    return common.markdown_table(columns, lines)
+
+
+def draw(rows: Sequence[Row]) -> "Figure":
+    """Images per second against resolution: above measured, below reported; a panel per size of models.
+
+    Args:
+        rows: at least one of them was measured.
+    """
+    from matplotlib.ticker import NullLocator
+
+    sizes = [size for size in SIZES if any(row.entry.size == size and row.rate for row in rows)]
+    resolutions = sorted({row.setting.resolution for row in rows})
+    families = list(dict.fromkeys(speed.family for speed in SPEEDS))
+    figure = blank_figure(figsize=(4 * len(sizes), 8))
+    panels = figure.subplots(2, len(sizes), sharex=True, sharey="row", squeeze=False)
+    handles = {}
+    for column, size in zip(panels.T, sizes, strict=True):
+        for model in (label for label in REPORTED if MODELS[label].size == size):
+            points = {
+                row.setting.resolution: row.rate for row in rows if row.entry.label == model and row.rate
+            }
+            measured = [(resolution, rate.median) for resolution, rate in points.items()]
+            reported = [(at, rate) for at in resolutions if (rate := reported_rate(model, at))]
+            family = REPORTED[model].family
+            style = {"color": f"C{families.index(family)}", "marker": "o", "markersize": 4}
+            style["linewidth"] = 2.5 if family.startswith("Focal") else 1.2
+            for axes, values in zip(column, (measured, reported), strict=True):
+                (handles[family],) = axes.loglog(*zip(*values, strict=True) if values else ((), ()), **style)
+        for axes, source in zip(column, ("measured", "reported by the release"), strict=True):
+            axes.set_title(f"{size}, {source}", fontsize="medium")
+            axes.set_xticks(resolutions, labels=map(str, resolutions))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.grid(alpha=0.3, which="both")
+    figure.supxlabel("side of the images in pixels")
+    figure.supylabel("images per second")
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=len(handles))
+    return figure
+
+
+# --- Command line -------------------------------------------------------------------------------------------
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = common.new_parser("Measure the release's table of throughput again.", "release_table")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
+    parser.add_argument(
+        "--sizes", type=common.positive, nargs="+", default=RESOLUTIONS, help="resolutions, pixels"
+    )
+    parser.add_argument("--batch-size", type=common.positive, help=f"at 224 pixels (default: {BATCH})")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after these, begin no other model")
+    parser.set_defaults(out=RESULTS)
+    return parser.parse_args(argv)
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Run all groups; the files are written after each."""
+    blank_figure()  # says that matplotlib is missing before, not after measuring
+    deadline = time.monotonic() + 60 * args.minutes
+    facts, rows = common.describe_run(args.device), []
+    facts["Versions"] += f", transformers {common.version('transformers')}"
+    notes = [
+        f"Inference in {PRECISION[args.device.type]}, medians of alternating rounds; the .csv file has "
+        "quartiles, batches and rounds. `release` is the ratio to Swin of the same size that the release "
+        "reports, for a GPU that it does not name. Reported parameters are those of each model's paper, "
+        "reported GMACs those of the release, both at 224 pixels. The models of timm and ViL use PyTorch's "
+        "fused attention; PVT and CvT, of transformers, do not."
+    ]
+    sizes = [size for size in SIZES if any(MODELS[label].size == size for label in args.models)]
+    for resolution, size in product(sorted(args.sizes), sizes):
+        rows += run_group(args, size, resolution, deadline)
+        lines = [cells(row) for row in rows]
+        common.publish(args, "The release's table of throughput", facts, notes, COLUMNS, lines, [table(rows)])
+        if any(row.rate for row in rows):
+            draw(rows).savefig(common.result_path(args.out, f"{args.name}.png"), dpi=120)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 2 for an error that the user can correct."""
+    return common.run_command(parse(argv), measure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
