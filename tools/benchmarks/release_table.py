@@ -19,15 +19,15 @@ import math
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import product
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tools.figures.drawing import blank_figure
 from tools.release_numbers import CLASSIFIERS, SPEEDS
@@ -43,48 +43,33 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("benchmarks.release_table")
 
-Result = TypeVar("Result")
-
 RESOLUTIONS = (224, 448, 896)
 BATCH = {"cpu": 8, "cuda": 128}
 PRECISION = {"cpu": "fp32", "cuda": "bf16"}
 PROCESS_ENDED = "failed: the process ended, perhaps for lack of memory"
 COLUMNS = (
-    *("model", "size", "resolution", "precision", "batch", "rounds", "img/s", "vs swin"),
-    *(
-        "reported img/s",
-        "reported vs swin",
-        "params M",
-        "reported params M",
-        "GMACs",
-        "reported GMACs",
-        "note",
-    ),
+    *("model", "size", "resolution", "precision", "batch", "rounds", "img/s", "vs swin", "reported img/s"),
+    *("reported vs swin", "params M", "reported params M", "GMACs", "reported GMACs", "note"),
 )
 
 
 # --- Models -------------------------------------------------------------------------------------------------
 
 
-class Logits(nn.Module):
-    """A classifier of transformers that returns its logits alone."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, classes]."""
-        return self.model(images).logits
+def pvt(depths: list[int], img_size: int, num_classes: int, drop_path_rate: float) -> nn.Module:
+    """Pyramid Vision Transformer, version 1."""
+    options = {"image_size": img_size, "depths": depths, "drop_path_rate": drop_path_rate}
+    return from_transformers("Pvt", num_labels=num_classes, **options)
 
 
-def from_transformers(family: str, num_classes: int, **options: object) -> nn.Module:
-    """A model of transformers with random weights.
+def cvt(depths: list[int], img_size: int, num_classes: int, drop_path_rate: float) -> nn.Module:
+    """Convolutional vision Transformer, whose weights fit all sizes of images."""
+    options = {"depth": depths, "drop_path_rate": [0.0, 0.0, drop_path_rate]}
+    return from_transformers("Cvt", num_labels=num_classes, **options)
 
-    Args:
-        family: Pvt or Cvt.
-        num_classes: of the classifier.
-        options: of its configuration.
+
+def from_transformers(family: str, **options: object) -> nn.Module:
+    """A classifier of transformers that returns its logits alone; the options are those of its configuration.
 
     Raises:
         ImportError: transformers is not installed.
@@ -93,19 +78,10 @@ def from_transformers(family: str, num_classes: int, **options: object) -> nn.Mo
         import transformers
     except ImportError as error:
         raise ImportError("pip install -r tools/benchmarks/requirements.txt") from error
-    config = getattr(transformers, f"{family}Config")(num_labels=num_classes, **options)
-    return Logits(getattr(transformers, f"{family}ForImageClassification")(config))
-
-
-def pvt(depths: list[int], img_size: int, num_classes: int, drop_path_rate: float) -> nn.Module:
-    """Pyramid Vision Transformer, version 1."""
-    options = {"image_size": img_size, "drop_path_rate": drop_path_rate, "depths": depths}
-    return from_transformers("Pvt", num_classes, **options)
-
-
-def cvt(depths: list[int], img_size: int, num_classes: int, drop_path_rate: float) -> nn.Module:
-    """Convolutional vision Transformer; its weights fit all sizes of images."""
-    return from_transformers("Cvt", num_classes, depth=depths, drop_path_rate=[0.0, 0.0, drop_path_rate])
+    config = getattr(transformers, f"{family}Config")(**options)
+    model = getattr(transformers, f"{family}ForImageClassification")(config)
+    model.register_forward_hook(lambda model, images, output: output.logits)
+    return model
 
 
 entries.BUILDERS |= {
@@ -167,30 +143,6 @@ def reported_ratio(model: str, resolution: int) -> float | None:
 # --- Measuring ----------------------------------------------------------------------------------------------
 
 
-def in_own_process(action: Callable[..., Result], *args: object) -> Result:
-    """Call a function in a new process.
-
-    Raises:
-        BrokenProcessPool: it ended without an answer.
-    """
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(action, *args).result()
-
-
-def limited_group(threads: int, device: torch.device, *args: object) -> list[Row]:
-    """`models.run_group` with so many threads; on a CPU, more memory than is free now is an error."""
-    import psutil
-
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    torch.set_num_threads(threads)
-    if device.type == "cpu" and sys.platform == "linux":
-        import resource
-
-        free = psutil.virtual_memory().available
-        resource.setrlimit(resource.RLIMIT_DATA, (free, resource.RLIM_INFINITY))
-    return models.run_group(*args)
-
-
 def run_group(args: argparse.Namespace, size: str, resolution: int, deadline: float) -> list[Row]:
     """Time the chosen models of a size at a resolution; above 224, batch and rounds are smaller."""
     group = [Entry(label, MODELS[label].name, size) for label in args.models if MODELS[label].size == size]
@@ -199,11 +151,25 @@ def run_group(args: argparse.Namespace, size: str, resolution: int, deadline: fl
     batch = max(1, round((args.batch_size or BATCH[args.device.type]) * scale**2))
     rounds = max(1, round(args.rounds * scale))
     logger.info(f"{setting}, batch {batch}: {', '.join(entry.label for entry in group)}")
-    job = (setting, group, batch, rounds, args.device, deadline)
-    try:
-        return in_own_process(limited_group, torch.get_num_threads(), args.device, *job)
-    except BrokenProcessPool:
-        return [Row(entry, setting, batch, note=PROCESS_ENDED) for entry in group]
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        job = (setting, group, batch, rounds, args.device, deadline)
+        try:
+            return process.submit(run_in_process, args.device, torch.get_num_threads(), *job).result()
+        except BrokenProcessPool:
+            return [Row(entry, setting, batch, note=PROCESS_ENDED) for entry in group]
+
+
+def run_in_process(device: torch.device, threads: int, *job: Any) -> list[Row]:
+    """`models.run_group(*job)`; on a CPU, a model that needs more memory than is free now fails alone."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_num_threads(threads)
+    if device.type == "cpu" and sys.platform == "linux":
+        import resource
+
+        import psutil
+
+        resource.setrlimit(resource.RLIMIT_DATA, (psutil.virtual_memory().available, resource.RLIM_INFINITY))
+    return models.run_group(*job)
 
 
 # --- Results ------------------------------------------------------------------------------------------------
@@ -221,23 +187,24 @@ def cells(row: Row) -> list[common.Cell]:
 
 def table(rows: Sequence[Row]) -> str:
     """A line per model, and for each resolution images per second, ratio to Swin, and that of the release."""
-    by_model: dict[str, dict[int, Row]] = {}
-    for row in rows:
-        by_model.setdefault(row.entry.label, {})[row.setting.resolution] = row
-    resolutions = sorted({row.setting.resolution for row in rows})
+    found = {(row.entry.label, row.setting.resolution): row for row in rows}
+    resolutions = sorted({resolution for _, resolution in found})
     columns = ["Model", "params M", "reported", "GMACs", "reported"]
     for resolution in resolutions:
         columns += [f"img/s at {resolution}", "vs Swin", "release"]
     lines = []
-    for model in (label for label in REPORTED if label in by_model):
-        measured = by_model[model]
-        _, params, reported_params, macs, reported_macs, _ = cells(measured[min(measured)])[-6:]
-        line = [model, params, reported_params, macs, reported_macs]
-        for resolution in resolutions:
-            row = measured.get(resolution)
-            rate, ratio = (row and row.rate, row and row.ratio)
-            speed = rate.median if rate else row.note if row else None
-            line += [speed, ratio and ratio.median, reported_ratio(model, resolution)]
+    for model in (label for label in REPORTED if (label, resolutions[0]) in found):
+        line = [model, *cells(found[model, resolutions[0]])[-5:-1]]
+        for row in (found.get((model, resolution)) for resolution in resolutions):
+            if row is None:  # not yet measured
+                line += [None] * 3
+                continue
+            ratio = row.ratio and row.ratio.median
+            line += [
+                row.rate.median if row.rate else row.note,
+                ratio,
+                reported_ratio(model, row.setting.resolution),
+            ]
         lines.append(line)
     return common.markdown_table(columns, lines)
 
@@ -250,29 +217,27 @@ def draw(rows: Sequence[Row]) -> "Figure":
     """
     from matplotlib.ticker import NullLocator
 
-    sizes = [size for size in SIZES if any(row.entry.size == size and row.rate for row in rows)]
+    sizes = [size for size in SIZES if any(row.entry.size == size for row in rows)]
     resolutions = sorted({row.setting.resolution for row in rows})
     families = list(dict.fromkeys(speed.family for speed in SPEEDS))
-    figure = blank_figure(figsize=(4 * len(sizes), 8))
+    figure, handles = blank_figure(figsize=(4 * len(sizes), 8)), {}
     panels = figure.subplots(2, len(sizes), sharex=True, sharey="row", squeeze=False)
-    handles = {}
-    for column, size in zip(panels.T, sizes, strict=True):
+    for (above, below), size in zip(panels.T, sizes, strict=True):
         for model in (label for label in REPORTED if MODELS[label].size == size):
-            points = {
-                row.setting.resolution: row.rate for row in rows if row.entry.label == model and row.rate
-            }
-            measured = [(resolution, rate.median) for resolution, rate in points.items()]
-            reported = [(at, rate) for at in resolutions if (rate := reported_rate(model, at))]
+            measured = [row for row in rows if row.entry.label == model and row.rate]
+            reported = [at for at in resolutions if reported_rate(model, at)]
             family = REPORTED[model].family
-            style = {"color": f"C{families.index(family)}", "marker": "o", "markersize": 4}
-            style["linewidth"] = 2.5 if family.startswith("Focal") else 1.2
-            for axes, values in zip(column, (measured, reported), strict=True):
-                (handles[family],) = axes.loglog(*zip(*values, strict=True) if values else ((), ()), **style)
-        for axes, source in zip(column, ("measured", "reported by the release"), strict=True):
-            axes.set_title(f"{size}, {source}", fontsize="medium")
-            axes.set_xticks(resolutions, labels=map(str, resolutions))
-            axes.xaxis.set_minor_locator(NullLocator())
-            axes.grid(alpha=0.3, which="both")
+            style = {"color": f"C{families.index(family)}", "linewidth": 1 + 1.5 * family.startswith("Focal")}
+            rates = [row.rate.median for row in measured]
+            above.loglog([row.setting.resolution for row in measured], rates, ".-", **style)
+            rates = [reported_rate(model, at) for at in reported]
+            (handles[family],) = below.loglog(reported, rates, ".-", **style)
+        above.set_title(f"{size}, measured")
+        below.set_title(f"{size}, reported by the release")
+    for axes in panels.flat:
+        axes.set_xticks(resolutions, labels=map(str, resolutions))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.grid(alpha=0.3, which="both")
     figure.supxlabel("side of the images in pixels")
     figure.supylabel("images per second")
     figure.legend(handles.values(), handles, loc="outside upper center", ncols=len(handles))
@@ -286,9 +251,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = common.new_parser("Measure the release's table of throughput again.", "release_table")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
-    parser.add_argument(
-        "--sizes", type=common.positive, nargs="+", default=RESOLUTIONS, help="resolutions, pixels"
-    )
+    parser.add_argument("--sizes", type=common.positive, nargs="+", default=RESOLUTIONS, help="of the images")
     parser.add_argument("--batch-size", type=common.positive, help=f"at 224 pixels (default: {BATCH})")
     parser.add_argument("--minutes", type=float, default=math.inf, help="after these, begin no other model")
     parser.set_defaults(out=RESULTS)
@@ -306,7 +269,8 @@ def measure(args: argparse.Namespace) -> int:
         "quartiles, batches and rounds. `release` is the ratio to Swin of the same size that the release "
         "reports, for a GPU that it does not name. Reported parameters are those of each model's paper, "
         "reported GMACs those of the release, both at 224 pixels. The models of timm and ViL use PyTorch's "
-        "fused attention; PVT and CvT, of transformers, do not."
+        "fused attention; PVT and CvT, of transformers, do not. ViT-Base/16 and DeiT-Base/16 are the same "
+        "network, so the difference between their rows is noise."
     ]
     sizes = [size for size in SIZES if any(MODELS[label].size == size for label in args.models)]
     for resolution, size in product(sorted(args.sizes), sizes):

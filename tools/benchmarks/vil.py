@@ -6,50 +6,57 @@ stage but the last adds a global token of its own and drops it at its end.
 Letters: B images, H x W tokens of a map, C channels, G global tokens, N chunks of L = side * side tokens.
 """
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from timm.layers import trunc_normal_
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 SIDE = 7  # of a chunk, in tokens
-WIDTHS, HEADS, PATCHES = (96, 192, 384, 768), (3, 3, 6, 12), (4, 2, 2, 2)
-GLOBAL_TOKENS, SLIDING = (1, 1, 1, 0), (True, True, False, False)
 
 
-def neighbourhoods(maps: Tensor, side: int) -> Tensor:
-    """The tokens of each chunk and its eight neighbours: [B, H, W, C] -> [B, N, 9 * L, C].
+class Plan(NamedTuple):
+    """Of a stage: channels, heads, pixels or tokens of a patch's side, global tokens, kind of attention."""
 
-    Zeros beyond the map.
+    dim: int
+    heads: int
+    patch: int
+    global_tokens: int
+    sliding: bool
+
+
+PLANS = (
+    Plan(96, 3, 4, 1, True),
+    Plan(192, 3, 2, 1, True),
+    Plan(384, 6, 2, 1, False),
+    Plan(768, 12, 2, 0, False),
+)
+
+
+def windows(maps: Tensor, side: int, margin: int) -> Tensor:
+    """The tokens of each chunk and of a margin around it, zeros beyond the map.
+
+    [B, H, W, C] -> [B, N, (side + 2 * margin)**2, C]
     """
     height, width = maps.shape[1:3]
-    maps = F.pad(maps, (0, 0, side, side + -width % side, side, side + -height % side))
-    windows = maps.unfold(1, 3 * side, side).unfold(
-        2, 3 * side, side
-    )  # [B, rows, columns, C, 3 * side, 3 * side]
-    return windows.permute(0, 1, 2, 4, 5, 3).flatten(3, 4).flatten(1, 2)
+    maps = F.pad(maps, (0, 0, margin, margin + -width % side, margin, margin + -height % side))
+    size = side + 2 * margin
+    parts = maps.unfold(1, size, side).unfold(2, size, side)  # [B, rows, columns, C, size, size]
+    return parts.permute(0, 1, 2, 4, 5, 3).flatten(3, 4).flatten(1, 2)
 
 
-def chunks(maps: Tensor, side: int) -> Tensor:
-    """The tokens of each chunk: [B, H, W, C] -> [B, N, L, C]; zeros fill up the last ones."""
-    height, width = maps.shape[1:3]
-    maps = F.pad(maps, (0, 0, 0, -width % side, 0, -height % side))
-    return maps.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-
-
-def join_chunks(parts: Tensor, height: int, width: int, side: int) -> Tensor:
-    """The reverse of `chunks`: [B, N, L, C] -> [B, H, W, C]."""
-    columns = -(-width // side)
-    maps = parts.unflatten(2, (side, side)).unflatten(1, (-1, columns)).transpose(2, 3)
+def join_chunks(chunks: Tensor, height: int, width: int) -> Tensor:
+    """The reverse of `windows` without a margin: [B, N, L, C] -> [B, H, W, C]."""
+    side = math.isqrt(chunks.shape[2])
+    maps = chunks.unflatten(2, (side, side)).unflatten(1, (-1, -(-width // side))).transpose(2, 3)
     return maps.flatten(3, 4).flatten(1, 2)[:, :height, :width]
 
 
 class SlidingAttention(Attention):
-    """Tokens see the global tokens and those of their own and the eight neighbouring chunks.
-
-    Global tokens, which come first, see all. Parameters are those of timm's `Attention`.
+    """Tokens see the global tokens, which come first and see all, and their own and the neighbouring chunks.
 
     Args:
         dim, num_heads: as in timm.
@@ -60,70 +67,54 @@ class SlidingAttention(Attention):
     def __init__(self, dim: int, num_heads: int, size: tuple[int, int], side: int = SIDE) -> None:
         super().__init__(dim, num_heads, qkv_bias=True)
         self.size, self.side = size, side
-        visible = (
-            neighbourhoods(torch.ones(1, *size, 1), side)[0, :, None, None, :, 0] > 0
-        )  # [N, 1, 1, 9 * L]
-        self.register_buffer("visible", visible, persistent=False)
+        inside = windows(torch.ones(1, *size, 1), side, side)[0, :, :, 0] > 0
+        self.register_buffer("visible", inside[:, None, None], persistent=False)  # [N, 1, 1, 9 * L]
 
-    def split_heads(self, tokens: Tensor) -> Tensor:
-        """[..., L, C] -> [-1, heads, L, C / heads]."""
-        return tokens.flatten(0, -3).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Attention within the last dimension but one: [..., Q, C], twice [..., K, C] -> [..., Q, C]."""
+        heads = (
+            tokens.flatten(0, -3).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for tokens in (queries, keys, values)
+        )
+        return (
+            F.scaled_dot_product_attention(*heads, attn_mask=visible).transpose(1, 2).reshape(queries.shape)
+        )
 
     def forward(self, x: Tensor, **masks: None) -> Tensor:
         """[B, G + H * W, C] -> the same; timm's blocks pass masks that are None."""
-        B, count, C = x.shape
-        G = count - self.size[0] * self.size[1]
+        B, G = x.shape[0], x.shape[1] - self.size[0] * self.size[1]
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        everywhere = F.scaled_dot_product_attention(
-            *map(self.split_heads, (q[:, :G], k, v))
-        )  # of global tokens
-
-        q_map, k_map, v_map = (part[:, G:].unflatten(1, self.size) for part in (q, k, v))
-        queries = chunks(q_map, self.side)  # [B, N, L, C]
+        queries, *around = (
+            windows(tokens[:, G:].unflatten(1, self.size), self.side, margin)
+            for tokens, margin in ((q, 0), (k, self.side), (v, self.side))
+        )  # [B, N, L, C] and twice [B, N, 9 * L, C]
         N = queries.shape[1]
         keys, values = (
-            torch.cat(
-                [tokens[:, None, :G].expand(-1, N, -1, -1), neighbourhoods(token_map, self.side)], dim=2
-            )
-            for tokens, token_map in ((k, k_map), (v, v_map))
-        )  # [B, N, G + 9 * L, C]
+            torch.cat([tokens[:, None, :G].expand(-1, N, -1, -1), near], dim=2)
+            for tokens, near in zip((k, v), around, strict=True)
+        )
         visible = F.pad(self.visible, (G, 0), value=True).repeat(B, 1, 1, 1)
-        heads = map(self.split_heads, (queries, keys, values))
-        local = F.scaled_dot_product_attention(*heads, attn_mask=visible)
-        local = local.transpose(1, 2).reshape(B, N, -1, C)
-        local = join_chunks(local, *self.size, self.side).flatten(1, 2)
-        return self.proj(torch.cat([everywhere.transpose(1, 2).reshape(B, G, C), local], dim=1))
+        local = join_chunks(self.attend(queries, keys, values, visible), *self.size)
+        return self.proj(torch.cat([self.attend(q[:, :G], k, v), local.flatten(1, 2)], dim=1))
 
 
 class Stage(nn.Module):
     """Patch embedding, position embeddings by row and by column, global tokens, blocks."""
 
-    def __init__(
-        self,
-        inputs: int,
-        dim: int,
-        heads: int,
-        patch: int,
-        size: tuple[int, int],
-        global_tokens: int,
-        sliding: bool,
-        drop_paths: Sequence[float],
-    ) -> None:
+    def __init__(self, inputs: int, plan: Plan, size: tuple[int, int], drop_paths: Sequence[float]) -> None:
         super().__init__()
-        self.global_tokens = global_tokens
-        self.embed = nn.Conv2d(inputs, dim, patch, patch)
+        dim = plan.dim
+        self.embed = nn.Conv2d(inputs, dim, plan.patch, plan.patch)
         self.norm = nn.LayerNorm(dim)
         self.rows = nn.Parameter(torch.zeros(size[0], 1, dim // 2))
         self.columns = nn.Parameter(torch.zeros(1, size[1], dim // 2))
-        self.tokens = nn.Parameter(torch.zeros(1, global_tokens, dim))
+        self.tokens = nn.Parameter(torch.zeros(1, plan.global_tokens, dim))
         self.blocks = nn.Sequential(
-            *(Block(dim, heads, qkv_bias=True, drop_path=rate) for rate in drop_paths)
+            *(Block(dim, plan.heads, qkv_bias=True, drop_path=rate) for rate in drop_paths)
         )
-        if sliding:
+        if plan.sliding:
             for block in self.blocks:
-                block.attn = SlidingAttention(dim, heads, size)
-        for parameter in (self.rows, self.columns, self.tokens):
-            trunc_normal_(parameter, std=0.02)
+                block.attn = SlidingAttention(dim, plan.heads, size)
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, inputs, patch * H, patch * W] -> [B, C, H, W]."""
@@ -131,7 +122,7 @@ class Stage(nn.Module):
         B, H, W, _ = maps.shape
         places = torch.cat([self.rows.expand(-1, W, -1), self.columns.expand(H, -1, -1)], dim=-1)
         x = torch.cat([self.tokens.expand(B, -1, -1), (maps + places).flatten(1, 2)], dim=1)
-        x = self.blocks(x)[:, self.global_tokens :]
+        x = self.blocks(x)[:, self.tokens.shape[1] :]
         return x.unflatten(1, (H, W)).permute(0, 3, 1, 2)
 
 
@@ -154,25 +145,14 @@ class ViL(nn.Module):
         if img_size % 32:
             raise ValueError(f"expected an img_size that is a multiple of 32, got {img_size}")
         rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
-        inputs, side, stages = 3, img_size, []
-        for i, dim in enumerate(WIDTHS):
-            side //= PATCHES[i]
-            stages.append(
-                Stage(
-                    inputs,
-                    dim,
-                    HEADS[i],
-                    PATCHES[i],
-                    (side, side),
-                    GLOBAL_TOKENS[i],
-                    SLIDING[i],
-                    rates[i].tolist(),
-                )
-            )
-            inputs = dim
+        channels, side, stages = 3, img_size, []
+        for plan, drop_paths in zip(PLANS, rates, strict=True):
+            side //= plan.patch
+            stages.append(Stage(channels, plan, (side, side), drop_paths.tolist()))
+            channels = plan.dim
         self.stages = nn.Sequential(*stages)
-        self.norm = nn.LayerNorm(WIDTHS[-1])
-        self.head = nn.Linear(WIDTHS[-1], num_classes)
+        self.norm = nn.LayerNorm(channels)
+        self.head = nn.Linear(channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, img_size, img_size] -> [B, num_classes]."""
