@@ -168,6 +168,8 @@ def run_in_process(device: torch.device, threads: int, *job: Any) -> list[Row]:
 
         import psutil
 
+        if threads == 1:
+            common.clock = time.process_time
         resource.setrlimit(resource.RLIMIT_DATA, (psutil.virtual_memory().available, resource.RLIM_INFINITY))
     return models.run_group(*job)
 
@@ -270,7 +272,8 @@ def measure(args: argparse.Namespace) -> int:
         "reports, for a GPU that it does not name. Reported parameters are those of each model's paper, "
         "reported GMACs those of the release, both at 224 pixels. The models of timm and ViL use PyTorch's "
         "fused attention; PVT and CvT, of transformers, do not. ViT-Base/16 and DeiT-Base/16 are the same "
-        "network, so the difference between their rows is noise."
+        "network, so the difference between their rows is noise. One thread on a CPU is timed by the processor "
+        "time that it gets, so other work on the machine counts less."
     ]
     sizes = [size for size in SIZES if any(MODELS[label].size == size for label in args.models)]
     for resolution, size in product(sorted(args.sizes), sizes):
