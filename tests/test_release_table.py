@@ -2,6 +2,7 @@
 
 import csv
 import os
+import time
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import timm
 import torch
 from torch import Tensor
 
-from tools.benchmarks import entries, models, release_table, vil
+from tools.benchmarks import common, entries, models, release_table, vil
 from tools.release_numbers import SPEEDS
+
+CPU = torch.device("cpu")
 
 # --- ViL ----------------------------------------------------------------------------------------------------
 
@@ -133,6 +136,20 @@ class Dying(ProcessPoolExecutor):
 def test_a_process_that_dies_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(release_table, "ProcessPoolExecutor", Dying)
     args = release_table.parse(["--models", "Swin-Tiny", "--rounds", "1"])
-    args.device = torch.device("cpu")
+    args.device = CPU
     (row,) = release_table.run_group(args, "tiny", 224, deadline=0.0)
     assert row.note == release_table.PROCESS_ENDED and not row.seconds
+
+
+def test_processor_time_does_not_count_what_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sleeping stands for other processes on the processor; one thread's time has no share of them."""
+    seen = []
+    monkeypatch.setattr(
+        models, "run_group", lambda: seen.append(common.seconds_of(lambda: time.sleep(0.1), 1, CPU))
+    )
+    monkeypatch.setattr(common, "clock", time.perf_counter)
+    monkeypatch.setattr(pytest.importorskip("resource"), "setrlimit", lambda *_: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    for threads in (2, 1):
+        release_table.run_in_process(CPU, threads)
+    assert seen[0] >= 0.1 and seen[1] < 0.05

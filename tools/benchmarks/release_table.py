@@ -163,13 +163,13 @@ def run_in_process(device: torch.device, threads: int, *job: Any) -> list[Row]:
     """`models.run_group(*job)`; on a CPU, a model that needs more memory than is free now fails alone."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(threads)
+    if device.type == "cpu" and threads == 1:
+        common.clock = time.process_time
     if device.type == "cpu" and sys.platform == "linux":
         import resource
 
         import psutil
 
-        if threads == 1:
-            common.clock = time.process_time
         resource.setrlimit(resource.RLIMIT_DATA, (psutil.virtual_memory().available, resource.RLIM_INFINITY))
     return models.run_group(*job)
 
@@ -212,11 +212,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row]) -> "Figure":
-    """Images per second against resolution: above measured, below reported; a panel per size of models.
-
-    Args:
-        rows: at least one of them was measured.
-    """
+    """Images per second against resolution: above measured, below reported; a panel per size of models."""
     from matplotlib.ticker import NullLocator
 
     sizes = [size for size in SIZES if any(row.entry.size == size for row in rows)]
@@ -272,7 +268,7 @@ def measure(args: argparse.Namespace) -> int:
         "reports, for a GPU that it does not name. Reported parameters are those of each model's paper, "
         "reported GMACs those of the release, both at 224 pixels. The models of timm and ViL use PyTorch's "
         "fused attention; PVT and CvT, of transformers, do not. ViT-Base/16 and DeiT-Base/16 are the same "
-        "network, so the difference between their rows is noise. One thread on a CPU is timed by the processor "
+        "network: the difference between their rows is noise. One thread on a CPU is timed by the processor "
         "time that it gets, so other work on the machine counts less."
     ]
     sizes = [size for size in SIZES if any(MODELS[label].size == size for label in args.models)]
