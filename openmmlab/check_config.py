@@ -2,6 +2,7 @@
 unknown types, unknown keywords. Messages name the key."""
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -25,6 +26,12 @@ READ = {  # options that are not arguments of `Runner`, but read by it or by oth
     *("test_pipeline", "tta_model", "tta_pipeline"),
 }
 READERS = READ | {*inspect.signature(Runner).parameters}
+# Messages of mmengine and mmcv, and of Python. Some of them say None in place of the type.
+UNKNOWN_TYPE = re.compile(
+    r"(\S+) is not in the [\w: ]+ registry|Cannot find (\S+) in registry|^(None) is not a callable object"
+)
+NAMELESS = ("optimizer", "conv_cfg", "norm_cfg", "upsample_cfg")  # keys whose type those leave out
+UNKNOWN_KEYWORD = re.compile(r"(\w+)(?:\.\w+)?\(\) got an unexpected keyword argument '(\w+)'")
 
 
 class Options(DictAction):
@@ -43,8 +50,10 @@ class Options(DictAction):
 def check_options(config: "Config", options: Mapping[str, Any]) -> None:
     """Check --cfg-options, a mapping from keys to values, against the config that they will change.
 
+    What takes them refuses unknown keywords when it is built, see `explained`.
+
     Raises:
-        UserError: a key that nothing reads.
+        UserError: a first part that nothing reads, or no such entry of a list.
     """
     for key in options:
         first, *rest = key.split(".")
@@ -63,10 +72,6 @@ def check_options(config: "Config", options: Mapping[str, Any]) -> None:
                     raise UserError(f"--cfg-options {key}: {path} is a list of {len(node)}, got {name}")
                 node = node[int(name)]
             elif isinstance(node, Mapping):
-                kind = options.get(f"{path}.type", node.get("type"))
-                names = _keywords(_called(path, {"type": kind}, config))
-                if name not in node and names and name not in names:
-                    raise UserError(f"--cfg-options {key}: {path} takes no {name}{_instead(name, names)}")
                 node = node.get(name)
             else:
                 break
@@ -78,31 +83,39 @@ def explained(config: "Config") -> Iterator[None]:
     """Context manager for building from a config: explain errors that come from its types or keywords.
 
     Raises:
-        UserError: the config has an unknown type or keyword that the error mentions. Other errors pass.
+        UserError: a registry lacks a type of the config, or a class does not take one of its keywords. Other
+            errors pass.
     """
     try:
         yield
-    except UserError:
-        raise
-    except Exception as error:
-        for words, mistake in mistakes(config):
-            if any(word in str(error) for word in words):
-                raise UserError(mistake) from error
-        raise
+    except (KeyError, TypeError) as error:
+        mistake = _mistake(config, str(error.args[0])) if error.args else None
+        if mistake is None:
+            raise
+        raise UserError(mistake) from error
 
 
-def mistakes(config: "Config") -> Iterator[tuple[list[str], str]]:
-    """Unknown types and keywords of a config: for each, the words by which to recognise an error that it
-    causes, and a message."""
+def _mistake(config: "Config", message: str) -> str | None:
+    """A sentence about the type or keyword that an error's message names; None if the config has neither."""
     used = {key: value for key, value in config.to_dict().items() if key in READERS}
-    for path, node in _nodes(used, ""):
-        kind, called = node.get("type"), _called(path, node, config)
-        if isinstance(kind, str) and called is None:
-            known = {name for registry in _registries(config) for name in registry.module_dict}
-            yield [kind, "None"], f"{path}.type: there is no {kind}{_instead(kind, known)}"
-        names = _keywords(called)
-        for name in node.keys() - names - {"type", "_scope_"} if names else ():
-            yield [name], f"{path}: {kind or 'a loader'} takes no {name}{_instead(name, names)}"
+    if found := UNKNOWN_TYPE.search(message):
+        named = found[found.lastindex or 1]
+        for path, node in _nodes(used, ""):
+            kind = node.get("type")
+            meant = path.endswith(NAMELESS) if named == "None" else kind == named
+            if meant and isinstance(kind, str) and not _called(path, node, config):
+                return f"{path}.type: there is no {kind}{_instead_of_type(kind, config)}"
+    elif found := UNKNOWN_KEYWORD.search(message):
+        owner, name = found.groups()
+        for path, node in _nodes(used, ""):
+            for called in _called(path, node, config) if name in node else ():
+                parts = inspect.getmro(called) if inspect.isclass(called) else (called,)
+                if owner not in {getattr(part, "__name__", "") for part in parts}:
+                    continue
+                known = _keywords(called)
+                if name not in known:
+                    return f"{path}: {called.__name__} takes no {name}{_instead(name, known)}"
+    return None
 
 
 def _nodes(node: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -125,37 +138,33 @@ def _registries(config: "Config") -> Iterator[Registry]:
     yield from roots
 
 
-def _called(path: str, node: Mapping[str, Any], config: "Config") -> Callable[..., Any] | None:
-    """The class or function whose arguments a dict of the config holds; None if unknown."""
+def _called(path: str, node: Mapping[str, Any], config: "Config") -> list[Callable[..., Any]]:
+    """What may take a dict of the config as its arguments: the entries of all registries by its type."""
     kind = node.get("type")
     if kind is None:
-        return DataLoader if path.endswith("_dataloader") else None
+        return [DataLoader] if path.endswith("_dataloader") else []
     if not isinstance(kind, str):
-        return kind
-    found = (registry.get(kind) for registry in _registries(config))
-    return next(
-        (entry for entry in found if entry is not None), getattr(import_module("mmcv.ops"), kind, None)
-    )
+        return [kind]
+    return [entry for registry in _registries(config) if (entry := registry.get(kind)) is not None]
 
 
-def _keywords(called: Callable[..., Any] | None) -> set[str]:
-    """The keywords that a class or function takes; empty if unknown or if it takes any."""
-    names = {
-        "_delete_",
-        "constructor",
-        "convert_to_iter_based",
-        "paramwise_cfg",
-        "requires_grad",
-    }  # not passed to it
+def _keywords(called: Callable[..., Any]) -> set[str]:
+    """The keywords that a class, with those it inherits from, or a function declares."""
     classes = inspect.getmro(called)[:-1] if inspect.isclass(called) else ()
-    for part in [vars(c)["__init__"] for c in classes if "__init__" in vars(c)] or [called] * callable(
-        called
-    ):
+    names: set[str] = set()
+    for part in [vars(c)["__init__"] for c in classes if "__init__" in vars(c)] or [called]:
         parameters = inspect.signature(part).parameters.values()
         names |= {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
         if not any(p.kind == p.VAR_KEYWORD for p in parameters):
-            return names
-    return set()
+            break
+    return names
+
+
+def _instead_of_type(kind: str, config: "Config") -> str:
+    package, dot, _ = kind.rpartition(".")
+    if dot:
+        return f"; check its spelling, and that {package} is installed"
+    return _instead(kind, {name for registry in _registries(config) for name in registry.module_dict})
 
 
 def _instead(name: str, known: set[str]) -> str:

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -130,9 +131,16 @@ def read_config(path: str) -> "Config":
     need_file(path, "config")
     try:
         with user_input():
-            return mmengine.config.Config.fromfile(path)
+            config = mmengine.config.Config.fromfile(path)
     except SyntaxError as error:
         raise UserError(f"{path}: {error}") from error
+    try:
+        import_module(config.get("default_scope") or "mmengine")
+    except ImportError as error:
+        raise UserError(
+            f"{path} needs {config.default_scope}, which cannot be imported ({error}): {INSTALL}"
+        ) from error
+    return config
 
 
 def _common_config(args: argparse.Namespace) -> "Config":
@@ -188,6 +196,10 @@ def training_config(args: argparse.Namespace) -> "Config":
         config.auto_scale_lr.enable = True
     if args.pretrained:
         file = need_file(args.pretrained, "classifier's checkpoint")
+        if "backbone" not in config.model:
+            raise UserError(
+                f"--pretrained: {args.config} has no model.backbone; set init_cfg of the one inside"
+            )
         config.model.backbone.init_cfg = {"type": "Pretrained", "checkpoint": file}
     if args.resume is not None:
         config.resume = True
@@ -297,47 +309,52 @@ def _build(config: "Config", splits: Sequence[str]) -> tuple["Runner", tuple[str
     Raises:
         UserError: they do not fit, see check_data.py.
     """
-    from openmmlab import check_data
+    from openmmlab import check_config, check_data
 
-    classes = check_data.check_data_sets(config, splits)
-    runner = build_runner(config)
-    model = unwrapped(runner)
-    check_data.check_model(model, classes)
-    if config.get("default_scope") == "mmdet":
-        check_data.check_coco_when_read(config, model)
-    for split in splits:
-        loop = getattr(runner, f"{split}_loop")  # reads the data set
-        if split == "train" and config.get("default_scope") == "mmseg":
-            check_data.check_class_weights(model, loop.dataloader.dataset)
+    with check_config.explained(config):
+        classes = check_data.check_data_sets(config, splits)
+        runner = build_runner(config)
+        model = unwrapped(runner)
+        check_data.check_model(model, classes)
+        with check_data.checked_annotations(config, model):
+            loops = {split: getattr(runner, f"{split}_loop") for split in splits}  # reads the data sets
+        if "train" in splits:
+            _build_optimizer(runner)
+    if "train" in splits and config.get("default_scope") == "mmseg":
+        check_data.check_class_weights(model, loops["train"].dataloader.dataset)
     return runner, classes
+
+
+def _build_optimizer(runner: "Runner") -> None:
+    """Build the optimizer and its schedules as `Runner.train` would, which leaves alone what is built."""
+    runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+    runner.scale_lr(runner.optim_wrapper, runner.auto_scale_lr)
+    runner.auto_scale_lr = None
+    if runner.param_schedulers is not None:
+        runner.param_schedulers = runner.build_param_scheduler(runner.param_schedulers)
 
 
 def _train(argv: Sequence[str] | None) -> None:
     config = training_config(parse_train(argv))
-    from openmmlab.check_config import explained
     from openmmlab.loaded_weights import LoadedWeights
 
-    with explained(config):
-        runner, _ = _build(config, ("train", "val"))
-        runner.register_hook(LoadedWeights())
-        wrapper = config.optim_wrapper
-        mixed = wrapper.type == "AmpOptimWrapper"
-        dtype = getattr(torch, wrapper.get("dtype") or "float16") if mixed else torch.float32
-        agree_on_attention(runner, dtype)
-        runner.train()
+    runner, _ = _build(config, ("train", "val"))
+    runner.register_hook(LoadedWeights())
+    wrapper = config.optim_wrapper
+    mixed = wrapper.type == "AmpOptimWrapper"
+    dtype = getattr(torch, wrapper.get("dtype") or "float16") if mixed else torch.float32
+    agree_on_attention(runner, dtype)
+    runner.train()
 
 
 def _test(argv: Sequence[str] | None) -> None:
     args = parse_test(argv)
     config = testing_config(args)
-    from openmmlab.check_config import explained
-
-    with explained(config):
-        runner, classes = _build(config, ("test",))
-        load_all_weights(runner, args.checkpoint, classes)
-        with torch.no_grad():
-            agree_on_attention(runner, torch.float32)
-        runner.test()
+    runner, classes = _build(config, ("test",))
+    load_all_weights(runner, args.checkpoint, classes)
+    with torch.no_grad():
+        agree_on_attention(runner, torch.float32)
+    runner.test()
 
 
 def train(argv: Sequence[str] | None = None) -> int:
