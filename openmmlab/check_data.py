@@ -4,16 +4,20 @@ COCO's annotation files are checked while mmdet reads them; of images and label 
 """
 
 import json
+import logging
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from mmengine.dataset import BaseDataset
+from mmengine.logging import print_log
 from mmengine.registry import DATASETS, DefaultScope
 from PIL import Image
 from torch import nn
@@ -29,11 +33,17 @@ if TYPE_CHECKING:
 SAMPLE = 32  # images of a data set that are opened
 NOTHING = 255  # the label of pixels that belong to no class
 SWAPPED = range(5, 9)  # EXIF orientations that exchange height and width
-ENTRIES = {  # keys that mmdet reads of each entry of an annotation file
-    "categories": {"id", "name"},
-    "images": {"id", "file_name", "height", "width"},
-    "annotations": {"id", "image_id", "category_id", "bbox", "area"},
+NUMBER, ID = (int, float), (int, str)
+ENTRIES: dict[str, dict[str, Any]] = {  # what mmdet reads of each entry of an annotation file: keys, types
+    "categories": {"id": ID, "name": str},
+    "images": {"id": ID, "file_name": str, "height": NUMBER, "width": NUMBER},
+    "annotations": {"id": ID, "image_id": ID, "category_id": ID, "bbox": list, "area": NUMBER},
 }
+HEADS = {  # in mmdet's and mmseg's models, those whose num_classes is that of the data set
+    *("bbox_head", "mask_head", "mask_iou_head", "point_head", "panoptic_head", "panoptic_fusion_head"),
+    *("decode_head", "auxiliary_head"),
+}
+OTHER_CLASSES = re.compile("rpn_?head|semantic_head|STDCHead", re.I)  # proposals, stuff, boundaries
 
 
 # --- Classes and files of a config --------------------------------------------------------------------------
@@ -200,15 +210,25 @@ def _check_size(image: str, expected: tuple[int, ...], where: str) -> None:
 # --- COCO's annotation files --------------------------------------------------------------------------------
 
 
-def check_coco_when_read(config: "Config", model: nn.Module) -> None:
-    """Make mmdet's `CocoDataset` check annotation files while it reads them."""
+@contextmanager
+def checked_annotations(config: "Config", model: nn.Module) -> Iterator[None]:
+    """Context manager: mmdet's `CocoDataset` checks annotation files while it reads them.
+
+    Args:
+        config: of a detector; with that of a segmenter nothing is done.
+        model: that of the config.
+    """
+    if config.get("default_scope") != "mmdet":
+        yield
+        return
     from mmdet.datasets import CocoDataset
 
     loaders = [config.get(f"{split}_dataloader") for split in ("train", "val", "test")]
     evaluators = [config.get(f"{split}_evaluator") for split in ("val", "test")]
     masks = "'with_mask': True" in str(loaders) or "segm" in str(evaluators)
     semantic = getattr(getattr(model, "roi_head", None), "semantic_head", None)
-    CocoDataset.COCOAPI = _coco_reader(masks, getattr(semantic, "num_classes", 0))
+    with patch.object(CocoDataset, "COCOAPI", _coco_reader(masks, getattr(semantic, "num_classes", 0))):
+        yield
 
 
 def _coco_reader(masks: bool, stuff: int) -> Callable[[Any, str], "COCO"]:
@@ -249,18 +269,18 @@ def _coco_reader(masks: bool, stuff: int) -> Callable[[Any, str], "COCO"]:
 def _check_annotations(content: Any, dataset: Any, path: str, masks: bool) -> None:
     """Refuse annotations that mmdet cannot read or would misread."""
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected annotations in COCO's format, an object, got a list")
+        raise UserError(f"{path}: expected annotations in COCO's format, an object, got {content!s:.50}")
     if dataset.test_mode:
         content.setdefault("annotations", [])  # test sets may have none
     for kind, keys in ENTRIES.items():
         entries = content.get(kind)
         if not isinstance(entries, list):
             raise UserError(f"{path}: expected annotations in COCO's format, found no list of {kind}")
-        needed = keys | {"iscrowd"} if dataset.test_mode and kind == "annotations" else keys
-        for entry in entries:
-            if not needed <= entry.keys():
-                missing = ", ".join(sorted(needed - entry.keys()))
-                raise UserError(f"{path}: one of the {kind} has no {missing}: {str(entry)[:150]}")
+        needed = keys | {"iscrowd": int} if dataset.test_mode and kind == "annotations" else keys
+        for number, entry in enumerate(entries):
+            if fault := _fault(entry, needed):
+                name = f"id {entry['id']}" if isinstance(entry, dict) and "id" in entry else f"entry {number}"
+                raise UserError(f"{path}: {kind}, {name}: {fault}")
         ids = {entry["id"] for entry in entries}
         if len(ids) < len(entries):
             raise UserError(f"{path}: {len(entries)} {kind} share {len(ids)} ids; each needs its own")
@@ -278,11 +298,11 @@ def _check_annotations(content: Any, dataset: Any, path: str, masks: bool) -> No
         for a in content["annotations"]
         if a["category_id"] in wanted and a["area"] > 0 and min(a["bbox"][2:]) >= 1 and not a.get("ignore")
     ]
-    empty = [entry["id"] for entry in used if not entry.get("segmentation")] if masks else []
+    empty = [entry["id"] for entry in used if not _has_mask(entry)] if masks else []
     if empty:
         raise UserError(
-            f"{path}: {len(empty)} annotations have no segmentation, the first has id {empty[0]}: remove "
-            "them, or choose a detector without masks"
+            f"{path}: {len(empty)} annotations have no segmentation (a list of polygons [x, y, x, y, ...] or "
+            f"an RLE), the first has id {empty[0]}: remove them, or choose a detector without masks"
         )
     least = (dataset.filter_cfg or {}).get("min_size", 0)
     large = [image for image in content["images"] if min(image["width"], image["height"]) >= least]
@@ -292,6 +312,30 @@ def _check_annotations(content: Any, dataset: Any, path: str, masks: bool) -> No
             f"of at least {least} pixels (filter_cfg.min_size), {len(content['annotations'])} annotations, "
             f"{len(used)} of them of the classes {_shown(dataset.metainfo['classes'])}, with an area"
         )
+
+
+def _fault(entry: Any, needed: Mapping[str, Any]) -> str | None:
+    """What is wrong with an entry of an annotation file that needs these keys with values of these types."""
+    if not isinstance(entry, dict):
+        return f"expected an object with {', '.join(needed)}"
+    for key, kinds in needed.items():
+        if key not in entry:
+            return f"has no {key}"
+        if not isinstance(entry[key], kinds):
+            names = " or ".join(kind.__name__ for kind in np.atleast_1d(kinds))
+            return f"{key} is {json.dumps(entry[key])[:50]}, expected {names}"
+    box = entry["bbox"] if "bbox" in needed else [0] * 4
+    if len(box) != 4 or not all(isinstance(value, NUMBER) for value in box):
+        return f"bbox is {json.dumps(box)[:50]}, expected four numbers: x, y, width, height"
+    return None
+
+
+def _has_mask(annotation: Mapping[str, Any]) -> bool:
+    """Whether an annotation has polygons or an RLE."""
+    mask = annotation.get("segmentation")
+    if isinstance(mask, dict):
+        return {"size", "counts"} <= mask.keys()
+    return isinstance(mask, list) and mask != [] and all(isinstance(polygon, list) for polygon in mask)
 
 
 def _check_category_names(categories: list[dict[str, Any]], classes: tuple[str, ...], path: str) -> None:
@@ -319,14 +363,8 @@ def check_model(model: nn.Module, classes: Sequence[str] | None) -> None:
     Raises:
         UserError: they do not fit; the message names their keys.
     """
-    wrong = []
-    for name, module in model.named_modules():
-        own = name and not name.startswith("backbone") and not name.endswith(("rpn_head", "semantic_head"))
-        count = getattr(module, "num_classes", None) if own else None
-        if isinstance(count, int) and not getattr(module, "class_agnostic", False) and classes is not None:
-            wrong += [f"model.{name}.num_classes={count}"] * (count != len(classes))
-    if wrong:
-        raise UserError(f"{', '.join(wrong)}: expected {len(classes)}, for the classes {_shown(classes)}")
+    if classes is not None:
+        _check_heads(model, classes)
     backbone = getattr(model, "backbone", None)
     if not isinstance(backbone, FocalBackbone):
         return
@@ -340,6 +378,30 @@ def check_model(model: nn.Module, classes: Sequence[str] | None) -> None:
             raise UserError(
                 f"model.{name}.in_channels: expected {expected}, as the backbone has, got {asked}"
             )
+
+
+def _check_heads(model: nn.Module, classes: Sequence[str]) -> None:
+    """Refuse heads for another number of classes; of modules that may count something else, warn."""
+    fusion = getattr(model, "panoptic_fusion_head", None)
+    fits = {len(classes)}
+    if fusion is not None and fusion.num_classes == len(classes):
+        fits.add(fusion.num_things_classes)  # boxes and masks are of things only
+    wrong: dict[bool, list[str]] = {True: [], False: []}
+    for name, module in model.named_modules():
+        kinds = type(module).__mro__
+        count = getattr(module, "num_classes", None)
+        others = OTHER_CLASSES.search(" ".join([name, *(kind.__name__ for kind in kinds)]))
+        counts = name and not name.startswith("backbone") and not getattr(module, "class_agnostic", False)
+        if counts and not others and isinstance(count, int) and count not in fits:
+            role = re.sub(r"\.\d+$", "", name).rpartition(".")[2]
+            known = role in HEADS and any(kind.__module__.startswith(("mmdet.", "mmseg.")) for kind in kinds)
+            wrong[known].append(f"model.{name}.num_classes={count}")
+    expected = f"expected {len(classes)}, for the classes {_shown(classes)}"
+    if wrong[True]:
+        raise UserError(f"{', '.join(wrong[True])}: {expected}")
+    if wrong[False]:
+        unsure = f"{', '.join(wrong[False])}: {expected}, unless other classes are meant"
+        print_log(unsure, "current", logging.WARNING)
 
 
 def check_trained_classes(checkpoint: str, content: Mapping[str, Any], classes: Sequence[str] | None) -> None:
