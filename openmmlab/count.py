@@ -122,7 +122,7 @@ def main(task: Task, description: str, argv: Sequence[str] | None = None) -> int
     args = parser.parse_args(argv)
 
     def print_table() -> None:
-        text = table(task, [Path(path) for path in args.configs] or sorted(task.configs.glob(task.pattern)))
+        text = table(task, [*map(Path, args.configs)] or sorted(task.configs.glob(task.pattern)))
         text = f"{text}\n{versions(task.package)}\n"
         if args.out:
             Path(args.out).write_text(text, encoding="utf-8")

@@ -40,7 +40,8 @@ class LoadedWeights(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Warn if the backbone starts from random weights."""
-        if not (self.loaded or runner.cfg.model.backbone.get("init_cfg")):
+        backbone = runner.cfg.model.get("backbone")  # some models hold others, which have one each
+        if backbone and not (self.loaded or backbone.get("init_cfg")):
             runner.logger.warning(
                 "the backbone starts from random weights; --pretrained loads a classifier's"
             )
