@@ -60,7 +60,7 @@ def train(run: Run, model: FocalTransformer) -> None:
         checkpoints.finish()
         checkpoints.warn_if_best_missing(state)
         best = f"best {checkpoints.best:.2f}% in {run.output / BEST_NAME}"
-        logger.info(f"all {position.epoch} epochs are done: {best}")
+        logger.info(f"training is done after {position.epoch} epoch(s): {best}")
     utils.barrier()  # the last checkpoint is on the disk before any rank returns
 
 
