@@ -45,6 +45,30 @@ def test_every_row_of_the_release_has_a_config() -> None:
     assert (len(release.CLASSIFIERS), len(release.DETECTORS), len(release.SEGMENTERS)) == (10, 18, 4)
 
 
+def test_tables_are_narrow() -> None:
+    """At most 8 columns, and short cells where links show their text alone; text lies below the tables."""
+    prose = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", PAGE)
+    tables = re.findall(r"(?:^\|.*\|\n)+", prose, re.MULTILINE)
+    assert len(tables) == 4
+    for line in "".join(tables).splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert len(cells) <= 8, line
+        assert max(map(len, cells)) <= 40, line
+
+
+def test_every_method_is_credited() -> None:
+    methods = {method for row in release.DETECTORS for method in row.method.split(" + ")} | {"UPerNet"}
+    assert [name for name in methods if f"[{name}](https://arxiv.org/abs/" not in PAGE] == []
+
+
+def test_pretraining_is_the_releases() -> None:
+    """ImageNet-22K stands where the release says it, in the row of one segmenter; none is made up."""
+    assert {row.pretraining for row in release.DETECTORS if row.backbone != "Focal-L"} == {"ImageNet-1K"}
+    assert {row.pretraining for row in release.DETECTORS if row.backbone == "Focal-L"} == {None}
+    lines = [line for line in PAGE.splitlines() if "22K" in line]
+    assert len(lines) == 1 and "upernet_focal-large" in lines[0]
+
+
 @pytest.mark.parametrize("row", [*release.DETECTORS, *release.SEGMENTERS], ids=lambda row: row.config)
 def test_configs_report_the_same(row: release.Detector | release.Segmenter) -> None:
     """A config quotes the same numbers as the page; those it does not have, the page has not."""

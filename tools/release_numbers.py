@@ -2,8 +2,8 @@
 
 ATSS with DyHead and HTC++, both with Focal-L, are in none of the tables: box and mask AP are those that the
 README's introduction gives for the largest Focal Transformer, without their methods. HTC++ is what the paper
-names; that the box AP is DyHead's, with 229 M parameters, is in the FocalNet paper (arXiv 2203.11926). Their
-schedules are chosen here. Of Focal-L as a classifier nothing is reported.
+names; that the box AP is DyHead's, with 229 M parameters, is in the FocalNet paper (arXiv 2203.11926). Of
+Focal-L as a classifier nothing is reported.
 
 These numbers are quoted, not reproduced here. The release says FLOPs where multiply-adds are meant. None is
 what it does not report.
@@ -48,16 +48,21 @@ CLASSIFIERS = tuple(
 
 
 class Detector(NamedTuple):
-    """A detector on COCO, mini-val. The schedule is in units of 12 epochs, in brackets if chosen here."""
+    """A detector on COCO, mini-val; "3x" is a schedule of 36 epochs."""
 
     method: str
     backbone: str
-    schedule: str
+    schedule: str | None
     config: str
     params_m: int | None
     flops_g: int | None
     box_ap: float | None
     mask_ap: float | None
+
+    @property
+    def pretraining(self) -> str | None:
+        """Data set that the backbone was trained on first; the release does not say it of Focal-L."""
+        return None if self.backbone == "Focal-L" else "ImageNet-1K"
 
 
 DETECTORS = tuple(
@@ -91,14 +96,14 @@ DETECTORS = tuple(
         (
             "ATSS + DyHead",
             "Focal-L",
-            "(2x)",
+            None,
             "atss-dyhead_focal-large_fpn_amp-ms-480-1200-2x",
             229,
             None,
             58.7,
             None,
         ),
-        ("HTC++", "Focal-L", "(6x)", "htc_focal-large_fpn_amp-ms-400-1400-6x", None, None, None, 50.9),
+        ("HTC++", "Focal-L", None, "htc_focal-large_fpn_amp-ms-400-1400-6x", None, None, None, 50.9),
     )
 )
 
