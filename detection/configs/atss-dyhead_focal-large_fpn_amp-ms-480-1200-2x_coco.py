@@ -2,10 +2,10 @@
 1200 and the 2x schedule.
 
 Reported: 58.7 box AP on val2017 and 58.9 on test-dev, tested at several scales, and 56.4 on val2017 at one,
-with 229 M parameters, from ImageNet-22K weights. The README gives the box AP of its largest model alone;
-method, size and AP at one scale are in the comparison table of the FocalNet paper (arXiv 2203.11926). No
-weights of Focal-L were released. Windows are of 12 tokens, as Swin-L's are: with 7, as in the other configs
-of Focal-L, the detector has 213 M parameters. The scales of testing are chosen here.
+with 229 M parameters. The release's README gives the box AP of its largest model alone; method, size and AP
+at one scale are in the comparison table of the FocalNet paper (arXiv 2203.11926). No weights of Focal-L were
+released. Windows are of 12 tokens, as Swin-L's are: with 7, as in the other configs of Focal-L, the detector
+has 213 M parameters. The scales of testing are chosen here.
 """
 
 _base_ = [

@@ -1,7 +1,7 @@
 """HTC++ on Focal-L, the release's best instance segmentation: Hybrid Task Cascade without the semantic
 branch, instances jittered as InstaBoost does, scales from 400 to 1400, soft-NMS and the 6x schedule.
 
-Reported: 50.9 mask AP on val2017 and 51.3 on test-dev, from ImageNet-22K weights; no parameters or FLOPs.
+Reported: 50.9 mask AP on val2017 and 51.3 on test-dev; no parameters or FLOPs.
 The box AP that the README names beside them is that of ATSS with DyHead. No weights of Focal-L were released.
 Schedule, `drop_path_rate`, batch and the scales of testing are not stated: they are chosen here.
 
