@@ -11,6 +11,7 @@ import yaml
 from conftest import NANO, REPO
 from torch import nn
 
+from models import VARIANTS
 from models.focal_transformer import BACKENDS
 from tools.benchmarks import attention, common, entries, loader, models
 
@@ -156,6 +157,8 @@ def test_a_model_of_another_checkout() -> None:
         model = entries.build(entry, 224)
     assert type(model).__name__ == "FocalTransformer" and type(model).__module__.startswith("checkout_")
     assert entries.attention_backends(model, torch.float32) == "plain"
+    for name in VARIANTS:
+        assert timm.models.model_entrypoint(name).__module__ == "models.registry"
     with pytest.raises(ValueError, match="expected a checkout of this repository"):
         entries.models_of(REPO / "tools")
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import load_config
-from models import build_model
+from models import build_model, registry
 
 from .common import REPO
 
@@ -134,6 +134,8 @@ def models_of(checkout: Path) -> ModuleType:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # timm warns that it knows these names
         spec.loader.exec_module(package)
+        for variant in registry.VARIANTS:  # the import took timm's names: `create_model` is to build ours
+            timm.models.register_model(getattr(registry, variant))
     return package
 
 
