@@ -107,23 +107,15 @@ def softnms(
 # --- Regions ------------------------------------------------------------------------------------------------
 
 
-def _need_average(pool_mode: int) -> None:
-    if pool_mode != 1:
+def _grid(options: dict[str, Any]) -> tuple[Any, ...]:
+    """torchvision's arguments from those of mmcv's roi_align; pool_mode must be 1, for `avg`."""
+    if options["pool_mode"] != 1:
         refuse("roi_align with pool_mode='max'")
+    return tuple(options[name] for name in ("spatial_scale", "aligned_height", "aligned_width"))
 
 
 def roi_align_forward(
-    input: Tensor,
-    rois: Tensor,
-    output: Tensor,
-    argmax_y: Tensor,
-    argmax_x: Tensor,
-    aligned_height: int,
-    aligned_width: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    pool_mode: int,
-    aligned: bool,
+    input: Tensor, rois: Tensor, output: Tensor, argmax_y: Tensor, argmax_x: Tensor, **options: Any
 ) -> None:
     """Averages of bilinear samples in each cell of a grid over each region.
 
@@ -132,35 +124,21 @@ def roi_align_forward(
         rois: [K, 5], image and box.
         output: filled, [K, C, h, w].
         argmax_y: unused, like `argmax_x`.
-        aligned_height: h; `aligned_width` is w.
-        spatial_scale: pixels of the map per pixel of the box.
-        sampling_ratio: samples per cell and side; 0 for as many as the cell has pixels.
-        pool_mode: must be 1, for `avg`.
-        aligned: whether pixel centres are at half coordinates.
+        options: mmcv's: aligned_height and aligned_width are h and w; spatial_scale is pixels of the map per
+            pixel of the box; sampling_ratio is samples per cell and side, 0 for as many as the cell has
+            pixels; aligned is whether pixel centres are at half coordinates.
     """
-    _need_average(pool_mode)
     maps = full_precision(input)
-    grid = (spatial_scale, aligned_height, aligned_width, sampling_ratio, aligned)
+    grid = (*_grid(options), options["sampling_ratio"], options["aligned"])
     output.copy_(torch.ops.torchvision.roi_align(maps, rois.to(maps.dtype), *grid))
 
 
 def roi_align_backward(
-    grad_output: Tensor,
-    rois: Tensor,
-    argmax_y: Tensor,
-    argmax_x: Tensor,
-    grad_input: Tensor,
-    aligned_height: int,
-    aligned_width: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    pool_mode: int,
-    aligned: bool,
+    grad_output: Tensor, rois: Tensor, argmax_y: Tensor, argmax_x: Tensor, grad_input: Tensor, **options: Any
 ) -> None:
     """Fills `grad_input` [B, C, H, W] from `grad_output` [K, C, h, w]; the rest as in `roi_align_forward`."""
-    _need_average(pool_mode)
     grad = full_precision(grad_output)
-    grid = (spatial_scale, aligned_height, aligned_width, *grad_input.shape, sampling_ratio, aligned)
+    grid = (*_grid(options), *grad_input.shape, options["sampling_ratio"], options["aligned"])
     grad_input.copy_(torch.ops.torchvision._roi_align_backward(grad, rois.to(grad.dtype), *grid))
 
 
@@ -411,15 +389,14 @@ def _no_version() -> str:
     return "not compiled; torchvision's operators"
 
 
-COVERED: dict[str, Callable[..., Any]] = {
-    function.__name__: function
-    for function in (
-        *(nms, softnms, roi_align_forward, roi_align_backward),
-        *(deform_conv_forward, deform_conv_backward_input, deform_conv_backward_parameters),
-        *(modulated_deform_conv_forward, modulated_deform_conv_backward),
-        *(sigmoid_focal_loss_forward, sigmoid_focal_loss_backward),
-    )
-} | {"get_compiler_version": _no_version, "get_compiling_cuda_version": _no_version}
+OPERATORS: tuple[Callable[..., Any], ...] = (
+    *(nms, softnms, roi_align_forward, roi_align_backward),
+    *(deform_conv_forward, deform_conv_backward_input, deform_conv_backward_parameters),
+    *(modulated_deform_conv_forward, modulated_deform_conv_backward),
+    *(sigmoid_focal_loss_forward, sigmoid_focal_loss_backward),
+)
+COVERED = {function.__name__: function for function in OPERATORS}
+COVERED |= dict.fromkeys(("get_compiler_version", "get_compiling_cuda_version"), _no_version)
 
 
 class BridgedOperators(ModuleType):
