@@ -13,7 +13,6 @@ kinds: 0 top-left, 1 bottom-right.
 """
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -158,11 +157,6 @@ def level_targets(
     valid = torch.ones((1, *own), dtype=torch.bool, device=boxes.device)
     margin = (0, size[1] - width, 0, size[0] - height)
     return LevelTargets(*(pad(part, margin) for part in (heatmap, is_corner, offsets, foreground, valid)))
-
-
-def stack_targets(images: Sequence[LevelTargets]) -> LevelTargets:
-    """Targets of several images on the same level, each part with a leading B."""
-    return LevelTargets(*(torch.stack(parts) for parts in zip(*images, strict=True)))
 
 
 def snap_to_corners(points: Tensor, scores: Tensor, offsets: Tensor, stride: int) -> Tensor:

@@ -89,9 +89,6 @@ class InstanceJitter(BaseTransform):
         matrix[:, 2] += np.random.uniform(-self.shift, self.shift, size=2) * (opposite - corner)
         return matrix
 
-    def __repr__(self) -> str:
-        return f"InstanceJitter(prob={self.prob}, scale={self.scale}, shift={self.shift}, angle={self.angle})"
-
 
 def overlapping(boxes: np.ndarray, chosen: np.ndarray) -> list[list[int]]:
     """Groups of the chosen boxes that are connected by overlaps.

@@ -39,7 +39,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from detection.corner_targets import LevelTargets, level_targets, snap_to_corners, stack_targets
+from detection.corner_targets import LevelTargets, level_targets, snap_to_corners
 from detection.foreground_loss import BoxNormalizedFocalLoss
 
 EXPLICIT_CORNERS = "explicit_corners"
@@ -210,7 +210,9 @@ class RepPointsV2Head(RepPointsHead):
             cells from their own; corner logits (B, 2, H, W) and offsets (B, 4, H, W) as in `LevelTargets`;
             foreground logits (B, C, H, W).
         """
-        cls_feat, pts_feat = _chain(self.cls_convs, x), _chain(self.reg_convs, x)
+        cls_feat = pts_feat = x
+        for cls_conv, reg_conv in zip(self.cls_convs, self.reg_convs, strict=True):
+            cls_feat, pts_feat = cls_conv(cls_feat), reg_conv(pts_feat)
         shared = self.shared_convs(pts_feat)
         foreground = self.foreground_out(shared)
         context = self.foreground_embedding(shared)
@@ -312,17 +314,14 @@ class RepPointsV2Head(RepPointsHead):
         quality = bbox_overlaps(final.detach(), truth, is_aligned=True)
         target = (labels, quality) if isinstance(self.loss_cls, QualityFocalLoss) else labels
         scores = cls_score.flatten(2).transpose(1, 2).flatten(0, 1)  # B * H * W, C
+        first_truth, first_weights = first_truth.flatten(0, 1), first_weights.flatten(0, 1)
+        average = avg_factor_refine
         return (
-            self.loss_cls(scores, target, label_weights.flatten(), avg_factor=avg_factor_refine),
+            self.loss_cls(scores, target, label_weights.flatten(), avg_factor=average),
             self.loss_bbox_init(
-                first / scale,
-                first_truth.flatten(0, 1) / scale,
-                first_weights.flatten(0, 1),
-                avg_factor=avg_factor_init,
+                first / scale, first_truth / scale, first_weights, avg_factor=avg_factor_init
             ),
-            self.loss_bbox_refine(
-                final / scale, truth / scale, weights.flatten(0, 1), avg_factor=avg_factor_refine
-            ),
+            self.loss_bbox_refine(final / scale, truth / scale, weights.flatten(0, 1), avg_factor=average),
         )
 
     def verification_targets(
@@ -338,25 +337,18 @@ class RepPointsV2Head(RepPointsHead):
             batch_gt_instances: boxes and labels of each image.
             batch_img_metas: with each image's `pad_shape`.
         """
-        images = list(zip(batch_gt_instances, batch_img_metas, strict=True))
-        finest = self.point_strides[0]
-        return [
-            stack_targets(
-                [
-                    level_targets(
-                        truth.bboxes,
-                        truth.labels,
-                        self.num_classes,
-                        size,
-                        meta["pad_shape"][:2],
-                        (stride, finest),
-                        self.corner_overlap,
-                    )
-                    for truth, meta in images
-                ]
-            )
-            for size, stride in zip(sizes, self.point_strides, strict=True)
-        ]
+        targets = []
+        for size, stride in zip(sizes, self.point_strides, strict=True):
+            strides = (stride, self.point_strides[0])
+            images = [
+                level_targets(
+                    *(truth.bboxes, truth.labels, self.num_classes),
+                    *(size, meta["pad_shape"][:2], strides, self.corner_overlap),
+                )
+                for truth, meta in zip(batch_gt_instances, batch_img_metas, strict=True)
+            ]
+            targets.append(LevelTargets(*map(torch.stack, zip(*images, strict=True))))
+        return targets
 
     def _corner_losses(
         self, scores: Tensor, offsets: Tensor, targets: LevelTargets, average: Tensor
@@ -424,13 +416,6 @@ class RepPointsV2Head(RepPointsHead):
             moved = (torch.stack(snapped, dim=1) - cells[level]) / stride
             joint[level] = moved.transpose(2, 3).reshape(regressed[level].shape)
         return joint
-
-
-def _chain(layers: nn.ModuleList, x: Tensor) -> Tensor:
-    """Apply the layers one after another."""
-    for layer in layers:
-        x = layer(x)
-    return x
 
 
 def _flat(maps: list[Tensor]) -> Tensor:

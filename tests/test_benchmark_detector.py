@@ -48,19 +48,6 @@ def test_table_of_two_detectors(narrow: None, tmp_path: Path) -> None:
         assert fact in text
 
 
-def test_sizes_that_change_against_one(narrow: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both rows are the same detector."""
-    monkeypatch.setattr(tool, "STEPS", 2)
-    size = ["--size", "128", "160"]
-    assert tool.main([*WORDS, "--multi-scale", "--rounds", "1", *size, "--out", str(tmp_path)]) == 0
-    (path,) = tmp_path.glob("*_detector.csv")
-    with path.open() as file:
-        changing, fixed = csv.DictReader(file)
-    assert (changing["backbone"], fixed["backbone"]) == (tool.CHANGING, tool.ONE_SIZE)
-    assert changing["params M"] == fixed["params M"]
-    assert float(fixed[f"vs {tool.ONE_SIZE}"]) == 1 != float(changing[f"vs {tool.ONE_SIZE}"])
-
-
 def test_changing_sizes() -> None:
     sizes = tool.changing_sizes((320, 500), 6)
     assert len({*sizes}) == len(sizes) == 6 * tool.STEPS
@@ -91,13 +78,3 @@ def test_full_configs_are_the_same_detector_but_for_the_backbone() -> None:
         assert config.model.pop("backbone").drop_path_rate == 0.2
         assert config.optim_wrapper.optimizer.type == "AdamW"
     assert configs[0].model == configs[1].model
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [(["--rounds", "0"], "--rounds: expected 1 or more"), (["--size", "8", "99"], "32 pixels or more")],
-)
-def test_mistakes_are_named(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        tool.main(words)
-    assert message in capsys.readouterr().err

@@ -18,7 +18,7 @@ import_module("openmmlab.ops_bridge")  # before mmcv.ops
 from mmdet.models.dense_heads import RepPointsHead  # noqa: E402
 from mmdet.models.task_modules import ATSSAssigner  # noqa: E402
 from mmdet.models.utils import gaussian_radius  # noqa: E402
-from mmdet.registry import MODELS, TASK_UTILS  # noqa: E402
+from mmdet.registry import MODELS  # noqa: E402
 from mmdet.structures import DetDataSample  # noqa: E402
 from mmengine.config import Config, ConfigDict  # noqa: E402
 from mmengine.registry import DefaultScope  # noqa: E402
@@ -33,11 +33,11 @@ from detection.corner_targets import (  # noqa: E402
 )
 from detection.reppoints_v2 import BoxNormalizedFocalLoss, RepPointsV2Head  # noqa: E402
 
+CONFIG = "reppointsv2_focal-tiny_bifpn_amp-ms-crop-3x_coco"
 CLASSES = 3
 STRIDES = [8, 16, 32]
 SURE = 30.0  # a logit whose loss rounds to zero
 NO_BOXES = torch.zeros(0, 4)
-NO_LABELS = torch.zeros(0, dtype=torch.long)
 QUALITY = {"loss_cls": {"type": "QualityFocalLoss", "use_sigmoid": True, "beta": 2.0, "loss_weight": 1.0}}
 
 
@@ -90,20 +90,6 @@ def test_bumps_are_gaussians_that_end_at_the_radius() -> None:
     assert torch.equal(heatmap[1], heatmap[0].flip(0, 1))
 
 
-def test_bumps_of_two_boxes_take_the_larger_value() -> None:
-    both = boxes_of((0, 0, 100, 100), (12, 0, 100, 100))
-    together = corner_targets(both, (26, 26), 4)[0]
-    alone = torch.stack([corner_targets(box[None], (26, 26), 4)[0] for box in both])
-    assert torch.equal(together, alone.amax(dim=0))
-
-
-def test_corner_at_the_border_belongs_to_the_last_cell() -> None:
-    _, is_corner, offsets = corner_targets(boxes_of((0, 0, 40, 32)), (4, 5), 8)
-    assert is_corner[1].nonzero().tolist() == [[3, 4]]
-    assert offsets[2:, 3, 4].tolist() == [1, 1]
-    assert offsets[:2, 0, 0].tolist() == [0, 0]
-
-
 def test_in_a_shared_cell_the_nearer_corner_counts() -> None:
     near, far = (9, 9, 30, 30), (11, 10, 30, 30)
     for boxes in (boxes_of(near, far), boxes_of(far, near)):
@@ -124,12 +110,6 @@ def test_box_smaller_than_a_cell() -> None:
     assert not foreground_targets(box, label, CLASSES, (2, 2), 16, 8).any()
 
 
-def test_box_without_area_has_finite_targets() -> None:
-    targets = level_targets(boxes_of((5, 5, 5, 5)), torch.tensor([0]), CLASSES, (4, 4), (32, 32), (8, 8))
-    assert all(part.isfinite().all() for part in targets)
-    assert targets.is_corner.sum() == 2
-
-
 def test_foreground_is_what_a_box_touches_weighed_by_the_smallest() -> None:
     """Class 0: a box of 384 pixels around one of 64; class 1: a box at the border."""
     boxes = boxes_of((8, 0, 32, 16), (16, 7, 24, 15), (33, 20, 48, 32))
@@ -148,15 +128,6 @@ def test_coarse_foreground_samples_the_finest() -> None:
     fine = foreground_targets(boxes, labels, CLASSES, (8, 12), 8, 8)
     assert torch.equal(foreground_targets(boxes, labels, CLASSES, (4, 6), 16, 8), fine[:, ::2, ::2])
     assert torch.equal(foreground_targets(boxes, labels, CLASSES, (2, 3), 32, 8), fine[:, ::4, ::4])
-
-
-@pytest.mark.parametrize("stride", STRIDES)
-def test_an_image_without_boxes_has_empty_targets(stride: int) -> None:
-    targets = level_targets(NO_BOXES, NO_LABELS, CLASSES, (4, 5), (4 * stride, 5 * stride), (stride, 8))
-    shapes = [tuple(part.shape) for part in targets]
-    assert shapes == [(2, 4, 5), (2, 4, 5), (4, 4, 5), (CLASSES, 4, 5), (1, 4, 5)]
-    assert not any(part.any() for part in targets[:4])
-    assert targets.valid.all()
 
 
 def test_nothing_lies_in_the_padding() -> None:
@@ -287,15 +258,6 @@ def test_corner_pooling_agrees_with_a_loop() -> None:
             assert torch.equal(pooled[:, :, i, j], expected)
 
 
-def test_maps_of_all_levels() -> None:
-    channels = (CLASSES, 18, 18, 2, 4, CLASSES)
-    for training in (True, False):
-        maps = make_head().train(training)(features())
-        for level, stride in enumerate(STRIDES):
-            size = (64 // stride, 96 // stride)
-            assert [tuple(part[level].shape) for part in maps] == [(2, width, *size) for width in channels]
-
-
 def test_boxes_start_as_squares_of_the_base_scale() -> None:
     head = make_head()
     for level, points in enumerate(head(features())[1]):
@@ -314,31 +276,6 @@ def test_nothing_is_gained_by_turning_a_box_inside_out(values: list[float]) -> N
     y_first = points.view(-1, 2).flip(1).reshape(1, 18, 1, 1)
     assert torch.equal(head.points2bbox(y_first)[..., 0, 0], box)
     assert head.loss_bbox_refine(box, boxes_of((0, 0, 9, 7))) >= 0
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        *({"transform_method": kind} for kind in ("explicit_corners", "minmax", "partial_minmax", "moment")),
-        QUALITY,
-    ],
-)
-def test_gradients_reach_every_parameter(options: dict[str, Any]) -> None:
-    head = make_head(**options)
-    total(head.loss(features(), scene())).backward()
-    dead = [name for name, p in head.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert dead == []
-    assert all(p.grad.isfinite().all() for p in head.parameters())
-
-
-@pytest.mark.parametrize("options", [{}, QUALITY], ids=["focal", "quality focal"])
-def test_without_boxes_losses_are_finite_and_nothing_is_unused(options: dict[str, Any]) -> None:
-    head = make_head(**options)
-    losses = head.loss(features(), [sample_of(NO_BOXES, []), sample_of(NO_BOXES, [])])
-    assert total(losses).isfinite()
-    assert sum(losses["loss_corner_offset"]).item() == sum(losses["loss_pts_refine"]).item() == 0
-    total(losses).backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters())
 
 
 def perfect_maps(head: RepPointsV2Head, samples: list[DetDataSample]) -> list[list[Tensor]]:
@@ -392,9 +329,8 @@ def level_of(head: RepPointsV2Head) -> list[Any]:
     return [scores, *points, labels, label_weights, boxes, weights, boxes, weights, STRIDES[0]]
 
 
-@pytest.mark.parametrize("transform", ["explicit_corners", "moment"])
-def test_with_a_focal_loss_a_level_loses_what_reppoints_would(transform: str) -> None:
-    head = make_head(transform_method=transform)
+def test_with_a_focal_loss_a_level_loses_what_reppoints_would() -> None:
+    head = make_head(transform_method="moment")
     averages = {"avg_factor_init": 2, "avg_factor_refine": 5}
     ours = head.loss_by_feat_single(*level_of(head), **averages)
     theirs = RepPointsHead.loss_by_feat_single(head, *level_of(head), **averages)
@@ -404,9 +340,13 @@ def test_with_a_focal_loss_a_level_loses_what_reppoints_would(transform: str) ->
 
 
 def test_quality_focal_loss_asks_for_the_overlap_of_the_refined_box() -> None:
-    """By the formula: |overlap - p|^2 times the cross entropy with the overlap, of every class."""
+    """By the formula: |overlap - p|^2 times the cross entropy with the overlap, of every class.
+
+    The box itself does not move to please it.
+    """
     head = make_head(**QUALITY)
     arguments = level_of(head)
+    arguments[2].requires_grad_()
     scores, _, refined, labels, weights, *_ = arguments
     expected, overlaps = 0.0, []
     for image, cell in product(range(2), range(6)):
@@ -426,15 +366,7 @@ def test_quality_focal_loss_asks_for_the_overlap_of_the_refined_box() -> None:
         overlaps += [overlap] if label < CLASSES and weights[image, cell] else []
     assert len(overlaps) == 3 and max(overlaps) > 0.1
     loss, *_ = head.loss_by_feat_single(*arguments, avg_factor_init=2, avg_factor_refine=5)
-    assert loss.item() == pytest.approx(expected / 5, rel=1e-4)
-
-
-def test_boxes_do_not_move_to_please_the_class_loss() -> None:
-    head = make_head(**QUALITY)
-    arguments = level_of(head)
-    arguments[2].requires_grad_()
-    loss, *_ = head.loss_by_feat_single(*arguments, avg_factor_init=2, avg_factor_refine=5)
-    assert not loss.requires_grad
+    assert loss.item() == pytest.approx(expected / 5, rel=1e-4) and not loss.requires_grad
 
 
 def test_padding_has_no_say_in_the_verification_losses() -> None:
@@ -469,20 +401,6 @@ def test_foreground_loss_counts_boxes_alike_and_is_the_formula() -> None:
     valid[12] = False
     assert loss(alarm, weights, valid).item() == pytest.approx(0, abs=1e-8)
     assert loss(alarm, torch.zeros(14), valid).isfinite()
-
-
-def test_atss_by_stride_is_atss() -> None:
-    torch.manual_seed(0)
-    counts = [96, 24, 6]
-    start = torch.rand(sum(counts), 2) * 60
-    priors = torch.cat([start, start + torch.rand(sum(counts), 2) * 40], dim=1)
-    strides = torch.tensor(STRIDES).repeat_interleave(torch.tensor(counts)).float()
-    truth = InstanceData(bboxes=boxes_of((4, 6, 40, 50), (50, 10, 92, 60)), labels=torch.tensor([0, 2]))
-    ours = TASK_UTILS.build({"type": "StrideATSSAssigner", "topk": 9}).assign(
-        InstanceData(priors=torch.cat([priors, strides[:, None]], dim=1)), truth
-    )
-    theirs = ATSSAssigner(topk=9).assign(InstanceData(priors=priors), counts, truth)
-    assert torch.equal(ours.gt_inds, theirs.gt_inds) and ours.gt_inds.max() == 2
 
 
 def test_boxes_of_all_levels_are_assigned_level_by_level() -> None:
@@ -541,11 +459,10 @@ def test_verification_moves_a_wrong_corner_to_the_right_one(
     torch.testing.assert_close(by_label[2], torch.tensor(small), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
-def test_half_precision_gives_the_same_losses_and_boxes_in_float32(kind: torch.dtype) -> None:
+def test_half_precision_gives_the_same_losses_and_boxes_in_float32() -> None:
     head = make_head()
     exact = head.loss(features(), scene())
-    with torch.autocast("cpu", dtype=kind):
+    with torch.autocast("cpu", dtype=torch.float16):
         rounded = head.loss(features(), scene())
         boxes = head.eval().predict(features(), scene())[0].bboxes
     assert boxes.dtype == torch.float32
@@ -579,48 +496,20 @@ def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: st
 # --- Detectors ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def detector() -> Any:
-    """The demo's detector."""
+def rectangle() -> dict[str, Any]:
+    """An image of 64 x 96 with a bright rectangle, as a data loader hands it over."""
+    image = torch.full((3, 64, 96), 40, dtype=torch.uint8)
+    image[:, 12:51, 24:72] = 220
+    return {"inputs": [image], "data_samples": [sample_of(boxes_of((24, 12, 72, 51)), [3])]}
+
+
+def test_detector_learns_one_scene() -> None:
+    """The demo's; the loss falls to a third and the box is found, with its class and both corners."""
     torch.manual_seed(0)
-    model = MODELS.build(Config.fromfile(REPO / "detection/configs/demo_reppoints_v2.py").model)
-    model.init_weights()
-    return model
-
-
-def batch_of(*sizes: tuple[int, int]) -> dict[str, Any]:
-    """Images with a bright rectangle each, as a data loader hands them over."""
-    inputs, samples = [], []
-    for height, width in sizes:
-        box = (width // 4, height // 5, width * 3 // 4, height * 4 // 5)
-        image = torch.full((3, height, width), 40, dtype=torch.uint8)
-        image[:, box[1] : box[3], box[0] : box[2]] = 220
-        inputs.append(image)
-        samples.append(sample_of(boxes_of(box), [3], (height, width)))
-    return {"inputs": inputs, "data_samples": samples}
-
-
-@pytest.mark.parametrize("sizes", [[(61, 83)], [(64, 96), (45, 70)]], ids=["odd size", "two sizes"])
-def test_detector_steps_and_predicts(detector: Any, sizes: list[tuple[int, int]]) -> None:
-    before = [p.detach().clone() for p in detector.parameters()]
-    optimizer = torch.optim.AdamW(detector.parameters(), lr=1e-3)
-    data = detector.data_preprocessor(batch_of(*sizes), training=True)
-    total(detector(**data, mode="loss")).backward()
-    optimizer.step()
-    moved = [not torch.equal(old, new) for old, new in zip(before, detector.parameters(), strict=True)]
-    assert all(moved)
-    detector.bbox_head.test_cfg.score_thr = 0.0
-    results = detector.eval().test_step(batch_of(*sizes))
-    for result, (height, width) in zip(results, sizes, strict=True):
-        boxes = result.pred_instances.bboxes
-        assert len(boxes) > 0 and boxes.ge(0).all()
-        assert boxes[:, 0::2].max() <= width and boxes[:, 1::2].max() <= height
-
-
-def test_detector_learns_one_scene(detector: Any) -> None:
-    """The loss falls to a third and the box is found, with its class and both corners."""
+    detector = MODELS.build(Config.fromfile(REPO / "detection/configs/demo_reppoints_v2.py").model)
+    detector.init_weights()
     optimizer = torch.optim.AdamW(detector.parameters(), lr=2e-3)
-    data = detector.data_preprocessor(batch_of((64, 96)), training=True)
+    data = detector.data_preprocessor(rectangle(), training=True)
     losses = []
     for _ in range(40):
         optimizer.zero_grad()
@@ -629,23 +518,16 @@ def test_detector_learns_one_scene(detector: Any) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 3, losses
-    found = detector.eval().test_step(batch_of((64, 96)))[0].pred_instances
+    found = detector.eval().test_step(rectangle())[0].pred_instances
     assert found.labels[0] == 3
     assert (found.bboxes[0] - torch.tensor([24, 12, 72, 51])).abs().max() < 4
 
 
 def test_coco_config_is_the_papers_head() -> None:
-    config = Config.fromfile(REPO / "detection/configs/reppointsv2_focal-tiny_bifpn_amp-ms-crop-3x_coco.py")
-    assert config.model.backbone.type == "FocalBackbone"
-    model = config.model
+    model = Config.fromfile(REPO / f"detection/configs/{CONFIG}.py").model
     head = MODELS.build(model.bbox_head | {"train_cfg": model.train_cfg, "test_cfg": model.test_cfg})
-    weights = {
-        name: getattr(head, name).loss_weight
-        for name in ("loss_corner", "loss_corner_offset", "loss_foreground")
-    }
-    assert weights == {"loss_corner": 0.25, "loss_corner_offset": 1.0, "loss_foreground": 0.1}
+    losses = (head.loss_corner, head.loss_corner_offset, head.loss_foreground)
+    assert [loss.loss_weight for loss in losses] == [0.25, 1.0, 0.1]
     assert isinstance(head, RepPointsV2Head) and head.verifiers == {1: 0, 2: 0, 3: 1, 4: 1}
     assert head.top_left.direction1_conv.conv.out_channels == 64
     assert sum(p.numel() for p in head.parameters()) == 7_210_442
-    assert (type(head.loss_cls).__name__, head.loss_cls.beta) == ("QualityFocalLoss", 2.0)
-    assert (model.neck.type, model.neck.num_repeat) == ("BiFPN", 2)
