@@ -10,6 +10,7 @@ The backbone is counted on the meta device, where nothing is computed. Neck and 
 because they select proposals by their values; their products are replaced by zeros of the right shape.
 """
 
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -50,34 +51,26 @@ class ZeroProducts(TorchDispatchMode):
 
 
 class FixedMaps(nn.Module):
-    """A backbone that returns maps of zeros, for any image.
-
-    Args:
-        shapes: [B, C_i, H_i, W_i] of each map.
-    """
+    """A backbone that returns maps of zeros of the given shapes [B, C_i, H_i, W_i], for any image."""
 
     def __init__(self, shapes: Sequence[Sequence[int]]) -> None:
         super().__init__()
         self.shapes = shapes
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Any image [B, 3, H, W] to the maps."""
         return tuple(torch.zeros(*shape) for shape in self.shapes)
 
 
-def deform_conv_flops(
-    image: Sequence[int], weight: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any
-) -> int:
-    """FLOPs of a deformable convolution: two per multiply-add of the convolution; sampling is not counted.
+def deform_conv_flops(image: Any, weight: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:
+    """FLOPs of a deformable convolution, two per multiply-add: those of a plain one; sampling is not counted.
 
     Args:
-        image: [B, C, H, W].
-        weight: [O, C / groups, h, w].
+        image: shape [B, C, H, W]; not used.
+        weight: shape [O, C / groups, h, w].
         out_shape: [B, O, H', W'].
     """
     batch, _, height, width = out_shape
-    out, channels, rows, columns = weight
-    return 2 * batch * height * width * out * channels * rows * columns
+    return 2 * batch * height * width * math.prod(weight)
 
 
 def count(model: "ConfigDict", size: Sequence[int]) -> Cost:
@@ -93,7 +86,8 @@ def count(model: "ConfigDict", size: Sequence[int]) -> Cost:
             backbone.eval()  # not chained: eval() of mmdet's backbones returns None
             with counter() as in_backbone, torch.no_grad():
                 maps = backbone(torch.empty(1, 3, *size))
-        rest = headed(model, [list(x.shape) for x in maps])
+        fixed = {"type": FixedMaps, "shapes": [list(x.shape) for x in maps]}
+        rest = MODELS.build(type(model)({**model, "backbone": fixed})).eval()
         with ZeroProducts(), counter() as in_heads, torch.no_grad():
             rest(torch.zeros(1, 3, *size), [sample(size)], mode="tensor")
     parameters = sum(p.numel() for p in whole.parameters())
@@ -120,21 +114,12 @@ def counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=known)
 
 
-def headed(model: "ConfigDict", shapes: Sequence[Sequence[int]]) -> nn.Module:
-    """The detector with `FixedMaps` of these shapes as its backbone."""
-    from mmdet.registry import MODELS
-
-    MODELS.register_module(module=FixedMaps, force=True)
-    return MODELS.build(type(model)({**model, "backbone": {"type": "FixedMaps", "shapes": shapes}})).eval()
-
-
 def sample(size: Sequence[int]) -> Any:
     """The data sample of an image of `size` without objects."""
     from mmdet.structures import DetDataSample
     from mmengine.structures import InstanceData
 
-    shape = tuple(size)
-    sizes = dict.fromkeys(("img_shape", "ori_shape", "pad_shape", "batch_input_shape"), shape)
+    sizes = dict.fromkeys(("img_shape", "ori_shape", "pad_shape", "batch_input_shape"), tuple(size))
     return DetDataSample(
         gt_instances=InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long)),
         metainfo={**sizes, "scale_factor": (1.0, 1.0)},

@@ -7,14 +7,11 @@ fused attention.
 """
 
 import argparse
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from openmmlab.runner import read_config, run_command
 from utils import path_argument
@@ -22,22 +19,15 @@ from utils import path_argument
 if TYPE_CHECKING:
     from mmengine.config import Config, ConfigDict
 
-COLUMNS = (
-    *("Config", "Image", "Params (M)", "reported", "MACs (G)", "reported", "difference", "backbone's"),
-)
+COLUMNS = ("Config", "Image", "Params (M)", "reported", "MACs (G)", "reported", "difference", "backbone's")
 
 
-@dataclass(frozen=True)
-class Cost:
+class Cost(NamedTuple):
     """Parameters of a model, and multiply-adds of one image, in its backbone and in the rest."""
 
     parameters: int
     backbone_macs: int
     head_macs: int
-
-    @property
-    def macs(self) -> int:
-        return self.backbone_macs + self.head_macs
 
 
 @dataclass(frozen=True)
@@ -61,69 +51,46 @@ def plain_backbone(backbone: "ConfigDict") -> dict[str, Any]:
 def table(task: Task, paths: Sequence[Path]) -> str:
     """The table of these configs. Those with the same model (1x and 3x) are counted once."""
     known: dict[str, Cost] = {}
-    lines = [_line([*COLUMNS, f"{', '.join(task.accuracies.values())} reported"])]
-    lines.append("|---|---|" + "---:|" * (len(COLUMNS) - 1) + "\n")
+    lines = [[*COLUMNS, f"{', '.join(task.accuracies.values())} reported"]]
+    lines.append(["---", "---", *["---:"] * (len(COLUMNS) - 1)])
     for path in paths:
         config = read_config(str(path))
         size = task.image_size(config)
         key = repr((config.model, size))
         if key not in known:
             known[key] = task.count(config.model, size)
-        lines.append(row(path.stem, size, known[key], config.get("reported"), [*task.accuracies]))
-    return "".join(lines)
-
-
-def row(
-    name: str,
-    size: Sequence[int],
-    cost: Cost,
-    reported: Mapping[str, float] | None,
-    accuracies: Sequence[str],
-) -> str:
-    """One line of the table."""
-    said = reported or {}
-    flops = said.get("flops_g")
-    return _line(
-        [
-            name,
-            f"{size[0]} x {size[1]}",
-            f"{cost.parameters / 1e6:.1f}",
-            said.get("params_m", ""),
-            f"{cost.macs / 1e9:.0f}",
-            flops or "",
-            f"{100 * (cost.macs / 1e9 / flops - 1):+.1f} %" if flops else "",
-            f"{cost.backbone_macs / 1e9:.0f}",
-            ", ".join(str(said[key]) for key in accuracies if key in said),
-        ]
-    )
-
-
-def _line(cells: Sequence[Any]) -> str:
-    return "| " + " | ".join(map(str, cells)) + " |\n"
-
-
-def versions(package: str) -> str:
-    """Versions of Python and of the packages that build the models."""
-    parts = {"Python": platform.python_version(), "torch": torch.__version__}
-    parts |= {name: import_module(name).__version__ for name in ("mmengine", package)}
-    return ", ".join(f"{name} {version}" for name, version in parts.items())
+        cost, reported = known[key], config.get("reported") or {}
+        macs, flops = (cost.backbone_macs + cost.head_macs) / 1e9, reported.get("flops_g")
+        lines.append(
+            [
+                path.stem,
+                f"{size[0]} x {size[1]}",
+                f"{cost.parameters / 1e6:.1f}",
+                str(reported.get("params_m", "")),
+                f"{macs:.0f}",
+                str(flops or ""),
+                f"{100 * (macs / flops - 1):+.1f} %" if flops else "",
+                f"{cost.backbone_macs / 1e9:.0f}",
+                ", ".join(str(reported[key]) for key in task.accuracies if key in reported),
+            ]
+        )
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def main(task: Task, description: str, argv: Sequence[str] | None = None) -> int:
     """Print the table, or write it to a file; returns 2 after a mistake of the user."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument(
-        "configs",
-        nargs="*",
-        type=path_argument,
-        help=f"config files (those of {task.configs.parent.name}/configs)",
-    )
+    default = f"{task.configs.parent.name}/configs"
+    parser.add_argument("configs", nargs="*", type=path_argument, help=f"config files (those of {default})")
     parser.add_argument("--out", type=path_argument, help="Markdown file to write instead of printing")
     args = parser.parse_args(argv)
 
     def print_table() -> None:
         text = table(task, [*map(Path, args.configs)] or sorted(task.configs.glob(task.pattern)))
-        text = f"{text}\n{versions(task.package)}\n"
+        versions = [
+            f"{name} {import_module(name).__version__}" for name in ("torch", "mmengine", task.package)
+        ]
+        text = f"{text}\n{', '.join(versions)}\n"
         if args.out:
             Path(args.out).write_text(text, encoding="utf-8")
         else:

@@ -1,8 +1,5 @@
 """The counting of detectors' parameters and multiply-adds."""
 
-# ruff: noqa: E402
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +38,7 @@ def test_count_agrees_with_mmengine_where_that_can_count() -> None:
         model = MODELS.build(config.model).eval()
         known = get_model_complexity_info(model, inputs=(torch.zeros(1, 3, 96, 128),), show_table=False)
     assert cost.parameters == sum(p.numel() for p in model.parameters())
-    assert 0.95 < cost.macs / known["flops"] <= 1.0
+    assert 0.95 < (cost.backbone_macs + cost.head_macs) / known["flops"] <= 1.0
 
 
 def test_count_of_a_backbone_is_that_of_the_classifier() -> None:
@@ -74,14 +71,3 @@ def test_count_as_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert all([cell.strip() for cell in row[1:4]] == ["64 x 96", "39.1", "39"] for row in rows)
     assert [row[-1].strip() for row in rows] == ["43.7", "45.5"] and len({row[4] for row in rows}) == 1
     assert "torch " in lines[-1] and "mmdet " in lines[-1]
-
-
-@pytest.mark.parametrize("task", ["detection", "segmentation"])
-def test_missing_packages_are_named(task: str) -> None:
-    """In one line that says what to run, where OpenMMLab's packages are not installed."""
-    hidden = "import sys; sys.modules['mmengine'] = sys.modules['mmengine.config'] = None; "
-    run = f"from {task}.count import main; sys.exit(main())"
-    done = subprocess.run([sys.executable, "-c", hidden + run], cwd=REPO, capture_output=True, text=True)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert done.stderr.startswith("error: OpenMMLab's packages are not installed")
-    assert "make setup-openmmlab" in done.stderr
