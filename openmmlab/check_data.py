@@ -5,6 +5,7 @@ COCO's annotation files are checked while mmdet reads them; of images and label 
 
 import json
 import logging
+import math
 import random
 import re
 from collections import Counter
@@ -33,12 +34,6 @@ if TYPE_CHECKING:
 SAMPLE = 32  # images of a data set that are opened
 NOTHING = 255  # the label of pixels that belong to no class
 SWAPPED = range(5, 9)  # EXIF orientations that exchange height and width
-NUMBER, ID = (int, float), (int, str)
-ENTRIES: dict[str, dict[str, Any]] = {  # what mmdet reads of each entry of an annotation file: keys, types
-    "categories": {"id": ID, "name": str},
-    "images": {"id": ID, "file_name": str, "height": NUMBER, "width": NUMBER},
-    "annotations": {"id": ID, "image_id": ID, "category_id": ID, "bbox": list, "area": NUMBER},
-}
 HEADS = {  # in mmdet's and mmseg's models, those whose num_classes is that of the data set
     *("bbox_head", "mask_head", "mask_iou_head", "point_head", "panoptic_head", "panoptic_fusion_head"),
     *("decode_head", "auxiliary_head"),
@@ -210,6 +205,28 @@ def _check_size(image: str, expected: tuple[int, ...], where: str) -> None:
 # --- COCO's annotation files --------------------------------------------------------------------------------
 
 
+def _are_numbers(values: Any) -> bool:
+    """Whether it is a list of numbers, none of them NaN or infinite, which Python's JSON reader accepts."""
+    return isinstance(values, list) and all(isinstance(x, int | float) and abs(x) < math.inf for x in values)
+
+
+FITS: dict[str, Callable[[Any], bool]] = {
+    "text": lambda value: isinstance(value, str),
+    "a number": lambda value: _are_numbers([value]),
+    "a number or text": lambda value: isinstance(value, str) or _are_numbers([value]),
+    "four numbers: x, y, width, height": lambda value: _are_numbers(value) and len(value) == 4,
+}
+ENTRIES = {  # what mmdet reads of each entry of an annotation file: keys, what each is expected to be
+    "categories": {"id": "a number or text", "name": "text"},
+    "images": {"id": "a number or text", "file_name": "text", "height": "a number", "width": "a number"},
+    "annotations": {
+        **dict.fromkeys(("id", "image_id", "category_id"), "a number or text"),
+        "bbox": "four numbers: x, y, width, height",
+        "area": "a number",
+    },
+}
+
+
 @contextmanager
 def checked_annotations(config: "Config", model: nn.Module) -> Iterator[None]:
     """Context manager: mmdet's `CocoDataset` checks annotation files while it reads them.
@@ -276,7 +293,7 @@ def _check_annotations(content: Any, dataset: Any, path: str, masks: bool) -> No
         entries = content.get(kind)
         if not isinstance(entries, list):
             raise UserError(f"{path}: expected annotations in COCO's format, found no list of {kind}")
-        needed = keys | {"iscrowd": int} if dataset.test_mode and kind == "annotations" else keys
+        needed = keys | {"iscrowd": "a number"} if dataset.test_mode and kind == "annotations" else keys
         for number, entry in enumerate(entries):
             if fault := _fault(entry, needed):
                 name = f"id {entry['id']}" if isinstance(entry, dict) and "id" in entry else f"entry {number}"
@@ -301,8 +318,8 @@ def _check_annotations(content: Any, dataset: Any, path: str, masks: bool) -> No
     empty = [entry["id"] for entry in used if not _has_mask(entry)] if masks else []
     if empty:
         raise UserError(
-            f"{path}: {len(empty)} annotations have no segmentation (a list of polygons [x, y, x, y, ...] or "
-            f"an RLE), the first has id {empty[0]}: remove them, or choose a detector without masks"
+            f"{path}: {len(empty)} annotations have no segmentation, the first has id {empty[0]}: expected "
+            "polygons [x, y, x, y, ...] of numbers or an RLE; remove them, or choose a detector without masks"
         )
     least = (dataset.filter_cfg or {}).get("min_size", 0)
     large = [image for image in content["images"] if min(image["width"], image["height"]) >= least]
@@ -314,28 +331,25 @@ def _check_annotations(content: Any, dataset: Any, path: str, masks: bool) -> No
         )
 
 
-def _fault(entry: Any, needed: Mapping[str, Any]) -> str | None:
-    """What is wrong with an entry of an annotation file that needs these keys with values of these types."""
+def _fault(entry: Any, needed: Mapping[str, str]) -> str | None:
+    """What is wrong with an entry of an annotation file that needs these keys, see ENTRIES."""
     if not isinstance(entry, dict):
         return f"expected an object with {', '.join(needed)}"
-    for key, kinds in needed.items():
+    for key, expected in needed.items():
         if key not in entry:
             return f"has no {key}"
-        if not isinstance(entry[key], kinds):
-            names = " or ".join(kind.__name__ for kind in np.atleast_1d(kinds))
-            return f"{key} is {json.dumps(entry[key])[:50]}, expected {names}"
-    box = entry["bbox"] if "bbox" in needed else [0] * 4
-    if len(box) != 4 or not all(isinstance(value, NUMBER) for value in box):
-        return f"bbox is {json.dumps(box)[:50]}, expected four numbers: x, y, width, height"
+        if not FITS[expected](entry[key]):
+            return f"{key} is {json.dumps(entry[key])[:50]}, expected {expected}"
     return None
 
 
 def _has_mask(annotation: Mapping[str, Any]) -> bool:
-    """Whether an annotation has polygons or an RLE."""
+    """Whether an annotation has polygons or an RLE, as mmdet reads them."""
     mask = annotation.get("segmentation")
     if isinstance(mask, dict):
-        return {"size", "counts"} <= mask.keys()
-    return isinstance(mask, list) and mask != [] and all(isinstance(polygon, list) for polygon in mask)
+        counts = mask.get("counts")
+        return _are_numbers(mask.get("size")) and (isinstance(counts, str) or _are_numbers(counts))
+    return isinstance(mask, list) and mask != [] and all(map(_are_numbers, mask))
 
 
 def _check_category_names(categories: list[dict[str, Any]], classes: tuple[str, ...], path: str) -> None:
