@@ -10,7 +10,7 @@ from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from models import FocalTransformer, load_checkpoint
+from models import VARIANTS, FocalTransformer, load_checkpoint
 from utils import UserError, user_input
 
 PRETRAINED = ({"type", "checkpoint"}, "Pretrained")  # the one init_cfg: its keys, its type
@@ -21,9 +21,9 @@ class FocalBackbone(FocalTransformer):
     """Stage maps for a neck. Stages after the last of `out_indices` are not built.
 
     Args:
+        variant: name of a released model in `models.VARIANTS`, whose options `options` override.
         out_indices: stages whose maps are returned, ascending from 0.
         frozen_stages: -1 trains everything, 0 freezes the stem, n the first n stages as well.
-        norm_eval: must be False: LayerNorm has no running statistics to freeze.
         with_cp: recompute activations in the backward pass to save memory.
         init_cfg: `dict(type="Pretrained", checkpoint=FILE)`, an original or own classifier's weights.
         options: those of `models.FocalTransformer`; `img_size` is that of the checkpoint, not of images.
@@ -34,23 +34,24 @@ class FocalBackbone(FocalTransformer):
 
     def __init__(
         self,
+        variant: str | None = None,
         out_indices: Sequence[int] = (0, 1, 2, 3),
         frozen_stages: int = -1,
-        norm_eval: bool = False,
         with_cp: bool = False,
         init_cfg: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
+        if variant is not None and variant not in VARIANTS:
+            raise UserError(f"expected a variant among {', '.join(VARIANTS)}, got {variant!r}")
         known = signature(FocalTransformer).parameters.keys() - {"num_classes", "use_checkpoint"}
         if unknown := ", ".join(sorted(options.keys() - known)):
             raise UserError(
                 f"FocalBackbone takes no {unknown}. Is it left from a base config's backbone (ResNet, Swin)? "
                 "Then write backbone=dict(_delete_=True, ...)"
             )
-        if norm_eval:
-            raise UserError("norm_eval=True would do nothing: LayerNorm has no statistics; leave it out")
         if init_cfg is not None and ({*init_cfg}, init_cfg.get("type")) != PRETRAINED:
             raise UserError(f"expected init_cfg=dict(type='Pretrained', checkpoint=FILE), got {init_cfg}")
+        options = {**VARIANTS.get(variant or "", {}), **options}
         with user_input("FocalBackbone"):
             super().__init__(num_classes=0, use_checkpoint=with_cp, **options)
         stages = len(self.layers)

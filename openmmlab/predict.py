@@ -25,16 +25,11 @@ def parse(description: str, argv: Sequence[str] | None = None, threshold: float 
     parser = argparse.ArgumentParser(description=description)
     path = path_argument
     parser.add_argument("images", type=path, nargs="+", metavar="IMAGE", help="image files")
-    parser.add_argument(
-        "--config", type=path, required=True, help="config that the checkpoint was trained with"
-    )
+    parser.add_argument("--config", type=path, required=True, help="that the checkpoint was trained with")
     parser.add_argument("--checkpoint", type=path, required=True, help="file written by training")
-    parser.add_argument(
-        "--out", type=path, default="predictions", metavar="DIR", help="folder of pictures (predictions)"
-    )
-    parser.add_argument(
-        "--threshold", type=float, default=threshold, help="least score that is drawn (%(default)s)"
-    )
+    parser.add_argument("--out", type=path, default="predictions", help="folder of pictures (%(default)s)")
+    least = "least score that is drawn (%(default)s)"
+    parser.add_argument("--threshold", type=float, default=threshold, help=least)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (the GPU where there is one)")
     return parser.parse_args(argv)
 
@@ -63,19 +58,6 @@ def load_model(config_file: str, checkpoint: str, device: str | None) -> "BaseMo
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 
-def picture_paths(images: Sequence[str], folder: str) -> list[Path]:
-    """Where the pictures go: PNG files of the images' names.
-
-    Raises:
-        UserError: two images have the same name.
-    """
-    paths = [Path(folder) / f"{Path(image).stem}.png" for image in images]
-    twice = sorted({path.name for path in paths if paths.count(path) > 1})
-    if twice:
-        raise UserError(f"several images would become {', '.join(twice)}: give them to separate commands")
-    return paths
-
-
 def read_image(path: str) -> np.ndarray:
     """An image file as [H, W, 3] in BGR, enlarged if its longer side is below READABLE.
 
@@ -95,9 +77,11 @@ def read_image(path: str) -> np.ndarray:
 def run(draw: Draw, args: argparse.Namespace) -> int:
     """Draw the predictions for each image and print the paths; returns 2 after a mistake of the user."""
     escape_output()
+    paths = [Path(args.out) / f"{Path(image).stem}.png" for image in args.images]
 
     def draw_all() -> None:
-        paths = picture_paths(args.images, args.out)
+        if twice := sorted({path.name for path in paths if paths.count(path) > 1}):
+            raise UserError(f"several images would become {', '.join(twice)}: give them to separate commands")
         model = load_model(args.config, args.checkpoint, args.device)
         import mmcv
 

@@ -32,36 +32,21 @@ if TYPE_CHECKING:
     from mmengine.runner import Runner
 
 INSTALL = "run `make setup-openmmlab`"
-DAMAGED = (pickle.UnpicklingError, struct.error)
-LAUNCHERS = ("none", "pytorch", "slurm")
-NO_GPU_AMP = "mixed precision needs a GPU, and there is none here: add --no-amp"
 
 
 def parse_train(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments of a training command."""
     parser = _parser("Trains on the data set that a config names.")
+    resume = "continue from a checkpoint; without a name, from the newest one in the work dir"
+    file = dict(type=path_argument, metavar="FILE")
+    parser.add_argument("--resume", nargs="?", const="auto", **file, help=resume)
     parser.add_argument(
-        "--resume",
-        nargs="?",
-        const="auto",
-        type=path_argument,
-        metavar="CHECKPOINT",
-        help="continue from a checkpoint; without a name, from the newest one in the work dir",
+        "--pretrained", **file, help="ImageNet classifier whose weights the backbone starts from"
     )
-    parser.add_argument(
-        "--pretrained",
-        type=path_argument,
-        metavar="FILE",
-        help="ImageNet classifier whose weights the backbone starts from",
-    )
-    parser.add_argument(
-        "--amp", action=argparse.BooleanOptionalAction, help="mixed precision on or off, whatever the config"
-    )
-    parser.add_argument(
-        "--auto-scale-lr",
-        action="store_true",
-        help="scale the learning rate from the batch size that the config was made for to that of this run",
-    )
+    flag = argparse.BooleanOptionalAction
+    parser.add_argument("--amp", action=flag, help="mixed precision on or off, whatever the config says")
+    rate = "scale the learning rate from the batch size that the config was made for to that of this run"
+    parser.add_argument("--auto-scale-lr", action="store_true", help=rate)
     return parser.parse_args(argv)
 
 
@@ -69,12 +54,8 @@ def parse_test(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments of an evaluation command."""
     parser = _parser("Evaluates a checkpoint on the test set that a config names.")
     parser.add_argument("checkpoint", type=path_argument, help="file written by training")
-    parser.add_argument(
-        "--tta",
-        "--multi-scale",
-        action="store_true",
-        help="test-time augmentation (several scales, flips): the config's tta_pipeline",
-    )
+    views = "test-time augmentation (several scales, flips): the config's tta_pipeline"
+    parser.add_argument("--tta", "--multi-scale", action="store_true", help=views)
     return parser.parse_args(argv)
 
 
@@ -85,18 +66,12 @@ def _parser(description: str) -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("config", type=path_argument, help="config file")
-    parser.add_argument(
-        "--work-dir",
-        type=path_argument,
-        metavar="DIR",
-        help="where logs and checkpoints go (work_dirs/<config>)",
-    )
-    parser.add_argument(
-        "--cfg-options", nargs="+", action=Options, metavar="KEY=VALUE", help="replace values of the config"
-    )
-    parser.add_argument(
-        "--launcher", choices=LAUNCHERS, help="what starts the processes (torchrun is recognised)"
-    )
+    folder = "where logs and checkpoints go (work_dirs/<config>)"
+    parser.add_argument("--work-dir", type=path_argument, metavar="DIR", help=folder)
+    values = dict(nargs="+", metavar="KEY=VALUE", help="replace values of the config")
+    parser.add_argument("--cfg-options", action=Options, **values)
+    launchers = ("none", "pytorch", "slurm")
+    parser.add_argument("--launcher", choices=launchers, help="what starts the processes, but for torchrun")
     parser.add_argument("--local_rank", "--local-rank", help="ignored: launchers set the environment")
     return parser
 
@@ -189,7 +164,7 @@ def training_config(args: argparse.Namespace) -> "Config":
         }
         config.optim_wrapper.type = "OptimWrapper"
     if config.optim_wrapper.type == "AmpOptimWrapper" and not torch.cuda.is_available():
-        raise UserError(NO_GPU_AMP)
+        raise UserError("mixed precision needs a GPU, and there is none here: add --no-amp")
     if args.auto_scale_lr:
         if "base_batch_size" not in config.get("auto_scale_lr", {}):
             raise UserError(f"--auto-scale-lr: {args.config} has no auto_scale_lr.base_batch_size")
@@ -281,7 +256,10 @@ def refusing(checkpoint: str) -> Iterator[None]:
     """Raise errors of loading a checkpoint as a UserError that names the file."""
     try:
         yield
-    except (RuntimeError, EOFError, LookupError, TypeError, AttributeError, *DAMAGED) as error:
+    except (
+        *(RuntimeError, EOFError, LookupError, TypeError, AttributeError),
+        *(pickle.UnpicklingError, struct.error),
+    ) as error:
         raise UserError(f"{checkpoint} does not fit the config's model, or is damaged: {error}") from error
 
 

@@ -8,13 +8,14 @@ from mmengine.config import Config, ConfigDict
 
 SMALL = {"embed_dim": 8, "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 4], "drop_path_rate": 0.0}
 """No stochastic depth: a block that happens to be dropped would get no gradient."""
-WIDE = [15, 13, 9, 7]
-FROM_FILE = {"model.backbone.init_cfg.type": "Pretrained", "model.backbone.init_cfg.checkpoint": "focal.pth"}
 
 
-def of_backbone(name: str) -> str:
-    """'mask-rcnn_focal-fast-tiny_fpn_1x_coco' -> 'focal_fast_tiny'."""
-    return name.split("_")[1].replace("-", "_")
+def variant_of(name: str) -> str:
+    """'mask-rcnn_focal-fast-tiny_fpn_1x_coco' -> 'focalv2_tiny_useconv_patch4_window7_224'."""
+    _, *kind = name.split("_")[1].split("-")
+    conv = "_useconv" if {"fast", "conv"} & {*kind} else ""
+    (size,) = {*kind} - {"fast", "conv"}
+    return f"{'focalv2' if 'fast' in kind else 'focal'}_{size}{conv}_patch4_window7_224"
 
 
 def edit(node: Any, change: Callable[[str, Any], Any]) -> Any:
@@ -30,14 +31,17 @@ def batch(dataset: Any, numbers: tuple[int, ...]) -> dict[str, list[Any]]:
     return {key: [item[key] for item in items] for key in ("inputs", "data_samples")}
 
 
-def check_backbone(config: Config, variant: str, **others: Any) -> None:
-    """A variant's values in `openmmlab/configs`, but for `others` and the windows of the pooled levels."""
-    windows = config[variant].focal_windows if "fast" in variant else WIDE
-    expected = {**config[variant], "focal_windows": windows, **others}
-    backbone = config.model.backbone
+def check_backbone(config: Config, name: str, **others: Any) -> None:
+    """The variant that the config is named after, with the wide windows of the recipe and `others`."""
+    expected = {
+        "type": "FocalBackbone",
+        "variant": variant_of(name),
+        "focal_windows": [15, 13, 9, 7],
+        **others,
+    }
+    backbone = config.model.backbone.to_dict()
+    assert {*backbone} - {*expected} <= {"out_indices", "with_cp"}, "something is left of the base's"
     assert {**backbone, **expected} == backbone
-    own = {"drop_path_rate", "out_indices", "with_cp"}
-    assert {*backbone} - {*expected} <= own, "something is left of the base's"
 
 
 def check_weight_decay(model: torch.nn.Module, groups: list[dict[str, Any]], rate: float) -> None:
@@ -50,11 +54,3 @@ def check_weight_decay(model: torch.nn.Module, groups: list[dict[str, Any]], rat
     for key, parameter in model.named_parameters():
         free = id(parameter) in norms or key.removeprefix("backbone.") in exempt
         assert decay[id(parameter)] == (0.0 if free else rate), key
-
-
-def check_named_weights(config: Config, build: Callable[[Any], Any]) -> None:
-    """A classifier's file comes in from outside of the config, also one option at a time."""
-    config.merge_from_dict(FROM_FILE)
-    expected = {"type": "Pretrained", "checkpoint": "focal.pth"}
-    with torch.device("meta"):
-        assert build(config.model.backbone).init_cfg == config.model.backbone.init_cfg == expected

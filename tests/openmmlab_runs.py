@@ -1,10 +1,9 @@
 """What the tests share that run detection's and segmentation's commands within their own process."""
 
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,15 @@ ONE_PROCESS = {  # over a config's options: images are read by the process that 
     **{f"{split}_dataloader.num_workers": 0 for split in SPLITS},
     **{f"{split}_dataloader.persistent_workers": False for split in SPLITS},
 }
+STAND_IN = """
+import json, pathlib, shutil, sys
+commands, folders = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2])
+with commands.open("a") as file:
+    file.write(json.dumps(sys.argv[3:]) + "\\n")
+if "--work-dir" in sys.argv:
+    work_dir = pathlib.Path(sys.argv[sys.argv.index("--work-dir") + 1])
+    shutil.copytree(folders[work_dir.name], work_dir)
+"""
 
 
 @contextmanager
@@ -40,23 +48,19 @@ def scalars(work_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in newest.read_text().splitlines()]
 
 
-def run_make(target: str, folder: Path, *variables: str) -> subprocess.CompletedProcess[str]:
-    """A target of the Makefile with this interpreter and the demo in a folder."""
-    command = [
-        "make",
-        "--no-print-directory",
-        target,
-        f"RUN={sys.executable}",
-        "SETUP=",
-        f"DEMO={folder}",
-        *variables,
-    ]
-    return subprocess.run(
-        command,
-        cwd=REPO,
-        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=900,
+def make_demo(
+    task: str, root: Path, runs: Mapping[str, Path], *variables: str
+) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
+    """`make demo-TASK` on the scenes in a folder, and the commands that it ran.
+
+    They are not carried out: `runs` has, by the name of a work dir, a finished run that is copied there.
+    """
+    (root / "commands").unlink(missing_ok=True)
+    (root / "stand_in.py").write_text(STAND_IN)
+    folders = json.dumps({name: str(folder) for name, folder in runs.items()}, separators=(",", ":"))
+    run = f"{sys.executable} {root}/stand_in.py {root}/commands '{folders}'"
+    command = ["make", "--no-print-directory", f"demo-{task}", f"RUN={run}", "SETUP=", f"DEMO={root}"]
+    done = subprocess.run(
+        [*command, *variables], cwd=REPO, capture_output=True, text=True, check=False, timeout=120
     )
+    return done, [json.loads(line) for line in (root / "commands").read_text().splitlines()]

@@ -11,48 +11,32 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from conftest import REPO
 from PIL import Image
 
 pytest.importorskip("mmdet", reason="needs OpenMMLab's packages: make setup-openmmlab")
 
-from mmengine.optim import build_optim_wrapper
-from mmengine.registry import DATASETS, MODELS
-from openmmlab_configs import batch, check_weight_decay, edit
-from openmmlab_runs import ONE_PROCESS, in_scope, run_make, scalars
-from test_detection_configs import check_detections, one_step
+from openmmlab_runs import ONE_PROCESS, in_scope, make_demo, scalars
 
 from data.demo import DemoOptions, write_demo
-from detection import demo, predict
+from detection import predict
 from openmmlab import runner
-from openmmlab.predict import picture_paths
+from openmmlab.predict import parse
 
 CONFIG = str(REPO / "detection/configs/demo_mask_rcnn.py")
-FEW = {  # over the demo's options: a model of few weights, evaluated after every second epoch
+FEW = {  # over the demo's options: a model of few weights, evaluated after every fourth epoch and the last
     "model.backbone.depths": [1, 1, 1, 1],
     "model.backbone.embed_dim": 16,
     "model.neck.in_channels": [16, 32, 64, 128],
     "model.test_cfg.rcnn.score_thr": 0.0,
-    "train_cfg.val_interval": 2,
-    "default_hooks.checkpoint.interval": 2,
+    "train_cfg.val_interval": 4,
+    "default_hooks.checkpoint.interval": 4,
     "default_hooks.logger.interval": 1,
     "optim_wrapper.optimizer.lr": 3e-3,
     "randomness.seed": 1,
     **ONE_PROCESS,
 }
 SCENES = DemoOptions(train_scenes=4, val_scenes=3, scene_width=122, scene_height=90)
-
-
-FEW_OF_THE_DEMO = """
-_base_ = {config!r}
-train_dataloader = dict(dataset=dict(indices=2), num_workers=0, persistent_workers=False)
-val_dataloader = dict(dataset=dict(indices=2), num_workers=0, persistent_workers=False)
-test_dataloader = val_dataloader
-train_cfg = dict(max_epochs=1, val_interval=1)
-default_hooks = dict(checkpoint=dict(interval=1))
-model = dict(test_cfg=dict(rcnn=dict(score_thr=0.0)))
-"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -93,27 +77,38 @@ def in_demo(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEMO", str(scenes))
 
 
-def test_training_learns_and_keeps_checkpoints(trained: Path) -> None:
+@pytest.fixture(scope="module")
+def tested(scenes: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an evaluation of that run."""
+    folder = tmp_path_factory.mktemp("tested")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEMO", str(scenes))
+        assert (
+            runner.test([CONFIG, str(trained / "epoch_8.pth"), "--work-dir", str(folder), *options(8)]) == 0
+        )
+    return folder
+
+
+def report_of(folder: Path) -> dict[str, float]:
+    """What the only evaluation in a folder found."""
+    return json.loads(next(folder.glob("*/*.json")).read_text())
+
+
+def test_training_learns_and_evaluation_repeats_what_it_saw(trained: Path, tested: Path) -> None:
     steps = [line["loss"] for line in scalars(trained) if "loss" in line]
     assert len(steps) == 16 and np.mean(steps[-4:]) < 0.9 * np.mean(steps[:4])
-    assert [path.name for path in sorted(trained.glob("epoch_*.pth"))] == ["epoch_6.pth", "epoch_8.pth"]
     assert len(list(trained.glob("best_coco_bbox_mAP_50_epoch_*.pth"))) == 1
+    seen = evaluated(scalars(trained))
+    assert {key: report_of(tested)[key] for key in seen} == seen
 
 
 def test_resuming_goes_on(trained: Path, tmp_path: Path) -> None:
     """From a named file in another folder, and from the newest of its own."""
     command = [CONFIG, "--work-dir", str(tmp_path)]
-    assert runner.train([*command, "--resume", str(trained / "epoch_8.pth"), *options(10)]) == 0
-    assert [line["epoch"] for line in scalars(tmp_path) if "loss" in line] == [9, 9, 10, 10]
-    assert runner.train([*command, "--resume", *options(12)]) == 0
-    assert [line["epoch"] for line in scalars(tmp_path) if "loss" in line] == [11, 11, 12, 12]
-
-
-def test_evaluation_repeats_what_training_saw(trained: Path, tmp_path: Path) -> None:
-    command = [CONFIG, str(trained / "epoch_8.pth"), "--work-dir", str(tmp_path), *options(8)]
-    assert runner.test(command) == 0
-    report = json.loads(next(tmp_path.glob("*/*.json")).read_text())
-    assert {key: report[key] for key in evaluated(scalars(trained))} == evaluated(scalars(trained))
+    assert runner.train([*command, "--resume", str(trained / "epoch_8.pth"), *options(9)]) == 0
+    assert [line["epoch"] for line in scalars(tmp_path) if "loss" in line] == [9, 9]
+    assert runner.train([*command, "--resume", *options(10)]) == 0
+    assert [line["epoch"] for line in scalars(tmp_path) if "loss" in line] == [10, 10]
 
 
 def test_a_checkpoint_of_another_model_is_refused(
@@ -147,9 +142,8 @@ def test_two_processes_train_and_evaluate_all_images(scenes: Path, trained: Path
     assert [line["epoch"] for line in steps] == [9, 10], "each process has half of the images"
     weights = str(tmp_path / "two/epoch_10.pth")
     assert runner.test([CONFIG, weights, "--work-dir", str(tmp_path / "one"), *options(10)]) == 0
-    alone = json.loads(next((tmp_path / "one").glob("*/*.json")).read_text())
     both = evaluated(scalars(tmp_path / "two"))
-    assert {key: alone[key] for key in both} == both
+    assert {key: report_of(tmp_path / "one")[key] for key in both} == both
 
 
 # --- Pictures -----------------------------------------------------------------------------------------------
@@ -195,84 +189,28 @@ def test_mistakes_with_pictures(trained: Path, tmp_path: Path, capsys: pytest.Ca
     for message, command in cases.items():
         assert predict.main([*command, "--out", str(tmp_path)]) == 2
         assert message in capsys.readouterr().err
-    assert picture_paths(["a/b.jpg"], "c") == [Path("c/b.png")]
-
-
-# --- The methods, made small --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("method", demo.METHODS)
-def test_small_methods_keep_their_parts(method: str) -> None:
-    """The classes, losses and thresholds of the full config; other numbers of channels and proposals."""
-    config, full = demo.demo_config(method), runner.read_config(f"{demo.CONFIGS}/{demo.METHODS[method]}.py")
-
-    def kinds(node: Any) -> list[str]:
-        if isinstance(node, dict):
-            return [str(node.get("type")), *(kind for value in node.values() for kind in kinds(value))]
-        return [kind for item in node for kind in kinds(item)] if isinstance(node, list | tuple) else []
-
-    assert sorted(kinds(config.model)) == sorted(kinds(full.model))
-    text = str(config.model.to_dict())
-    assert "'num_classes': 10" in text and "'num_classes': 80" not in text
-    assert not re.search(r"'(in|out|feat|conv_out)_channels': 256", text)
-    assert config.model.backbone.embed_dim == 32
-    assert config.train_dataloader.dataset.data_root.endswith("detection/")
-
-
-@pytest.mark.parametrize("method", demo.METHODS)
-def test_small_methods_train_and_detect(method: str) -> None:
-    """A step reaches almost every parameter, with its weight decay; then a detection."""
-    torch.manual_seed(0)
-    config = demo.demo_config(method)
-    model = MODELS.build(edit(config.model, lambda key, value: 0.0 if key == "score_thr" else value))
-    model.init_weights()
-    wrapper = build_optim_wrapper(model, config.optim_wrapper)
-    check_weight_decay(model, wrapper.optimizer.param_groups, 0.05)
-    before = [parameter.detach().clone() for parameter in model.parameters()]
-    assert torch.isfinite(one_step(model.train(), DATASETS.build(config.train_dataloader.dataset)))
-    wrapper.step()
-    assert all(parameter.isfinite().all() for parameter in model.parameters())
-    changed = sum(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    assert changed > 0.95 * len(before)
-    test_set = DATASETS.build(config.test_dataloader.dataset)
-    found = model.eval().test_step(batch(test_set, (0,)))[0].pred_instances
-    check_detections(found, "segm" in config.test_evaluator.metric, method != "sparse_rcnn")
-
-
-@pytest.mark.parametrize(("least", "logged"), [(0.0, 1), (1.0, 0)])
-def test_the_table_of_methods(
-    least: float, logged: int, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The last evaluation's figures; zeros if no score was high enough and so no figure was logged."""
-    monkeypatch.setitem(demo.SMALLER, "score_thr", {0.05: least})
-    row = demo.train("atss", scenes / "detection", tmp_path, epochs=1)
-    lines = [line for line in scalars(tmp_path / "atss") if "coco/bbox_mAP" in line]
-    assert len(lines) == logged
-    last = (lines or [{"coco/bbox_mAP": 0.0, "coco/bbox_mAP_50": 0.0}])[-1]
-    assert (row["box AP"], row["AP50"]) == (last["coco/bbox_mAP"], last["coco/bbox_mAP_50"])
-    assert row["method"] == "atss" and 0 <= row["box AP"] <= row["AP50"] <= 1 and row["mask AP"] is None
-    lines = demo.table([row]).splitlines()
-    assert lines[0].startswith("| method | params (M) | AP50 at first | box AP | AP50 | mask AP |")
-    assert len(lines) == 3 and lines[2].startswith("| atss | 2.02 |")
 
 
 # --- The demo -----------------------------------------------------------------------------------------------
 
 
-def test_the_demo_tells_what_it_reached(tmp_path: Path) -> None:
-    """`make demo-detection` with few of its scenes for one epoch: what it prints is what it found."""
-    few = tmp_path / "few.py"
-    few.write_text(FEW_OF_THE_DEMO.format(config=CONFIG))
-    done = run_make("demo-detection", tmp_path, f"DETECTION_CONFIG={few}", "DETECTION_LEAST=-1")
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    run_dir = tmp_path / "output/detection"
-    assert f"checkpoint  {run_dir}/train/best_coco_bbox_mAP_50_epoch_1.pth" in done.stdout
-    figures = re.search(
-        r"box AP +([\d.]+), at IoU 0.5 ([\d.]+)\nmask AP +([\d.]+), at IoU 0.5 ([\d.]+)\n", done.stdout
-    )
-    report = json.loads(next(run_dir.glob("test/*/*.json")).read_text())
-    names = ("bbox_mAP", "bbox_mAP_50", "segm_mAP", "segm_mAP_50")
-    assert figures and [float(text) for text in figures.groups()] == [
-        report[f"coco/{name}"] for name in names
+def test_the_demo_tells_what_it_reached(scenes: Path, trained: Path, tested: Path) -> None:
+    """`make demo-detection` reads its figures from the log of a real evaluation; a low one is an error."""
+    done, commands = make_demo("detection", scenes, {"train": trained, "test": tested}, "DETECTION_LEAST=-1")
+    assert done.returncode == 0, done.stderr
+    assert commands[0] == ["-m", "data.demo", str(scenes), "--kinds", "detection"]
+    assert [words[0] for words in commands[1:]] == [
+        f"detection/{name}.py" for name in ("train", "test", "predict")
     ]
-    assert len(list((run_dir / "pictures").glob("*.png"))) == 4
+    best = f"{scenes}/output/detection/train/{next(trained.glob('best_*.pth')).name}"
+    assert f"checkpoint  {best}" in done.stdout
+    figures = re.search(r"box AP +(.+), at IoU 0.5 (.+)\nmask AP +(.+), at IoU 0.5 (.+)\n", done.stdout)
+    names = ("bbox_mAP", "bbox_mAP_50", "segm_mAP", "segm_mAP_50")
+    report = report_of(tested)
+    assert figures and [float(text) for text in figures.groups()] == [report[f"coco/{n}"] for n in names]
+    runner.parse_train(commands[1][1:])
+    assert runner.parse_test(commands[2][1:]).checkpoint == best
+    drawn = parse("", commands[3][1:])
+    assert (len(drawn.images), drawn.checkpoint) == (3, best)
+    done, _ = make_demo("detection", scenes, {"train": trained, "test": tested}, "DETECTION_LEAST=1")
+    assert done.returncode == 2 and "expected to pass a box AP of 1 at IoU 0.5" in done.stderr

@@ -2,7 +2,6 @@
 
 # ruff: noqa: E402
 import copy
-import inspect
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPO
-from yacs.config import CfgNode
 
 pytest.importorskip("mmdet", reason="needs OpenMMLab's packages: make setup-openmmlab")
 
@@ -22,39 +20,18 @@ from mmengine.config import Config, ConfigDict
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, TASK_UTILS
 from mmengine.structures import InstanceData
-from openmmlab_configs import (
-    SMALL,
-    batch,
-    check_backbone,
-    check_named_weights,
-    check_weight_decay,
-    edit,
-    of_backbone,
-)
+from openmmlab_configs import SMALL, batch, check_backbone, check_weight_decay, edit
 from openmmlab_runs import in_scope
 
-from config import load_config
 from data.demo import DemoOptions, write_demo
 from data.demo_scenes import DETECTION_CLASSES
-from models import FocalTransformer, build_model
+from models import VARIANTS, FocalTransformer
 from openmmlab import runner
 
 CONFIGS = REPO / "detection" / "configs"
-BACKBONES = REPO / "openmmlab" / "configs"
 NAMES = [path.stem for path in sorted(CONFIGS.glob("*_coco.py"))]
-VARIANTS = [path.stem for path in sorted(BACKBONES.glob("focal_*.py"))]
 SCHEDULES = {"1x": (12, [8, 11]), "2x": (24, [16, 22]), "3x": (36, [27, 33]), "6x": (72, [63, 69])}
-DROP_PATH = {"tiny": 0.2, "small": 0.2, "base": 0.3, "large": 0.2}
-METHODS = (
-    "atss",
-    "atss-dyhead",
-    "cascade-mask-rcnn",
-    "htc",
-    "mask-rcnn",
-    "reppointsv2",
-    "retinanet",
-    "sparse-rcnn",
-)
+METHODS = sorted({name.split("_")[0] for name in NAMES})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -75,91 +52,39 @@ def read(name: str) -> Config:
     return Config.fromfile(CONFIGS / f"{name}.py")
 
 
-def schedule_of(name: str) -> str:
-    """'mask-rcnn_focal-tiny_fpn_amp-ms-crop-3x_coco' -> '3x'."""
-    return name.split("_")[-2].split("-")[-1]
+def name_of(method: str) -> str:
+    """The method's config, that of the longest schedule."""
+    return next(name for name in reversed(NAMES) if name.startswith(f"{method}_"))
 
 
 # --- Values -------------------------------------------------------------------------------------------------
 
 
-def test_every_row_of_the_release_has_a_config() -> None:
-    rows = {f"{m}_focal-{s}" for m in ("mask-rcnn", "retinanet") for s in ("tiny", "small", "base")}
-    rows |= {f"mask-rcnn_focal-fast-{size}" for size in ("tiny", "small", "base")}
-    wanted = {f"{row}_fpn_{tag}_coco" for row in rows for tag in ("1x", "amp-ms-crop-3x")}
-    others = ("atss", "cascade-mask-rcnn", "sparse-rcnn")
-    wanted |= {f"{method}_focal-tiny_fpn_amp-ms-crop-3x_coco" for method in others}
-    wanted |= {"reppointsv2_focal-tiny_bifpn_amp-ms-crop-3x_coco"}
-    wanted |= {"atss-dyhead_focal-large_fpn_amp-ms-480-1200-2x_coco"}
-    wanted |= {"htc_focal-large_fpn_amp-ms-400-1400-6x_coco"}
-    assert set(NAMES) == wanted
-    assert all(path.stem in NAMES or path.stem.startswith("demo_") for path in CONFIGS.glob("*.py"))
-
-
-def yaml_of(variant: str) -> CfgNode:
-    """The classifier's config that a backbone variant is named after."""
-    fast = variant.startswith("focal_fast_")
-    size = variant.split("_")[2 if fast else 1]
-    conv = "_useconv" if fast or variant.endswith("_conv") else ""
-    kind = "focalv2" if fast else "focal"
-    return load_config(str(REPO / f"configs/{kind}_{size}{conv}_patch4_window7_224.yaml"))
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_backbones_are_the_released_ones(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `build_model` would pass to FocalTransformer, but for what is the task's own."""
-    import models.build
-
-    received: dict[str, Any] = {}
-    monkeypatch.setattr(models.build, "FocalTransformer", received.update)
-    build_model(yaml_of(variant))
-    defaults = {key: value.default for key, value in inspect.signature(FocalTransformer).parameters.items()}
-    own = Config.fromfile(BACKBONES / f"{variant}.py")[variant].to_dict()
-    assert own.pop("type") == "FocalBackbone"
-    assert own.keys() <= defaults.keys()
-    asked, received = {**defaults, **own}, {**defaults, **received}
-    for key in {*asked} - {"num_classes", "drop_path_rate", "use_checkpoint"}:
-        assert (asked[key] or None) == (received[key] or None), key
-
-
-def test_every_released_classifier_is_a_backbone() -> None:
-    names = {yaml_of(variant).MODEL.NAME for variant in VARIANTS}
-    assert names == {path.stem for path in (REPO / "configs").glob("focal*.yaml")}
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_recipe(name: str) -> None:
+def test_recipe_and_size(name: str) -> None:
+    """Built on the meta device. The release rounds sizes, most often up (45.53 M to 45, though); mmdet's ATSS
+    with DyHead on Swin-L has 210 M, too, where the same table says 213."""
     config = read(name)
-    variant = of_backbone(name)
     dyhead = name.startswith("atss-dyhead")
-    check_backbone(config, variant, **({"window_size": 12} if dyhead else {}))
-    assert config.model.backbone.drop_path_rate == DROP_PATH[variant.split("_")[-1]]
-    optimizer = config.optim_wrapper.optimizer
-    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ("AdamW", 5e-5 if dyhead else 1e-4, 0.05)
-    assert {*optimizer} == {"type", "lr", "weight_decay", "betas"}, "something is left of the base's"
+    options = {"window_size": 12} if dyhead else {}
+    check_backbone(config, name, drop_path_rate=0.3 if "base" in name else 0.2, **options)
+    optimizer = dict(type="AdamW", lr=5e-5 if dyhead else 1e-4, betas=(0.9, 0.999), weight_decay=0.05)
+    assert config.optim_wrapper.optimizer == optimizer, "something is left of the base's"
     assert config.optim_wrapper.type == ("AmpOptimWrapper" if "amp" in name else "OptimWrapper")
-    epochs, milestones = SCHEDULES[schedule_of(name)]
+    assert ("clip_grad" in config.optim_wrapper) == name.startswith("sparse-rcnn")
+    epochs, milestones = SCHEDULES[name.split("_")[-2].split("-")[-1]]
     warm_up, steps = config.param_scheduler
     assert config.train_cfg.max_epochs == steps.end == epochs and steps.milestones == milestones
     assert (warm_up.type, warm_up.end) == ("LinearLR", 1000)
     assert config.custom_imports.imports[0] == "openmmlab.ops_bridge", "first, before mmcv.ops"
     assert config.train_dataloader.batch_size == 2 and config.auto_scale_lr.base_batch_size == 16
+    assert ("tta_model" in config) == name.startswith(("retinanet_", "atss-dyhead_", "htc_"))
 
-
-@pytest.mark.parametrize("name", NAMES)
-def test_size_as_reported(name: str) -> None:
-    """The whole detector, on the meta device; the release rounds, most often up (45.53 M to 45, though).
-
-    mmdet's ATSS with DyHead on Swin-L has 210 M, too, where the same table says 213.
-    """
-    config = read(name)
     with torch.device("meta"):
-        model = MODELS.build(config.model)
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    reported = config.reported
-    assert (reported is None) == ("fast" in name)
-    if reported and "params_m" in reported:
-        assert -0.55 < reported.params_m - millions < (2 if "dyhead" in name else 1)
+        millions = sum(p.numel() for p in MODELS.build(config.model).parameters()) / 1e6
+    assert (config.reported is None) == ("fast" in name)
+    if config.reported and "params_m" in config.reported:
+        assert -0.55 < config.reported.params_m - millions < (2 if dyhead else 1)
 
 
 # --- At work ------------------------------------------------------------------------------------------------
@@ -225,9 +150,12 @@ def dataset_of(loader: ConfigDict, root: Path, change: Callable[[str, Any], Any]
     return DATASETS.build(told)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "tiny" in name or "large" in name])
+@pytest.mark.parametrize("name", [*map(name_of, METHODS), "mask-rcnn_focal-fast-tiny_fpn_1x_coco"])
 def test_trains_and_detects(name: str, scenes: Path) -> None:
-    """A step of training reaches every parameter with its weight decay, and changes it; then a detection."""
+    """A step of training reaches every parameter, with its weight decay; then a detection.
+
+    Crops may hold no object, and several processes wait for each other's gradients: all have one then too.
+    """
     torch.manual_seed(0)
     np.random.seed(0)
     config = read(name)
@@ -239,11 +167,14 @@ def test_trains_and_detects(name: str, scenes: Path) -> None:
     wrapper = build_optim_wrapper(model, {**config.optim_wrapper, "type": "OptimWrapper"})
     check_weight_decay(model, wrapper.optimizer.param_groups, 0.05)
 
-    loss = one_step(model.train(), dataset_of(config.train_dataloader, scenes, small_scale))
-    assert torch.isfinite(loss)
-    for key, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), key
-        assert parameter.grad.any() or key.startswith(ONLY_WITH_OBJECTS), f"{key}: its gradient is zero"
+    dataset = dataset_of(config.train_dataloader, scenes, small_scale)
+    for objects in (False, True):
+        model.zero_grad()
+        assert torch.isfinite(one_step(model.train(), dataset, objects))
+        for key, parameter in model.named_parameters():
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+            learns = parameter.grad.any() or key.startswith(ONLY_WITH_OBJECTS) or not objects
+            assert learns, f"{key}: its gradient is zero"
     wrapper.step()
 
     test_set = dataset_of(config.test_dataloader, scenes, small_scale)
@@ -251,32 +182,14 @@ def test_trains_and_detects(name: str, scenes: Path) -> None:
     check_detections(found, "segm" in config.val_evaluator.metric, config.model.type != "SparseRCNN")
 
 
-def one_step(model: torch.nn.Module, dataset: Any) -> torch.Tensor:
-    """The loss of two images of different shapes, after its backward pass."""
-    data = model.data_preprocessor(batch(dataset, (0, 1)), training=True)
-    loss, _ = model.parse_losses(model(**data, mode="loss"))
+def one_step(model: torch.nn.Module, dataset: Any, objects: bool = True) -> torch.Tensor:
+    """The loss of two images of different shapes, with or without their objects, after its backward pass."""
+    data = batch(dataset, (0, 1))
+    for sample in () if objects else data["data_samples"]:
+        sample.gt_instances = sample.gt_instances[:0]
+    loss, _ = model.parse_losses(model(**model.data_preprocessor(data, training=True), mode="loss"))
     loss.backward()
     return loss
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_without_objects_every_parameter_has_a_gradient(method: str, scenes: Path) -> None:
-    """Crops may hold no object; several processes wait for each other's gradients, of every parameter."""
-    torch.manual_seed(0)
-    config = read(next(n for n in NAMES if n.startswith(f"{method}_")))
-    model = MODELS.build(shrunken(config))
-    model.init_weights()
-    data = batch(dataset_of(config.train_dataloader, scenes, small_scale), (0, 1))
-    for sample in data["data_samples"]:
-        sample.gt_instances = sample.gt_instances[:0]
-    data = model.train().data_preprocessor(data, training=True)
-    assert sum(len(sample.gt_instances) for sample in data["data_samples"]) == 0
-    loss, _ = model.parse_losses(model(**data, mode="loss"))
-    loss.backward()
-    assert torch.isfinite(loss)
-    missing = [key for key, parameter in model.named_parameters() if parameter.grad is None]
-    assert missing == []
-    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
 def check_detections(found: Any, masks: bool, clipped: bool) -> None:
@@ -293,16 +206,10 @@ def check_detections(found: Any, masks: bool, clipped: bool) -> None:
     assert not masks or found.masks.shape == (len(found), 90, 122)
 
 
-def test_configs_with_augmentations_for_testing() -> None:
-    """What get_started says of `--tta`."""
-    with_tta = {n for n in NAMES if "tta_model" in read(n)}
-    assert with_tta == {n for n in NAMES if n.startswith(("retinanet_", "atss-dyhead_", "htc_"))}
-
-
-@pytest.mark.parametrize("method", ["retinanet", "atss-dyhead", "htc"])
+@pytest.mark.parametrize("method", ["atss-dyhead", "htc"])
 def test_detections_of_scales_and_flips_are_merged(method: str, scenes: Path, tmp_path: Path) -> None:
     """The command with `--tta`: at most 100 objects of an image, in its own coordinates."""
-    config = copy.deepcopy(read(next(n for n in NAMES if n.startswith(f"{method}_"))))
+    config = copy.deepcopy(read(name_of(method)))
     masks = "segm" in config.val_evaluator.metric
     config.model = shrunken(config)
     test_set = {"data_root": f"{scenes}/", "metainfo": {"classes": DETECTION_CLASSES}}
@@ -337,9 +244,7 @@ def test_detections_of_scales_and_flips_are_merged(method: str, scenes: Path, tm
 def test_masks_of_views_are_averaged(method: str, scenes: Path) -> None:
     """One view gives what the detector gives; a scene and its mirror image give mirrored objects."""
     torch.manual_seed(0)
-    htc, config = (
-        copy.deepcopy(read(next(n for n in NAMES if n.startswith(f"{m}_")))) for m in ("htc", method)
-    )
+    htc, config = (copy.deepcopy(read(name_of(each))) for each in ("htc", method))
     detector = MODELS.build(shrunken(config)).eval()
     detector.init_weights()
     with torch.no_grad():  # else every pixel of a mask is at about one half
@@ -378,22 +283,12 @@ def test_masks_of_views_are_averaged(method: str, scenes: Path) -> None:
     assert (here.masks != same.masks[: len(here)]).any()
 
 
-def test_soft_nms_goes_class_by_class() -> None:
-    """HTC keeps every score above 0.001, up to 10,000 boxes of all classes."""
-    (name,) = (n for n in NAMES if n.startswith("htc_"))
-    told = read(name).model.test_cfg.rcnn
-    assert (told.score_thr, told.nms.type, told.nms.split_thr) == (0.001, "soft_nms", 1)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_detector_starts_from_the_classifiers_weights(method: str, tmp_path: Path) -> None:
-    """Which the initialization of the detector's other parts leaves as they are; pooled levels reach
-    farther here, for which their tables are resized."""
-    model = shrunken(read(next(n for n in NAMES if n.startswith(f"{method}_"))))
-    known = inspect.signature(FocalTransformer).parameters
-    options = {k: v for k, v in model.backbone.items() if k in known} | {"focal_windows": [7, 5, 3, 1]}
-    classifier = FocalTransformer(**options, num_classes=3)
-    weights = classifier.state_dict()
+def test_a_detector_starts_from_the_classifiers_weights(tmp_path: Path) -> None:
+    """Which the initialization of the detector's other parts leaves as they are; pooled levels reach farther
+    here, for which their tables are resized."""
+    model = shrunken(read(name_of("mask-rcnn")))
+    options = {**VARIANTS[model.backbone.variant], **SMALL}
+    weights = FocalTransformer(**options, num_classes=3).state_dict()
     torch.save({"model": weights}, tmp_path / "classifier.pth")
     model.backbone.init_cfg = {"type": "Pretrained", "checkpoint": str(tmp_path / "classifier.pth")}
     detector = MODELS.build(model)
@@ -410,24 +305,29 @@ def test_matching_survives_half_precision() -> None:
     """Sparse R-CNN's cost of a match is finite, however sure the detector is."""
     logits = torch.tensor([[-30.0, 9.0], [30.0, -18.0]], dtype=torch.float16)
     proposals, objects = InstanceData(scores=logits), InstanceData(labels=torch.tensor([0, 1]))
-    config = read(next(n for n in NAMES if n.startswith("sparse-rcnn_")))
-    for stage in config.model.train_cfg.rcnn:
+    for stage in read(name_of("sparse-rcnn")).model.train_cfg.rcnn:
         of_class, *others = stage.assigner.match_costs
         assert of_class.type == "FocalLossCost" and len(others) == 2
         with torch.autocast("cpu", torch.float16):
             assert TASK_UTILS.build(of_class)(proposals, objects).isfinite().all()
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_pipelines_at_full_scale(method: str, scenes: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "shorter", "longest", "tested"),
+    [
+        ("mask-rcnn", (480, 800), 1333, (800, 1084)),
+        ("htc", (400, 1400), 1600, (1180, 1600)),
+        ("atss-dyhead", (480, 1200), 2000, (1200, 1627)),
+    ],
+)
+def test_pipelines_at_full_scale(
+    method: str, shorter: tuple[int, int], longest: int, tested: tuple[int, int], scenes: Path
+) -> None:
     """Sizes that come out of the config's own pipelines, and objects that stay within the image."""
-    name = next(n for n in reversed(NAMES) if n.startswith(f"{method}_"))
-    config = read(name)
+    config = read(name_of(method))
     np.random.seed(0)
-    of_method = {"htc": ((400, 1400), 1600), "atss-dyhead": ((480, 1200), 2000)}
-    shorter, longest = of_method.get(method, ((480, 800), 1333))
     dataset = dataset_of(config.train_dataloader, scenes)
-    for number in [0, 1, 2, 3] * 2:
+    for number in range(4):
         item = dataset[number]
         height, width = item["inputs"].shape[1:]
         assert min(height, width) <= shorter[1] and max(height, width) <= longest + 1
@@ -436,10 +336,4 @@ def test_pipelines_at_full_scale(method: str, scenes: Path) -> None:
         assert len(objects) > 0 and objects.bboxes.tensor.min() >= 0
         assert objects.bboxes.tensor.max() <= max(height, width)
         assert "masks" not in objects or objects.masks.masks.shape == (len(objects), height, width)
-    assert ("clip_grad" in config.optim_wrapper) == (method == "sparse-rcnn")
-    tested = dataset_of(config.test_dataloader, scenes)[0]["inputs"].shape[1:]
-    assert tested == {"htc": (1180, 1600), "atss-dyhead": (1200, 1627)}.get(method, (800, 1084))
-
-
-def test_weights_are_named_on_the_command_line() -> None:
-    check_named_weights(Config.fromfile(CONFIGS / f"{NAMES[0]}.py"), MODELS.build)
+    assert dataset_of(config.test_dataloader, scenes)[0]["inputs"].shape[1:] == tested

@@ -20,18 +20,18 @@ import mmseg.models  # noqa: F401
 from mmengine.config import Config, ConfigDict
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, DefaultScope
-from openmmlab_configs import SMALL, batch, check_backbone, check_named_weights, check_weight_decay
-from openmmlab_configs import edit, of_backbone
+from openmmlab_configs import SMALL, batch, check_backbone, check_weight_decay, edit, variant_of
 
 from data.demo import DemoOptions, write_demo
 from data.demo_scenes import SEGMENTATION_CLASSES
-from models import FocalTransformer, count_params_and_macs
+from models import VARIANTS, FocalTransformer, count_params_and_macs
 from config import load_config
 from segmentation import count
 
 CONFIGS = REPO / "segmentation" / "configs"
 NAMES = [path.stem for path in sorted(CONFIGS.glob("*_ade20k-*.py"))]
 TINY = "upernet_focal-tiny_8xb2-160k_ade20k-512x512"
+FAST = "upernet_focal-fast-tiny_8xb2-160k_ade20k-512x512"
 LARGE = "upernet_focal-large_8xb2-160k_ade20k-640x640"
 REPORTED = {  # single- and multi-scale mIoU, parameters (M), FLOPs (G)
     "tiny": (45.8, 47.0, 62, 998),
@@ -63,53 +63,33 @@ def read(name: str) -> Config:
     return Config.fromfile(CONFIGS / f"{name}.py")
 
 
-def size_of(name: str) -> str:
-    """'upernet_focal-fast-tiny_8xb2-160k_ade20k-512x512' -> 'tiny'."""
-    return next(size for size in REPORTED if size in name)
-
-
 # --- Values -------------------------------------------------------------------------------------------------
 
 
-def test_every_row_of_the_release_has_a_config() -> None:
-    backbones = [f"focal-{s}{k}" for s in ("tiny", "small", "base") for k in ("", "-conv")]
-    backbones += [f"focal-fast-{size}" for size in ("tiny", "small", "base")]
-    wanted = {f"upernet_{backbone}_8xb2-160k_ade20k-512x512" for backbone in backbones} | {LARGE}
-    assert set(NAMES) == wanted
-    assert all(path.stem in NAMES or path.stem.startswith("demo_") for path in CONFIGS.glob("*.py"))
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_recipe(name: str) -> None:
-    config = read(name)
-    variant, crop = of_backbone(name), (640, 640) if name == LARGE else (512, 512)
-    check_backbone(config, variant)
+def test_recipe_and_size(name: str) -> None:
+    """Built on the meta device, auxiliary head included."""
+    config, crop = read(name), (640, 640) if name == LARGE else (512, 512)
+    check_backbone(config, name, drop_path_rate=0.3)
     assert config.model.data_preprocessor.size == crop == config.crop_size
     assert config.model.auxiliary_head.loss_decode.loss_weight == 0.4
     heads = (config.model.decode_head, config.model.auxiliary_head)
     assert [head.num_classes for head in heads] == [150, 150]
-    assert config.optim_wrapper.optimizer == dict(
-        type="AdamW", lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01
-    )
+    optimizer = dict(type="AdamW", lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01)
+    assert config.optim_wrapper.optimizer == optimizer
     warm_up, poly = config.param_scheduler
     assert (warm_up.type, warm_up.end, poly.begin) == ("LinearLR", 1500, 1500)
     assert (poly.type, poly.power, poly.end) == ("PolyLR", 1.0, config.train_cfg.max_iters)
     assert config.train_cfg.max_iters == 160000
     assert config.train_dataloader.batch_size * 8 == config.auto_scale_lr.base_batch_size == 16
     assert config.custom_imports.imports[0] == "openmmlab.ops_bridge", "first, before mmcv.ops"
+    size = next(size for size in REPORTED if size in name)
     keys = ("miou", "miou_ms", "params_m", "flops_g")
-    plain = variant == f"focal_{size_of(name)}"
-    reported = dict(zip(keys, REPORTED[size_of(name)], strict=True)) if plain else None
-    assert config.reported == reported
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_size_as_reported(name: str) -> None:
-    """The whole segmenter, on the meta device, auxiliary head included."""
+    plain = not {"fast", "conv"} & {*name.split("_")[1].split("-")}
+    assert config.reported == (dict(zip(keys, REPORTED[size], strict=True)) if plain else None)
     with torch.device("meta"):
-        model = MODELS.build(read(name).model)
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    assert millions == pytest.approx(REPORTED[size_of(name)][2], rel=0.026)
+        millions = sum(p.numel() for p in MODELS.build(config.model).parameters()) / 1e6
+    assert millions == pytest.approx(REPORTED[size][2], rel=0.026)
 
 
 @pytest.mark.parametrize("name", [TINY, LARGE])
@@ -137,11 +117,6 @@ def test_pipelines_at_full_scale(name: str, scenes: Path) -> None:
         assert labels.shape == (1, HEIGHT, WIDTH), "labels keep their size"
         assert torch.equal(labels, tested["data_samples"].gt_sem_seg.data)
     assert sorted(sample.flip for sample in several["data_samples"]) == [False] * 6 + [True] * 6
-
-
-def test_weights_are_named_on_the_command_line() -> None:
-    """As segmentation/configs/_base_/upernet.py says."""
-    check_named_weights(Config.fromfile(CONFIGS / f"{NAMES[0]}.py"), MODELS.build)
 
 
 # --- At work ------------------------------------------------------------------------------------------------
@@ -173,27 +148,9 @@ def dataset_of(loader: dict[str, Any], root: Path, change: Callable[[str, Any], 
     return DATASETS.build(told | {"metainfo": {"classes": SEGMENTATION_CLASSES}})
 
 
-def one_step(model: torch.nn.Module, config: Config, scenes: Path) -> torch.Tensor:
-    """The loss of four images, after its backward pass."""
-    dataset = dataset_of(config.train_dataloader, scenes, small_scale)
-    data = model.data_preprocessor(batch(dataset, (0, 1, 2, 3)), training=True)
-    losses = model.train()(**data, mode="loss")
-    assert {"decode.loss_ce", "aux.loss_ce"} <= {*losses}
-    loss, _ = model.parse_losses(losses)
-    loss.backward()
-    return loss
-
-
-def segmented(model: torch.nn.Module, config: Config, scenes: Path) -> Any:
-    """What a model finds in a scene, resized to an odd size by the config's own pipeline."""
-    data = batch(dataset_of(config.test_dataloader, scenes, small_scale), (0,))
-    assert data["inputs"][0].shape[1:] == (80, 108)
-    return model.eval().test_step(data)[0]
-
-
-@pytest.mark.parametrize("name", [name for name in NAMES if "tiny" in name or name == LARGE])
+@pytest.mark.parametrize("name", [TINY, FAST])
 def test_trains_and_segments(name: str, scenes: Path) -> None:
-    """A step of training reaches every parameter, with its weight decay; then an inference."""
+    """A step of training reaches every parameter, with its weight decay; then an inference at an odd size."""
     torch.manual_seed(0)
     np.random.seed(0)
     config = read(name)
@@ -201,80 +158,30 @@ def test_trains_and_segments(name: str, scenes: Path) -> None:
     model.init_weights()
     wrapper = build_optim_wrapper(model, config.optim_wrapper)
     check_weight_decay(model, wrapper.optimizer.param_groups, 0.01)
-    assert torch.isfinite(one_step(model, config, scenes))
+    dataset = dataset_of(config.train_dataloader, scenes, small_scale)
+    data = model.data_preprocessor(batch(dataset, (0, 1, 2, 3)), training=True)
+    losses = model.train()(**data, mode="loss")
+    assert {"decode.loss_ce", "aux.loss_ce"} <= {*losses}
+    loss, _ = model.parse_losses(losses)
+    loss.backward()
+    assert torch.isfinite(loss)
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), key
         assert parameter.grad.any(), f"{key}: its gradient is zero"
-    before = [parameter.detach().clone() for parameter in model.parameters()]
     wrapper.step()
-    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
-    found = segmented(model, config, scenes)
+    data = batch(dataset_of(config.test_dataloader, scenes, small_scale), (0,))
+    assert data["inputs"][0].shape[1:] == (80, 108)
+    found = model.eval().test_step(data)[0]
     assert found.pred_sem_seg.data.shape == (1, HEIGHT, WIDTH)
     assert found.seg_logits.data.shape == (11, HEIGHT, WIDTH) and found.seg_logits.data.isfinite().all()
-    assert torch.equal(found.pred_sem_seg.data[0], found.seg_logits.data.argmax(dim=0))
 
 
-@pytest.mark.parametrize(("height", "width"), [(33, 47), (96, 96), (75, 101)])
-def test_any_size(height: int, width: int) -> None:
-    """Unpadded images: logits of the image's size."""
-    model = MODELS.build(shrunken(read(TINY))).eval()
-    with torch.no_grad():
-        found = model(torch.randn(2, 3, height, width), mode="predict")
-    assert [sample.seg_logits.data.shape for sample in found] == [(11, height, width)] * 2
-
-
-def test_slide_inference(scenes: Path) -> None:
-    """A window as large as the image gives what the whole does; smaller ones are averaged."""
-    torch.manual_seed(0)
-    config = read(TINY)
-    model = MODELS.build(shrunken(config))
-    whole = segmented(model, config, scenes).seg_logits.data
-    maps = {}
-    for side in (108, 64):
-        model.test_cfg = ConfigDict(mode="slide", crop_size=(side, side), stride=(40, 40))
-        maps[side] = segmented(model, config, scenes).seg_logits.data
-        assert maps[side].shape == whole.shape
-    torch.testing.assert_close(maps[108], whole, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(maps[64], whole, atol=1e-3)
-    image = torch.randn(1, 3, 64, 100)
-    model.test_cfg = ConfigDict(mode="slide", crop_size=(64, 64), stride=(64, 36))
-    with torch.no_grad():
-        got = model.slide_inference(image, [{"img_shape": (64, 100)}])
-        left, right = (
-            model.encode_decode(x, [{"img_shape": (64, 64)}]) for x in (image[..., :64], image[..., 36:])
-        )
-    torch.testing.assert_close(got[..., :36], left[..., :36])
-    torch.testing.assert_close(got[..., 36:64], (left[..., 36:] + right[..., :28]) / 2)
-
-
-def test_multi_scale_averages_probabilities(scenes: Path) -> None:
-    """Of all scales, flipped back; through the config's own model for it."""
-    torch.manual_seed(0)
-    config = read(TINY)
-    plain = MODELS.build(shrunken(config)).eval()
-    several = MODELS.build({**config.tta_model, "module": plain}).eval()
-    sizes = iter([(600, round(80 * ratio)) for ratio in RATIOS])
-    pipeline = edit(config.tta_pipeline, lambda key, value: next(sizes) if key == "scale" else value)
-    item = dataset_of(dict(config.test_dataloader, pipeline=pipeline), scenes)[0]
-    data = {key: [[value] for value in item[key]] for key in item}
-    with torch.no_grad():
-        merged = several.test_step(data)[0]
-        singles = [
-            plain.test_step({"inputs": [x], "data_samples": [sample]})[0].seg_logits.data.softmax(dim=0)
-            for x, sample in zip(item["inputs"], item["data_samples"], strict=True)
-        ]
-    assert len(singles) == 12
-    expected = torch.stack(singles).mean(dim=0)
-    chosen = expected.gather(0, merged.pred_sem_seg.data.view(1, HEIGHT, WIDTH))[0]
-    assert (expected.amax(dim=0) - chosen).max() < 1e-6
-
-
-def test_a_classifiers_weights(scenes: Path, tmp_path: Path) -> None:
+def test_a_classifiers_weights(tmp_path: Path) -> None:
     """They come into the backbone and stay out of the heads; what lacks a stage is refused."""
     config = read(TINY)
     weights = tmp_path / "classifier.pth"
-    options = {k: v for k, v in (config.focal_tiny | SMALL | config.wide).items() if k != "type"}
+    options = {**VARIANTS[variant_of(TINY)], **SMALL, "focal_windows": config.focal.focal_windows}
     classifier = FocalTransformer(num_classes=7, **options)
     torch.save({"model": classifier.state_dict()}, weights)
     told = shrunken(config, init_cfg=dict(type="Pretrained", checkpoint=str(weights)))
@@ -287,21 +194,6 @@ def test_a_classifiers_weights(scenes: Path, tmp_path: Path) -> None:
     torch.save({k: v for k, v in classifier.state_dict().items() if "layers.3" not in k}, weights)
     with pytest.raises(ValueError, match="missing: layers.3"):
         MODELS.build(told).init_weights()
-
-
-@pytest.mark.parametrize("frozen", [0, 2])
-def test_frozen_stages(frozen: int, scenes: Path) -> None:
-    config = read(TINY)
-    model = MODELS.build(shrunken(config, frozen_stages=frozen))
-    wrapper = build_optim_wrapper(model, config.optim_wrapper)
-    one_step(model, config, scenes)
-    still = ("patch_embed.", *(f"{part}{i}." for i in range(frozen) for part in ("layers.", "norm")))
-    before = {key: value.detach().clone() for key, value in model.named_parameters()}
-    wrapper.step()
-    for key, parameter in model.named_parameters():
-        held = key.removeprefix("backbone.").startswith(still)
-        assert (parameter.grad is None) == held, key
-        assert torch.equal(parameter, before[key]) == held, key
 
 
 # --- Counting -----------------------------------------------------------------------------------------------

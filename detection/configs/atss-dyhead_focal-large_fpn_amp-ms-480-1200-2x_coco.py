@@ -11,17 +11,15 @@ has 213 M parameters. The scales of testing are chosen here.
 _base_ = [
     "mmdet::dyhead/atss_r50_fpn_dyhead_1x_coco.py",
     "_base_/coco.py",
-    "../../openmmlab/configs/focal_large.py",
 ]
 model = dict(
     data_preprocessor=dict(pad_size_divisor=128),
     backbone=dict(
-        dict(_base_.focal_large, window_size=12),
+        dict(_base_.focal, window_size=12),
         _delete_=True,
+        variant="focal_large_patch4_window7_224",
         out_indices=(1, 2, 3),
-        drop_path_rate=0.2,
         with_cp=True,
-        **_base_.wide,
     ),
     neck=[
         dict(_base_.model.neck[0], in_channels=[384, 768, 1536], start_level=0),

@@ -7,10 +7,9 @@ linear layer, with BatchNorm over all processes, regressed with the GIoU loss.
 _base_ = [
     "mmdet::cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py",
     "_base_/coco.py",
-    "../../openmmlab/configs/focal_tiny.py",
 ]
 model = dict(
-    backbone=dict(_base_.focal_tiny, _delete_=True, drop_path_rate=0.2, **_base_.wide),
+    backbone=dict(_base_.focal, _delete_=True, variant="focal_tiny_patch4_window7_224"),
     neck=dict(in_channels=[96, 192, 384, 768]),
     roi_head=dict(
         bbox_head=[

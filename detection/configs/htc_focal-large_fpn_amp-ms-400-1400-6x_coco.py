@@ -13,13 +13,12 @@ does the same to the images in a quarter of the time. With that package at hand,
 _base_ = [
     "mmdet::htc/htc-without-semantic_r50_fpn_1x_coco.py",
     "_base_/coco.py",
-    "../../openmmlab/configs/focal_large.py",
 ]
 custom_imports = dict(
     imports=[*_base_.custom_imports.imports, "detection.instance_jitter", "detection.instance_tta"]
 )
 model = dict(
-    backbone=dict(_base_.focal_large, _delete_=True, drop_path_rate=0.2, with_cp=True, **_base_.wide),
+    backbone=dict(_base_.focal, _delete_=True, variant="focal_large_patch4_window7_224", with_cp=True),
     neck=dict(in_channels=[192, 384, 768, 1536]),
     # split_thr: class by class, which gives the same boxes; one call for all classes takes ten times as long
     test_cfg=dict(rcnn=dict(nms=dict(type="soft_nms", iou_threshold=0.5, split_thr=1))),

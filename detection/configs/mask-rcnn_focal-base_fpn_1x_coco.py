@@ -1,8 +1,8 @@
 """Mask R-CNN on Focal-B, 1x schedule."""
 
-_base_ = ["mask-rcnn_focal-tiny_fpn_1x_coco.py", "../../openmmlab/configs/focal_base.py"]
+_base_ = "mask-rcnn_focal-tiny_fpn_1x_coco.py"
 model = dict(
-    backbone=dict(_base_.focal_base, _delete_=True, drop_path_rate=0.3, **_base_.wide),
+    backbone=dict(variant="focal_base_patch4_window7_224", drop_path_rate=0.3),
     neck=dict(in_channels=[128, 256, 512, 1024]),
 )
 reported = dict(box_ap=47.8, mask_ap=43.2, params_m=110, flops_g=533)

@@ -1,10 +1,5 @@
-"""Mask R-CNN on Focal-fast-T, 1x schedule.
+"""Mask R-CNN on Focal-fast-T, 1x schedule; the release has none."""
 
-The release reports no detection results of Focal-fast.
-"""
-
-_base_ = ["mask-rcnn_focal-tiny_fpn_1x_coco.py", "../../openmmlab/configs/focal_fast_tiny.py"]
-model = dict(
-    backbone=dict(_delete_=True, drop_path_rate=0.2, **_base_.focal_fast_tiny),
-)
+_base_ = "mask-rcnn_focal-tiny_fpn_1x_coco.py"
+model = dict(backbone=dict(variant="focalv2_tiny_useconv_patch4_window7_224"))
 reported = None

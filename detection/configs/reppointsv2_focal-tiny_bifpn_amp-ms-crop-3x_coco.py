@@ -9,7 +9,6 @@ other 3x configs, 480 to 800, and half of the images are cropped first.
 _base_ = [
     "mmdet::reppoints/reppoints-moment_r50_fpn-gn_head-gn_2x_coco.py",
     "_base_/coco.py",
-    "../../openmmlab/configs/focal_tiny.py",
 ]
 custom_imports = dict(
     imports=[*_base_.custom_imports.imports, "detection.bifpn", "detection.reppoints_v2"],
@@ -17,7 +16,9 @@ custom_imports = dict(
 )
 # the pyramid begins at stride 8: stage 0 has no output, since nothing would train its norm
 model = dict(
-    backbone=dict(_base_.focal_tiny, _delete_=True, out_indices=(1, 2, 3), drop_path_rate=0.2, **_base_.wide),
+    backbone=dict(
+        _base_.focal, _delete_=True, variant="focal_tiny_patch4_window7_224", out_indices=(1, 2, 3)
+    ),
     neck=dict(
         _delete_=True,
         type="BiFPN",

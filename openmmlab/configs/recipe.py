@@ -9,12 +9,12 @@ custom_imports = dict(
     imports=["openmmlab.ops_bridge", "openmmlab.focal_backbone"], allow_failed_imports=False
 )
 
-# Windows that the pooled levels of Focal's four stages cover, instead of a classifier's 7, 5, 3, 1: maps are
-# larger here. A classifier's tables are resized for it. The paper's detectors do so, and their FLOPs agree:
-# RetinaNet T, S, B at 800 x 1280 take 265, 365, 518 G with these and 257, 354, 503 G with a classifier's, and
-# are reported at 265, 367, 514. The other reported detectors and segmenters come nearer, too, though for
-# segmenters most of the difference stays (tools/results). Focal-fast chooses keys by distance instead.
-wide = dict(focal_windows=[15, 13, 9, 7])
+# The backbone, to which each config adds its `variant`. Windows that the pooled levels of Focal's four stages
+# cover are not a classifier's 7, 5, 3, 1, because maps are larger here; its tables are resized. The paper's
+# detectors do so, for their FLOPs agree: RetinaNet T, S, B at 800 x 1280 take 265, 365, 518 G with these and
+# 257, 354, 503 G with a classifier's, and are reported at 265, 367, 514. For segmenters most of the gap
+# stays (tools/results). Focal-fast chooses keys by distance instead.
+focal = dict(type="FocalBackbone", focal_windows=[15, 13, 9, 7], drop_path_rate=0.2)
 
 # no decay for norms (in necks and heads as well), bias tables and the position embedding
 no_decay = dict(

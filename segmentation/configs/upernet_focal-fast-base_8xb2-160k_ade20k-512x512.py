@@ -1,10 +1,5 @@
-"""UPerNet on Focal-fast-B, crops of 512 x 512.
+"""UPerNet on Focal-fast-B, crops of 512 x 512; not in the release's tables."""
 
-The release reports no segmentation results of Focal-fast.
-"""
-
-_base_ = ["upernet_focal-base_8xb2-160k_ade20k-512x512.py", "../../openmmlab/configs/focal_fast_base.py"]
-model = dict(
-    backbone=dict(_delete_=True, drop_path_rate=0.3, **_base_.focal_fast_base),
-)
+_base_ = "upernet_focal-base_8xb2-160k_ade20k-512x512.py"
+model = dict(backbone=dict(variant="focalv2_base_useconv_patch4_window7_224"))
 reported = None

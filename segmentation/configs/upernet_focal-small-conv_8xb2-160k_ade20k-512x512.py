@@ -1,10 +1,5 @@
-"""UPerNet on Focal-S with convolutional patch embeddings, crops of 512 x 512.
+"""UPerNet on Focal-S with convolutional patch embeddings, crops of 512 x 512; not in the release's tables."""
 
-The release reports no segmentation results under this name; see `reported` of the variant without.
-"""
-
-_base_ = ["upernet_focal-small_8xb2-160k_ade20k-512x512.py", "../../openmmlab/configs/focal_small_conv.py"]
-model = dict(
-    backbone=dict(_base_.focal_small_conv, _delete_=True, drop_path_rate=0.3, **_base_.wide),
-)
+_base_ = "upernet_focal-small_8xb2-160k_ade20k-512x512.py"
+model = dict(backbone=dict(variant="focal_small_useconv_patch4_window7_224"))
 reported = None

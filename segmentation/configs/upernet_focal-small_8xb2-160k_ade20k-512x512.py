@@ -1,8 +1,8 @@
 """UPerNet on Focal-S, crops of 512 x 512."""
 
-_base_ = ["upernet_focal-tiny_8xb2-160k_ade20k-512x512.py", "../../openmmlab/configs/focal_small.py"]
+_base_ = "upernet_focal-tiny_8xb2-160k_ade20k-512x512.py"
 model = dict(
-    backbone=dict(_base_.focal_small, _delete_=True, drop_path_rate=0.3, **_base_.wide),
+    backbone=dict(variant="focal_small_patch4_window7_224"),
     decode_head=dict(in_channels=[96, 192, 384, 768]),
     auxiliary_head=dict(in_channels=384),
 )

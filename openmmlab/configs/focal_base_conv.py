@@ -1,7 +1,0 @@
-"""Focal-B with convolutional patch embeddings."""
-
-import importlib  # an import of a package would make this a config of another kind
-
-focal_base_conv = importlib.import_module("openmmlab.variants").backbone(
-    "focal_base_useconv_patch4_window7_224"
-)
