@@ -24,8 +24,7 @@ from openmmlab_configs import SMALL, batch, check_backbone, check_weight_decay, 
 
 from data.demo import DemoOptions, write_demo
 from data.demo_scenes import SEGMENTATION_CLASSES
-from models import VARIANTS, FocalTransformer, count_params_and_macs
-from config import load_config
+from models import VARIANTS, FocalTransformer
 from segmentation import count
 
 CONFIGS = REPO / "segmentation" / "configs"
@@ -197,14 +196,6 @@ def test_a_classifiers_weights(tmp_path: Path) -> None:
 
 
 # --- Counting -----------------------------------------------------------------------------------------------
-
-
-def test_count_of_a_backbone_is_that_of_the_classifier() -> None:
-    """At 224 pixels, with its windows, and without its head."""
-    model = edit(read(TINY).model, lambda key, value: [7, 5, 3, 1] if key == "focal_windows" else value)
-    cost = count.count(model, (224, 224))
-    _, macs = count_params_and_macs(load_config(str(REPO / "configs/focal_tiny_patch4_window7_224.yaml")))
-    assert cost.backbone_macs == macs - 768 * 1000
 
 
 def test_count_of_a_head_by_hand() -> None:
