@@ -8,6 +8,7 @@ The directory of an archive is parsed once, into arrays; workers then read a mem
 file. The original parses it again in every worker, which costs seconds and memory for each.
 """
 
+import logging
 import os
 import struct
 import zipfile
@@ -17,58 +18,34 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import psutil
+import torch
 
 from data.images import MAX_BYTES, UndecodableImageError
 from data.maps import ImageMap, read_map
-from data.source import StringTable
+from data.source import PackedSource
 
 _LOCAL_HEADER = struct.Struct("<4s22x2H")  # signature, ..., lengths of the name and of the extra field
 _LOCAL_SIGNATURE = b"PK\x03\x04"
 _SEPARATOR = ".zip@/"
 _ENCRYPTED = 0x1
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-_DIRECTORY_ERRORS = (  # what zipfile raises on a damaged directory
-    *(zipfile.BadZipFile, ValueError, OSError, EOFError, NotImplementedError, OverflowError, MemoryError),
-    *(struct.error, LookupError),
-)
+
+logger = logging.getLogger(__name__)
 
 
-class ArchiveSource:
+class ArchiveSource(PackedSource):
     """Images in zip archives, read by position.
 
-    File handles are opened at the first read of each process and belong to that process, so forked workers
-    never move each other's file position; they do not travel to spawned workers.
+    `members` has the archive's number, offset of the local header, stored size, size, CRC and method. Each
+    process opens the files itself, at its first read: forked workers must not move each other's position.
     """
 
-    def __init__(
-        self, archives: list[Path], names: list[str], labels: list[int], members: np.ndarray
-    ) -> None:
-        """
-        Args:
-            archives: the zip files.
-            names: name of each image, for messages.
-            labels: class index of each image.
-            members: (images, 6) int64: archive number, offset of the local header, stored size, size, CRC,
-                method.
-        """
-        assert len(names) == len(labels) == len(members)
-        self._archives = [str(archive) for archive in archives]
-        self.origin, self.classes = self._archives[0], None
-        self._names = StringTable(names)
-        self._members = members
-        self._files: dict[int, BinaryIO] = {}
-        self._files_pid = os.getpid()
-        self.labels = np.asarray(labels, dtype=np.int64)
+    _files: dict[int, BinaryIO]
+    _pid = -1
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_files": {}}
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def name(self, index: int) -> str:
-        """`archive.zip@/path/in/archive.jpg`."""
-        return self._names[index]
 
     def num_bytes(self, index: int) -> int:
         """Size of the image file once unpacked."""
@@ -99,11 +76,10 @@ class ArchiveSource:
         return content
 
     def _file(self, number: int) -> BinaryIO:
-        if self._files_pid != os.getpid():
-            self._files = {}
-            self._files_pid = os.getpid()
+        if self._pid != os.getpid():
+            self._files, self._pid = {}, os.getpid()
         if number not in self._files:
-            self._files[number] = open(self._archives[number], "rb")  # noqa: SIM115 (kept for later reads)
+            self._files[number] = open(self._paths[number], "rb")  # noqa: SIM115 (kept for later reads)
         return self._files[number]
 
     def _broken(self, index: int, reason: str) -> UndecodableImageError:
@@ -111,6 +87,61 @@ class ArchiveSource:
             f"{self.name(index)}: expected an intact archive member, got damaged data ({reason}); make the "
             "archive again"
         )
+
+
+class CachedSource:
+    """An archive whose encoded images, all or a shard, are cached in memory; the rest is read on demand.
+
+    The bytes lie in one torch tensor: forked workers share it as it is, spawned workers through shared
+    memory.
+    """
+
+    def __init__(self, source: ArchiveSource, shard: range) -> None:
+        """Read the images of a shard.
+
+        Args:
+            source: where to read from.
+            shard: the indices to cache.
+
+        Raises:
+            ValueError: they do not fit into memory.
+        """
+        self._source = source
+        self._shard = shard
+        self.origin, self.labels, self.classes = source.origin, source.labels, source.classes
+        ends = np.cumsum([0, *(source.num_bytes(index) for index in shard)], dtype=np.int64)
+        self._ends = torch.from_numpy(ends)
+        memory_size = psutil.virtual_memory().total
+        if ends[-1] > memory_size:
+            raise ValueError(
+                f"DATA.CACHE_MODE: expected images that fit into the {memory_size >> 20} MiB of memory, got "
+                f"{ends[-1] >> 20} MiB from {source.name(0)} on; set it to 'no' (--cache-mode no)"
+            )
+        self._blob = torch.empty(int(ends[-1]), dtype=torch.uint8)
+        self._damaged: set[int] = set()
+        memory = self._blob.numpy()
+        for slot, index in enumerate(shard):
+            try:
+                encoded = source.read(index)
+            except UndecodableImageError:
+                self._damaged.add(index)
+            else:
+                memory[ends[slot] : ends[slot + 1]] = np.frombuffer(encoded, dtype=np.uint8)
+        logger.info("cached %d of %d images, %.1f MiB", len(shard), len(source), ends[-1] / 2**20)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def name(self, index: int) -> str:
+        """Path of the image, for messages."""
+        return self._source.name(index)
+
+    def read(self, index: int) -> bytes:
+        """The content of the image file, from memory if it is in the shard."""
+        if index not in self._shard or index in self._damaged:
+            return self._source.read(index)
+        slot = self._shard.index(index)
+        return self._blob[self._ends[slot] : self._ends[slot + 1]].numpy().tobytes()
 
 
 def open_archive_split(data_path: Path, split: str, num_classes: int) -> ArchiveSource:
@@ -136,28 +167,25 @@ def open_archive_split(data_path: Path, split: str, num_classes: int) -> Archive
             "DATA.DATA_PATH to the folder that holds both"
         )
     image_map = read_map(map_path, num_classes)
-    numbers: dict[str, int] = {}
-    directories: list[dict[str, zipfile.ZipInfo]] = []
-    lengths: list[int] = []
+    archives: dict[Path, tuple[int, int, dict[str, zipfile.ZipInfo]]] = {}  # number, length, directory
     names: list[str] = []
     members = np.empty((len(image_map.names), 6), dtype=np.int64)
     for entry, written in enumerate(image_map.names):
         archive_name, member_name = _split_name(written, archive_path.name)
-        if archive_name not in numbers:
-            numbers[archive_name] = len(directories)
-            directories.append(_read_directory(data_path / archive_name, image_map, entry))
-            lengths.append((data_path / archive_name).stat().st_size)
-        number = numbers[archive_name]
-        info = directories[number].get(member_name)
+        path = data_path / archive_name
+        if path not in archives:
+            directory = _read_directory(path, image_map, entry)
+            archives[path] = len(archives), path.stat().st_size, directory
+        number, length, directory = archives[path]
+        info = directory.get(member_name)
         if info is None or info.is_dir():
             raise ValueError(
-                f"{image_map.where(entry)}: expected an image {member_name} in {data_path / archive_name}, "
-                f"got {'no such member' if info is None else 'a folder'}; correct the map or add the image "
-                "to the archive"
+                f"{image_map.where(entry)}: expected an image {member_name} in {path}, got "
+                f"{'no such member' if info is None else 'a folder'}; correct the map, or add the image"
             )
-        names.append(f"{data_path / archive_name}@/{member_name}")
-        members[entry] = (number, *_locate(info, names[-1], lengths[number]))
-    return ArchiveSource([data_path / name for name in numbers], names, image_map.labels, members)
+        names.append(member_name)
+        members[entry] = (number, *_locate(info, f"{path}@/{member_name}", length))
+    return ArchiveSource(list(archives), names, members, image_map.labels)
 
 
 def _split_name(written: str, own_archive: str) -> tuple[str, str]:
@@ -181,7 +209,7 @@ def _read_directory(archive: Path, image_map: ImageMap, entry: int) -> dict[str,
     try:
         with zipfile.ZipFile(archive) as opened:
             members = opened.infolist()
-    except _DIRECTORY_ERRORS as error:
+    except Exception as error:  # zipfile raises many types on damaged archives
         raise ValueError(
             f"{archive}: expected a zip archive, got a damaged or other file ({error}); make it again"
         ) from error

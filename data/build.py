@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,14 @@ from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from data import folder
-from data.archive import open_archive_split
+from data.archive import CachedSource, open_archive_split
 from data.datasets import EvalImages, ImageLoader, TrainImages
 from data.hugging_face import open_rows
 from data.images import decode_rgb
 from data.mixing import SeededMixup
 from data.samplers import EvalSampler, ShardSampler, TrainSampler, shard_of
 from data.shards import open_shards
-from data.source import CachedSource, ImageSource, some
+from data.source import ImageSource, some
 from data.transforms import (
     DEFAULT_RATIO,
     DEFAULT_SCALE,
@@ -34,7 +34,7 @@ from data.transforms import (
     train_transform,
     with_decoder,
 )
-from data.workers import leave_signals_to_parent, limit_workers, start_opencv_worker, stop_opencv_threads
+from data.workers import leave_signals_to_parent, limit_workers
 from utils import can_pin_memory, get_rank, get_world_size
 
 logger = logging.getLogger(__name__)
@@ -53,10 +53,6 @@ class Loaders:
     val_loader: DataLoader
     train_sampler: TrainSampler | None
     mixup_fn: SeededMixup | None
-
-    def set_epoch(self, epoch: int) -> None:
-        """Start an epoch, from 0; call it before iterating `train_loader`."""
-        self.resume_at(epoch, 0)
 
     def resume_at(self, epoch: int, samples_seen: int) -> int:
         """Set the position of the training data; call it before iterating `train_loader`.
@@ -115,8 +111,6 @@ def build_loaders(config: CfgNode, rank: int | None = None, world_size: int | No
     if config.EVAL_MODE:
         return Loaders(None, val_dataset, None, val_loader, None, None)
     decode, transform = with_decoder(data.DECODER, _train_transform(config), data.EXIF_ORIENTATION)
-    if data.DECODER == "opencv" and data.NUM_WORKERS == 0:
-        stop_opencv_threads()
     train_dataset = TrainImages(sources["train"], transform, config.SEED, decode)
     sampler_class = ShardSampler if cache_mode == "part" else TrainSampler
     train_sampler = sampler_class(len(train_dataset), data.BATCH_SIZE, rank, world_size, config.SEED)
@@ -182,21 +176,20 @@ def _training_problems(config: CfgNode) -> list[str]:
             "DATA.BATCH_SIZE: expected an even number with Mixup or CutMix, which mix pairs, got "
             f"{data.BATCH_SIZE}; change it by one or set AUG.MIXUP and AUG.CUTMIX to 0"
         )
-    if data.DECODER == "opencv" and (reason := _why_no_opencv()):
+    if data.DECODER == "opencv" and not _has_opencv():
         problems.append(
-            f"DATA.DECODER: expected 'pil', as {reason}, got 'opencv'; pip install "
+            "DATA.DECODER: expected OpenCV 4.11 or newer for 'opencv', got an older one or none; pip install "
             "'opencv-python-headless>=4.11', or set it to 'pil'"
         )
     return problems
 
 
-def _why_no_opencv() -> str:
-    """Why OpenCV cannot be used here; '' if it can."""
+def _has_opencv() -> bool:
     try:
         import cv2
     except ImportError:
-        return "OpenCV cannot be imported"
-    return "" if hasattr(cv2, "IMREAD_COLOR_RGB") else f"OpenCV {cv2.__version__} is older than 4.11"
+        return False
+    return hasattr(cv2, "IMREAD_COLOR_RGB")  # of 4.11
 
 
 def _open(config: CfgNode, splits: tuple[str, ...]) -> dict[str, Any]:
@@ -256,18 +249,8 @@ def _image_size(config: CfgNode) -> Size:
 
 
 def _train_transform(config: CfgNode) -> Any:
-    aug, data = config.AUG, config.DATA
-    recipe = Recipe(
-        color_jitter=aug.COLOR_JITTER,
-        auto_augment=aug.AUTO_AUGMENT,
-        reprob=aug.REPROB,
-        remode=aug.REMODE,
-        recount=aug.RECOUNT,
-        hflip=aug.HFLIP,
-        scale=aug.SCALE,
-        ratio=aug.RATIO,
-    )
-    channels = config.MODEL.FOCAL.IN_CHANS
+    data, channels = config.DATA, config.MODEL.FOCAL.IN_CHANS
+    recipe = Recipe(**{field.name: config.AUG[field.name.upper()] for field in fields(Recipe)})
     return train_transform(_image_size(config), channels, data.MEAN, data.STD, data.INTERPOLATION, recipe)
 
 
@@ -301,9 +284,6 @@ def _mixup(config: CfgNode, rank: int) -> SeededMixup | None:
 
 def _loader(config: CfgNode, images: TrainImages | EvalImages, sampler: Any, workers: int) -> DataLoader:
     data, is_training = config.DATA, isinstance(images, TrainImages)
-    init: Callable[[int], None] = leave_signals_to_parent
-    if is_training and data.DECODER == "opencv":
-        init = start_opencv_worker
     return ImageLoader(
         images,
         batch_size=data.BATCH_SIZE,
@@ -311,7 +291,7 @@ def _loader(config: CfgNode, images: TrainImages | EvalImages, sampler: Any, wor
         num_workers=workers,
         pin_memory=data.PIN_MEMORY and config.DEVICE != "cpu" and can_pin_memory(),
         drop_last=is_training,
-        worker_init_fn=init,
+        worker_init_fn=leave_signals_to_parent,
         persistent_workers=workers > 0,
         multiprocessing_context=(data.WORKER_START_METHOD or None) if workers else None,
     )

@@ -62,14 +62,15 @@ def is_image_name(name: str) -> bool:
     return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
 
 
-def log_left_out(folder: Path | str, names: Iterable[str]) -> None:
-    """Say how many files of a folder are left out because `is_image_name` does not take them for images."""
+def log_left_out(folder: Path | str, names: Iterable[str], most: int = 9) -> None:
+    """Say how many files of a folder are left out because `is_image_name` does not take them for images.
+
+    Args:
+        folder: of the files.
+        names: of those that are left out.
+        most: endings that are named.
+    """
     endings = Counter(Path(name).suffix or "no ending" for name in names if not name.startswith("."))
-    log_left_out_endings(folder, endings)
-
-
-def log_left_out_endings(folder: Path | str, endings: Counter[str], most: int = 9) -> None:
-    """The same with the number of files by ending, of which the ``most`` frequent are named."""
     if endings:
         counts = ", ".join(f"{count} with {ending}" for ending, count in endings.most_common(most))
         more = " and others" if len(endings) > most else ""

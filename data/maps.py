@@ -5,12 +5,13 @@ inside the data set's folder, without `..` and control characters.
 """
 
 import json
+import re
 import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 
-_SHOWN_LETTERS = 120
-_LABEL_DIGITS = 9  # at most, in text
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 120
 
 
 @dataclass(frozen=True)
@@ -69,26 +70,26 @@ def _line_entries(text: str) -> list[list[str]]:
 
 def _json_entries(path: Path, text: str) -> list[object]:
     try:
-        entries = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:  # the second from deeply nested lists
         raise ValueError(
             f"{path}: expected a JSON list of [path, label], got invalid JSON: {error}; write it again"
         ) from error
-    assert isinstance(entries, list)
-    return entries
 
 
 def _parse_entry(fields: object, where: str, num_classes: int) -> tuple[str, int]:
-    wanted = "expected a path and an integer label ('path<TAB>label', or [path, label] in JSON)"
-    if not isinstance(fields, list) or len(fields) < 2 or not str(fields[0]).strip():
-        raise ValueError(f"{where}: {wanted}, got {_quote(fields)}; correct or remove the entry")
-    name, label = fields[0], _as_label(fields[1])
-    if label is None:
-        raise ValueError(f"{where}: {wanted}, got the label {_quote(fields[1])}; correct or remove the entry")
-    if not isinstance(name, str) or not name.isprintable() or _leaves_folder(name):
+    name, label = fields[:2] if isinstance(fields, list) and len(fields) >= 2 else (fields, None)
+    if isinstance(label, str) and re.fullmatch(r"-?[0-9]{1,9}", label.strip()):
+        label = int(label)
+    if not isinstance(name, str) or not name.strip() or type(label) is not int:
+        raise ValueError(
+            f"{where}: expected a path and an integer label ('path<TAB>label', or [path, label] in JSON), "
+            f"got {_SHORT.repr(fields)}; correct or remove the entry"
+        )
+    if not name.isprintable() or (".." in name and ".." in name.replace("\\", "/").split("/")):
         raise ValueError(
             f"{where}: expected a path inside the data set, without '..' and control characters, got "
-            f"{_quote(name)}; correct or remove the entry"
+            f"{_SHORT.repr(name)}; correct or remove the entry"
         )
     if not 0 <= label < num_classes:
         raise ValueError(
@@ -96,25 +97,3 @@ def _parse_entry(fields: object, where: str, num_classes: int) -> tuple[str, int
             "MODEL.NUM_CLASSES"
         )
     return name, label
-
-
-def _leaves_folder(name: str) -> bool:
-    return ".." in name and ".." in name.replace("\\", "/").split("/")
-
-
-def _as_label(value: object) -> int | None:
-    """An integer, or its digits; None for anything else."""
-    if isinstance(value, str):
-        digits = value.strip().removeprefix("-")
-        if not (digits.isascii() and digits.isdigit() and len(digits) <= _LABEL_DIGITS):
-            return None
-        return int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _quote(value: object) -> str:
-    """An entry for a message, shortened; a line of one field as it is."""
-    if isinstance(value, list) and len(value) == 1:
-        return _quote(value[0])
-    shown = value[:_SHOWN_LETTERS] if isinstance(value, str) else value
-    return repr(shown) if isinstance(shown, str) else reprlib.repr(shown)

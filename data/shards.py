@@ -4,21 +4,18 @@ The files of a sample share a key, which is the path up to the first dot of the 
 (`key.jpg`, `.jpeg`, `.png` or `.webp`) and its label, as a number in `key.cls` or as `label` in `key.json`.
 Other files of a sample, such as `key.txt` or `key.mask.png`, are left out.
 
-The shards are indexed once, and images are read by their position in the file. The index is kept in a file
-until a shard changes.
+The shards are indexed once, and images are read by their position in the file. The index is kept in a file of
+the output folder until a shard changes.
 """
 
 import contextlib
-import filecmp
 import itertools
 import json
 import logging
 import os
 import re
 import tarfile
-import zipfile
 import zlib
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,8 +24,8 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from data.images import UndecodableImageError, log_left_out_endings
-from data.source import SPLITS, StringTable, check_size, some
+from data.images import UndecodableImageError
+from data.source import SPLITS, PackedSource, check_size, some
 
 logger = logging.getLogger(__name__)
 
@@ -41,33 +38,11 @@ Row = tuple[str, int, int, int]
 """Name, offset, size and label of an image."""
 Index = dict[str, np.ndarray]
 """names: of the images, as bytes separated by NUL; members: [images, 3] number of the shard, offset, size;
-labels: [images]; left_out: number of other files by ending, as JSON; shards: name, size and time of each
-shard, as JSON."""
+labels: [images]; shards: name, size and time of each shard, as JSON."""
 
 
-class ShardSource:
+class ShardSource(PackedSource):
     """Images in tar files, read by position. Nothing is open between reads, so workers share nothing."""
-
-    classes: list[str] | None = None
-
-    def __init__(self, shards: list[Path], index: Index) -> None:
-        """
-        Args:
-            shards: the tar files, at least one.
-            index: of their images.
-        """
-        self.origin = str(shards[0].parent)
-        self._shards = [str(shard) for shard in shards]
-        self._names = StringTable(_split_names(index))
-        self._members = index["members"]
-        self.labels = index["labels"]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def name(self, index: int) -> str:
-        """`shard.tar@/path/in/shard.jpg`."""
-        return f"{self._shards[self._members[index, 0]]}@/{self._names[index]}"
 
     def read(self, index: int) -> bytes:
         """The content of the image file.
@@ -78,7 +53,7 @@ class ShardSource:
         """
         shard, offset, size = self._members[index].tolist()
         check_size(self.name(index), size)
-        with open(self._shards[shard], "rb") as file:
+        with open(self._paths[shard], "rb") as file:
             file.seek(offset)
             content = file.read(size)
         if len(content) < size:
@@ -89,34 +64,32 @@ class ShardSource:
         return content
 
 
-def open_shards(root: Path, split: str, spare: Path) -> ShardSource:
+def open_shards(root: Path, split: str, output: Path) -> ShardSource:
     """The images of a split in tar shards.
 
     Args:
         root: has the shards in a folder for each split, or side by side with the split in their names.
         split: "train" or "val", which may also be called "validation" or "test".
-        spare: where the index is kept if the folder of the shards cannot be written.
+        output: folder that keeps the index.
 
     Raises:
         FileNotFoundError: there are no shards.
         ValueError: a shard is damaged or incomplete, or an image lacks a label.
+        OSError: the index cannot be written.
     """
     shards = _find_shards(root, split)
     stats = [(shard.name, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in shards]
     facts, folder = json.dumps(stats), shards[0].parent.resolve()
-    name = f"index_{split}.npz"
-    files = [folder / name, spare / f"{zlib.crc32(os.fsencode(folder)):08x}_{name}"]
-    index = _load_index(files, facts)
+    path = output / f"index_{split}_{zlib.crc32(os.fsencode(folder)):08x}.npz"
+    index = _load_index(path, facts)
     if index is None:
         logger.info(f"indexing {len(shards)} shards of {root}, or waiting for the process that does")
-        with _lock(files):
-            index = _load_index(files, facts)
+        with _lock(path):
+            index = _load_index(path, facts)
             if index is None:
                 index = _make_index(shards) | {"shards": np.array(facts)}
-                if not any(_save_index(file, index) for file in files):
-                    logger.warning(f"the index of {root} can be kept neither in {files[0]} nor in {files[1]}")
-    log_left_out_endings(shards[0].parent, Counter(json.loads(str(index["left_out"]))))
-    return ShardSource(shards, index)
+                _save_index(path, index)
+    return ShardSource(shards, _split_names(index), index["members"], index["labels"])
 
 
 def _find_shards(root: Path, split: str) -> list[Path]:
@@ -136,35 +109,25 @@ def _find_shards(root: Path, split: str) -> list[Path]:
 
 def _make_index(shards: list[Path]) -> Index:
     with ThreadPoolExecutor(_THREADS) as pool:
-        results = list(pool.map(_read_shard, shards))
-    parts = [rows for rows, _ in results]
-    left_out = sum((counts for _, counts in results), Counter())
-    _check_copies(shards, parts)
+        parts = list(pool.map(_read_shard, shards))
     rows = list(itertools.chain.from_iterable(parts))
     if not rows:
         raise ValueError(f"{shards[0]}: expected images ({', '.join(IMAGES)}) in the shards, got none")
     numbers = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
     positions = np.array([row[1:3] for row in rows], dtype=np.int64)
+    names = "\0".join(row[0] for row in rows).encode("utf-8", "surrogateescape")
     return {
-        "names": np.frombuffer(
-            "\0".join(row[0] for row in rows).encode("utf-8", "surrogateescape"), np.uint8
-        ),
+        "names": np.frombuffer(names, np.uint8),
         "members": np.column_stack([numbers, positions]),
         "labels": np.array([row[3] for row in rows], dtype=np.int64),
-        "left_out": np.array(json.dumps(left_out)),
     }
 
 
-def _read_shard(path: Path) -> tuple[list[Row], Counter[str]]:
-    """The images of a shard, and how many of its files are neither image nor label, by ending.
-
-    Raises:
-        ValueError: the message names the shard, and the member if it is one's fault.
-    """
+def _read_shard(path: Path) -> list[Row]:
+    """The images of a shard; ValueError, which names the shard and perhaps the member, if it is malformed."""
     images: dict[str, tarfile.TarInfo] = {}
     labels: dict[str, dict[str, bytes]] = {}
     further: dict[str, str] = {}  # by key, an image with more in its ending, such as .mask.png
-    left_out: Counter[str] = Counter()
     for member, content in _members(path):
         folder, slash, file = member.name.rpartition("/")
         stem, _, kind = file.lower().partition(".")
@@ -180,10 +143,8 @@ def _read_shard(path: Path) -> tuple[list[Row], Counter[str]]:
             images[key] = member
         elif kind in _LABELS:
             labels.setdefault(key, {})[kind] = content
-        else:
-            left_out[f".{kind}" if kind else "no ending"] += 1
-            if kind.endswith(tuple(f".{ending}" for ending in IMAGES)):
-                further[key] = member.name
+        elif kind.endswith(tuple(f".{ending}" for ending in IMAGES)):
+            further[key] = member.name
     if lost := sorted(set(further) - set(images)):
         raise ValueError(
             f"{path}@/{further[lost[0]]}: expected an image named after the key of its sample, which ends at "
@@ -199,7 +160,7 @@ def _read_shard(path: Path) -> tuple[list[Row], Counter[str]]:
     for key, member in images.items():
         label = _read_label(labels.get(key, {}), f"{path}@/{member.name}")
         rows.append((member.name, member.offset_data, member.size, label))
-    return rows, left_out
+    return rows
 
 
 def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
@@ -240,60 +201,32 @@ def _read_label(files: dict[str, bytes], name: str) -> int:
     return label
 
 
-def _check_copies(shards: list[Path], parts: list[list[Row]]) -> None:
-    """Raise ValueError if a shard is there twice under different names."""
-    seen: dict[int, Path] = {}
-    for shard, part in zip(shards, parts, strict=True):
-        other = seen.setdefault(hash(tuple(part)), shard)
-        if part and other is not shard and filecmp.cmp(shard, other, shallow=False):
-            raise ValueError(
-                f"{shard}: expected another content than {other}, got a copy; remove one of them"
-            )
-
-
 def _split_names(index: Index) -> list[str]:
     return index["names"].tobytes().decode("utf-8", "surrogateescape").split("\0")
 
 
 @contextlib.contextmanager
-def _lock(files: list[Path]) -> Iterator[None]:
-    """Inside, no other process indexes the same shards, if the folder of one of the files can be locked."""
+def _lock(path: Path) -> Iterator[None]:
+    """Inside, no other process makes the same index, if the file system has locks."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        for file in files:
-            with contextlib.suppress(OSError, NotImplementedError):  # of filelock; its Timeout is an OSError
-                file.parent.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(FileLock(file.with_name(f".{file.name}.lock"), timeout=_PATIENCE))
-                break
+        with contextlib.suppress(OSError, NotImplementedError):  # of filelock; its Timeout is an OSError
+            stack.enter_context(FileLock(path.with_name(f".{path.name}.lock"), timeout=_PATIENCE))
         yield
 
 
-def _load_index(files: list[Path], facts: str) -> Index | None:
-    """The index in the first file where it is there, intact and of these shards; else None."""
-    for file in files:
-        try:
-            with np.load(file) as content:
-                index = dict(content)
-            if (
-                str(index["shards"]) == facts
-                and "left_out" in index
-                and len(_split_names(index)) == len(index["members"]) == len(index["labels"])
-            ):
-                return index
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-            continue
-    return None
-
-
-def _save_index(path: Path, index: Index) -> bool:
-    """Write an index, whole or not at all; whether that worked."""
-    temporary = path.with_name(f".{path.name}.tmp")
+def _load_index(path: Path, facts: str) -> Index | None:
+    """The index in a file, if it is there, intact and of these shards; else None."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            np.savez(file, **index)
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        return False
-    return True
+        with np.load(path) as content:
+            index = dict(content)
+        return index if str(index["shards"]) == facts else None
+    except Exception:  # numpy and zipfile raise many types on damaged files
+        return None
+
+
+def _save_index(path: Path, index: Index) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        np.savez(file, **index)
+    os.replace(temporary, path)

@@ -1,4 +1,4 @@
-"""Where encoded images come from: what every source offers, files on disk, and a cache in memory.
+"""Where encoded images come from: what every source offers, files on disk, and what packed files share.
 
 Every source is read by index, so that shuffling, exact resume and exact evaluation work with any of them.
 
@@ -7,20 +7,15 @@ forked workers do not copy them page by page as reference counts change, and spa
 quickly.
 """
 
-import logging
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import psutil
-import torch
 
 from data.images import MAX_BYTES, UndecodableImageError
-
-logger = logging.getLogger(__name__)
 
 SPLITS = {"train": ("train",), "val": ("val", "validation", "test")}
 """What a split may be called in a data set; the first name that is there is used."""
@@ -55,14 +50,6 @@ class ImageSource(Protocol):
         ...
 
 
-class SizedSource(ImageSource, Protocol):
-    """A source that knows the sizes of its images without reading them."""
-
-    def num_bytes(self, index: int) -> int:
-        """Length of what `read` returns."""
-        ...
-
-
 def some(names: list[str], most: int = 5) -> str:
     """The first of the names, for a message."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
@@ -91,6 +78,36 @@ def check_size(name: str, size: int) -> None:
             f"{name}: expected an image file of at most {MAX_BYTES >> 20} MiB, got {size >> 20} MiB; replace "
             "or remove it"
         )
+
+
+class PackedSource:
+    """Images inside of larger files, such as archives; what reads them is the subclasses'."""
+
+    classes: list[str] | None = None
+
+    def __init__(
+        self, files: list[Path], names: Iterable[str], members: np.ndarray, labels: Sequence[int] | np.ndarray
+    ) -> None:
+        """
+        Args:
+            files: the larger files.
+            names: of each image in its file.
+            members: (images, columns) int64: number of the file, and where the image is in it.
+            labels: class index of each image.
+        """
+        self.origin = str(files[0])
+        self._paths = [str(file) for file in files]
+        self._names = StringTable(names)
+        self._members = members
+        self.labels = np.asarray(labels, dtype=np.int64)
+        assert len(self._names) == len(self.labels) == len(members)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        """`file@/name/in/file.jpg`."""
+        return f"{self._paths[self._members[index, 0]]}@/{self._names[index]}"
 
 
 class FileSource:
@@ -133,58 +150,3 @@ class FileSource:
         check_size(path, status.st_size)
         with open(path, "rb") as file:
             return file.read()
-
-
-class CachedSource:
-    """A source whose encoded images, all or a shard, are cached in memory; the rest is read on demand.
-
-    The bytes lie in one torch tensor: forked workers share it as it is, spawned workers through shared
-    memory.
-    """
-
-    def __init__(self, source: SizedSource, shard: range) -> None:
-        """Read the images of a shard.
-
-        Args:
-            source: where to read from.
-            shard: the indices to cache.
-
-        Raises:
-            ValueError: they do not fit into memory.
-        """
-        self._source = source
-        self._shard = shard
-        self.origin, self.labels, self.classes = source.origin, source.labels, source.classes
-        ends = np.cumsum([0, *(source.num_bytes(index) for index in shard)], dtype=np.int64)
-        self._ends = torch.from_numpy(ends)
-        memory_size = psutil.virtual_memory().total
-        if ends[-1] > memory_size:
-            raise ValueError(
-                f"DATA.CACHE_MODE: expected images that fit into the {memory_size >> 20} MiB of memory, got "
-                f"{ends[-1] >> 20} MiB from {source.name(0)} on; set it to 'no' (--cache-mode no)"
-            )
-        self._blob = torch.empty(int(ends[-1]), dtype=torch.uint8)
-        self._damaged: set[int] = set()
-        memory = self._blob.numpy()
-        for slot, index in enumerate(shard):
-            try:
-                encoded = source.read(index)
-            except UndecodableImageError:
-                self._damaged.add(index)
-            else:
-                memory[ends[slot] : ends[slot + 1]] = np.frombuffer(encoded, dtype=np.uint8)
-        logger.info("cached %d of %d images, %.1f MiB", len(shard), len(source), ends[-1] / 2**20)
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def name(self, index: int) -> str:
-        """Path of the image, for messages."""
-        return self._source.name(index)
-
-    def read(self, index: int) -> bytes:
-        """The content of the image file, from memory if it is in the shard."""
-        if index not in self._shard or index in self._damaged:
-            return self._source.read(index)
-        slot = self._shard.index(index)
-        return self._blob[self._ends[slot] : self._ends[slot + 1]].numpy().tobytes()

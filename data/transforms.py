@@ -22,7 +22,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode, functional
 
 from data.images import Box, EncodedImage, decode_rgb
-from data.opencv_ops import Flip, ThroughPillow, use_array_operations
+from data.opencv_ops import ThroughPillow, use_array_operations
 
 Size = tuple[int, int]
 Pixels = Image.Image | np.ndarray
@@ -42,6 +42,7 @@ SMALL_SIZE = 32
 _SMALL_PADDING = 4
 _MAX_STRETCH = 32
 _EVAL_RATIO = 256 / 224
+_TENSOR_STEPS = (transforms.ToTensor, transforms.Normalize, RandomErasing)
 
 
 @dataclass(frozen=True)
@@ -87,26 +88,6 @@ class ResizeToCover:
         return functional.resize(image, new_size, self.interpolation)
 
 
-class ToNormalizedTensor:
-    """An image as a normalised float tensor: ToTensor and Normalize in one, with the same bits."""
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """
-        Args:
-            mean: per channel, of pixels in [0, 1].
-            std: like `mean`.
-        """
-        self.mean = torch.tensor(mean).view(-1, 1, 1)
-        self.std = torch.tensor(std).view(-1, 1, 1)
-
-    def __call__(self, image: Pixels) -> torch.Tensor:
-        """[H, W, C], or [H, W] of a gray image, to [C, H, W]."""
-        array = np.array(image) if isinstance(image, Image.Image) else image
-        pixels = torch.from_numpy(array).view(*array.shape[:2], -1).permute(2, 0, 1)
-        values = pixels.to(torch.float32, memory_format=torch.contiguous_format)
-        return values.div_(255).sub_(self.mean).div_(self.std)
-
-
 class OpencvCrop:
     """A decoder that includes the first step of a training transform, a random crop or a resize.
 
@@ -131,6 +112,9 @@ class OpencvCrop:
 
     def __call__(self, encoded: bytes, name: str) -> np.ndarray:
         """The crop of an image file, [H, W, 3]; UndecodableImageError if it does not decode."""
+        import cv2
+
+        cv2.setNumThreads(0)  # pools of several workers compete, and one can hang after a fork
         image = EncodedImage(encoded, name, self._upright)
         whole = image.decode() if image.is_turned else None  # the header has the size before turning
         box = self._draw_box(whole or image.header)
@@ -168,13 +152,11 @@ def with_decoder(
 
 
 def _on_arrays(step: Any) -> Callable:
-    """The array version of a step for PIL images; steps on tensors stay."""
-    if isinstance(step, transforms.RandomHorizontalFlip):
-        return Flip(step.p)
+    """The array version of a step for PIL images; steps that take both, or tensors, stay."""
     if isinstance(step, auto_augment.RandAugment | auto_augment.AutoAugment):
         use_array_operations(_operations(step))
         return step
-    return step if isinstance(step, ToNormalizedTensor | RandomErasing) else ThroughPillow(step)
+    return step if isinstance(step, _TENSOR_STEPS) else ThroughPillow(step)
 
 
 def train_transform(
@@ -220,11 +202,9 @@ def train_transform(
         crop.transforms[:1] = [resize, transforms.RandomCrop(size, padding=_SMALL_PADDING)]
     if channels == 1:
         augment.transforms.append(transforms.Grayscale())
-    normalize = next(
-        i for i, step in enumerate(to_tensor.transforms) if isinstance(step, transforms.Normalize)
-    )
-    to_tensor.transforms[: normalize + 1] = [ToNormalizedTensor(mean, std)]
-    return transforms.Compose(crop.transforms + augment.transforms + to_tensor.transforms)
+    erasing = [step for step in to_tensor.transforms if isinstance(step, RandomErasing)]
+    last = [transforms.ToTensor(), transforms.Normalize(mean, std), *erasing]
+    return transforms.Compose([*crop.transforms, *augment.transforms, *last])
 
 
 def eval_transform(
@@ -253,7 +233,7 @@ def eval_transform(
         steps = [transforms.Resize(size, mode)]
     if channels == 1:
         steps.append(transforms.Grayscale())
-    return transforms.Compose([*steps, ToNormalizedTensor(mean, std)])
+    return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(mean, std)])
 
 
 def channel_stats(

@@ -15,16 +15,10 @@ logger = logging.getLogger(__name__)
 
 
 def limit_workers(wanted: int) -> int:
-    """The number of workers of a process: no more than its share of the cores that this machine lends it.
-
-    A launcher that binds each process to cores of its own has made the shares already.
-    """
+    """The number of workers of a process: no more than its share of the cores that this machine lends it."""
     cores, processes = os.cpu_count() or 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    with contextlib.suppress(AttributeError, psutil.Error):  # macOS binds no process
-        process = psutil.Process()
-        cores = len(process.cpu_affinity())
-        if cores < len(process.parent().cpu_affinity()):
-            processes = 1
+    with contextlib.suppress(AttributeError):  # macOS binds no process
+        cores = len(psutil.Process().cpu_affinity())
     most = max(1, cores // processes)
     if wanted > most:
         logger.warning(
@@ -58,16 +52,3 @@ def _wait_for_parent(parent: int) -> None:
         received = signal.sigwaitinfo(STOP_SIGNALS)
         if received.si_signo == signal.SIGTERM and received.si_pid == parent:
             os._exit(0)
-
-
-def start_opencv_worker(worker: int = 0) -> None:
-    """`leave_signals_to_parent` for a worker that decodes with OpenCV, without threads of its own."""
-    stop_opencv_threads()
-    leave_signals_to_parent(worker)
-
-
-def stop_opencv_threads() -> None:
-    """Run OpenCV in the calling thread: pools of several workers compete, and one can hang after a fork."""
-    import cv2
-
-    cv2.setNumThreads(0)

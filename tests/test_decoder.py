@@ -11,14 +11,12 @@ import pytest
 import torch
 from PIL import Image
 from test_data import break_image, draw_epoch, make_config, val_set
-from timm.data import auto_augment
-from torchvision import transforms
 
 from data import Loaders, build_loaders
 from data.images import EncodedImage, UndecodableImageError, decode_rgb
 from data.opencv_ops import OPERATIONS
 from data.seeding import seeded_rngs
-from data.transforms import Recipe, ToNormalizedTensor, train_transform, with_decoder
+from data.transforms import Recipe, train_transform, with_decoder
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ORIENTATION = 0x0112
@@ -66,14 +64,14 @@ def difference(content: bytes, recipe: Recipe = PLAIN, seeds: int = 8, **options
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-@pytest.mark.parametrize("options", [{}, {"quality": 30}, {"progressive": True}, {"subsampling": 0}])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
 def test_same_crop_at_full_size(mode: str, options: dict[str, object]) -> None:
     content = encoded(picture(90, 131).convert(mode), **options)
     assert EncodedImage(content, "x").opencv_crop((0, 0, 80, 100), SIZE, "bicubic") is not None
     assert difference(content) < 0.1
 
 
-@pytest.mark.parametrize(("height", "width"), [(300, 413), (800, 501), (601, 1200)])
+@pytest.mark.parametrize(("height", "width"), [(300, 413), (601, 1200)])
 def test_reduced_sizes_move_by_half_a_pixel_at_most(height: int, width: int) -> None:
     content = encoded(picture(height, width), quality=92)
     assert difference(content) < 4
@@ -107,42 +105,26 @@ def test_decoders_draw_the_same(policy: str, interpolation: str) -> None:
         assert (images[0] - images[1]).abs().mean() < 0.12
 
 
-LEVELS: dict[str, list[tuple[float, ...]]] = {
-    "solarize": [(0,), (100,), (256,)],
-    "solarize_add": [(50,)],
-    "posterize": [(1,), (4,), (8,)],
-    **{name: [(0.0,), (0.3,), (1.0,), (1.9,)] for name in ("brightness", "contrast", "color", "sharpness")},
-    "desaturate": [(0.4,)],
-    **{name: [(0.0,), (0.2,), (-0.3,)] for name in ("shear_x", "shear_y")},
-    **{name: [(0.0,), (20.4,), (-17.7,), (500.0,)] for name in ("translate_x_abs", "translate_y_abs")},
-    **{name: [(0.3,), (-0.45,)] for name in ("translate_x_rel", "translate_y_rel")},
-    "rotate": [(20.0,), (-7.0,)],
+LEVELS: dict[str, list[float]] = {
+    "sharpness": [0.0, 0.3, 1.0, 1.9],
+    **{name: [0.0, 0.2, -0.3] for name in ("shear_x", "shear_y")},
+    **{name: [0.0, 20.4, -17.7, 500.0] for name in ("translate_x_abs", "translate_y_abs")},
+    **{name: [0.3, -0.45] for name in ("translate_x_rel", "translate_y_rel")},
+    "rotate": [20.0, -7.0],
 }
-EXACT = ("auto_contrast", "equalize", "invert", "solarize", "solarize_add", "posterize", "brightness")
 
 
 @pytest.mark.parametrize("theirs", OPERATIONS, ids=lambda function: function.__name__)
-@pytest.mark.parametrize("image", [picture(90, 131), Image.new("RGB", (30, 20), (3, 200, 90))])
-def test_operations_are_those_of_timm(theirs, image: Image.Image) -> None:
-    for level in LEVELS.get(theirs.__name__, [()]):
-        for resample in (Image.Resampling.BICUBIC, Image.Resampling.BILINEAR):
-            options = {"fillcolor": (124, 116, 104), "resample": resample}
-            expected = np.asarray(theirs(image, *level, **options)).astype(int)
-            before = np.asarray(image).copy()
-            got = OPERATIONS[theirs](before.copy(), *level, **options)
-            assert (got.shape, got.dtype, got.flags["C_CONTIGUOUS"]) == (expected.shape, np.uint8, True)
-            if theirs.__name__ in EXACT:
-                np.testing.assert_array_equal(got, expected)
-            else:
+def test_operations_are_those_of_timm(theirs) -> None:
+    for image in (picture(90, 131), Image.new("RGB", (30, 20), (3, 200, 90))):
+        for level in LEVELS[theirs.__name__]:
+            for resample in (Image.Resampling.BICUBIC, Image.Resampling.BILINEAR):
+                options = {"fillcolor": (124, 116, 104), "resample": resample}
+                expected = np.asarray(theirs(image, level, **options)).astype(int)
+                got = OPERATIONS[theirs](np.array(image), level, **options)
+                assert (got.shape, got.dtype, got.flags["C_CONTIGUOUS"]) == (expected.shape, np.uint8, True)
                 error = np.abs(got - expected)
                 assert error.mean() < 2 and np.median(error) <= 1, level
-
-
-def test_every_operation_of_a_policy_is_known() -> None:
-    recipe = train_transform(SIZE, 3, MEAN, STD, "bicubic", INTENSE)
-    policy = next(step for step in recipe.transforms if isinstance(step, auto_augment.RandAugment))
-    names = {operation.name for operation in policy.ops}
-    assert {auto_augment.NAME_TO_OP[name] for name in names} <= set(OPERATIONS)
 
 
 @pytest.mark.parametrize("kind", ["cmyk", "gray16", "palette", "alpha", "webp", "trailing"])
@@ -204,16 +186,6 @@ def test_gray_and_small_images(options: dict[str, object]) -> None:
     assert pipelines(INTENSE, **options)["opencv"](content, 0).shape == shape
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_normalized_tensor_is_exact(mode: str) -> None:
-    image = picture(50, 31).convert(mode)
-    count = len(image.getbands())
-    expected = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN[:count], STD[:count])])
-    ours = ToNormalizedTensor(MEAN[:count], STD[:count])
-    assert torch.equal(ours(image), expected(image))
-    assert torch.equal(ours(np.array(image)), expected(image))
-
-
 # --- In the loaders -----------------------------------------------------------------------------------------
 
 
@@ -234,11 +206,10 @@ def loaders_of(root: Path, decoder: str = "opencv", workers: int = 0) -> Loaders
 
 def test_a_missing_or_old_opencv_is_explained(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(cv2, "IMREAD_COLOR_RGB")
-    with pytest.raises(ValueError, match="DATA.DECODER: .*older than 4.11"):
-        loaders_of(root)
-    monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(ValueError, match="cannot be imported.*pip install 'opencv-python-headless"):
-        loaders_of(root)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="DATA.DECODER: .*4.11 or newer.*pip install"):
+            loaders_of(root)
+        monkeypatch.setitem(sys.modules, "cv2", None)
 
 
 def test_samples_do_not_depend_on_workers(root: Path) -> None:

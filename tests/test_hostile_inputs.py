@@ -16,10 +16,10 @@ from PIL import Image
 
 from config import load_config
 from data import EvalImages, TrainImages, UndecodableImageError
-from data.archive import open_archive_split
+from data.archive import CachedSource, open_archive_split
 from data.folder import read_map_of_files, scan_class_folders
 from data.images import MAX_PIXELS, decode_rgb
-from data.source import CachedSource, FileSource
+from data.source import FileSource
 from data.transforms import Recipe, eval_transform, train_transform, with_decoder
 
 SIZE, MEAN, STD = (48, 64), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

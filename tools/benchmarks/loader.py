@@ -118,7 +118,7 @@ def timer_of(loaders: Loaders) -> Callable[[], float]:
 
     def timer() -> float:
         nonlocal epoch
-        loaders.set_epoch(epoch)
+        loaders.resume_at(epoch, 0)
         epoch += 1
         loader, images = loaders.train_loader, 0
         assert loader is not None
