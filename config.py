@@ -4,9 +4,9 @@
 returns a frozen ``yacs.config.CfgNode``. A yaml file may inherit from others: ``BASE: [FILE, ...]``, relative
 to itself. In all paths, `~` and $VARIABLES are replaced.
 
-Names, types, choices and ranges of single values are checked here, and the mode, weights and precision of the
-run. Other contradictions are errors of what uses the options: ``models.build_model`` (all of the network's
-options), ``data.build_loaders``, optimizer.py and lr_scheduler.py.
+Names, types, choices and ranges of single values are checked here. Options that contradict each other are
+errors of what uses them: main.py (mode and weights), ``models.build_model``, ``data.build_loaders``,
+optimizer.py and lr_scheduler.py.
 
 All keys of the original release are here with their original defaults, so its yaml files load unchanged.
 Three of them have no effect and are accepted only for that: MODEL.FOCAL.EXPAND_STAGES, MODEL.SPEC and
@@ -15,8 +15,6 @@ LOCAL_RANK.
 
 import ast
 import difflib
-import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,7 +117,7 @@ _C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30  # step
 _C.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1  # step
 
 _C.TRAIN.OPTIMIZER = CN()
-_C.TRAIN.OPTIMIZER.NAME = "adamw"  # adamw | sgd | fused_adam | fused_lamb (the last two need apex)
+_C.TRAIN.OPTIMIZER.NAME = "adamw"  # adamw | sgd
 _C.TRAIN.OPTIMIZER.EPS = 1e-8
 _C.TRAIN.OPTIMIZER.BETAS = (0.9, 0.999)
 _C.TRAIN.OPTIMIZER.MOMENTUM = 0.9  # sgd
@@ -176,22 +174,15 @@ _C.LOCAL_RANK = 0  # no effect: torchrun's environment decides
 # --- Types, choices and ranges ------------------------------------------------------------------------------
 
 
-LARGEST = {int: 2**63 - 1, float: 3.4e38}  # what integers of 64 bits and floats of 32 bits can hold
+LARGEST = {int: 2**63 - 1, float: 3.4e38, bool: 1}  # of integers of 64 bits and floats of 32 bits
 
 
 def _scalar(kind: type, *accepted: type) -> Callable[[Any], Any]:
-    """A function that converts values of exactly the accepted types to ``kind``.
-
-    It raises a TypeError for other types, and a ValueError for numbers that are too large.
-    """
+    """A function that converts values of exactly the accepted types to ``kind``, or raises a TypeError."""
 
     def convert(value: Any) -> Any:
-        if type(value) not in accepted or (isinstance(value, float) and not math.isfinite(value)):
+        if type(value) not in accepted or (kind in LARGEST and not abs(value) <= LARGEST[kind]):
             raise TypeError
-        if kind in LARGEST and abs(value) > LARGEST[kind]:
-            raise ValueError(
-                f"expected a magnitude up to {LARGEST[kind]:.2g}, got {value!r}; correct the value"
-            )
         return kind(value)
 
     return convert
@@ -211,11 +202,6 @@ def _list_of(item: Callable[[Any], Any], length: int | None = None) -> Callable[
 _int, _float, _text = _scalar(int, int), _scalar(float, float, int), _scalar(str, str)
 _pair = _list_of(_float, 2)
 
-
-def _path(value: Any) -> str:
-    return "" if value is None else expand_path(_text(value))
-
-
 # A type is what to call it in a message, and a function that converts a value or raises TypeError.
 TYPES: dict[type, tuple[str, Callable[[Any], Any]]] = {  # by the default's type
     bool: ("True or False", _scalar(bool, bool)),
@@ -225,35 +211,32 @@ TYPES: dict[type, tuple[str, Callable[[Any], Any]]] = {  # by the default's type
     list: ("a list of integers", _list_of(_int)),
 }
 PATHS = ("DATA.DATA_PATH", "MODEL.RESUME", "MODEL.PRETRAINED", "MODEL.HEAD_CLASS_MAP", "OUTPUT")
+NAMES = ("TRAIN.OPTIMIZER.NAME", "TRAIN.LR_SCHEDULER.NAME")
 SPECIAL_TYPES: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    **dict.fromkeys(PATHS, ("a path", _path)),
+    **dict.fromkeys(PATHS, ("a path", lambda value: "" if value is None else expand_path(_text(value)))),
+    **dict.fromkeys(NAMES, ("text", lambda value: _text(value).lower())),
+    **dict.fromkeys(("DATA.MEAN", "DATA.STD"), ("a list of numbers", _list_of(_float))),
+    **dict.fromkeys(("AUG.SCALE", "AUG.RATIO"), ("two numbers", _pair)),
     "DATA.IMG_SIZE": (
         "an integer or [height, width]",
         lambda value: _list_of(_int, 2)(value) if isinstance(value, list | tuple) else _int(value),
     ),
-    "DATA.MEAN": ("a list of numbers", _list_of(_float)),
-    "DATA.STD": ("a list of numbers", _list_of(_float)),
     "MODEL.FOCAL.QK_SCALE": (
         "False, None or a number",
         lambda value: value if value is None or value is False else _float(value),
     ),
-    "TRAIN.OPTIMIZER.NAME": ("text", lambda value: _text(value).lower()),
-    "TRAIN.LR_SCHEDULER.NAME": ("text", lambda value: _text(value).lower()),
     "TRAIN.OPTIMIZER.BETAS": ("two numbers", lambda value: tuple(_pair(value))),
-    "AUG.SCALE": ("two numbers", _pair),
-    "AUG.RATIO": ("two numbers", _pair),
     "AUG.CUTMIX_MINMAX": ("None or two numbers", lambda value: None if value is None else _pair(value)),
 }
 
-DECODERS = ("pil", "opencv")
 CHOICES: dict[str, tuple[str, ...]] = {
     "DATA.DATASET": ("imagenet", "imagenet22k", "imagewoof", "folder", "wds", "hf"),
     "DATA.INTERPOLATION": ("random", "bilinear", "bicubic"),
     "DATA.CACHE_MODE": ("no", "part", "full"),
     "DATA.WORKER_START_METHOD": ("", "fork", "spawn", "forkserver"),
-    "DATA.DECODER": DECODERS,
+    "DATA.DECODER": ("pil", "opencv"),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step"),
-    "TRAIN.OPTIMIZER.NAME": ("adamw", "sgd", "fused_adam", "fused_lamb"),
+    "TRAIN.OPTIMIZER.NAME": ("adamw", "sgd"),
     "AUG.REMODE": ("const", "rand", "pixel"),
     "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
     "AMP_OPT_LEVEL": ("", "O0", "O1", "O2"),
@@ -283,45 +266,7 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(SHARES, ("in (0, 1]", lambda value: 0 < value <= 1)),
     "DIST_TIMEOUT_MINUTES": ("in (0, 525600], at most a year", lambda value: 0 < value <= 525_600),
     "MODEL.NAME": ("a name for a folder", lambda value: bool(value.strip())),
-    "DEVICE": (
-        "'', cpu, or a type such as cuda, mps or xpu, alone or with an index as in cuda:1",
-        lambda value: bool(re.fullmatch(r"|cpu|[a-z]\w*(:\d+)?", value)),
-    ),
 }
-
-
-def _contradictions(config: CN) -> Iterator[tuple[str, str]]:
-    """Contradictions in the mode, weights and precision of the run, as (key, message)."""
-    model, weights = config.MODEL, config.MODEL.RESUME or config.MODEL.PRETRAINED
-    starts_from_weights = model.PRETRAINED and not config.EVAL_MODE
-    modes = [name for name in ("EVAL_MODE", "THROUGHPUT_MODE", "DEBUG_MODE") if config[name]]
-    if len(modes) > 1:
-        yield modes[1], f"expected at most one mode, got {' and '.join(modes)}; choose one"
-    if config.EVAL_MODE and not weights:
-        yield "EVAL_MODE", "expected weights to evaluate, got none; name them with --resume or --pretrained"
-    if (config.THROUGHPUT_MODE or config.DEBUG_MODE) and weights:
-        yield modes[0], f"expected no weights, got {weights!r}; drop --resume or --pretrained"
-    if config.EVAL_EMA and not config.EVAL_MODE:
-        yield "EVAL_EMA", "expected EVAL_MODE (--eval) along with it, got only this; add that or drop it"
-    if model.RESUME and model.PRETRAINED:
-        yield (
-            "MODEL.PRETRAINED",
-            f"expected either this or MODEL.RESUME, got both ({model.PRETRAINED!r} and {model.RESUME!r}); "
-            "use RESUME to continue a run, PRETRAINED to start from weights",
-        )
-    if model.RESET_HEAD and not starts_from_weights:
-        yield "MODEL.RESET_HEAD", "expected training from MODEL.PRETRAINED, got none; name it or drop this"
-    if model.HEAD_CLASS_MAP and (model.RESET_HEAD or not starts_from_weights):
-        yield (
-            "MODEL.HEAD_CLASS_MAP",
-            "expected training from MODEL.PRETRAINED without MODEL.RESET_HEAD, got "
-            f"{model.HEAD_CLASS_MAP!r} otherwise; name the weights, or drop one of the two",
-        )
-    if config.AMP_OPT_LEVEL == "O0" and config.AMP_DTYPE:
-        yield (
-            "AMP_DTYPE",
-            f"expected '' with AMP_OPT_LEVEL O0 (full precision), got {config.AMP_DTYPE!r}; drop one",
-        )
 
 
 # --- Loading ------------------------------------------------------------------------------------------------
@@ -330,28 +275,29 @@ Setting = tuple[str, Any, str]
 """A key, its value, and its origin: a file or the command line."""
 
 
-def load_config(cfg_file: str | Path | None = None, opts: Sequence[Any] = ()) -> CN:
-    """The defaults, overridden by a yaml file and then by ``opts``; checked and frozen.
+def load_config(
+    cfg_file: str | Path | None = None, opts: Sequence[Any] = (), flags: dict[str, Any] | None = None
+) -> CN:
+    """The defaults, overridden by a yaml file, then by ``opts``, then by ``flags``; checked and frozen.
 
     Args:
         cfg_file: yaml (or JSON) file; its BASE files are merged before it.
         opts: flat list ``KEY VALUE KEY VALUE ...``; values are text as on the command line, or objects.
+        flags: value by key.
 
     Raises:
-        ValueError: with every problem found: its origin, what was expected and what to do.
+        ValueError: a file cannot be used; or, for all options that are wrong, where each comes from, what was
+            expected and what to do.
     """
-    problems: list[str] = []
-    settings = [] if cfg_file is None else _read_file(str(cfg_file), problems)
     if len(opts) % 2:
         words = " ".join(map(str, opts))
-        problems.append(
+        raise ValueError(
             f"--opts: expected KEY VALUE pairs, got {len(opts)} words: {words}; give every key one value"
         )
-    else:
-        settings += [
-            (str(key), value, "command line") for key, value in zip(opts[::2], opts[1::2], strict=True)
-        ]
-    config, origin = _C.clone(), {}
+    settings = [] if cfg_file is None else _read_file(str(cfg_file))
+    given = [*zip(opts[::2], opts[1::2], strict=True), *(flags or {}).items()]
+    settings += [(str(key), value, "command line") for key, value in given]
+    config, origin, problems = _C.clone(), {}, []
     for key, value, where in settings:
         try:
             _assign(config, key, value)
@@ -360,8 +306,7 @@ def load_config(cfg_file: str | Path | None = None, opts: Sequence[Any] = ()) ->
             problems.append(f"{where}: {key}: {error}")
     if config.DATA.DATASET == "imagewoof" and "MODEL.NUM_CLASSES" not in origin:
         config.MODEL.NUM_CLASSES = 10
-    for key, message in (*_broken_rules(config), *_contradictions(config)):
-        problems.append(f"{origin.get(key, 'default')}: {key}: {message}")
+    problems += [f"{origin.get(key, 'default')}: {key}: {message}" for key, message in _broken_rules(config)]
     if problems:
         file = "" if cfg_file is None else f" of {cfg_file}"
         raise ValueError(
@@ -382,18 +327,6 @@ def flatten(node: CN, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def parse_yaml(text: str) -> Any:
-    """The value of a yaml text.
-
-    Raises:
-        ValueError: it is no yaml, or gives a key twice; the message is the reason, in one line.
-    """
-    try:
-        return yaml.load(text, _UniqueKeyLoader)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(" ".join(str(error).split())) from error
-
-
 class _UniqueKeyLoader(yaml.SafeLoader):
     """yaml's safe loader, which silently takes the last of equal keys, with an error for them."""
 
@@ -405,45 +338,35 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_file(file: str, problems: list[str], parents: tuple[Path, ...] = ()) -> list[Setting]:
-    """The settings of a yaml file, after those of its BASE files; problems are added to ``problems``.
+def _read_file(file: str, parents: tuple[Path, ...] = ()) -> list[Setting]:
+    """The settings of a yaml file, after those of its BASE files; ValueError if one cannot be used.
 
     Args:
         file: as it was named, relative to the last of ``parents``, which name each other.
     """
     named_by = f" (named by BASE in {parents[-1]})" if parents else ""
-    try:
-        path = Path(*(parent.parent for parent in parents[-1:]), expand_path(file))
-    except ValueError as error:
-        problems.append(f"{error}{named_by}")
-        return []
+    path = Path(*(parent.parent for parent in parents[-1:]), expand_path(file))
     if path.resolve() in [parent.resolve() for parent in parents]:
         chain = " -> ".join(map(str, (*parents, path)))
-        problems.append(f"{path}: BASE: expected no cycle, got {chain}; remove one of these")
-        return []
+        raise ValueError(f"{path}: BASE: expected no cycle, got {chain}; remove one of these")
     try:
-        content = parse_yaml(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except OSError as error:
-        problems.append(
+        raise ValueError(
             f"{path}: expected a yaml file{named_by}, got: {error.strerror}; check the path, as seen from "
             f"{Path.cwd()}"
-        )
-        return []
-    except ValueError as error:
-        problems.append(f"{path}: expected valid yaml{named_by}, got: {error}; correct the file")
-        return []
+        ) from error
+    except (yaml.YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: expected valid yaml{named_by}, got: {reason}; correct the file") from error
     content = {} if content is None else content
     if not isinstance(content, dict):
-        problems.append(f"{path}: expected KEY: value lines{named_by}, got {content!r}; correct the file")
-        return []
+        raise ValueError(f"{path}: expected KEY: value lines{named_by}, got {content!r}; correct the file")
     bases = content.pop("BASE", None) or []
     bases = [bases] if isinstance(bases, str) else bases
-    settings: list[Setting] = []
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        problems.append(f"{path}: BASE: expected a list of yaml files, got {bases!r}; correct it")
-        bases = []
-    for base in filter(None, bases):
-        settings += _read_file(base, problems, (*parents, path))
+        raise ValueError(f"{path}: BASE: expected a list of yaml files, got {bases!r}; correct it")
+    settings = [setting for base in filter(None, bases) for setting in _read_file(base, (*parents, path))]
     return settings + [(key, value, str(path)) for key, value in _leaves(content, _C)]
 
 
@@ -475,8 +398,9 @@ def _assign(config: CN, key: str, value: Any) -> None:
     try:
         node[name] = convert(decoded)
     except TypeError as error:
-        got = f"{value!r} ({type(decoded).__name__})"
-        raise ValueError(f"expected {expected}, got {got}; correct the value") from error
+        raise ValueError(
+            f"expected {expected}, got {value!r:.100} ({type(decoded).__name__}); correct the value"
+        ) from error
 
 
 def _decode(value: Any) -> Any:

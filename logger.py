@@ -8,7 +8,6 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,85 +16,34 @@ logger = logging.getLogger("main")
 
 _TRAIN_LINE = re.compile(rb'\{"kind": "train", "epoch": (\d+), "step": (\d+)')
 _handlers: list[logging.Handler] = []  # installed by create_logger
-_bars: list[Any] = []  # progress bars that are shown now
 
 
-def create_logger(output: Path | None = None, rank: int = 0) -> None:
+def create_logger(output: Path, rank: int) -> None:
     """Send all log messages to the console on rank 0, and to ``log_rank{rank}.txt`` on every rank.
 
     Modules log to ``logging.getLogger(__name__)``; of other libraries, warnings and errors are shown.
 
     Args:
-        output: existing folder of the log file; None for no file.
+        output: existing folder of the log file.
         rank: of this process.
     """
-    line = "[%(asctime)s] (%(filename)s %(lineno)d): %(levelname)s %(message)s"
     root = logging.getLogger()
     while _handlers:
         old = _handlers.pop()
         root.removeHandler(old)
         old.close()
+    file = logging.FileHandler(output / f"log_rank{rank}.txt", encoding="utf-8", errors="backslashreplace")
+    _handlers.append(file)
     if rank == 0:
-        console = _Console(sys.stdout)
+        console = logging.StreamHandler(sys.stdout)
         console.setLevel(logging.INFO)
-        console.setFormatter(logging.Formatter(_coloured(line), datefmt="%Y-%m-%d %H:%M:%S"))
         _handlers.append(console)
-    if output is not None:
-        file = logging.FileHandler(
-            output / f"log_rank{rank}.txt", encoding="utf-8", errors="backslashreplace"
-        )
-        file.setFormatter(logging.Formatter(line, datefmt="%Y-%m-%d %H:%M:%S"))
-        _handlers.append(file)
+    line = "[%(asctime)s] (%(filename)s %(lineno)d): %(levelname)s %(message)s"
     for handler in _handlers:
+        handler.setFormatter(logging.Formatter(line, datefmt="%Y-%m-%d %H:%M:%S"))
         root.addHandler(handler)
     for name in OWN_LOGGERS:
         logging.getLogger(name).setLevel(logging.DEBUG)
-
-
-class _Console(logging.StreamHandler):
-    """Writes lines above a progress bar, if one is shown, instead of through it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if not _bars:
-            super().emit(record)
-            return
-        try:
-            _bars[-1].write(self.format(record), file=self.stream)
-        except Exception:  # as every handler of the standard library
-            self.handleError(record)
-
-
-def _coloured(line: str) -> str:
-    """The prefix of ``line`` in colour, where the console shows colours and termcolor is installed."""
-    if not sys.stdout.isatty():
-        return line
-    try:
-        from termcolor import colored
-    except ImportError:
-        return line
-    prefix, message = line.split(" %(levelname)s ")
-    return f"{colored(prefix, 'green')} %(levelname)s {message}"
-
-
-def progress(batches: Iterable[Any], title: str, show: bool) -> Iterable[Any]:
-    """``batches`` under a progress bar, if wanted, the output is a terminal and tqdm is installed."""
-    if not show or not sys.stderr.isatty():
-        return batches
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return batches
-    return _under_bar(tqdm(batches, desc=title, leave=False, dynamic_ncols=True))
-
-
-def _under_bar(bar: Any) -> Iterator[Any]:
-    """The batches of a progress bar, which is known to the console while they last."""
-    _bars.append(bar)
-    try:
-        yield from bar
-    finally:
-        _bars.remove(bar)
-        bar.close()
 
 
 class TensorBoard:

@@ -26,7 +26,7 @@ from models import FocalTransformer, agree_on_backends, build_model, count_param
 from optimizer import freeze_stages
 from training.loop import Run, evaluate, train_one_epoch
 from training.preemption import EXIT_STOPPED, StopRequested
-from training.run import load_weights, train
+from training.run import check_weights, load_weights, train
 from training.run_dir import open_run_dir
 from training.state import build_train_state
 from training.throughput import measure_throughput, unique_backends
@@ -81,17 +81,11 @@ def read_config(argv: list[str] | None) -> CfgNode:
         parser.add_argument(f"--{flag}", dest=key, action="store_const", const=True, help=text)
     parser.add_argument("--local_rank", "--local-rank", help="ignored: torchrun sets the environment")
     args = vars(parser.parse_args(argv))
-    opts = list(args["opts"])
-    if len(opts) % 2:
-        raise UserError(
-            f"--opts: expected KEY VALUE pairs, got {len(opts)} words: {' '.join(opts)}; give every key one "
-            "value"
-        )
-    for key, _ in (*FLAGS.values(), *SWITCHES.values()):
-        opts += [] if args[key] is None else [key, args[key]]
-    opts += ["OUTPUT", os.environ["PT_OUTPUT_DIR"]] if os.environ.get("PT_OUTPUT_DIR") else []
+    flags = {key: args[key] for key, _ in (*FLAGS.values(), *SWITCHES.values()) if args[key] is not None}
+    if output := os.environ.get("PT_OUTPUT_DIR"):
+        flags["OUTPUT"] = output
     with user_input():
-        return load_config(args["cfg"], opts)
+        return load_config(args["cfg"], args["opts"], flags)
 
 
 def start(config: CfgNode) -> None:
@@ -102,7 +96,11 @@ def start(config: CfgNode) -> None:
     utils.init_distributed(device, config.DIST_TIMEOUT_MINUTES)
     output = Path(config.OUTPUT or "output") / config.MODEL.NAME / config.TAG
     modes = {"EVAL_MODE": run_evaluation, "THROUGHPUT_MODE": run_throughput, "DEBUG_MODE": run_debug}
-    action = next((action for mode, action in modes.items() if config[mode]), train)
+    chosen = [mode for mode in modes if config[mode]]
+    if len(chosen) > 1:
+        raise UserError(f"{chosen[1]}: expected at most one mode, got {' and '.join(chosen)}; choose one")
+    action = modes[chosen[0]] if chosen else train
+    check_weights(config)
     with open_run_dir(output, action is train, config.DIST_TIMEOUT_MINUTES) as metrics:
         precision = utils.choose_precision(config.AMP_OPT_LEVEL, config.AMP_DTYPE, device)
         logger.info(f"configuration:\n{config.dump()}")

@@ -6,7 +6,6 @@ those of BEiT (Bao et al., 2021): the classifier learns at the full rate, every 
 share of the rate above.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -95,29 +94,13 @@ def build_optimizer(config: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer named by TRAIN.OPTIMIZER.NAME over ``parameter_groups``.
 
     Raises:
-        ValueError: apex is missing for fused_adam and fused_lamb, or nothing is left to train.
+        ValueError: nothing is left to train.
     """
     train = config.TRAIN
     groups = parameter_groups(model, train.WEIGHT_DECAY, train.LAYER_DECAY)
+    if train.OPTIMIZER.NAME == "sgd":
+        momentum = train.OPTIMIZER.MOMENTUM
+        return torch.optim.SGD(groups, lr=train.BASE_LR, momentum=momentum, nesterov=momentum > 0)
     on_cuda = groups[0]["params"][0].is_cuda
-    adam = {"lr": train.BASE_LR, "eps": train.OPTIMIZER.EPS, "betas": train.OPTIMIZER.BETAS}
-    choices: dict[str, Callable[[], torch.optim.Optimizer]] = {
-        "adamw": lambda: torch.optim.AdamW(groups, fused=on_cuda, **adam),
-        "sgd": lambda: torch.optim.SGD(
-            groups, lr=train.BASE_LR, momentum=train.OPTIMIZER.MOMENTUM, nesterov=train.OPTIMIZER.MOMENTUM > 0
-        ),
-        "fused_adam": lambda: _apex_optimizer("FusedAdam")(groups, **adam),
-        "fused_lamb": lambda: _apex_optimizer("FusedLAMB")(groups, **adam),
-    }
-    return choices[train.OPTIMIZER.NAME]()
-
-
-def _apex_optimizer(name: str) -> Callable[..., torch.optim.Optimizer]:
-    try:
-        from apex import optimizers
-    except ImportError as error:
-        raise ValueError(
-            "TRAIN.OPTIMIZER.NAME: fused_adam and fused_lamb need NVIDIA apex, which is not installed; "
-            "use adamw, which is fused on CUDA without it"
-        ) from error
-    return getattr(optimizers, name)
+    eps, betas = train.OPTIMIZER.EPS, train.OPTIMIZER.BETAS
+    return torch.optim.AdamW(groups, lr=train.BASE_LR, eps=eps, betas=betas, fused=on_cuda)

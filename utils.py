@@ -111,7 +111,7 @@ def pick_device(name: str = "") -> torch.device:
     if name == "cpu" or not (name or found):
         return torch.device("cpu")
     kind, _, number = name.partition(":")
-    if found is None or kind not in ("", found.type):
+    if found is None or kind not in ("", found.type) or not (number or "0").isdecimal():
         usable = "cpu" if found is None else f"{found.type} or cpu"
         raise UserError(
             f"DEVICE: expected a device that PyTorch finds here ({usable}), got {name!r}; use that"
@@ -169,12 +169,6 @@ def close_distributed() -> None:
     _cpu_group.clear()
     if in_group():
         dist.destroy_process_group()
-
-
-def barrier() -> None:
-    """Wait for all processes."""
-    if in_group():
-        dist.barrier(group=cpu_group())
 
 
 def all_gather(tensor: torch.Tensor) -> torch.Tensor:
@@ -254,7 +248,14 @@ def choose_precision(level: str, dtype: str, device: torch.device) -> Precision:
             which PyTorch knows whether it has bf16 (CUDA, XPU).
         dtype: 'bf16' or 'fp16'; '' takes fp16 where PyTorch knows that the device lacks bf16, else bf16.
         device: where the model runs.
+
+    Raises:
+        UserError: a number format for full precision.
     """
+    if level == "O0" and dtype:
+        raise UserError(
+            f"AMP_DTYPE: expected '' with AMP_OPT_LEVEL O0 (full precision), got {dtype!r}; drop one"
+        )
     ask = getattr(torch.get_device_module(device), "is_bf16_supported", None)
     level = level or ("O1" if dtype or ask else "O0")
     if level == "O0":

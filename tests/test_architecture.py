@@ -46,7 +46,6 @@ OPTIONAL_HOMES = {  # package -> the files that may import it
     "onnxruntime": ("classification/*",),
     "tensorboard": ("logger.py",),
     "torch.utils.tensorboard": ("logger.py",),
-    "apex": ("optimizer.py",),
     "datasets": ("data/hugging_face.py", "tools/benchmarks/*"),
     "wandb": ("logger.py",),
     "transformers": ("tools/benchmarks/release_table.py",),

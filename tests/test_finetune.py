@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import NANO, REPO
-from test_main import PLAIN, checkpoint, command
-from test_resume import torchrun
+from test_main import command
 from torch import Tensor, nn
 
 import main
@@ -220,28 +219,6 @@ def test_frozen_stages_compute_what_they_do_in_evaluation() -> None:
 def test_more_stages_than_there_are_cannot_be_frozen() -> None:
     with pytest.raises(ValueError, match=r"TRAIN.FREEZE_STAGES: expected -1 to 4"):
         freeze_stages(nano(), 5)
-
-
-def test_two_processes_train_what_is_not_frozen(
-    few_images: Path, nano_opts: list[object], tmp_path: Path
-) -> None:
-    """Frozen weights stay, the others learn; the checkpoint and the average hold all; the run goes on."""
-    opts = [*nano_opts, *PLAIN, "TRAIN.FREEZE_STAGES", 2, "TRAIN.LAYER_DECAY", 0.8]
-    opts += ["TRAIN.EMA.ENABLED", True, "TRAIN.EMA.DECAY", 0.5]
-    start = save(nano("MODEL.DROP_PATH_RATE", 0.3), tmp_path / "start.pth")
-    arguments = command(few_images, tmp_path, opts, "--pretrained", str(start))
-    done = torchrun(2, str(REPO / "main.py"), *[*arguments, "TRAIN.EPOCHS", "1"])
-    assert done.returncode == 0, done.stderr
-    assert "weights are not trained" in done.stdout
-    assert main.main(arguments) == 0  # on one process now, the second epoch
-    before = torch.load(start, weights_only=True)["model"]
-    for key in ("model", "model_ema"):
-        after = checkpoint(tmp_path, 1)[key]
-        same = {name for name in after if torch.equal(after[name], before[name])}
-        frozen = ("patch_embed.", "layers.0.", "layers.1.")
-        assert same >= {name for name in after if name.startswith(frozen)}
-        assert not {name for name in same if name.startswith(("layers.3.", "norm.", "head."))}
-    assert checkpoint(tmp_path, 1)["model"].keys() == before.keys()
 
 
 # --- Configs ------------------------------------------------------------------------------------------------

@@ -1,11 +1,8 @@
 """The command line from end to end on a nano model: train, evaluate, time, fail cleanly."""
 
 import json
-import logging
 import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,11 +11,11 @@ import torch
 import torch.distributed as dist
 from conftest import NANO, REPO
 
-import logger
 import main
 import utils
 from config import load_config
 from logger import Metrics
+from training import run as training_run
 from training import run_dir
 from training.loop import Run, evaluate
 from utils import UserError
@@ -28,11 +25,6 @@ PLAIN = [  # nothing random but the order and the crops of the images
     *["AUG.MIXUP", 0, "AUG.CUTMIX", 0, "AUG.COLOR_JITTER", 0, "AUG.AUTO_AUGMENT", "none", "AUG.REPROB", 0],
     *["AUG.HFLIP", 0, "TEST.CROP", False],
     *["TRAIN.BASE_LR", 0.02, "TRAIN.OPTIMIZER.NAME", "sgd", "PRINT_FREQ", 2],
-]
-
-ONE_BLOCK = [  # as little as possible to compile
-    *["MODEL.FOCAL.DEPTHS", [1], "MODEL.FOCAL.NUM_HEADS", [1], "MODEL.FOCAL.FOCAL_LEVELS", [1]],
-    *["MODEL.FOCAL.FOCAL_WINDOWS", [7], "MODEL.FOCAL.EXPAND_SIZES", [3], "MODEL.ATTENTION_BACKEND", "plain"],
 ]
 
 
@@ -89,15 +81,17 @@ def test_training_writes_everything(trained: Path) -> None:
 
 
 def test_evaluation_repeats_the_accuracy_of_training(
-    trained: Path, few_images: Path, nano_opts: list[object], tmp_path: Path
+    trained: Path,
+    few_images: Path,
+    nano_opts: list[object],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """In a process of its own."""
     flags = ["--eval", "--resume", str(folder_of(trained) / "ckpt_epoch_1.pth")]
-    words = command(few_images, tmp_path, [*nano_opts, *PLAIN], *flags)
-    done = subprocess.run([sys.executable, str(REPO / "main.py"), *words], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    last = metrics_of(trained, "epoch")[1]
-    assert f"43 images: acc1 {last['acc1']:.3f}%  acc5 {last['acc5']:.3f}%" in done.stdout
+    assert main.main(command(few_images, tmp_path, [*nano_opts, *PLAIN], *flags)) == 0
+    last, printed = metrics_of(trained, "epoch")[1], capsys.readouterr().out
+    assert f"43 images: acc1 {last['acc1']:.3f}%  acc5 {last['acc5']:.3f}%" in printed
+    assert "evaluated 2/3 batches" in printed
     assert not (folder_of(tmp_path) / "config.yaml").exists()
 
 
@@ -111,40 +105,12 @@ def test_accumulation_equals_a_bigger_batch(
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_a_last_smaller_accumulation_group_makes_an_update(
-    few_images: Path, nano_opts: list[object], tmp_path: Path
-) -> None:
-    """8 batches in groups of 3: 3 updates per epoch."""
-    opts = [*nano_opts, *PLAIN, "TRAIN.OPTIMIZER.NAME", "adamw"]
-    assert main.main(command(few_images, tmp_path, opts, "--accumulation-steps", "3")) == 0
-    state = checkpoint(tmp_path, 1)
-    assert state["position"]["updates"] == 6
-    assert {int(moments["step"]) for moments in state["optimizer"]["state"].values()} == {6}
-
-
-@pytest.mark.parametrize("flags", [["--amp-dtype", "bf16"], ["--amp-dtype", "fp16", "--use-checkpoint"]])
-def test_mixed_precision_trains(
-    flags: list[str], few_images: Path, nano_opts: list[object], tmp_path: Path
-) -> None:
+def test_mixed_precision_trains(few_images: Path, nano_opts: list[object], tmp_path: Path) -> None:
+    """In bf16; test_meters.py trains in fp16."""
     opts = [*nano_opts, *PLAIN, "TRAIN.EPOCHS", 1]
-    assert main.main(command(few_images, tmp_path, opts, *flags)) == 0
+    assert main.main(command(few_images, tmp_path, opts, "--amp-dtype", "bf16", "--use-checkpoint")) == 0
     assert metrics_of(tmp_path, "epoch")[0]["loss"] < 2.6
-    assert bool(checkpoint(tmp_path, 0)["scaler"]) == ("fp16" in flags)
-
-
-def test_skipped_updates_in_a_row_end_the_run(
-    few_images: Path, nano_opts: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """In a warm-up from 1e20 to 1e30; the first one is named with its own learning rate."""
-    opts = [*nano_opts, *PLAIN, "TRAIN.WARMUP_LR", 1e20, "TRAIN.BASE_LR", 1e30, "TRAIN.WARMUP_EPOCHS", 2]
-    opts += ["TRAIN.CLIP_GRAD", 0, "PRINT_FREQ", 8, "TRAIN.BAD_STEPS_MAX", 2]
-    assert main.main(command(few_images, tmp_path, opts)) == 2
-    message = capsys.readouterr().err
-    assert message.startswith("error: epoch 1: expected finite gradients")
-    step = int(message.split("from step ")[1].split(" ")[0])
-    rate = (1e20 + (1e30 - 1e20) * (step - 1) / 16) * 16 / 512
-    assert f"learning rate {rate:.3e}" in message
-    assert not list(folder_of(tmp_path).glob("*.pth"))
+    assert not checkpoint(tmp_path, 0)["scaler"]
 
 
 def test_an_evaluation_that_fails_loses_no_epoch(
@@ -256,29 +222,18 @@ def test_debug_runs_two_steps_and_counts(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """With deterministic algorithms alone: each of the model's has one."""
     monkeypatch.setenv("PT_OUTPUT_DIR", str(tmp_path / "elsewhere"))
-    assert main.main(command(Path("/nowhere"), tmp_path, nano_opts, "--debug")) == 0
+    try:
+        opts = [*nano_opts, "DETERMINISTIC", True]
+        assert main.main(command(Path("/nowhere"), tmp_path, opts, "--debug")) == 0
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
     printed = capsys.readouterr().out
     assert "step 2/2" in printed
     assert "parameters" in printed
     assert folder_of(tmp_path / "elsewhere").is_dir()
-
-
-def test_a_compiled_model_trains(
-    few_images: Path, nano_opts: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One epoch of one step, and its evaluation; test_distributed.py runs the default backend of compile."""
-    compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(
-        torch.nn.Module,
-        "compile",
-        lambda self, **options: compile_module(self, backend="aot_eager", **options),
-    )
-    opts = [*nano_opts, *PLAIN, *ONE_BLOCK, "TRAIN.EPOCHS", 1]
-    for name, flags in (("compiled", ["--compile"]), ("plain", [])):
-        words = command(few_images, tmp_path / name, opts, *flags, "--batch-size", "130")
-        assert main.main(words) == 0
-    assert difference(tmp_path / "compiled", tmp_path / "plain", epoch=0) < 1e-5
 
 
 # --- Mistakes and errors ------------------------------------------------------------------------------------
@@ -312,7 +267,10 @@ def test_weights_are_checked_before_the_data(
         (["--output", __file__], "OUTPUT (--output): expected a folder"),
         (["--cache-mode", "full"], "DATA.ZIP_MODE (--zip)"),
         (["--device", "cuda:99"], "DEVICE"),
+        (["--device", "cuda:one"], "DEVICE"),
         (["--batch-size", "1000"], "BATCH_SIZE"),
+        (["--throughput", "--debug"], "at most one mode"),
+        (["--amp-opt-level", "O0", "--amp-dtype", "fp16"], "AMP_DTYPE: expected ''"),
     ],
 )
 def test_mistakes_are_explained(
@@ -325,6 +283,25 @@ def test_mistakes_are_explained(
 ) -> None:
     assert main.main(command(few_images, tmp_path, nano_opts, *flags)) == 2
     assert word in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("opts", "begin"),
+    [
+        (["DEBUG_MODE", True, "MODEL.RESUME", "a"], "THROUGHPUT_MODE and DEBUG_MODE: expected no weights"),
+        (["MODEL.RESUME", "a", "MODEL.PRETRAINED", "b"], "MODEL.PRETRAINED: expected either this or"),
+        (["EVAL_EMA", True], "EVAL_EMA: expected EVAL_MODE"),
+        (["MODEL.RESET_HEAD", True], "MODEL.RESET_HEAD: expected training from MODEL.PRETRAINED"),
+        (
+            ["MODEL.HEAD_CLASS_MAP", "a", "MODEL.PRETRAINED", "b", "MODEL.RESET_HEAD", True],
+            "MODEL.HEAD_CLASS_MAP: expected training from MODEL.PRETRAINED without MODEL.RESET_HEAD",
+        ),
+    ],
+)
+def test_weights_that_contradict_the_mode(opts: list[object], begin: str) -> None:
+    with pytest.raises(UserError) as caught:
+        training_run.check_weights(load_config(None, opts))
+    assert str(caught.value).startswith(begin) and "\n" not in str(caught.value)
 
 
 def test_only_mistakes_of_users_become_sentences(
@@ -435,20 +412,3 @@ def test_every_process_of_a_machine_needs_a_card(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(UserError, match="below 2.*got 3"):
         utils.pick_device("cuda")
-
-
-def test_log_lines_go_above_a_progress_bar(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tqdm = pytest.importorskip("tqdm")
-    written = []
-    monkeypatch.setattr(tqdm.tqdm, "write", staticmethod(lambda text, file: written.append(text)))
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    logger.create_logger(tmp_path)
-    for number in logger.progress([1, 2], "some work", show=True):
-        logging.getLogger("main").info(f"line {number}")
-    logging.getLogger("main").info("line 3")
-    assert [text[-6:] for text in written] == ["line 1", "line 2"]
-    printed = capsys.readouterr().out
-    assert "line 3" in printed
-    assert "line 1" not in printed

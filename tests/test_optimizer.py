@@ -101,12 +101,3 @@ def test_optimizers_take_their_settings(name: str, kind: type) -> None:
     assert {group["lr"] for group in optimizer.param_groups} == {0.3}
     if name == "sgd":
         assert optimizer.param_groups[0]["nesterov"]
-
-
-@pytest.mark.parametrize("name", ["fused_adam", "fused_lamb"])
-def test_a_missing_apex_is_explained(name: str) -> None:
-    try:
-        import apex  # noqa: F401
-    except ImportError:
-        with pytest.raises(ValueError, match="apex"):
-            build_optimizer(load_config(None, ["TRAIN.OPTIMIZER.NAME", name]), nn.Linear(2, 2))

@@ -17,10 +17,10 @@ import re
 import shutil
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from yacs.config import CfgNode
@@ -34,7 +34,6 @@ from utils import UserError, user_input
 
 BEST_NAME = "best.pth"
 NAME = re.compile(r"ckpt_epoch_(\d+)(?:_step_(\d+))?\.pth")
-TEMPORARY_NAME = re.compile(r"\.(best|ckpt_epoch_\d+(_step_\d+)?)\.pth\.tmp")
 KEPT_INSIDE = 2  # checkpoints of the running epoch, so that a damaged one has a predecessor
 
 logger = logging.getLogger(__name__)
@@ -64,28 +63,6 @@ def checkpoints_in(folder: Path) -> list[tuple[EpochStep, Path]]:
     return sorted(found)
 
 
-class _CheckpointFile:
-    """A file for `torch.save` that keeps the first OSError.
-
-    The C++ writer behind `torch.save` would turn it into a RuntimeError without the reason.
-    """
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file = file
-        self.error: OSError | None = None
-
-    def write(self, content: bytes) -> int:
-        if self.error is None:
-            try:
-                self.file.write(content)
-            except OSError as error:
-                self.error = error
-        return len(content)
-
-    def flush(self) -> None:
-        """Called by `torch.save`; `write_checkpoint` flushes."""
-
-
 def write_checkpoint(content: dict[str, Any], path: Path) -> None:
     """Write plain data; at any moment `path` is absent, old or complete, on the disk too.
 
@@ -96,10 +73,11 @@ def write_checkpoint(content: dict[str, Any], path: Path) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
-            target = _CheckpointFile(file)
-            torch.save(content, target)
-            if target.error is not None:
-                raise target.error
+            archive = (
+                io.BytesIO()
+            )  # to a file on a full disk, torch.save raises a RuntimeError without reason
+            torch.save(content, archive)
+            file.write(archive.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -212,40 +190,32 @@ def prune(folder: Path, newest: EpochStep, keep: int) -> None:
     """
     try:
         found = checkpoints_in(folder)
-    except OSError as error:
-        logger.warning(f"{folder} cannot be read, superseded checkpoints stay: {error.strerror}")
-        return
-    known = [(place, path) for place, path in found if place <= newest]
-    last_whole = max((place for place, _ in known if not place[1]), default=(0, 0))
-    current = [path for place, path in known if place[1] and place > last_whole][-KEPT_INSIDE:]
-    left = [path for place, path in known if not place[1] or path in current]
-    left = left[-keep:] if keep else left
-    for place, path in found:
-        is_abandoned = newest[1] > 0 and newest < place < (newest[0] + 1, 0)
-        if is_abandoned or (place <= newest and path not in left):
-            try:
+        known = [(place, path) for place, path in found if place <= newest]
+        last_whole = max((place for place, _ in known if not place[1]), default=(0, 0))
+        current = [path for place, path in known if place[1] and place > last_whole][-KEPT_INSIDE:]
+        left = [path for place, path in known if not place[1] or path in current]
+        left = left[-keep:] if keep else left
+        for place, path in found:
+            is_abandoned = newest[1] > 0 and newest < place < (newest[0] + 1, 0)
+            if is_abandoned or (place <= newest and path not in left):
                 path.unlink(missing_ok=True)
-            except OSError as error:
-                logger.warning(f"{path} is superseded and cannot be removed: {error.strerror}")
+    except OSError as error:
+        logger.warning(f"{folder}: superseded checkpoints stay: {error}")
 
 
 def remove_temporary_files(folder: Path) -> None:
     """Remove what killed writers have left. Nobody may be writing."""
     with contextlib.suppress(OSError):
-        for path in folder.glob(".*.tmp"):
-            if TEMPORARY_NAME.fullmatch(path.name):
-                path.unlink()
-                logger.info(f"removed {path}, the unfinished file of a process that was killed")
+        for path in folder.glob(".*.pth.tmp"):
+            path.unlink()
+            logger.info(f"removed {path}, the unfinished file of a process that was killed")
 
 
 # --- Writing in the background ------------------------------------------------------------------------------
 
 
 class AsyncCheckpointWriter:
-    """Copies a checkpoint to host memory and writes it in a thread, while training goes on.
-
-    The copies go to buffers that are used again for the next checkpoint: pinned memory for tensors on a GPU,
-    filled on the current stream, in order with the updates. One save runs at a time.
+    """Copies a checkpoint to host memory and writes it in a thread, one at a time, while training goes on.
 
     A file that cannot be written is an error in the log, and training goes on. Too many in a row, or content
     that is not finite, set `failure`, with which training cannot go on. best.pth is counted for itself: that
@@ -267,7 +237,6 @@ class AsyncCheckpointWriter:
         self.failure = ""
         self.errors: list[str] = []
         self.best_errors: list[str] = []
-        self._buffers: dict[tuple[Any, ...], torch.Tensor] = {}
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._running: Future[None] | None = None
 
@@ -280,11 +249,7 @@ class AsyncCheckpointWriter:
             write: may raise OSError, or UserError if training cannot go on.
         """
         self.wait()
-        copied = self._copy(content, ())
-        event = torch.cuda.Event() if torch.cuda.is_initialized() else None
-        if event is not None:
-            event.record()
-        self._running = self._executor.submit(self._run, copied, path, write, event)
+        self._running = self._executor.submit(self._run, copied(content), path, write)
         if not self.background:
             self.wait()
 
@@ -298,30 +263,7 @@ class AsyncCheckpointWriter:
             running, self._running = self._running, None
             running.result()
 
-    def _copy(self, item: Any, key: tuple[Any, ...]) -> Any:
-        """Nested data with its tensors copied to the buffers."""
-        if isinstance(item, dict):
-            return {name: self._copy(value, (*key, name)) for name, value in item.items()}
-        if isinstance(item, list | tuple):
-            return type(item)(self._copy(value, (*key, index)) for index, value in enumerate(item))
-        if not torch.is_tensor(item):
-            return item
-        buffer = self._buffers.get(key)
-        if buffer is None or (buffer.shape, buffer.dtype) != (item.shape, item.dtype):
-            buffer = torch.empty(item.shape, dtype=item.dtype, pin_memory=item.is_cuda)
-            self._buffers[key] = buffer
-        buffer.copy_(item.detach(), non_blocking=item.is_cuda)
-        return buffer
-
-    def _run(
-        self,
-        content: dict[str, Any],
-        path: Path,
-        write: Callable[[dict[str, Any]], None],
-        event: torch.cuda.Event | None,
-    ) -> None:
-        if event is not None:
-            event.synchronize()
+    def _run(self, content: dict[str, Any], path: Path, write: Callable[[dict[str, Any]], None]) -> None:
         errors = self.best_errors if path.name == BEST_NAME else self.errors
         try:
             write(content)
@@ -343,17 +285,20 @@ class AsyncCheckpointWriter:
                 )
 
 
-def all_finite(content: Any) -> bool:
+def copied(item: Any) -> Any:
+    """Nested data with copies of its tensors in host memory."""
+    if isinstance(item, dict):
+        return {name: copied(value) for name, value in item.items()}
+    if isinstance(item, list | tuple):
+        return type(item)(map(copied, item))
+    return item.detach().to("cpu", copy=True) if torch.is_tensor(item) else item
+
+
+def all_finite(item: Any) -> bool:
     """Whether all floating point tensors in nested data are finite."""
-    return all(bool(torch.isfinite(tensor).all()) for tensor in _floating_tensors(content))
-
-
-def _floating_tensors(item: Any) -> Iterator[torch.Tensor]:
-    if torch.is_tensor(item) and item.is_floating_point():
-        yield item
-    elif isinstance(item, dict | list | tuple):
-        for value in item.values() if isinstance(item, dict) else item:
-            yield from _floating_tensors(value)
+    if isinstance(item, dict | list | tuple):
+        return all(map(all_finite, item.values() if isinstance(item, dict) else item))
+    return not (torch.is_tensor(item) and item.is_floating_point()) or bool(torch.isfinite(item).all())
 
 
 # --- When a run saves ---------------------------------------------------------------------------------------
@@ -438,15 +383,14 @@ class Checkpoints:
         content |= {} if accuracy is None else {"accuracy": accuracy}
         newest, path = state.position.epoch_step, self.folder / name
 
-        def write(copied: dict[str, Any]) -> None:
-            trained = [copied.get(key) for key in ("model", "model_ema", "optimizer")]
-            if not all_finite(trained):
+        def write(content: dict[str, Any]) -> None:
+            if not all_finite([content.get(key) for key in ("model", "model_ema", "optimizer")]):
                 raise UserError(
                     f"{path}: expected finite weights and optimizer moments, got nan or inf; nothing was "
                     "saved; lower the learning rate, or train in bf16 or full precision"
                 )
             self.metrics.sync()
-            write_checkpoint(copied, path)
+            write_checkpoint(content, path)
             logger.debug(f"saved {path}")
             if accuracy is None:
                 prune(self.folder, newest, self.config.SAVE_KEEP)

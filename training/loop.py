@@ -21,7 +21,7 @@ from yacs.config import CfgNode
 
 import utils
 from data import UndecodableImageError
-from logger import Metrics, progress
+from logger import Metrics
 from training.preemption import StopRequested, stop_received
 from training.state import TrainState
 from utils import UserError
@@ -76,9 +76,8 @@ def train_one_epoch(
     config, position, device = run.config, state.position, run.device
     accumulation = max(1, config.TRAIN.ACCUMULATION_STEPS)
     first_step, end_step = position.step, position.step + len(batches)
-    shown = progress(batches, f"epoch {position.epoch + 1}", utils.is_main_process())
     state.ddp_model.train()
-    for step, (images, targets) in enumerate(shown, start=first_step):
+    for step, (images, targets) in enumerate(batches, start=first_step):
         utils.seed_everything(config.SEED, utils.get_rank(), position.epoch, step)
         images, targets = to_device(images, device), to_device(targets, device)
         if mixup_fn is not None:
@@ -211,9 +210,11 @@ def evaluate(run: Run, model: nn.Module, batches: Batches) -> dict[str, float]:
     results: list[torch.Tensor] = []  # per batch [3, B]: loss, hit, hit among the first five
     batch_size = (batches.batch_size or 0) if isinstance(batches, DataLoader) else 0
     with utils.raise_on_all_ranks(UndecodableImageError):
-        for images, targets in progress(batches, "evaluation", utils.is_main_process()):
+        for step, (images, targets) in enumerate(batches):
             if stop_received():
                 break
+            if step and step % run.config.PRINT_FREQ == 0:
+                logger.info(f"evaluated {step}/{len(batches)} batches")
             images, targets = to_device(images, run.device), to_device(targets, run.device)
             batch_size = max(batch_size, len(images))
             images = F.pad(images, [0] * (2 * images.ndim - 1) + [batch_size - len(images)])

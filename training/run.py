@@ -2,9 +2,10 @@
 
 import logging
 import math
-import os
 from pathlib import Path
 from typing import Any
+
+from yacs.config import CfgNode
 
 import utils
 from config import flatten
@@ -61,7 +62,6 @@ def train(run: Run, model: FocalTransformer) -> None:
         checkpoints.warn_if_best_missing(state)
         best = f"best {checkpoints.best:.2f}% in {run.output / BEST_NAME}"
         logger.info(f"training is done after {position.epoch} epoch(s): {best}")
-    utils.barrier()  # the last checkpoint is on the disk before any rank returns
 
 
 def setup(run: Run, model: FocalTransformer) -> tuple[TrainState, Loaders, Checkpoints]:
@@ -209,18 +209,11 @@ def prepare_folder(run: Run, state: TrainState, source: Path | str, content: dic
 
 
 def record_config(run: Run) -> None:
-    """Write the whole configuration to config.yaml, or leave the file as it was.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """Write the whole configuration to config.yaml; UserError if that fails."""
     path = run.output / "config.yaml"
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(run.config.dump(), encoding="utf-8")
-        os.replace(temporary, path)
+        path.write_text(run.config.dump(), encoding="utf-8")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(
             f"{path}: expected to write the configuration, got: {error.strerror}; make space, or choose "
             "another --output"
@@ -250,6 +243,36 @@ def finish_epoch(run: Run, state: TrainState, loaders: Loaders, checkpoints: Che
     run.metrics.write("epoch", epoch - 1, epoch=epoch - 1, **values)
     meter.reset()
     checkpoints.save_if_best(state, accuracy)
+
+
+def check_weights(config: CfgNode) -> None:
+    """Raise UserError for options about weights that contradict each other, or the mode."""
+    model, weights = config.MODEL, config.MODEL.RESUME or config.MODEL.PRETRAINED
+    fine_tunes = model.PRETRAINED and not config.EVAL_MODE
+    problems = {
+        "EVAL_MODE: expected weights to evaluate, got none; name them with --resume or --pretrained": (
+            config.EVAL_MODE and not weights
+        ),
+        f"THROUGHPUT_MODE and DEBUG_MODE: expected no weights, got {weights!r}; drop them": (
+            (config.THROUGHPUT_MODE or config.DEBUG_MODE) and weights
+        ),
+        "EVAL_EMA: expected EVAL_MODE (--eval) along with it, got only this; add that or drop it": (
+            config.EVAL_EMA and not config.EVAL_MODE
+        ),
+        f"MODEL.PRETRAINED: expected either this or MODEL.RESUME, got {model.PRETRAINED!r} and "
+        f"{model.RESUME!r}; use RESUME to continue a run, PRETRAINED to start from weights": (
+            model.RESUME and model.PRETRAINED
+        ),
+        "MODEL.RESET_HEAD: expected training from MODEL.PRETRAINED, got none; name it or drop this": (
+            model.RESET_HEAD and not fine_tunes
+        ),
+        "MODEL.HEAD_CLASS_MAP: expected training from MODEL.PRETRAINED without MODEL.RESET_HEAD, got "
+        f"{model.HEAD_CLASS_MAP!r} otherwise; name the weights, or drop one of the two": (
+            model.HEAD_CLASS_MAP and (model.RESET_HEAD or not fine_tunes)
+        ),
+    }
+    if found := [message for message, holds in problems.items() if holds]:
+        raise UserError("\n".join(found))
 
 
 def load_weights(model: FocalTransformer, config: Any, key: str) -> None:
