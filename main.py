@@ -8,6 +8,7 @@ One command for one CPU, one GPU, or many under torchrun:
 """
 
 import argparse
+import json
 import logging
 import multiprocessing
 import os
@@ -143,8 +144,11 @@ def run_throughput(run: Run, model: FocalTransformer) -> None:
     with torch.no_grad():
         backends = model.attention_backends(run.precision.dtype)
     result = measure_throughput(model, images, run.precision, backends)
-    logger.info(str(result))
-    result.save(run.output / "throughput.json")
+    logger.info(
+        "{images_per_second:.1f} img/s, {milliseconds:.2f} ms per batch of {batch_size} at {image_size}; "
+        "{memory_mb:.0f} MB, {precision}, {device}, torch {torch}".format(**result)
+    )
+    (run.output / "throughput.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def run_debug(run: Run, model: FocalTransformer) -> None:

@@ -37,23 +37,13 @@ class TrainImages(Dataset[Sample]):
 
     The augmentation of a sample depends on (seed, epoch, index) alone. An image that does not decode, or
     whose file cannot be read, is replaced by another one, drawn from the same three numbers; `undecodable`
-    counts them, over all epochs, in the process that iterates the loader.
+    counts them, over all epochs, in the process that iterates the loader. `decode` makes what `transform`
+    takes, and may draw random numbers too.
     """
 
     def __init__(
-        self,
-        source: ImageSource,
-        transform: Transform,
-        seed: int,
-        decode: Decode = decode_rgb,
+        self, source: ImageSource, transform: Transform, seed: int, decode: Decode = decode_rgb
     ) -> None:
-        """
-        Args:
-            source: the images.
-            transform: the random training transform.
-            seed: the run's seed.
-            decode: makes what `transform` takes; may draw random numbers too.
-        """
         self.source = source
         self._decode = decode
         self._transform = transform
@@ -99,12 +89,6 @@ class EvalImages(Dataset[Sample]):
     """Images for evaluation; one that does not decode is an error, as leaving it out changes the result."""
 
     def __init__(self, source: ImageSource, transform: Transform, decode: Decode = decode_rgb) -> None:
-        """
-        Args:
-            source: the images.
-            transform: the evaluation transform.
-            decode: makes what `transform` takes.
-        """
         self.source = source
         self._decode = decode
         self._transform = transform
@@ -113,11 +97,7 @@ class EvalImages(Dataset[Sample]):
         return len(self.source)
 
     def __getitem__(self, index: int) -> Sample:
-        """The sample of an index.
-
-        Raises:
-            UndecodableImageError: the image cannot be read or does not decode.
-        """
+        """The sample of an index; UndecodableImageError if the image cannot be read or does not decode."""
         image = self._decode(_read(self.source, index), self.source.name(index))
         return Sample(self._transform(image), int(self.source.labels[index]))
 
@@ -134,12 +114,7 @@ def _read(source: ImageSource, index: int) -> bytes:
 
 
 class ImageLoader(DataLoader):
-    """A `DataLoader` over images that logs and counts replaced images, and raises errors as they are.
-
-    Args:
-        images: the data set.
-        options: of `DataLoader`.
-    """
+    """A `DataLoader` over images that logs and counts replaced images, and raises errors as they are."""
 
     def __init__(self, images: TrainImages | EvalImages, **options: Any) -> None:
         super().__init__(_ReturnErrors(images), collate_fn=_collate, **options)

@@ -21,11 +21,8 @@ class RowSource:
         Args:
             rows: a `datasets.Dataset`.
             image: column of the images.
-            label: column of the labels, whole numbers.
+            label: column of the labels; ValueError if one is no whole number.
             origin: name of the split, for messages.
-
-        Raises:
-            ValueError: a label is missing.
         """
         import datasets
 

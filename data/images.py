@@ -99,15 +99,7 @@ class EncodedImage:
     """An image file of which only the header was read."""
 
     def __init__(self, encoded: bytes, name: str, upright: bool = False) -> None:
-        """
-        Args:
-            encoded: the content of the image file.
-            name: path of the image, for the error.
-            upright: follow the EXIF orientation.
-
-        Raises:
-            UndecodableImageError: the bytes do not begin like an image, or the image is too large.
-        """
+        """As `decode_rgb`; UndecodableImageError if it does not begin like an image, or is too large."""
         self._encoded = encoded
         self._name = name
         stream = BytesIO(encoded)

@@ -13,12 +13,6 @@ class SeededMixup:
     """
 
     def __init__(self, mixup: Mixup, seed: int, rank: int) -> None:
-        """
-        Args:
-            mixup: does the mixing.
-            seed: the run's seed.
-            rank: of this process.
-        """
         self._mixup = mixup
         self._seed = seed
         self._rank = rank

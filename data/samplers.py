@@ -25,17 +25,7 @@ class TrainSampler(Sampler[SampleKey]):
     """
 
     def __init__(self, num_images: int, batch_size: int, rank: int, world_size: int, seed: int) -> None:
-        """
-        Args:
-            num_images: size of the data set.
-            batch_size: images per process and step.
-            rank: of this process.
-            world_size: number of processes.
-            seed: the run's seed.
-
-        Raises:
-            ValueError: the data set is smaller than one batch of all processes.
-        """
+        """ValueError if the data set is smaller than one batch of all processes; `batch_size` is of one."""
         self.num_images = num_images
         self.batch_size = batch_size
         self.rank = rank
@@ -51,12 +41,7 @@ class TrainSampler(Sampler[SampleKey]):
         self.resume_at(0, 0)
 
     def resume_at(self, epoch: int, samples_seen: int) -> None:
-        """Set the position that the next iteration starts from.
-
-        Args:
-            epoch: from 0.
-            samples_seen: images of the epoch that all processes together have seen; 0 for its start.
-        """
+        """Set where the next iteration starts: after `samples_seen` images of all processes together."""
         self.epoch = epoch
         self.samples_seen = samples_seen
 
@@ -114,12 +99,6 @@ class EvalSampler(Sampler[int]):
     """Every image exactly once, in order; processes may get different numbers of images."""
 
     def __init__(self, num_images: int, rank: int, world_size: int) -> None:
-        """
-        Args:
-            num_images: size of the data set.
-            rank: of this process.
-            world_size: number of processes.
-        """
         self._shard = shard_of(num_images, rank, world_size)
 
     def __len__(self) -> int:

@@ -116,13 +116,7 @@ class FileSource:
     def __init__(
         self, root: Path, paths: Iterable[str], labels: Iterable[int], classes: list[str] | None = None
     ) -> None:
-        """
-        Args:
-            root: the folder.
-            paths: image paths relative to `root`.
-            labels: class index of each image.
-            classes: name of each class index.
-        """
+        """`paths` are relative to `root`; `classes` are the names of the labels."""
         self.origin = self._root = str(root)
         self.classes = classes
         self._paths = StringTable(paths)

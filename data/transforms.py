@@ -67,11 +67,6 @@ class ResizeToCover:
     """
 
     def __init__(self, size: Size, interpolation: InterpolationMode) -> None:
-        """
-        Args:
-            size: (height, width) in pixels to cover.
-            interpolation: how to interpolate.
-        """
         self.size = size
         self.interpolation = interpolation
 
@@ -91,17 +86,13 @@ class ResizeToCover:
 class OpencvCrop:
     """A decoder that includes the first step of a training transform, a random crop or a resize.
 
-    It draws the same random numbers as that step, so the crop is the same, up to rounding.
+    It draws the same random numbers as that step, so the crop is the same, up to rounding. `upright` follows
+    the EXIF orientation.
     """
 
     def __init__(
         self, step: RandomResizedCropAndInterpolation | transforms.Resize, upright: bool = False
     ) -> None:
-        """
-        Args:
-            step: the first step.
-            upright: follow the EXIF orientation.
-        """
         self._upright = upright
         self._size = step.size
         modes = step.interpolation
@@ -210,19 +201,12 @@ def train_transform(
 def eval_transform(
     size: Size, channels: int, mean: Sequence[float], std: Sequence[float], interpolation: str, crop: bool
 ) -> Transform:
-    """The evaluation transform: resize, centre crop, normalise.
+    """The evaluation transform: resize, centre crop, normalise. Most arguments are `train_transform`'s.
 
     Args:
-        size: (height, width) in pixels.
-        channels: 1 or 3.
-        mean: per channel, of pixels in [0, 1]; three values are averaged for one channel.
-        std: like `mean`.
         interpolation: "bilinear" or "bicubic"; "random" stands for bilinear.
         crop: resize to cover 256/224 of the size, then crop the centre; otherwise resize straight to the
             size, which is also done up to 32 pixels.
-
-    Raises:
-        ValueError: channels, mean and std do not fit together.
     """
     mean, std = channel_stats(channels, mean, std)
     mode = INTERPOLATIONS[interpolation]

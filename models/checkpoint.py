@@ -369,7 +369,9 @@ def _advice(
     what, remedies = [], []
     if head:
         what.append("the classifier")
-        remedies.append("set MODEL.NUM_CLASSES, or ask for a new head (reset_head)")
+        remedies.append(
+            "set MODEL.NUM_CLASSES, or ask for a new head (reset_head; training with MODEL.RESET_HEAD True)"
+        )
     if setting:
         what.append("what depends on windows or the input size")
         remedies.append(

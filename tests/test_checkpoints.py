@@ -342,21 +342,6 @@ def test_a_run_without_its_last_checkpoint_or_best_fails(tmp_path: Path) -> None
             checkpoints.stop(state)
 
 
-def test_a_folder_that_cannot_be_listed_or_flushed_has_the_file_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    state = make_state()
-    checkpoints = checkpoints_of(tmp_path, state)
-    with monkeypatch.context() as patch:
-        for name in ("listdir", "open"):
-            patch.setattr(os, name, lambda *given: (_ for _ in ()).throw(PermissionError(13, "no")))
-        checkpoints.save(state)
-        checkpoints.writer.wait()
-    checkpoints.finish()
-    assert len(names_in(tmp_path)) == 1
-    assert "superseded checkpoints stay" in caplog.text
-
-
 def test_best_gives_way_to_the_next_that_is_better_than_the_file(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NANO, REPO
-from test_main import PLAIN, checkpoint, command, difference, folder_of, metrics_of
+from conftest import REPO
+from test_main import OPTS, PLAIN, checkpoint, command, difference, folder_of, metrics_of
 from test_resume import RANDOM, assert_same_end
 
 import main
@@ -52,7 +52,6 @@ for arguments in commands[:-1]:
             shutil.copytree(folder, folder + "_then")
 sys.exit(main.main(commands[-1]))
 """
-OPTS = [word for pair in NANO.items() for word in pair]
 TRAIN = [*OPTS, *PLAIN, "TRAIN.ACCUMULATION_STEPS", 2]
 WORKER = ["TRAIN.EPOCHS", 1, "DATA.NUM_WORKERS", 1]
 STOPPED = [*OPTS, *RANDOM, "SAVE_STEPS", 0, "TRAIN.ACCUMULATION_STEPS", 1]

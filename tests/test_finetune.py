@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NANO, REPO
-from test_main import command
+from conftest import REPO
+from test_main import OPTS, command
 from torch import Tensor, nn
 
 import main
@@ -15,12 +15,11 @@ from models.checkpoint import read_class_map
 from optimizer import build_optimizer, freeze_stages, parameter_groups
 
 FINE_TUNING = sorted(REPO.glob("configs/*/focal*.yaml"))
-KINDS = ("focal", "focalv2")
 
 
 def nano(*opts: object) -> FocalTransformer:
     torch.manual_seed(0)
-    return build_model(load_config(None, [word for pair in NANO.items() for word in pair] + list(opts)))
+    return build_model(load_config(None, [*OPTS, *opts]))
 
 
 def save(model: nn.Module, path: Path) -> Path:
@@ -98,14 +97,6 @@ def test_a_wider_classifier_is_still_named(tmp_path: Path) -> None:
         load_checkpoint(nano(), weights, class_map=list(range(10)))
 
 
-def test_timm_maps_all_but_one_class_of_imagenet() -> None:
-    """What get_started.md says of the map that its command writes."""
-    from timm.data import ImageNetInfo
-
-    old = set(ImageNetInfo("imagenet-22k").label_names())
-    assert [name for name in ImageNetInfo("imagenet-1k").label_names() if name not in old] == ["n04399382"]
-
-
 # --- Layer-wise rates ---------------------------------------------------------------------------------------
 
 
@@ -117,11 +108,10 @@ def scales(model: FocalTransformer, decay: float) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_layer_learns_at_its_share_of_the_rate(kind: str) -> None:
+def test_every_layer_learns_at_its_share_of_the_rate() -> None:
     """Stem, four blocks and classifier are six layers."""
     decay = 0.5
-    found = scales(nano("MODEL.TYPE", kind, "MODEL.FOCAL.APE", True), decay)
+    found = scales(nano("MODEL.FOCAL.APE", True), decay)
     layer_of = {"patch_embed": 0, "absolute_pos_embed": 0, "norm": 4, "head": 5}
     for name, scale in found.items():
         parts = name.split(".")
@@ -139,7 +129,7 @@ def test_shares_of_focal_tiny_count_its_blocks() -> None:
     assert found["head.weight"] == 1.0
 
 
-def test_decay_stays_off_where_it_was(nano_opts: list[object]) -> None:
+def test_decay_stays_off_where_it_was(OPTS: list[object]) -> None:
     model = nano("MODEL.FOCAL.APE", True)
 
     def exempt(decay: float) -> set[int]:
@@ -150,13 +140,13 @@ def test_decay_stays_off_where_it_was(nano_opts: list[object]) -> None:
     assert len(parameter_groups(model, 0.05, 0.7)) == 12
 
 
-def test_the_schedule_keeps_the_shares_and_the_log_shows_the_full_rate(nano_opts: list[object]) -> None:
+def test_the_schedule_keeps_the_shares_and_the_log_shows_the_full_rate(OPTS: list[object]) -> None:
     from lr_scheduler import build_scheduler
 
-    config = load_config(None, [*nano_opts, "TRAIN.LAYER_DECAY", 0.5, "TRAIN.WARMUP_EPOCHS", 1])
+    config = load_config(None, [*OPTS, "TRAIN.LAYER_DECAY", 0.5, "TRAIN.WARMUP_EPOCHS", 1])
     optimizer = build_optimizer(config, build_model(config))
     scheduler = build_scheduler(config, optimizer, 10)
-    plain = build_optimizer(load_config(None, nano_opts), nn.Linear(2, 2))
+    plain = build_optimizer(load_config(None, OPTS), nn.Linear(2, 2))
     reference = build_scheduler(config, plain, 10)
     for number in (0, 5, 15):
         scheduler.step_update(number)
@@ -185,9 +175,10 @@ def gradients(model: FocalTransformer) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("count", [-1, 0, 2, 4])
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "count", "recompute"),
+    [("focal", -1, False), ("focal", 0, True), ("focalv2", 2, True), ("focalv2", 4, False)],
+)
 def test_frozen_stages_get_no_gradient_and_leave_the_others_theirs(
     kind: str, count: int, recompute: bool
 ) -> None:
@@ -242,11 +233,11 @@ def test_configs_take_the_weights_that_they_are_for(path: Path, tmp_path: Path) 
 
 
 def test_mistakes_with_a_class_map_end_in_one_message(
-    few_images: Path, nano_opts: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    few_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = save(nano(), tmp_path / "a.pth")
     class_map = write(tmp_path / "map.txt", "0\n1\n")
-    opts = [*nano_opts, "MODEL.HEAD_CLASS_MAP", str(class_map)]
+    opts = [*OPTS, "MODEL.HEAD_CLASS_MAP", str(class_map)]
     assert main.main(command(few_images, tmp_path, opts, "--pretrained", str(weights))) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: MODEL.HEAD_CLASS_MAP: ")

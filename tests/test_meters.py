@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_main import PLAIN, command, folder_of, make_run
+from test_main import OPTS, PLAIN, command, folder_of, make_run
 from test_train_state import make_state
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -111,10 +111,10 @@ def test_finite_gradients_whose_norm_overflows_change_nothing(scaled: bool, fuse
 
 
 @pytest.mark.parametrize("kind", ["focal", "focalv2"])
-def test_the_average_copies_buffers_that_are_no_floats(kind: str, nano_opts: list[object]) -> None:
+def test_the_average_copies_buffers_that_are_no_floats(kind: str) -> None:
     """Such as the keys that Focal-fast stores: averaged, they would be other keys."""
     trained = make_state()
-    trained.model = build_model(load_config(opts=[*nano_opts, "MODEL.TYPE", kind]))
+    trained.model = build_model(load_config(opts=[*OPTS, "MODEL.TYPE", kind]))
     trained.model.register_buffer("mask", torch.tensor([True, False]))
     trained.ema = ModelEmaV3(trained.model, 0.9)
     trained.position.updates = 100
@@ -136,12 +136,12 @@ def test_skipped_updates_in_a_row_end_the_run(tmp_path: Path) -> None:
 
 
 def test_skipped_updates_of_the_scaler_are_counted(
-    few_images: Path, nano_opts: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    few_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A scale that begins too large: halved until nothing overflows."""
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, init_scale=2.0**24, **k))
-    opts = [*nano_opts, *PLAIN, "TRAIN.EPOCHS", 1, "PRINT_FREQ", 100]
+    opts = [*OPTS, *PLAIN, "TRAIN.EPOCHS", 1, "PRINT_FREQ", 100]
     assert main.main(command(few_images, tmp_path, opts, "--amp-dtype", "fp16")) == 0
     record = json.loads((folder_of(tmp_path) / "metrics.jsonl").read_text().splitlines()[0])
     assert record["skipped"] > 0
@@ -185,12 +185,10 @@ def test_meters_count_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert meter.replaced == 2
 
 
-def test_another_seed_means_other_weights_and_another_order(
-    few_images: Path, nano_opts: list[object]
-) -> None:
+def test_another_seed_means_other_weights_and_another_order(few_images: Path) -> None:
     order, weights = [], []
     for seed in (1, 1, 2):
-        config = load_config(None, [*nano_opts, "SEED", seed, "DATA.DATA_PATH", str(few_images)])
+        config = load_config(None, [*OPTS, "SEED", seed, "DATA.DATA_PATH", str(few_images)])
         utils.seed_everything(config.SEED)
         weights.append(build_model(config).head.weight)
         order.append(list(build_loaders(config).train_sampler))

@@ -150,9 +150,3 @@ def test_mistakes_are_one_sentence(
     assert told.startswith("error: ")
     assert message in told
     assert out == ""
-
-
-def test_arguments() -> None:
-    for wrong in (["--top", "0"], ["--batch-size", "0"]):
-        with pytest.raises(SystemExit):
-            predict.parse(["x.png", *wrong])

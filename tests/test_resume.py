@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import NANO
-from test_main import command, folder_of
+from test_main import OPTS, command, folder_of
 
 import main
 from training import run as training_run
@@ -74,7 +74,7 @@ def assert_same_end(left: Path, right: Path) -> None:
 def whole(few_images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[object]]:
     """The output of two epochs of Focal-fast, which has buffers, without a stop; and their options."""
     output = tmp_path_factory.mktemp("whole")
-    opts = [*(word for pair in NANO.items() for word in pair), *RANDOM, "MODEL.TYPE", "focalv2"]
+    opts = [*OPTS, *RANDOM, "MODEL.TYPE", "focalv2"]
     assert main.main(command(few_images, output, opts)) == 0
     return output, opts
 
@@ -145,11 +145,9 @@ def test_a_signal_stops_after_the_update_and_saves(
 # --- Which run continues, and what becomes of the files of others -------------------------------------------
 
 
-def test_a_run_that_has_lost_every_checkpoint_begins_again(
-    few_images: Path, nano_opts: list[object], tmp_path: Path
-) -> None:
+def test_a_run_that_has_lost_every_checkpoint_begins_again(few_images: Path, tmp_path: Path) -> None:
     """Its metrics too, so that no epoch is recorded twice. Unless the disk cannot read the files."""
-    arguments = command(few_images, tmp_path, [*nano_opts, "TRAIN.EPOCHS", 1])
+    arguments = command(few_images, tmp_path, [*OPTS, "TRAIN.EPOCHS", 1])
     assert main.main(arguments) == 0
     folder, once = folder_of(tmp_path), metrics_of(tmp_path)
     path = folder / "best.pth"
@@ -167,9 +165,9 @@ def test_a_run_that_has_lost_every_checkpoint_begins_again(
 
 
 def test_going_back_and_starting_elsewhere(
-    few_images: Path, nano_opts: list[object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    few_images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder, opts = folder_of(tmp_path), [*nano_opts, "SAVE_FREQ", 1]
+    folder, opts = folder_of(tmp_path), [*OPTS, "SAVE_FREQ", 1]
     assert main.main(command(few_images, tmp_path, opts)) == 0
     once = metrics_of(tmp_path)
     first = str(folder / "ckpt_epoch_0.pth")
@@ -195,22 +193,16 @@ def test_going_back_and_starting_elsewhere(
     assert said in (new / "log_rank0.txt").read_text()
 
 
-@pytest.mark.parametrize(("flags", "start"), [(("--seed", "1"), 0), (("--batch-size", "32"), 2)])
 def test_steps_that_are_counted_again_are_recorded_once(
-    flags: tuple[str, ...],
-    start: int,
-    few_images: Path,
-    nano_opts: list[object],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    few_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another order of the images begins the epoch again; 80 images are 5 small batches, or 2 large ones."""
-    opts, started = [*nano_opts, "PRINT_FREQ", 1, "SAVE_STEPS", 1], []
+    opts, started = [*OPTS, "PRINT_FREQ", 1, "SAVE_STEPS", 1], []
     with monkeypatch.context() as patch:
         at_update(patch, 14, kill)  # an epoch has 8
         with pytest.raises(Killed):
-            main.main(command(few_images, tmp_path, opts))
-    assert metrics_of(tmp_path)[-1]["step"] == 5
+            main.main(command(few_images, tmp_path / "killed", opts))
+    assert metrics_of(tmp_path / "killed")[-1]["step"] == 5
     create = Checkpoints.__init__
 
     def watched(self: Checkpoints, *given: Any) -> None:
@@ -218,8 +210,10 @@ def test_steps_that_are_counted_again_are_recorded_once(
         started.append((given[3].step, self._last_step))
 
     monkeypatch.setattr(Checkpoints, "__init__", watched)
-    assert main.main(command(few_images, tmp_path, opts, *flags)) == 0
-    lines = [(record["epoch"], record["step"]) for record in metrics_of(tmp_path) if "step" in record]
-    assert started == [(start, start)]
-    assert lines == sorted(set(lines))
-    assert lines[-1] == (1, 7 if start == 0 else 2)
+    for flags, start, last in ((("--seed", "1"), 0, 7), (("--batch-size", "32"), 2, 2)):
+        output = shutil.copytree(tmp_path / "killed", tmp_path / flags[0])
+        assert main.main(command(few_images, output, opts, *flags)) == 0
+        lines = [(record["epoch"], record["step"]) for record in metrics_of(output) if "step" in record]
+        assert started.pop() == (start, start)
+        assert lines == sorted(set(lines))
+        assert lines[-1] == (1, last)

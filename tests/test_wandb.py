@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPO
-from test_main import command, folder_of
+from test_main import OPTS, command, folder_of
 
 import main
 from logger import Metrics, WeightsAndBiases
@@ -55,10 +55,8 @@ def run_ids(folder: Path) -> list[str]:
     return [path.name.split("-")[-1] for path in folders]
 
 
-def test_a_resumed_run_continues_in_its_run(
-    few_images: Path, nano_opts: list[object], tmp_path: Path
-) -> None:
-    opts = [*nano_opts, "LOG.WANDB", "tests"]
+def test_a_resumed_run_continues_in_its_run(few_images: Path, tmp_path: Path) -> None:
+    opts = [*OPTS, "LOG.WANDB", "tests"]
     folder = folder_of(tmp_path)
     for epochs in (1, 2):
         assert main.main(command(few_images, tmp_path, [*opts, "TRAIN.EPOCHS", epochs])) == 0
@@ -101,30 +99,14 @@ def test_no_run_stays_open(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     metrics.close()
 
 
-def test_without_login_nothing_is_recorded_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def refuse(**options: object) -> None:
-        raise RuntimeError("No API key configured")
-
-    monkeypatch.setattr("wandb.init", refuse)
-    metrics = Metrics(tmp_path)
-    metrics.start_wandb(False, project="tests")
-    metrics.write("train", 0, loss=1.0)
-    metrics.close()
-    assert "Weights & Biases records nothing: No API key configured" in caplog.text
-    assert len(records(tmp_path)) == 1
-
-
 def test_without_the_library(
     few_images: Path,
-    nano_opts: list[object],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    assert main.main(command(few_images, tmp_path, [*nano_opts, "LOG.WANDB", "tests"])) == 2
+    assert main.main(command(few_images, tmp_path, [*OPTS, "LOG.WANDB", "tests"])) == 2
     assert "LOG.WANDB: expected the library wandb" in (error := capsys.readouterr().err)
     assert "pip install wandb" in error and len(error.splitlines()) == 1
     assert not (folder_of(tmp_path) / "config.yaml").exists()

@@ -295,19 +295,4 @@ def load_weights(model: FocalTransformer, config: Any, key: str) -> None:
             load_ema(model, path)
             return
         resize = key == "PRETRAINED" and not config.EVAL_MODE
-        try:
-            load_checkpoint(model, path, config.MODEL.RESET_HEAD, resize, class_map)
-        except ValueError as error:
-            if config.EVAL_MODE or config.MODEL.RESET_HEAD or not fits_without_head(model, path, resize):
-                raise
-            hint = "For a new classifier add: --opts MODEL.RESET_HEAD True"
-            raise UserError(f"{error}\n  {hint}") from error
-
-
-def fits_without_head(model: FocalTransformer, path: str, resize: bool) -> bool:
-    """Whether MODEL.RESET_HEAD would make the weights fit. Loads them, so use it before an error only."""
-    try:
-        load_checkpoint(model, path, reset_head=True, resize=resize)
-    except ValueError:
-        return False
-    return True
+        load_checkpoint(model, path, config.MODEL.RESET_HEAD, resize, class_map)

@@ -1,11 +1,9 @@
 """Inference speed of a model on synthetic images: no data set, no weights needed."""
 
-import json
 import platform
 import statistics
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,35 +16,9 @@ def unique_backends(backends: list[str]) -> str:
     return " and ".join(dict.fromkeys(backends))
 
 
-@dataclass
-class Throughput:
-    """One measurement; the median over repeats."""
-
-    images_per_second: float
-    milliseconds: float  # per batch
-    batch_size: int
-    image_size: tuple[int, int]
-    memory_mb: float
-    precision: str
-    backends: list[str]  # attention backend per block
-    device: str
-    torch: str
-
-    def __str__(self) -> str:
-        return (
-            f"{self.images_per_second:.1f} img/s, {self.milliseconds:.2f} ms per batch of {self.batch_size} "
-            f"at {self.image_size[0]}x{self.image_size[1]}; {self.memory_mb:.0f} MB, "
-            f"{self.precision}, attention {unique_backends(self.backends)}, {self.device}, torch {self.torch}"
-        )
-
-    def save(self, path: Path) -> None:
-        """Write as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-
-
 def measure_throughput(
     model: nn.Module, images: torch.Tensor, precision: Precision, backends: list[str]
-) -> Throughput:
+) -> dict[str, Any]:
     """Time the forward pass of ``model`` in eval mode.
 
     Args:
@@ -54,6 +26,10 @@ def measure_throughput(
         images: [B, C, H, W]; each step runs this batch.
         precision: of the forward pass.
         backends: attention backend per block, for the report.
+
+    Returns:
+        The content of throughput.json: images per second, milliseconds per batch (medians over repeats), and
+        what was measured.
     """
     device = images.device
     warm_up, repeats, repeat_seconds = (1, 5, 0.5) if device.type == "cpu" else (20, 20, 1.0)
@@ -75,14 +51,14 @@ def measure_throughput(
     steps = max(1, round(repeat_seconds / seconds(1)))
     median = statistics.median(seconds(steps) / steps for _ in range(repeats))
     named = hasattr(module, "get_device_name")
-    return Throughput(
-        images_per_second=len(images) / median,
-        milliseconds=median * 1e3,
-        batch_size=len(images),
-        image_size=(images.shape[2], images.shape[3]),
-        memory_mb=memory_mb(device),
-        precision=precision.name,
-        backends=backends,
-        device=module.get_device_name(device) if named else f"{platform.machine()} {device.type}",
-        torch=torch.__version__,
-    )
+    return {
+        "images_per_second": len(images) / median,
+        "milliseconds": median * 1e3,
+        "batch_size": len(images),
+        "image_size": list(images.shape[2:]),
+        "memory_mb": memory_mb(device),
+        "precision": precision.name,
+        "backends": backends,
+        "device": module.get_device_name(device) if named else f"{platform.machine()} {device.type}",
+        "torch": torch.__version__,
+    }
