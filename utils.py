@@ -33,13 +33,9 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def user_input(option: str = "") -> Iterator[None]:
-    """Use it around code that reads what the user named: its errors become `UserError`.
+    """Around code that reads what the user named: ValueError, OSError and ImportError become `UserError`.
 
-    Args:
-        option: the option with the input, for the beginning of the message.
-
-    Raises:
-        UserError: for a ValueError, OSError or ImportError inside.
+    The message begins with the option that holds the input, if one is given.
     """
     try:
         yield

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
 
 from data import demo_scenes
@@ -86,19 +87,14 @@ def load_digit_splits(seed: int) -> dict[str, DigitSplit]:
 
 
 def write_demo(out: Path, kinds: Sequence[str], options: DemoOptions) -> dict[str, Path]:
-    """Write demo data sets; one that was written before with the same options stays.
-
-    Args:
-        out: folder to write into, one sub-folder per kind.
-        kinds: of "imagenet", "zip", "detection", "segmentation".
-        options: seed and sizes.
+    """Write demo data sets (keys of WRITERS) to `out`; one that is there with the same options stays.
 
     Returns:
         The folder of each kind.
 
     Raises:
         ValueError: a folder in the way was not written by this module.
-        ImportError: scikit-learn or opencv is not installed.
+        ImportError: scikit-learn is not installed.
     """
     for kind in kinds:
         _write_kind(out / kind, kind, options)
@@ -128,7 +124,6 @@ def _write_kind(folder: Path, kind: str, options: DemoOptions) -> None:
 
 def _encoded_digits(split: DigitSplit, size: int) -> Iterator[tuple[str, int, bytes]]:
     """(file name, label, PNG bytes) of every scan of a split, enlarged to size x size pixels."""
-    cv2 = demo_scenes.import_cv2()
     for number, (image, label) in enumerate(zip(split.images, split.labels.tolist(), strict=True)):
         enlarged = cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)
         colour = cv2.cvtColor(enlarged, cv2.COLOR_GRAY2BGR)

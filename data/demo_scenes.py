@@ -7,8 +7,8 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
+import cv2
 import numpy as np
 
 DETECTION_CLASSES = tuple(str(digit) for digit in range(10))
@@ -40,15 +40,6 @@ class Scene:
     digits: list[DigitInstance]
 
 
-def import_cv2() -> ModuleType:
-    """opencv, or an ImportError that says what to install."""
-    try:
-        import cv2
-    except ImportError as error:
-        raise ImportError("the demo data need opencv: pip install opencv-python-headless") from error
-    return cv2
-
-
 def encode(extension: str, image: np.ndarray) -> bytes:
     """The content of an image file.
 
@@ -56,7 +47,6 @@ def encode(extension: str, image: np.ndarray) -> bytes:
         extension: ".png" or ".jpg".
         image: (H, W) or (H, W, 3) in BGR, uint8.
     """
-    cv2 = import_cv2()
     options = [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY] if extension == ".jpg" else []
     done, content = cv2.imencode(extension, image, options)
     assert done
@@ -93,7 +83,6 @@ def draw_scene(
 
 def _background(canvas: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """A plain colour with soft clouds and fine noise, (H, W, 3) float32."""
-    cv2 = import_cv2()
     height, width = canvas
     colour = rng.uniform(20, 100, size=3)
     clouds = rng.normal(0, 10, size=(5, 6, 3)).astype(np.float32)
@@ -126,7 +115,6 @@ def _draw_digit(
     image: np.ndarray, scan: np.ndarray, place: tuple[int, int, int], rng: np.random.Generator
 ) -> np.ndarray:
     """Blend a digit into the image, in place, and return the pixels it covers, (H, W) bool."""
-    cv2 = import_cv2()
     top, left, side = place
     window = np.s_[top : top + side, left : left + side]
     ink = cv2.resize(scan.astype(np.float32) / 255, (side, side), interpolation=cv2.INTER_CUBIC).clip(0, 1)
@@ -138,7 +126,6 @@ def _draw_digit(
 
 def _without_specks(mask: np.ndarray) -> np.ndarray:
     """A bool mask without its components of a few pixels; the largest one stays."""
-    cv2 = import_cv2()
     _, components, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
     sizes = stats[:, cv2.CC_STAT_AREA].copy()
     sizes[0] = 0
@@ -157,10 +144,7 @@ def _contrasting_colour(around: np.ndarray, rng: np.random.Generator) -> np.ndar
 def write_coco(root: Path, split: str, scenes: Iterator[Scene]) -> None:
     """Write scenes as `<split>2017/*.jpg` and `annotations/instances_<split>2017.json`.
 
-    Args:
-        root: folder to write into.
-        split: "train" or "val".
-        scenes: what to write.
+    `split` is "train" or "val".
     """
     image_folder = root / f"{split}2017"
     image_folder.mkdir(parents=True)
@@ -208,7 +192,6 @@ def _outline(mask: np.ndarray) -> tuple[np.ndarray, list[list[float]]]:
     Outlines run through the centres of pixels; taking them from an enlarged mask puts them close to the
     pixels' outer edges.
     """
-    cv2 = import_cv2()
     outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     filled = cv2.drawContours(np.zeros(mask.shape, np.uint8), outlines, -1, 1, thickness=cv2.FILLED)
     enlarged = filled.repeat(_POLYGON_ZOOM, axis=0).repeat(_POLYGON_ZOOM, axis=1)
@@ -225,10 +208,7 @@ def write_ade(root: Path, split_folder: str, scenes: Iterator[Scene]) -> None:
     As in ADE20K, 0 stands for unlabelled pixels, of which there are none here; 1 is the background and 2 to
     11 are the digits.
 
-    Args:
-        root: folder to write into.
-        split_folder: "training" or "validation".
-        scenes: what to write.
+    `split_folder` is "training" or "validation".
     """
     image_folder = root / "images" / split_folder
     label_folder = root / "annotations" / split_folder

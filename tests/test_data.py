@@ -230,13 +230,6 @@ def test_unusual_images_become_rgb(tmp_path: Path) -> None:
     for transparency in (0, bytes(range(256))):
         content = encoded(palette, tmp_path / "palette.png", transparency=transparency)
         assert np.asarray(decode_rgb(content, "palette"))[0, 0, 1] > 150
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    turned = decode_rgb(encoded(Image.new("RGB", (20, 16)), tmp_path / "exif.jpg", exif=exif), "exif")
-    for image in (gray16, turned):
-        assert (image.mode, image.size) == ("RGB", (20, 16))
-    for mode in ("1", "L", "LA", "RGBA"):
-        assert decode_rgb(encoded(Image.new(mode, (20, 16)), tmp_path / "any.png"), mode).mode == "RGB"
 
 
 # --- Determinism ------------------------------------------------------------
@@ -278,11 +271,14 @@ def test_a_resumed_epoch_continues_where_it_stopped(folder: Path) -> None:
 # --- Mixup ------------------------------------------------------------
 
 
-def mixed(position: tuple[int, int], mode: str, seed: int = 0, rank: int = 0) -> torch.Tensor:
+def mixed(position: tuple[int, int], mode: str, seed: int = 0, rank: int = 0, calls: int = 1) -> torch.Tensor:
+    """What the last of some calls from a position on makes of four images; each advances by one step."""
     mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, mode=mode, num_classes=5)
     seeded = SeededMixup(mixup, seed, rank)
     seeded.set_position(*position)
-    images, targets = seeded(torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 16, 16).clone(), torch.arange(4))
+    for _ in range(calls):
+        images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 16, 16).clone()
+        images, targets = seeded(images, torch.arange(4))
     return torch.cat([images.flatten(), targets.flatten()])
 
 
@@ -293,16 +289,7 @@ def test_mixup_depends_on_its_position_alone(mode: str) -> None:
     torch.testing.assert_close(first, mixed((2, 7), mode), rtol=0, atol=0)
     for other in (mixed((2, 7), mode, seed=1), mixed((2, 7), mode, rank=1), mixed((3, 7), mode)):
         assert not torch.equal(first, other)
-
-
-def test_each_call_of_mixup_advances_by_one_step(folder: Path) -> None:
-    mixup = build_loaders(make_config(folder)).mixup_fn
-    images, targets = torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
-    mixup.set_position(1, 0)
-    mixup(images.clone(), targets)
-    second = mixup(images.clone(), targets)
-    mixup.set_position(1, 1)
-    torch.testing.assert_close(mixup(images.clone(), targets), second, rtol=0, atol=0)
+    torch.testing.assert_close(first, mixed((2, 5), mode, calls=3), rtol=0, atol=0)
 
 
 def test_mixup_switches(folder: Path) -> None:
@@ -340,7 +327,7 @@ def test_processes_together_see_what_one_sees(images: int, batch: int, world: in
     assert indices(TrainSampler(images, batch * world, 0, 1, seed=6), 0) != indices(whole, 0)
 
 
-@pytest.mark.parametrize(("images", "batch", "world"), [(24, 2, 1), (37, 5, 2), (101, 1, 3), (101, 5, 4)])
+@pytest.mark.parametrize(("images", "batch", "world"), [(24, 2, 1), (37, 5, 2), (101, 5, 4)])
 def test_shards_are_disjoint_and_equally_long(images: int, batch: int, world: int) -> None:
     samplers = [ShardSampler(images, batch, rank, world, seed=5) for rank in range(world)]
     for rank, sampler in enumerate(samplers):
@@ -385,6 +372,9 @@ def test_missing_places(folder: Path, tmp_path: Path) -> None:
     (folder / "val").rename(folder / "evaluation")
     with raises(FileNotFoundError, folder / "val", "expected a folder", "got nothing", "set DATA.DATA_PATH"):
         build_loaders(make_config(folder))
+    (tmp_path / "train").mkdir()
+    with raises(ValueError, tmp_path / "train", "expected one sub-folder per class, got none", "arrange"):
+        build_loaders(make_config(tmp_path))
 
 
 def test_class_folders(folder: Path) -> None:
@@ -397,12 +387,6 @@ def test_class_folders(folder: Path) -> None:
     (folder / "val" / "cat").rename(folder / "val" / "cow")
     with raises(ValueError, "only in the first: cat, only in the second: cow"):
         build_loaders(make_config(folder))
-
-
-def test_no_classes(tmp_path: Path) -> None:
-    (tmp_path / "train").mkdir()
-    with raises(ValueError, tmp_path / "train", "expected one sub-folder per class, got none", "arrange"):
-        build_loaders(make_config(tmp_path))
 
 
 def zip_config(root: Path, **overrides: object) -> CfgNode:
@@ -464,10 +448,9 @@ def test_bad_imagenet22k(folder: Path) -> None:
     (folder / "val" / "bee" / "1.png").unlink()
     with raises(FileNotFoundError, IN22K_MAP.format("val"), "entry 4: expected an image at", "got nothing"):
         build_loaders(in22k_config(folder))
-    for content, message in (('["a.png"', "got invalid JSON"), ('[["a.png"]]', "entry 0: expected a path")):
-        (folder / IN22K_MAP.format("train")).write_text(content)
-        with raises(ValueError, IN22K_MAP.format("train"), message):
-            build_loaders(in22k_config(folder))
+    (folder / IN22K_MAP.format("train")).write_text('["a.png"')
+    with raises(ValueError, IN22K_MAP.format("train"), "got invalid JSON"):
+        build_loaders(in22k_config(folder))
 
 
 def test_too_few_training_images(folder: Path) -> None:

@@ -32,6 +32,7 @@ from test_data import (
 from yacs.config import CfgNode
 
 from data import Loaders, UndecodableImageError, build_loaders
+from data.folder import SOLUTION
 from data.shards import open_shards
 
 Options = dict[str, object]
@@ -247,11 +248,11 @@ def test_val_comes_before_test(plain: Path, tmp_path: Path, expected: tuple[torc
     assert torch.equal(val_set(build_loaders(make_config(tmp_path / "data")))[0], expected[2])
 
 
-def kaggle_lines(change: Callable[[list[str]], object]) -> Callable[[Path], object]:
+def changed(change: Callable[[list[str]], object]) -> Callable[[Path], object]:
     def rewrite(root: Path) -> None:
-        lines = (root / "LOC_val_solution.csv").read_text().splitlines()
+        lines = (root / SOLUTION).read_text().splitlines()
         change(lines)
-        (root / "LOC_val_solution.csv").write_text("\n".join(lines))
+        (root / SOLUTION).write_text("\n".join(lines))
 
     return rewrite
 
@@ -259,20 +260,11 @@ def kaggle_lines(change: Callable[[list[str]], object]) -> Callable[[Path], obje
 @pytest.mark.parametrize(
     ("damage", "parts"),
     [
-        (lambda root: (root / "LOC_val_solution.csv").unlink(), ("val: expected one sub-folder", "LOC_val")),
-        (
-            kaggle_lines(lambda lines: lines.pop(3)),
-            ("csv: expected a line for every image", "ILSVRC2012_val"),
-        ),
-        (kaggle_lines(lambda lines: lines.append(lines[1])), ("csv:11: expected one line", "a second line")),
-        (
-            kaggle_lines(lambda lines: lines.insert(2, "x,ant 1")),
-            ("csv:3: expected one line", "no such file"),
-        ),
-        (
-            kaggle_lines(lambda lines: lines.insert(2, "x,")),
-            ("csv:3: expected '<image>,<class> <box>'", "'x,'"),
-        ),
+        (lambda root: (root / SOLUTION).unlink(), ("val: expected one sub-folder", "LOC_val")),
+        (changed(lambda lines: lines.pop(3)), ("csv: expected a line for every image", "ILSVRC2012_val")),
+        (changed(lambda lines: lines.append(lines[1])), ("csv:11: expected one line", "a second line")),
+        (changed(lambda lines: lines.insert(2, "x,ant 1")), ("csv:3: expected one line", "no such file")),
+        (changed(lambda lines: lines.insert(2, "x,")), ("csv:3: expected '<image>,<class> <box>'", "'x,'")),
         (lambda root: shutil.rmtree(root / "ILSVRC/Data/CLS-LOC/train/cat"), ("only in the second: cat",)),
     ],
 )

@@ -221,22 +221,14 @@ class AsyncCheckpointWriter:
     that is not finite, set `failure`, with which training cannot go on. best.pth is counted for itself: that
     it can be written says nothing about a checkpoint that could not.
 
-    Args:
-        background: False writes in `submit` itself.
-        max_failures: saves that may fail in a row before there is a `failure`.
-
-    Attributes:
-        failure: why training cannot go on, or ''.
-        errors: of the checkpoints that failed since the last one that was written.
-        best_errors: of best.pth, likewise.
     """
 
     def __init__(self, background: bool, max_failures: int) -> None:
-        self.background = background
-        self.max_failures = max_failures
-        self.failure = ""
-        self.errors: list[str] = []
-        self.best_errors: list[str] = []
+        self.background = background  # False writes in `submit` itself
+        self.max_failures = max_failures  # in a row
+        self.failure = ""  # why training cannot go on
+        self.errors: list[str] = []  # of the checkpoints that failed since the last one that was written
+        self.best_errors: list[str] = []  # of best.pth, likewise
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._running: Future[None] | None = None
 
@@ -307,12 +299,8 @@ def all_finite(item: Any) -> bool:
 class Checkpoints:
     """The checkpoints of a run. All ranks must call each method; the main one writes.
 
-    Args:
-        config: the whole configuration.
-        folder: of the files.
-        metrics: a checkpoint records its length.
-        position: where the run starts; nothing has to be saved there.
-        best: accuracy (percent) of best.pth, on the main rank.
+    Nothing has to be saved at `position`, where the run starts. `best` is the accuracy (percent) of best.pth;
+    the main rank knows it. A checkpoint records the length of `metrics`.
     """
 
     def __init__(

@@ -33,21 +33,13 @@ Batches = DataLoader | Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass
 class Run:
-    """What stays the same during a run.
-
-    Attributes:
-        config: the whole configuration.
-        device: of this rank.
-        precision: of the forward pass.
-        output: the run's folder.
-        metrics: the run's metrics.jsonl; records nothing on other ranks than the first.
-    """
+    """What stays the same during a run."""
 
     config: CfgNode
-    device: torch.device
+    device: torch.device  # of this rank
     precision: utils.Precision
-    output: Path
-    metrics: Metrics
+    output: Path  # the run's folder
+    metrics: Metrics  # records nothing on other ranks than the first
 
 
 def train_one_epoch(

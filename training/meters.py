@@ -17,19 +17,12 @@ import utils
 
 @dataclass
 class IntervalStats:
-    """What happened between two log lines, over all ranks.
+    """What happened between two log lines, over all ranks."""
 
-    Attributes:
-        loss: mean over images with a finite loss.
-        grad_norm: mean over updates with a finite norm, before clipping.
-        img_per_s: of all ranks together.
-        skipped: updates that were not made because their gradient was not finite.
-    """
-
-    loss: float
-    grad_norm: float
+    loss: float  # mean over images with a finite loss
+    grad_norm: float  # mean over updates with a finite norm, before clipping
     img_per_s: float
-    skipped: int
+    skipped: int  # updates that were not made because their gradient was not finite
 
 
 class TrainMeter:

@@ -53,17 +53,11 @@ def stop_received() -> bool:
 
 
 class Flags(NamedTuple):
-    """What one rank wants, or, combined, what any rank wants.
+    """What one rank wants, or, combined, what any rank wants."""
 
-    Attributes:
-        stop: save and leave.
-        save: write a checkpoint.
-        fail: training cannot go on.
-    """
-
-    stop: bool = False
-    save: bool = False
-    fail: bool = False
+    stop: bool = False  # save and leave
+    save: bool = False  # write a checkpoint
+    fail: bool = False  # training cannot go on
 
 
 class FlagSync:

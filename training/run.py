@@ -134,15 +134,10 @@ def check_epochs(position: dict[str, Any], epochs: int, source: str) -> None:
 
 
 def resume(state: TrainState, content: dict[str, Any], source: str, image_order: str) -> None:
-    """Load a checkpoint, and find the position in this run's epochs.
+    """Load the content of a checkpoint, and find the position in this run's epochs.
 
-    Warns if the running epoch cannot be continued, or the number of updates in an epoch has changed.
-
-    Args:
-        state: to load into.
-        content: of the checkpoint.
-        source: its path.
-        image_order: of this run, see `TrainSampler.order`.
+    Warns if the running epoch cannot be continued, since `image_order` (`TrainSampler.order`) is another one,
+    or if the number of updates in an epoch has changed.
 
     Raises:
         UserError: the optimizer has other parameters.
@@ -276,12 +271,9 @@ def check_weights(config: CfgNode) -> None:
 
 
 def load_weights(model: FocalTransformer, config: Any, key: str) -> None:
-    """Load the weights of MODEL.RESUME or MODEL.PRETRAINED; with EVAL_EMA, their moving average.
+    """Load the weights of MODEL.RESUME or MODEL.PRETRAINED (`key`); with EVAL_EMA, their moving average.
 
-    Args:
-        model: to load into.
-        config: the whole configuration.
-        key: RESUME or PRETRAINED; in training, PRETRAINED fits weights of another image size, too.
+    In training, PRETRAINED takes weights of another image size, too.
 
     Raises:
         UserError: a file cannot be read or does not fit; the message begins with the option.

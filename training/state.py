@@ -62,19 +62,14 @@ logger = logging.getLogger(__name__)
 class Position:
     """How far training has come.
 
-    Attributes:
-        epoch: finished epochs.
-        step: finished batches per rank of the running epoch.
-        updates: optimizer updates since the beginning, skipped ones included.
-        samples_seen: images of the running epoch that all ranks together have seen.
-        image_order: what the order of the images depends on (`TrainSampler.order`); `samples_seen` is valid
-            for the same order only.
+    `samples_seen` is valid for one order of the images only; `image_order` says what that depends on, see
+    `TrainSampler.order`.
     """
 
-    epoch: int = 0
-    step: int = 0
-    updates: int = 0
-    samples_seen: int = 0
+    epoch: int = 0  # finished epochs
+    step: int = 0  # finished batches per rank of the running epoch
+    updates: int = 0  # of the optimizer since the beginning, skipped ones included
+    samples_seen: int = 0  # images of the running epoch that all ranks together have seen
     image_order: str = ""
 
     @property
@@ -94,37 +89,21 @@ class Position:
 
 @dataclass
 class TrainState:
-    """Everything that changes in training.
+    """Everything that changes in training."""
 
-    Attributes:
-        model: the model itself, without DistributedDataParallel.
-        optimizer: of the model's parameters.
-        scaler: gradient scaler; enabled in fp16 only.
-        config: of the run.
-        ema: moving average of the model, if there is one.
-        ddp_model: what the forward pass calls: the model, or its DistributedDataParallel.
-        scheduler: of the learning rate, by number of updates.
-        criterion: loss of logits and targets.
-        updates_per_epoch: optimizer updates in a whole epoch.
-        meter: losses and norms of the running epoch.
-        position: how far training has come.
-        max_accuracy: best top-1 accuracy so far, in percent.
-        evaluated: whether the model was evaluated after the last finished epoch.
-    """
-
-    model: nn.Module
+    model: nn.Module  # itself, without DistributedDataParallel
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
+    scaler: torch.amp.GradScaler  # enabled in fp16 only
     config: CfgNode
-    ema: ModelEmaV3 | None = None
-    ddp_model: nn.Module | None = None
-    scheduler: Scheduler | None = None
-    criterion: nn.Module | None = None
+    ema: ModelEmaV3 | None = None  # moving average of the model
+    ddp_model: nn.Module | None = None  # what the forward pass calls: the model, or its wrapper
+    scheduler: Scheduler | None = None  # of the learning rate, by number of updates
+    criterion: nn.Module | None = None  # of logits and targets
     updates_per_epoch: int = 0
-    meter: TrainMeter = field(default_factory=TrainMeter)
+    meter: TrainMeter = field(default_factory=TrainMeter)  # of the running epoch
     position: Position = field(default_factory=Position)
-    max_accuracy: float = 0.0
-    evaluated: bool = True
+    max_accuracy: float = 0.0  # best top-1 accuracy so far, in percent
+    evaluated: bool = True  # whether the model was evaluated after the last finished epoch
 
     def state_dict(self) -> dict[str, Any]:
         """The content of a checkpoint; tensors are not copied. `Checkpoints` adds `metrics_size`, and to
@@ -146,15 +125,7 @@ class TrainState:
         return content
 
     def load_state_dict(self, content: dict[str, Any], origin: str) -> None:
-        """Load what `read_training_checkpoint` returned.
-
-        Args:
-            content: of the checkpoint.
-            origin: its path, for messages.
-
-        Raises:
-            UserError: the optimizer has other parameters.
-        """
+        """Load what `read_training_checkpoint` returned; UserError if the optimizer has other parameters."""
         self._load_optimizer(content["optimizer"], origin)
         self.model.load_state_dict(content["model"])
         if self.ema is not None:
