@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from timm.data import auto_augment
 
@@ -101,6 +102,13 @@ OPERATIONS: dict[Callable[..., Image.Image], Operation] = {
     )
 }
 """By the function of timm that does the same on a PIL image."""
+
+
+def flip(pixels: np.ndarray, probability: float) -> np.ndarray:
+    """Mirror left and right at random, drawing like torchvision's RandomHorizontalFlip."""
+    import cv2
+
+    return cv2.flip(pixels, 1) if torch.rand(1) < probability else pixels
 
 
 class ThroughPillow:

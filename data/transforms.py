@@ -22,7 +22,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode, functional
 
 from data.images import Box, EncodedImage, decode_rgb
-from data.opencv_ops import ThroughPillow, use_array_operations
+from data.opencv_ops import ThroughPillow, flip, use_array_operations
 
 Size = tuple[int, int]
 Pixels = Image.Image | np.ndarray
@@ -42,7 +42,6 @@ SMALL_SIZE = 32
 _SMALL_PADDING = 4
 _MAX_STRETCH = 32
 _EVAL_RATIO = 256 / 224
-_TENSOR_STEPS = (transforms.ToTensor, transforms.Normalize, RandomErasing)
 
 
 @dataclass(frozen=True)
@@ -81,6 +80,20 @@ class ResizeToCover:
         else:
             new_size = [height, max(width, int(height * image.width / image.height))]
         return functional.resize(image, new_size, self.interpolation)
+
+
+class ToNormalizedTensor:
+    """An image [H, W, C], or [H, W], as a normalised tensor [C, H, W]: ToTensor and Normalize, to the bit."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.mean = torch.tensor(mean).view(-1, 1, 1)
+        self.std = torch.tensor(std).view(-1, 1, 1)
+
+    def __call__(self, image: Pixels) -> torch.Tensor:
+        array = np.array(image) if isinstance(image, Image.Image) else image
+        pixels = torch.from_numpy(array).view(*array.shape[:2], -1).permute(2, 0, 1)
+        values = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+        return values.div_(255).sub_(self.mean).div_(self.std)
 
 
 class OpencvCrop:
@@ -144,10 +157,12 @@ def with_decoder(
 
 def _on_arrays(step: Any) -> Callable:
     """The array version of a step for PIL images; steps that take both, or tensors, stay."""
+    if isinstance(step, transforms.RandomHorizontalFlip):
+        return partial(flip, probability=step.p)
     if isinstance(step, auto_augment.RandAugment | auto_augment.AutoAugment):
         use_array_operations(_operations(step))
         return step
-    return step if isinstance(step, _TENSOR_STEPS) else ThroughPillow(step)
+    return step if isinstance(step, ToNormalizedTensor | RandomErasing) else ThroughPillow(step)
 
 
 def train_transform(
@@ -194,7 +209,7 @@ def train_transform(
     if channels == 1:
         augment.transforms.append(transforms.Grayscale())
     erasing = [step for step in to_tensor.transforms if isinstance(step, RandomErasing)]
-    last = [transforms.ToTensor(), transforms.Normalize(mean, std), *erasing]
+    last = [ToNormalizedTensor(mean, std), *erasing]
     return transforms.Compose([*crop.transforms, *augment.transforms, *last])
 
 
@@ -217,7 +232,7 @@ def eval_transform(
         steps = [transforms.Resize(size, mode)]
     if channels == 1:
         steps.append(transforms.Grayscale())
-    return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(mean, std)])
+    return transforms.Compose([*steps, ToNormalizedTensor(mean, std)])
 
 
 def channel_stats(

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,12 @@ import torch
 from test_main import OPTS, command, folder_of
 
 import main
+from tools.faults.run import TIME_FIELDS, tensors
 from training import run as training_run
 from training.checkpoints import Checkpoints
 from training.preemption import EXIT_STOPPED
 from training.state import TrainState
 
-TIME_FIELDS = {"img_per_s", "memory_mb", "minutes"}
 RANDOM = [  # everything that draws random numbers or has a state, in groups that do not divide the epoch
     *["MODEL.DROP_PATH_RATE", 0.3, "MODEL.DROP_RATE", 0.1, "TRAIN.ACCUMULATION_STEPS", 3, "PRINT_FREQ", 2],
     *["TRAIN.EMA.ENABLED", True, "TRAIN.EMA.DECAY", 0.8, "SAVE_STEPS", 1],
@@ -52,18 +51,10 @@ def metrics_of(output: Path) -> list[dict[str, float]]:
     ]
 
 
-def tensors_in(item: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    if isinstance(item, dict):
-        for key, value in item.items():
-            yield from tensors_in(value, f"{name}.{key}")
-    elif torch.is_tensor(item):
-        yield name, item
-
-
 def assert_same_end(left: Path, right: Path) -> None:
     for file in ("ckpt_epoch_1.pth", "best.pth"):
         one, other = (torch.load(folder_of(output) / file, weights_only=True) for output in (left, right))
-        ours, theirs = dict(tensors_in(one)), dict(tensors_in(other))
+        ours, theirs = dict(tensors(one)), dict(tensors(other))
         assert ours.keys() == theirs.keys()
         assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
         assert (one["position"], one["max_accuracy"]) == (other["position"], other["max_accuracy"])
