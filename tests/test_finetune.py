@@ -129,7 +129,7 @@ def test_shares_of_focal_tiny_count_its_blocks() -> None:
     assert found["head.weight"] == 1.0
 
 
-def test_decay_stays_off_where_it_was(OPTS: list[object]) -> None:
+def test_decay_stays_off_where_it_was() -> None:
     model = nano("MODEL.FOCAL.APE", True)
 
     def exempt(decay: float) -> set[int]:
@@ -140,7 +140,7 @@ def test_decay_stays_off_where_it_was(OPTS: list[object]) -> None:
     assert len(parameter_groups(model, 0.05, 0.7)) == 12
 
 
-def test_the_schedule_keeps_the_shares_and_the_log_shows_the_full_rate(OPTS: list[object]) -> None:
+def test_the_schedule_keeps_the_shares_and_the_log_shows_the_full_rate() -> None:
     from lr_scheduler import build_scheduler
 
     config = load_config(None, [*OPTS, "TRAIN.LAYER_DECAY", 0.5, "TRAIN.WARMUP_EPOCHS", 1])
