@@ -259,15 +259,6 @@ def test_augmentation_changes_with_epoch_and_seed_only(folder: Path) -> None:
     assert not torch.equal(first, datasets[0][(5, 7)].image)
 
 
-def test_a_resumed_epoch_continues_where_it_stopped(folder: Path) -> None:
-    loaders = build_loaders(make_config(folder))
-    images, labels = draw_epoch(loaders, 3)
-    rest_images, rest_labels = draw_epoch(loaders, 3, samples_seen=8)
-    torch.testing.assert_close(rest_images, images[8:], rtol=0, atol=0)
-    assert rest_labels.tolist() == labels[8:].tolist()
-    assert loaders.resume_at(3, 8) == 2 and loaders.steps_per_epoch == 4
-
-
 # --- Mixup ------------------------------------------------------------
 
 
@@ -481,12 +472,11 @@ def test_options_that_contradict_each_other(folder: Path, overrides: dict, parts
 # --- Damaged images ------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("damage", "workers"), [("cut", 0), ("no image", 0), ("gone", 0), ("cut", 1)])
+@pytest.mark.parametrize(("damage", "workers"), [("cut", 0), ("gone", 0), ("cut", 1)])
 def test_a_damaged_validation_image_is_an_error_of_one_line(folder: Path, damage: str, workers: int) -> None:
     broken = folder / "val" / "bee" / "2.png"
     loaders = build_loaders(make_config(folder, DATA__NUM_WORKERS=workers))
-    damages = {"cut": break_image, "no image": lambda path: path.write_bytes(b"no"), "gone": Path.unlink}
-    damages[damage](broken)
+    {"cut": break_image, "gone": Path.unlink}[damage](broken)
     with pytest.raises(UndecodableImageError) as caught:
         val_set(loaders)
     message = str(caught.value)
