@@ -179,6 +179,7 @@ def test_home_and_variables_are_replaced_in_every_path(
     there = str(tmp_path / "there")
     assert (str(tmp_path / "runs"), f"{there}/data") == (config.OUTPUT, config.DATA.DATA_PATH)
     assert (f"{there}/a.pth", f"{there}/map") == (config.MODEL.PRETRAINED, config.MODEL.HEAD_CLASS_MAP)
+    monkeypatch.delenv("PT_OUTPUT_DIR")
     assert main.main([*words, "--output", "$NOWHERE/x"]) == 2
     assert "OUTPUT: $NOWHERE/x: expected a path whose variables are set" in capsys.readouterr().err
     for path in ("https://host/$WEIGHTS.pth", "plain", "a~b", ""):
