@@ -1,6 +1,6 @@
 """Writes small demo data sets from real handwritten digits, for trying out every task without a download.
 
-    python -m data.demo OUT [--kinds imagenet zip detection segmentation] [--seed 0]
+    python -m data.demo OUT [--kinds imagenet zip detection segmentation]
 
 The digits are the 1797 scans of 8x8 pixels that scikit-learn ships. Four kinds are written, each into its own
 folder of OUT:
@@ -11,8 +11,8 @@ folder of OUT:
 - detection: scenes of several digits in the layout of COCO 2017, with boxes and polygon masks;
 - segmentation: such scenes in the layout of ADE20K, with label images.
 
-About a fifth of the scans of every digit is held out, for the validation splits of all kinds. The same seed
-and sizes give the same bytes. A second call with the same options changes nothing.
+About a fifth of the scans of every digit is held out, for the validation splits of all kinds. Equal
+options give equal bytes. A second call with the same options changes nothing.
 """
 
 import argparse
@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 _STAMP = ".demo.json"
 """File with the options that a folder was written with."""
 _HELD_OUT = 0.2
+_SIDE = 32  # of single digits, in pixels
 _ZIP_DATE = (2021, 1, 1, 0, 0, 0)
 
 
@@ -44,7 +45,6 @@ class DemoOptions:
     """What to write; two calls with equal options write equal bytes."""
 
     seed: int = 0
-    size: int = 32
     train_scenes: int = 240
     val_scenes: int = 30
     scene_width: int = 160
@@ -122,10 +122,10 @@ def _write_kind(folder: Path, kind: str, options: DemoOptions) -> None:
     logger.info("%s: written", folder)
 
 
-def _encoded_digits(split: DigitSplit, size: int) -> Iterator[tuple[str, int, bytes]]:
-    """(file name, label, PNG bytes) of every scan of a split, enlarged to size x size pixels."""
+def _encoded_digits(split: DigitSplit) -> Iterator[tuple[str, int, bytes]]:
+    """(file name, label, PNG bytes) of every scan of a split, enlarged."""
     for number, (image, label) in enumerate(zip(split.images, split.labels.tolist(), strict=True)):
-        enlarged = cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)
+        enlarged = cv2.resize(image, (_SIDE, _SIDE), interpolation=cv2.INTER_CUBIC)
         colour = cv2.cvtColor(enlarged, cv2.COLOR_GRAY2BGR)
         yield f"{label}/{number:04d}.png", label, demo_scenes.encode(".png", colour)
 
@@ -134,7 +134,7 @@ def _write_imagenet(folder: Path, options: DemoOptions) -> None:
     for name, split in load_digit_splits(options.seed).items():
         for digit in range(10):
             (folder / name / str(digit)).mkdir(parents=True)
-        for file_name, _, content in _encoded_digits(split, options.size):
+        for file_name, _, content in _encoded_digits(split):
             (folder / name / file_name).write_bytes(content)
 
 
@@ -143,7 +143,7 @@ def _write_zip(folder: Path, options: DemoOptions) -> None:
     for name, split in load_digit_splits(options.seed).items():
         lines = []
         with zipfile.ZipFile(folder / f"{name}.zip", "w") as archive:
-            for file_name, label, content in _encoded_digits(split, options.size):
+            for file_name, label, content in _encoded_digits(split):
                 archive.writestr(zipfile.ZipInfo(file_name, _ZIP_DATE), content)
                 lines.append(f"{prefixes[name]}{file_name}\t{label}\n")
         (folder / f"{name}_map.txt").write_text("".join(lines), encoding="utf-8")
@@ -183,34 +183,14 @@ WRITERS: dict[str, Callable[[Path, DemoOptions], None]] = {
 }
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line (by default that of the process)."""
-    defaults = DemoOptions()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line (by default that of the process)."""
     parser = argparse.ArgumentParser(prog="python -m data.demo", description="Write the demo data sets.")
     parser.add_argument("out", type=path_argument, help="folder to write into")
-    parser.add_argument(
-        "--kinds", nargs="+", choices=list(WRITERS), default=list(WRITERS), help="default: all"
-    )
-    parser.add_argument("--seed", type=int, default=defaults.seed)
-    parser.add_argument(
-        "--size", type=int, default=defaults.size, help="side of the single digits, in pixels"
-    )
-    parser.add_argument(
-        "--train",
-        type=int,
-        default=defaults.train_scenes,
-        help="training scenes of detection and segmentation",
-    )
-    parser.add_argument("--val", type=int, default=defaults.val_scenes, help="their validation scenes")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of the command line."""
-    args = parse_args(argv)
+    parser.add_argument("--kinds", nargs="+", choices=WRITERS, default=list(WRITERS), help="default: all")
+    args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    options = DemoOptions(seed=args.seed, size=args.size, train_scenes=args.train, val_scenes=args.val)
-    write_demo(Path(args.out), args.kinds, options)
+    write_demo(Path(args.out), args.kinds, DemoOptions())
 
 
 if __name__ == "__main__":

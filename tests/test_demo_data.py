@@ -11,7 +11,7 @@ from PIL import Image
 from test_data import make_config
 
 from data import build_loaders
-from data.demo import WRITERS, DemoOptions, load_digit_splits, main, write_demo
+from data.demo import WRITERS, DemoOptions, load_digit_splits, write_demo
 
 pytest.importorskip("sklearn", reason="the demo data need scikit-learn")
 pytest.importorskip("cv2", reason="the demo data need opencv")
@@ -104,16 +104,13 @@ def test_bytes_depend_on_the_seed_alone(demo: Path, tmp_path: Path) -> None:
 
 
 def test_another_call_writes_what_differs_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Through the command line."""
-    words = [str(tmp_path), "--kinds", "detection", "--seed", "2", "--val", "1", "--train"]
     with caplog.at_level(logging.INFO):
-        main([*words, "2"])
-        main([*words, "2"])
-    assert "written" in caplog.text and "already there" in caplog.text
-    for count in (2, 3):
-        main([*words, str(count)])
-        content = (tmp_path / "detection" / "annotations" / "instances_train2017.json").read_text()
-        assert len(json.loads(content)["images"]) == count
+        for count, said in ((2, "written"), (2, "already there"), (3, "written")):
+            caplog.clear()
+            folder = write_demo(tmp_path, ["detection"], DemoOptions(train_scenes=count, val_scenes=1))
+            assert said in caplog.text
+            content = (folder["detection"] / "annotations" / "instances_train2017.json").read_text()
+            assert len(json.loads(content)["images"]) == count
 
 
 def test_a_call_that_was_interrupted_leaves_no_half_data_set(
