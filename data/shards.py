@@ -4,8 +4,8 @@ The files of a sample share a key, which is the path up to the first dot of the 
 (`key.jpg`, `.jpeg`, `.png` or `.webp`) and its label, as a number in `key.cls` or as `label` in `key.json`.
 Other files of a sample, such as `key.txt` or `key.mask.png`, are left out.
 
-The shards are indexed once, and images are read by their position in the file. The index is kept in a file of
-the output folder until a shard changes.
+The shards are indexed once, and images are read by their position in the file. The index is kept beside the
+shards, or in the output folder where those cannot be written to, until a shard changes.
 """
 
 import contextlib
@@ -70,25 +70,26 @@ def open_shards(root: Path, split: str, output: Path) -> ShardSource:
     Args:
         root: has the shards in a folder for each split, or side by side with the split in their names.
         split: "train" or "val", which may also be called "validation" or "test".
-        output: folder that keeps the index.
+        output: folder that keeps the index if the folder of the shards cannot be written to.
 
     Raises:
         FileNotFoundError: there are no shards.
         ValueError: a shard is damaged or incomplete, or an image lacks a label.
-        OSError: the index cannot be written.
     """
     shards = _find_shards(root, split)
     stats = [(shard.name, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in shards]
     facts, folder = json.dumps(stats), shards[0].parent.resolve()
-    path = output / f"index_{split}_{zlib.crc32(os.fsencode(folder)):08x}.npz"
-    index = _load_index(path, facts)
+    name = f"index_{split}.npz"
+    files = [folder / name, output / f"{zlib.crc32(os.fsencode(folder)):08x}_{name}"]
+    index = _load_index(files, facts)
     if index is None:
         logger.info(f"indexing {len(shards)} shards of {root}, or waiting for the process that does")
-        with _lock(path):
-            index = _load_index(path, facts)
+        with _lock(files):
+            index = _load_index(files, facts)
             if index is None:
                 index = _make_index(shards) | {"shards": np.array(facts)}
-                _save_index(path, index)
+                if not any(_save_index(file, index) for file in files):
+                    logger.warning(f"the index of {root} can be kept neither in {files[0]} nor in {files[1]}")
     return ShardSource(shards, _split_names(index), index["members"], index["labels"])
 
 
@@ -206,27 +207,38 @@ def _split_names(index: Index) -> list[str]:
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Inside, no other process makes the same index, if the file system has locks."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _lock(files: list[Path]) -> Iterator[None]:
+    """Inside, no other process makes the same index, if the folder of one of its files can be locked."""
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError, NotImplementedError):  # of filelock; its Timeout is an OSError
-            stack.enter_context(FileLock(path.with_name(f".{path.name}.lock"), timeout=_PATIENCE))
+        for file in files:
+            with contextlib.suppress(OSError, NotImplementedError):  # of filelock; its Timeout is an OSError
+                file.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(FileLock(file.with_name(f".{file.name}.lock"), timeout=_PATIENCE))
+                break
         yield
 
 
-def _load_index(path: Path, facts: str) -> Index | None:
-    """The index in a file, if it is there, intact and of these shards; else None."""
+def _load_index(files: list[Path], facts: str) -> Index | None:
+    """The index in the first file where it is there, intact and of these shards; else None."""
+    for file in files:
+        with contextlib.suppress(Exception):  # numpy and zipfile raise many types on damaged files
+            with np.load(file) as content:
+                index = dict(content)
+            if str(index["shards"]) == facts:
+                return index
+    return None
+
+
+def _save_index(file: Path, index: Index) -> bool:
+    """Write an index, whole or not at all; whether that worked."""
+    temporary = file.with_name(f".{file.name}.tmp")
     try:
-        with np.load(path) as content:
-            index = dict(content)
-        return index if str(index["shards"]) == facts else None
-    except Exception:  # numpy and zipfile raise many types on damaged files
-        return None
-
-
-def _save_index(path: Path, index: Index) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        np.savez(file, **index)
-    os.replace(temporary, path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as opened:
+            np.savez(opened, **index)
+        os.replace(temporary, file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        return False
+    return True

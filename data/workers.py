@@ -15,10 +15,16 @@ logger = logging.getLogger(__name__)
 
 
 def limit_workers(wanted: int) -> int:
-    """The number of workers of a process: no more than its share of the cores that this machine lends it."""
+    """The number of workers of a process: no more than its share of the cores that this machine lends it.
+
+    A launcher that binds each process to cores of its own has made the shares already.
+    """
     cores, processes = os.cpu_count() or 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    with contextlib.suppress(AttributeError):  # macOS binds no process
-        cores = len(psutil.Process().cpu_affinity())
+    with contextlib.suppress(AttributeError, psutil.Error):  # macOS binds no process
+        process = psutil.Process()
+        cores = len(process.cpu_affinity())
+        if cores < len(process.parent().cpu_affinity()):
+            processes = 1
     most = max(1, cores // processes)
     if wanted > most:
         logger.warning(

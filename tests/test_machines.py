@@ -275,7 +275,8 @@ def test_photographs_are_turned_if_wanted(decoder: str) -> None:
 def test_no_more_workers_than_cores(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, few_images: Path
 ) -> None:
-    monkeypatch.setattr(psutil.Process, "cpu_affinity", lambda self: range(6), raising=False)
+    affinities = {os.getpid(): range(6), os.getppid(): range(6)}
+    monkeypatch.setattr(psutil.Process, "cpu_affinity", lambda self: affinities[self.pid], raising=False)
     assert [limit_workers(count) for count in (0, 4, 6)] == [0, 4, 6]
     assert not caplog.records
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
@@ -283,6 +284,8 @@ def test_no_more_workers_than_cores(
     loaders = build_loaders(load_config(None, [*opts, "DATA.NUM_WORKERS", "8"]))
     assert loaders.train_loader.num_workers == loaders.val_loader.num_workers == 1
     assert caplog.text.count("DATA.NUM_WORKERS: 8 is more than this machine has cores (6") == 1
+    affinities[os.getppid()] = range(24)  # a launcher has bound this process to its share
+    assert limit_workers(6) == 6
 
 
 def test_without_arguments_a_whole_command_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

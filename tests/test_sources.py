@@ -360,8 +360,14 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     return files
 
 
-def test_one_of_the_processes_that_start_together_indexes(tmp_path: Path, opened: list[object]) -> None:
+@pytest.mark.parametrize("can_write", [True, False])
+def test_one_of_the_processes_that_start_together_indexes(
+    can_write: bool, tmp_path: Path, opened: list[object]
+) -> None:
     (tmp_path / "train-0.tar").write_bytes(WHOLE)
+    if not can_write:
+        (tmp_path / ".index_train.npz.lock").mkdir()
+        (tmp_path / "index_train.npz").mkdir()
     with ThreadPoolExecutor() as pool:
         starts = [pool.submit(open_shards, tmp_path, "train", tmp_path / "output") for _ in range(4)]
     assert [start.result().labels.tolist() for start in starts] == [[1]] * 4
@@ -379,7 +385,7 @@ def test_without_locks_every_process_indexes(
 
     monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
     open_shard(tmp_path, WHOLE)
-    assert list((tmp_path / "output").glob("index_train_*.npz"))
+    assert (tmp_path / "train" / "index_train.npz").is_file()
 
 
 def test_missing_shards(tmp_path: Path) -> None:
@@ -391,23 +397,30 @@ def test_missing_shards(tmp_path: Path) -> None:
         open_shards(tmp_path, "val", tmp_path)
 
 
-def test_the_index_is_kept_until_a_shard_changes(tmp_path: Path, opened: list[object]) -> None:
-    shard, output = tmp_path / "train-0.tar", tmp_path / "output" / "folder"
+@pytest.mark.parametrize("can_write", [True, False])
+def test_the_index_is_kept_until_a_shard_changes(
+    can_write: bool, tmp_path: Path, opened: list[object]
+) -> None:
+    shard, spare = tmp_path / "train-0.tar", tmp_path / "output" / "spare"
+    beside = tmp_path / "index_train.npz"
+    if not can_write:
+        beside.mkdir()
     more = (("a/0.mask.png", b""), ("a/0.txt", b""), ("a/README", b""), ("a/._0.jpg", b""))
     shard.write_bytes(shard_of(IMAGE, LABEL, *more))
+    beside.with_name(".index_train.npz.tmp").write_bytes(b"of a process that was killed")
     for _ in range(2):
-        source = open_shards(tmp_path, "train", output)
+        source = open_shards(tmp_path, "train", spare)
         assert (len(opened), len(source), source.labels.tolist()) == (1, 1, [1])
         assert source.read(0) == IMAGE[1]
-    (kept,) = output.glob("*.npz")
-    kept.with_name(f".{kept.name}.tmp").write_bytes(b"of a process that was killed")
+    kept = [beside] if can_write else list(spare.glob("*.npz"))
+    assert len(kept) == 1 and kept[0].is_file()
     before = shard.stat()
     shard.write_bytes(shard_of(IMAGE, ("a/0.cls", b"2")))
     os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-    assert open_shards(tmp_path, "train", output).labels.tolist() == [2]
-    for damaged in (b"", kept.read_bytes()[:-30]):
-        kept.write_bytes(damaged)
-        assert open_shards(tmp_path, "train", output).labels.tolist() == [2]
+    assert open_shards(tmp_path, "train", spare).labels.tolist() == [2]
+    for damaged in (b"", kept[0].read_bytes()[:-30]):
+        kept[0].write_bytes(damaged)
+        assert open_shards(tmp_path, "train", spare).labels.tolist() == [2]
     assert len(opened) == 4
     assert not list(tmp_path.rglob("*.tmp"))
 

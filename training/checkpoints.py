@@ -73,9 +73,7 @@ def write_checkpoint(content: dict[str, Any], path: Path) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
-            archive = (
-                io.BytesIO()
-            )  # to a file on a full disk, torch.save raises a RuntimeError without reason
+            archive = io.BytesIO()  # on a full disk, torch.save itself would raise an error without a reason
             torch.save(content, archive)
             file.write(archive.getbuffer())
             file.flush()
