@@ -5,7 +5,8 @@
 
 Every distinct attention layer of really built models runs forward and backward under a `StubDriver`, for each
 architecture and type of numbers, so that what is compiled is what training launches there. All of it takes
-hours of one core. Also counts launches and the memory that training keeps, see `operator_costs`.
+hours of one core. Resources are read from the binary with NVIDIA's cuobjdump, which Triton brings, or from
+the assembly with AMD's metadata.
 """
 
 from __future__ import annotations
@@ -14,16 +15,21 @@ import argparse
 import logging
 import multiprocessing
 import os
+import re
+import subprocess
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor, nn
+from triton.runtime.errors import OutOfResources
 
 from models import FocalTransformer
 from models.focal_transformer import FocalAttention
@@ -32,13 +38,13 @@ from utils import path_argument
 
 from . import common
 from .common import DTYPES
-from .kernel_figures import Figures, figures
-from .operator_costs import BATCH, activations, count_launches
-from .stub_driver import CARDS, StubDriver
+from .stub_driver import CARDS, Kernel, StubDriver
 
 logger = logging.getLogger("benchmark")
 
-COUNTED_ON = "sm_90"  # the card of launches and activations
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+UNITS = ("cp.async", "wgmma", "tcgen05", "mma.sync", "mfma", "wmma")
+BATCH = 2
 WIDE_HEADS: dict[str, Any] = {"num_heads": (2, 4, 8, 16)}  # of width 64 in Focal-B
 WINDOW_12: dict[str, Any] = {"img_size": 384, "window_size": 12}
 MODELS: dict[str, dict[str, Any]] = {  # by short name: options of FocalTransformer
@@ -49,6 +55,90 @@ for _name in ("focal_tiny", "focalv2_tiny_useconv"):
 for _name in ("focal_base", "focalv2_base_useconv"):
     MODELS[f"{_name} wide heads"] = MODELS[_name] | WIDE_HEADS
     MODELS[f"{_name} wide heads window 12"] = MODELS[_name] | WINDOW_12 | WIDE_HEADS
+
+
+# --- What a kernel takes ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A kernel on one card; None where it was not compiled, and for what a card does not have."""
+
+    kernel: str
+    verdict: str  # ok, spills, out of resource, does not compile, refused
+    reason: str = ""
+    warps: int | None = None
+    stages: int | None = None
+    shared: int | None = None  # bytes of a block
+    registers: int | None = None  # of a thread
+    stack: int | None = None  # bytes of a thread; AMD: scratch
+    local: int | None = None  # bytes of a thread
+    spilled: int | None = None  # vector registers of a thread (AMD)
+    tensor: int | None = None  # columns of tensor memory
+    units: str = ""  # which of UNITS it uses
+    hash: str = ""  # of the compiled kernel
+
+
+def figures_of(kernel: Kernel, card: str) -> Figures:
+    """What a kernel that was compiled for a card takes."""
+    if kernel.compiled is None:
+        return Figures(kernel.name, "does not compile", reason_of(kernel.error))
+    asm, metadata = kernel.compiled.asm, kernel.compiled.metadata
+    if CARDS[card].target.backend == "cuda":
+        usage = resource_usage(asm["cubin"])
+        found = {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+        registers, stack, local, spilled, text = (
+            found["reg"],
+            found["stack"],
+            found["local"],
+            None,
+            asm["ptx"],
+        )
+    else:
+        text = asm["amdgcn"]
+        registers, stack, spilled = (
+            int(re.search(rf"\.{name}:\s+(\d+)", text)[1])  # type: ignore[index]
+            for name in ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
+        )
+        local = None
+    spills = bool(stack or local or spilled)
+    return Figures(
+        kernel=kernel.name,
+        verdict="out of resource" if kernel.error else "spills" if spills else "ok",
+        reason=reason_of(kernel.error),
+        warps=metadata.num_warps,
+        stages=metadata.num_stages,
+        shared=metadata.shared,
+        registers=registers,
+        stack=stack,
+        local=local,
+        spilled=spilled,
+        tensor=getattr(metadata, "tmem_size", None) or None,
+        units=" ".join(name for name in UNITS if re.search(rf"{re.escape(name)}(?!\.bulk)", text)),
+        hash=kernel.compiled.hash,
+    )
+
+
+def reason_of(error: Exception | None) -> str:
+    """An error in one line: what ran out, or what Triton's compiler says last."""
+    if error is None:
+        return ""
+    if isinstance(error, OutOfResources):
+        return f"{error.name}: {error.required} of {error.limit}"
+    lines = str(error.__cause__ or error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
+
+
+def resource_usage(cubin: bytes) -> str:
+    """What cuobjdump prints of a binary's resources."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [CUOBJDUMP, "--dump-resource-usage", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+# --- Which kernels there are --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -105,7 +195,6 @@ class Row:
 
 
 COLUMNS = ["card", "dtype", "model", "stage", "head width", *(f.name for f in fields(Figures))]
-SHOWN_CLASSES = 8  # most frequent instructions in the report
 
 
 def compile_layer(layer: Layer, card: str, dtype: str) -> list[Row]:
@@ -113,7 +202,7 @@ def compile_layer(layer: Layer, card: str, dtype: str) -> list[Row]:
     driver = StubDriver(card, keep_going=True)
     try:
         layer.run(driver, DTYPES[dtype])
-        found = [figures(kernel, card) for kernel in driver.kernels]
+        found = [figures_of(kernel, card) for kernel in driver.kernels]
     except ValueError as error:  # the operator says that it cannot run there
         found = [Figures("attention", "refused", common.short_reason(error))]
     head = (card, dtype, layer.model, layer.stage, layer.attention.head_dim)
@@ -158,44 +247,14 @@ def verdict_table(rows: Sequence[Row]) -> str:
 
 
 def figure_table(title: str, rows: Iterable[Row]) -> str:
-    """All figures but the hash, with the most frequent instructions."""
-    cells = []
-    for row in rows:
-        *most, classes, _ = row.cells()
-        cells.append([*most, ", ".join(str(classes).split(", ")[:SHOWN_CLASSES])])
-    return f"## {title}\n\n" + common.markdown_table(COLUMNS[:-1], cells)
-
-
-def launch_table(layers: Iterable[Layer]) -> str:
-    """Kernels between the two projections of each stage's layer."""
-    cells: list[list[common.Cell]] = []
-    for layer in layers:
-        counts = count_launches(layer.attention, layer.height, layer.width, COUNTED_ON)
-        for name, kernels in counts.items():
-            listed = ", ".join(f"{kernel} {count}" for kernel, count in kernels.items())
-            cells.append([layer.model, layer.stage, name, kernels.total(), listed])
-    columns = ["model", "stage", "pass", "launches", "of these"]
-    return "## Launches between the projections\n\n" + common.markdown_table(columns, cells)
-
-
-def activation_table() -> str:
-    """What Focal-T keeps for backward, and Swin-T."""
-    kept = activations(COUNTED_ON)
-    cells = [[name, value, value / kept["swin_tiny"]] for name, value in kept.items()]
-    columns = ["model", "MiB per image", "of swin_tiny's"]
-    return "## Kept for backward\n\n" + common.markdown_table(columns, cells)
+    """All figures but the hash."""
+    return f"## {title}\n\n" + common.markdown_table(COLUMNS[:-1], [row.cells()[:-1] for row in rows])
 
 
 NOTES = [
     "Shared memory in bytes of a block; registers, stack and local memory (bytes) of a thread, on AMD "
-    "scratch and spilled vector registers; tensor memory in columns; blocks that fit into an SM (on AMD a "
-    "compute unit) by registers, shared memory, tensor memory and warps.",
-    "Instructions: of the largest loop's body, per warp: over items (windows of images) in forward and query "
-    "gradient, over pairs of window and block of queries in the key gradient. A loop inside counts once.",
+    "scratch and spilled vector registers; tensor memory in columns.",
     "A layer that several models share is listed under the first of them.",
-    f"Launches and activations: as on {COUNTED_ON}, in training under autocast to bf16, with a batch of "
-    f"{BATCH}. Launches are operations of ATen that start a kernel on CUDA, plus Triton's, from the output "
-    "of qkv to the input of proj and back, the bias and its gradient included.",
 ]
 
 
@@ -205,8 +264,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--architectures", nargs="+", choices=CARDS, default=list(CARDS))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--out", type=path_argument, metavar="FOLDER", help="write a dated .md and .csv here")
-    parser.add_argument("--name", default="compile", help="of the files")
+    parser.add_argument(
+        "--out", type=path_argument, metavar="FOLDER", help="write <date>_compile.md and .csv"
+    )
+    parser.set_defaults(name="compile")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     facts = common.describe_run(torch.device("cpu"))
@@ -220,8 +281,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             verdict_table(rows),
             figure_table("Kernels that are not ok", (row for row in rows if row.figures.verdict != "ok")),
             figure_table("The first stage", (row for row in rows if row.model in first and row.stage == 1)),
-            launch_table(layer for layer in layers if layer.model in first),
-            activation_table(),
         ]
     title = "Attention kernels, compiled for every GPU"
     common.publish(args, title, facts, NOTES, COLUMNS, [row.cells() for row in rows], tables)
