@@ -163,12 +163,6 @@ def test_a_model_of_another_checkout() -> None:
         entries.models_of(REPO / "tools")
 
 
-def test_options_override_a_preset() -> None:
-    args = models.parse(["--preset", "gpu", "--sizes", "224"])
-    assert (args.sizes, args.batch_size, args.precisions, args.name) == ([224], 128, ["bf16"], "gpu")
-    assert len(entries.entries(args.models)) == sum(map(len, entries.FAMILIES.values()))
-
-
 def test_rounds_alternate_and_ratios_pair_them() -> None:
     calls: list[str] = []
     timers = {name: (lambda name=name: calls.append(name) or float(len(calls))) for name in "ab"}
@@ -213,11 +207,6 @@ def test_the_cost_of_an_index(quick: None, nano: Path, tmp_path: Path) -> None:
     rows = table(tmp_path / "out")
     assert [row["part"] for row in rows][:2] == ["index", "cpu, forward"]
     assert all(float(row["ms"]) > 0 for row in rows)
-
-
-def test_settings_need_the_kernels(nano: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert attention.main(["--settings", "--cfg", str(nano), *TINY]) == 2
-    assert "needs a CUDA device, got cpu" in caplog.text
 
 
 # --- The loader ---------------------------------------------------------------------------------------------

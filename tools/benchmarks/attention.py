@@ -1,7 +1,6 @@
 """Times and checks the attention operator alone, at the shape of every stage.
 
     python -m tools.benchmarks.attention --device cuda --precisions bf16 --batch-size 128 --sizes 224 448
-    python -m tools.benchmarks.attention --settings --device cuda --precisions bf16 --batch-size 128
     python -m tools.benchmarks.attention --index --sizes 448 896
 
 By default every backend is timed against the floor, which no kernel can beat: the larger of bytes over
@@ -10,17 +9,14 @@ are q, k, v and the output once; with gradients also those four, the output's gr
 FLOPs are those of the matrix products with the keys that a window sees. Results are compared with `plain` in
 float64: the largest error, relative to the largest value, may be twice that of `plain` in the same precision.
 
---settings times the Triton kernels with one setting changed at a time, beside those of
-`models/ops/triton/launch.py`; a ratio above 1 is a faster setting (tests/test_compile_matrix.py says whether
-it spills registers). --index times what a new image size costs: the index of keys of all stages, and the
-tables that the operators derive from it.
+--index times what a new image size costs: the index of keys of all stages, and the tables that the operators
+derive from it.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -51,19 +47,11 @@ CHECKED_IMAGES = 2
 TOLERANCE = 2.0  # times the error of `plain` in the same precision
 LEAST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # always allowed
 RESULTS = ("output", "d_qkv", "d_bias")
-SHAPE_COLUMNS = ("stage", "resolution", "map", "heads", "head dim", "windows", "keys", "precision")
 COLUMNS = (
-    *(*SHAPE_COLUMNS, "pass", "backend", "ms", "floor ms", "times floor", "bound by"),
-    *("error", "error of plain", "check"),
+    *("stage", "resolution", "map", "heads", "head dim", "windows", "keys", "precision"),
+    *("pass", "backend", "ms", "floor ms", "times floor", "bound by", "error", "error of plain", "check"),
 )
-SETTING_COLUMNS = (*SHAPE_COLUMNS, "kernel", "setting", "ms", "times as fast", "check")
 INDEX_COLUMNS = ("resolution", "part", "ms")
-SETTINGS = {  # kernel -> setting -> values; `programs` is TARGET_PROGRAMS
-    "forward": {"block_keys": (32, 64), "static_keys": (0, 224), "programs": (264, 528, 1056, 2112, 4224)},
-    "query_gradient": {"static_keys": (64, 128, 224), "programs": (132, 264, 528, 1056, 2112)},
-    "key_gradient": {"block_queries": (16, 32, 64)},
-}
-EVERY_KERNEL = {"num_stages": (1, 2, 3), "num_warps": (4, 8)}
 
 
 # --- The operator of a stage --------------------------------------------------------------------------------
@@ -114,7 +102,7 @@ class Shape:
         return self.index.height * self.index.width
 
     def cells(self, precision: str) -> list[Cell]:
-        """By SHAPE_COLUMNS."""
+        """The first of COLUMNS."""
         windows, keys = merge_duplicates(self.index).keys.shape
         size = f"{self.index.height}x{self.index.width}"
         heads, width = self.layer.num_heads, self.layer.head_dim
@@ -154,12 +142,6 @@ def shapes_of(model: FocalTransformer, resolution: int) -> list[Shape]:
             bias = tokens.layer.bias(index, torch.float32)
             shapes.append(Shape(stage, resolution, tokens.layer, index, bias))
     return shapes
-
-
-def require_kernels(device: torch.device) -> None:
-    """Raise ValueError, with the reason, where the fused kernels cannot run."""
-    layer = FocalAttention(32, 1, 7, expand_size=3, backend="triton")
-    layer.index(14, 14, torch.empty(0, device=device))
 
 
 class Contender:
@@ -278,62 +260,6 @@ def time_backends(shape: Shape, precision: str, peaks: Peaks, args: argparse.Nam
     return rows
 
 
-@contextmanager
-def changed(kernel: str, setting: str, value: int, qkv: Tensor) -> Iterator[bool]:
-    """With one setting of the kernels that serve `qkv` changed; yields whether that is a change."""
-    from models.ops.triton import launch
-
-    if setting == "programs":
-        table, key, new = launch.TARGET_PROGRAMS, kernel, value
-    else:
-        table = launch.CONFIGS[launch.device_family(qkv.device)]
-        key = (kernel, 32 if qkv.shape[-1] <= 32 else 64, qkv.element_size())
-        new = replace(table[key], **{setting: value})
-    before = table[key]
-    table[key] = new
-    try:
-        yield new != before
-    finally:
-        table[key] = before
-
-
-def time_settings(shape: Shape, precision: str, args: argparse.Namespace) -> list[list[Cell]]:
-    """Rows of SETTING_COLUMNS: every change of a setting, at one shape and precision."""
-    device, dtype, seconds = args.device, DTYPES[precision], ROUND_SECONDS[args.device.type]
-    qkv, d_out = shape.inputs(args.batch_size, dtype)
-    contender = Contender("triton", shape, qkv, d_out)
-    checked = Contender("triton", shape, qkv[:CHECKED_IMAGES], d_out[:CHECKED_IMAGES])
-    truth, rows = checked.results(), []
-    changes = [
-        (kernel, name, value)
-        for kernel, own in SETTINGS.items()
-        for name, values in (EVERY_KERNEL | own).items()
-        for value in values
-    ]
-    for kernel, name, value in changes:
-        action = contender.forward if kernel == "forward" else contender.forward_backward
-        head = [*shape.cells(precision), kernel, f"{name} {value}"]
-        change = (kernel, name, value, qkv)
-        with changed(*change) as is_change:
-            if not is_change:
-                continue
-            try:
-                off = errors(checked.results(), truth)
-                timer = Timer(action, device, seconds)
-            except Exception as error:  # shared memory, registers: whatever a compiler or driver raises
-                rows.append([*head, None, None, f"cannot run: {common.short_reason(error)}"])
-                continue
-
-        def timed_change(change=change, timer=timer) -> float:
-            with changed(*change):
-                return timer()
-
-        times = common.alternate({"new": timed_change, "old": Timer(action, device, seconds)}, args.rounds)
-        ratio = common.speed_ratio(times["new"], times["old"])
-        rows.append([*head, milliseconds(times["new"]), ratio, verdict(off, [0.0] * 3, dtype)])
-    return rows
-
-
 def time_index(model: FocalTransformer, size: int, args: argparse.Namespace) -> list[list[Cell]]:
     """Rows of INDEX_COLUMNS: the index of all stages, and the tables that each operator derives."""
     from models.ops import cpu
@@ -377,9 +303,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=common.positive, default=8)
     parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=["fp32"])
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--settings", action="store_true", help="settings of the kernels, not backends")
-    what.add_argument("--index", action="store_true", help="cost of a new image size, not backends")
+    parser.add_argument("--index", action="store_true", help="cost of a new image size, not backends")
     return parser.parse_args(argv)
 
 
@@ -387,10 +311,7 @@ def measure(args: argparse.Namespace) -> int:
     """Measure and publish; 1 if a result is wrong."""
     facts, rows = common.describe_run(args.device), []
     facts["Configuration"] = f"{Path(args.cfg).stem}, batch {args.batch_size}"
-    if args.settings:
-        require_kernels(args.device)
-        columns, note = SETTING_COLUMNS, "Ratios compare with the settings in force."
-    elif args.index:
+    if args.index:
         columns, note = INDEX_COLUMNS, "All stages together, without a cache."
     else:
         peaks = measure_peaks(args.device, args.precisions)
@@ -405,10 +326,7 @@ def measure(args: argparse.Namespace) -> int:
             continue
         for shape in shapes_of(model, resolution):
             for precision in args.precisions:
-                if args.settings:
-                    rows += time_settings(shape, precision, args)
-                else:
-                    rows += time_backends(shape, precision, peaks, args)
+                rows += time_backends(shape, precision, peaks, args)
     common.publish(args, "The attention operator", facts, [note], columns, rows)
     return int(is_wrong(rows))
 

@@ -1,6 +1,6 @@
 """Compares the speed of models by resolution, mode, precision and compilation.
 
-    python -m tools.benchmarks.models --preset cpu
+    python -m tools.benchmarks.models --device cuda --precisions bf16 --batch-size 128 --sizes 224 448 896
     python -m tools.benchmarks.models --models focal-tiny focal-tiny:plain ../before@focal-tiny swin-tiny
 
 Modes: `infer` is the forward pass without gradients; `train` is a training step: forward, cross entropy,
@@ -40,17 +40,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("benchmarks.models")
 
 BASELINE = "swin"
-PRESETS = {
-    "cpu": {"models": ["focal-tiny", "focalv2-tiny", "swin-tiny"], "device": "cpu"},
-    "gpu": {
-        "models": list(entries.FAMILIES),
-        "sizes": [224, 448, 896],
-        "precisions": ["bf16"],
-        "compile": ["eager", "compiled"],
-        "batch_size": 128,
-        "device": "cuda",
-    },
-}
 MODES = ("infer", "train")
 COMPILE = ("eager", "compiled")
 ROUND_SECONDS = {"cpu": 0.5, "cuda": 0.3}
@@ -256,20 +245,17 @@ def draw(rows: Sequence[Row]) -> "Figure":
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; its options override the preset."""
+    """The command line."""
     parser = common.new_parser("Compare the speed of models.", "speed")
-    parser.add_argument("--preset", choices=PRESETS, help="values of the options below")
-    parser.add_argument(
-        "--models", nargs="+", default=PRESETS["cpu"]["models"], help="families, family-size, configs, timm's"
-    )
+    models = ["focal-tiny", "focalv2-tiny", "swin-tiny"]
+    parser.add_argument("--models", nargs="+", default=models, help="families, family-size, configs, timm's")
     parser.add_argument("--sizes", type=common.positive, nargs="+", default=[224], help="resolutions, pixels")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=["fp32"])
     parser.add_argument("--compile", nargs="+", choices=COMPILE, default=["eager"])
     parser.add_argument("--batch-size", type=common.positive, default=8, help="halved when memory runs out")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this time")
-    preset = parser.parse_known_args(argv)[0].preset
-    parser.set_defaults(out=RESULTS, name=preset or "speed", **PRESETS.get(preset, {}))
+    parser.set_defaults(out=RESULTS)
     return parser.parse_args(argv)
 
 
