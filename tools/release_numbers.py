@@ -21,7 +21,6 @@ class Classifier(NamedTuple):
     flops_g: float | None
     top1: float | None
     top5: float | None
-    images_per_s: int | None
 
     @property
     def weights(self) -> str | None:
@@ -33,16 +32,16 @@ class Classifier(NamedTuple):
 CLASSIFIERS = tuple(
     Classifier(model, f"{name}_patch4_window7_224", *numbers)
     for model, name, *numbers in (
-        ("Focal-T", "focal_tiny", 28.9, 4.9, 82.2, 95.9, 319),
-        ("Focal-T, conv", "focal_tiny_useconv", 30.8, 5.2, 82.7, 96.1, None),
-        ("Focal-fast-T, conv", "focalv2_tiny_useconv", 30.2, 5.0, 82.4, 96.0, 483),
-        ("Focal-S", "focal_small", 51.1, 9.4, 83.6, 96.2, 192),
-        ("Focal-S, conv", "focal_small_useconv", 53.1, 9.7, 83.8, 96.5, None),
-        ("Focal-fast-S, conv", "focalv2_small_useconv", 51.5, 9.4, 83.6, 96.4, 293),
-        ("Focal-B", "focal_base", 89.8, 16.4, 84.0, 96.5, 138),
-        ("Focal-B, conv", "focal_base_useconv", 93.3, 16.8, 84.2, 97.1, None),
-        ("Focal-fast-B, conv", "focalv2_base_useconv", 91.2, 16.4, 84.0, 96.6, 203),
-        ("Focal-L", "focal_large", None, None, None, None, None),
+        ("Focal-T", "focal_tiny", 28.9, 4.9, 82.2, 95.9),
+        ("Focal-T, conv", "focal_tiny_useconv", 30.8, 5.2, 82.7, 96.1),
+        ("Focal-fast-T, conv", "focalv2_tiny_useconv", 30.2, 5.0, 82.4, 96.0),
+        ("Focal-S", "focal_small", 51.1, 9.4, 83.6, 96.2),
+        ("Focal-S, conv", "focal_small_useconv", 53.1, 9.7, 83.8, 96.5),
+        ("Focal-fast-S, conv", "focalv2_small_useconv", 51.5, 9.4, 83.6, 96.4),
+        ("Focal-B", "focal_base", 89.8, 16.4, 84.0, 96.5),
+        ("Focal-B, conv", "focal_base_useconv", 93.3, 16.8, 84.2, 97.1),
+        ("Focal-fast-B, conv", "focalv2_base_useconv", 91.2, 16.4, 84.0, 96.6),
+        ("Focal-L", "focal_large", None, None, None, None),
     )
 )
 

@@ -226,9 +226,10 @@ def show(value: Cell) -> str:
     return str(value).replace("|", "/").replace("\n", " ")
 
 
-def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
-    """A table in Markdown."""
-    lines = [columns, ["---"] * len(columns), *([show(cell) for cell in row] for row in rows)]
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Cell]], alignment: str = "") -> str:
+    """A table in Markdown; `alignment` has a letter for each column, l or r."""
+    rules = ["---:" if letter == "r" else "---" for letter in alignment or "l" * len(columns)]
+    lines = [columns, rules, *([show(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
