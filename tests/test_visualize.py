@@ -12,7 +12,7 @@ from PIL import Image
 from config import load_config
 from models import FocalTransformer, build_model
 from tools import visualize
-from tools.figures import attention, drawing
+from tools.figures import attention
 
 VARIANTS = {
     "224": ["DATA.IMG_SIZE", 224],
@@ -86,11 +86,6 @@ def test_weights_reproduce_the_output(seen: tuple) -> None:
             torch.testing.assert_close(again, output[0], atol=1e-5, rtol=1e-5)
 
 
-def test_hooks_are_gone_afterwards(seen: tuple) -> None:
-    model, _, _ = seen
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-
-
 def test_weights_lie_on_what_is_seen(seen: tuple) -> None:
     """All of a query's weight falls on its grains, but for padding, which has no place on the map."""
     _, _, records = seen
@@ -148,27 +143,6 @@ def test_pooled_tokens_stand_where_they_were_pooled(name: str) -> None:
                 assert torch.equal(depends, grain.cells == number)
 
 
-def test_grad_cam() -> None:
-    """Against the gradient of the rest of the network, taken from the stage's map on."""
-    model, image = make("224")
-    for stage, target in ((-1, 3), (0, 7)):
-        heat = attention.grad_cam(model, image, target, stage)
-        kept = model.forward_intermediates(image, [stage], output_fmt="NHWC")[1][0].detach().requires_grad_()
-        x = kept
-        layers = list(model.layers)
-        for number, layer in enumerate(layers):
-            if number > stage % len(layers):
-                _, x = layer(x)
-            elif number == stage % len(layers) and layer.downsample is not None:
-                x = layer.downsample(x.permute(0, 3, 1, 2))
-        logit = model.forward_head(model.norm(x))[0, target]
-        gradient = torch.autograd.grad(logit, kept)[0].mean(dim=(1, 2))
-        expected = (kept.detach() @ gradient[0]).relu()[0]
-        torch.testing.assert_close(heat, expected, atol=1e-5, rtol=1e-4)
-        assert heat.max() > 0
-        assert len(model.layers[stage]._forward_hooks) == 0
-
-
 def test_key_sets_of_the_paper() -> None:
     """Focal-T at 224, in the middle: 49 own, 120 around, and pooled windows (7 x 7, 5 x 5, 3 x 3, 1)."""
     config = load_config(REPO / "configs/focal_tiny_patch4_window7_224.yaml")
@@ -211,7 +185,7 @@ def test_every_kind_is_written(checkpoint: Path, image: Path, tmp_path: Path) ->
     assert visualize.main(words) == 0
     files = sorted(path.stem for path in out.iterdir())
     heads = [f"heads_stage{number}" for number in range(1, 5)]
-    assert files == ["attention", "gradcam", *heads, "keys"]
+    assert files == ["attention", *heads, "keys"]
     for path in out.iterdir():
         Image.open(path).verify()
 
@@ -228,8 +202,6 @@ def test_keys_need_no_weights(image: Path, tmp_path: Path) -> None:
         (["--kinds", "heads", "--cfg", str(REPO / "configs/demo.yaml")], "--resume: expected a checkpoint"),
         (["--at", "64", "0"], "--at: expected a pixel"),
         (["--block", "1"], "--block: stage 1 has 1 blocks"),
-        (["--kinds", "gradcam", "--target", "10"], "--target: expected a class from 0 to 9"),
-        (["--kinds", "gradcam", "--stage", "5"], "--stage: expected a stage from 1 to 4"),
     ],
 )
 def test_mistakes_are_one_sentence(
@@ -245,18 +217,3 @@ def test_mistakes_are_one_sentence(
     assert visualize.main([str(image), *words, *given, *out]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_pixels_and_borders() -> None:
-    cells = torch.tensor([[0, 1], [0, -1]])
-    pixels = drawing.at_pixels(cells, 3, (7, 6))
-    assert pixels.shape == (7, 6)
-    assert (pixels[:3, 3:] == 1).all()
-    assert (pixels[6] == -1).all()  # the map ends before the image
-    from matplotlib.figure import Figure
-
-    axes = Figure().subplots()
-    drawing.draw_borders(axes, pixels, "black", 1)
-    lines = [segment.tolist() for segment in axes.collections[0].get_segments()]
-    length = sum(np.abs(np.subtract(*ends)).sum() for ends in lines)
-    assert length == 18 + 12 - 3  # round a cell of 3 x 6 and one of 3 x 3, less the side that they share

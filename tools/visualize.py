@@ -6,7 +6,6 @@
 keys       which tokens a query sees in each stage, at each granularity; needs no weights
 attention  how its attention is divided among them, mean over heads
 heads      the same by head, one file per stage
-gradcam    Grad-CAM: which pixels raise the logit of a class
 
 The image is resized and cropped as in evaluation; the query is a pixel of the result.
 """
@@ -27,7 +26,7 @@ from tools.figures import attention, drawing
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-KINDS = ("keys", "attention", "heads", "gradcam")
+KINDS = ("keys", "attention", "heads")
 
 
 def load(args: argparse.Namespace) -> predict.Trained:
@@ -79,27 +78,6 @@ def draw(args: argparse.Namespace) -> Iterator[tuple[str, "Figure"]]:
         for number, (record, stride) in enumerate(zip(records, strides, strict=True), start=1):
             figure = drawing.heads_figure(record, picture, at, stride, title(f"stage {number}"))
             yield f"heads_stage{number}", figure
-    if "gradcam" in args.kinds:
-        heat, label = grad_cam(args, trained, image)
-        yield "gradcam", drawing.overlay_figure(picture, heat, f"{model_name}:\nGrad-CAM for {label}, {name}")
-
-
-def grad_cam(
-    args: argparse.Namespace, trained: predict.Trained, image: torch.Tensor
-) -> tuple[torch.Tensor, str]:
-    """The map of the chosen stage [H, W], and the name of the chosen class."""
-    model, stages = trained.model, len(trained.model.layers)
-    target, stage = args.target, stages if args.stage is None else args.stage
-    with torch.no_grad():
-        logits = model(image)[0].cpu()
-    if target is None:
-        target = int(logits.argmax())
-    if not 0 <= target < len(logits):
-        raise ValueError(f"--target: expected a class from 0 to {len(logits) - 1}, got {target}")
-    if not 1 <= stage <= stages:
-        raise ValueError(f"--stage: expected a stage from 1 to {stages}, got {stage}")
-    names = predict.class_names(trained.config, args.classes)
-    return attention.grad_cam(model, image, target, stage - 1), names[target].split(",")[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,8 +90,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="pictures (all)")
     parser.add_argument("--at", nargs=2, type=int, metavar=("X", "Y"), help="query's pixel (the centre)")
     parser.add_argument("--block", type=int, default=-1, help="block of each stage, from 0 (the last)")
-    parser.add_argument("--stage", type=int, help="stage of Grad-CAM, from 1 (the last)")
-    parser.add_argument("--target", type=int, metavar="CLASS", help="class of Grad-CAM (the likeliest)")
     parser.add_argument(
         "--out", type=utils.path_argument, default="pictures", metavar="DIR", help="folder (pictures)"
     )

@@ -195,27 +195,3 @@ def record(model: FocalTransformer, image: Tensor, maps: Sequence[TokenMap]) -> 
         BlockAttention(tokens, qkv.unflatten(-1, (3, tokens.layer.num_heads, -1)))
         for tokens, qkv in zip(maps, outputs, strict=True)
     ]
-
-
-def grad_cam(model: FocalTransformer, image: Tensor, target: int, stage: int = -1) -> Tensor:
-    """Grad-CAM (Selvaraju et al., 2017): which places of a stage's map raise the logit of a class.
-
-    Args:
-        model: in evaluation mode.
-        image: [1, C, H, W].
-        target: the class.
-        stage: whose output to look at.
-
-    Returns:
-        [H, W] of the stage, 0 or more.
-    """
-    kept: list[Tensor] = []
-    handle = model.layers[stage].register_forward_hook(lambda _, __, maps: kept.append(maps[0]))
-    try:
-        with torch.enable_grad():
-            logit = model(image)[0, target]
-            (gradient,) = torch.autograd.grad(logit, kept[0])
-    finally:
-        handle.remove()
-    importance = gradient.mean(dim=(1, 2), keepdim=True)  # [1, 1, 1, C]
-    return (importance * kept[0].detach()).sum(dim=-1)[0].relu().float().cpu()

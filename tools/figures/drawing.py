@@ -218,14 +218,3 @@ def heads_figure(
         draw_weights(axes, picture, record, values, at, stride)
         axes.set_title(f"head {number}", fontsize="small")
     return figure
-
-
-def overlay_figure(picture: np.ndarray, heat: Tensor, title: str) -> "Figure":
-    """The image, and beside it a stage's map [H, W] over it, interpolated to pixels."""
-    figure, panels = new_figure(1, 2, title)
-    size = picture.shape[:2]
-    large = torch.nn.functional.interpolate(heat[None, None], size, mode="bicubic")[0, 0].clamp(min=0)
-    panels[0, 0].imshow(picture, interpolation="nearest")
-    panels[0, 1].imshow(grey(picture), interpolation="nearest")
-    panels[0, 1].imshow(large, cmap="inferno", alpha=0.55, vmin=0, interpolation="nearest")
-    return figure
