@@ -32,7 +32,7 @@ Record = dict[str, Any]
 
 @dataclass
 class RunMetrics:
-    """What one run recorded, without what it recorded twice.
+    """What one run recorded.
 
     Attributes:
         name: for the legend.
@@ -57,8 +57,7 @@ class RunMetrics:
 def read_metrics(folder: Path) -> RunMetrics:
     """Read metrics.jsonl of an output folder.
 
-    A resumed run may have repeated steps; what was recorded before of the repeated ones is dropped. A line
-    that cannot be read is skipped with a warning.
+    A line that is damaged, such as the last one of a killed run, is skipped with a warning.
 
     Raises:
         FileNotFoundError: the folder or its metrics.jsonl does not exist.
@@ -75,36 +74,14 @@ def read_metrics(folder: Path) -> RunMetrics:
     lists = {"train": metrics.train, "epoch": metrics.epochs}
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
-            record = _parse(line)
-        except (ValueError, KeyError, TypeError, OverflowError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            logger.warning(f"{path}:{number}: skipped, expected a record of an interval or epoch ({reason})")
+            record = json.loads(line)
+        except ValueError as error:
+            logger.warning(f"{path}:{number}: skipped, expected a JSON object ({error})")
             continue
-        for records in lists.values():
-            while records and _position(records[-1]) >= _position(record):
-                records.pop()
         lists[record["kind"]].append(record)
     if not (metrics.train or metrics.epochs):
         raise ValueError(f"{path}: expected at least one record, got none; train for one logging interval")
     return metrics
-
-
-def _parse(line: str) -> Record:
-    """A line as a record of known kind, with integer position and numbers or null as values."""
-    record = json.loads(line)
-    if record["kind"] not in ("train", "epoch"):
-        raise ValueError(f"unknown kind {record['kind']!r}")
-    for key in ("epoch", "step") if record["kind"] == "train" else ("epoch",):
-        record[key] = int(record[key])
-    for key, value in record.items():
-        if key != "kind" and not isinstance(value, int | float | None):
-            raise ValueError(f"{key} is {value!r}, no number")
-    return record
-
-
-def _position(record: Record) -> tuple[int, float]:
-    """When a record was written: an epoch's comes after all of its steps."""
-    return record["epoch"], record["step"] if record["kind"] == "train" else math.inf
 
 
 def column(records: list[Record], key: str) -> list[float]:
