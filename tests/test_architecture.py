@@ -6,12 +6,11 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from fnmatch import fnmatch
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
-import pytest
 from conftest import REPO
 
 FOLDERS = ("models", "data", "training", "openmmlab", "classification", "detection", "segmentation", "tools")
@@ -80,7 +79,8 @@ def guarded(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
-def imports_of(source: str, at_import: bool = False) -> Iterator[str]:
+@lru_cache
+def imports_of(source: str, at_import: bool = False) -> tuple[str, ...]:
     """Dotted names that a file imports; relative ones are made absolute, for type checkers only are left out.
 
     Args:
@@ -89,21 +89,18 @@ def imports_of(source: str, at_import: bool = False) -> Iterator[str]:
     """
     package = source.removesuffix(".py").split("/")[:-1]
     pending: list[ast.AST] = [tree_of(source)]
+    names: list[str] = []
     while pending:
         node = pending.pop()
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
-            yield from (f"{module}.{alias.name}" for alias in node.names)
+            names += [f"{module}.{alias.name}" for alias in node.names]
         elif not guarded(node) and not (at_import and isinstance(node, ast.FunctionDef | ast.Lambda)):
             pending.extend(ast.iter_child_nodes(node))
-
-
-def own_modules() -> set[str]:
-    """Top-level names that belong to this repository."""
-    return {source.split("/")[0].removesuffix(".py") for source in SOURCES}
+    return tuple(names)
 
 
 def is_in(name: str, package: str) -> bool:
@@ -115,12 +112,12 @@ def is_in(name: str, package: str) -> bool:
 MODEL_SOURCES = [source for source in SOURCES if source.startswith("models/")]
 
 
-@pytest.mark.parametrize("source", MODEL_SOURCES)
-def test_models_need_torch_timm_and_themselves(source: str) -> None:
+def test_models_need_torch_timm_and_themselves() -> None:
     allowed = MODEL_NEEDS | sys.stdlib_module_names | {"models"}
-    for name in imports_of(source):
-        top = name.split(".")[0]
-        assert top in allowed or matches(source, OPTIONAL_HOMES.get(top, ())), f"{source} imports {name}"
+    for source in MODEL_SOURCES:
+        for name in imports_of(source):
+            top = name.split(".")[0]
+            assert top in allowed or matches(source, OPTIONAL_HOMES.get(top, ())), f"{source} imports {name}"
 
 
 def test_the_network_is_one_file() -> None:
@@ -135,36 +132,38 @@ def model_part(dotted: str) -> str:
     return dotted.split(".")[1]
 
 
-@pytest.mark.parametrize("source", MODEL_SOURCES)
-def test_models_import_one_way(source: str) -> None:
-    part = model_part(source.removesuffix(".py").replace("/", "."))
-    assert part in MODEL_LEVELS, f"{source}: give this module a level in {Path(__file__).name}"
-    for name in imports_of(source):
-        if name.startswith("models."):
-            used = model_part(name)
-            inside_ops = part == used == "ops"
-            assert inside_ops or MODEL_LEVELS[used] < MODEL_LEVELS[part], f"{source} imports {name}"
+def test_models_import_one_way() -> None:
+    for source in MODEL_SOURCES:
+        part = model_part(source.removesuffix(".py").replace("/", "."))
+        assert part in MODEL_LEVELS, f"{source}: give this module a level in {Path(__file__).name}"
+        for name in imports_of(source):
+            if name.startswith("models."):
+                used = model_part(name)
+                inside_ops = part == used == "ops"
+                assert inside_ops or MODEL_LEVELS[used] < MODEL_LEVELS[part], f"{source} imports {name}"
 
 
-@pytest.mark.parametrize("source", [source for source in SOURCES if source != "main.py"])
-def test_imports_go_towards_the_models(source: str) -> None:
+def test_imports_go_towards_the_models() -> None:
     """Nobody imports main or the tests; models know nobody else, data no models, a task no other task."""
-    here = source.split("/")[0].removesuffix(".py")
-    hidden = {"main", "tests", "conftest"}
-    hidden |= {
-        "models": own_modules() - {"models"},
+    own = {source.split("/")[0].removesuffix(".py") for source in SOURCES}
+    hidden = {task: set(TASKS) - {task} for task in own - {"tools"}} | {
+        "models": own - {"models"},
         "data": {"models", "training", "config", "openmmlab", *TASKS, "tools"},
-        "config": own_modules() - {"config", "utils"},
-        "utils": own_modules() - {"utils"},
-        "logger": own_modules() - {"logger"},
-    }.get(here, set(TASKS) - {here} if here not in ("tools", "tests") else set())
-    for name in imports_of(source):
-        assert name.split(".")[0] not in hidden, f"{source} imports {name}"
+        "config": own - {"config", "utils"},
+        "utils": own - {"utils"},
+        "logger": own - {"logger"},
+    }
+    for source in SOURCES:
+        here = source.split("/")[0].removesuffix(".py")
+        for name in imports_of(source) if here != "main" else ():
+            top = name.split(".")[0]
+            assert top not in {"main", "tests", "conftest"} | hidden.get(here, set()), (
+                f"{source} imports {name}"
+            )
 
 
-@pytest.mark.parametrize("source", SOURCES)
-def test_optional_packages_stay_in_their_files(source: str) -> None:
-    for package, homes in OPTIONAL_HOMES.items():
+def test_optional_packages_stay_in_their_files() -> None:
+    for source, (package, homes) in product(SOURCES, OPTIONAL_HOMES.items()):
         for name in imports_of(source):
             assert not is_in(name, package) or matches(source, homes), f"{source} imports {name}"
         if not matches(source, OPTIONAL_AS_A_WHOLE):
@@ -205,13 +204,13 @@ def test_there_is_no_import_cycle() -> None:
 # --- What code here does not do -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", [source for source in SOURCES if not matches(source, CONFIG_READERS)])
-def test_config_keys_are_known_to_few(source: str) -> None:
+def test_config_keys_are_known_to_few() -> None:
     """No attribute in capitals of something called config (or cfg), directly or along a chain."""
-    for node in ast.walk(tree_of(source)):
-        if isinstance(node, ast.Attribute) and node.attr.isupper():
-            owner = ast.unparse(node.value)
-            assert not re.search(r"\b(config|cfg)\b", owner), f"{source}:{node.lineno}: {ast.unparse(node)}"
+    for source in (source for source in SOURCES if not matches(source, CONFIG_READERS)):
+        for node in ast.walk(tree_of(source)):
+            if isinstance(node, ast.Attribute) and node.attr.isupper():
+                owner = ast.unparse(node.value)
+                assert not re.search(r"\b(config|cfg)\b", owner), f"{source}:{node.lineno}: {owner}"
 
 
 # --- What importing does ------------------------------------------------------------------------------------
@@ -233,19 +232,6 @@ assert [random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_s
 """
 
 
-def run_python(program: str, folder: Path, *arguments: str, path: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(path), "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program, *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-
-
 def test_importing_has_no_effects(tmp_path: Path) -> None:
     """On any module of models/ and data/, and on those of the root; main included."""
     names = [
@@ -255,6 +241,8 @@ def test_importing_has_no_effects(tmp_path: Path) -> None:
         and not matches(source, OPTIONAL_AS_A_WHOLE)
     ]
     assert {"models", "models.ops.cpu", "data.build", "main"} <= set(names)
-    done = run_python(IMPORT_ALL, tmp_path, json.dumps(names), path=REPO)
+    command = [sys.executable, "-W", "ignore", "-c", IMPORT_ALL, json.dumps(names)]
+    environment = os.environ | {"PYTHONPATH": str(REPO), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (done.stdout, done.stderr) == ("", "")

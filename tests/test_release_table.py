@@ -23,7 +23,6 @@ CPU = torch.device("cpu")
     ("model", "resolution", "params_m", "macs_g"),
     [  # as its authors report them
         ("vil_small", 224, 24.6, 5.12),
-        ("vil_medium", 224, 39.7, 9.1),
         ("vil_base", 384, 55.7, 45.3),  # chunks of 7 do not divide its maps
     ],
 )
@@ -35,16 +34,15 @@ def test_counts_of_vil(model: str, resolution: int, params_m: float, macs_g: flo
     assert sum(p.numel() for p in built.parameters()) / 1e6 == pytest.approx(params_m, rel=0.005)
 
 
-@pytest.mark.parametrize(("model", "macs_g"), [("vil_small", 4.86), ("vil_medium", 8.7), ("vil_base", 13.4)])
-def test_multiply_adds_of_vil_without_zeros_beyond_the_map(model: str, macs_g: float) -> None:
+def test_multiply_adds_of_vil_without_zeros_beyond_the_map() -> None:
     """As its paper has them, within 5 %."""
-    entry = entries.Entry(model, model, "")
+    entry = entries.Entry("vil_small", "vil_small", "")
     macs = entries.multiply_adds(entry, 224)
     for module in entries.build(entry, 224).modules():
         if isinstance(module, vil.SlidingAttention):
             hidden = int((~module.visible).sum()) * vil.SIDE**2  # pairs of a query and a zero
             macs -= 2 * hidden * module.qkv.in_features
-    assert macs / 1e9 == pytest.approx(macs_g, rel=0.05)
+    assert macs / 1e9 == pytest.approx(4.86, rel=0.05)
 
 
 @pytest.mark.parametrize(("size", "global_tokens"), [((6, 8), 1), ((5, 3), 2), ((4, 4), 0)])
@@ -119,13 +117,6 @@ def test_the_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert (swin["rounds"], float(swin["vs swin"])) == ("2", 1)
     lines = [line for line in paths[".md"].read_text().splitlines() if line.startswith(("| ViL", "| Swin"))]
     assert len(lines) == 2 and "multiple of 32" in lines[0] and "multiple of 32" not in lines[1]
-
-
-def test_reported_ratios() -> None:
-    assert release_table.reported_ratio("Focal-Tiny", 224) == 319 / 760
-    assert release_table.reported_ratio("ViL-Base", 896) == 5 / 17
-    assert release_table.reported_ratio("Focal-fast-Tiny, conv", 448) is None
-    assert release_table.reported_ratio("Focal-Tiny", 64) is None
 
 
 class Dying(ProcessPoolExecutor):
