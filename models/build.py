@@ -60,7 +60,8 @@ def count_params_and_macs(config: CfgNode) -> tuple[int, int]:
     config.MODEL.ATTENTION_BACKEND = "plain"
     size = config.DATA.IMG_SIZE
     size = [size, size] if isinstance(size, int) else size
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.device("meta"), torch.no_grad():
         model = build_model(config).eval()
-        model(torch.empty(1, model.in_chans, *size))
+        with FlopCounterMode(display=False) as counter:
+            model(torch.empty(1, model.in_chans, *size))
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
