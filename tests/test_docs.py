@@ -13,7 +13,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -25,10 +25,10 @@ from openmmlab_runs import in_scope
 from torch.distributed.run import get_args_parser
 
 import config as config_module
-import data.demo
 import main
 from config import load_config
 
+GUIDE = REPO / "classification" / "get_started.md"
 DOCS = [REPO / "README.md", *sorted(REPO.glob("*/get_started.md"))]
 PAGES = [*DOCS, REPO / "figures" / "README.md"]
 PAGES += [
@@ -46,6 +46,7 @@ FEW_SCENES = {  # over a config of detection/ or segmentation/, so that an epoch
     "test_dataloader.num_workers": 0,
     "test_dataloader.persistent_workers": False,
 }
+OUR_COMMANDS = ("classification.", "data.", "tools.")  # beside main.py and those of the tasks
 SHELL_WORDS = {"source", "head", "export", "cd", "pip", "["}  # not ours to check
 QUICK = {  # over the options of a command that trains, so that it takes a second
     "DATA.BATCH_SIZE": 16,
@@ -107,38 +108,29 @@ def named(doc: Path) -> str:
     return str(doc.relative_to(REPO))
 
 
-def load_tool(name: str) -> ModuleType:
-    """What `python -m` runs."""
+def command_of(words: list[str]) -> tuple[str, list[str]]:
+    """The module that a command runs, by python or torchrun, and its arguments; ("", []) for others."""
+    if words[:2] == ["python", "-m"]:
+        return words[2], words[3:]
+    if words[0] == "torchrun":
+        launch = get_args_parser().parse_args(words[1:])
+        words = ["python", launch.training_script, *launch.training_script_args]
+    if words[0] != "python":
+        return "", []
+    return words[1].removesuffix(".py").replace("/", "."), words[2:]
+
+
+def load(name: str) -> ModuleType:
+    """A module of this repository; of a package what `python -m` runs."""
     module = importlib.import_module(name)
     return importlib.import_module(f"{name}.__main__") if hasattr(module, "__path__") else module
 
 
-def load_command(name: str) -> ModuleType:
-    """A module of classification/."""
-    return importlib.import_module(f"classification.{name}")
-
-
-def script_and_arguments(words: list[str]) -> tuple[str, list[str]]:
-    """What a command runs, by python or torchrun; ("", []) for others."""
-    if words[0] == "python":
-        return words[1], words[2:]
-    if words[0] == "torchrun":
-        launch = get_args_parser().parse_args(words[1:])
-        return launch.training_script, list(launch.training_script_args)
-    return "", []
-
-
-def main_arguments(words: list[str]) -> list[str] | None:
-    """The arguments of main.py in a command, or None if that is not what it runs."""
-    script, arguments = script_and_arguments(words)
-    return arguments if script == "main.py" else None
-
-
 def task_command(words: list[str]) -> tuple[str, str, list[str]] | None:
     """Task, command and arguments of a script of detection/ or segmentation/, or None for others."""
-    script, arguments = script_and_arguments(words)
-    task, _, name = script.partition("/")
-    return (task, name.removesuffix(".py"), arguments) if task in ("detection", "segmentation") else None
+    name, arguments = command_of(words)
+    task, _, command = name.partition(".")
+    return (task, command, arguments) if task in ("detection", "segmentation") else None
 
 
 def run_task(task: str, command: str, arguments: list[str]) -> int:
@@ -207,29 +199,17 @@ def need_target(targets: list[str], where: str) -> None:
 
 def run_command(words: list[str], few: Path, where: str) -> None:
     """Run one command of a document as its reader would, within this process where possible."""
-    arguments, task = main_arguments(words), task_command(words)
-    runners: dict[str, Callable[[list[str]], int | None]] = {
-        "python -c": lambda rest: exec(rest[0], {}),
-        "python -m data.demo": lambda rest: data.demo.main(rest),
-        "python -m tools.plot_run": lambda rest: load_tool("tools.plot_run").main(rest),
-        "python -m tools.visualize": lambda rest: load_tool("tools.visualize").main(rest),
-        "python -m tools.convert_checkpoint": lambda rest: load_tool("tools.convert_checkpoint").main(rest),
-        "python classification/predict.py": lambda rest: load_command("predict").main(rest),
-        "python classification/export.py": lambda rest: load_command("export").main(rest),
-    }
-    if arguments is not None:
-        assert main.main(quicken(arguments, few)) == 0, f"{where}: {shlex.join(words)}"
+    (name, arguments), task = command_of(words), task_command(words)
+    if words[0] == "make":
+        need_target(words[1:], where)
+    elif name == "-c":
+        exec(arguments[0], {})
     elif task is not None:
         assert run_task(*task) == 0, f"{where}: {shlex.join(words)}"
-    elif words[0] == "make":
-        need_target(words[1:], where)
     else:
-        for prefix, run in runners.items():
-            head = prefix.split()
-            if words[: len(head)] == head:
-                assert not run(words[len(head) :]), f"{where}: {shlex.join(words)}"
-                return
-        raise AssertionError(f"{where}: unknown command {shlex.join(words)}; teach it to {__file__}")
+        assert name == "main" or name.startswith(OUR_COMMANDS), f"{where}: unknown {shlex.join(words)}"
+        arguments = quicken(arguments, few) if name == "main" else arguments
+        assert not load(name).main(arguments), f"{where}: {shlex.join(words)}"
 
 
 @pytest.mark.parametrize("doc", DOCS, ids=named)
@@ -256,19 +236,17 @@ def test_bash_blocks_run_in_order(
 def test_sh_blocks_parse(doc: Path) -> None:
     for block in blocks(doc, "sh"):
         for words in block.commands():
-            arguments = main_arguments(words)
+            name, arguments = command_of(words)
             if (task := task_command(words)) is not None:
                 parse_task(*task)
-            elif words[:2] == ["python", "-m"] and words[2].startswith("tools."):
-                load_tool(words[2]).parse(words[3:])
-            elif words[0] == "python" and words[1].startswith("classification/"):
-                load_command(Path(words[1]).stem).parse(words[2:])
+            elif name == "main":
+                main.read_config(arguments)
+            elif name.startswith(OUR_COMMANDS):
+                load(name).parse(arguments)
             elif words[0] == "make":
                 need_target(words[1:], str(block))
-            elif arguments is None:
-                assert words[0] in SHELL_WORDS, f"{block}: unknown command {shlex.join(words)}"
             else:
-                main.read_config(arguments)
+                assert words[0] in SHELL_WORDS, f"{block}: unknown command {shlex.join(words)}"
 
 
 @pytest.mark.parametrize("doc", DOCS, ids=named)
@@ -298,70 +276,42 @@ def test_yaml_blocks_load(doc: Path, tmp_path: Path) -> None:
 
 
 def known_flags() -> set[str]:
-    ours = {
-        "--cfg",
-        "--opts",
-        "--help",
-        "--local_rank",
-        *(f"--{flag}" for flag in [*main.FLAGS, *main.SWITCHES]),
-    }
+    ours = {f"--{flag}" for flag in ["cfg", "opts", "help", "local_rank", *main.FLAGS, *main.SWITCHES]}
     torchrun = {flag for action in get_args_parser()._actions for flag in action.option_strings}
-    folders = ("openmmlab", "classification", "detection", "segmentation", "tools")
+    folders = ("openmmlab", "classification", "data", "detection", "segmentation", "tools")
     sources = [path for folder in folders for path in REPO.glob(f"{folder}/**/*.py")]
     tasks = {flag for path in sources for flag in re.findall(r'"(--[\w-]+)"', path.read_text())}
-    return ours | torchrun | tasks | {"--kinds", "--out", "--shm-size", "--no-amp"}
+    return ours | torchrun | tasks | {"--shm-size", "--no-amp"}
 
 
 @pytest.mark.parametrize("doc", PAGES, ids=named)
 def test_flags_and_options_in_the_text_exist(doc: Path) -> None:
-    options = set(config_module.flatten(load_config()))
+    options, flags = set(config_module.flatten(load_config())), known_flags()
     for code in inline_code(doc):
         for flag in re.findall(r"(?<![\w-])--[\w-]+", code):
-            assert flag in known_flags(), f"{doc.name}: no flag {flag}"
+            assert flag in flags, f"{doc.name}: no flag {flag}"
         for key in OPTION_KEY.findall(code):
             assert key in options, f"{doc.name}: no option {key}"
 
 
 def test_every_flag_and_metric_is_documented(few_images: Path, tmp_path: Path) -> None:
-    code = " ".join(inline_code(REPO / "classification/get_started.md"))
-    flags = ["cfg", "opts", *main.FLAGS, *main.SWITCHES]
-    assert [flag for flag in flags if not re.search(rf"--{flag}\b", code)] == []
+    guide = prose(GUIDE)
     for flag, (key, _) in (main.FLAGS | main.SWITCHES).items():
-        assert re.search(
-            rf"^\| `--{flag}[ `].*\| `{re.escape(key)}` \|", prose_of_get_started(), re.MULTILINE
-        )
-    demo = [
-        "--cfg",
-        str(REPO / "configs/demo.yaml"),
-        "--data-path",
-        str(few_images),
-        "--output",
-        str(tmp_path),
-    ]
-    assert main.main(quicken(demo)) == 0
-    words = set(re.findall(r"\w+", code))
+        assert re.search(rf"^\| `--{flag}[ `].*\| `{re.escape(key)}` \|", guide, re.MULTILINE)
+    paths = ["--data-path", str(few_images), "--output", str(tmp_path)]
+    assert main.main(quicken(["--cfg", str(REPO / "configs/demo.yaml"), *paths])) == 0
+    words = set(re.findall(r"\w+", " ".join(inline_code(GUIDE))))
     for line in (tmp_path / "demo/default/metrics.jsonl").read_text().splitlines():
         assert set(json.loads(line)) <= words
 
 
-def prose_of_get_started() -> str:
-    return prose(REPO / "classification/get_started.md")
-
-
 def test_quoted_messages_are_in_the_code() -> None:
     """The left column of the table under Troubleshooting."""
-    texts = []
-    for path in [
-        *REPO.glob("*.py"),
-        *REPO.glob("models/**/*.py"),
-        *REPO.glob("data/*.py"),
-        *REPO.glob("training/*.py"),
-        *REPO.glob("tools/**/*.py"),
-    ]:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                texts.append(node.value)
-    section = prose_of_get_started().split("## Troubleshooting")[1]
+    patterns = ("*.py", "models/**/*.py", "data/*.py", "training/*.py", "tools/**/*.py")
+    trees = [ast.parse(path.read_text()) for pattern in patterns for path in REPO.glob(pattern)]
+    nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    texts = [node.value for node in nodes if isinstance(node.value, str)]
+    section = prose(GUIDE).split("## Troubleshooting")[1]
     messages = re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE)
     assert len(messages) > 20
     assert [message for message in messages if not any(message in text for text in texts)] == []
@@ -393,10 +343,3 @@ def test_model_table() -> None:
     ours, theirs = (re.findall(cells, (REPO / name).read_text()) for name in ("README.md", "MODEL_ZOO.md"))
     assert ours == theirs
     assert {name for name, *_ in ours} == {path.stem for path in REPO.glob("configs/focal*.yaml")}
-
-
-def test_demo_counts() -> None:
-    splits = data.demo.load_digit_splits(seed=0)
-    text = (REPO / "README.md").read_text()
-    assert f"on {len(splits['train'].labels)} handwritten digits" in text
-    assert f"on {len(splits['val'].labels)} others" in text

@@ -20,11 +20,14 @@ from datetime import datetime
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from utils import path_argument, pick_device, synchronize
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger("benchmarks")
 
@@ -270,17 +273,21 @@ def publish(
     columns: Sequence[str],
     rows: Sequence[Sequence[Cell]],
     tables: Sequence[str] = (),
+    figure: "Figure | None" = None,
 ) -> None:
-    """Log a report, and write it and its rows as `--out` and `--name` say.
+    """Log a report, and write it, its rows and a picture as `--out` and `--name` say.
 
     Args:
         args: the command line.
         title, facts, notes: of the report.
         columns, rows: of the .csv file.
         tables: of the report; one of all rows, if there are none.
+        figure: the picture, if there is one.
     """
     report = markdown_report(title, facts, notes, tables or [markdown_table(columns, rows)])
     logger.info(report)
     if args.out is not None:
         result_path(args.out, f"{args.name}.md").write_text(report, encoding="utf-8")
         result_path(args.out, f"{args.name}.csv").write_text(csv_text(columns, rows), encoding="utf-8")
+        if figure is not None:
+            figure.savefig(result_path(args.out, f"{args.name}.png"), dpi=120)

@@ -219,8 +219,8 @@ class Report:
             path.write_text(common.csv_text(columns, rows), encoding="utf-8")
         text = common.markdown_report("GPU report", self.facts | {"Checks": counts}, notes, tables)
         common.result_path(folder, "gpu.md").write_text(text, encoding="utf-8")
-        if any(row.rate for row in self.models):
-            models.draw(self.models).savefig(common.result_path(folder, "gpu.png"), dpi=120)
+        if figure := models.draw(self.models):
+            figure.savefig(common.result_path(folder, "gpu.png"), dpi=120)
 
 
 def time_kernels(case: Case) -> tuple[str, list[list[common.Cell]]]:

@@ -215,16 +215,14 @@ def warmed_up(row: Row, images: torch.Tensor) -> Timer:
 # --- Results ------------------------------------------------------------------------------------------------
 
 
-def draw(rows: Sequence[Row]) -> "Figure":
-    """Images per second, and the ratio to the baseline: one panel per setting.
-
-    Args:
-        rows: at least one of them was measured.
-    """
+def draw(rows: Sequence[Row]) -> "Figure | None":
+    """Images per second, and the ratio to the baseline: a panel per setting. None without a measurement."""
     panels: dict[tuple, list[Row]] = {}
     for row in rows:
         if row.rate:
             panels.setdefault(row.setting[1:], []).append(row)
+    if not panels:
+        return None
     down, most = -(-len(panels) // 2), max(map(len, panels.values()))
     figure = blank_figure(figsize=(12, (1 + 0.25 * most) * down))
     for place, (panel, shown) in enumerate(panels.items(), start=1):
@@ -287,10 +285,8 @@ def measure(args: argparse.Namespace) -> int:
         group = [entry for entry in chosen if entry.size == setting.size]
         logger.info(f"{setting}: {', '.join(entry.label for entry in group)}")
         rows += run_group(setting, group, args.batch_size, args.rounds, args.device, deadline)
-        cells = [row.cells() for row in rows]
-        common.publish(args, "Speed", facts, notes, COLUMNS, cells)
-        if any(row.rate for row in rows):
-            draw(rows).savefig(common.result_path(args.out, f"{args.name}.png"), dpi=120)
+        cells, figure = [row.cells() for row in rows], draw(rows)
+        common.publish(args, "Speed", facts, notes, COLUMNS, cells, figure=figure)
     return 0
 
 

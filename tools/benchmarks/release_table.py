@@ -274,10 +274,8 @@ def measure(args: argparse.Namespace) -> int:
     sizes = [size for size in SIZES if any(MODELS[label].size == size for label in args.models)]
     for resolution, size in product(sorted(args.sizes), sizes):
         rows += run_group(args, size, resolution, deadline)
-        lines = [cells(row) for row in rows]
-        common.publish(args, "The release's table of throughput", facts, notes, COLUMNS, lines, [table(rows)])
-        if any(row.rate for row in rows):
-            draw(rows).savefig(common.result_path(args.out, f"{args.name}.png"), dpi=120)
+        title, lines, figure = "The release's table of throughput", [cells(row) for row in rows], draw(rows)
+        common.publish(args, title, facts, notes, COLUMNS, lines, [table(rows)], figure)
     return 0
 
 
