@@ -37,7 +37,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROUNDS = {"cpu": 5, "cuda": 20}
 MAX_CALLS = 1000  # of an action in one round
 clock = time.perf_counter  # a tool may set time.process_time: other work on the machine then counts less
-MISTAKES = (ValueError, OSError, ImportError)  # that the user can correct
 
 
 # --- Timing -------------------------------------------------------------------------------------------------
@@ -167,7 +166,7 @@ def run_command(args: argparse.Namespace, measure: Callable[[argparse.Namespace]
         if args.threads is not None:
             torch.set_num_threads(args.threads)
         return measure(args)
-    except (*MISTAKES, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
         logger.error(f"error: {error}")
         return 2
 

@@ -61,9 +61,14 @@ for _name in ("focal_base", "focalv2_base_useconv"):
 
 
 @dataclass(frozen=True)
-class Figures:
-    """A kernel on one card; None where it was not compiled, and for what a card does not have."""
+class Row:
+    """A kernel of one layer on one card; None is what was not compiled, or what a card does not have."""
 
+    card: str
+    dtype: str
+    model: str
+    stage: int
+    head_width: int
     kernel: str
     verdict: str  # ok, spills, out of resource, does not compile, refused
     reason: str = ""
@@ -79,44 +84,39 @@ class Figures:
     hash: str = ""  # of the compiled kernel
 
 
-def figures_of(kernel: Kernel, card: str) -> Figures:
-    """What a kernel that was compiled for a card takes."""
+COLUMNS = [field.name for field in fields(Row)]
+
+
+def resources(kernel: Kernel, card: str) -> dict[str, Any]:
+    """Fields of `Row` for a kernel that was compiled for a card."""
+    found = {"kernel": kernel.name, "reason": reason_of(kernel.error)}
     if kernel.compiled is None:
-        return Figures(kernel.name, "does not compile", reason_of(kernel.error))
+        return found | {"verdict": "does not compile"}
     asm, metadata = kernel.compiled.asm, kernel.compiled.metadata
     if CARDS[card].target.backend == "cuda":
-        usage = resource_usage(asm["cubin"])
-        found = {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-        registers, stack, local, spilled, text = (
-            found["reg"],
-            found["stack"],
-            found["local"],
-            None,
-            asm["ptx"],
-        )
+        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", resource_usage(asm["cubin"])))
+        registers, stack, local = (int(usage[name]) for name in ("REG", "STACK", "LOCAL"))
+        text, spilled = asm["ptx"], None
     else:
-        text = asm["amdgcn"]
+        text, local = asm["amdgcn"], None
         registers, stack, spilled = (
-            int(re.search(rf"\.{name}:\s+(\d+)", text)[1])  # type: ignore[index]
+            int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
             for name in ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
         )
-        local = None
     spills = bool(stack or local or spilled)
-    return Figures(
-        kernel=kernel.name,
-        verdict="out of resource" if kernel.error else "spills" if spills else "ok",
-        reason=reason_of(kernel.error),
-        warps=metadata.num_warps,
-        stages=metadata.num_stages,
-        shared=metadata.shared,
-        registers=registers,
-        stack=stack,
-        local=local,
-        spilled=spilled,
-        tensor=getattr(metadata, "tmem_size", None) or None,
-        units=" ".join(name for name in UNITS if re.search(rf"{re.escape(name)}(?!\.bulk)", text)),
-        hash=kernel.compiled.hash,
-    )
+    return found | {
+        "verdict": "out of resource" if kernel.error else "spills" if spills else "ok",
+        "warps": metadata.num_warps,
+        "stages": metadata.num_stages,
+        "shared": metadata.shared,
+        "registers": registers,
+        "stack": stack,
+        "local": local,
+        "spilled": spilled,
+        "tensor": getattr(metadata, "tmem_size", None) or None,
+        "units": " ".join(name for name in UNITS if re.search(rf"{re.escape(name)}(?!\.bulk)", text)),
+        "hash": kernel.compiled.hash,
+    }
 
 
 def reason_of(error: Exception | None) -> str:
@@ -178,35 +178,16 @@ def distinct_layers(models: Iterable[str]) -> list[Layer]:
     return list(found.values())
 
 
-@dataclass(frozen=True)
-class Row:
-    """A kernel of one layer on one card."""
-
-    card: str
-    dtype: str
-    model: str
-    stage: int
-    head_dim: int
-    figures: Figures
-
-    def cells(self) -> list[common.Cell]:
-        """By COLUMNS."""
-        return [self.card, self.dtype, self.model, self.stage, self.head_dim, *astuple(self.figures)]
-
-
-COLUMNS = ["card", "dtype", "model", "stage", "head width", *(f.name for f in fields(Figures))]
-
-
 def compile_layer(layer: Layer, card: str, dtype: str) -> list[Row]:
     """The kernels that a layer's forward and backward launch."""
     driver = StubDriver(card, keep_going=True)
     try:
         layer.run(driver, DTYPES[dtype])
-        found = [figures_of(kernel, card) for kernel in driver.kernels]
+        found = [resources(kernel, card) for kernel in driver.kernels]
     except ValueError as error:  # the operator says that it cannot run there
-        found = [Figures("attention", "refused", common.short_reason(error))]
-    head = (card, dtype, layer.model, layer.stage, layer.attention.head_dim)
-    return [Row(*head, kernel) for kernel in found]
+        found = [{"kernel": "attention", "verdict": "refused", "reason": common.short_reason(error)}]
+    where = (card, dtype, layer.model, layer.stage, layer.attention.head_dim)
+    return [Row(*where, **kernel) for kernel in found]
 
 
 Job = tuple[Layer, str, str]  # layer, card, dtype
@@ -230,25 +211,25 @@ def distinct_rows(jobs: Sequence[Job]) -> list[Row]:
     """The kernels of all jobs, each once for a card."""
     found: dict[Any, Row] = {}
     for (layer, card, dtype), rows in zip(jobs, compile_all(jobs), strict=True):
-        verdicts = ", ".join(row.figures.verdict for row in rows)
+        verdicts = ", ".join(row.verdict for row in rows)
         logger.info(f"{card} {dtype} {layer.model} stage {layer.stage}: {verdicts}")
         for row in rows:
-            found.setdefault((card, row.figures.hash or row), row)
+            found.setdefault((card, row.hash or row), row)
     return list(found.values())
 
 
 def verdict_table(rows: Sequence[Row]) -> str:
     """How many kernels got which verdict, by card and dtype."""
-    verdicts = ["ok", *sorted({row.figures.verdict for row in rows} - {"ok"})]
-    counts = Counter((row.card, row.dtype, row.figures.verdict) for row in rows)
+    verdicts = ["ok", *sorted({row.verdict for row in rows} - {"ok"})]
+    counts = Counter((row.card, row.dtype, row.verdict) for row in rows)
     groups = dict.fromkeys((row.card, row.dtype) for row in rows)
     cells = [[*group, *(counts[(*group, verdict)] for verdict in verdicts)] for group in groups]
     return "## Verdicts\n\n" + common.markdown_table(["card", "dtype", *verdicts], cells)
 
 
-def figure_table(title: str, rows: Iterable[Row]) -> str:
-    """All figures but the hash."""
-    return f"## {title}\n\n" + common.markdown_table(COLUMNS[:-1], [row.cells()[:-1] for row in rows])
+def row_table(title: str, rows: Iterable[Row]) -> str:
+    """All columns but the hash."""
+    return f"## {title}\n\n" + common.markdown_table(COLUMNS[:-1], [astuple(row)[:-1] for row in rows])
 
 
 NOTES = [
@@ -279,12 +260,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         first = {type(layer.attention): layer.model for layer in reversed(layers)}.values()  # of each family
         tables = [
             verdict_table(rows),
-            figure_table("Kernels that are not ok", (row for row in rows if row.figures.verdict != "ok")),
-            figure_table("The first stage", (row for row in rows if row.model in first and row.stage == 1)),
+            row_table("Kernels that are not ok", (row for row in rows if row.verdict != "ok")),
+            row_table("The first stage", (row for row in rows if row.model in first and row.stage == 1)),
         ]
     title = "Attention kernels, compiled for every GPU"
-    common.publish(args, title, facts, NOTES, COLUMNS, [row.cells() for row in rows], tables)
-    return int(any(row.figures.verdict != "ok" for row in rows))
+    common.publish(args, title, facts, NOTES, COLUMNS, [astuple(row) for row in rows], tables)
+    return int(any(row.verdict != "ok" for row in rows))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ CASES = {  # name -> options: class folders with each decoder, then other source
     "hf": {"DATA.DATASET": "hf"},
 }
 BASELINE = "pil"
-COLUMNS = ("workers", "case", "img/s", "quartiles", "ratio to pil", "quartiles of the ratio")
+COLUMNS = ("workers", "case", "img/s", "ratio to pil")
 
 
 def photograph(seed: int) -> Image.Image:
@@ -164,11 +164,9 @@ def measure(args: argparse.Namespace) -> int:
             for name in CASES:
                 rate = common.Spread.of([1 / value for value in times[name]])
                 ratio = common.speed_ratio(times[name], times[BASELINE])
-                spread = f"{common.show(rate.lower)}-{common.show(rate.upper)}"
-                quartiles = f"{ratio.lower:.2f}-{ratio.upper:.2f}"
-                rows.append([workers, name, rate.median, spread, ratio.median, quartiles])
+                rows.append([workers, name, rate, ratio])
     note = "pil and opencv are decoders, with class folders; the other cases are sources, with pil. "
-    note += f"Medians of {args.rounds} epochs in alternating rounds; ratios are within a round."
+    note += f"Medians and quartiles of {args.rounds} epochs in alternating rounds; ratios are within a round."
     common.publish(args, "Training data pipeline", facts, [note], COLUMNS, rows)
     return 0
 
