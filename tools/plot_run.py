@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tools.figures.drawing import blank_figure
 from utils import path_argument
 
 if TYPE_CHECKING:
@@ -110,12 +111,8 @@ def draw(runs: Sequence[RunMetrics]) -> "Figure":
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("the plot needs matplotlib: pip install matplotlib") from error
     beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(runs) > 1 else {}
-    figure = Figure(figsize=(9 if beside else 5, 7), layout="constrained")
+    figure = blank_figure(figsize=(9 if beside else 5, 7))
     panels = figure.subplots(len(PANELS), 1, sharex=True)
     for number, run in enumerate(runs):
         _draw_run(panels, run, f"C{number % 10}", f"{run.name}, " if len(runs) > 1 else "")
