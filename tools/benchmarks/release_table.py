@@ -197,16 +197,13 @@ def table(rows: Sequence[Row]) -> str:
     lines = []
     for model in (label for label in REPORTED if (label, resolutions[0]) in found):
         line = [model, *cells(found[model, resolutions[0]])[-5:-1]]
-        for row in (found.get((model, resolution)) for resolution in resolutions):
+        for resolution in resolutions:
+            row = found.get((model, resolution))
             if row is None:  # not yet measured
                 line += [None] * 3
                 continue
-            ratio = row.ratio and row.ratio.median
-            line += [
-                row.rate.median if row.rate else row.note,
-                ratio,
-                reported_ratio(model, row.setting.resolution),
-            ]
+            rate = row.rate.median if row.rate else row.note
+            line += [rate, row.ratio and row.ratio.median, reported_ratio(model, resolution)]
         lines.append(line)
     return common.markdown_table(columns, lines)
 
