@@ -21,7 +21,7 @@ from types import ModuleType
 import pytest
 import torch
 from conftest import REPO
-from openmmlab_runs import in_scope
+from openmmlab_runs import ONE_PROCESS, in_scope
 from torch.distributed.run import get_args_parser
 
 import config as config_module
@@ -34,17 +34,11 @@ PAGES = [*DOCS, REPO / "figures" / "README.md"]
 PAGES += [
     REPO / name for name in ("MODEL_ZOO.md", "CONTRIBUTING.md", "CHANGELOG.md", "tools/results/README.md")
 ]
-FEW_SCENES = {  # over a config of detection/ or segmentation/, so that an epoch takes a second
+FEW_SCENES = ONE_PROCESS | {  # over a config of detection/ or segmentation/: an epoch takes a second
     "train_cfg.val_interval": 1000,  # after the last epoch alone
     "train_dataloader.dataset.indices": 2,
     "val_dataloader.dataset.indices": 1,
     "test_dataloader.dataset.indices": 1,
-    "train_dataloader.num_workers": 0,
-    "train_dataloader.persistent_workers": False,
-    "val_dataloader.num_workers": 0,
-    "val_dataloader.persistent_workers": False,
-    "test_dataloader.num_workers": 0,
-    "test_dataloader.persistent_workers": False,
 }
 OUR_COMMANDS = ("classification.", "data.", "tools.")  # beside main.py and those of the tasks
 SHELL_WORDS = {"source", "head", "export", "cd", "pip", "["}  # not ours to check
