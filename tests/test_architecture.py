@@ -57,7 +57,7 @@ OPTIONAL_AS_A_WHOLE = (  # import them at the top
     *("models/ops/triton/*", "models/hub.py", "detection/*", "segmentation/*", "data/demo*.py"),
     *("openmmlab/check_config.py", "openmmlab/check_data.py", "openmmlab/loaded_weights.py"),
     *("openmmlab/focal_backbone.py", "openmmlab/ops_bridge.py"),
-    *("tools/benchmarks/compile_matrix.py", "tools/benchmarks/stub_driver.py"),
+    *("tools/benchmarks/kernel_figures.py", "tools/benchmarks/stub_driver.py"),
 )
 CONFIG_READERS = (  # build_* functions and the run itself; everything else takes plain values
     *("main.py", "config.py", "training/*", "optimizer.py", "lr_scheduler.py"),

@@ -10,7 +10,7 @@ pytest.importorskip("mmdet", reason="needs OpenMMLab's packages: make setup-open
 from tools.benchmarks import detector as tool  # noqa: E402
 
 NARROW = {"Focal-T": {"embed_dim": 8}, "Swin-T": {"embed_dims": 8}}
-WORDS = ["--size", "64", "90", "--batch-size", "1", "--rounds", "1", "--device", "cpu"]
+WORDS = ["--size", "64", "90", "--batch-size", "1", "--rounds", "2", "--device", "cpu"]
 
 
 @pytest.fixture
@@ -42,17 +42,40 @@ def test_table_of_two_detectors(narrow: None, tmp_path: Path) -> None:
     assert float(swin["vs Swin-T"]) == 1 and focal["attention"] and not swin["attention"]
     for row in (focal, swin):
         assert float(row["img/s"]) > 0 and float(row["params M"]) > 1 and row["peak MiB"] == ""
-        assert float(row["vs Swin-T lower"]) <= float(row["vs Swin-T"]) <= float(row["vs Swin-T upper"])
+        assert float(row["lower"]) <= float(row["vs Swin-T"]) <= float(row["upper"])
     text = path.with_suffix(".md").read_text()
     for fact in ("Machine: ", "mmdet 3", "Mask R-CNN, 64 x 90, batch 1, fp32", "| Focal-T |"):
         assert fact in text
 
 
+def test_sizes_that_change_against_one(narrow: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both rows are the same detector."""
+    monkeypatch.setattr(tool, "STEPS", 2)
+    size = ["--size", "128", "160"]
+    assert tool.main([*WORDS, "--multi-scale", "--rounds", "1", *size, "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*_detector.csv")
+    with path.open() as file:
+        changing, fixed = csv.DictReader(file)
+    assert (changing["backbone"], fixed["backbone"]) == (tool.CHANGING, tool.ONE_SIZE)
+    assert changing["params M"] == fixed["params M"]
+    assert float(fixed[f"vs {tool.ONE_SIZE}"]) == 1 != float(changing[f"vs {tool.ONE_SIZE}"])
+
+
+def test_changing_sizes() -> None:
+    sizes = tool.changing_sizes((320, 500), 6)
+    assert len({*sizes}) == len(sizes) == 6 * tool.STEPS
+    for i in range(0, len(sizes), tool.STEPS):
+        assert 0.98 < sum(h * w for h, w in sizes[i : i + tool.STEPS]) / (tool.STEPS * 320 * 512) < 1.02
+    with pytest.raises(ValueError, match="--multi-scale: expected 40 sizes around 96 x 96, got"):
+        tool.changing_sizes((96, 96), 10)
+
+
 def test_a_step_trains_the_whole_detector(narrow: None) -> None:
     tool.silence_mmengine()
     batch = tool.make_batch(1, (64, 96))
-    precision, device = tool.Precision(torch.float32), torch.device("cpu")
-    contender = tool.Contender(tool.DETECTORS["Focal-T"], batch, precision, device)
+    contender = tool.Contender(
+        tool.DETECTORS["Focal-T"], [batch], tool.Precision(torch.float32), torch.device("cpu")
+    )
     parameters = dict(contender.model.named_parameters())
     before = {key: parameter.detach().clone() for key, parameter in parameters.items()}
     contender.step()
@@ -68,3 +91,13 @@ def test_full_configs_are_the_same_detector_but_for_the_backbone() -> None:
         assert config.model.pop("backbone").drop_path_rate == 0.2
         assert config.optim_wrapper.optimizer.type == "AdamW"
     assert configs[0].model == configs[1].model
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--rounds", "0"], "--rounds: expected 1 or more"), (["--size", "8", "99"], "32 pixels or more")],
+)
+def test_mistakes_are_named(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        tool.main(words)
+    assert message in capsys.readouterr().err

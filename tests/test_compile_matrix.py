@@ -14,12 +14,15 @@ pytest.importorskip("triton", minversion="3.3", reason="the stub driver needs Tr
 import triton
 import triton.language as tl
 from torch import nn
+from torch.nn import functional as F
 from triton.runtime.errors import OutOfResources
 
 from models import FocalTransformer
 from models.focal_transformer import FAMILIES
 from models.ops.triton import bias, kernels
-from tools.benchmarks.compile_matrix import CUOBJDUMP, Layer, compile_all, distinct_layers
+from tools.benchmarks.compile_matrix import Layer, compile_all, distinct_layers
+from tools.benchmarks.kernel_figures import CUOBJDUMP, main_loop, parse_sass
+from tools.benchmarks.operator_costs import LaunchCounter, count_launches
 from tools.benchmarks.stub_driver import StubDriver
 
 pytestmark = [
@@ -77,10 +80,13 @@ def test_models_train_on_every_gpu() -> None:
     precision."""
     jobs = [(build(), card, dtype) for build, card, dtype in CASES.values()]
     for (_, card, dtype), case, rows in zip(jobs, CASES, compile_all(jobs), strict=True):
-        assert {row.kernel for row in rows} >= set(ATTENTION), case
-        assert [row for row in rows if row.verdict != "ok"] == [], case
+        figures = [row.figures for row in rows]
+        assert {f.kernel for f in figures} >= set(ATTENTION), case
+        assert [f for f in figures if f.verdict != "ok"] == [], case
+        attention = [f for f in figures if f.kernel in ATTENTION]
+        assert all(f.instructions and f.blocks for f in attention), case
         if card == "sm_90" and dtype != "fp32":
-            assert all("wgmma" in row.units for row in rows if row.kernel in ATTENTION), case
+            assert all("wgmma" in f.units for f in attention), case
 
 
 def test_sizes_make_no_kernel_of_their_own() -> None:
@@ -142,7 +148,9 @@ def test_the_stub_notices_what_does_not_fit(kernel: Any, size: int, card: str, r
     with StubDriver(card) as driver:
         if reason is None:
             kernel[(2,)](x, y, size, num_warps=8)
-            assert driver.launches == [kernel.__name__]
+            assert [(launch.name, launch.grid) for launch in driver.launches] == [
+                (kernel.__name__, (2, 1, 1))
+            ]
         else:
             with pytest.raises(OutOfResources, match=reason):
                 kernel[(2,)](x, y, size, num_warps=8)
@@ -168,3 +176,54 @@ def test_the_stub_leaves_nothing_behind() -> None:
     assert state() == before
     assert not x.is_cuda and x.device.type == "cpu"
     assert driver.device.index not in kernels.forward_kernel.device_caches
+
+
+SASS = """
+        /*0000*/                   S2R R0, SR_TID.X ;      /* 0x00 */
+        /*0010*/              @!P0 BRA 0x0060 ;            /* 0x00 */
+        /*0020*/                   FADD.FTZ R0, R0, R1 ;   /* 0x00 */
+        /*0030*/                   FMUL R0, R0, R1 ;       /* 0x00 */
+        /*0040*/              @!P1 BRA 0x0070 ;            /* 0x00 */
+        /*0050*/               @P0 BRA 0x0020 ;            /* 0x00 */
+        /*0060*/                   EXIT ;                  /* 0x00 */
+        /*0070*/                   SYNCS R1 ;              /* 0x00 */
+        /*0080*/              @!P1 BRA 0x0070 ;            /* 0x00 */
+        /*0090*/                   BRA 0x0050 ;            /* 0x00 */
+        /*00a0*/                   BRA 0xa0;               /* 0x00 */
+"""
+
+
+def test_main_loop() -> None:
+    """Waiting code that lies behind the program belongs to the loop that it serves, and makes no other."""
+    loop = main_loop(*parse_sass(SASS))
+    assert loop == ["FADD.FTZ", "FMUL", "BRA", "BRA", "SYNCS", "BRA", "BRA"]
+
+
+@torch.library.custom_op("test_compile_matrix::double_and_add", mutates_args=())
+def double_and_add(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x).copy_(x).mul_(2) + y
+
+
+def test_counts_launches() -> None:
+    """Views and allocations are free, Python operators are looked into, sorting is counted."""
+    x, weight = torch.ones(4, 4), torch.ones(8, 4, requires_grad=True)
+    with LaunchCounter() as counter:
+        double_and_add(x.view(16), x[0].expand(4, 4).reshape(16))
+        assert dict(counter.kernels) == {"clone": 1, "copy_": 1, "mul_": 1, "add": 1}
+        for indices, kernels_started in ((3072, 2), (3073, 12)):
+            rows = F.embedding(torch.zeros(indices, dtype=torch.long), weight)
+            gradient = torch.ones_like(rows)
+            counter.kernels.clear()
+            rows.backward(gradient)
+            assert counter.kernels["embedding_dense_backward"] == kernels_started
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_launches_of_a_layer(kind: str) -> None:
+    """Between the projections: the kernels themselves, and what makes the bias and its gradient."""
+    layer = OneStage.build(kind)
+    counts = count_launches(layer.attention, layer.height, layer.width, "sm_90")
+    forward, backward = counts["forward"], counts["backward"]
+    assert forward["forward_kernel"] == 1 and "mm" not in forward
+    assert backward["query_gradient_kernel"] >= 1 and backward["key_gradient_kernel"] == 1
+    assert backward["embedding_dense_backward"] >= 4

@@ -5,8 +5,7 @@
 
 Every distinct attention layer of really built models runs forward and backward under a `StubDriver`, for each
 architecture and type of numbers, so that what is compiled is what training launches there. All of it takes
-hours of one core. Resources are read from the binary with NVIDIA's cuobjdump, which Triton brings, or from
-the assembly with AMD's metadata.
+hours of one core. Also counts launches and the memory that training keeps, see `operator_costs`.
 """
 
 from __future__ import annotations
@@ -15,21 +14,16 @@ import argparse
 import logging
 import multiprocessing
 import os
-import re
-import subprocess
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor, nn
-from triton.runtime.errors import OutOfResources
 
 from models import FocalTransformer
 from models.focal_transformer import FocalAttention
@@ -38,13 +32,13 @@ from utils import path_argument
 
 from . import common
 from .common import DTYPES
-from .stub_driver import CARDS, Kernel, StubDriver
+from .kernel_figures import Figures, figures
+from .operator_costs import BATCH, activations, count_launches
+from .stub_driver import CARDS, StubDriver
 
 logger = logging.getLogger("benchmark")
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-UNITS = ("cp.async", "wgmma", "tcgen05", "mma.sync", "mfma", "wmma")
-BATCH = 2
+COUNTED_ON = "sm_90"  # the card of launches and activations
 WIDE_HEADS: dict[str, Any] = {"num_heads": (2, 4, 8, 16)}  # of width 64 in Focal-B
 WINDOW_12: dict[str, Any] = {"img_size": 384, "window_size": 12}
 MODELS: dict[str, dict[str, Any]] = {  # by short name: options of FocalTransformer
@@ -55,90 +49,6 @@ for _name in ("focal_tiny", "focalv2_tiny_useconv"):
 for _name in ("focal_base", "focalv2_base_useconv"):
     MODELS[f"{_name} wide heads"] = MODELS[_name] | WIDE_HEADS
     MODELS[f"{_name} wide heads window 12"] = MODELS[_name] | WINDOW_12 | WIDE_HEADS
-
-
-# --- What a kernel takes ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Row:
-    """A kernel of one layer on one card; None is what was not compiled, or what a card does not have."""
-
-    card: str
-    dtype: str
-    model: str
-    stage: int
-    head_width: int
-    kernel: str
-    verdict: str  # ok, spills, out of resource, does not compile, refused
-    reason: str = ""
-    warps: int | None = None
-    stages: int | None = None
-    shared: int | None = None  # bytes of a block
-    registers: int | None = None  # of a thread
-    stack: int | None = None  # bytes of a thread; AMD: scratch
-    local: int | None = None  # bytes of a thread
-    spilled: int | None = None  # vector registers of a thread (AMD)
-    tensor: int | None = None  # columns of tensor memory
-    units: str = ""  # which of UNITS it uses
-    hash: str = ""  # of the compiled kernel
-
-
-COLUMNS = [field.name for field in fields(Row)]
-
-
-def resources(kernel: Kernel, card: str) -> dict[str, Any]:
-    """Fields of `Row` for a kernel that was compiled for a card."""
-    found = {"kernel": kernel.name, "reason": reason_of(kernel.error)}
-    if kernel.compiled is None:
-        return found | {"verdict": "does not compile"}
-    asm, metadata = kernel.compiled.asm, kernel.compiled.metadata
-    if CARDS[card].target.backend == "cuda":
-        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", resource_usage(asm["cubin"])))
-        registers, stack, local = (int(usage[name]) for name in ("REG", "STACK", "LOCAL"))
-        text, spilled = asm["ptx"], None
-    else:
-        text, local = asm["amdgcn"], None
-        registers, stack, spilled = (
-            int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
-            for name in ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
-        )
-    spills = bool(stack or local or spilled)
-    return found | {
-        "verdict": "out of resource" if kernel.error else "spills" if spills else "ok",
-        "warps": metadata.num_warps,
-        "stages": metadata.num_stages,
-        "shared": metadata.shared,
-        "registers": registers,
-        "stack": stack,
-        "local": local,
-        "spilled": spilled,
-        "tensor": getattr(metadata, "tmem_size", None) or None,
-        "units": " ".join(name for name in UNITS if re.search(rf"{re.escape(name)}(?!\.bulk)", text)),
-        "hash": kernel.compiled.hash,
-    }
-
-
-def reason_of(error: Exception | None) -> str:
-    """An error in one line: what ran out, or what Triton's compiler says last."""
-    if error is None:
-        return ""
-    if isinstance(error, OutOfResources):
-        return f"{error.name}: {error.required} of {error.limit}"
-    lines = str(error.__cause__ or error).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__
-
-
-def resource_usage(cubin: bytes) -> str:
-    """What cuobjdump prints of a binary's resources."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [CUOBJDUMP, "--dump-resource-usage", file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-# --- Which kernels there are --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -178,16 +88,36 @@ def distinct_layers(models: Iterable[str]) -> list[Layer]:
     return list(found.values())
 
 
+@dataclass(frozen=True)
+class Row:
+    """A kernel of one layer on one card."""
+
+    card: str
+    dtype: str
+    model: str
+    stage: int
+    head_dim: int
+    figures: Figures
+
+    def cells(self) -> list[common.Cell]:
+        """By COLUMNS."""
+        return [self.card, self.dtype, self.model, self.stage, self.head_dim, *astuple(self.figures)]
+
+
+COLUMNS = ["card", "dtype", "model", "stage", "head width", *(f.name for f in fields(Figures))]
+SHOWN_CLASSES = 8  # most frequent instructions in the report
+
+
 def compile_layer(layer: Layer, card: str, dtype: str) -> list[Row]:
     """The kernels that a layer's forward and backward launch."""
     driver = StubDriver(card, keep_going=True)
     try:
         layer.run(driver, DTYPES[dtype])
-        found = [resources(kernel, card) for kernel in driver.kernels]
+        found = [figures(kernel, card) for kernel in driver.kernels]
     except ValueError as error:  # the operator says that it cannot run there
-        found = [{"kernel": "attention", "verdict": "refused", "reason": common.short_reason(error)}]
-    where = (card, dtype, layer.model, layer.stage, layer.attention.head_dim)
-    return [Row(*where, **kernel) for kernel in found]
+        found = [Figures("attention", "refused", common.short_reason(error))]
+    head = (card, dtype, layer.model, layer.stage, layer.attention.head_dim)
+    return [Row(*head, kernel) for kernel in found]
 
 
 Job = tuple[Layer, str, str]  # layer, card, dtype
@@ -211,31 +141,61 @@ def distinct_rows(jobs: Sequence[Job]) -> list[Row]:
     """The kernels of all jobs, each once for a card."""
     found: dict[Any, Row] = {}
     for (layer, card, dtype), rows in zip(jobs, compile_all(jobs), strict=True):
-        verdicts = ", ".join(row.verdict for row in rows)
+        verdicts = ", ".join(row.figures.verdict for row in rows)
         logger.info(f"{card} {dtype} {layer.model} stage {layer.stage}: {verdicts}")
         for row in rows:
-            found.setdefault((card, row.hash or row), row)
+            found.setdefault((card, row.figures.hash or row), row)
     return list(found.values())
 
 
 def verdict_table(rows: Sequence[Row]) -> str:
     """How many kernels got which verdict, by card and dtype."""
-    verdicts = ["ok", *sorted({row.verdict for row in rows} - {"ok"})]
-    counts = Counter((row.card, row.dtype, row.verdict) for row in rows)
+    verdicts = ["ok", *sorted({row.figures.verdict for row in rows} - {"ok"})]
+    counts = Counter((row.card, row.dtype, row.figures.verdict) for row in rows)
     groups = dict.fromkeys((row.card, row.dtype) for row in rows)
     cells = [[*group, *(counts[(*group, verdict)] for verdict in verdicts)] for group in groups]
     return "## Verdicts\n\n" + common.markdown_table(["card", "dtype", *verdicts], cells)
 
 
-def row_table(title: str, rows: Iterable[Row]) -> str:
-    """All columns but the hash."""
-    return f"## {title}\n\n" + common.markdown_table(COLUMNS[:-1], [astuple(row)[:-1] for row in rows])
+def figure_table(title: str, rows: Iterable[Row]) -> str:
+    """All figures but the hash, with the most frequent instructions."""
+    cells = []
+    for row in rows:
+        *most, classes, _ = row.cells()
+        cells.append([*most, ", ".join(str(classes).split(", ")[:SHOWN_CLASSES])])
+    return f"## {title}\n\n" + common.markdown_table(COLUMNS[:-1], cells)
+
+
+def launch_table(layers: Iterable[Layer]) -> str:
+    """Kernels between the two projections of each stage's layer."""
+    cells: list[list[common.Cell]] = []
+    for layer in layers:
+        counts = count_launches(layer.attention, layer.height, layer.width, COUNTED_ON)
+        for name, kernels in counts.items():
+            listed = ", ".join(f"{kernel} {count}" for kernel, count in kernels.items())
+            cells.append([layer.model, layer.stage, name, kernels.total(), listed])
+    columns = ["model", "stage", "pass", "launches", "of these"]
+    return "## Launches between the projections\n\n" + common.markdown_table(columns, cells)
+
+
+def activation_table() -> str:
+    """What Focal-T keeps for backward, and Swin-T."""
+    kept = activations(COUNTED_ON)
+    cells = [[name, value, value / kept["swin_tiny"]] for name, value in kept.items()]
+    columns = ["model", "MiB per image", "of swin_tiny's"]
+    return "## Kept for backward\n\n" + common.markdown_table(columns, cells)
 
 
 NOTES = [
     "Shared memory in bytes of a block; registers, stack and local memory (bytes) of a thread, on AMD "
-    "scratch and spilled vector registers; tensor memory in columns.",
+    "scratch and spilled vector registers; tensor memory in columns; blocks that fit into an SM (on AMD a "
+    "compute unit) by registers, shared memory, tensor memory and warps.",
+    "Instructions: of the largest loop's body, per warp: over items (windows of images) in forward and query "
+    "gradient, over pairs of window and block of queries in the key gradient. A loop inside counts once.",
     "A layer that several models share is listed under the first of them.",
+    f"Launches and activations: as on {COUNTED_ON}, in training under autocast to bf16, with a batch of "
+    f"{BATCH}. Launches are operations of ATen that start a kernel on CUDA, plus Triton's, from the output "
+    "of qkv to the input of proj and back, the bias and its gradient included.",
 ]
 
 
@@ -245,10 +205,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--architectures", nargs="+", choices=CARDS, default=list(CARDS))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument(
-        "--out", type=path_argument, metavar="FOLDER", help="write <date>_compile.md and .csv"
-    )
-    parser.set_defaults(name="compile")
+    parser.add_argument("--out", type=path_argument, metavar="FOLDER", help="write a dated .md and .csv here")
+    parser.add_argument("--name", default="compile", help="of the files")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     facts = common.describe_run(torch.device("cpu"))
@@ -260,12 +218,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         first = {type(layer.attention): layer.model for layer in reversed(layers)}.values()  # of each family
         tables = [
             verdict_table(rows),
-            row_table("Kernels that are not ok", (row for row in rows if row.verdict != "ok")),
-            row_table("The first stage", (row for row in rows if row.model in first and row.stage == 1)),
+            figure_table("Kernels that are not ok", (row for row in rows if row.figures.verdict != "ok")),
+            figure_table("The first stage", (row for row in rows if row.model in first and row.stage == 1)),
+            launch_table(layer for layer in layers if layer.model in first),
+            activation_table(),
         ]
     title = "Attention kernels, compiled for every GPU"
-    common.publish(args, title, facts, NOTES, COLUMNS, [astuple(row) for row in rows], tables)
-    return int(any(row.verdict != "ok" for row in rows))
+    common.publish(args, title, facts, NOTES, COLUMNS, [row.cells() for row in rows], tables)
+    return int(any(row.figures.verdict != "ok" for row in rows))
 
 
 if __name__ == "__main__":

@@ -171,8 +171,8 @@ def publish(
     )
     columns = ["Model", "params M", "MMACs", "accuracy %", "ahead of Swin, by seed"]
     table = common.markdown_table(columns, lines)
-    common.publish(args, title, facts, [note], ["model", "seed", "epoch", "accuracy %"], rows, [table])
-    draw(curves).savefig(common.result_path(args.out, f"{args.name}.png"), dpi=120)
+    names = ["model", "seed", "epoch", "accuracy %"]
+    common.publish(args, title, facts, [note], names, rows, [table], draw(curves))
 
 
 def size_of(config: CfgNode) -> tuple[float, float]:

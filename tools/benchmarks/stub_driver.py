@@ -31,33 +31,40 @@ KIB = 1024
 
 @dataclass(frozen=True)
 class Card:
-    """What the compiler has to know of a GPU."""
+    """What a GPU has. An SM is a compute unit on AMD."""
 
     target: GPUTarget
     capability: tuple[int, int]  # as torch.cuda.get_device_capability says
     block_shared: int  # bytes of shared memory that one block may have
+    sm_shared: int  # bytes of an SM
+    reserved: int  # bytes of shared memory that the system takes for each block
+    sm_parts: int  # parts of an SM, each with its own registers
+    part_warps: int  # most warps of one
+    sm_blocks: int
 
 
-def _nvidia(arch: int, block_shared: int) -> Card:
-    return Card(GPUTarget("cuda", arch, 32), divmod(arch, 10), block_shared * KIB)
+def _nvidia(arch: int, block_shared: int, sm_shared: int, sm_warps: int, sm_blocks: int) -> Card:
+    shared = block_shared * KIB, sm_shared * KIB, KIB
+    return Card(GPUTarget("cuda", arch, 32), divmod(arch, 10), *shared, 4, sm_warps // 4, sm_blocks)
 
 
-def _amd(arch: str, capability: tuple[int, int], warp: int, block_shared: int) -> Card:
-    return Card(GPUTarget("hip", arch, warp), capability, block_shared * KIB)
+def _amd(arch: str, capability: tuple[int, int], warp: int, shared: int, parts: int, warps: int) -> Card:
+    shared *= KIB
+    return Card(GPUTarget("hip", arch, warp), capability, shared, shared, 0, parts, warps, parts * warps)
 
 
 CARDS = {
-    "sm_80": _nvidia(80, 163),  # A100
-    "sm_86": _nvidia(86, 99),  # RTX 3090, A10, A40
-    "sm_89": _nvidia(89, 99),  # RTX 4090, L4, L40
-    "sm_90": _nvidia(90, 227),  # H100, H200
-    "sm_100": _nvidia(100, 227),  # B200
-    "sm_103": _nvidia(103, 227),  # B300
-    "sm_120": _nvidia(120, 99),  # RTX 5090
-    "gfx90a": _amd("gfx90a", (9, 0), 64, 64),  # MI200
-    "gfx942": _amd("gfx942", (9, 4), 64, 64),  # MI300
-    "gfx950": _amd("gfx950", (9, 5), 64, 160),  # MI350
-    "gfx1100": _amd("gfx1100", (11, 0), 32, 64),  # RX 7900
+    "sm_80": _nvidia(80, 163, 164, 64, 32),  # A100
+    "sm_86": _nvidia(86, 99, 100, 48, 16),  # RTX 3090, A10, A40
+    "sm_89": _nvidia(89, 99, 100, 48, 24),  # RTX 4090, L4, L40
+    "sm_90": _nvidia(90, 227, 228, 64, 32),  # H100, H200
+    "sm_100": _nvidia(100, 227, 228, 64, 32),  # B200
+    "sm_103": _nvidia(103, 227, 228, 64, 32),  # B300
+    "sm_120": _nvidia(120, 99, 100, 48, 24),  # RTX 5090
+    "gfx90a": _amd("gfx90a", (9, 0), 64, 64, 4, 8),  # MI200
+    "gfx942": _amd("gfx942", (9, 4), 64, 64, 4, 8),  # MI300
+    "gfx950": _amd("gfx950", (9, 5), 64, 160, 4, 8),  # MI350
+    "gfx1100": _amd("gfx1100", (11, 0), 32, 64, 2, 16),  # RX 7900
 }
 """NVIDIA: CUDA's programming guide, table of technical specifications per compute capability."""
 
@@ -75,6 +82,14 @@ class Kernel:
 
 
 @dataclass
+class Launch:
+    """One launch."""
+
+    name: str
+    grid: tuple[int, int, int]
+
+
+@dataclass
 class StubDriver:
     """See the module. A context manager that may be entered once."""
 
@@ -82,7 +97,7 @@ class StubDriver:
     keep_going: bool = False  # a kernel that fails is recorded and skipped, instead of raising its error
     with_trial: bool = False  # models try the kernels first, and find that they compute nothing
     kernels: list[Kernel] = field(default_factory=list)
-    launches: list[str] = field(default_factory=list)  # names of kernels
+    launches: list[Launch] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.card = CARDS[self.card_name]
@@ -180,6 +195,6 @@ class StubDriver:
         """What launches a kernel."""
 
         def launch(x: int, y: int, z: int, *args: Any) -> None:
-            self.launches.append(metadata.name)
+            self.launches.append(Launch(metadata.name, (x, y, z)))
 
         return launch

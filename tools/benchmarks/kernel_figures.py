@@ -1,0 +1,201 @@
+"""What a compiled kernel takes of a GPU: registers, spills, shared and tensor memory, instructions.
+
+Read from the binary with NVIDIA's cuobjdump, which Triton brings, or from the assembly with AMD's metadata.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+
+import triton
+from triton.runtime.errors import OutOfResources
+
+from .stub_driver import CARDS, Card, Kernel
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TENSOR_COLUMNS, LEAST_TENSOR_COLUMNS = 512, 32  # tensor memory of an SM, and the least that is allocated
+PART_REGISTERS, REGISTER_UNIT = 2**14, 2**8  # of a quarter of an SM; a warp's registers come in such units
+UNITS = ("cp.async", "wgmma", "tcgen05", "mma.sync", "mfma", "wmma")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A kernel on one card; None where it was not compiled, and for what a card does not have."""
+
+    kernel: str
+    verdict: str  # ok, spills, out of resource, does not compile
+    reason: str = ""
+    warps: int | None = None
+    stages: int | None = None
+    shared: int | None = None  # bytes of a block
+    registers: int | None = None  # of a thread
+    stack: int | None = None  # bytes of a thread; AMD: scratch
+    local: int | None = None  # bytes of a thread
+    spilled: int | None = None  # vector registers of a thread (AMD)
+    tensor: int | None = None  # columns of tensor memory
+    blocks: int | None = None  # that fit into an SM
+    units: str = ""  # which of UNITS it uses
+    instructions: int | None = None  # of the largest loop's body, per warp; a loop inside it counts once
+    classes: str = ""  # these by opcode, most frequent first
+    hash: str = ""  # of the compiled kernel
+
+
+def figures(kernel: Kernel, card_name: str) -> Figures:
+    """What a kernel that was compiled for a card takes."""
+    if kernel.compiled is None:
+        return Figures(kernel.name, "does not compile", reason_of(kernel.error))
+    card, asm, metadata = CARDS[card_name], kernel.compiled.asm, kernel.compiled.metadata
+    shared, warps = metadata.shared, metadata.num_warps
+    tensor = getattr(metadata, "tmem_size", None) or None  # from Triton 3.3 on
+    if card.target.backend == "cuda":
+        usage = _cuobjdump(asm["cubin"], "--dump-resource-usage")
+        found = {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+        loop = main_loop(*parse_sass(_cuobjdump(asm["cubin"], "-sass")))
+        spilled, text = None, asm["ptx"]
+        part_warps = PART_REGISTERS // (ceil(found["reg"] * 32 / REGISTER_UNIT) * REGISTER_UNIT)
+    else:
+        text = asm["amdgcn"]
+
+        def number(name: str) -> int:
+            return int(re.search(rf"{name}:\s+(\d+)", text)[1])  # type: ignore[index]
+
+        found = {"reg": number(r"\.vgpr_count"), "stack": number(r"\.private_segment_fixed_size")}
+        spilled, part_warps = number(r"\.vgpr_spill_count"), number("; Occupancy")
+        loop = main_loop(*parse_amdgcn(text))
+    spills = bool(found["stack"] or found.get("local") or spilled)
+    verdict = "out of resource" if kernel.error else "spills" if spills else "ok"
+    return Figures(
+        kernel=kernel.name,
+        verdict=verdict,
+        reason=reason_of(kernel.error),
+        warps=warps,
+        stages=metadata.num_stages,
+        shared=shared,
+        registers=found["reg"],
+        stack=found["stack"],
+        local=found.get("local"),
+        spilled=spilled,
+        tensor=tensor,
+        blocks=blocks_per_sm(card, warps, min(part_warps, card.part_warps), shared, tensor),
+        units=" ".join(name for name in UNITS if re.search(rf"{re.escape(name)}(?!\.bulk)", text)),
+        instructions=len(loop) or None,
+        classes=", ".join(f"{name} {n}" for name, n in Counter(map(opcode_class, loop)).most_common()),
+        hash=kernel.compiled.hash,
+    )
+
+
+def reason_of(error: Exception | None) -> str:
+    """An error in one line: what ran out, or what Triton's compiler says last."""
+    if error is None:
+        return ""
+    if isinstance(error, OutOfResources):
+        return f"{error.name}: {error.required} of {error.limit}"
+    lines = str(error.__cause__ or error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
+
+
+def blocks_per_sm(card: Card, warps: int, part_warps: int, shared: int, tensor: int | None) -> int:
+    """Blocks that fit into an SM at the same time.
+
+    Args:
+        card: the GPU.
+        warps: of a block.
+        part_warps: warps that a part of an SM has registers for.
+        shared: bytes of a block.
+        tensor: columns of tensor memory of a block.
+    """
+    fit = [card.sm_blocks, part_warps * card.sm_parts // warps]
+    if shared + card.reserved:
+        fit.append(card.sm_shared // (shared + card.reserved))
+    if tensor:
+        fit.append(TENSOR_COLUMNS // max(LEAST_TENSOR_COLUMNS, 1 << (tensor - 1).bit_length()))
+    return min(fit)
+
+
+def opcode_class(opcode: str) -> str:
+    """FADD of FADD.FTZ, v_add_f32 of v_add_f32_e32; `uniform` for what runs on a warp's scalar unit."""
+    name = re.sub(r"_e(32|64)$", "", opcode.partition(".")[0])
+    is_uniform = re.match(r"(U(?!TC|BLK)|R2UR)", name) or name.startswith("s_")
+    return "uniform" if is_uniform else name
+
+
+def _cuobjdump(cubin: bytes, option: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [CUOBJDUMP, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+Edges = dict[int, list[int]]  # for each instruction the ones that may come next
+
+
+def parse_sass(text: str) -> tuple[list[str], Edges]:
+    """Opcodes of cuobjdump -sass, and which may follow which."""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(@!?\w+\s+)?([A-Z][\w.]*)([^;]*);", text)
+    number = {int(address, 16): i for i, (address, *_) in enumerate(found)}
+    edges: Edges = {}
+    for i, (_, predicate, opcode, operands) in enumerate(found):
+        target = re.search(r"(0x[0-9a-f]+)\s*$", operands) if opcode.startswith(("BRA", "JMP")) else None
+        only_target = target is not None and operands.strip() == target[1]
+        ends = opcode.startswith(("EXIT", "RET")) or only_target
+        edges[i] = [] if ends and not predicate else [i + 1]
+        if target:
+            edges[i].append(number[int(target[1], 16)])
+    return [opcode for _, _, opcode, _ in found], edges
+
+
+def parse_amdgcn(text: str) -> tuple[list[str], Edges]:
+    """Opcodes of LLVM's assembly for AMD, and which may follow which."""
+    opcodes: list[str] = []
+    labels: dict[str, int] = {}
+    targets: dict[int, str] = {}
+    for line in text.partition("s_endpgm")[0].splitlines():
+        if label := re.match(r"(\.LBB\w+):", line):
+            labels[label[1]] = len(opcodes)
+        elif instruction := re.match(r"\t([a-z]\w*)(?:\s+(\.LBB\w+))?", line):
+            if instruction[2]:
+                targets[len(opcodes)] = instruction[2]
+            opcodes.append(instruction[1])
+    edges = {i: [] if opcode == "s_branch" else [i + 1] for i, opcode in enumerate(opcodes)}
+    for i, label in targets.items():
+        if label in labels:  # not one after the end of the program
+            edges[i].append(labels[label])
+    return opcodes, edges
+
+
+def main_loop(opcodes: list[str], edges: Edges) -> list[str]:
+    """Opcodes of the loop with the most instructions; none where there is no loop.
+
+    A loop is what can reach a jump back without passing the jump's target, where the target is on every way
+    to the jump. (A jump back from waiting code that lies behind the program is none.)
+    """
+    before: Edges = defaultdict(list)
+    for i, following in edges.items():
+        for j in following:
+            before[j].append(i)
+    loops: dict[int, set[int]] = defaultdict(set)
+    for i, following in edges.items():
+        for head in following:
+            if head <= i and (head == 0 or i not in _reachable([0], edges, head)):
+                loops[head] |= _reachable([i], before, head) | {head}
+    largest = max(loops.values(), key=len, default=set())
+    return [opcodes[i] for i in sorted(largest)] if len(largest) > 1 else []
+
+
+def _reachable(start: Iterable[int], edges: Edges, without: int) -> set[int]:
+    """Instructions that can be reached without passing one of them."""
+    seen, waiting = set(), [i for i in start if i != without]
+    while waiting:
+        i = waiting.pop()
+        if i not in seen:
+            seen.add(i)
+            waiting.extend(j for j in edges.get(i, ()) if j != without and j not in seen)
+    return seen
