@@ -16,6 +16,7 @@ Errors: FileNotFoundError where there is no such file; ValueError for weights th
 contradict each other.
 """
 
+from collections.abc import Callable as _Callable
 from typing import Any as _Any
 
 from models import VARIANTS as _VARIANTS
@@ -25,69 +26,31 @@ from models import load_checkpoint as _load_checkpoint
 dependencies = ["numpy", "timm", "torch"]
 
 
-def _create(
-    variant: str,
-    pretrained: str | bool,
-    reset_head: bool = False,
-    resize: bool = False,
-    **options: _Any,
-) -> _FocalTransformer:
-    """A variant; arguments as above."""
-    if pretrained is True:
-        raise ValueError(
-            f"pretrained must be a file or an address of weights, got True: none are published for {variant}"
-        )
-    model = _FocalTransformer(**{**_VARIANTS[variant], **options})
-    if pretrained:
-        _load_checkpoint(model, str(pretrained), reset_head=reset_head, resize=resize)
-    return model
+def _entry(variant: str) -> _Callable[..., _FocalTransformer]:
+    """The entry of a variant."""
+
+    def create(
+        pretrained: str | bool = False, reset_head: bool = False, resize: bool = False, **options: _Any
+    ) -> _FocalTransformer:
+        if pretrained is True:
+            none = f"none are published for {variant}"
+            raise ValueError(f"pretrained must be a file or an address of weights, got True: {none}")
+        model = _FocalTransformer(**{**_VARIANTS[variant], **options})
+        if pretrained:
+            _load_checkpoint(model, str(pretrained), reset_head=reset_head, resize=resize)
+        return model
+
+    create.__doc__ = f"{variant}. Arguments: see the head of hubconf.py."
+    return create
 
 
-def focal_tiny(pretrained: str | bool = False, **options: _Any) -> _FocalTransformer:
-    """focal_tiny_patch4_window7_224. Arguments: see the head of hubconf.py."""
-    return _create("focal_tiny_patch4_window7_224", pretrained, **options)
-
-
-def focal_small(pretrained: str | bool = False, **options: _Any) -> _FocalTransformer:
-    """focal_small_patch4_window7_224. Arguments: see the head of hubconf.py."""
-    return _create("focal_small_patch4_window7_224", pretrained, **options)
-
-
-def focal_base(pretrained: str | bool = False, **options: _Any) -> _FocalTransformer:
-    """focal_base_patch4_window7_224. Arguments: see the head of hubconf.py."""
-    return _create("focal_base_patch4_window7_224", pretrained, **options)
-
-
-def focal_large(pretrained: str | bool = False, **options: _Any) -> _FocalTransformer:
-    """focal_large_patch4_window7_224. Arguments: see the head of hubconf.py."""
-    return _create("focal_large_patch4_window7_224", pretrained, **options)
-
-
-def focal_tiny_conv(pretrained: str | bool = False, **options: _Any) -> _FocalTransformer:
-    """focal_tiny_useconv_patch4_window7_224. Arguments: see the head of hubconf.py."""
-    return _create("focal_tiny_useconv_patch4_window7_224", pretrained, **options)
-
-
-def focal_small_conv(pretrained: str | bool = False, **options: _Any) -> _FocalTransformer:
-    """focal_small_useconv_patch4_window7_224. Arguments: see the head of hubconf.py."""
-    return _create("focal_small_useconv_patch4_window7_224", pretrained, **options)
-
-
-def focal_base_conv(pretrained: str | bool = False, **options: _Any) -> _FocalTransformer:
-    """focal_base_useconv_patch4_window7_224. Arguments: see the head of hubconf.py."""
-    return _create("focal_base_useconv_patch4_window7_224", pretrained, **options)
-
-
-def focal_fast_tiny(pretrained: str | bool = False, **options: _Any) -> _FocalTransformer:
-    """focalv2_tiny_useconv_patch4_window7_224. Arguments: see the head of hubconf.py."""
-    return _create("focalv2_tiny_useconv_patch4_window7_224", pretrained, **options)
-
-
-def focal_fast_small(pretrained: str | bool = False, **options: _Any) -> _FocalTransformer:
-    """focalv2_small_useconv_patch4_window7_224. Arguments: see the head of hubconf.py."""
-    return _create("focalv2_small_useconv_patch4_window7_224", pretrained, **options)
-
-
-def focal_fast_base(pretrained: str | bool = False, **options: _Any) -> _FocalTransformer:
-    """focalv2_base_useconv_patch4_window7_224. Arguments: see the head of hubconf.py."""
-    return _create("focalv2_base_useconv_patch4_window7_224", pretrained, **options)
+focal_tiny = _entry("focal_tiny_patch4_window7_224")
+focal_small = _entry("focal_small_patch4_window7_224")
+focal_base = _entry("focal_base_patch4_window7_224")
+focal_large = _entry("focal_large_patch4_window7_224")
+focal_tiny_conv = _entry("focal_tiny_useconv_patch4_window7_224")
+focal_small_conv = _entry("focal_small_useconv_patch4_window7_224")
+focal_base_conv = _entry("focal_base_useconv_patch4_window7_224")
+focal_fast_tiny = _entry("focalv2_tiny_useconv_patch4_window7_224")
+focal_fast_small = _entry("focalv2_small_useconv_patch4_window7_224")
+focal_fast_base = _entry("focalv2_base_useconv_patch4_window7_224")

@@ -7,12 +7,9 @@ from .focal_transformer import FocalTransformer
 from .ops import agree_on_backends
 from .registry import VARIANTS
 
-TimmFocalTransformer = FocalTransformer  # one class now; the name for code that was written with two
-
 __all__ = [
     "VARIANTS",
     "FocalTransformer",
-    "TimmFocalTransformer",
     "agree_on_backends",
     "build_model",
     "count_params_and_macs",

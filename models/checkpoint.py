@@ -8,18 +8,20 @@ channels; with `resize` it is adapted to others (resize.py).
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from .download import fetch, is_address
 from .focal_transformer import FocalFastAttention
 from .resize import choices_of_other_maps, depends_on_setting, is_plain, is_ring, resize_state
 from .safetensors_file import read_safetensors
@@ -73,21 +75,39 @@ def read_checkpoint(path_or_url: str | Path) -> dict[str, Any]:
 
     Args:
         path_or_url: a file of torch.save or a `.safetensors` file, or an http(s) address of one, which is
-            kept in the torch hub cache.
+            downloaded once, into the cache of torch.hub.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a checkpoint, damaged, or a file that would execute code.
+        ValueError: not a checkpoint, damaged, a file that would execute code, or it cannot be downloaded.
     """
-    path = _local_file(path_or_url)
+    is_address = str(path_or_url).lower().startswith(("http://", "https://"))
+    path = _downloaded(str(path_or_url)) if is_address else Path(path_or_url).expanduser()
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "no plain file" if path.exists() else "not there"
+        raise FileNotFoundError(f"{path}: expected a checkpoint file, but it is {kind}; check the path")
     try:
         return read_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
     except ValueError as error:
-        if not is_address(path_or_url):
+        if not is_address:
             raise
+        path.unlink(missing_ok=True)  # it may have ended too early
+        raise ValueError(f"{path_or_url}, downloaded to {error}. The download is removed") from error
+
+
+def _downloaded(url: str) -> Path:
+    """The file of an address, in the cache of torch.hub; many addresses end in the same name."""
+    name, digest = Path(urlparse(url).path), hashlib.sha256(url.encode()).hexdigest()[:8]
+    path = Path(torch.hub.get_dir(), "checkpoints", f"{name.stem}-{digest}{name.suffix}")
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), progress=False)
+    except (OSError, HTTPException, ValueError) as error:
         raise ValueError(
-            f"{error}. This is the kept copy of {path_or_url}: remove it to have it fetched again"
+            f"{url}: could not be downloaded ({shown(error)}); pass a local file instead"
         ) from error
+    return path
 
 
 def state_dict_of(checkpoint: Mapping[str, Any], origin: str = "checkpoint") -> dict[str, Tensor]:
@@ -122,13 +142,10 @@ def _own_state(checkpoint: Mapping[str, Any], origin: str) -> tuple[dict[str, Te
 
 
 def _without_prefixes(state: Mapping[str, Tensor], origin: str) -> tuple[dict[str, Tensor], list[str]]:
-    """The entries that stand beside the first convolution, under bare names, and the names of all others.
+    """The entries beside the first convolution, under bare names, and the names of all others.
 
     {module.backbone.patch_embed.proj.weight: a, module.neck.weight: b} -> {patch_embed.proj.weight: a},
     [neck.weight]. Without prefix, nothing is left out: what else is there is unexpected.
-
-    Raises:
-        ValueError: a name occurs twice.
     """
     places: dict[str, dict[str, Tensor]] = {}  # prefix without wrappers -> bare name -> entry
     twice: set[str] = set()
@@ -252,9 +269,9 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 def _adapt_stem(given: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
     """Fit a first convolution of 3 input channels to the model's number, as timm does; what was changed."""
     old, new = given.get(STEM), wanted.get(STEM)
-    if old is None or new is None or not _is_weight(old):
+    if old is None or new is None or not (_is_weight(old) and _differs_in_channels(old, new)):
         return []
-    if not _differs_in_channels(old, new) or old.shape[1] != RGB:
+    if old.shape[1] != RGB:
         return []
     given[STEM] = adapt_input_conv(new.shape[1], old)
     return [STEM]
@@ -262,8 +279,7 @@ def _adapt_stem(given: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> list[
 
 def _differs_in_channels(old: Tensor, new: Tensor) -> bool:
     """Whether two kernels [C, in_chans, k, k] differ in in_chans alone."""
-    rest = [(len(x), *x.shape[2:]) for x in (old, new) if x.ndim == 4]
-    return len(rest) == 2 and rest[0] == rest[1] and old.shape[1] != new.shape[1]
+    return old.ndim == new.ndim == 4 and old[:, :0].shape == new[:, :0].shape and old.shape != new.shape
 
 
 def _mapped_head(
@@ -322,28 +338,29 @@ def _log(report: LoadReport) -> None:
 
 def check_state(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], origin: str) -> None:
     """Raise ValueError listing all differences between two state dicts."""
-    problems = []
     missing, unexpected = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
-    if missing:
-        problems.append(f"{len(missing)} missing: {_listed(missing)}")
-    if unexpected:
-        problems.append(f"{len(unexpected)} unexpected: {_listed(unexpected)}")
     common = sorted(given.keys() & wanted.keys())
     unlike = [key for key in common if _differ_in_shape(given, wanted, key)]
     shapes = [f"{key} is {list(given[key].shape)}, expected {list(wanted[key].shape)}" for key in unlike]
-    if shapes:
-        problems.append(f"{len(shapes)} of another shape: {_listed(shapes)}")
     kinds = [
         f"{key} is {_kind(given[key])}, expected {_kind(wanted[key])}"
         for key in common
         if not is_plain(given[key]) or given[key].is_floating_point() != wanted[key].is_floating_point()
     ]
-    if kinds:
-        problems.append(f"{len(kinds)} of another kind: {_listed(kinds)}")
-    if not problems:
+    broken = []
+    if not (missing or unexpected or shapes or kinds):
         broken = [key for key in common if not torch.isfinite(given[key].to(wanted[key].dtype)).all()]
-        if broken:
-            problems.append(f"{len(broken)} with nan or inf: {_listed(broken)}")
+    problems = [
+        f"{len(names)} {what}: {_listed(names)}"
+        for what, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", shapes),
+            ("of another kind", kinds),
+            ("with nan or inf", broken),
+        )
+        if names
+    ]
     if not problems:
         return
     advice = GENERAL_ADVICE if kinds else _advice(given, wanted, [*missing, *unexpected], unlike)
@@ -366,30 +383,26 @@ def _advice(
     stem = [key for key in unlike if key == STEM and _differs_in_channels(given[key], wanted[key])]
     if not names or len(head) + len(setting) + len(stem) < len(names):
         return GENERAL_ADVICE
-    what, remedies = [], []
+    remedies = {}
     if head:
-        what.append("the classifier")
-        remedies.append(
+        remedies["the classifier"] = (
             "set MODEL.NUM_CLASSES, or ask for a new head (reset_head; training with MODEL.RESET_HEAD True)"
         )
     if setting:
-        what.append("what depends on windows or the input size")
-        remedies.append(
+        remedies["what depends on windows or the input size"] = (
             "set windows and input size as they were, or have the checkpoint resized (resize; training with "
             "--pretrained does)"
         )
     if stem:
         channels = given[STEM].shape[1]
-        what.append("the number of input channels")
-        remedies.append(
-            f"set MODEL.FOCAL.IN_CHANS (in_chans) to {channels}, or "
-            + (
-                "have the first convolution adapted (resize; training with --pretrained does)"
-                if channels == RGB
-                else f"use weights of {RGB} channels, which can be adapted (resize)"
-            )
+        adapt = f"use weights of {RGB} channels, which can be adapted (resize)"
+        if channels == RGB:
+            adapt = "have the first convolution adapted (resize; training with --pretrained does)"
+        remedies["the number of input channels"] = (
+            f"set MODEL.FOCAL.IN_CHANS (in_chans) to {channels}, or {adapt}"
         )
-    return f"Only {' and '.join(what)} differ{'s' * (len(what) == 1)}: {'; '.join(remedies)}."
+    differ = "differs" if len(remedies) == 1 else "differ"
+    return f"Only {' and '.join(remedies)} {differ}: {'; '.join(remedies.values())}."
 
 
 def _check_choice(layer: FocalFastAttention, name: str, given: Mapping[str, Tensor], origin: str) -> None:
@@ -409,14 +422,3 @@ def _kind(tensor: Tensor) -> str:
 def _listed(names: list[Any]) -> str:
     more = f", ... ({len(names) - SHOWN_KEYS} more)" if len(names) > SHOWN_KEYS else ""
     return ", ".join(shown(name) for name in names[:SHOWN_KEYS]) + more
-
-
-def _local_file(path_or_url: str | Path) -> Path:
-    """The file itself, fetched first where it is an address."""
-    if is_address(path_or_url):
-        return fetch(str(path_or_url))
-    path = Path(path_or_url).expanduser()
-    if not path.is_file():
-        kind = "a folder" if path.is_dir() else "no plain file" if path.exists() else "not there"
-        raise FileNotFoundError(f"{path}: expected a checkpoint file, but it is {kind}; check the path")
-    return path

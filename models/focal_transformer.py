@@ -48,9 +48,9 @@ from torch.utils.checkpoint import checkpoint
 
 logger = logging.getLogger(__name__)
 
-# --- Which keys a window sees: integers that follow from the size of the map --------------------------------
-
 CACHED_INDEXES = 64  # per family and process; a model needs one or two per stage and input size
+
+# --- Which keys a window sees: integers that follow from the size of the map --------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,41 +120,29 @@ def shift_mask(height: int, width: int, window: int, shift: int) -> np.ndarray:
 def nearest_cells(rows: np.ndarray, columns: np.ndarray, height: int, width: int, count: int) -> np.ndarray:
     """The `count` nearest cells of a map for each centre, nearest first, ties row by row.
 
-    Centres are all pairs of `rows` [R] and `columns` [X]; they may lie outside the map. Those that are
-    equally far from the borders, or too far for these to matter, form a class, which is computed once.
+    Centres are all pairs of `rows` [R] and `columns` [X]; they may lie outside the map.
     Returns int64 [R * X, count].
     """
-    farthest = int(np.abs(rows).max() + np.abs(columns).max()) + height + width
     radius = 2 * int(np.ceil(np.sqrt(count / np.pi))) + 1  # a quarter of such a disc holds `count` cells
     while True:
         offset = grid(2 * radius + 1, 2 * radius + 1) - radius
         distance = (offset**2).sum(axis=1)
-        disc = offset[np.argsort(distance, kind="stable")]
-        disc = disc[: np.count_nonzero(distance <= radius**2)]
-        in_rows, row_class = _inside(rows, height, disc[:, 0], radius)
-        in_columns, column_class = _inside(columns, width, disc[:, 1], radius)
-        inside = in_rows[:, None] & in_columns  # bool [row classes, column classes, offsets]
+        disc = offset[np.argsort(distance, kind="stable")][: np.count_nonzero(distance <= radius**2)]
+        y, x = rows[:, None] + disc[:, 0], columns[:, None] + disc[:, 1]  # [R or X, cells of the disc]
+        inside = ((y >= 0) & (y < height))[:, None] & (x >= 0) & (x < width)  # [R, X, cells of the disc]
         rank = inside.cumsum(axis=-1, dtype=np.int32)
-        if rank[..., -1].min() >= count or radius >= farthest:
-            break
+        if rank[..., -1].min() >= count:
+            row, column, cell = np.nonzero(inside & (rank <= count))
+            return (y[row, cell] * width + x[column, cell]).reshape(-1, count)
         radius += radius // 2
-    chosen = np.flatnonzero(inside & (rank <= count)).reshape(*inside.shape[:2], count) % len(disc)
-    step = (disc @ (width, 1))[chosen]  # cell - centre, [row classes, column classes, count]
-    centre = rows[:, None] * width + columns
-    return (centre[..., None] + step[row_class[:, None], column_class]).reshape(-1, count)
-
-
-def _inside(places: np.ndarray, side: int, offset: np.ndarray, radius: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which offsets from rows (or columns) stay in the map, bool [classes, offsets]; class of each row."""
-    to_border = np.stack([np.minimum(places, radius), np.minimum(side - 1 - places, radius)], axis=1)
-    classes, class_of = np.unique(to_border, axis=0, return_inverse=True)
-    return (offset >= -classes[:, :1]) & (offset <= classes[:, 1:]), class_of.reshape(-1)
 
 
 def cached_unless_traced(build: Callable[..., AttentionIndex]) -> Callable[..., AttentionIndex]:
-    """Cache an index by its arguments. The decorated function gets a first argument more, `traced`: if it is
-    True nothing is kept, since tensors then belong to the trace. torch.compile sees a constant. The last
-    argument may be a plain tuple of the fields of `Request`."""
+    """Cache an index by its arguments; torch.compile sees a constant.
+
+    The decorated function has one more argument, `traced`, before the others: if it is True nothing is
+    cached, since tensors then belong to the trace. The last one, a `Request`, may be a plain tuple.
+    """
     fresh = torch.inference_mode(False)(build)  # inference tensors could not be used in training
     cached = lru_cache(maxsize=CACHED_INDEXES)(fresh)
 
@@ -204,9 +192,8 @@ def ring_index(height: int, width: int, config: tuple[int, ...], request: Reques
 
 @cached_unless_traced
 def nearest_index(height: int, width: int, config: tuple[Any, ...], request: Request) -> AttentionIndex:
-    """Keys of Focal-fast attention on an unpadded map: the nearest tokens of each level, or those that are
-    stored, as bytes, which can be hashed."""
-    window, topk, pooled_levels, stored = config
+    """Keys of Focal-fast attention on an unpadded map: the nearest tokens of each level, or `stored` ones."""
+    window, topk, pooled_levels, stored = config  # stored: bytes of each level, which can be hashed, or None
     padded = padded_size(height, width, window)
     windows = grid(padded[0] // window, padded[1] // window)
     if stored is None:
@@ -227,8 +214,8 @@ def nearest_index(height: int, width: int, config: tuple[Any, ...], request: Req
 
 
 def nearest_choice(height: int, width: int, window: int, topk: int, pooled_levels: int) -> list[np.ndarray]:
-    """For every window the nearest fine tokens [P, K_0], numbered on the map without padding, and with a
-    pooled level the nearest windows [P, K_1]."""
+    """For every window the nearest fine tokens [P, K_0], numbered on the unpadded map; with a pooled level
+    also the nearest windows [P, K_1]."""
     rows, columns = (np.arange(-(-side // window)) for side in (height, width))
     centres = (rows * window + window // 2, columns * window + window // 2)
     choice = [nearest_cells(*centres, height, width, min(topk, height * width))]
@@ -239,14 +226,14 @@ def nearest_choice(height: int, width: int, window: int, topk: int, pooled_level
 
 
 def offset_index(y: np.ndarray, x: np.ndarray, unit: int, place: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Tables that look the bias of query - key up by the few offsets that occur.
+    """Tables to compute the bias once for each offset query - key that occurs, and look it up.
 
     Args:
         y, x: rows and columns of centre - key, [P, K], in units of `unit` tokens.
         place: query - centre, [Q, 2], in tokens.
 
     Returns:
-        offsets: for the MLP, float32 [R, 2]: every offset in the bounding box of all query - key.
+        offsets: every offset in the bounding box of all query - key, float32 [R, 2].
         rows: row of `offsets` for each cell of the bounding box of all centre - key and each query, [U, Q].
         cell: the cell of each key, [K, P].
     """
@@ -338,10 +325,8 @@ class Unsupported(ValueError):
 class Backend(NamedTuple):
     """An attention operator that equals `plain_attention`."""
 
-    # prepare(index, request): what it derives from an index, once for each; raises Unsupported
-    prepare: Callable[[AttentionIndex, Request], Any]
-    # attend(qkv, index, bias, scale): as `plain_attention`
-    attend: Callable[[Tensor, AttentionIndex, Tensor, float], Tensor]
+    prepare: Callable[[AttentionIndex, Request], Any]  # returns `AttentionIndex.tables`; raises Unsupported
+    attend: Callable[[Tensor, AttentionIndex, Tensor, float], Tensor]  # qkv, index, bias, scale
 
 
 BACKENDS: dict[str, Backend] = {"plain": Backend(lambda *_: None, plain_attention)}
@@ -372,8 +357,6 @@ def choose_backend(index: AttentionIndex, request: Request) -> AttentionIndex:
 
 
 warn_once = lru_cache(maxsize=None)(logger.warning)
-
-
 _is_exporting = getattr(torch.compiler, "is_exporting", None)  # from PyTorch 2.7 on
 
 
@@ -381,8 +364,8 @@ def is_traced(x: Tensor) -> bool:
     """Whether the model is exported, traced or transformed, so that the plain operator must run.
 
     True in torch.export, torch.jit.trace, torch.func, forward-mode AD and for subclasses of Tensor (fake,
-    distributed, ...). False in torch.compile, which supports custom operators. PyTorch 2.6 cannot tell that
-    from a strict export, so there it is True as well where gradients are disabled.
+    distributed, ...). False in torch.compile, which supports custom operators; PyTorch 2.6 cannot tell that
+    from a strict export, so there it is True where gradients are disabled.
     """
     if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing() or type(x) is not Tensor:
         return True
@@ -470,14 +453,9 @@ class FocalAttention(nn.Module):
             )
 
     def forward(self, x: Tensor, pools: nn.ModuleList) -> Tensor:
-        """Attend over a map.
+        """[B, H, W, C] -> [B, H, W, C], of any size. Zeros that pad it to whole windows are keys, too.
 
-        Args:
-            x: normalised map, [B, H, W, C], of any size. Zeros that pad it to whole windows are keys, too.
-            pools: for each pooled level the module that makes its tokens.
-
-        Returns:
-            [B, H, W, C].
+        `pools` has for each pooled level the module that makes its tokens.
         """
         height, width = integer(x.shape[1]), integer(x.shape[2])  # integers in any trace
         rows, columns = padded_size(height, width, self.window_size)
@@ -500,8 +478,8 @@ class FocalAttention(nn.Module):
         return rolled(x, self.shift_size)[:, :height, :width]
 
     def coarse_tokens(self, x: Tensor, level: int, pool: nn.Module) -> Tensor:
-        """Tokens of a pooled level: [B, H, W, C] -> [B, P * 4^level, C]. Where cells do not fill the map, the
-        rest is cropped evenly on both sides."""
+        """Tokens of a pooled level: [B, H, W, C] -> [B, P * 4^level, C]. What cells do not fill is cropped
+        evenly on both sides."""
         side = self.window_size // 2**level
         rows, columns = (n // self.window_size * 2**level for n in x.shape[1:3])
         top, left = (x.shape[1] - rows * side) // 2, (x.shape[2] - columns * side) // 2
@@ -513,8 +491,7 @@ class FocalAttention(nn.Module):
         return pool(cells.t()).view(x.shape[0], rows * columns, x.shape[3])
 
     def request(self, x: Tensor) -> tuple[Any, ...]:
-        """The fields of `Request` for queries, keys and values like `x`; torch.compile's constants are plain
-        tuples."""
+        """The fields of `Request` for an input like `x`; a plain tuple, as torch.compile's constants are."""
         name = "plain" if is_traced(x) else self.backend
         return name, x.device, x.dtype, self.num_heads, self.head_dim, torch.is_grad_enabled()
 
@@ -545,12 +522,8 @@ class FocalFastAttention(FocalAttention):
     """
 
     def add_bias(self, topk: int, train_resolution: tuple[int, int]) -> None:  # type: ignore[override]
-        """Add an MLP from offset to bias for every level, and the choice of keys.
-
-        Args:
-            topk: keys of each level, or all there are if fewer.
-            train_resolution: H, W of the map that the choice is for.
-        """
+        """Add an MLP from offset to bias for every level, and the choice of `topk` keys of each level, or all
+        if there are fewer, for maps of `train_resolution`."""
         self.topk = topk
         self.coord2rpb_all = nn.ModuleList(
             nn.Sequential(nn.Linear(2, self.head_dim), nn.ReLU(), nn.Linear(self.head_dim, self.num_heads))
@@ -592,8 +565,8 @@ class FocalFastAttention(FocalAttention):
 
     @torch.compiler.assume_constant_result
     def read_choice(self, loaded: Any = None) -> None:
-        """Follow the stored keys after they were loaded, moved or written to; a compiled model does when it
-        is compiled and when a state dict is loaded."""
+        """Follow the stored keys after they were loaded, moved or written to; a compiled model follows when
+        it is compiled and when a state dict is loaded."""
         choice = self.choice()
         if torch._C._are_functorch_transforms_active() or any(
             type(x) is not Tensor or x.is_meta for x in choice
@@ -675,10 +648,8 @@ def scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    """Convolution that shrinks the map, then LayerNorm: the stem and the step between two stages.
-
-    Rows and columns left over at the bottom and right are ignored; the original refuses them.
-    """
+    """Convolution that shrinks the map, then LayerNorm: the stem and the step between two stages. Rows and
+    columns left over at the bottom and right are ignored; the original refuses them."""
 
     def __init__(
         self,
@@ -725,10 +696,8 @@ class FocalStage(nn.Module):
 
 
 class FocalTransformer(nn.Module):
-    """Classifier and backbone, with timm's interface.
-
-    Raises ValueError for options that contradict each other, all of them in one message.
-    """
+    """Classifier and backbone, with timm's interface. Raises ValueError, which lists all options that
+    contradict each other."""
 
     output_fmt = "NHWC"
     global_pool: SelectAdaptivePool2d
@@ -870,9 +839,7 @@ class FocalTransformer(nn.Module):
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Remove what the maps of chosen stages do not need; returns these stages, counted from the first.
-
-        If the last stage goes, norm, pooling and classifier go too.
-        """
+        If the last stage goes, norm, pooling and classifier go too."""
         wanted = self.chosen_stages(indices)
         shortened = max(wanted) < len(self.layers) - 1
         self.layers = self.layers[: max(wanted) + 1]
@@ -915,15 +882,12 @@ class FocalTransformer(nn.Module):
             module.train(self.training)
 
     def set_input_size(self, img_size: int | Sequence[int]) -> None:
-        """Become the model that is built for another size, but keep window sizes and parameters.
-
-        Any size runs without it. It resizes the position embedding for good, and stores Focal-fast's nearest
-        keys for the new size in place of the old ones.
-        """
+        """Become the model that is built for another size, with the same windows and parameters. Any size
+        runs without it; it resizes the position embedding for good, and stores new nearest keys."""
         height, width = to_2tuple(img_size)
         if min(height, width) < self.smallest_side:
-            expected = f"img_size must be at least {self.smallest_side} pixels a side"
-            raise ValueError(f"{expected}, got {height} x {width}")
+            least = f"at least {self.smallest_side} pixels a side"
+            raise ValueError(f"img_size must be {least}, got {height} x {width}")
         size = self.patch_embed.output_size(height, width)
         if (old := self.absolute_pos_embed) is not None:
             new = resized_positions(old.detach(), self.train_resolution, size).flatten(1, 2).clone()
@@ -941,8 +905,8 @@ class FocalTransformer(nn.Module):
             stage.use_checkpoint = enable
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameters in the order of the layers, for timm's layer-wise learning rates: the stem, each block
-        (each stage if `coarse`) with a downsampler or norm that follows it, the classifier."""
+        """Groups of parameters for timm's layer-wise learning rates: the stem, each block (if `coarse`, each
+        stage) with a downsampler or norm that follows it, the classifier."""
         block = r"^layers\.(\d+)" if coarse else r"^layers\.(\d+)\.blocks\.(\d+)"
         after = [(r"^layers\.(\d+)\.downsample", (99999,)), (r"^norm", (99999,))]  # with the one before
         return {
@@ -956,8 +920,8 @@ class FocalTransformer(nn.Module):
         return {name for name, _ in self.named_parameters() if any(word in name for word in keywords)}
 
     def attention_backends(self, dtype: torch.dtype = torch.float32) -> list[str]:
-        """Attention operator of each block at `img_size`, for activations of `dtype` where the model is; if
-        `auto` can only take the plain one, with the reason."""
+        """Attention operator of each block at `img_size` for activations of `dtype`; where `auto` can only
+        take the plain one, with the reason."""
         size, found = self.train_resolution, []
         like = torch.empty(0, dtype=dtype, device=next(self.parameters()).device)
         for stage in self.stages:

@@ -5,8 +5,8 @@
     model = FocalTransformerOnHub.from_pretrained("focal-tiny-digits")     # ready to predict: no dropout
 
 The options given at construction are the config; the page is made from model_card.md. A repository on the
-Hub may hold pytorch_model.bin in place of model.safetensors. Importing this file needs huggingface_hub, which
-comes with timm, and writing the page needs Jinja2.
+Hub may hold pytorch_model.bin in place of model.safetensors. Writing the page needs
+Jinja2.
 """
 
 from __future__ import annotations
@@ -14,10 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-try:
-    from huggingface_hub import PyTorchModelHubMixin
-except ImportError as error:
-    raise ImportError("models on the Hub need huggingface_hub: pip install huggingface_hub") from error
+from huggingface_hub import PyTorchModelHubMixin
 
 from .checkpoint import load_checkpoint
 from .focal_transformer import FocalTransformer

@@ -8,7 +8,7 @@ No weights are published: `pretrained=True` needs `pretrained_cfg_overlay={"file
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -97,72 +97,31 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     return state
 
 
-def _create(variant: str, pretrained: bool, options: Mapping[str, Any]) -> nn.Module:
-    return build_model_with_cfg(
-        FocalTransformer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **{**VARIANTS[variant], **options},
-    )
+def _register(variant: str) -> Callable[..., nn.Module]:
+    """Let `timm.create_model` know a variant; returns the function that makes it."""
+
+    def create(pretrained: bool = False, **options: Any) -> nn.Module:
+        """A model of this name; options as of `FocalTransformer`."""
+        return build_model_with_cfg(
+            FocalTransformer,
+            variant,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+            **{**VARIANTS[variant], **options},
+        )
+
+    create.__name__ = create.__qualname__ = variant
+    return register_model(create)
 
 
-@register_model
-def focal_tiny_patch4_window7_224(pretrained: bool = False, **options: Any) -> nn.Module:
-    """Focal-Tiny; options as of `FocalTransformer`."""
-    return _create("focal_tiny_patch4_window7_224", pretrained, options)
-
-
-@register_model
-def focal_small_patch4_window7_224(pretrained: bool = False, **options: Any) -> nn.Module:
-    """Focal-Small; options as of `FocalTransformer`."""
-    return _create("focal_small_patch4_window7_224", pretrained, options)
-
-
-@register_model
-def focal_base_patch4_window7_224(pretrained: bool = False, **options: Any) -> nn.Module:
-    """Focal-Base; options as of `FocalTransformer`."""
-    return _create("focal_base_patch4_window7_224", pretrained, options)
-
-
-@register_model
-def focal_large_patch4_window7_224(pretrained: bool = False, **options: Any) -> nn.Module:
-    """Focal-Large; not of the release; options as of `FocalTransformer`."""
-    return _create("focal_large_patch4_window7_224", pretrained, options)
-
-
-@register_model
-def focal_tiny_useconv_patch4_window7_224(pretrained: bool = False, **options: Any) -> nn.Module:
-    """Focal-Tiny, overlapping patch embeddings; options as of `FocalTransformer`."""
-    return _create("focal_tiny_useconv_patch4_window7_224", pretrained, options)
-
-
-@register_model
-def focal_small_useconv_patch4_window7_224(pretrained: bool = False, **options: Any) -> nn.Module:
-    """Focal-Small, overlapping patch embeddings; options as of `FocalTransformer`."""
-    return _create("focal_small_useconv_patch4_window7_224", pretrained, options)
-
-
-@register_model
-def focal_base_useconv_patch4_window7_224(pretrained: bool = False, **options: Any) -> nn.Module:
-    """Focal-Base, overlapping patch embeddings; options as of `FocalTransformer`."""
-    return _create("focal_base_useconv_patch4_window7_224", pretrained, options)
-
-
-@register_model
-def focalv2_tiny_useconv_patch4_window7_224(pretrained: bool = False, **options: Any) -> nn.Module:
-    """Focal-fast-Tiny, overlapping patch embeddings; options as of `FocalTransformer`."""
-    return _create("focalv2_tiny_useconv_patch4_window7_224", pretrained, options)
-
-
-@register_model
-def focalv2_small_useconv_patch4_window7_224(pretrained: bool = False, **options: Any) -> nn.Module:
-    """Focal-fast-Small, overlapping patch embeddings; options as of `FocalTransformer`."""
-    return _create("focalv2_small_useconv_patch4_window7_224", pretrained, options)
-
-
-@register_model
-def focalv2_base_useconv_patch4_window7_224(pretrained: bool = False, **options: Any) -> nn.Module:
-    """Focal-fast-Base, overlapping patch embeddings; options as of `FocalTransformer`."""
-    return _create("focalv2_base_useconv_patch4_window7_224", pretrained, options)
+focal_tiny_patch4_window7_224 = _register("focal_tiny_patch4_window7_224")
+focal_small_patch4_window7_224 = _register("focal_small_patch4_window7_224")
+focal_base_patch4_window7_224 = _register("focal_base_patch4_window7_224")
+focal_large_patch4_window7_224 = _register("focal_large_patch4_window7_224")
+focal_tiny_useconv_patch4_window7_224 = _register("focal_tiny_useconv_patch4_window7_224")
+focal_small_useconv_patch4_window7_224 = _register("focal_small_useconv_patch4_window7_224")
+focal_base_useconv_patch4_window7_224 = _register("focal_base_useconv_patch4_window7_224")
+focalv2_tiny_useconv_patch4_window7_224 = _register("focalv2_tiny_useconv_patch4_window7_224")
+focalv2_small_useconv_patch4_window7_224 = _register("focalv2_small_useconv_patch4_window7_224")
+focalv2_base_useconv_patch4_window7_224 = _register("focalv2_base_useconv_patch4_window7_224")

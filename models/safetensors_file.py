@@ -1,27 +1,23 @@
 """Weights in the safetensors format: tensors by name and nothing else, so that a file cannot run code.
 
-The package comes with timm. A file holds parameters alone; a training run is resumed from `.pth` files.
+A file holds parameters alone; a training run is resumed from `.pth` files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+import safetensors.torch
 from torch import Tensor
-
-MISSING = "safetensors files need the package safetensors: pip install safetensors"
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, on the CPU.
 
     Raises:
-        ImportError: the package is missing.
         ValueError: no such file format, or damaged.
     """
-    safetensors = _package()
     try:
         return dict(safetensors.torch.load_file(path, device="cpu"))
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
@@ -33,17 +29,7 @@ def write_safetensors(state: Mapping[str, Tensor], path: Path) -> None:
     """Write tensors by name; what was at `path` is lost.
 
     Raises:
-        ImportError: the package is missing.
         OSError: it could not be written.
     """
-    safetensors = _package()
     plain = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}  # own storage
     path.write_bytes(safetensors.torch.save(plain, metadata={"format": "pt"}))
-
-
-def _package() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(MISSING) from error
-    return safetensors

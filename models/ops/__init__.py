@@ -43,25 +43,22 @@ def agree_on_backends(
         ValueError: a named operator cannot run in one of the processes.
         RuntimeError: another process failed in another way. The one that did raises its own error.
     """
+    if not dist.is_available() or not dist.is_initialized():
+        return model.attention_backends(dtype)
     names: list[str] = []
     failure: Exception | None = None
     try:
         names = model.attention_backends(dtype)
     except Exception as error:  # the other processes wait for an answer
         failure = error
-    if not dist.is_available() or not dist.is_initialized():
-        if failure:
-            raise failure
-        return names
-    failed = None if failure is None else (isinstance(failure, ValueError), str(failure))
+    failed = failure and (ValueError if isinstance(failure, ValueError) else RuntimeError, str(failure))
     answers: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(answers, (names, failed), group=group)
-    if failure and not isinstance(failure, ValueError):
+    if failure:
         raise failure
     for rank, (_, failed) in enumerate(answers):
         if failed:
-            kind = ValueError if failed[0] else RuntimeError
-            raise kind(f"process {rank}: {failed[1]}") from failure
+            raise failed[0](f"process {rank}: {failed[1]}")
     chosen = [[name.partition(" ")[0] for name in found] for found, _ in answers]  # reasons name devices
     different = [rank for rank, found in enumerate(chosen) if found != chosen[0]]
     if not different:

@@ -2,7 +2,7 @@
 
 A piece of one image's windows gathers its queries, keys and values, and all that follows up to the result
 stays in the caches: gathered keys and scores are never written to memory. The backward pass keeps qkv and the
-bias, computes the probabilities again, and writes what gathered keys ask for, of one image at a time:
+bias, computes the probabilities again, and the gradients of gathered keys one image at a time:
 
     P = softmax(scale q k' + bias),  dv = P' do,  dP = do v',  ds = P * (dP - rowsum(dP * P)),
     dq = scale ds k,  dk = scale ds' q,  dbias = sum of ds over the batch.
@@ -21,7 +21,6 @@ output, of T*N rows.
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil, inf
 
@@ -29,10 +28,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.flop_counter import register_flop_formula, sdpa_flop_count
+from torch.utils.flop_counter import register_flop_formula
 
-from ..focal_transformer import BACKENDS, AttentionIndex, Backend, Request, Unsupported, plain_attention
-from .tables import NAMESPACE, MergedKeys, merge_bias, merge_duplicates
+from ..focal_transformer import BACKENDS, AttentionIndex, Backend, Request, Unsupported
+from .tables import NAMESPACE, MergedKeys, differentiable_gradients, merge_bias, merge_duplicates
 
 SCORES_AT_ONCE = 2**17
 """Scores per thread that are worked on at once, so that two copies of them stay in a core's cache."""
@@ -127,10 +126,7 @@ def _gradients(ctx, d_out):
     if torch.is_grad_enabled():  # somebody wants to differentiate the gradients
         height, width, window, scale = ctx.numbers
         index = AttentionIndex(height, width, window, qkv.shape[1], keys, None, ())
-        out = plain_attention(qkv, index, bias, scale, fused=False)
-        wanted = [x for x in (qkv, bias) if x.requires_grad]
-        found = iter(torch.autograd.grad(out, wanted, d_out, create_graph=True))
-        return *(next(found) if x.requires_grad else None for x in (qkv, bias)), *rest
+        return *differentiable_gradients(qkv, bias, d_out, index, scale), *rest
     return *attention_backward(d_out, qkv, bias, keys, rows, *ctx.numbers), *rest
 
 
@@ -149,14 +145,6 @@ def _attention_backward_flops(d_out_shape, qkv_shape, bias_shape, *_, **__) -> i
     return 5 * 2 * qkv_shape[0] * qkv_shape[-1] * int(np.prod(bias_shape))
 
 
-def _sdpa_flops(query_shape, key_shape, value_shape, *_, **__) -> int:
-    return sdpa_flop_count(query_shape, key_shape, value_shape)
-
-
-with suppress(RuntimeError):  # where PyTorch has a formula for its CPU kernel; 2.14 has none
-    register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)(_sdpa_flops)
-
-
 def _forward(qkv: Tensor, bias: Tensor, rows: list[Tensor], scale: float) -> Tensor:
     """As `attention`; bias [M, Q, G]."""
     heads, dim = qkv.shape[3:]
@@ -164,7 +152,7 @@ def _forward(qkv: Tensor, bias: Tensor, rows: list[Tensor], scale: float) -> Ten
     matrices, queries, count = bias.shape
     step = _at_once(bias)
     reads, made_by = rows[0].split(step * (queries + 2 * count)), rows[1]
-    out = qkv.new_empty(len(qkv), len(made_by), dim)
+    out = bias.new_empty(len(qkv), len(made_by), dim)
     results = bias.new_empty(matrices, queries, dim)
     read = bias.new_empty(step * (queries + 2 * count), dim)
     scores = bias.new_empty(step, queries, count)
@@ -178,11 +166,8 @@ def _forward(qkv: Tensor, bias: Tensor, rows: list[Tensor], scale: float) -> Ten
             torch.baddbmm(b, q, k.mT, alpha=scale, out=s)
             torch.softmax(s, dim=-1, out=s)
             torch.bmm(s, v, out=result)
-        if out.dtype == results.dtype:
-            torch.index_select(results.view(-1, dim), 0, made_by, out=answer)
-        else:
-            answer.copy_(results.view(-1, dim)[made_by])
-    return out.view(len(qkv), len(made_by) // heads, heads * dim)
+        torch.index_select(results.view(-1, dim), 0, made_by, out=answer)
+    return out.view(len(qkv), len(made_by) // heads, heads * dim).to(qkv.dtype)
 
 
 def _backward(
@@ -230,16 +215,9 @@ def _to_gradients(
     probabilities: Tensor,
     d_scores: Tensor,
 ) -> None:
-    """Gradients of a piece.
+    """Gradients of a piece: q, do, dq [m, Q, D], k, v, dk, dv [m, G, D], the others [m, Q, G].
 
-    Args:
-        scale: factor of the scores.
-        q, do: queries, and the output's gradient, [m, Q, D].
-        k, v: [m, G, D].
-        bias: [m, Q, G].
-        dq, dk, dv: written to, as q, k, v.
-        d_bias: added to, as `bias`.
-        probabilities, d_scores: written to, as `bias`.
+    Adds to `d_bias`, and writes to what follows `bias` otherwise.
     """
     torch.baddbmm(bias, q, k.mT, alpha=scale, out=probabilities)
     torch.softmax(probabilities, dim=-1, out=probabilities)
@@ -301,7 +279,7 @@ def row_numbers(index: AttentionIndex, keys: Tensor, heads: int, trains: bool) -
         index: gives the sizes.
         keys: [P, G].
         heads: N.
-        trains: add what the backward pass needs.
+        trains: whether to add what the backward pass needs, the last three.
 
     Returns:
         read: rows of qkv: q, k, v of one score matrix after the other, [M*(Q + 2G)].

@@ -1,4 +1,4 @@
-"""What the attention operators share: one key for two that stand for the same token.
+"""What the attention operators share: one key for two of the same token, and second derivatives.
 
 Legend: as in `focal_transformer`; K' keys of a window after merging.
 """
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..focal_transformer import AttentionIndex
+from ..focal_transformer import AttentionIndex, plain_attention
 
 NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0])
 """Of PyTorch operators: the name of this package, since a copy of it elsewhere registers its own ones."""
@@ -31,6 +31,17 @@ class MergedKeys:
     single: Tensor  # [K - 2M] columns that stay as they are
     first: Tensor  # [M] first column of each pair
     second: Tensor  # [M] second column
+
+
+def differentiable_gradients(
+    qkv: Tensor, bias: Tensor, d_out: Tensor, index: AttentionIndex, scale: float
+) -> tuple[Tensor | None, ...]:
+    """Gradients of qkv and bias, of those that require one, by the plain operator, so that they can be
+    differentiated once more."""
+    out = plain_attention(qkv, index, bias, scale, fused=False)
+    wanted = [x for x in (qkv, bias) if x.requires_grad]
+    found = iter(torch.autograd.grad(out, wanted, d_out, create_graph=True))
+    return tuple(next(found) if x.requires_grad else None for x in (qkv, bias))
 
 
 def merge_bias(merged: MergedKeys, bias: Tensor) -> Tensor:

@@ -20,14 +20,14 @@ def prepare(index: AttentionIndex, request: Request) -> TritonTables:
     if request.device.type != "cuda" and "TRITON_INTERPRET" not in os.environ:
         raise Unsupported(f"needs a CUDA device, got {request.device}")
     try:
-        from . import attention, trial
+        from . import attention, kernels, trial
     except ImportError as error:
         raise Unsupported(str(error)) from error
     if reason := attention.why_not(request, index.window):
         raise Unsupported(reason)
     tables = build_tables(index, request.trains)
     case = trial.case_of(index, tables, request)
-    if not attention.INTERPRETED and (reason := trial.problem(case)):
+    if not kernels.INTERPRETED and (reason := trial.problem(case)):
         raise Unsupported(reason)
     return tables
 

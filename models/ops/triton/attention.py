@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ...focal_transformer import AttentionIndex, Request, plain_attention
-from ..tables import NAMESPACE
+from ...focal_transformer import AttentionIndex, Request
+from ..tables import NAMESPACE, differentiable_gradients
 from . import bias as bias_kernels
 from . import launch
-from .kernels import INTERPRETED
 from .tables import Blocks, TritonTables
 
 MAX_HEAD_DIM = 64
@@ -31,15 +30,12 @@ LEAST_SCALE = 2**-6
 
 def why_not(request: Request, window: int) -> str | None:
     """Why the kernels cannot serve a request, whatever the keys; None if they can."""
-    device, dtype, head_dim = request.device, request.dtype, request.head_dim
-    if device.type != "cuda" and not INTERPRETED:
-        return f"needs a CUDA device, got {device}"
-    if reason := launch.why_not(device):
+    if reason := launch.why_not(request.device):
         return reason
-    if dtype not in DTYPES:
-        return f"needs float16, bfloat16 or float32, got {dtype}"
-    if head_dim % 8 or not 0 < head_dim <= MAX_HEAD_DIM:
-        return f"needs heads whose width is a multiple of 8 up to {MAX_HEAD_DIM}, got {head_dim}"
+    if request.dtype not in DTYPES:
+        return f"needs float16, bfloat16 or float32, got {request.dtype}"
+    if request.head_dim % 8 or not 0 < request.head_dim <= MAX_HEAD_DIM:
+        return f"needs heads whose width is a multiple of 8 up to {MAX_HEAD_DIM}, got {request.head_dim}"
     return None if window <= MAX_WINDOW else f"needs windows of up to {MAX_WINDOW} a side, got {window}"
 
 
@@ -48,10 +44,7 @@ def attend(qkv: Tensor, index: AttentionIndex, bias: Tensor, scale: float) -> Te
     made: TritonTables = index.tables
     if not LEAST_SCALE <= scale <= 1 / LEAST_SCALE:  # the bias is divided by it
         qkv, scale = torch.cat((scale * qkv[:, :, :1], qkv[:, :, 1:]), dim=2), 1.0
-    blocks: list[Tensor] = []
-    if made.blocks is not None:
-        b = made.blocks
-        blocks = [b.token, b.start, b.window, b.first, b.column]
+    blocks = [] if made.blocks is None else made.blocks.tensors()
     heavy = 0 if made.blocks is None else made.blocks.heavy
     arrays = (qkv, bias, made.columns, index.visible, made.keys, made.first, blocks, index.keys)
     size = (index.height, index.width, index.window)
@@ -145,10 +138,7 @@ def _gradients(ctx, d_out, d_lse):
     if torch.is_grad_enabled():  # somebody wants to differentiate the gradients
         height, width, window, scale = ctx.numbers[2:]
         index = AttentionIndex(height, width, window, qkv.shape[1], all_keys, visible, ())
-        out = plain_attention(qkv, index, bias, scale, fused=False)
-        wanted = [x for x in (qkv, bias) if x.requires_grad]
-        found = iter(torch.autograd.grad(out, wanted, d_out, create_graph=True))
-        return *(next(found) if x.requires_grad else None for x in (qkv, bias)), *rest
+        return *differentiable_gradients(qkv, bias, d_out, index, scale), *rest
     with_bias = ctx.needs_input_grad[1]
     arrays = (d_out, out, lse, qkv, bias, columns, visible, keys, first, blocks)
     d_qkv, d_bias = attention_backward(*arrays, *ctx.numbers, with_bias)

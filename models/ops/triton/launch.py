@@ -26,9 +26,12 @@ import torch
 from torch import Tensor
 
 from .kernels import INTERPRETED, forward_kernel, key_gradient_kernel, query_gradient_kernel
-from .tables import BLOCK_KEYS, MOST_NUMBERS, Blocks, computed_keys
+from .tables import BLOCK_KEYS, Blocks, computed_keys
 
 LOG2E = log2(e)
+
+MOST_NUMBERS = 2**31 - 1
+"""Kernels count with 32 bits within an image and within a table."""
 
 TARGET_PROGRAMS = {"forward": 1056, "query_gradient": 528}
 """Programs to divide a pass into, where it has as many items: eight for each of the 132 SMs of a Hopper, and
@@ -98,12 +101,8 @@ compilers report: nothing should spill, and two blocks or more fit into a multip
 
 
 def target_family(target: Any) -> str:
-    """The key of CONFIGS for Triton's `GPUTarget`. What is newer than those that are known is compiled as the
-    newest consumer GPUs are, which is the safest.
-
-    Raises:
-        ValueError: the GPU has no tensor cores for these kernels.
-    """
+    """The key of CONFIGS for Triton's `GPUTarget`; ValueError for a GPU without tensor cores. What is newer
+    than those that are known is compiled as the newest consumer GPUs are, which is the safest."""
     if target.backend == "hip":
         if target.arch.startswith(("gfx90", "gfx10")) and target.arch not in ("gfx908", "gfx90a"):
             raise ValueError(f"needs a GPU with matrix cores (CDNA, RDNA 3 or later), got {target.arch}")
@@ -266,13 +265,8 @@ def padded_queries(queries: int) -> int:
 
 
 def forward_tiles(keys: int, always_seen: int, chosen: Config) -> dict[str, Any]:
-    """Compile-time arguments of the forward pass.
-
-    Args:
-        keys: of a window.
-        always_seen: the first so many are there for every window.
-        chosen: how the kernel is compiled.
-    """
+    """Compile-time arguments of the forward pass, for so many keys of a window, of which the first
+    `always_seen` are there in every window."""
     keys, block = computed_keys(keys), chosen.block_keys
     static = keys <= chosen.static_keys
     return {"KEYS": keys, "PLAIN": always_seen // block if static else 0, "STATIC": static}
@@ -281,14 +275,8 @@ def forward_tiles(keys: int, always_seen: int, chosen: Config) -> dict[str, Any]
 def gradient_tiles(
     keys: int, always_seen: int, chosen: Config, with_bias: bool
 ) -> list[tuple[int, dict[str, Any]]]:
-    """Launches of the gradients of queries and bias: first tile, and compile-time arguments.
-
-    One launch, or where there are more keys than fit into registers, several, of some keys each.
-
-    Args:
-        keys, always_seen, chosen: as in `forward_tiles`.
-        with_bias: whether the bias wants a gradient.
-    """
+    """Launches of the gradients of queries and bias: first tile, and compile-time arguments. One launch, or
+    if the bias wants a gradient and the keys do not fit into registers, several of some keys each."""
     keys, block = computed_keys(keys), chosen.block_keys
     most = chosen.static_keys if with_bias else keys
     launches = []
@@ -308,21 +296,13 @@ def divide(kernel: str, items: int, programs: int) -> tuple[int, int]:
 
 
 def _sizes(qkv: Tensor, tables: Tables) -> tuple[int, int, int]:
-    """Tokens of an image, its windows, and columns of the map.
-
-    Raises:
-        ValueError: the kernels cannot address an image.
-    """
+    """Tokens of an image, its windows, and columns of the map; ValueError for images that are too large."""
     check_offsets(max(tables.keys.numel(), qkv.shape[1:].numel()))
     return qkv.shape[1], len(tables.keys), tables.width
 
 
 def check_offsets(numbers: int) -> None:
-    """Refuse an array, or an image of one, of so many numbers that 32 bits do not address it.
-
-    Raises:
-        ValueError: saying so.
-    """
+    """Raise ValueError for an array, or an image of one, of more numbers than 32 bits address."""
     if numbers > MOST_NUMBERS:
         raise ValueError(
             f"attention_backend triton addresses {MOST_NUMBERS} numbers of an image, got {numbers}: "
@@ -335,8 +315,8 @@ def _on_device(device: torch.device) -> AbstractContextManager:
 
 
 def tf32_allowed() -> bool:
-    """Whether PyTorch's own products of float32 may be rounded to TF32; asked as the release at hand wants,
-    since an answer by its older name is refused where the newer one was set."""
+    """Whether PyTorch's own products of float32 may be rounded to TF32. The older name of the setting cannot
+    be read where the newer one was set."""
     matmul = torch.backends.cuda.matmul
     newer = getattr(matmul, "fp32_precision", None)  # PyTorch 2.9
     return matmul.allow_tf32 if newer is None else newer == "tf32"

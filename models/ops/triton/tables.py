@@ -29,9 +29,6 @@ BLOCK_SIDE = 8
 KEYS_MULTIPLE = 32
 """Keys that are computed, and those of a row of tables, are filled up to a multiple of this."""
 
-MOST_NUMBERS = 2**31 - 1
-"""Kernels count with 32 bits within an image and within a table."""
-
 
 @dataclass(frozen=True)
 class Blocks:
@@ -42,7 +39,7 @@ class Blocks:
     window: Tensor  # [E]: a window that reads the block
     first: Tensor  # [E]: its first token
     column: Tensor  # [E, BLOCK_KEYS]: which of its K' keys each token of the block is; K' where it is none
-    heavy: int  # the first so many blocks are read by far more windows than the others and should start first
+    heavy: int  # so many blocks, the first ones, are read by far more windows, and should start first
 
     def tensors(self) -> list[Tensor]:
         """All but `heavy`."""
@@ -90,22 +87,15 @@ def build_tables(index: AttentionIndex, trains: bool) -> TritonTables:
 
 
 def build_blocks(index: AttentionIndex, keys: Tensor, first: Tensor, count: int) -> Blocks:
-    """Blocks of an index.
-
-    Args:
-        index: gives the sizes.
-        keys, first: as in `TritonTables`.
-        count: K'.
-    """
+    """Blocks of an index, which gives the sizes; `keys` and `first` as in `TritonTables`, `count` is K'."""
     device, tokens = keys.device, index.tokens
     position, blocks = block_positions(keys[:, :count], index.height, index.width, index.window, tokens)
     # Every key as one number, of its block, place in it and column; absent ones are in one more block, the
     # last.
     bits = count.bit_length()
-    wide = torch.int64 if (blocks + 1) * BLOCK_KEYS << bits > MOST_NUMBERS else torch.int32
-    place = torch.cat([position.new_tensor([blocks * BLOCK_KEYS]), position]).to(wide) << bits
+    place = torch.cat([position.new_tensor([blocks * BLOCK_KEYS]), position]) << bits
     code = place.index_select(0, (keys[:, :count] + 1).flatten()).view(-1, count)
-    code = (code + torch.arange(count, dtype=wide, device=device)).sort(dim=1).values
+    code = (code + torch.arange(count, device=device)).sort(dim=1).values
     place = code >> bits
     block, copies = place >> BLOCK_BITS, 1
     repeated = (place[:, 1:] == place[:, :-1]) & (block[:, 1:] < blocks)
@@ -145,18 +135,12 @@ def build_blocks(index: AttentionIndex, keys: Tensor, first: Tensor, count: int)
 
 
 def block_positions(keys: Tensor, height: int, width: int, window: int, tokens: int) -> tuple[Tensor, int]:
-    """Cut all tokens into blocks.
+    """Cut all tokens into blocks: for each token BLOCK_KEYS * its block + its place there, int64 [S]; the
+    number of blocks.
 
     Blocks of fine tokens hold as many whole windows, or rows of one, as fit. They begin where windows do, or
     half a window before, which makes four windows read a block instead of nine where rings are half a window
-    wide: whichever cuts the keys of a window into fewer.
-
-    Args:
-        keys: [P, K'], -1 where absent.
-        height, width, window, tokens: of `AttentionIndex`.
-
-    Returns:
-        For each token BLOCK_KEYS * its block + its place there, int64 [S]; the number of blocks.
+    wide: whichever cuts the keys of a window into fewer. `keys` are [P, K'], -1 where absent.
     """
     device, fine = keys.device, height * width
     if tokens <= BLOCK_KEYS:
@@ -177,16 +161,10 @@ def block_positions(keys: Tensor, height: int, width: int, window: int, tokens: 
 
 
 def cells(height: int, width: int, side: int, shift: int, device: torch.device) -> tuple[Tensor, int]:
-    """Cut a map into squares, and these into as few strips of whole rows as have BLOCK_KEYS tokens at most.
+    """Cut a map into squares of side `side`, and these into as few strips of whole rows as have BLOCK_KEYS
+    tokens at most. Squares begin `shift` tokens before the map, which goes on at its other end.
 
-    Args:
-        height, width: of the map.
-        side: of a square.
-        shift: squares begin so many tokens before the map does, which goes on at its other end.
-        device: of the result.
-
-    Returns:
-        As `block_positions`, [height * width].
+    Returns as `block_positions`, [height * width].
     """
     y, x = ((torch.arange(length, device=device) + shift) % length for length in (height, width))
     strip_rows = ceil(side / ceil(side / min(side, BLOCK_KEYS // side)))

@@ -58,7 +58,7 @@ def problem(case: Case) -> str | None:
     Raises:
         torch.OutOfMemoryError: there is no memory to find out; the next call tries again.
     """
-    with ONE_AT_A_TIME, ThreadPoolExecutor(1, "trial of the attention kernels") as executor:
+    with ONE_AT_A_TIME, ThreadPoolExecutor(1) as executor:
         return executor.submit(attempt, case).result()
 
 
