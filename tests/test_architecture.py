@@ -24,7 +24,6 @@ MODEL_LEVELS = {  # a module of models/ imports only modules of lower levels
     "ops": 1,
     "resize": 1,
     "torch_file": 0,
-    "download": 0,
     "safetensors_file": 0,
     "checkpoint": 2,
     "registry": 3,
@@ -32,15 +31,13 @@ MODEL_LEVELS = {  # a module of models/ imports only modules of lower levels
     "hub": 4,
     "__init__": 5,
 }
-MODEL_NEEDS = {"numpy", "torch", "timm"}
+MODEL_NEEDS = {"numpy", "torch", "timm", "safetensors", "huggingface_hub"}  # timm needs the last two itself
 OPTIONAL_HOMES = {  # package -> the files that may import it
     "triton": ("models/ops/triton/*", "tools/benchmarks/*"),
     "mmdet": ("detection/*", "openmmlab/check_data.py", "tools/benchmarks/detector.py"),
     "mmseg": ("segmentation/*", "openmmlab/check_data.py"),
     "mmcv": ("openmmlab/*", "detection/*", "segmentation/*"),
     "mmengine": ("openmmlab/*", "detection/*", "segmentation/*", "tools/benchmarks/detector.py"),
-    "safetensors": ("models/safetensors_file.py",),
-    "huggingface_hub": ("models/hub.py",),
     "onnx": ("classification/*",),
     "onnxruntime": ("classification/*",),
     "tensorboard": ("logger.py",),
@@ -54,7 +51,7 @@ OPTIONAL_HOMES = {  # package -> the files that may import it
     "pycocotools": ("detection/*",),
 }
 OPTIONAL_AS_A_WHOLE = (  # import them at the top
-    *("models/ops/triton/*", "models/hub.py", "detection/*", "segmentation/*", "data/demo*.py"),
+    *("models/ops/triton/*", "detection/*", "segmentation/*", "data/demo*.py"),
     *("openmmlab/check_config.py", "openmmlab/check_data.py", "openmmlab/loaded_weights.py"),
     *("openmmlab/focal_backbone.py", "openmmlab/ops_bridge.py"),
     *("tools/benchmarks/kernel_figures.py", "tools/benchmarks/stub_driver.py"),

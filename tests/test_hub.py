@@ -81,11 +81,9 @@ def test_a_program_elsewhere_loads_a_model(tmp_path) -> None:
 def test_every_variant_has_an_entry_point() -> None:
     entries = {name: f for name, f in vars(hubconf).items() if callable(f) and not name.startswith("_")}
     assert len(entries) == len(VARIANTS)
-    assert all(name == entry.__name__ for name, entry in entries.items())
     assert {entry.__doc__.split(".")[0] for entry in entries.values()} == set(VARIANTS)
     for entry in entries.values():
-        with torch.device("meta"):
-            assert entry(num_classes=3).head.out_features == 3
+        assert entry(**NANO).head.out_features == NANO["num_classes"]
     for package in hubconf.dependencies:
         __import__(package)
 

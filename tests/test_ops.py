@@ -128,19 +128,17 @@ def test_pieces_change_nothing(at_once, monkeypatch) -> None:
     agree(index, *problem(index, images=3))
 
 
-@pytest.mark.parametrize("threads", [1, 2, 6])
-@pytest.mark.parametrize("matrices", [1, 12, 96, 191, 192])
-@pytest.mark.parametrize("scores", [49, 49 * 224, 2**20])
-def test_pieces_suit_threads(threads, matrices, scores, monkeypatch) -> None:
+def test_pieces_suit_threads(monkeypatch) -> None:
     """The same number of matrices for each thread, near the number of scores that is wanted."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    threads = max(2, threads)
-    wanted = threads * cpu.SCORES_AT_ONCE
-    step = cpu._at_once(torch.empty(matrices, scores, 1, device="meta"))
-    assert 1 <= step <= matrices
-    assert step % threads == 0 or step < threads or step == matrices
-    assert step * scores <= 1.5 * wanted + (threads if step > threads else 1) * scores
-    assert step == matrices or step * scores >= 0.6 * wanted
+    for threads, matrices, scores in itertools.product((1, 2, 6), (1, 12, 191, 192), (49, 49 * 224, 2**20)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        threads = max(2, threads)
+        wanted = threads * cpu.SCORES_AT_ONCE
+        step = cpu._at_once(torch.empty(matrices, scores, 1, device="meta"))
+        assert 1 <= step <= matrices
+        assert step % threads == 0 or step < threads or step == matrices
+        assert step * scores <= 1.5 * wanted + (threads if step > threads else 1) * scores
+        assert step == matrices or step * scores >= 0.6 * wanted
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -237,7 +235,7 @@ def test_ring_and_pooled_keys_against_the_definition(height, width, shift) -> No
     padded_h, padded_w = -(-height // s) * s, -(-width // s) * s
     assert (index.height, index.width, index.window) == (padded_h, padded_w, s)
     windows = [*itertools.product(range(padded_h // s), range(padded_w // s))]
-    assert len(index.keys) == len(windows) == len(index.keys)
+    assert len(index.keys) == len(windows)
     for number, (i, j) in enumerate(windows):
         own = [(i * s + y, j * s + x) for y in range(s) for x in range(s)]
         slots = [*own]
@@ -265,18 +263,17 @@ def test_ring_and_pooled_keys_against_the_definition(height, width, shift) -> No
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 7), (5, 40), (30, 3), (20, 31)], ids=str)
-@pytest.mark.parametrize("count", [1, 5, 40, 128])
-@pytest.mark.parametrize("where", ["windows", "outside"])
-def test_nearest_cells_against_a_full_sort(size, count, where) -> None:
-    count = min(count, size[0] * size[1])
-    rows, columns = (np.arange(-(-side // 7)) * 7 + 3 for side in size)
-    if where == "outside":
-        rows, columns = np.array([-40, -1, 2, 90, size[0]]), np.array([size[1] - 1, -2, 200])
-    crossings = np.array([*itertools.product(rows, columns)])
+def test_nearest_cells_against_a_full_sort(size) -> None:
+    """Around the windows' centres, and around places outside the map."""
+    centres = tuple(np.arange(-(-side // 7)) * 7 + 3 for side in size)
+    outside = np.array([-40, -1, 2, 90, size[0]]), np.array([size[1] - 1, -2, 200])
     cells = np.array([*itertools.product(*map(range, size))])
-    distance = ((crossings[:, None] - cells[None]) ** 2).sum(-1)
-    expected = np.argsort(distance, axis=1, kind="stable")[:, :count]
-    assert np.array_equal(nearest_cells(rows, columns, *size, count), expected)
+    for rows, columns in (centres, outside):
+        crossings = np.array([*itertools.product(rows, columns)])
+        distance = ((crossings[:, None] - cells[None]) ** 2).sum(-1)
+        expected = np.argsort(distance, axis=1, kind="stable")
+        for count in {min(count, len(cells)) for count in (1, 5, 40, 128)}:
+            assert np.array_equal(nearest_cells(rows, columns, *size, count), expected[:, :count])
 
 
 @pytest.mark.parametrize("size", [(8, 8), (15, 9), (1, 1), (3, 30)], ids=str)
@@ -310,10 +307,10 @@ def test_focal_fast_looks_up_offsets_from_key_to_query(size) -> None:
 # --- Keys that stand twice, and filling up ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("side", "numbers", "defined", "merged"), COUNTS_AT_224)
-def test_key_counts_at_224(side, numbers, defined, merged) -> None:
-    index = ring((side, side), numbers)
-    assert (index.keys.shape[1], merge_duplicates(index).keys.shape[1]) == (defined, merged)
+def test_key_counts_at_224() -> None:
+    for side, numbers, defined, merged in COUNTS_AT_224:
+        index = ring((side, side), numbers)
+        assert (index.keys.shape[1], merge_duplicates(index).keys.shape[1]) == (defined, merged)
 
 
 def merging_is_exact(index: AttentionIndex) -> int:
@@ -364,88 +361,6 @@ def test_absent_keys_are_not_merged() -> None:
     assert merge_duplicates(by_hand([[4, 4, 4, 2, 2, 3]], visible)).keys.tolist() == [[4, 4, 4, 3, 2]]
 
 
-@pytest.mark.parametrize(
-    ("keys", "filled"), [(17, 17), (112, 112), (113, 113), (114, 128), (128, 128), (218, 224)]
-)
-def test_keys_are_filled_up_where_that_adds_an_eighth_at_most(keys, filled) -> None:
-    """With what the window reads anyway, and nobody sees."""
-    index = by_hand(torch.arange(2 * keys).view(2, keys))
-    made = cpu.prepare(index, request())
-    assert made.keys.shape == (2, filled) and torch.equal(made.keys[:, :keys], index.keys)
-    assert (made.keys[:, keys:] == index.keys[:, -1:]).all()
-    assert (made.mask is None) == (filled == keys)
-    if made.mask is not None:
-        assert (made.mask[..., :keys] == 0).all() and (made.mask[..., keys:] == -torch.inf).all()
-
-
-@pytest.mark.parametrize("numbers", [(3, 7, 0, 0), (3, 7, 1, 0), (3, 7, 0, 3), (3, 7, 1, 3)], ids=str)
-@pytest.mark.parametrize("side", [14, 28, 35])
-def test_the_mask_is_where_keys_are_absent_or_fill_up(side, numbers) -> None:
-    made = ring((side, side), numbers).tables
-    keys, filled = made.merged.keys.shape[1], made.keys.shape[1]
-    assert filled % cpu.KEYS_MULTIPLE == 0 and filled - keys == made.filling < cpu.KEYS_MULTIPLE
-    assert made.mask is not None and (made.mask[..., keys:] == -torch.inf).all()
-    seen = torch.ones(1, dtype=torch.bool) if made.merged.visible is None else made.merged.visible
-    assert torch.equal(made.mask[..., :keys] == 0, seen.expand_as(made.mask[..., :keys]))
-    assert ((made.mask == 0) | (made.mask == -torch.inf)).all()
-
-
-# --- Row numbers of the CPU's operator ----------------------------------------------------------------------
-
-
-def rows_by_definition(keys: Tensor, height: int, width: int, heads: int) -> list[tuple[list[int], ...]]:
-    """Rows of q, k and v that every score matrix reads: token, one of three, head."""
-    matrices = []
-    for head, i, j in itertools.product(range(heads), range(height // 7), range(width // 7)):
-        own = [(i * 7 + y) * width + j * 7 + x for y in range(7) for x in range(7)]
-        tokens = keys[i * (width // 7) + j].tolist()
-        reads = ((own, 0), (tokens, 1), (tokens, 2))
-        matrices.append(tuple([(t * 3 + part) * heads + head for t in which] for which, part in reads))
-    return matrices
-
-
-def test_rows_of_pieces() -> None:
-    """What a score matrix needs lies together; every row of the output is made by the query that it is of."""
-    made = ring((28, 21), (3, 3, 1, 0)).tables
-    count, expected = made.keys.shape[1], rows_by_definition(made.keys, 28, 21, 2)
-    read, made_by, asked, *_ = made.rows
-    matrices = read.view(-1, 49 + 2 * count)
-    assert matrices.tolist() == [q + k + v for q, k, v in expected]
-    asked = asked.view(-1, 49)
-    assert asked.tolist() == [
-        [row // 6 * 2 + row % 2 for row in q] for q, _, _ in expected
-    ]  # [T, N] of [S, 3, N]
-    assert torch.equal(asked.flatten()[made_by], torch.arange(28 * 21 * 2))
-    for part, width in zip(cpu._gathered_parts(read[:, None], 49, count), (49, count, count), strict=True):
-        assert part.shape == (len(expected), width, 1)
-    parts = zip(*cpu._gathered_parts(read[:, None], 49, count), strict=True)
-    assert [tuple(x.flatten().tolist() for x in matrix) for matrix in parts] == expected
-
-
-@pytest.mark.parametrize(
-    "build", [lambda: ring((14, 21), (3, 3, 1, 0)), lambda: nearest((15, 9), 40, 1)], ids=KINDS
-)
-def test_every_slot_belongs_to_its_row(build) -> None:
-    """Each place that is read into is in one list, that of the row it was read from."""
-    index = build()
-    keys, heads = index.tables.keys, 2
-    tokens = index.tokens
-    source = []
-    for part in zip(*rows_by_definition(keys, index.height, index.width, heads), strict=True):
-        rows = torch.tensor(part).flatten()
-        token, which, head = rows // (3 * heads), rows // heads % 3, rows % heads
-        source.append((which * heads + head) * tokens + token)
-    source = torch.cat(source)
-    *_, slots, first = index.tables.rows
-    ends = torch.cat([first[1:], torch.tensor([len(slots)])])
-    row_of_slot = torch.arange(3 * heads * tokens).repeat_interleave(ends - first)
-    assert torch.equal(slots.sort().values.long(), torch.arange(len(source)))
-    assert torch.equal(source[slots], row_of_slot)
-    parts = cpu._gradient_parts(torch.arange(len(source))[:, None], 49, keys.shape[1])
-    assert torch.equal(torch.cat([x.flatten() for x in parts]), torch.arange(len(source)))
-    assert all(x.is_contiguous() for x in parts)
-
-
 # --- Who runs which operator --------------------------------------------------------------------------------
 
 
@@ -489,14 +404,13 @@ def test_an_operator_that_fails_its_trial_is_not_used(monkeypatch: pytest.Monkey
 def test_operators_are_registered_as_pytorch_wants_it() -> None:
     """Schema, fake tensors, autograd and compilation; outputs are contiguous, however inputs lie."""
     index = ring((14, 14), (3, 5, 1, 0))
-    for dtype in (torch.float32, torch.bfloat16):
-        qkv, bias = problem(index, dtype)
-        bias = prepared(index, bias)
-        rest = (index.tables.keys, index.tables.rows, 14, 14, 7, 0.4)
-        torch.library.opcheck(cpu.attention, (qkv, bias.requires_grad_(), *rest))
-        slopes = torch.randn(2, 196, 16).to(dtype)
-        for turned in (bias, bias.mT.contiguous().mT):
-            torch.library.opcheck(cpu.attention_backward, (slopes, qkv.detach(), turned.detach(), *rest))
+    qkv, bias = problem(index, torch.bfloat16)
+    bias = prepared(index, bias)
+    rest = (index.tables.keys, index.tables.rows, 14, 14, 7, 0.4)
+    torch.library.opcheck(cpu.attention, (qkv, bias.requires_grad_(), *rest))
+    slopes = torch.randn(2, 196, 16, dtype=torch.bfloat16)
+    for turned in (bias, bias.mT.contiguous().mT):
+        torch.library.opcheck(cpu.attention_backward, (slopes, qkv.detach(), turned.detach(), *rest))
 
 
 def block(kind: str, backend: str) -> FocalBlock:
@@ -514,20 +428,14 @@ def maps(*size: int) -> Tensor:
     return torch.randn(2, *size, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def loss_of(layer: FocalBlock) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
-    return lambda weights, x: torch.func.functional_call(layer, weights, (x,)).square().sum()
-
-
 def calls_operator(graph: torch.fx.GraphModule) -> bool:
     return any("cpu_attention" in str(node.target) for node in graph.graph.nodes)
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("size", [(14, 14), (15, 9)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_graphs_have_the_operator_where_they_run_here(kind, size) -> None:
-    """Compiled they have it; made to run in another place they do without."""
-    layer, x = block(kind, "cpu"), maps(*size)
+def test_compiled_graphs_have_the_operator(kind) -> None:
+    """Exports and traces do without: see test_users_tools.py."""
+    layer, x = block(kind, "cpu"), maps(15, 9)
     expected = layer(x).detach()
     torch.testing.assert_close(expected, block(kind, "plain")(x).detach())
     for trains in (True, False):
@@ -537,30 +445,21 @@ def test_graphs_have_the_operator_where_they_run_here(kind, size) -> None:
             found = torch.compile(layer, backend=graphs, fullgraph=True, dynamic=False)(x)
         torch.testing.assert_close(found, expected)
         assert [calls_operator(graph) for graph in graphs.graphs] == [trains or TELLS_EXPORTS]
-    for strict in (True, False) if TELLS_EXPORTS else (False,):
-        torch.compiler.reset()
-        exported = torch.export.export(layer, (x,), strict=strict)
-        assert not calls_operator(exported.graph_module)
-        torch.testing.assert_close(exported.module()(x), expected)
-    traced = torch.jit.trace(layer, x, check_trace=False)
-    assert "cpu_attention" not in str(traced.inlined_graph)
-    torch.testing.assert_close(traced(x), expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_functional_gradients(kind) -> None:
-    """`torch.func` differentiates and maps what runs here, as it is and compiled."""
-    layer, plain, x = block(kind, "cpu"), block(kind, "plain"), maps(14, 9)
+def test_functional_gradients_are_compiled() -> None:
+    """`torch.func` inside of torch.compile."""
+    layer, plain, x = block("focal", "cpu"), block("focal", "plain"), maps(14, 9)
     plain(x).square().sum().backward()
     expected = {name: p.grad for name, p in plain.named_parameters()}
-    transformed = torch.func.grad(loss_of(layer))
+    weights = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, weights, (x,)).square().sum()
+
     torch.compiler.reset()
-    for function in (transformed, torch.compile(transformed, backend="aot_eager", dynamic=False)):
-        found = function({name: p.detach() for name, p in layer.named_parameters()}, x)
-        torch.testing.assert_close(found, expected)
-    with torch.no_grad():
-        one_by_one = torch.func.vmap(lambda image: layer(image[None])[0])(x)
-        torch.testing.assert_close(one_by_one, plain(x))
+    function = torch.compile(torch.func.grad(loss), backend="aot_eager", dynamic=False)
+    torch.testing.assert_close(function(weights, x), expected)
 
 
 def test_subclasses_of_tensors_are_computed_plainly() -> None:

@@ -1,7 +1,7 @@
 """The trial of the fused kernels: what it covers, what it finds, and what a model does then.
 
 Kernels are compiled for a GPU that is not here (tools/benchmarks/stub_driver.py), or run in the interpreter
-(see test_triton.py).
+(by test_triton.py).
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ import inspect
 import itertools
 import json
 import logging
-import os
-import subprocess
-import sys
+import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,16 +18,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 pytest.importorskip("triton")
 
 import triton
 from conftest import REPO
-from test_triton import CPU, compiled, interpreted, run_in_interpreter
+from test_triton import CPU, compiled, interpreted
 
 from config import load_config
-from models import FocalTransformer, build_model, focal_transformer
-from models.focal_transformer import FocalAttention, Request
+from models import FocalTransformer, agree_on_backends, build_model, focal_transformer
+from models.focal_transformer import BACKENDS, Backend, FocalAttention, Request, Unsupported
 from models.ops.triton import attention, launch, trial
 from tools.benchmarks.stub_driver import StubDriver
 
@@ -47,12 +46,6 @@ NANO: dict[str, Any] = {
 
 
 CACHES = "warn_once", "ring_index", "nearest_index"
-
-
-@compiled
-def test_in_interpreter() -> None:
-    """All tests of this file."""
-    run_in_interpreter(__file__)
 
 
 # --- In the interpreter: whether kernels that run are right -------------------------------------------------
@@ -274,49 +267,49 @@ def test_memory_that_is_full_now_may_be_free_later(monkeypatch: pytest.MonkeyPat
 
 # --- Several processes --------------------------------------------------------------------------------------
 
-AGREE = """
-import json, pathlib, sys, torch, torch.distributed as dist
-from models import FocalTransformer, agree_on_backends
-from models.focal_transformer import BACKENDS, Backend, Unsupported
 
-def newest(index, request):
-    if dist.get_rank() == 1:
-        raise Unsupported("no C compiler here")
+def agree(rank: int, folder: Path) -> None:
+    """One of two processes; writes what becomes of each backend."""
 
-def full(index, request):
-    if request.backend == "auto":
-        raise Unsupported("full")
-    if dist.get_rank() == 1:
-        raise MemoryError("full")
+    def newest(index: Any, request: Request) -> None:
+        if rank == 1:
+            raise Unsupported("no C compiler here")
 
-plain = BACKENDS["plain"].attend
-BACKENDS.update(full=Backend(full, plain), newest=Backend(newest, plain))
-dist.init_process_group("gloo")
-answers = {}
-for backend in ("auto", "newest", "full", "cpu"):
-    model = FocalTransformer(depths=(1, 1), num_heads=(1, 1), embed_dim=8, focal_levels=(1, 1),
-                             focal_windows=(1, 1), expand_sizes=(1, 1), attention_backend=backend)
-    try:
-        answers[backend] = agree_on_backends(model, torch.float32)
-    except Exception as error:
-        answers[backend] = f"{type(error).__name__}: {error}"
-pathlib.Path(f"{sys.argv[0]}.{dist.get_rank()}").write_text(json.dumps(answers))
-dist.destroy_process_group()
-"""
+    def full(index: Any, request: Request) -> None:
+        if request.backend == "auto":
+            raise Unsupported("full")
+        if rank == 1:
+            raise MemoryError("full")
+
+    plain = BACKENDS["plain"].attend
+    BACKENDS.update(full=Backend(full, plain), newest=Backend(newest, plain))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    answers = {}
+    for backend in ("auto", "newest", "full", "cpu"):
+        try:
+            model = FocalTransformer(**NANO, attention_backend=backend)
+            answers[backend] = agree_on_backends(model, torch.float32)
+        except Exception as error:
+            answers[backend] = f"{type(error).__name__}: {error}"
+    (folder / f"{rank}.json").write_text(json.dumps(answers))
+    dist.destroy_process_group()
 
 
 @compiled
 def test_processes_agree(tmp_path: Path) -> None:
     """Where one of them cannot use an operator none does; a named one is an error in all, and so is whatever
     else happens in one of them."""
-    script = tmp_path / "agree.py"
-    script.write_text(AGREE)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"PYTHONPATH": str(REPO)}
-    subprocess.run([*launcher, str(script)], env=environment, capture_output=True, check=True)
-    first, second = (json.loads(tmp_path.joinpath(f"agree.py.{rank}").read_text()) for rank in (0, 1))
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=agree, args=(rank, tmp_path)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first["auto"] == second["auto"] == ["plain"] * 2
     assert first["cpu"] == second["cpu"] == ["cpu"] * 2
-    expected = "ValueError: process 1: attention_backend newest: no C compiler here"
-    assert all(answers["newest"].startswith(expected) for answers in (first, second))
+    expected = "attention_backend newest: no C compiler here"
+    assert first["newest"].startswith(f"ValueError: process 1: {expected}")
+    assert second["newest"].startswith(f"ValueError: {expected}")
     assert (first["full"], second["full"]) == ("RuntimeError: process 1: full", "MemoryError: full")

@@ -1,7 +1,7 @@
 """The fused kernels in Triton's interpreter, against the definition.
 
-The interpreter has to be chosen before Triton is imported, so this file runs itself once more in a process of
-its own, with TRITON_INTERPRET=1; the tests marked `interpreted` run only there.
+The interpreter has to be chosen before Triton is imported, so this file runs itself and two others once more
+in a process of its own, with TRITON_INTERPRET=1; the tests marked `interpreted` run only there.
 """
 
 from __future__ import annotations
@@ -48,20 +48,15 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the subprocess
 compiled = pytest.mark.skipif(INTERPRETED, reason="compiles, so not in the interpreter")
 
 
-def run_in_interpreter(file: str) -> None:
-    """Run the tests of a file that need the interpreter."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        command, env=environment, cwd=Path(__file__).parent.parent, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-
-
 @compiled
 def test_in_interpreter() -> None:
-    """All tests of this file that need the interpreter."""
-    run_in_interpreter(__file__)
+    """All tests that need the interpreter: those of this file, test_trial.py and test_triton_golden.py."""
+    folder = Path(__file__).parent
+    files = [str(folder / f"test_{name}.py") for name in ("triton", "trial", "triton_golden")]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *files]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, cwd=folder.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
 @pytest.fixture(autouse=True)
@@ -158,6 +153,11 @@ class Problem:
         exact = self.run(definition.attend, torch.float64)
         return [float((x.double() - y).norm() / y.norm()) for x, y in zip(results, exact, strict=True)]
 
+    def is_as_exact_as_definition(self) -> None:
+        """Check that errors are at most twice those of the definition in the same precision."""
+        errors, allowed = (self.errors(self.run(attend)) for attend in (attention.attend, definition.attend))
+        assert all(mine <= 2 * its for mine, its in zip(errors, allowed, strict=True)), (errors, allowed)
+
     def inputs(self) -> tuple[Any, ...]:
         """Arguments of `attention.attention`."""
         index, made = self.index, self.index.tables
@@ -167,13 +167,15 @@ class Problem:
         return qkv, bias, *arrays, made.blocks.heavy, made.always_seen, *size, 0.25
 
 
+BORDER = "border, padding, two pooled levels"
+SHIFTED = "queries of a window see different keys"
 RING = {
     "small window": (ring(4, 2, 3, 1, 8, 12), 16),
-    "border, padding, two pooled levels": (ring(4, 1, 3, 2, 10, 7), 24),
+    BORDER: (ring(4, 1, 3, 2, 10, 7), 24),
     "shipped window": (ring(7, 3, 5, 1, 14, 14), 32),
     "one window": (ring(7, 0, 1, 1, 7, 7), 56),
     "ring meets itself": (ring(5, 2, 1, 1, 5, 10), 64),
-    "queries of a window see different keys": (ring(4, 2, 3, 1, 8, 8, shift=2), 16),
+    SHIFTED: (ring(4, 2, 3, 1, 8, 8, shift=2), 16),
     "several blocks of queries": (ring(9, 2, 3, 1, 9, 18), 16),
 }
 NEAREST = {
@@ -184,10 +186,11 @@ NEAREST = {
 LONG = {"more keys than registers hold": (nearest(9, 140, 1, 9, 18), 64)}
 TINY = {"tiny": (ring(4, 1, 1, 1, 4, 8), 16), "tiny nearest": (nearest(4, 12, 1, 4, 8), 16)}
 CASES = RING | NEAREST | LONG | TINY
+SHORT = [case for case in RING | NEAREST if case not in ("shipped window", "several blocks of queries")]
 
 
 @interpreted
-@pytest.mark.parametrize("case", [case for case in RING | NEAREST if case != "shipped window"])
+@pytest.mark.parametrize("case", SHORT)
 def test_equals_definition(case: str) -> None:
     """float32: output and every gradient."""
     problem = Problem(*CASES[case], torch.float32, heads=2 if "small" in case else 1)
@@ -201,9 +204,7 @@ def test_equals_definition(case: str) -> None:
     [
         ("shipped window", "ampere", torch.bfloat16),
         ("shipped window", "hopper", torch.float16),
-        ("shipped window", "blackwell", torch.bfloat16),
-        ("border, padding, two pooled levels", "ampere", torch.float16),
-        ("border, padding, two pooled levels", "hopper", torch.bfloat16),
+        (BORDER, "blackwell", torch.bfloat16),
         ("nearest", "hopper", torch.bfloat16),
         *((case, "hopper", torch.float16) for case in LONG),
     ],
@@ -215,15 +216,11 @@ def test_as_exact_as_definition(
     are few, so that the softmax is online and the gradient of queries a sum over launches."""
     monkeypatch.setattr(launch, "device_family", lambda device: family)
     problem = Problem(*CASES[case], dtype, heads=1)
-    errors, allowed = (
-        problem.errors(problem.run(attention.attend)),
-        problem.errors(problem.run(definition.attend)),
-    )
-    assert all(mine <= 2 * theirs for mine, theirs in zip(errors, allowed, strict=True)), (errors, allowed)
+    problem.is_as_exact_as_definition()
 
 
 @interpreted
-@pytest.mark.parametrize(("case", "dtype"), [("shipped window", torch.float16), ("tiny", torch.float32)])
+@pytest.mark.parametrize(("case", "dtype"), [(BORDER, torch.float16), ("tiny", torch.float32)])
 def test_one_key_outweighs_all_others(case: str, dtype: torch.dtype) -> None:
     """In any tile: beyond the range of the exponential, unless the largest score is subtracted."""
     problem = Problem(*CASES[case], dtype, heads=1)
@@ -243,17 +240,12 @@ def fused_weight(score, row, scale, dtype: tl.constexpr):
 
 
 @interpreted
-@pytest.mark.parametrize(("window", "dtype"), [(11, torch.float16), (12, torch.bfloat16)])
-def test_a_tile_without_keys(window: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tile_without_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond the seam of a rolled map queries may see no key of their first tile; the product and the sum
     before the exponential are rounded once, as on a GPU."""
     monkeypatch.setattr(kernels, "_weight", fused_weight)
-    problem = Problem(ring(window, 0, 1, 0, 2 * window, window, shift=window // 2), 16, dtype, heads=1)
-    errors, allowed = (
-        problem.errors(problem.run(attention.attend)),
-        problem.errors(problem.run(definition.attend)),
-    )
-    assert all(mine <= 2 * theirs for mine, theirs in zip(errors, allowed, strict=True)), (errors, allowed)
+    problem = Problem(ring(11, 0, 1, 0, 22, 11, shift=5), 16, torch.float16, heads=1)
+    problem.is_as_exact_as_definition()
 
 
 @interpreted
@@ -279,7 +271,7 @@ def prepared_bias(index: AttentionIndex, bias: Tensor, scale: float, dtype: torc
     return (bias if dtype == torch.float32 else bias / scale).clamp(-limit, limit).to(dtype)
 
 
-BIASES = ("border, padding, two pooled levels", "queries of a window see different keys", "tiny nearest")
+BIASES = (BORDER, SHIFTED, "tiny nearest")
 
 
 @interpreted
@@ -317,10 +309,9 @@ def test_prepared_bias(case: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("case", "slices", "dtype"),
     [
-        (BIASES[0], 40, torch.float32),
+        (BIASES[0], 17, torch.float32),
         (BIASES[1], 3, torch.bfloat16),
-        (BIASES[1], 1, torch.float32),
-        (BIASES[2], 3, torch.float32),
+        (BIASES[2], 1, torch.float32),
     ],
 )
 def test_gradient_of_the_bias(case: str, slices: int, dtype: torch.dtype) -> None:
@@ -377,7 +368,7 @@ class Launches(TorchDispatchMode):
 
 
 @interpreted
-@pytest.mark.parametrize("case", ["tiny", "queries of a window see different keys", "tiny nearest"])
+@pytest.mark.parametrize("case", [SHIFTED, "tiny nearest"])
 def test_few_launches(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One kernel prepares the bias, one makes its gradient, and nothing comes between."""
     problem = Problem(*CASES[case], torch.bfloat16, heads=1)
@@ -412,10 +403,9 @@ def test_slices_and_determinism(case: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_window_without_pooled_keys(dtype: torch.dtype) -> None:
+def test_a_window_without_pooled_keys() -> None:
     """All of them masked in some windows: the others share the softmax."""
-    problem = Problem(*CASES["border, padding, two pooled levels"], dtype, heads=1)
+    problem = Problem(*CASES[BORDER], torch.bfloat16, heads=1)
     assert problem.index.visible is not None
     visible = problem.index.visible.clone()
     pooled = (problem.index.keys >= problem.tokens).any(dim=0)
@@ -424,13 +414,7 @@ def test_a_window_without_pooled_keys(dtype: torch.dtype) -> None:
     index = replace(problem.index, visible=visible)
     problem.index = for_triton(index)
     assert len(problem.index.tables.merged.first)
-    errors, allowed = (
-        problem.errors(problem.run(attention.attend)),
-        problem.errors(problem.run(definition.attend)),
-    )
-    if dtype == torch.float32:
-        allowed = [1e-6] * len(allowed)
-    assert all(mine <= 2 * theirs for mine, theirs in zip(errors, allowed, strict=True)), (errors, allowed)
+    problem.is_as_exact_as_definition()
 
 
 @interpreted
@@ -479,23 +463,20 @@ def test_what_training_keeps() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize(("kind", "train"), [("focal", True), ("focalv2", False)])
-def test_a_model_compiles_into_one_graph(kind: str, train: bool) -> None:
-    """No graph break in a block; the same answer, under autocast too."""
+def test_a_model_compiles_into_one_graph() -> None:
+    """No graph break in a block; the same answer under autocast."""
     torch.manual_seed(0)
     sizes = dict(img_size=32, num_classes=3, embed_dim=16, depths=(1,), num_heads=(1,), window_size=4)
-    keys = dict(focal_pool="fc", focal_levels=(2,), focal_windows=(3,), expand_sizes=(2,), focal_topk=8)
+    keys = dict(focal_pool="fc", focal_levels=(2,), focal_windows=(3,), expand_sizes=(2,))
     more = dict(focal_stages=(0,), drop_path_rate=0.0, attention_backend="triton")
-    model = FocalTransformer(kind=kind, **sizes, **keys, **more)
-    model.train(train)
+    model = FocalTransformer(**sizes, **keys, **more)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
     image = torch.randn(1, 3, 32, 32)
-    with torch.set_grad_enabled(train), torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16):
         expected, found = model(image), compiled(image)
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
-    if train:
-        found.float().sum().backward()
-        assert all(parameter.grad is not None for parameter in model.parameters())
+    found.float().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 @interpreted
@@ -568,7 +549,7 @@ def test_triton_is_imported_when_it_is_needed() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("case", [*TINY, "queries of a window see different keys"])
+@pytest.mark.parametrize("case", [SHIFTED, "tiny nearest"])
 def test_second_derivative(case: str) -> None:
     """Gradients of a function of the gradients are those of the plain operator."""
     found = []
@@ -584,10 +565,9 @@ def test_second_derivative(case: str) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("case", TINY)
-def test_flops_are_counted(case: str) -> None:
+def test_flops_are_counted() -> None:
     """Those of the products with the keys of a window: two forward, five backward."""
-    problem = Problem(*CASES[case], torch.float32, batch=2)
+    problem = Problem(*CASES["tiny"], torch.float32, batch=2)
     windows, keys = problem.index.tables.merged.keys.shape
     product = 2 * 2 * 2 * windows * keys * 16 * 16  # batch, heads, ..., queries, head width
     qkv = problem.qkv.clone().requires_grad_()
@@ -706,19 +686,6 @@ def test_blocks_are_read_by_four_windows() -> None:
         assert blocks.heavy == 1
         assert len(blocks.token) == 65
         assert len(blocks.window) == 64 * visits + 64
-
-
-@compiled
-@pytest.mark.parametrize("case", ["ring meets itself", "nearest, large map"])
-def test_blocks_of_large_maps(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys are sorted as numbers of 64 bits where 32 are too few."""
-    index = BLOCKS[case][0][0]
-    expected = index.tables.blocks
-    monkeypatch.setattr(tables, "MOST_NUMBERS", 0)
-    blocks = tables.build_tables(index, trains=True).blocks
-    for name, value in vars(expected).items():
-        found = getattr(blocks, name)
-        assert torch.equal(found, value) and found.dtype == value.dtype if name != "heavy" else found == value
 
 
 @compiled
