@@ -1,5 +1,5 @@
-"""models/ copied alone into an empty folder is a backbone of torchvision's detectors, with the lines that
-detection/get_started.md prints; its focal_transformer.py alone is the network."""
+"""models/ copied elsewhere: its focal_transformer.py alone is the network, two copies of the folder work side
+by side, and one is a backbone of torchvision's detectors, as detection/get_started.md prints it."""
 
 import json
 import os
@@ -13,74 +13,6 @@ import numpy as np
 import torch
 from conftest import REPO
 from golden_files import normal
-
-AT_WORK = """
-import torch
-torch.manual_seed(0)
-boxes = torch.tensor([[10.0, 12, 60, 70], [40, 30, 90, 110]])
-masks = torch.zeros(2, 128, 160, dtype=torch.uint8)
-masks[0, 12:70, 10:60] = masks[1, 30:110, 40:90] = 1
-images = [torch.rand(3, 128, 160), torch.rand(3, 100, 130)]
-target = {"boxes": boxes, "labels": torch.tensor([1, 7]), "masks": masks}
-targets = [target, {**target, "masks": masks[:, :100, :130]}]
-for detector in (mask_rcnn, retinanet):
-    detector.transform.min_size, detector.transform.max_size = (128,), 200
-    losses = detector.train()(images, targets)
-    sum(losses.values()).backward()
-    without = [name for name, p in detector.named_parameters() if p.grad is None]
-    assert not without, without
-    assert all(torch.isfinite(p.grad).all() for p in detector.parameters())
-    detector.eval().score_thresh = 0.0
-    if detector is mask_rcnn:
-        detector.roi_heads.score_thresh = 0.0
-    with torch.no_grad():
-        found = detector(images)
-    assert len(found) == 2 and all(len(one["boxes"]) > 0 for one in found)
-    assert found[1]["boxes"][:, 2].max() <= 130 and found[1]["boxes"][:, 3].max() <= 100
-    assert ("masks" in found[0]) == (detector is mask_rcnn)
-import models, sys
-assert models.__file__.startswith(sys.argv[1])
-"""
-
-
-def test_torchvisions_detectors_on_the_copied_folder(tmp_path: Path) -> None:
-    """A step of training that reaches every parameter, and a detection; with few channels."""
-    blocks = re.findall(
-        r"^```python\n(.*?)^```$", (REPO / "detection/get_started.md").read_text(), re.M | re.S
-    )
-    (printed,) = [block for block in blocks if "class FocalFPN" in block]
-    small = printed.replace("depths=(2, 2, 6, 2)", "depths=(1, 1, 1, 1), embed_dim=24")
-    assert small != printed
-    shutil.copytree(REPO / "models", tmp_path / "models", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "detect.py").write_text(small + AT_WORK)
-    run(tmp_path, "detect.py")
-
-
-TWO_COPIES = """
-import torch, first.models, second.models
-options = dict(img_size=64, embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), focal_pool="fc",
-               drop_path_rate=0.0, focal_levels=(2, 2, 2, 2), focal_windows=(3, 1, 1, 1))
-made = [package.models.FocalTransformer(**options).train() for package in (first, second)]
-made[1].load_state_dict(made[0].state_dict())
-images = torch.rand(2, 3, 64, 64)
-outs = [model(images) for model in made]
-for out in reversed(outs):
-    out.square().sum().backward()
-assert torch.equal(*outs)
-for a, b in zip(made[0].parameters(), made[1].parameters()):
-    assert torch.equal(a.grad, b.grad)
-"""
-
-
-def test_two_copies_work_side_by_side(tmp_path: Path) -> None:
-    """PyTorch knows operators by name: a second copy of the folder must not take the first one's away."""
-    for name in ("first", "second"):
-        shutil.copytree(
-            REPO / "models", tmp_path / name / "models", ignore=shutil.ignore_patterns("__pycache__")
-        )
-    (tmp_path / "both.py").write_text(TWO_COPIES)
-    run(tmp_path, "both.py")
-
 
 ONE_FILE = """
 import json, re, sys
@@ -104,9 +36,68 @@ for version in ("v1", "v2"):
     assert not [name for name, p in model.named_parameters() if p.grad is None]
 """
 
+TWO_COPIES = """
+import torch, first.models, second.models
+options = dict(img_size=64, embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), focal_pool="fc",
+               drop_path_rate=0.0, focal_levels=(2, 2, 2, 2), focal_windows=(3, 1, 1, 1))
+made = [package.models.FocalTransformer(**options).train() for package in (first, second)]
+made[1].load_state_dict(made[0].state_dict())
+images = torch.rand(2, 3, 64, 64)
+outs = [model(images) for model in made]
+for out in reversed(outs):
+    out.square().sum().backward()
+assert torch.equal(*outs)
+for a, b in zip(made[0].parameters(), made[1].parameters()):
+    assert torch.equal(a.grad, b.grad)
+"""
 
-def test_one_file_is_the_network(tmp_path: Path) -> None:
-    """Both families, with weights of the original; a training step reaches every parameter."""
+DETECTORS = """
+import torch
+torch.manual_seed(0)
+boxes = torch.tensor([[10.0, 12, 60, 70], [40, 30, 90, 110]])
+masks = torch.zeros(2, 128, 160, dtype=torch.uint8)
+masks[0, 12:70, 10:60] = masks[1, 30:110, 40:90] = 1
+images = [torch.rand(3, 128, 160), torch.rand(3, 100, 130)]
+target = {"boxes": boxes, "labels": torch.tensor([1, 7]), "masks": masks}
+targets = [target, {**target, "masks": masks[:, :100, :130]}]
+for detector in (mask_rcnn, retinanet):
+    detector.transform.min_size, detector.transform.max_size = (128,), 200
+    losses = detector.train()(images, targets)
+    sum(losses.values()).backward()
+    without = [name for name, p in detector.named_parameters() if p.grad is None]
+    assert not without, without
+    assert all(torch.isfinite(p.grad).all() for p in detector.parameters())
+    detector.eval().score_thresh = 0.0
+    if detector is mask_rcnn:
+        detector.roi_heads.score_thresh = 0.0
+    with torch.no_grad():
+        found = detector(images)
+    assert len(found) == 2 and all(len(one["boxes"]) > 0 for one in found)
+    assert found[1]["boxes"][:, 2].max() <= 130 and found[1]["boxes"][:, 3].max() <= 100
+    assert ("masks" in found[0]) == (detector is mask_rcnn)
+import models
+assert models.__file__.startswith(sys.argv[1])
+"""
+
+WITHOUT_TRITON = """
+from models.focal_transformer import BACKENDS, Request
+assert "models.ops.triton.kernels" not in sys.modules  # it is imported when it is needed
+sys.modules["triton"] = None
+try:
+    BACKENDS["triton"].prepare(None, Request("triton", torch.device("cuda"), torch.float32, 2, 32, True))
+    raise AssertionError
+except ValueError as error:
+    assert "needs the package triton" in str(error), error
+"""
+
+
+def test_copies_work_elsewhere(tmp_path: Path) -> None:
+    """In one process where nothing of this project is at hand but the copies.
+
+    The file alone with weights of the original; a training step reaches every parameter. PyTorch knows
+    operators by name, and a second copy of the folder must not take the first one's away. The detectors are
+    trained for a step, and detect, with few channels.
+    """
     for version in ("v1", "v2"):
         official = REPO / f"tests/checkpoints/official_{version}_nano"
         given = json.loads(official.with_suffix(".yaml").read_text())["MODEL"]
@@ -120,20 +111,22 @@ def test_one_file_is_the_network(tmp_path: Path) -> None:
         torch.save(pair, tmp_path / f"{version}.pt")
         shutil.copy(official.with_suffix(".pth"), tmp_path / f"{version}.pth")
     shutil.copy(REPO / "models/focal_transformer.py", tmp_path)
-    (tmp_path / "alone.py").write_text(ONE_FILE)
-    run(tmp_path, "alone.py")
-
-
-def run(folder: Path, script: str) -> None:
-    """In `folder`, where nothing of this project is at hand but what lies there."""
+    for folder in ("first/models", "second/models", "models"):
+        shutil.copytree(REPO / "models", tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    pages = (REPO / "detection/get_started.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", pages, re.M | re.S)
+    (printed,) = [block for block in blocks if "class FocalFPN" in block]
+    small = printed.replace("depths=(2, 2, 6, 2)", "depths=(1, 1, 1, 1), embed_dim=24")
+    assert small != printed
+    (tmp_path / "copies.py").write_text(ONE_FILE + TWO_COPIES + small + DETECTORS + WITHOUT_TRITON)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", script, str(folder)],
-        cwd=folder,
+        [sys.executable, "-W", "ignore", "copies.py", str(tmp_path)],
+        cwd=tmp_path,
         env=environment | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,
         check=False,
-        timeout=200,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr

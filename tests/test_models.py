@@ -3,7 +3,6 @@
 import copy
 import gc
 import inspect
-import itertools
 import pickle
 from weakref import WeakSet
 
@@ -13,7 +12,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from models import FocalTransformer, focal_transformer
-from models.focal_transformer import CACHED_INDEXES, POOLS, AttentionIndex, FocalAttention
+from models.focal_transformer import CACHED_INDEXES, AttentionIndex
 
 NANO = {
     "img_size": 64,
@@ -88,21 +87,6 @@ def test_any_size_trains_and_evaluates_and_operators_agree(variant, size) -> Non
     torch.testing.assert_close(*results, rtol=1e-7, atol=1e-10)
 
 
-@every_kind
-def test_error_of_bfloat16_is_bounded_by_the_plain_operators(kind) -> None:
-    """Under autocast the CPU's operator is at most twice as far from float32."""
-    errors = {}
-    for backend in ("plain", "cpu"):
-        model = build(kind=kind, attention_backend=backend).eval()
-        with torch.no_grad():
-            exact = model(image(64, 64))
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                found = model(image(64, 64))
-        assert found.dtype == torch.bfloat16
-        errors[backend] = (found.float() - exact).abs().max() / exact.abs().max()
-    assert errors["cpu"] < max(2 * errors["plain"], 0.02) and errors["plain"] < 0.05
-
-
 def test_forward_intermediates_has_timms_signature() -> None:
     ours, its = (
         inspect.signature(cls.forward_intermediates).parameters for cls in (FocalTransformer, SwinTransformer)
@@ -157,30 +141,6 @@ def test_initialisation() -> None:
             assert not p.any(), name
         elif "bias_table_to" in name or name.endswith(normal):
             assert 0.017 < p.std() < 0.023, name
-
-
-@pytest.mark.parametrize("level", [0, 1, 2])
-def test_linear_pooling_is_a_weighted_sum(level) -> None:
-    """Of every cell's tokens, in row-major order; what is left over where cells do not fill the map lies on
-    both sides."""
-    attn = FocalAttention(5, 1, 7, focal_window=3, pool="fc", pooled_levels=3)
-    side = 7 // 2**level
-    pool = POOLS["fc"](side, 5).double()
-    assert [p.shape for p in pool.parameters()] == [(1, side * side), (1,)]
-    x = torch.randn(2, 14, 21, 5, dtype=torch.float64, requires_grad=True)
-    rows, columns = 2 * 2**level, 3 * 2**level
-    top, left = (14 - rows * side) // 2, (21 - columns * side) // 2
-    expected = torch.empty(2, rows, columns, 5, dtype=torch.float64)
-    for i, j in itertools.product(range(rows), range(columns)):
-        y, z = top + i * side, left + j * side
-        cell = x[:, y : y + side, z : z + side].flatten(1, 2)  # [B, p*p, C]
-        expected[:, i, j] = (pool.weight.view(-1, 1) * cell).sum(1) + pool.bias
-    found, sources = attn.coarse_tokens(x, level, pool), (x, pool.weight, pool.bias)
-    torch.testing.assert_close(found, expected.flatten(1, 2))
-    slopes = torch.randn_like(found)
-    gradients = [torch.autograd.grad(y.reshape(slopes.shape), sources, slopes) for y in (found, expected)]
-    torch.testing.assert_close(*gradients)
-    assert attn.coarse_tokens(x[:0], level, pool).shape == (0, rows * columns, 5)
 
 
 # --- What is kept: nothing stale, and not much --------------------------------------------------------------

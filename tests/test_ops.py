@@ -128,19 +128,6 @@ def test_pieces_change_nothing(at_once, monkeypatch) -> None:
     agree(index, *problem(index, images=3))
 
 
-def test_pieces_suit_threads(monkeypatch) -> None:
-    """The same number of matrices for each thread, near the number of scores that is wanted."""
-    for threads, matrices, scores in itertools.product((1, 2, 6), (1, 12, 191, 192), (49, 49 * 224, 2**20)):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        threads = max(2, threads)
-        wanted = threads * cpu.SCORES_AT_ONCE
-        step = cpu._at_once(torch.empty(matrices, scores, 1, device="meta"))
-        assert 1 <= step <= matrices
-        assert step % threads == 0 or step < threads or step == matrices
-        assert step * scores <= 1.5 * wanted + (threads if step > threads else 1) * scores
-        assert step == matrices or step * scores >= 0.6 * wanted
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("side", [14, 28])
 def test_half_precision_is_no_worse_than_the_definition(dtype, side) -> None:
@@ -170,13 +157,6 @@ def test_second_derivatives(wanted) -> None:
         gradients = torch.autograd.grad(out.pow(3).sum(), asked, create_graph=True)
         found.append(torch.autograd.grad(sum(g.square().sum() for g in gradients), asked))
     torch.testing.assert_close(*found)
-
-
-def test_no_images() -> None:
-    index = ring((14, 14), (3, 5, 1, 0))
-    qkv, bias = problem(index, images=0)
-    out, d_qkv, d_bias = results(cpu.attend, index, qkv, bias)
-    assert out.shape == (0, 196, 16) and d_qkv.shape == qkv.shape and not d_bias.any()
 
 
 @pytest.mark.parametrize("images", [1, 3])

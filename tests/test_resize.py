@@ -231,24 +231,6 @@ def test_linear_rings_stay_linear(function: str, old: tuple[int, int], new: tupl
     torch.testing.assert_close(got[0, 0][inner], wanted[0, 0][inner], rtol=0, atol=error)
 
 
-def test_rings_of_any_width() -> None:
-    """A ring wider than half a window leaves offsets out; they are filled from around them."""
-    for window in range(1, 10):
-        for expand in range(1, window + 1):
-            table = torch.full((1, 1, window**2, len(ring_offsets(window, expand))), 3.0)
-            got = resized(table, (1, 1, 49, len(ring_offsets(7, 3))), RING)
-            torch.testing.assert_close(got, torch.full_like(got, 3.0))
-
-
-def test_offset_zero_of_a_ring_is_between_its_neighbours() -> None:
-    """No entry says what it is, and larger rings read near it."""
-    entry = torch.from_numpy(grid(7, 7)[:, None] - ring_offsets(7, 3)[None]).abs().amax(dim=-1)
-    table = (entry <= 1).float()[None, None]  # 1 at the eight offsets around zero
-    larger = torch.from_numpy(grid(12, 12)[:, None] - ring_offsets(12, 5)[None]).abs().amax(dim=-1)
-    got = resized(table, (1, 1, 144, larger.shape[1]), RING)[0, 0]
-    assert (got[larger <= 1] > 0.9).all() and (got[larger > 6].abs() < 0.01).all()
-
-
 @pytest.mark.parametrize(("old", "new"), [((1, 49), (1, 144)), ((6, 1, 7, 7), (6, 1, 4, 4))])
 def test_pooling_keeps_the_sum_of_its_weights(old: tuple[int, ...], new: tuple[int, ...]) -> None:
     """An even map is pooled to what it was."""
@@ -335,15 +317,3 @@ def test_what_cannot_be_resized_is_refused(case: str, tmp_path: Path) -> None:
 def test_another_model_is_refused(options: dict[str, Any], reason: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"(?s)Use the config.*{reason}"):
         load_checkpoint(build(**options), saved(build(), tmp_path), resize=True)
-
-
-def test_head_and_setting_at_once(tmp_path: Path) -> None:
-    """The error says both; both options together load."""
-    path = saved(build(1), tmp_path)
-    model = build(2, num_classes=5, focal_windows=[9, 7, 5, 3])
-    with pytest.raises(ValueError, match=r"Only the classifier and what.*\(reset_head\).*\(resize;"):
-        load_checkpoint(model, path)
-    with pytest.raises(ValueError, match=r"Only the classifier differs"):
-        load_checkpoint(model, path, resize=True)
-    report = load_checkpoint(model, path, reset_head=True, resize=True)
-    assert report.reset == ["head.bias", "head.weight"] and len(report.resized) == 5

@@ -106,12 +106,12 @@ def attention_backward(d_out, qkv, bias, keys, rows, height, width, window, scal
 
 
 @attention.register_fake
-def _attention_fake(qkv, bias, keys, rows, height, width, window, scale):
-    return qkv.new_empty(qkv.shape[0], height * width, qkv.shape[3] * qkv.shape[4])
+def _attention_fake(qkv, bias, *_):
+    return qkv.new_empty(qkv.shape[0], bias.shape[1] * bias.shape[2], qkv.shape[3] * qkv.shape[4])
 
 
 @attention_backward.register_fake
-def _attention_backward_fake(d_out, qkv, bias, keys, rows, height, width, window, scale):
+def _attention_backward_fake(d_out, qkv, bias, *_):
     return qkv.new_empty(qkv.shape), bias.new_empty(bias.shape)
 
 

@@ -96,25 +96,18 @@ def attention_backward(
     """Gradients of `qkv`, and of the bias (empty unless `with_bias`)."""
     tables = launch.Tables(keys, first, columns.shape[1], always_seen, width, window, scale)
     qkv, d_out = qkv.contiguous(), d_out.contiguous()
-    prepared, transposed = bias_kernels.prepare(
-        bias, columns, visible, scale, qkv.dtype, with_transposed=True
-    )
-    token, start, visiting, first_of, column = blocks
-    made = Blocks(token, start, visiting, first_of, column, heavy)
+    prepared, transposed = bias_kernels.prepare(bias, columns, visible, scale, qkv.dtype, True)
     d_qkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
     d_prepared = launch.query_gradient(qkv, prepared, out, d_out, lse, delta, d_qkv, tables, with_bias)
-    launch.key_gradient(qkv, transposed, d_out, lse, delta, d_qkv, tables, made)
+    launch.key_gradient(qkv, transposed, d_out, lse, delta, d_qkv, tables, Blocks(*blocks, heavy))
     return d_qkv, bias_kernels.gradient(d_prepared, bias, columns) if with_bias else bias.new_empty(0)
 
 
 @attention.register_fake
-def _attention_fake(
-    qkv, bias, columns, visible, keys, first, blocks, all_keys, heavy, always_seen, height, width, window,
-    scale,
-):  # fmt: skip
-    b, _, _, n, d = qkv.shape
-    lse = qkv.new_empty(b, n, keys.shape[0], launch.padded_queries(window * window), dtype=torch.float32)
-    return qkv.new_empty(b, height * width, n * d), lse
+def _attention_fake(qkv, bias, columns, visible, keys, *_):
+    (b, _, _, n, d), windows, queries = qkv.shape, keys.shape[0], bias.shape[2]
+    lse = qkv.new_empty(b, n, windows, launch.padded_queries(queries), dtype=torch.float32)
+    return qkv.new_empty(b, windows * queries, n * d), lse
 
 
 @attention_backward.register_fake

@@ -114,8 +114,7 @@ def prepare(
 ) -> list[Tensor]:
     """The bias as the kernels read it: in `dtype`, finite, and the lowest value where there is no such key.
 
-    Where it is added to products before these are scaled (in all types but float32), it is divided by the
-    scale.
+    In all types but float32 it is added to products before these are scaled, and thus divided by the scale.
 
     Args:
         bias: [N, G, Q, K].
@@ -123,7 +122,7 @@ def prepare(
         visible: bool [P, 1 or Q, K]. Keys that no query of a window sees are left to the table of keys.
         scale: factor of the scores.
         dtype: of `qkv`.
-        with_transposed: what the gradient of keys reads, too.
+        with_transposed: whether to return what the gradient of keys reads, too.
 
     Returns:
         [N, groups, padded Q, padded K'], and `with_transposed` [N, groups, padded K', padded Q].
@@ -148,17 +147,10 @@ def prepare(
 
 
 def gradient(d_prepared: Tensor, bias: Tensor, columns: Tensor) -> Tensor:
-    """Gradient of the network's bias.
+    """Gradient of the network's bias, [N, G, Q, K] in its type, as `new_gradient` lays it out.
 
     Two keys that were merged share the gradient of their logaddexp as the softmax of their biases.
-
-    Args:
-        d_prepared: [slices, N, groups, padded Q, padded K'] in float32: the gradient before it is summed over
-            slices. The padding may hold anything.
-        bias, columns: as in `prepare`.
-
-    Returns:
-        [N, G, Q, K] in the type of `bias`, as `new_gradient` lays it out.
+    `d_prepared` is [slices, N, groups, padded Q, padded K'], and its padding may hold anything.
     """
     slices, heads, all_groups, queries_padded, row = d_prepared.shape
     groups, queries = bias.shape[1:3]
