@@ -17,9 +17,7 @@ import contextlib
 import importlib.util
 import logging
 import os
-import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -40,7 +38,6 @@ from models import build_model  # noqa: E402
 TOLERANCE = 1e-4
 EXAMPLE_BATCH = 2  # with 1, exporters would treat the length as a constant
 CHECKED_BATCHES = (1, 3)  # other than the exporter's own
-TIMED_RUNS = 7
 
 Program = Callable[[Tensor], Tensor]
 """Images [B, C, H, W] to logits."""
@@ -126,7 +123,7 @@ def export_model(
         batch: the only length of batches; None for any.
 
     Returns:
-        A line with the file's size, its largest difference from the model and its speed.
+        A line with the file's size and its largest difference from the model.
 
     Raises:
         ExportError: packages are missing, the exporter fails, or its result does not run or differs from
@@ -149,15 +146,11 @@ def export_model(
         with _explained(f"{name}: {path} does not load and run"):
             program = chosen.load(temporary)
             difference = max(_difference(model, program, images, name) for images in unseen)
-            times = [_milliseconds(each, unseen[0]) for each in (program, model)]
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-    return (
-        f"{path}: {path.stat().st_size / 2**20:.1f} MiB, differs by at most {difference:.1e}, "
-        f"{times[0]:.1f} ms an image (the model itself {times[1]:.1f} ms)"
-    )
+    return f"{path}: {path.stat().st_size / 2**20:.1f} MiB, differs by at most {difference:.1e}"
 
 
 def _difference(model: nn.Module, program: Program, images: Tensor, name: str) -> float:
@@ -172,16 +165,6 @@ def _difference(model: nn.Module, program: Program, images: Tensor, name: str) -
         found = f"{difference:.1e} for {len(images)} images, allowed are {allowed:.1e}"
         raise ExportError(f"{name}: differs from the model by {found}; nothing was written")
     return difference
-
-
-def _milliseconds(program: Program, images: Tensor) -> float:
-    """Median time for one image."""
-    times = []
-    for _ in range(TIMED_RUNS):
-        start = time.perf_counter()
-        program(images)
-        times.append(time.perf_counter() - start)
-    return 1000 * statistics.median(times) / len(images)
 
 
 @contextlib.contextmanager

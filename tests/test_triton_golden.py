@@ -21,12 +21,12 @@ kernels_run = pytest.mark.skipif(
 @kernels_run
 @pytest.mark.parametrize("path", FEW if INTERPRETED and not ALL else FILES, ids=lambda path: path.stem)
 def test_same_results_as_the_original(path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logits and gradients in float32; in the interpreter Focal-fast answers one image, without gradients."""
+    """Logits and gradients in float32; in the interpreter Focal answers one image, without gradients."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     golden, device = Golden(path), "cpu" if INTERPRETED else "cuda"
     model = golden.build(attention_backend="triton").float().train().to(device)
     images, expected = golden.input().float().to(device), torch.from_numpy(golden.data["logits"])
-    if INTERPRETED and not ALL and golden.kind == "focalv2":
+    if INTERPRETED and not ALL and golden.kind == "focal":
         with torch.no_grad():
             assert relative(model(images[:1]).cpu(), expected[:1]) < 5e-6
         return

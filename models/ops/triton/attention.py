@@ -44,7 +44,10 @@ def attend(qkv: Tensor, index: AttentionIndex, bias: Tensor, scale: float) -> Te
     made: TritonTables = index.tables
     if not LEAST_SCALE <= scale <= 1 / LEAST_SCALE:  # the bias is divided by it
         qkv, scale = torch.cat((scale * qkv[:, :, :1], qkv[:, :, 1:]), dim=2), 1.0
-    blocks = [] if made.blocks is None else made.blocks.tensors()
+    blocks: list[Tensor] = []
+    if made.blocks is not None:  # written out, since torch.compile does not trace methods of constants
+        b = made.blocks
+        blocks = [b.token, b.start, b.window, b.first, b.column]
     heavy = 0 if made.blocks is None else made.blocks.heavy
     arrays = (qkv, bias, made.columns, index.visible, made.keys, made.first, blocks, index.keys)
     size = (index.height, index.width, index.window)
