@@ -299,12 +299,12 @@ def agree(rank: int, folder: Path) -> None:
 def test_processes_agree(tmp_path: Path) -> None:
     """Where one of them cannot use an operator none does; a named one is an error in all, and so is whatever
     else happens in one of them."""
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=agree, args=(rank, tmp_path)) for rank in (0, 1)]
+    spawn = multiprocessing.get_context("spawn")
+    processes = [spawn.Process(target=agree, args=(rank, tmp_path)) for rank in (0, 1)]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(300)
         assert process.exitcode == 0
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first["auto"] == second["auto"] == ["plain"] * 2

@@ -100,9 +100,11 @@ def attention_backward(
     tables = launch.Tables(keys, first, columns.shape[1], always_seen, width, window, scale)
     qkv, d_out = qkv.contiguous(), d_out.contiguous()
     prepared, transposed = bias_kernels.prepare(bias, columns, visible, scale, qkv.dtype, True)
+    token, start, visiting, first_of, column = blocks
+    made = Blocks(token, start, visiting, first_of, column, heavy)
     d_qkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
     d_prepared = launch.query_gradient(qkv, prepared, out, d_out, lse, delta, d_qkv, tables, with_bias)
-    launch.key_gradient(qkv, transposed, d_out, lse, delta, d_qkv, tables, Blocks(*blocks, heavy))
+    launch.key_gradient(qkv, transposed, d_out, lse, delta, d_qkv, tables, made)
     return d_qkv, bias_kernels.gradient(d_prepared, bias, columns) if with_bias else bias.new_empty(0)
 
 
