@@ -456,6 +456,10 @@ def test_flops(variant: str, expected: float) -> None:
     with FlopCounterMode(display=False) as counter:
         out.sum().backward()
     assert 1.85 < counter.get_total_flops() / expected < 2.1
+    plain = timm.create_model(variant, num_classes=10, attention_backend="plain")
+    with FlopCounterMode(display=False) as counter:
+        logits(plain, torch.randn(1, 3, 224, 224))
+    assert abs(counter.get_total_flops() / expected - 1) < 0.01
 
 
 def test_gradient_penalty(new: New) -> None:

@@ -21,6 +21,7 @@ output, of T*N rows.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil, inf
 
@@ -28,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import register_flop_formula, sdpa_flop_count
 
 from ..focal_transformer import BACKENDS, AttentionIndex, Backend, Request, Unsupported
 from .tables import NAMESPACE, MergedKeys, differentiable_gradients, merge_bias, merge_duplicates
@@ -143,6 +144,14 @@ def _attention_flops(qkv_shape, bias_shape, *_, **__) -> int:
 def _attention_backward_flops(d_out_shape, qkv_shape, bias_shape, *_, **__) -> int:
     """Five products: the scores again, and those of dv, dP, dq and dk."""
     return 5 * 2 * qkv_shape[0] * qkv_shape[-1] * int(np.prod(bias_shape))
+
+
+def _sdpa_flops(query_shape, key_shape, value_shape, *_, **__) -> int:
+    return sdpa_flop_count(query_shape, key_shape, value_shape)
+
+
+with suppress(RuntimeError):  # where PyTorch has a formula for its CPU kernel; 2.14 has none
+    register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)(_sdpa_flops)
 
 
 def _forward(qkv: Tensor, bias: Tensor, rows: list[Tensor], scale: float) -> Tensor:
