@@ -199,15 +199,20 @@ NOTES = [
 ]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 1 if a kernel is not ok."""
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description="Compile the attention kernels for GPUs that are not there.")
     parser.add_argument("--architectures", nargs="+", choices=CARDS, default=list(CARDS))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--out", type=path_argument, metavar="FOLDER", help="write a dated .md and .csv here")
     parser.add_argument("--name", default="compile", help="of the files")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 1 if a kernel is not ok."""
+    args = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     facts = common.describe_run(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder:
