@@ -40,6 +40,7 @@ def _entry(variant: str) -> _Callable[..., _FocalTransformer]:
             _load_checkpoint(model, str(pretrained), reset_head=reset_head, resize=resize)
         return model
 
+    create.__name__ = create.__qualname__ = variant
     create.__doc__ = f"{variant}. Arguments: see the head of hubconf.py."
     return create
 

@@ -145,7 +145,8 @@ def run_throughput(run: Run, model: FocalTransformer) -> None:
         backends = model.attention_backends(run.precision.dtype)
     result = measure_throughput(model, images, run.precision, backends)
     logger.info(
-        "{images_per_second:.1f} img/s, {milliseconds:.2f} ms per batch of {batch_size} at {image_size}; "
+        "{images_per_second:.1f} img/s, {milliseconds:.2f} ms per batch of {batch_size} at "
+        "{image_size[0]}x{image_size[1]}; "
         "{memory_mb:.0f} MB, {precision}, {device}, torch {torch}".format(**result)
     )
     (run.output / "throughput.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

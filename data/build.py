@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -249,8 +249,17 @@ def _image_size(config: CfgNode) -> Size:
 
 
 def _train_transform(config: CfgNode) -> Any:
-    data, channels = config.DATA, config.MODEL.FOCAL.IN_CHANS
-    recipe = Recipe(**{field.name: config.AUG[field.name.upper()] for field in fields(Recipe)})
+    aug, data, channels = config.AUG, config.DATA, config.MODEL.FOCAL.IN_CHANS
+    recipe = Recipe(
+        color_jitter=aug.COLOR_JITTER,
+        auto_augment=aug.AUTO_AUGMENT,
+        reprob=aug.REPROB,
+        remode=aug.REMODE,
+        recount=aug.RECOUNT,
+        hflip=aug.HFLIP,
+        scale=aug.SCALE,
+        ratio=aug.RATIO,
+    )
     return train_transform(_image_size(config), channels, data.MEAN, data.STD, data.INTERPOLATION, recipe)
 
 

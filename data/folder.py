@@ -112,8 +112,11 @@ def _list_images(split_dir: Path, class_name: str, left_out: list[str]) -> list[
 
 def _find_solution(split_dir: Path) -> Path | None:
     """Kaggle's solution in a folder of validation images, or in one of the four folders above it."""
-    found = (folder / SOLUTION for folder in (split_dir, *split_dir.absolute().parents[:4]))
-    return next((path for path in found if path.is_file()), None)
+    for start in (split_dir.absolute(), split_dir.resolve()):  # either may lie in Kaggle's folder
+        for folder in (start, *start.parents[:4]):
+            if (folder / SOLUTION).is_file():
+                return folder / SOLUTION
+    return None
 
 
 def read_solution(path: Path, image_dir: Path) -> FileSource:

@@ -57,23 +57,20 @@ class UndecodableImageError(ValueError):
     """An image cannot be read or does not decode; the message names the image."""
 
 
+NAMED_ENDINGS = 9  # in the message about files that are left out
+
+
 def is_image_name(name: str) -> bool:
     """Whether a file is taken for an image, by the ending of its name; hidden files are not."""
     return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
 
 
-def log_left_out(folder: Path | str, names: Iterable[str], most: int = 9) -> None:
-    """Say how many files of a folder are left out because `is_image_name` does not take them for images.
-
-    Args:
-        folder: of the files.
-        names: of those that are left out.
-        most: endings that are named.
-    """
+def log_left_out(folder: Path | str, names: Iterable[str]) -> None:
+    """Say how many files of a folder, by ending, are left out since `is_image_name` refuses their names."""
     endings = Counter(Path(name).suffix or "no ending" for name in names if not name.startswith("."))
     if endings:
-        counts = ", ".join(f"{count} with {ending}" for ending, count in endings.most_common(most))
-        more = " and others" if len(endings) > most else ""
+        counts = ", ".join(f"{count} with {ending}" for ending, count in endings.most_common(NAMED_ENDINGS))
+        more = " and others" if len(endings) > NAMED_ENDINGS else ""
         logger.warning(
             f"{folder}: {endings.total()} files are not taken for images and left out: {counts}{more}"
         )

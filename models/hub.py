@@ -5,8 +5,7 @@
     model = FocalTransformerOnHub.from_pretrained("focal-tiny-digits")     # ready to predict: no dropout
 
 The options given at construction are the config; the page is made from model_card.md. A repository on the
-Hub may hold pytorch_model.bin in place of model.safetensors. Writing the page needs
-Jinja2.
+Hub may hold pytorch_model.bin in place of model.safetensors. Writing the page needs Jinja2.
 """
 
 from __future__ import annotations

@@ -42,7 +42,9 @@ class FocalBackbone(FocalTransformer):
         **options: Any,
     ) -> None:
         if variant is not None and variant not in VARIANTS:
-            raise UserError(f"expected a variant among {', '.join(VARIANTS)}, got {variant!r}")
+            raise UserError(
+                f"FocalBackbone: variant: expected one of {', '.join(VARIANTS)}, got {variant!r}; correct it"
+            )
         known = signature(FocalTransformer).parameters.keys() - {"num_classes", "use_checkpoint"}
         if unknown := ", ".join(sorted(options.keys() - known)):
             raise UserError(

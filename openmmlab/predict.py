@@ -25,7 +25,7 @@ def parse(description: str, argv: Sequence[str] | None = None, threshold: float 
     parser = argparse.ArgumentParser(description=description)
     path = path_argument
     parser.add_argument("images", type=path, nargs="+", metavar="IMAGE", help="image files")
-    parser.add_argument("--config", type=path, required=True, help="that the checkpoint was trained with")
+    parser.add_argument("--config", type=path, required=True, help="config of the checkpoint")
     parser.add_argument("--checkpoint", type=path, required=True, help="file written by training")
     parser.add_argument("--out", type=path, default="predictions", help="folder of pictures (%(default)s)")
     least = "least score that is drawn (%(default)s)"

@@ -71,7 +71,9 @@ def _parser(description: str) -> argparse.ArgumentParser:
     values = dict(nargs="+", metavar="KEY=VALUE", help="replace values of the config")
     parser.add_argument("--cfg-options", action=Options, **values)
     launchers = ("none", "pytorch", "slurm")
-    parser.add_argument("--launcher", choices=launchers, help="what starts the processes, but for torchrun")
+    parser.add_argument(
+        "--launcher", choices=launchers, help="what starts the processes (torchrun is recognised)"
+    )
     parser.add_argument("--local_rank", "--local-rank", help="ignored: launchers set the environment")
     return parser
 

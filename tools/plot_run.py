@@ -76,10 +76,9 @@ def read_metrics(folder: Path) -> RunMetrics:
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
             record = json.loads(line)
-        except ValueError as error:
-            logger.warning(f"{path}:{number}: skipped, expected a JSON object ({error})")
-            continue
-        lists[record["kind"]].append(record)
+            lists[record["kind"]].append(record)
+        except (ValueError, KeyError, TypeError) as error:
+            logger.warning(f"{path}:{number}: skipped, expected a record ({type(error).__name__}: {error})")
     if not (metrics.train or metrics.epochs):
         raise ValueError(f"{path}: expected at least one record, got none; train for one logging interval")
     return metrics

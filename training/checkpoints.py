@@ -20,7 +20,7 @@ import zipfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from yacs.config import CfgNode
@@ -63,6 +63,24 @@ def checkpoints_in(folder: Path) -> list[tuple[EpochStep, Path]]:
     return sorted(found)
 
 
+class _ReasonKeeper:
+    """A file for `torch.save`, whose own error on a full disk would not say so; keeps the first OSError."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        try:
+            return self.file.write(content) if self.error is None else len(content)
+        except OSError as error:
+            self.error = error
+            return len(content)
+
+    def flush(self) -> None:
+        """Called by `torch.save`; `write_checkpoint` flushes."""
+
+
 def write_checkpoint(content: dict[str, Any], path: Path) -> None:
     """Write plain data; at any moment `path` is absent, old or complete, on the disk too.
 
@@ -73,9 +91,10 @@ def write_checkpoint(content: dict[str, Any], path: Path) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
-            archive = io.BytesIO()  # on a full disk, torch.save itself would raise an error without a reason
-            torch.save(content, archive)
-            file.write(archive.getbuffer())
+            target = _ReasonKeeper(file)
+            torch.save(content, target)
+            if target.error is not None:
+                raise target.error
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -188,23 +207,27 @@ def prune(folder: Path, newest: EpochStep, keep: int) -> None:
     """
     try:
         found = checkpoints_in(folder)
-        known = [(place, path) for place, path in found if place <= newest]
-        last_whole = max((place for place, _ in known if not place[1]), default=(0, 0))
-        current = [path for place, path in known if place[1] and place > last_whole][-KEPT_INSIDE:]
-        left = [path for place, path in known if not place[1] or path in current]
-        left = left[-keep:] if keep else left
-        for place, path in found:
-            is_abandoned = newest[1] > 0 and newest < place < (newest[0] + 1, 0)
-            if is_abandoned or (place <= newest and path not in left):
-                path.unlink(missing_ok=True)
     except OSError as error:
         logger.warning(f"{folder}: superseded checkpoints stay: {error}")
+        return
+    known = [(place, path) for place, path in found if place <= newest]
+    last_whole = max((place for place, _ in known if not place[1]), default=(0, 0))
+    current = [path for place, path in known if place[1] and place > last_whole][-KEPT_INSIDE:]
+    left = [path for place, path in known if not place[1] or path in current]
+    left = left[-keep:] if keep else left
+    for place, path in found:
+        is_abandoned = newest[1] > 0 and newest < place < (newest[0] + 1, 0)
+        if is_abandoned or (place <= newest and path not in left):
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                logger.warning(f"{path} is superseded and cannot be removed: {error}")
 
 
 def remove_temporary_files(folder: Path) -> None:
     """Remove what killed writers have left. Nobody may be writing."""
-    with contextlib.suppress(OSError):
-        for path in folder.glob(".*.pth.tmp"):
+    for path in folder.glob(".*.pth.tmp"):
+        with contextlib.suppress(OSError):
             path.unlink()
             logger.info(f"removed {path}, the unfinished file of a process that was killed")
 
@@ -369,14 +392,14 @@ class Checkpoints:
         content |= {} if accuracy is None else {"accuracy": accuracy}
         newest, path = state.position.epoch_step, self.folder / name
 
-        def write(content: dict[str, Any]) -> None:
-            if not all_finite([content.get(key) for key in ("model", "model_ema", "optimizer")]):
+        def write(saved: dict[str, Any]) -> None:
+            if not all_finite([saved.get(key) for key in ("model", "model_ema", "optimizer")]):
                 raise UserError(
                     f"{path}: expected finite weights and optimizer moments, got nan or inf; nothing was "
                     "saved; lower the learning rate, or train in bf16 or full precision"
                 )
             self.metrics.sync()
-            write_checkpoint(content, path)
+            write_checkpoint(saved, path)
             logger.debug(f"saved {path}")
             if accuracy is None:
                 prune(self.folder, newest, self.config.SAVE_KEEP)

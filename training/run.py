@@ -246,32 +246,34 @@ def finish_epoch(run: Run, state: TrainState, loaders: Loaders, checkpoints: Che
 
 def check_weights(config: CfgNode) -> None:
     """Raise UserError for options about weights that contradict each other, or the mode."""
-    model, weights = config.MODEL, config.MODEL.RESUME or config.MODEL.PRETRAINED
+    model, problems = config.MODEL, []
+    weights = model.RESUME or model.PRETRAINED
     fine_tunes = model.PRETRAINED and not config.EVAL_MODE
-    problems = {
-        "EVAL_MODE: expected weights to evaluate, got none; name them with --resume or --pretrained": (
-            config.EVAL_MODE and not weights
-        ),
-        f"THROUGHPUT_MODE and DEBUG_MODE: expected no weights, got {weights!r}; drop them": (
-            (config.THROUGHPUT_MODE or config.DEBUG_MODE) and weights
-        ),
-        "EVAL_EMA: expected EVAL_MODE (--eval) along with it, got only this; add that or drop it": (
-            config.EVAL_EMA and not config.EVAL_MODE
-        ),
-        f"MODEL.PRETRAINED: expected either this or MODEL.RESUME, got {model.PRETRAINED!r} and "
-        f"{model.RESUME!r}; use RESUME to continue a run, PRETRAINED to start from weights": (
-            model.RESUME and model.PRETRAINED
-        ),
-        "MODEL.RESET_HEAD: expected training from MODEL.PRETRAINED, got none; name it or drop this": (
-            model.RESET_HEAD and not fine_tunes
-        ),
-        "MODEL.HEAD_CLASS_MAP: expected training from MODEL.PRETRAINED without MODEL.RESET_HEAD, got "
-        f"{model.HEAD_CLASS_MAP!r} otherwise; name the weights, or drop one of the two": (
-            model.HEAD_CLASS_MAP and (model.RESET_HEAD or not fine_tunes)
-        ),
-    }
-    if found := [message for message, holds in problems.items() if holds]:
-        raise UserError("\n".join(found))
+    if config.EVAL_MODE and not weights:
+        problems.append(
+            "EVAL_MODE: expected weights to evaluate, got none; name them with --resume or --pretrained"
+        )
+    for mode in ("THROUGHPUT_MODE", "DEBUG_MODE"):
+        if config[mode] and weights:
+            problems.append(f"{mode}: expected no weights, got {weights!r}; drop --resume or --pretrained")
+    if config.EVAL_EMA and not config.EVAL_MODE:
+        problems.append("EVAL_EMA: expected EVAL_MODE (--eval) along with it, got only this; add or drop it")
+    if model.RESUME and model.PRETRAINED:
+        problems.append(
+            f"MODEL.PRETRAINED: expected either this or MODEL.RESUME, got {model.PRETRAINED!r} and "
+            f"{model.RESUME!r}; use RESUME to continue a run, PRETRAINED to start from weights"
+        )
+    if model.RESET_HEAD and not fine_tunes:
+        problems.append(
+            "MODEL.RESET_HEAD: expected training from MODEL.PRETRAINED, got none; name it or drop this"
+        )
+    if model.HEAD_CLASS_MAP and (model.RESET_HEAD or not fine_tunes):
+        problems.append(
+            "MODEL.HEAD_CLASS_MAP: expected training from MODEL.PRETRAINED without MODEL.RESET_HEAD, got "
+            f"{model.HEAD_CLASS_MAP!r} otherwise; name the weights, or drop one of the two"
+        )
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def load_weights(model: FocalTransformer, config: Any, key: str) -> None:

@@ -51,14 +51,17 @@ def agree_on_backends(
         names = model.attention_backends(dtype)
     except Exception as error:  # the other processes wait for an answer
         failure = error
-    failed = failure and (ValueError if isinstance(failure, ValueError) else RuntimeError, str(failure))
+    told = None
+    if failure is not None:
+        told = (ValueError if isinstance(failure, ValueError) else RuntimeError, str(failure))
     answers: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(answers, (names, failed), group=group)
-    if failure:
+    dist.all_gather_object(answers, (names, told), group=group)
+    if failure is not None:
         raise failure
     for rank, (_, failed) in enumerate(answers):
-        if failed:
-            raise failed[0](f"process {rank}: {failed[1]}")
+        if failed is not None:
+            kind, message = failed
+            raise kind(f"process {rank}: {message}")
     chosen = [[name.partition(" ")[0] for name in found] for found, _ in answers]  # reasons name devices
     different = [rank for rank, found in enumerate(chosen) if found != chosen[0]]
     if not different:

@@ -13,7 +13,7 @@ custom_imports = dict(
 # cover are not a classifier's 7, 5, 3, 1, because maps are larger here; its tables are resized. The paper's
 # detectors do so, for their FLOPs agree: RetinaNet T, S, B at 800 x 1280 take 265, 365, 518 G with these and
 # 257, 354, 503 G with a classifier's, and are reported at 265, 367, 514. For segmenters most of the gap
-# stays (tools/results). Focal-fast chooses keys by distance instead.
+# stays (tools/results). Focal-fast, which chooses keys by distance, ignores them.
 focal = dict(type="FocalBackbone", focal_windows=[15, 13, 9, 7], drop_path_rate=0.2)
 
 # no decay for norms (in necks and heads as well), bias tables and the position embedding
