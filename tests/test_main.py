@@ -237,7 +237,7 @@ def test_mistakes_are_explained(flags: list[str], words: str, call: Call) -> Non
 @pytest.mark.parametrize(
     ("opts", "begin"),
     [
-        (["DEBUG_MODE", True, "MODEL.RESUME", "a"], "THROUGHPUT_MODE and DEBUG_MODE: expected no weights"),
+        (["DEBUG_MODE", True, "MODEL.RESUME", "a"], "DEBUG_MODE: expected no weights"),
         (["MODEL.RESUME", "a", "MODEL.PRETRAINED", "b"], "MODEL.PRETRAINED: expected either this or"),
         (["EVAL_EMA", True], "EVAL_EMA: expected EVAL_MODE"),
         (["MODEL.RESET_HEAD", True], "MODEL.RESET_HEAD: expected training from MODEL.PRETRAINED"),

@@ -74,7 +74,7 @@ HOPPER = AMPERE | {
 BLACKWELL = HOPPER | {
     ("forward", 64, 2): Config(4, 1, 64, 64, 224),
     ("query_gradient", 32, 2): Config(4, 1, 64, 64, 256),
-    ("query_gradient", 64, 2): Config(4, 1, 64, 64, 256),
+    ("query_gradient", 64, 2): Config(4, 1, 64, 64, 128),
     ("key_gradient", 32, 2): Config(4, 1, 64, BLOCK_KEYS),
     ("key_gradient", 64, 2): Config(4, 1, 64, BLOCK_KEYS),
 }
