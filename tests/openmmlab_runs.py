@@ -12,7 +12,8 @@ import pytest
 from conftest import REPO
 
 SPLITS = ("train", "val", "test")
-ONE_PROCESS = {  # over a config's options: images are read by the process that trains
+ONE_PROCESS: dict[str, Any] = {  # over a config's options: the process that trains reads the images
+    "randomness.seed": 1,
     **{f"{split}_dataloader.num_workers": 0 for split in SPLITS},
     **{f"{split}_dataloader.persistent_workers": False for split in SPLITS},
 }

@@ -33,7 +33,6 @@ FEW = {  # over the demo's options: a model of few weights, evaluated after ever
     "default_hooks.checkpoint.interval": 4,
     "default_hooks.logger.interval": 1,
     "optim_wrapper.optimizer.lr": 3e-3,
-    "randomness.seed": 1,
     **ONE_PROCESS,
 }
 SCENES = DemoOptions(train_scenes=4, val_scenes=3, scene_width=122, scene_height=90)
