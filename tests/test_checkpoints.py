@@ -1,5 +1,6 @@
 """Checkpoint files: whole or absent, verified, the newest by name, few kept, written beside training."""
 
+import errno
 import json
 import os
 import resource
@@ -154,6 +155,23 @@ def test_a_new_one_inside_an_epoch_replaces_those_of_a_larger_number_of_steps(tm
         write(tmp_path, 3, step)
     prune(tmp_path, (3, 45), keep=0)
     assert find_newest(tmp_path).name == "ckpt_epoch_3_step_45.pth"
+
+
+def test_one_that_cannot_be_removed_keeps_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = [write(tmp_path, epoch) for epoch in (1, 2, 3)]
+    unlink = Path.unlink
+
+    def refuse(path: Path, *arguments: object, **options: object) -> None:
+        if path == paths[0]:
+            raise PermissionError(errno.EACCES, "denied", str(path))
+        unlink(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    prune(tmp_path, (3, 0), keep=1)
+    assert names_in(tmp_path) == {paths[0].name, paths[2].name}
+    assert paths[0].name in caplog.text
 
 
 def test_files_of_another_run_are_moved_aside(tmp_path: Path) -> None:

@@ -37,10 +37,11 @@ def test_positions_are_in_epochs(tmp_path: Path) -> None:
 
 def test_a_damaged_line_is_named_and_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A power loss may leave zeros, a killed run a part of its last line."""
+    lines = [*RUN[:3], "\x00", "3", '{"kind": "other"}', *RUN[3:], RUN[0][:20]]
     with caplog.at_level(logging.WARNING):
-        metrics = plot_run.read_metrics(write(tmp_path, [*RUN[:3], "\x00", *RUN[3:], RUN[0][:20]]))
+        metrics = plot_run.read_metrics(write(tmp_path, lines))
     assert (len(metrics.train), len(metrics.epochs)) == (4, 2)
-    for line in (4, 8):
+    for line in (4, 5, 6, 10):
         assert f"{tmp_path / 'metrics.jsonl'}:{line}: skipped" in caplog.text
 
 

@@ -89,6 +89,12 @@ def write_kaggle(plain: Path, root: Path, solution: str = "") -> None:
     (root / solution / "LOC_val_solution.csv").write_text("\n".join([lines[0], *reversed(lines[1:])]) + "\n")
 
 
+def link_kaggle(plain: Path, root: Path) -> None:
+    """A symbolic link to its innermost folder, far from the solution."""
+    write_kaggle(plain, root.parent / "kaggle")
+    root.symlink_to(root.parent / "kaggle/ILSVRC/Data/CLS-LOC")
+
+
 def add(shard: tarfile.TarFile, name: str, content: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(content)
@@ -180,6 +186,7 @@ LAYOUTS: dict[str, tuple[Callable[[Path, Path], object], str, Options]] = {  # w
     "test": (lambda plain, root: write_folders(plain, root, "test"), "", {"DATA__DATASET": "folder"}),
     "kaggle": (write_kaggle, "", {}),
     "kaggle inside": (lambda plain, root: write_kaggle(plain, root, "ILSVRC"), "ILSVRC/Data", {}),
+    "kaggle linked": (link_kaggle, "", {}),
     "zip": (
         lambda plain, root: write_zip(plain, root, "", zipfile.ZIP_DEFLATED),
         "",
