@@ -39,6 +39,9 @@ def test_two_processes_survive(lab: faults.Lab) -> None:
     finally:
         if run.is_running:
             run.kill()
+    reference = TrainingRun(lab.data, lab.root / "reference_two", 2, epochs=1)
+    reference.launch().finish()
+    assert "metrics equal" in compare(run, reference)
     steps = [record["step"] for record in metrics(run) if record["kind"] == "train"]
     assert steps == list(range(run.steps_per_epoch)) and len(steps) == 10
 

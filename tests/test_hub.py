@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,10 @@ def test_torch_hub_loads_a_model_from_another_folder(tmp_path, monkeypatch) -> N
 def test_every_variant_has_an_entry_point() -> None:
     entries = {name: f for name, f in vars(hubconf).items() if callable(f) and not name.startswith("_")}
     assert {entry.__doc__.split(".")[0] for entry in entries.values()} == set(VARIANTS)
-    for entry in entries.values():
+    for name, entry in entries.items():
+        short = re.sub("fast_(.*)", r"\1_conv", name)
+        start = short.replace("focal", "focalv2" if "fast" in name else "focal").replace("conv", "useconv")
+        assert entry.__doc__.startswith(f"{start}_patch4_window7_224.")
         assert entry(**NANO).head.out_features == NANO["num_classes"]
     for package in hubconf.dependencies:
         __import__(package)

@@ -1,6 +1,7 @@
 """The command line from end to end on a nano model: train, evaluate, time, fail cleanly."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -185,14 +186,19 @@ def test_throughput_needs_no_data(call: Call, tmp_path: Path) -> None:
 
 
 def test_debug_runs_two_steps_and_counts(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With deterministic algorithms alone: each of the model's has one."""
+    """With deterministic algorithms alone: each of the model's has one, and a run repeats exactly."""
     monkeypatch.setenv("PT_OUTPUT_DIR", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which would stay
+    losses = []
     try:
-        code, printed, _ = call("--debug", data=NOWHERE, opts=("DETERMINISTIC", True))
+        for _ in range(2):
+            code, printed, _ = call("--debug", data=NOWHERE, opts=("DETERMINISTIC", True))
+            losses.append(re.findall(r"loss [\d.]+", printed))
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
     assert code == 0 and "step 2/2" in printed and "parameters" in printed
+    assert losses[0] == losses[1] != []
     assert folder_of(tmp_path / "elsewhere").is_dir()
 
 

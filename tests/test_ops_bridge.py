@@ -157,6 +157,15 @@ def test_roi_align(aligned: bool, ratio: int) -> None:
     )
 
 
+@pytest.mark.parametrize(("aligned", "ratio"), product((True, False), (0, 2)))
+def test_roi_align_of_a_ramp(aligned: bool, ratio: int) -> None:
+    """The average over a cell is the value at its centre, for an aligned one half a pixel less."""
+    ramp = torch.arange(16.0) + 10 * torch.arange(12.0)[:, None]
+    got = RoIAlign((3, 2), 0.5, ratio, aligned=aligned)(ramp[None, None], torch.tensor([[0.0, 4, 2, 20, 14]]))
+    expected = torch.tensor([[24.0, 28], [44, 48], [64, 68]]) - (5.5 if aligned else 0)
+    torch.testing.assert_close(got[0, 0], expected)
+
+
 def test_roi_align_of_no_region_has_a_gradient_of_zeros() -> None:
     maps = rand(2, 3, 12, 16).requires_grad_()
     pooled = RoIAlign(7, 0.25)(maps, ROIS[:0])

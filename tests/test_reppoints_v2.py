@@ -110,6 +110,12 @@ def test_box_smaller_than_a_cell() -> None:
     assert not foreground_targets(box, label, CLASSES, (2, 2), 16, 8).any()
 
 
+@pytest.mark.parametrize("box", [(9, 9, 9, 30), (9, 9, 30, 9), (9, 9, 9, 9)])
+def test_a_box_without_area_has_finite_targets(box: tuple[int, int, int, int]) -> None:
+    for part in level_targets(boxes_of(box), torch.tensor([1]), CLASSES, (4, 4), (32, 32), (8, 8)):
+        assert part.isfinite().all()
+
+
 def test_foreground_is_what_a_box_touches_weighed_by_the_smallest() -> None:
     """Class 0: a box of 384 pixels around one of 64; class 1: a box at the border."""
     boxes = boxes_of((8, 0, 32, 16), (16, 7, 24, 15), (33, 20, 48, 32))

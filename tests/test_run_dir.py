@@ -46,6 +46,17 @@ def test_a_second_process_is_refused_until_the_first_is_dead(
                 assert f"process {os.getpid()} " in (tmp_path / run_dir.HOLDER_NAME).read_text()
 
 
+def test_a_refused_run_leaves_the_metrics_alone(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "tr')  # a line that the first run is writing
+    with (
+        locked(tmp_path),
+        pytest.raises(UserError, match="another --tag"),
+        run_dir.open_run_dir(tmp_path, for_training=True, timeout_minutes=0.002),
+    ):
+        pass
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"kind": "tr'
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="flock is Unix's")
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
 def test_a_file_system_without_locks_is_reported(
