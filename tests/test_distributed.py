@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ PROGRAM = """
 import json, os, shutil, signal, sys
 sys.path.insert(0, sys.argv[1])
 import main, utils
+from torch._dynamo.utils import counters
 from training.checkpoints import Checkpoints
 from training.preemption import StopRequested
 
@@ -31,7 +33,8 @@ evaluate = main.evaluate
 def noted(*arguments):
     result = evaluate(*arguments)
     if utils.is_main_process():
-        print("RESULT", json.dumps({name: value.hex() for name, value in result.items()}), flush=True)
+        noted = {name: value.hex() for name, value in result.items()}
+        print("RESULT", json.dumps(noted | {"graphs": counters["stats"]["unique_graphs"]}), flush=True)
     return result
 main.evaluate = noted
 
@@ -61,6 +64,7 @@ ONE_BLOCK = [  # as little as possible to compile
     *["MODEL.FOCAL.DEPTHS", [1], "MODEL.FOCAL.NUM_HEADS", [1], "MODEL.FOCAL.FOCAL_LEVELS", [1]],
     *["MODEL.FOCAL.FOCAL_WINDOWS", [7], "MODEL.FOCAL.EXPAND_SIZES", [3], "MODEL.ATTENTION_BACKEND", "plain"],
 ]
+COMPILED = [("not_compiled",), ("compiled", "--compile")]
 
 
 def write_set(images: list[Path], count: int, root: Path) -> Path:
@@ -96,7 +100,7 @@ def launched(few_images: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
         command(few_images, root / "stopped", STOPPED, *eight),
         command(few_images, root / "stopped", STOPPED, *eight),
         command(few_images, root / "frozen", [*FROZEN, "TRAIN.EPOCHS", 1], "--pretrained", weights),
-        command(root, root / "compiled", [*OPTS, *ONE_BLOCK], "--debug", "--compile"),
+        *(command(root, root / name, [*OPTS, *ONE_BLOCK], "--debug", *flags) for name, *flags in COMPILED),
         command(damaged["val"], root / "eval", OPTS, "--eval", "--resume", weights),
     ]
     (root / "program.py").write_text(PROGRAM)
@@ -109,7 +113,13 @@ def launched(few_images: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
         check=False,
         timeout=500,
     )
+    logs = [folder_of(root / name) / "log_rank0.txt" for name, *_ in COMPILED]
+    assert all(log.exists() and "images: acc1" in log.read_text() for log in logs), done.stderr[-3000:]
     return root, done.stdout, done.stderr
+
+
+def results_in(printed: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in re.findall(r"^RESULT (.*)$", printed, re.MULTILINE)]
 
 
 def second_image(data: Path) -> Path:
@@ -131,8 +141,7 @@ def test_two_ranks_evaluate_to_the_digits_of_one(
     for count in COUNTS:
         assert main.main(evaluation(root, root / str(count))) == 0
     assert [int(count) for count in re.findall(r"(\d+) images: acc1", printed)[:3]] == list(COUNTS), errors
-    together = [json.loads(line) for line in re.findall(r"^RESULT (.*)$", printed, re.MULTILINE)]
-    for ours, theirs in zip(alone, together, strict=False):
+    for ours, theirs in zip(alone, results_in(printed)[: len(COUNTS)], strict=True):
         assert [ours["acc1"].hex(), ours["acc5"].hex()] == [theirs["acc1"], theirs["acc5"]]
         assert ours["loss"] == pytest.approx(float.fromhex(theirs["loss"]), rel=1e-15, abs=0)
     assert len({result["acc5"] for result in alone}) > 1, "always right or wrong would show nothing"
@@ -205,5 +214,7 @@ def test_two_ranks_train_what_is_not_frozen(launched: tuple[Path, str, str], few
 
 
 def test_a_compiled_model_trains_and_evaluates(launched: tuple[Path, str, str]) -> None:
-    log = (folder_of(launched[0] / "compiled") / "log_rank0.txt").read_text()
-    assert "step 2/2  loss" in log and "images: acc1" in log
+    """As one that is not."""
+    plain, ours = results_in(launched[1])[-2:]
+    assert plain["graphs"] == 0 < ours["graphs"]
+    assert float.fromhex(ours["loss"]) == pytest.approx(float.fromhex(plain["loss"]), rel=1e-5)

@@ -37,6 +37,7 @@ def test_same_results_as_the_original(path) -> None:
         with torch.set_grad_enabled(trains):
             last, maps = model.forward_intermediates(image.to(dtype))
             logits = model.forward_head(last)
+            assert large or torch.equal(model(image.to(dtype)), logits)
         golden.check_forward(logits, [x.detach() for x in maps], TOLERANCE[dtype])
         if trains:
             model.zero_grad()

@@ -104,7 +104,9 @@ def test_a_variant_is_a_released_model_that_options_override() -> None:
         )
     assert [len(layer.blocks) for layer in backbone.layers] == [2, 2, 18, 2]
     assert backbone.options["focal_windows"] == [9, 7, 5, 3]
-    with pytest.raises(UserError, match="FocalBackbone: variant: expected one of focal_tiny.*, got 'focal_tiny'"):
+    with pytest.raises(
+        UserError, match="FocalBackbone: variant: expected one of focal_tiny.*, got 'focal_tiny'"
+    ):
         MODELS.build(dict(type="FocalBackbone", variant="focal_tiny"))
 
 

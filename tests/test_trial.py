@@ -300,12 +300,16 @@ def test_processes_agree(tmp_path: Path) -> None:
     """Where one of them cannot use an operator none does; a named one is an error in all, and so is whatever
     else happens in one of them."""
     spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=agree, args=(rank, tmp_path)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(300)
-        assert process.exitcode == 0
+    processes = [spawn.Process(target=agree, args=(rank, tmp_path), daemon=True) for rank in (0, 1)]
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(300)
+            assert process.exitcode == 0
+    finally:
+        for process in processes:
+            process.kill()
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first["auto"] == second["auto"] == ["plain"] * 2
     assert first["cpu"] == second["cpu"] == ["cpu"] * 2
