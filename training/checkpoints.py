@@ -63,7 +63,7 @@ def checkpoints_in(folder: Path) -> list[tuple[EpochStep, Path]]:
     return sorted(found)
 
 
-class _ReasonKeeper:
+class _ErrorKeepingFile:
     """A file for `torch.save`, whose own error on a full disk would not say so; keeps the first OSError."""
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -91,7 +91,7 @@ def write_checkpoint(content: dict[str, Any], path: Path) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
-            target = _ReasonKeeper(file)
+            target = _ErrorKeepingFile(file)
             torch.save(content, target)
             if target.error is not None:
                 raise target.error

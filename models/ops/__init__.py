@@ -51,11 +51,11 @@ def agree_on_backends(
         names = model.attention_backends(dtype)
     except Exception as error:  # the other processes wait for an answer
         failure = error
-    told = None
+    reported = None
     if failure is not None:
-        told = (ValueError if isinstance(failure, ValueError) else RuntimeError, str(failure))
+        reported = (ValueError if isinstance(failure, ValueError) else RuntimeError, str(failure))
     answers: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(answers, (names, told), group=group)
+    dist.all_gather_object(answers, (names, reported), group=group)
     if failure is not None:
         raise failure
     for rank, (_, failed) in enumerate(answers):
