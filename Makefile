@@ -86,7 +86,7 @@ $(VENV)/.ready-dev: requirements-dev.txt $(VENV)/.ready
 setup-openmmlab setup-detection setup-segmentation: $(VENV)/.ready-openmmlab
 	@echo 'ready: $(VENV)/bin/python detection/train.py --help'
 
-# mmcv's operators take most of an hour to compile, so mmcv-lite comes without them (openmmlab/ops_bridge.py
+# mmcv's operators take most of an hour to compile, so mmcv-lite comes without them (openmmlab/mmcv_ops.py
 # stands in), unless an mmcv is there. Its own wish for mmengine would put the unmaintained one into its place.
 $(VENV)/.ready-openmmlab: detection/requirements.txt $(VENV)/.ready
 	@what='-r detection/requirements.txt'; $(INSTALL)

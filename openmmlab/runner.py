@@ -90,9 +90,9 @@ def import_mmengine() -> ModuleType:
         import mmengine.runner
     except ImportError as error:
         raise UserError(f"OpenMMLab's packages are not installed ({error}): {INSTALL}") from error
-    from openmmlab import ops_bridge
+    from openmmlab import mmcv_ops
 
-    ops_bridge.install()
+    mmcv_ops.install()
     numbers = {type(np.dtype(code)) for code in "?" + np.typecodes["AllInteger"] + np.typecodes["Float"]}
     torch.serialization.add_safe_globals([*numbers])  # of the logged values in checkpoints
     return mmengine

@@ -53,7 +53,7 @@ OPTIONAL_HOMES = {  # package -> the files that may import it
 OPTIONAL_AS_A_WHOLE = (  # import them at the top
     *("models/ops/triton/*", "detection/*", "segmentation/*", "data/demo*.py"),
     *("openmmlab/check_config.py", "openmmlab/check_data.py", "openmmlab/loaded_weights.py"),
-    *("openmmlab/focal_backbone.py", "openmmlab/ops_bridge.py"),
+    *("openmmlab/focal_backbone.py", "openmmlab/mmcv_ops.py"),
     *("tools/benchmarks/kernel_figures.py", "tools/benchmarks/stub_driver.py"),
 )
 CONFIG_READERS = (  # build_* functions and the run itself; everything else takes plain values

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 pytest.importorskip("mmdet", reason="mmdet is not installed")
-import_module("openmmlab.ops_bridge")  # before mmcv.ops
+import_module("openmmlab.mmcv_ops")  # before mmcv.ops
 from mmdet.registry import MODELS  # noqa: E402
 from mmengine.registry import DefaultScope  # noqa: E402
 

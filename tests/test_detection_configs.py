@@ -76,7 +76,7 @@ def test_recipe_and_size(name: str) -> None:
     warm_up, steps = config.param_scheduler
     assert config.train_cfg.max_epochs == steps.end == epochs and steps.milestones == milestones
     assert (warm_up.type, warm_up.end) == ("LinearLR", 1000)
-    assert config.custom_imports.imports[0] == "openmmlab.ops_bridge", "first, before mmcv.ops"
+    assert config.custom_imports.imports[0] == "openmmlab.mmcv_ops", "first, before mmcv.ops"
     assert config.train_dataloader.batch_size == 2 and config.auto_scale_lr.base_batch_size == 16
     assert ("tta_model" in config) == name.startswith(("retinanet_", "atss-dyhead_", "htc_"))
 

@@ -12,7 +12,7 @@ from scipy import ndimage
 
 pytest.importorskip("mmdet", reason="needs OpenMMLab's packages: make setup-openmmlab")
 
-import openmmlab.ops_bridge  # noqa: F401  (before mmdet: makes its operators importable)
+import openmmlab.mmcv_ops  # noqa: F401  (before mmdet: makes its operators importable)
 
 # isort: split
 from mmdet.datasets import CocoDataset

@@ -67,7 +67,7 @@ def test_a_model_that_was_not_counted(
     monkeypatch.setattr(release, "CLASSIFIERS", ())
     monkeypatch.setattr(release, "SEGMENTERS", (release.SEGMENTERS[0]._replace(config="new"),))
     assert model_zoo.main([]) == 2
-    assert "python -m segmentation.count" in capsys.readouterr().err
+    assert "python -m segmentation.flops" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

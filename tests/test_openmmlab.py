@@ -370,8 +370,8 @@ def test_scripts_run_without_an_installation(
 MISSING_PACKAGES = """
 import sys
 sys.modules["mmengine"] = sys.modules["mmengine.config"] = None
-import detection.count, openmmlab.runner, segmentation.count
-sys.exit([openmmlab.runner.train([]), detection.count.main([]), segmentation.count.main([])] != [2, 2, 2])
+import detection.flops, openmmlab.runner, segmentation.flops
+sys.exit([openmmlab.runner.train([]), detection.flops.main([]), segmentation.flops.main([])] != [2, 2, 2])
 """
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 pytest.importorskip("mmdet", reason="mmdet is not installed")
-import_module("openmmlab.ops_bridge")  # before mmcv.ops
+import_module("openmmlab.mmcv_ops")  # before mmcv.ops
 from mmdet.models.dense_heads import RepPointsHead  # noqa: E402
 from mmdet.models.task_modules import ATSSAssigner  # noqa: E402
 from mmdet.models.utils import gaussian_radius  # noqa: E402

@@ -15,7 +15,7 @@ from conftest import REPO
 
 pytest.importorskip("mmseg", reason="needs OpenMMLab's packages: make setup-openmmlab")
 
-import openmmlab.ops_bridge  # noqa: I001  (before mmseg.models: makes its operators importable)
+import openmmlab.mmcv_ops  # noqa: I001  (before mmseg.models: makes its operators importable)
 import mmseg.models  # noqa: F401
 from mmengine.config import Config, ConfigDict
 from mmengine.optim import build_optim_wrapper
@@ -25,7 +25,7 @@ from openmmlab_configs import SMALL, batch, check_backbone, check_weight_decay, 
 from data.demo import DemoOptions, write_demo
 from data.demo_scenes import SEGMENTATION_CLASSES
 from models import VARIANTS, FocalTransformer
-from segmentation import count
+from segmentation import flops
 
 CONFIGS = REPO / "segmentation" / "configs"
 NAMES = [path.stem for path in sorted(CONFIGS.glob("*_ade20k-*.py"))]
@@ -44,7 +44,7 @@ HEIGHT, WIDTH = 90, 122  # of the scenes; no multiple of anything
 
 @pytest.fixture(scope="module", autouse=True)
 def in_mmseg() -> Iterator[None]:
-    assert openmmlab.ops_bridge
+    assert openmmlab.mmcv_ops
     with DefaultScope.overwrite_default_scope("mmseg"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # mmseg's own deprecated calls
         yield
@@ -81,7 +81,7 @@ def test_recipe_and_size(name: str) -> None:
     assert (poly.type, poly.power, poly.end) == ("PolyLR", 1.0, config.train_cfg.max_iters)
     assert config.train_cfg.max_iters == 160000
     assert config.train_dataloader.batch_size * 8 == config.auto_scale_lr.base_batch_size == 16
-    assert config.custom_imports.imports[0] == "openmmlab.ops_bridge", "first, before mmcv.ops"
+    assert config.custom_imports.imports[0] == "openmmlab.mmcv_ops", "first, before mmcv.ops"
     size = next(size for size in REPORTED if size in name)
     keys = ("miou", "miou_ms", "params_m", "flops_g")
     plain = not {"fast", "conv"} & {*name.split("_")[1].split("-")}
@@ -208,15 +208,15 @@ def test_count_of_a_head_by_hand() -> None:
     lateral = sum(n * c * 2 for n, c in zip(sizes, (8, 16, 32), strict=False))
     smooth = sum(n * 9 * 2 * 2 for n in sizes[:3])
     fused = sizes[0] * 9 * 8 * 2 + sizes[0] * 2 * 11
-    assert count.count(model, (64, 64)).head_macs == pools + bottleneck + lateral + smooth + fused
+    assert flops.count(model, (64, 64)).head_macs == pools + bottleneck + lateral + smooth + fused
 
 
 def test_count_as_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [count.image_size(read(name)) for name in (TINY, LARGE)] == [(512, 2048), (640, 2560)]
-    small = replace(count.SEGMENTATION, image_size=lambda config: (64, 96))
-    monkeypatch.setattr(count, "SEGMENTATION", small)
+    assert [flops.image_size(read(name)) for name in (TINY, LARGE)] == [(512, 2048), (640, 2560)]
+    small = replace(flops.SEGMENTATION, image_size=lambda config: (64, 96))
+    monkeypatch.setattr(flops, "SEGMENTATION", small)
     path = CONFIGS / f"{TINY}.py"
-    count.main([str(path), "--out", str(tmp_path / "table.md")])
+    flops.main([str(path), "--out", str(tmp_path / "table.md")])
     lines = (tmp_path / "table.md").read_text().splitlines()
     cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
     assert cells[:4] == [TINY, "64 x 96", "60.6", "62"] and cells[5] == "998" and cells[-1] == "45.8, 47.0"

@@ -3,8 +3,8 @@
     python -m tools.model_zoo
 
 The quoted numbers are in tools/release_numbers.py. Parameters and multiply-adds of classifiers are counted
-here; those of detectors and segmenters come from the newest tables in tools/results that detection/count.py
-and segmentation/count.py made.
+here; those of detectors and segmenters come from the newest tables in tools/results that detection/flops.py
+and segmentation/flops.py made.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def newest(task: str) -> Path:
 
 
 def counted(task: str) -> dict[str, tuple[str, str]]:
-    """Parameters (M) and multiply-adds (G) by config, from the newest table of a count.py."""
+    """Parameters (M) and multiply-adds (G) by config, from the newest table of a flops.py."""
     lines = newest(task).read_text(encoding="utf-8").splitlines()
     header, _, *rows = ([cell.strip() for cell in line.split("|")] for line in lines if line[:1] == "|")
     name, params, macs = (header.index(column) for column in ("Config", "Params (M)", "MACs (G)"))

@@ -5,9 +5,7 @@ mmengine lets no two base files define the same name, so what a config needs has
 the config says where it goes: `optim_wrapper = dict(_delete_=True, **_base_.adamw)`.
 """
 
-custom_imports = dict(
-    imports=["openmmlab.ops_bridge", "openmmlab.focal_backbone"], allow_failed_imports=False
-)
+custom_imports = dict(imports=["openmmlab.mmcv_ops", "openmmlab.focal_backbone"], allow_failed_imports=False)
 
 # The backbone, to which each config adds its `variant`. Windows that the pooled levels of Focal's four stages
 # cover are not a classifier's 7, 5, 3, 1, because maps are larger here; its tables are resized. The paper's

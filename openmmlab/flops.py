@@ -1,4 +1,4 @@
-"""Shared by detection/count.py and segmentation/count.py: a command that prints parameters and multiply-adds
+"""Shared by detection/flops.py and segmentation/flops.py: a command that prints parameters and multiply-adds
 of configs' models, beside what the release reports, as a Markdown table.
 
 Multiply-adds are those of matrix products and convolutions, which the literature calls FLOPs. Operators are

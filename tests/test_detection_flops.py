@@ -16,7 +16,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 
 from config import load_config
-from detection.count import DETECTION, count, counter, main
+from detection.flops import DETECTION, count, counter, main
 from models.build import count_params_and_macs
 
 RETINANET = DETECTION.configs / "retinanet_focal-tiny_fpn_1x_coco.py"
@@ -62,7 +62,7 @@ def test_deformable_convolutions_count_like_convolutions() -> None:
 
 
 def test_count_as_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("detection.count.SIZE", (64, 96))
+    monkeypatch.setattr("detection.flops.SIZE", (64, 96))
     paths = [RETINANET, RETINANET.with_name("retinanet_focal-tiny_fpn_amp-ms-crop-3x_coco.py")]
     main([*map(str, paths), "--out", str(tmp_path / "table.md")])
     lines = (tmp_path / "table.md").read_text().splitlines()

@@ -1,6 +1,6 @@
 """Parameters and multiply-adds of detectors, beside what the release reports, as a Markdown table:
 
-    python -m detection.count --out table.md
+    python -m detection.flops --out table.md
 
 For one image of 800 x 1280, from the pixels to the heads' raw outputs, with as many proposals as the test
 config keeps: matrix products, convolutions and deformable convolutions. Norms, activations, softmax, RoIAlign
@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from openmmlab import count as counting
-from openmmlab.count import Cost, Task, plain_backbone
+from openmmlab import flops
+from openmmlab.flops import Cost, Task, plain_backbone
 from openmmlab.runner import import_mmengine
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ DETECTION = Task(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command line."""
-    return counting.main(DETECTION, __doc__.splitlines()[0], argv)
+    return flops.main(DETECTION, __doc__.splitlines()[0], argv)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from openmmlab import ops_bridge
+from openmmlab import mmcv_ops as bridge
 
 mmcv = importlib.import_module("mmcv")
 mmcv_ops = importlib.import_module("mmcv.ops")  # after the bridge, on which it depends
@@ -392,14 +392,14 @@ def test_it_is_in_place_here_unless_there_are_compiled_operators(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On an environment with compiled operators these tests would compare mmcv's own."""
-    assert isinstance(sys.modules[ops_bridge.NAME], ops_bridge.BridgedOperators)
-    assert not ops_bridge.install()
-    monkeypatch.delitem(sys.modules, ops_bridge.NAME)
+    assert isinstance(sys.modules[bridge.NAME], bridge.BridgedOperators)
+    assert not bridge.install()
+    monkeypatch.delitem(sys.modules, bridge.NAME)
     (tmp_path / "_ext.py").touch()
     with monkeypatch.context() as patch:
         patch.setattr(mmcv, "__path__", [*mmcv.__path__, str(tmp_path)])
-        assert not ops_bridge.install() and ops_bridge.NAME not in sys.modules
+        assert not bridge.install() and bridge.NAME not in sys.modules
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "mmcv", None)
         with pytest.raises(ImportError, match="mmcv is not installed .*: run `make setup-openmmlab`"):
-            ops_bridge.install()
+            bridge.install()

@@ -1,6 +1,6 @@
 """Parameters and multiply-adds of segmenters, beside what the release reports, as a Markdown table:
 
-    python -m segmentation.count --out table.md
+    python -m segmentation.flops --out table.md
 
 For one image of the test scale (512 x 2048, 640 x 2560), through backbone and decode head: matrix products
 and convolutions. Norms, activations, softmax, pooling and interpolation are not counted. Parameters include
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from openmmlab import count as counting
-from openmmlab.count import Cost, Task, plain_backbone
+from openmmlab import flops
+from openmmlab.flops import Cost, Task, plain_backbone
 
 if TYPE_CHECKING:
     from mmengine.config import Config, ConfigDict
@@ -61,7 +61,7 @@ SEGMENTATION = Task(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command line."""
-    return counting.main(SEGMENTATION, __doc__.splitlines()[0], argv)
+    return flops.main(SEGMENTATION, __doc__.splitlines()[0], argv)
 
 
 if __name__ == "__main__":
