@@ -8,9 +8,8 @@ Names, types, choices and ranges of single values are checked here. Options that
 errors of what uses them: main.py (mode and weights), ``models.build_model``, ``data.build_loaders``,
 optimizer.py and lr_scheduler.py.
 
-All keys of the original release are here with their original defaults, so its yaml files load unchanged.
-Three of them have no effect and are accepted only for that: MODEL.FOCAL.EXPAND_STAGES, MODEL.SPEC and
-LOCAL_RANK.
+All keys of the original release are here with their original defaults, so its yaml files load unchanged;
+those in NO_EFFECT are accepted and dropped.
 """
 
 import ast
@@ -59,7 +58,6 @@ _C.MODEL.DROP_RATE = 0.0  # dropout
 _C.MODEL.DROP_PATH_RATE = 0.1  # stochastic depth of the last block; rises linearly from 0
 _C.MODEL.LABEL_SMOOTHING = 0.1
 _C.MODEL.ATTENTION_BACKEND = "auto"  # auto | plain | cpu | triton
-_C.MODEL.SPEC = CN(new_allowed=True)  # no effect; holds anything
 
 _C.MODEL.FOCAL = CN()
 _C.MODEL.FOCAL.PATCH_SIZE = 4
@@ -79,7 +77,6 @@ _C.MODEL.FOCAL.FOCAL_STAGES = [0, 1, 2, 3]  # stages that have coarse tokens
 _C.MODEL.FOCAL.FOCAL_LEVELS = [1, 1, 1, 1]  # granularities per stage: 1 is fine tokens alone
 _C.MODEL.FOCAL.FOCAL_WINDOWS = [7, 5, 3, 1]  # side of the coarse neighbourhood per stage; odd
 _C.MODEL.FOCAL.FOCAL_TOPK = 128  # focalv2: keys per window and level
-_C.MODEL.FOCAL.EXPAND_STAGES = [0, 1, 2, 3]  # no effect
 _C.MODEL.FOCAL.EXPAND_SIZES = [3, 3, 3, 3]  # focal: width of the fine ring around the window, per stage
 _C.MODEL.FOCAL.EXPAND_LAYER = "all"  # all | even | odd; 'even' and 'odd' name the blocks without ring
 _C.MODEL.FOCAL.USE_CONV_EMBED = False  # overlapping convolutions as stem and downsamplers
@@ -168,7 +165,8 @@ _C.EVAL_MODE = False  # --eval
 _C.EVAL_EMA = False  # with EVAL_MODE: the moving average of a training checkpoint instead of its weights
 _C.THROUGHPUT_MODE = False  # --throughput
 _C.DEBUG_MODE = False  # --debug
-_C.LOCAL_RANK = 0  # no effect: torchrun's environment decides
+
+NO_EFFECT = ("MODEL.FOCAL.EXPAND_STAGES", "MODEL.SPEC", "LOCAL_RANK")
 
 
 # --- Types, choices and ranges ------------------------------------------------------------------------------
@@ -306,6 +304,8 @@ def load_config(
     settings += [(str(key), value, "command line") for key, value in given]
     config, origin, problems = _C.clone(), {}, []
     for key, value, where in settings:
+        if key in NO_EFFECT:
+            continue
         try:
             _assign(config, key, value)
             origin[key] = where
@@ -324,10 +324,10 @@ def load_config(
 
 
 def flatten(node: CN, prefix: str = "") -> dict[str, Any]:
-    """Every option of a config as {dotted key: value}; the free-form section MODEL.SPEC is one value."""
+    """Every option of a config as {dotted key: value}."""
     flat: dict[str, Any] = {}
     for name, value in node.items():
-        if isinstance(value, CN) and not value.is_new_allowed():
+        if isinstance(value, CN):
             flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value
@@ -378,11 +378,11 @@ def _read_file(file: str, parents: tuple[Path, ...] = ()) -> list[Setting]:
 
 
 def _leaves(content: dict[Any, Any], defaults: CN, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The content of a yaml file as (dotted key, value), without MODEL.SPEC."""
+    """The content of a yaml file as (dotted key, value)."""
     for name, value in content.items():
         section = defaults.get(name)
         if isinstance(section, CN) and isinstance(value, dict | None):
-            yield from () if section.is_new_allowed() else _leaves(value or {}, section, f"{prefix}{name}.")
+            yield from _leaves(value or {}, section, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from timm.layers import to_2tuple
 from yacs.config import CfgNode
 
 import utils
@@ -30,7 +31,7 @@ from training.preemption import EXIT_STOPPED, StopRequested
 from training.run import check_weights, load_weights, train
 from training.run_dir import open_run_dir
 from training.state import build_train_state
-from training.throughput import measure_throughput, unique_backends
+from training.throughput import measure_throughput
 from utils import UserError, user_input
 
 logger = logging.getLogger("main")
@@ -112,9 +113,8 @@ def start(config: CfgNode) -> None:
             with torch.set_grad_enabled(action in (train, run_debug)):
                 attention = agree_on_backends(model, precision.dtype, utils.cpu_group())
             frozen = freeze_stages(model, config.TRAIN.FREEZE_STAGES)
-        logger.info(
-            f"{config.MODEL.NAME}: {config.MODEL.NUM_CLASSES} classes, attention {unique_backends(attention)}"
-        )
+        operators = " and ".join(dict.fromkeys(attention))
+        logger.info(f"{config.MODEL.NAME}: {config.MODEL.NUM_CLASSES} classes, attention {operators}")
         if frozen:
             logger.info(f"{frozen:,} weights are not trained (TRAIN.FREEZE_STAGES)")
         if config.COMPILE:
@@ -133,8 +133,7 @@ def run_evaluation(run: Run, model: FocalTransformer) -> None:
 
 def synthetic_batch(run: Run, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Random images [size, C, H, W] of the configured shape, and labels [size]."""
-    side = run.config.DATA.IMG_SIZE
-    shape = (size, run.config.MODEL.FOCAL.IN_CHANS, *([side, side] if isinstance(side, int) else side))
+    shape = (size, run.config.MODEL.FOCAL.IN_CHANS, *to_2tuple(run.config.DATA.IMG_SIZE))
     return torch.randn(shape, device=run.device), torch.randint(run.config.MODEL.NUM_CLASSES, (size,))
 
 

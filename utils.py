@@ -12,7 +12,7 @@ import random
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -41,6 +41,20 @@ def user_input(option: str = "") -> Iterator[None]:
         yield
     except (ValueError, OSError, ImportError) as error:
         raise UserError(f"{option}: {error}" if option else str(error)) from error
+
+
+def run_command(action: Callable[[], int | None]) -> int:
+    """Run a command: its exit status, or 2 after a mistake of the user, which is printed.
+
+    FOCAL_TRACEBACK=1 in the environment shows the traceback instead.
+    """
+    try:
+        return action() or 0
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("FOCAL_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def expand_path(path: str) -> str:

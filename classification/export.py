@@ -29,6 +29,7 @@ if str(REPO) not in sys.path:
     sys.path.insert(0, str(REPO))  # the commands are run as files
 
 import torch  # noqa: E402
+from timm.layers import to_2tuple  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import utils  # noqa: E402
@@ -216,25 +217,26 @@ def size_of(words: Sequence[str] | None, default: int | Sequence[int]) -> tuple[
             f"--size: expected one or two numbers of pixels, got {' '.join(words)}. A file has one input "
             "size, in every format; write a file for each"
         )
-    sides = [int(word) for word in words] if words else [default] if isinstance(default, int) else default
+    sides = [int(word) for word in words] if words else to_2tuple(default)
     return sides[0], sides[-1]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Export; 1 if a format could not be written."""
+    """Run the command line; 1 if a format could not be written, 2 for what the user can correct."""
     args = parse(arguments)
     utils.escape_output()
+    return utils.run_command(lambda: export_formats(args))
+
+
+def export_formats(args: argparse.Namespace) -> int:
+    """Run the parsed command; 1 if a format could not be written."""
+    config = load_config_of(args)
+    size = size_of(args.size, config.DATA.IMG_SIZE)
+    if args.batch is not None and args.batch < 1:
+        raise ValueError(f"--batch: expected at least 1, got {args.batch}")
+    model = (load_model(config) if config.MODEL.RESUME else build_model(config)).eval()
+    model(torch.zeros(1, model.in_chans, *size))  # raises an error if the size is wrong
     status = 0
-    try:
-        config = load_config_of(args)
-        size = size_of(args.size, config.DATA.IMG_SIZE)
-        if args.batch is not None and args.batch < 1:
-            raise ValueError(f"--batch: expected at least 1, got {args.batch}")
-        model = (load_model(config) if config.MODEL.RESUME else build_model(config)).eval()
-        model(torch.zeros(1, model.in_chans, *size))  # raises an error if the size is wrong
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     for name in args.formats:
         path = Path(args.out) / f"{config.MODEL.NAME}_{size[0]}x{size[1]}{FORMATS[name].suffix}"
         try:

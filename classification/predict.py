@@ -28,9 +28,10 @@ from yacs.config import CfgNode  # noqa: E402
 
 import utils  # noqa: E402
 from config import load_config  # noqa: E402
+from data.build import evaluation_transform  # noqa: E402
 from data.images import decode_rgb, is_image_name, log_left_out  # noqa: E402
 from data.source import FileSource  # noqa: E402
-from data.transforms import Transform, eval_transform  # noqa: E402
+from data.transforms import Transform  # noqa: E402
 from models import FocalTransformer, build_model, load_checkpoint, read_checkpoint  # noqa: E402
 from training.state import load_ema  # noqa: E402
 
@@ -47,13 +48,6 @@ class Trained:
     model: FocalTransformer
     device: torch.device
     precision: utils.Precision
-
-    def transform(self) -> Transform:
-        """From a PIL image to the input that evaluation gives the model."""
-        data, size = self.config.DATA, self.config.DATA.IMG_SIZE
-        height, width = (size, size) if isinstance(size, int) else size
-        channels, crop = self.config.MODEL.FOCAL.IN_CHANS, self.config.TEST.CROP
-        return eval_transform((height, width), channels, data.MEAN, data.STD, data.INTERPOLATION, crop)
 
 
 @dataclass
@@ -242,7 +236,7 @@ def predict(
         batch_size: images per forward pass.
         top: classes per image; all classes if there are fewer.
     """
-    transform, upright = trained.transform(), trained.config.DATA.EXIF_ORIENTATION
+    transform, upright = evaluation_transform(trained.config), trained.config.DATA.EXIF_ORIENTATION
     for start in range(0, len(images), batch_size):
         predictions = [Prediction(path, []) for path in images[start : start + batch_size]]
         inputs = []
@@ -296,22 +290,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     utils.escape_output()
     logging.basicConfig(format="%(message)s")
+    return utils.run_command(lambda: predict_and_print(args))
+
+
+def predict_and_print(args: argparse.Namespace) -> int:
+    """Run the parsed command; 1 if an image could not be read."""
+    images = find_images(args.images)
+    trained = load_trained(args)
+    names = class_names(trained.config, args.classes)
     done = []
-    try:
-        images = find_images(args.images)
-        trained = load_trained(args)
-        names = class_names(trained.config, args.classes)
-        for prediction in predict(trained, images, names, args.batch_size, args.top):
-            done.append(prediction)
-            if prediction.error:
-                print(f"error: {prediction.error}", file=sys.stderr)
-            elif not args.json:
-                print(prediction.as_text())
-    except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("FOCAL_TRACEBACK"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    for prediction in predict(trained, images, names, args.batch_size, args.top):
+        done.append(prediction)
+        if prediction.error:
+            print(f"error: {prediction.error}", file=sys.stderr)
+        elif not args.json:
+            print(prediction.as_text())
     if args.json:
         print(json.dumps([prediction.as_json() for prediction in done], indent=2))
     return 1 if any(prediction.error for prediction in done) else 0

@@ -3,13 +3,14 @@
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from timm.data import Mixup
+from timm.layers import to_2tuple
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
@@ -27,7 +28,6 @@ from data.transforms import (
     DEFAULT_SCALE,
     SMALL_SIZE,
     Recipe,
-    Size,
     Transform,
     channel_stats,
     eval_transform,
@@ -105,7 +105,7 @@ def build_loaders(config: CfgNode, rank: int | None = None, world_size: int | No
             sources[split] = CachedSource(source, shard)
     workers = limit_workers(data.NUM_WORKERS)
     val_dataset = EvalImages(
-        sources["val"], _eval_transform(config), partial(decode_rgb, upright=data.EXIF_ORIENTATION)
+        sources["val"], evaluation_transform(config), partial(decode_rgb, upright=data.EXIF_ORIENTATION)
     )
     val_loader = _loader(config, val_dataset, EvalSampler(len(val_dataset), rank, world_size), workers)
     if config.EVAL_MODE:
@@ -154,7 +154,7 @@ def check_options(config: CfgNode) -> None:
 
 def _training_problems(config: CfgNode) -> list[str]:
     """What contradicts in the options of training images."""
-    data, aug, size = config.DATA, config.AUG, _image_size(config)
+    data, aug, size = config.DATA, config.AUG, to_2tuple(config.DATA.IMG_SIZE)
     problems = []
     for key in ("SCALE", "RATIO", "CUTMIX_MINMAX"):
         low, high = aug[key] or (0, 0)
@@ -242,30 +242,18 @@ def _check_classes(sources: list[ImageSource], num_classes: int) -> None:
         logger.warning("the labels go up to %d only, MODEL.NUM_CLASSES is %d", largest, num_classes)
 
 
-def _image_size(config: CfgNode) -> Size:
-    size = config.DATA.IMG_SIZE
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width
-
-
 def _train_transform(config: CfgNode) -> Any:
     aug, data, channels = config.AUG, config.DATA, config.MODEL.FOCAL.IN_CHANS
-    recipe = Recipe(
-        color_jitter=aug.COLOR_JITTER,
-        auto_augment=aug.AUTO_AUGMENT,
-        reprob=aug.REPROB,
-        remode=aug.REMODE,
-        recount=aug.RECOUNT,
-        hflip=aug.HFLIP,
-        scale=aug.SCALE,
-        ratio=aug.RATIO,
+    recipe = Recipe(**{field.name: aug[field.name.upper()] for field in fields(Recipe)})
+    return train_transform(
+        to_2tuple(config.DATA.IMG_SIZE), channels, data.MEAN, data.STD, data.INTERPOLATION, recipe
     )
-    return train_transform(_image_size(config), channels, data.MEAN, data.STD, data.INTERPOLATION, recipe)
 
 
-def _eval_transform(config: CfgNode) -> Transform:
+def evaluation_transform(config: CfgNode) -> Transform:
+    """From a PIL image to the input that evaluation gives the model."""
     data, channels = config.DATA, config.MODEL.FOCAL.IN_CHANS
-    size, crop = _image_size(config), config.TEST.CROP
+    size, crop = to_2tuple(config.DATA.IMG_SIZE), config.TEST.CROP
     return eval_transform(size, channels, data.MEAN, data.STD, data.INTERPOLATION, crop)
 
 

@@ -4,9 +4,11 @@ keys."""
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from operator import attrgetter
+from typing import TYPE_CHECKING
 
 import torch
+from timm.layers import to_2tuple
 from torch.utils.flop_counter import FlopCounterMode
 
 from .focal_transformer import FocalTransformer
@@ -23,7 +25,6 @@ CONFIG_KEYS = {  # option of FocalTransformer -> config key, for those that are 
     "use_checkpoint": "TRAIN.USE_CHECKPOINT",
     "attention_backend": "MODEL.ATTENTION_BACKEND",
 }
-WITHOUT_EFFECT = ("EXPAND_STAGES",)  # of the original release
 
 
 def build_model(config: CfgNode) -> FocalTransformer:
@@ -32,21 +33,14 @@ def build_model(config: CfgNode) -> FocalTransformer:
     Raises:
         ValueError: options that cannot be used or contradict each other, all of them by their config keys.
     """
-    keys = {name.lower(): f"MODEL.FOCAL.{name}" for name in config.MODEL.FOCAL if name not in WITHOUT_EFFECT}
+    keys = {name.lower(): f"MODEL.FOCAL.{name}" for name in config.MODEL.FOCAL}
     keys |= CONFIG_KEYS
-    options = {option: _value(config, key) for option, key in keys.items()}
+    options = {option: attrgetter(key)(config) for option, key in keys.items()}
     try:
         return FocalTransformer(**options)
     except ValueError as error:
         message = re.sub(r"\w+", lambda word: keys.get(word[0], word[0]), str(error))
         raise ValueError(message) from error
-
-
-def _value(config: CfgNode, key: str) -> Any:
-    """The value of a dotted key."""
-    for name in key.split("."):
-        config = config[name]
-    return config
 
 
 def count_params_and_macs(config: CfgNode) -> tuple[int, int]:
@@ -58,10 +52,8 @@ def count_params_and_macs(config: CfgNode) -> tuple[int, int]:
     config = config.clone()
     config.defrost()
     config.MODEL.ATTENTION_BACKEND = "plain"
-    size = config.DATA.IMG_SIZE
-    size = [size, size] if isinstance(size, int) else size
     with torch.device("meta"), torch.no_grad():
         model = build_model(config).eval()
         with FlopCounterMode(display=False) as counter:
-            model(torch.empty(1, model.in_chans, *size))
+            model(torch.empty(1, model.in_chans, *to_2tuple(config.DATA.IMG_SIZE)))
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2

@@ -120,35 +120,21 @@ def shift_mask(height: int, width: int, window: int, shift: int) -> np.ndarray:
 def nearest_cells(rows: np.ndarray, columns: np.ndarray, height: int, width: int, count: int) -> np.ndarray:
     """The `count` nearest cells of a map for each centre, nearest first, ties row by row.
 
-    Centres are all pairs of `rows` [R] and `columns` [X]; they may lie outside the map. Those that are
-    equally far from the borders, or too far for these to matter, form a class, which is computed once.
-    Returns int64 [R * X, count].
+    Centres are all pairs of `rows` [R] and `columns` [X]; they may lie outside the map. Returns int64
+    [R * X, count].
     """
     farthest = int(np.abs(rows).max() + np.abs(columns).max()) + height + width
     radius = 2 * int(np.ceil(np.sqrt(count / np.pi))) + 1  # a quarter of such a disc holds `count` cells
     while True:
         offset = grid(2 * radius + 1, 2 * radius + 1) - radius
         distance = (offset**2).sum(axis=1)
-        disc = offset[np.argsort(distance, kind="stable")]
-        disc = disc[: np.count_nonzero(distance <= radius**2)]
-        in_rows, row_class = _inside(rows, height, disc[:, 0], radius)
-        in_columns, column_class = _inside(columns, width, disc[:, 1], radius)
-        inside = in_rows[:, None] & in_columns  # bool [row classes, column classes, offsets]
+        disc = offset[np.argsort(distance, kind="stable")][: np.count_nonzero(distance <= radius**2)]
+        y, x = rows[:, None] + disc[:, 0], columns[:, None] + disc[:, 1]  # [R, cells], [X, cells]
+        inside = ((y >= 0) & (y < height))[:, None] & (x >= 0) & (x < width)  # [R, X, cells]
         rank = inside.cumsum(axis=-1, dtype=np.int32)
         if rank[..., -1].min() >= count or radius >= farthest:
-            break
+            return (y[:, None] * width + x)[inside & (rank <= count)].reshape(-1, count)
         radius += radius // 2
-    chosen = np.flatnonzero(inside & (rank <= count)).reshape(*inside.shape[:2], count) % len(disc)
-    step = (disc @ (width, 1))[chosen]  # cell - centre, [row classes, column classes, count]
-    centre = rows[:, None] * width + columns
-    return (centre[..., None] + step[row_class[:, None], column_class]).reshape(-1, count)
-
-
-def _inside(places: np.ndarray, side: int, offset: np.ndarray, radius: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which offsets from rows (or columns) stay in the map, bool [classes, offsets]; class of each row."""
-    to_border = np.stack([np.minimum(places, radius), np.minimum(side - 1 - places, radius)], axis=1)
-    classes, class_of = np.unique(to_border, axis=0, return_inverse=True)
-    return (offset >= -classes[:, :1]) & (offset <= classes[:, 1:]), class_of.reshape(-1)
 
 
 def cached_unless_traced(build: Callable[..., AttentionIndex]) -> Callable[..., AttentionIndex]:
@@ -895,6 +881,13 @@ class FocalTransformer(nn.Module):
         for module in (self.global_pool, self.head):
             module.train(self.training)
 
+    def map_sizes(self, size: tuple[int, int]) -> list[tuple[int, int]]:
+        """Rows and columns of the map of every stage; `size` is that of the first."""
+        sizes = [size]
+        for stage in self.stages[:-1]:
+            sizes.append(cast(PatchEmbed, stage.downsample).output_size(*sizes[-1]))
+        return sizes
+
     def set_input_size(self, img_size: int | Sequence[int]) -> None:
         """Become the model that is built for another size, with the same windows and parameters. Any size
         runs without it; it resizes the position embedding for good, and stores new nearest keys."""
@@ -902,16 +895,15 @@ class FocalTransformer(nn.Module):
         if min(height, width) < self.smallest_side:
             least = f"at least {self.smallest_side} pixels a side"
             raise ValueError(f"img_size must be {least}, got {height} x {width}")
-        size = self.patch_embed.output_size(height, width)
+        first = self.patch_embed.output_size(height, width)
         if (old := self.absolute_pos_embed) is not None:
-            new = resized_positions(old.detach(), self.train_resolution, size).flatten(1, 2).clone()
+            new = resized_positions(old.detach(), self.train_resolution, first).flatten(1, 2).clone()
             self.absolute_pos_embed = nn.Parameter(new, old.requires_grad)
-        self.train_resolution = size
-        for stage in self.stages:
+        self.train_resolution = first
+        for stage, size in zip(self.stages, self.map_sizes(first), strict=True):
             for layer in stage.modules():
                 if isinstance(layer, FocalFastAttention):
                     layer.set_train_resolution(size, layer.choice()[0].device)
-            size = size if stage.downsample is None else stage.downsample.output_size(*size)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations in the backward pass of training instead of keeping them."""
@@ -936,13 +928,11 @@ class FocalTransformer(nn.Module):
     def attention_backends(self, dtype: torch.dtype = torch.float32) -> list[str]:
         """Attention operator of each block at `img_size` for activations of `dtype`; where `auto` can only
         take the plain one, with the reason."""
-        size, found = self.train_resolution, []
-        like = torch.empty(0, dtype=dtype, device=next(self.parameters()).device)
-        for stage in self.stages:
+        like, found = torch.empty(0, dtype=dtype, device=next(self.parameters()).device), []
+        for stage, size in zip(self.stages, self.map_sizes(self.train_resolution), strict=True):
             for layer in (m for m in stage.modules() if isinstance(m, FocalAttention)):
                 index = layer.index(*size, like)
                 found.append(f"{index.backend} ({index.why_plain})" if index.why_plain else index.backend)
-            size = size if stage.downsample is None else stage.downsample.output_size(*size)
         return found
 
 
@@ -1021,8 +1011,7 @@ def smallest_side(options: Mapping[str, Any]) -> int:
 
 def check_options(options: Mapping[str, Any]) -> None:
     """Raise ValueError for options that contradict each other, with every problem."""
-    stages, size, least = len(options["depths"]), options["img_size"], smallest_side(options)
-    sides = (size, size) if isinstance(size, int) else tuple(size)
+    stages, sides, least = len(options["depths"]), to_2tuple(options["img_size"]), smallest_side(options)
     unknown = set(options["focal_stages"]) - {*range(max(stages, 4))}  # 4: the default
     conv = options["use_conv_embed"]
     checks = [

@@ -278,7 +278,7 @@ def test_after_a_format_that_fails_comes_the_next(tmp_path, monkeypatch, capsys)
     ],
 )
 def test_command_line_says_what_is_wrong(arguments, message, tmp_path, capsys) -> None:
-    assert export.main([*DEMO, "--random", "--out", str(tmp_path / "new"), *arguments]) == 1
+    assert export.main([*DEMO, "--random", "--out", str(tmp_path / "new"), *arguments]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 

@@ -161,7 +161,7 @@ def test_averaged_weights_of_a_training_run(tmp_path, capsys) -> None:
     assert convert_checkpoint.main([source, str(target), "--weights", "model_ema"]) == 0
     expected = {key: averaged.get(key, value) for key, value in model.state_dict().items()}
     convert_checkpoint.check_same(expected, read_checkpoint(target), "it")
-    assert convert_checkpoint.main([source, str(tmp_path / "b.pth"), "--weights", "ema"]) == 1
+    assert convert_checkpoint.main([source, str(tmp_path / "b.pth"), "--weights", "ema"]) == 2
     assert "expected weights under 'ema', found these groups: model, model_ema" in capsys.readouterr().err
 
 
@@ -172,7 +172,7 @@ def test_nothing_is_overwritten_or_left_behind(suffix, tmp_path, capsys) -> None
     source = str(OFFICIAL[0])
 
     def said(*arguments: str) -> str:
-        assert convert_checkpoint.main([*arguments]) == 1
+        assert convert_checkpoint.main([*arguments]) == 2
         assert target.read_text() == "precious" and [*tmp_path.iterdir()] == [target]
         return capsys.readouterr().err
 
@@ -202,7 +202,7 @@ def test_a_file_that_reads_differently_is_not_kept(suffix, tmp_path, monkeypatch
         write(changed, path)
 
     monkeypatch.setitem(convert_checkpoint.WRITERS, suffix, careless)
-    assert convert_checkpoint.main([str(OFFICIAL[0]), str(tmp_path / f"out{suffix}")]) == 1
+    assert convert_checkpoint.main([str(OFFICIAL[0]), str(tmp_path / f"out{suffix}")]) == 2
     assert "got differences in 1 tensors, such as norm.bias" in capsys.readouterr().err
     assert [*tmp_path.iterdir()] == []
 

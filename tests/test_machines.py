@@ -192,7 +192,7 @@ def test_home_and_variables_are_replaced_in_every_path(
     for parse, given in commands.items():
         assert str(tmp_path) in str(parse(given)) and not {"~", "$"} & set(str(parse(given)))
     assert plot_run.main(["~/nothing"]) == 2
-    assert convert_checkpoint.main(["~/a.pth", "$WHERE/b.pth"]) == 1
+    assert convert_checkpoint.main(["~/a.pth", "$WHERE/b.pth"]) == 2
     assert f"{tmp_path}/a.pth" in capsys.readouterr().err
     assert visualize.main(["~/a.png", "--resume", "$WHERE/b.pth"]) == 2
     assert f"{there}/b.pth" in capsys.readouterr().err

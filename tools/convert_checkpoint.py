@@ -22,7 +22,7 @@ from torch import Tensor
 from models.checkpoint import STATE_KEYS, read_checkpoint, state_dict_of
 from models.safetensors_file import write_safetensors
 from training.checkpoints import write_checkpoint
-from utils import escape_output, path_argument
+from utils import escape_output, path_argument, run_command
 
 WRITERS: dict[str, Callable[[Mapping[str, Tensor], Path], None]] = {
     ".pth": lambda state, path: write_checkpoint({"model": dict(state)}, path),
@@ -99,7 +99,7 @@ def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; 1 for an error that the user can correct."""
+    """Run the command line; 2 for an error that the user can correct."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("source", type=path_argument, help="weights: .pth of any kind, or .safetensors")
     parser.add_argument("target", type=path_argument, help="new file, .pth or .safetensors")
@@ -107,14 +107,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="replace a file that is there")
     args = parser.parse_args(arguments)
     escape_output()
-    try:
+
+    def run() -> None:
         state = convert(Path(args.source), Path(args.target), args.weights, args.force)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    numbers = sum(value.numel() for value in state.values())
-    print(f"{args.target}: {len(state)} tensors, {numbers:,} numbers, read again and equal to {args.source}")
-    return 0
+        count, numbers = len(state), sum(value.numel() for value in state.values())
+        print(f"{args.target}: {count} tensors, {numbers:,} numbers, read again and equal to {args.source}")
+
+    return run_command(run)
 
 
 if __name__ == "__main__":

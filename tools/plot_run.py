@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tools.figures.drawing import blank_figure
-from utils import path_argument
+from utils import path_argument, run_command
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -165,7 +165,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     folders = [Path(folder) for folder in args.folders]
     out = Path(args.out or folders[0] / "plot.png")
-    try:
+
+    def plot() -> None:
         runs = [read_metrics(folder) for folder in folders]
         for run, name in zip(runs, names_of(folders), strict=True):
             run.name = name
@@ -173,10 +174,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, dpi=120)
         logger.info(f"wrote {out}")
-    except (ValueError, OSError, ImportError) as error:
-        logger.error(f"error: {error}")
-        return 2
-    return 0
+
+    return run_command(plot)
 
 
 if __name__ == "__main__":

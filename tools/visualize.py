@@ -20,6 +20,7 @@ import torch
 
 import utils
 from classification import predict
+from data.build import evaluation_transform
 from models import build_model
 from tools.figures import attention, drawing
 
@@ -47,9 +48,8 @@ def draw(args: argparse.Namespace) -> Iterator[tuple[str, "Figure"]]:
     """
     trained = load(args)
     model, data = trained.model, trained.config.DATA
-    image = predict.read_image(args.image, trained.transform(), data.EXIF_ORIENTATION)[None].to(
-        trained.device
-    )
+    transform = evaluation_transform(trained.config)
+    image = predict.read_image(args.image, transform, data.EXIF_ORIENTATION)[None].to(trained.device)
     height, width = image.shape[2:]
     at = tuple(args.at) if args.at else (width // 2, height // 2)
     if not (0 <= at[0] < width and 0 <= at[1] < height):
@@ -95,13 +95,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     utils.escape_output()
-    try:
+
+    def draw_all() -> None:
         for name, figure in draw(args):
             drawing.save(figure, Path(args.out, f"{name}.png"))
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return utils.run_command(draw_all)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,6 @@ from torch import nn
 from utils import Precision, memory_mb, synchronize
 
 
-def unique_backends(backends: list[str]) -> str:
-    """The attention backends of all blocks for a message: each one once."""
-    return " and ".join(dict.fromkeys(backends))
-
-
 def measure_throughput(
     model: nn.Module, images: torch.Tensor, precision: Precision, backends: list[str]
 ) -> dict[str, Any]:

@@ -77,14 +77,13 @@ def distinct_layers(models: Iterable[str]) -> list[Layer]:
     found: dict[Any, Layer] = {}
     for name in models:
         model = FocalTransformer(**MODELS[name], attention_backend="triton")
-        size = model.train_resolution
-        for number, stage in enumerate(model.stages, 1):
+        sizes = model.map_sizes(model.train_resolution)
+        for number, (stage, size) in enumerate(zip(model.stages, sizes, strict=True), 1):
             for block in stage.blocks:
                 layer = block.attn
                 numbers = {k: v for k, v in vars(layer).items() if isinstance(v, (int, float, str))}
                 key = (type(layer), layer.qkv.in_features, *size, *sorted(numbers.items()))
                 found.setdefault(key, Layer(name, number, layer, block.pool_layers, *size))
-            size = size if stage.downsample is None else stage.downsample.output_size(*size)
     return list(found.values())
 
 

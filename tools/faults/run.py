@@ -28,7 +28,7 @@ STEP_LINE = re.compile(rb"epoch (\d+)/(\d+) step (\d+)/(\d+) ")
 TIMEOUT = 600.0  # seconds that anything may take on a busy machine
 IMAGES_PER_CLASS, BATCH_SIZE = {"train": 16, "val": 4}, 8
 SAVE_EVERY = 5  # steps
-TIME_FIELDS = {"img_per_s", "minutes", "memory_mb", "data_ms", "step_ms", "save_ms"}  # of metrics.jsonl
+TIME_FIELDS = {"img_per_s", "minutes", "memory_mb"}  # of metrics.jsonl
 OPTIONS: dict[str, object] = {  # a small model, all randomness switched on, a log line for every step
     **{"DATA.BATCH_SIZE": BATCH_SIZE, "MODEL.FOCAL.EMBED_DIM": 32, "MODEL.FOCAL.NUM_HEADS": [1, 2]},
     **{"MODEL.DROP_PATH_RATE": 0.1, "AUG.MIXUP": 0.8, "AUG.CUTMIX": 1.0, "AUG.COLOR_JITTER": 0.2},

@@ -159,11 +159,11 @@ def strides(model: FocalTransformer) -> list[int]:
 
 def token_maps(model: FocalTransformer, height: int, width: int) -> list[list[TokenMap]]:
     """The map of every block, by stage, for an input of `height` x `width` pixels."""
-    maps, size = [], model.patch_embed.output_size(height, width)
-    for stage in model.layers:
-        maps.append([TokenMap(block.attn, *size) for block in stage.blocks])
-        size = size if stage.downsample is None else stage.downsample.output_size(*size)
-    return maps
+    sizes = model.map_sizes(model.patch_embed.output_size(height, width))
+    return [
+        [TokenMap(block.attn, *size) for block in stage.blocks]
+        for stage, size in zip(model.stages, sizes, strict=True)
+    ]
 
 
 def stage_maps(model: FocalTransformer, height: int, width: int, block: int = -1) -> list[TokenMap]:
