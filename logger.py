@@ -60,7 +60,7 @@ class TensorBoard:
         for name, value in values.items():
             self.writer.add_scalar(f"{kind}/{name}", value, position)
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         self.writer.close()
 
 
@@ -100,8 +100,8 @@ class WeightsAndBiases:
         named = {f"{kind}/{name}": value for name, value in values.items()}
         self.run.log(named | {f"{kind}/position": position})
 
-    def close(self) -> None:
-        self.run.finish()
+    def close(self, failed: bool = False) -> None:
+        self.run.finish(exit_code=int(failed))
 
 
 class Metrics:
@@ -233,12 +233,14 @@ class Metrics:
         if self.file is not None:
             self.file.close()
 
-    def close(self) -> None:
-        """Close the file and the mirrors; an error of these is a warning."""
+    def close(self, failed: bool = False) -> None:
+        """Close the file and the mirrors; an error of these is a warning. `failed`: the run ends by an
+        error or a signal."""
+        self.flush()
         self.close_file()
         for mirror in self.mirrors:
             try:
-                mirror.close()
+                mirror.close(failed)
             except Exception as error:  # as above
                 logger.warning(f"{mirror.name} lacks what was recorded last: {error}")
 

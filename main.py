@@ -148,7 +148,8 @@ def run_throughput(run: Run, model: FocalTransformer) -> None:
         "{image_size[0]}x{image_size[1]}; "
         "{memory_mb:.0f} MB, {precision}, {device}, torch {torch}".format(**result)
     )
-    (run.output / "throughput.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if utils.is_main_process():
+        (run.output / "throughput.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def run_debug(run: Run, model: FocalTransformer) -> None:
@@ -193,8 +194,8 @@ def main(argv: list[str] | None = None) -> int:
         logger.debug("stopped", exc_info=True)  # the traceback is in the log file
         if os.environ.get("FOCAL_TRACEBACK"):
             raise
-        # Under a launcher all ranks have the same error, but for a training image that one rank has read.
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, UndecodableImageError):
+        # All ranks of a machine have the same error, but for a training image that one rank has read.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, UndecodableImageError):
             print(f"error: {error}", file=sys.stderr)
         return exit_process(2)
     except Exception as error:

@@ -11,6 +11,7 @@ import os
 import random
 import re
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -151,6 +152,7 @@ def init_distributed(device: torch.device, timeout_minutes: float) -> None:
 
     Raises:
         DistError: the other processes do not come.
+        UserError: on all ranks; they have devices of different types.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not in_group():
         timeout = timedelta(minutes=timeout_minutes)
@@ -158,15 +160,29 @@ def init_distributed(device: torch.device, timeout_minutes: float) -> None:
         backend = backend if dist.is_backend_available(backend) else "gloo"  # as on Windows
         store, rank, world_size = next(rendezvous("env://", timeout=timeout))
         # torchrun's store outlives a restart, with the addresses of the processes that have ended
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        check_same_device(store, rank, world_size, device)
         dist.init_process_group(
             backend,
-            store=dist.PrefixStore(f"attempt_{attempt}", store),
+            store=store,
             rank=rank,
             world_size=world_size,
             timeout=timeout + timedelta(seconds=0 if backend == "gloo" else 60),
         )
         _cpu_group.append(dist.new_group(backend="gloo", timeout=timeout))
+
+
+def check_same_device(store: dist.Store, rank: int, world_size: int, device: torch.device) -> None:
+    """Raise UserError on all ranks if some have another type of device, as where one driver is broken."""
+    keys = [f"device_{number}" for number in range(world_size)]
+    store.set(keys[rank], f"{device.type} on {socket.gethostname()}")
+    found = [value.decode() for value in store.multi_get(keys)]
+    kinds = {value.split()[0]: value for value in found}  # the last machine of each
+    if len(kinds) > 1:
+        raise UserError(
+            f"DEVICE: expected the same type of device in all processes, got {' and '.join(kinds.values())}; "
+            "check the driver of the machine without one, or set DEVICE (--device)"
+        )
 
 
 def cpu_group() -> dist.ProcessGroup | None:

@@ -18,6 +18,7 @@ from data.samplers import SampleKey
 from data.seeding import Stream, derive_seed, seeded_rngs
 from data.source import ImageSource
 from data.transforms import Decode, Transform
+from data.workers import stop_signals_blocked
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +127,9 @@ class ImageLoader(DataLoader):
         Raises:
             UndecodableImageError: an image does not decode, or cannot be read, and is not replaced.
         """
-        for batch in super().__iter__():
+        with stop_signals_blocked():
+            batches = super().__iter__()  # starts the workers
+        for batch in batches:
             if isinstance(batch, UndecodableImageError):
                 raise batch
             for reason in filter(None, batch.replaced):  # of training images

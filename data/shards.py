@@ -34,7 +34,6 @@ IMAGES = ("jpg", "jpeg", "png", "webp")
 _LABELS = ("cls", "json")
 _BLOCK = 512  # bytes; everything in a tar file begins at a multiple
 _THREADS = 8  # shards indexed at a time; on network disks most of it is waiting
-_PATIENCE = 300.0  # seconds to wait for another process that indexes
 Row = tuple[str, int, int, int]
 """Name, offset, size and label of an image."""
 Index = dict[str, np.ndarray]
@@ -224,9 +223,10 @@ def _lock(files: list[Path]) -> Iterator[None]:
     """Inside, no other process makes the same index, if the folder of one of its files can be locked."""
     with contextlib.ExitStack() as stack:
         for file in files:
-            with contextlib.suppress(OSError, NotImplementedError):  # of filelock; its Timeout is an OSError
+            with contextlib.suppress(OSError, NotImplementedError):  # of filelock
                 file.parent.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(FileLock(file.with_name(f".{file.name}.lock"), timeout=_PATIENCE))
+                # without the fallback, a file that outlives a killed process
+                stack.enter_context(FileLock(file.with_name(f".{file.name}.lock"), fallback_to_soft=False))
                 break
         yield
 

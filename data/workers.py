@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Iterator
 
 import psutil
 
@@ -34,20 +35,34 @@ def limit_workers(wanted: int) -> int:
     return min(wanted, most)
 
 
-def leave_signals_to_parent(worker: int = 0) -> None:
-    """Keep a worker alive through a stop signal to its whole process group or job.
+@contextlib.contextmanager
+def stop_signals_blocked() -> Iterator[None]:
+    """Start the workers inside: processes that begin here, fork servers too, inherit blocked stop signals.
 
-    Launchers signal all processes, but the training process needs the batches of the step that it finishes.
-    It terminates its workers itself, by SIGTERM, which counts from it alone. Only `sigwaitinfo` shows the
-    sender of a signal, so a thread waits for them; where it is missing (macOS, Windows) workers end, and so
-    does the run.
+    Launchers signal all processes of a job, but the training process needs the batches of the step that it
+    finishes. It gets its own signals at the end. Not on macOS and Windows, see `leave_signals_to_parent`.
+    """
+    if not hasattr(signal, "sigwaitinfo"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def leave_signals_to_parent(worker: int = 0) -> None:
+    """In a worker whose stop signals are blocked: end on SIGTERM from the training process, and only then.
+
+    Only `sigwaitinfo` shows the sender of a signal, so a thread waits for them; where it is missing (macOS,
+    Windows) a stop signal to the whole job ends workers, and so the run.
 
     Args:
         worker: its number, not used.
     """
     if not hasattr(signal, "sigwaitinfo"):
         return
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     parent = multiprocessing.parent_process()  # not getppid, which may be the fork server
     number = os.getppid() if parent is None else parent.pid
     threading.Thread(target=_wait_for_parent, args=(number,), daemon=True, name="signals").start()

@@ -80,7 +80,7 @@ def read_checkpoint(path_or_url: str | Path) -> dict[str, Any]:
             downloaded once, into the cache of torch.hub.
 
     Raises:
-        FileNotFoundError: no such file.
+        OSError: no such file, or it cannot be read, or does not fit into memory.
         ValueError: not a checkpoint, damaged, a file that would execute code, or it cannot be downloaded.
     """
     is_address = str(path_or_url).lower().startswith(("http://", "https://"))

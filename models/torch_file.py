@@ -63,7 +63,8 @@ def read_torch_file(path: Path) -> dict[str, Any]:
     """The dict in a file, its tensors on the CPU.
 
     Raises:
-        ValueError: it cannot be read, is damaged or no checkpoint, holds no dict, or would execute code.
+        OSError: it cannot be read, or does not fit into memory.
+        ValueError: it is damaged or no checkpoint, holds no dict, or would execute code.
     """
     try:
         with open(path, "rb") as file:
@@ -71,9 +72,9 @@ def read_torch_file(path: Path) -> dict[str, Any]:
             with torch.serialization.safe_globals(HARMLESS):
                 content = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise ValueError(f"{path}: expected a file that can be read, got: {shown(error)}") from error
+        raise OSError(f"{path}: expected a file that can be read, got: {shown(error)}") from error
     except MemoryError as error:
-        raise ValueError(f"{path}: {path.stat().st_size:,} bytes do not fit into memory") from error
+        raise OSError(f"{path}: {path.stat().st_size:,} bytes do not fit into memory") from error
     except _DAMAGE as error:
         raise ValueError(f"{path}: {_reason(str(error) or type(error).__name__)}") from error
     if not isinstance(content, Mapping):

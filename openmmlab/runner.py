@@ -272,8 +272,8 @@ def run_command(action: Callable[[], None]) -> int:
     except (UserError, OSError) as error:
         if os.environ.get("FOCAL_TRACEBACK"):
             raise
-        # Before the process group exists, all processes have the same error; later ones may concern one.
-        if os.environ.get("RANK", "0") == "0" or distributed.is_initialized():
+        # Before the process group exists, all processes of a machine have the same error.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or distributed.is_initialized():
             print(f"error: {error}", file=sys.stderr)
         return 2
     finally:

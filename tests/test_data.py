@@ -1,8 +1,12 @@
 """The data pipeline: folders, archives, maps, samplers, determinism, and the messages for bad input."""
 
 import json
+import os
 import random
 import re
+import signal
+import subprocess
+import sys
 import zipfile
 from collections.abc import Iterator
 from itertools import zip_longest
@@ -11,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import REPO
 from PIL import Image
 from timm.data import Mixup
 from torchvision import transforms
@@ -250,6 +255,49 @@ def test_samples_do_not_depend_on_workers(
         torch.testing.assert_close(draw_epoch(helped, epoch), draw_epoch(alone, epoch), rtol=0, atol=0)
     assert alone.train_dataset.undecodable == helped.train_dataset.undecodable == 2
     assert caplog.text.count("bee/2.png") == 4
+
+
+SIGNALLED = """
+import os, signal, sys, threading, time
+import psutil, torch
+from data.datasets import ImageLoader, Sample
+from data.workers import leave_signals_to_parent
+
+class Blank:
+    def __len__(self):
+        return 40
+    def __getitem__(self, index):
+        return Sample(torch.zeros(1, 2, 2), index)
+
+if __name__ == "__main__":
+    received = []
+    signal.signal(signal.SIGUSR1, lambda *_: received.append(1))
+    options = {"num_workers": 2, "multiprocessing_context": sys.argv[1]}
+    loader = ImageLoader(Blank(), batch_size=1, worker_init_fn=leave_signals_to_parent, **options)
+    threading.Timer(0.5, os.killpg, (0, signal.SIGUSR1)).start()  # while workers start
+    batches = iter(loader)
+    next(batches)
+    os.killpg(0, signal.SIGUSR1)
+    children = psutil.Process().children(recursive=True)
+    time.sleep(0.5)
+    alive = [child.status() != psutil.STATUS_ZOMBIE for child in children if child.is_running()]
+    print(len(received), len(alive) == len(children) >= 2 and all(alive), sum(1 for _ in batches))
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="this system cannot tell who sends a signal")
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_a_signal_to_the_whole_job_ends_no_worker(method: str, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SIGNALLED)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "script.py", method],
+        env=os.environ | {"PYTHONPATH": str(REPO)},
+        start_new_session=True,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == ["2", "True", "39"] and not done.stderr, done.stderr
 
 
 def test_augmentation_changes_with_epoch_and_seed_only(folder: Path) -> None:

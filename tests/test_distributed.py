@@ -6,11 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import REPO
 from test_main import OPTS, PLAIN, checkpoint, command, difference, folder_of, metrics_of
 from test_resume import RANDOM, assert_same_end
@@ -19,6 +21,7 @@ import main
 from config import load_config
 from models import build_model
 from training.loop import evaluate
+from utils import UserError, check_same_device
 
 COUNTS = (1, 7, 13)  # validation images; no multiples of what the ranks take at once
 PROGRAM = """
@@ -218,3 +221,20 @@ def test_a_compiled_model_trains_and_evaluates(launched: tuple[Path, str, str]) 
     plain, ours = results_in(launched[1])[-2:]
     assert plain["graphs"] == 0 < ours["graphs"]
     assert float.fromhex(ours["loss"]) == pytest.approx(float.fromhex(plain["loss"]), rel=1e-5)
+
+
+def test_all_ranks_hear_of_another_type_of_device() -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def compare(prefix: str, *types: str) -> list[BaseException | None]:
+        with ThreadPoolExecutor(len(types)) as pool:
+            stores = [dist.PrefixStore(prefix, dist.TCPStore("127.0.0.1", store.port)) for _ in types]
+            calls = [
+                pool.submit(check_same_device, stores[rank], rank, len(types), torch.device(kind))
+                for rank, kind in enumerate(types)
+            ]
+            return [call.exception() for call in calls]
+
+    assert compare("same", "cpu", "cpu") == [None, None]
+    for error in compare("other", "meta", "cpu", "meta"):
+        assert isinstance(error, UserError) and re.search("got meta on .* and cpu on ", str(error))

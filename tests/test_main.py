@@ -272,9 +272,11 @@ def test_only_mistakes_of_users_become_sentences(
     error = dist.DistStoreError("1/2 clients joined")
     assert main.main(["--cfg", TINY]) == 1
     assert capsys.readouterr().err.startswith("error: 1/2 clients joined\nerror: process")
-    monkeypatch.setenv("RANK", "1")  # the other ranks have the same error
-    assert main.main(["--cfg", TINY, "--seed", "-1"]) == 2
-    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("RANK", "9")
+    for local_rank, heard in ((0, True), (1, False)):  # all ranks of a machine have the same error
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        assert main.main(["--cfg", TINY, "--seed", "-1"]) == 2
+        assert ("SEED" in capsys.readouterr().err) == heard
 
 
 def test_flags_win_over_opts_and_yaml_only_if_given() -> None:

@@ -325,7 +325,7 @@ def test_mistakes_are_told_without_a_traceback(
 def test_a_process_that_fails_alone_is_heard(
     group: bool, heard: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Before there is a process group, all fail alike, and the first one tells."""
+    """Before there is a process group, all of a machine fail alike, and the first one tells."""
 
     def fail() -> None:
         if group:
@@ -334,7 +334,8 @@ def test_a_process_that_fails_alone_is_heard(
             )
         raise UserError("something in one image")
 
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("RANK", "9")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.delenv("FOCAL_TRACEBACK", raising=False)
     assert runner.run_command(fail) == 2
     assert ("error: something in one image" in capsys.readouterr().err) == heard

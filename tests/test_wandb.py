@@ -84,7 +84,9 @@ def test_a_failure_ends_nothing_and_a_killed_run_continues(tmp_path: Path) -> No
     assert killed == continued != new == (tmp_path / WeightsAndBiases.ID_NAME).read_text()
 
 
-def test_no_run_stays_open(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_run_stays_open(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither if its id cannot be written, nor if recording fails later."""
     (tmp_path / WeightsAndBiases.ID_NAME).mkdir()
     metrics = Metrics(tmp_path)
@@ -96,7 +98,11 @@ def test_no_run_stays_open(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     metrics.mirrors[-1].run.log = None
     metrics.write("train", 0, loss=1.0)
     assert wandb.run is None and "Weights & Biases records no more" in caplog.text
-    metrics.close()
+    metrics.start_wandb(False, project="tests")
+    ends: list[int] = []
+    monkeypatch.setattr(wandb.run, "finish", lambda exit_code: ends.append(exit_code))
+    metrics.close(failed=True)
+    assert ends == [1]
 
 
 def test_without_the_library(

@@ -241,7 +241,6 @@ class AsyncCheckpointWriter:
     A file that cannot be written is an error in the log, and training goes on. Too many in a row, or content
     that is not finite, set `failure`, with which training cannot go on. best.pth is counted for itself: that
     it can be written says nothing about a checkpoint that could not.
-
     """
 
     def __init__(self, background: bool, max_failures: int) -> None:

@@ -53,7 +53,7 @@ def open_run_dir(output: Path, for_training: bool, timeout_minutes: float) -> It
                     f"OUTPUT (--output): expected a folder that can be written, got {output} "
                     f"({error.strerror}); choose another"
                 ) from error
-        stack.callback(metrics.close)
+        stack.push(lambda kind, *_: metrics.close(failed=kind is not None))
         yield metrics
 
 

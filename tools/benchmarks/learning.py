@@ -21,7 +21,7 @@ import statistics
 import sys
 import zipfile
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -177,6 +177,9 @@ def publish(
 
 def size_of(config: CfgNode) -> tuple[float, float]:
     """Millions of parameters, and of multiply-adds of an image."""
+    config = config.clone()
+    config.defrost()
+    config.MODEL.ATTENTION_BACKEND = "plain"  # the others count what they compute
     model = build(config).eval()
     side, channels = config.DATA.IMG_SIZE, config.MODEL.FOCAL.IN_CHANS
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -227,8 +230,11 @@ def measure(args: argparse.Namespace) -> int:
     configs = {(model, seed): configure(args, model, seed) for seed in range(args.rounds) for model in MODELS}
     with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
         runs = [pool.submit(train_one, config, args.device, args.threads) for config in configs.values()]
-        for run in runs:
-            run.result()
+        try:
+            for run in as_completed(runs):
+                run.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
     curves = {model: [accuracies(configs[model, seed]) for seed in range(args.rounds)] for model in MODELS}
     publish(args, facts, configs, curves)
     return 0
