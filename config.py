@@ -4,8 +4,8 @@
 returns a frozen ``yacs.config.CfgNode``. A yaml file may inherit from others: ``BASE: [FILE, ...]``, relative
 to itself. In all paths, `~` and $VARIABLES are replaced.
 
-Names, types, choices and ranges of single values are checked here. Options that contradict each other are
-errors of what uses them: main.py (mode and weights), ``models.build_model``, ``data.build_loaders``,
+Names, types, choices and ranges of single values are checked here. Conflicts between options are checked
+where the options are used: main.py (mode and weights), ``models.build_model``, ``data.build_loaders``,
 optimizer.py and lr_scheduler.py.
 
 All keys of the original release are here with their original defaults, so its yaml files load unchanged;
@@ -97,7 +97,7 @@ _C.TRAIN.AUTO_RESUME = True  # continue from the newest checkpoint in the output
 _C.TRAIN.ACCUMULATION_STEPS = 0  # batches per optimizer update; 0 and 1 mean one; --accumulation-steps
 _C.TRAIN.USE_CHECKPOINT = False  # recompute activations in the backward pass to save memory; --use-checkpoint
 
-_C.TRAIN.LAYER_DECAY = 1.0  # share of a layer's learning rate that the layer before it gets
+_C.TRAIN.LAYER_DECAY = 1.0  # each layer learns at this fraction of the next layer's rate; 1 for one rate
 _C.TRAIN.FREEZE_STAGES = -1  # -1 freezes nothing, 0 the stem, n the first n stages as well; never the head
 
 # Updates whose gradient is not finite are skipped. This many in a row end the run; counted at log lines only.
@@ -260,7 +260,7 @@ FROM_0_TO_1 += ["DATA.MEAN"]
 BELOW_1 = ["MODEL.LABEL_SMOOTHING", "TRAIN.EMA.DECAY", "TRAIN.OPTIMIZER.BETAS", "TRAIN.OPTIMIZER.MOMENTUM"]
 SHARES = ["TRAIN.LAYER_DECAY", "TRAIN.LR_SCHEDULER.DECAY_RATE", "AUG.SCALE"]
 
-# A rule is what is expected, and whether it holds for a value, or for each entry of a list.
+# A rule: what is expected, and whether a value is valid. Lists are checked entry by entry.
 RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **{key: ("one of " + ", ".join(map(repr, names)), names.__contains__) for key, names in CHOICES.items()},
     **dict.fromkeys(AT_LEAST_1, ("1 or more", lambda value: value >= 1)),

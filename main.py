@@ -43,7 +43,7 @@ USAGE = """python main.py --cfg FILE [options], for example
 
 trains on the images in imagenet/train/<class> and imagenet/val/<class>; --help lists the options
 """
-FLAGS = {  # flag -> (config key, help); one that is not given leaves the yaml file's value alone
+FLAGS = {  # flag -> (config key, help); a flag that is not given does not override the yaml file
     "batch-size": ("DATA.BATCH_SIZE", "images per process and step"),
     "dataset": ("DATA.DATASET", "imagenet, imagenet22k, imagewoof, folder, wds or hf"),
     "data-path": ("DATA.DATA_PATH", "root folder of the data set"),

@@ -6,8 +6,8 @@ Focal attention (section 3.2, equation 3): every token attends finely to its sur
 rest. The map is cut into windows of s x s tokens. All queries of a window share one list of keys:
 
     own window   its s x s tokens
-    ring         four copies of the window, moved diagonally by e tokens, without what falls into the window;
-                 tokens in two copies count twice; beyond the border of the map the ring wraps around
+    ring         the window shifted by e tokens towards each of its four corners, minus the window itself; a
+                 token in two shifted windows counts twice; at the border of the map the ring wraps around
     level k      k = 0, 1, ...: the window's own 2^k x 2^k coarse tokens and f // 2 more on each side; each is
                  pooled from p x p fine ones, p = s // 2^k; those outside the map are masked
 
@@ -63,11 +63,11 @@ class AttentionIndex:
     tokens: int  # S
     keys: Tensor  # int64 [P, K]: token of each key; masked keys hold the window's first token
     visible: Tensor | None  # bool [P, 1 or Q, K]: False for masked keys; None if all are visible
-    # What the layer's `bias` looks up. Focal: (rows of the table,) of the own window and of each level.
-    # Focal-fast: what `offset_index` returns, for fine tokens and the pooled level.
+    # Read by the layer's `bias`. Focal: for the own window and each level a tuple of one tensor, rows of the
+    # bias table. Focal-fast: for each level the three tensors of `offset_index`.
     bias_index: tuple[tuple[Tensor, ...], ...]
     backend: str = "plain"  # name of the operator that this is for
-    why_plain: str = ""  # if that is the plain one: the reasons of those that `auto` tried before it
+    why_plain: str = ""  # if `auto` took the plain one: why the others cannot run
     tables: Any = None  # what that operator derived from the above
 
 
@@ -140,8 +140,8 @@ def nearest_cells(rows: np.ndarray, columns: np.ndarray, height: int, width: int
 def cached_unless_traced(build: Callable[..., AttentionIndex]) -> Callable[..., AttentionIndex]:
     """Cache an index by its arguments; torch.compile sees a constant.
 
-    The decorated function has one more argument, `traced`, before the others: if it is True nothing is
-    cached, since tensors then belong to the trace. The last one, a `Request`, may be a plain tuple.
+    The decorated function takes one more argument, first: `traced`. If it is True nothing is cached, because
+    tensors made while tracing belong to the trace. The last one may be a plain tuple of `Request`'s fields.
     """
     fresh = torch.inference_mode(False)(build)  # inference tensors could not be used in training
     cached = lru_cache(maxsize=CACHED_INDEXES)(fresh)
@@ -226,7 +226,7 @@ def nearest_choice(height: int, width: int, window: int, topk: int, pooled_level
 
 
 def offset_index(y: np.ndarray, x: np.ndarray, unit: int, place: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Tables to compute the bias once for each offset query - key that occurs, and look it up.
+    """Tables with which the bias is computed once for each distinct offset query - key, then gathered.
 
     Args:
         y, x: rows and columns of centre - key, [P, K], in units of `unit` tokens.
@@ -300,7 +300,8 @@ def plain_attention(
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, fused: bool) -> Tensor:
     """softmax(scale * q k^T + mask) v of [B, M, Q or K, D] with a mask [1, M, Q, K].
 
-    PyTorch's fused kernels have no second or forward-mode derivatives, and on a CPU no gradient of the mask.
+    The softmax is explicit where PyTorch's fused kernels lack a derivative: in traces and transforms (second,
+    forward mode), and in training on a CPU (gradient of the mask).
     """
     trains = torch.is_grad_enabled() and (q.requires_grad or mask.requires_grad)
     if not fused or is_traced(q) or (trains and q.device.type == "cpu"):
@@ -457,7 +458,7 @@ class FocalAttention(nn.Module):
 
         `pools` has for each pooled level the module that makes its tokens.
         """
-        height, width = integer(x.shape[1]), integer(x.shape[2])  # integers in any trace
+        height, width = integer(x.shape[1]), integer(x.shape[2])  # Python's integers, also in torch.jit.trace
         rows, columns = padded_size(height, width, self.window_size)
         x = self.pad_and_roll(x, rows, columns)
         coarse = [self.coarse_tokens(x, level, pool) for level, pool in enumerate(pools)]
@@ -565,8 +566,8 @@ class FocalFastAttention(FocalAttention):
 
     @torch.compiler.assume_constant_result
     def read_choice(self, loaded: Any = None) -> None:
-        """Follow the stored keys after they were loaded, moved or written to; a compiled model follows when
-        it is compiled and when a state dict is loaded."""
+        """Copy the stored keys to `stored` if they were loaded, moved or changed in place. A compiled model
+        does this only when it is compiled and when a state dict is loaded."""
         choice = self.choice()
         if torch._C._are_functorch_transforms_active() or any(
             type(x) is not Tensor or x.is_meta for x in choice
@@ -595,7 +596,7 @@ class FocalFastAttention(FocalAttention):
         return torch.cat(parts, dim=-1)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load; where the state lacks a choice of keys, as averaged weights do, the layer's own stays."""
+        """Load; stored keys that the state lacks, as averaged weights do, keep the layer's own values."""
         own = {prefix + name: value for name, value in zip(self.choice_names, self.choice(), strict=True)}
         if missing := own.keys() - state_dict.keys():
             logger.info(f"not in the state, the model's own choice stays: {', '.join(sorted(missing))}")
@@ -889,8 +890,8 @@ class FocalTransformer(nn.Module):
         return sizes
 
     def set_input_size(self, img_size: int | Sequence[int]) -> None:
-        """Become the model that is built for another size, with the same windows and parameters. Any size
-        runs without it; it resizes the position embedding for good, and stores new nearest keys."""
+        """Set the input size for which position embedding and nearest keys are stored: the former is resized
+        for good, the latter are chosen anew. Other sizes run without it; windows and parameters stay."""
         height, width = to_2tuple(img_size)
         if min(height, width) < self.smallest_side:
             least = f"at least {self.smallest_side} pixels a side"

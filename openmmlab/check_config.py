@@ -26,7 +26,7 @@ READ = {  # options that are not arguments of `Runner`, but read by it or by oth
     *("test_pipeline", "tta_model", "tta_pipeline"),
 }
 READERS = READ | {*inspect.signature(Runner).parameters}
-# Messages of mmengine and mmcv, and of Python. Some of them say None in place of the type.
+# Texts of errors of mmengine, mmcv and Python; some name None instead of the type.
 UNKNOWN_TYPE = re.compile(
     r"(\S+) is not in the [\w: ]+ registry|Cannot find (\S+) in registry|^(None) is not a callable object"
 )

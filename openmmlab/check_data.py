@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 SAMPLE = 32  # images of a data set that are opened
 NOTHING = 255  # the label of pixels that belong to no class
 SWAPPED = range(5, 9)  # EXIF orientations that exchange height and width
-HEADS = {  # in mmdet's and mmseg's models, those whose num_classes is that of the data set
+HEADS = {  # names of heads in mmdet and mmseg whose num_classes must be that of the data set
     *("bbox_head", "mask_head", "mask_iou_head", "point_head", "panoptic_head", "panoptic_fusion_head"),
     *("decode_head", "auxiliary_head"),
 }

@@ -1,5 +1,5 @@
-"""Shared by detection/flops.py and segmentation/flops.py: a command that prints parameters and multiply-adds
-of configs' models, beside what the release reports, as a Markdown table.
+"""Shared by detection/flops.py and segmentation/flops.py: prints a Markdown table of parameters and
+multiply-adds of configs' models, beside the numbers that the release reports.
 
 Multiply-adds are those of matrix products and convolutions, which the literature calls FLOPs. Operators are
 counted as they are called, with attention as plain matrix products; mmengine's counter would count 0 for

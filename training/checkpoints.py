@@ -6,7 +6,7 @@ names order the files:
 
     ckpt_epoch_4.pth            epoch 4 (counted from 0) is finished
     ckpt_epoch_5_step_120.pth   inside epoch 5, after 120 of its batches
-    best.pth                    as after an epoch, of the epoch with the best accuracy
+    best.pth                    like that of a finished epoch, of the one with the best accuracy
 """
 
 import contextlib
@@ -238,9 +238,8 @@ def remove_temporary_files(folder: Path) -> None:
 class AsyncCheckpointWriter:
     """Copies a checkpoint to host memory and writes it in a thread, one at a time, while training goes on.
 
-    A file that cannot be written is an error in the log, and training goes on. Too many in a row, or content
-    that is not finite, set `failure`, with which training cannot go on. best.pth is counted for itself: that
-    it can be written says nothing about a checkpoint that could not.
+    A failed write is logged and training goes on. `failure` is set, and training must stop, after too many
+    failures in a row or if the content is not finite. best.pth is counted apart from the other checkpoints.
     """
 
     def __init__(self, background: bool, max_failures: int) -> None:
@@ -319,8 +318,8 @@ def all_finite(item: Any) -> bool:
 class Checkpoints:
     """The checkpoints of a run. All ranks must call each method; the main one writes.
 
-    Nothing has to be saved at `position`, where the run starts. `best` is the accuracy (percent) of best.pth;
-    the main rank knows it. A checkpoint records the length of `metrics`.
+    `position` is where the run starts; nothing is saved there. `best` is the accuracy (percent) of best.pth,
+    known to the main rank only. Each checkpoint records the length of metrics.jsonl.
     """
 
     def __init__(

@@ -66,7 +66,7 @@ def train(run: Run, model: FocalTransformer) -> None:
 
 
 def setup(run: Run, model: FocalTransformer) -> tuple[TrainState, Loaders, Checkpoints]:
-    """Read the weights or the checkpoint, then the data, and put everything where training starts.
+    """Read the weights or the checkpoint, then the data, and restore the position in training.
 
     The checkpoint is read and compared first, and files of the run's folder are changed last, so that a
     mistake shows early and changes nothing.

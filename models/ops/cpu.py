@@ -1,14 +1,14 @@
-"""Focal attention on the CPU, forward and backward: products of a few windows at a time.
+"""Focal attention on the CPU, forward and backward, in pieces of a few windows.
 
-A piece of one image's windows gathers its queries, keys and values, and all that follows up to the result
-stays in the caches: gathered keys and scores are never written to memory. The backward pass keeps qkv and the
-bias, computes the probabilities again, and the gradients of gathered keys one image at a time:
+A piece gathers its queries, keys and values and computes its result at once, so that gathered keys and scores
+stay in the CPU's caches. The backward pass saves only qkv and the bias; it computes the probabilities again,
+and the gradients of gathered keys one image at a time:
 
     P = softmax(scale q k' + bias),  dv = P' do,  dP = do v',  ds = P * (dP - rowsum(dP * P)),
     dq = scale ds k,  dk = scale ds' q,  dbias = sum of ds over the batch.
 
-A piece holds q, k and v of one score matrix beside each other, so that most threads gather what they then
-multiply. The gradient of a key is the sum over the slots that read it, in a fixed order: two runs give the
+In a piece, q, k and v of one score matrix lie next to each other, so that a thread mostly gathers what it
+multiplies. The gradient of a key is a sum over all windows that read it, in a fixed order: two runs give the
 same bits.
 
 To PyTorch `cpu_attention` is one operator with a gradient, which compile, autocast and checkpointing see as a
@@ -255,7 +255,7 @@ def _gathered_parts(rows: Tensor, queries: int, keys: int) -> tuple[Tensor, Tens
 def _gradient_parts(rows: Tensor, queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of all queries, then all keys, then all values: [M*(Q + 2G), D] -> [M, Q or G, D].
 
-    `Slots` counts them so; and PyTorch computes products into arrays that are not contiguous one by one.
+    `row_numbers` counts slots in this order; and bmm would compute arrays that are not contiguous one by one.
     """
     count = len(rows) // (queries + 2 * keys)
     q, k, v = rows.split((count * queries, count * keys, count * keys))
@@ -292,11 +292,11 @@ def row_numbers(index: AttentionIndex, keys: Tensor, heads: int, trains: bool) -
 
     Returns:
         read: rows of qkv: q, k, v of one score matrix after the other, [M*(Q + 2G)].
-        made_by: query, of all M*Q, that makes a row of the output, [T*N].
-        asked: rows of the output that the queries of each score matrix make, [M*Q].
-        slots: where each row of qkv, in the order [3, N, S], was read into, of M*Q queries, M*G keys and M*G
-            values; sorted by row.
-        first: where the slots of a row begin, [3*N*S].
+        made_by: for each row of the output the query, of all M*Q, that computes it, [T*N].
+        asked: the inverse: for each query the row of the output that it computes, [M*Q].
+        slots: for each row of qkv, in the order [3, N, S], the places, of M*Q queries, M*G keys and M*G
+            values, that it was gathered into; sorted by row.
+        first: where the slots of each row begin, [3*N*S].
     """
     fine = index.height * index.width
     tokens, query = _windows(index.height, index.width, index.window)
@@ -311,7 +311,7 @@ def row_numbers(index: AttentionIndex, keys: Tensor, heads: int, trains: bool) -
     reads, asks = token.bincount(minlength=index.tokens).int(), (_count(index.tokens) < fine).int()
     begins = heads * fine + _count(2 * heads)[:, None] * keys.numel()
     slots = torch.cat([(query + head[:, 0] * fine).flatten(), (readers.int() + begins).flatten()])
-    lengths = torch.cat([asks.repeat(heads), reads.repeat(2 * heads)])  # nobody asks with a coarse token
+    lengths = torch.cat([asks.repeat(heads), reads.repeat(2 * heads)])  # coarse tokens have no queries
     return [read, made_by, asked, slots, lengths.cumsum(0, dtype=torch.int32) - lengths]
 
 
