@@ -24,7 +24,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from .focal_transformer import FocalFastAttention
-from .resize import choices_of_other_maps, depends_on_setting, is_plain, is_ring, resize_state
+from .resize import depends_on_setting, is_plain, is_ring, resize_state, stale_stored_keys
 from .safetensors_file import read_safetensors
 from .torch_file import read_torch_file, shown
 
@@ -35,7 +35,7 @@ DERIVED_BUFFERS = re.compile(
 )
 """Tables in the original's files that follow from the options."""
 
-CHOICE_BUFFERS = re.compile(r"\.attn\.topk_cloest_indice_\d+$")
+STORED_KEYS = re.compile(r"\.attn\.topk_cloest_indice_\d+$")
 """Focal-fast's choice of nearest keys, valid for the map size it was made for."""
 
 HEAD = ("head.weight", "head.bias")
@@ -247,19 +247,19 @@ def load_checkpoint(
     if class_map is not None:
         report.classes = [str(i) for i, old in enumerate(class_map) if old is None]
         given |= _mapped_head(given, wanted, class_map, report.path)
-    elsewhere = [key for key in given if CHOICE_BUFFERS.search(key) and _differ_in_shape(given, wanted, key)]
+    elsewhere = [key for key in given if STORED_KEYS.search(key) and _differ_in_shape(given, wanted, key)]
     if resize:
         report.adapted = _adapt_stem(given, wanted)
         done = resize_state(given, wanted, getattr(model, "train_resolution", None))
         report.resized, report.continued, report.dropped = done.resized, done.continued, done.dropped
-        elsewhere += [key for key in choices_of_other_maps(model, given) if key not in elsewhere]
+        elsewhere += [key for key in stale_stored_keys(model, given) if key not in elsewhere]
     for key in elsewhere:
         report.recomputed.append(key)
         del given[key], wanted[key]
     check_state(given, wanted, report.path)
     for name, layer in model.named_modules():
         if isinstance(layer, FocalFastAttention):
-            _check_choice(layer, name, given, report.path)
+            _check_stored_keys(layer, name, given, report.path)
     model.load_state_dict(given, strict=False)  # complete but for what the report says
     _log(report)
     return report
@@ -414,11 +414,13 @@ def _advice(
     return f"Only {' and '.join(remedies)} {differ}: {'; '.join(remedies.values())}."
 
 
-def _check_choice(layer: FocalFastAttention, name: str, given: Mapping[str, Tensor], origin: str) -> None:
+def _check_stored_keys(
+    layer: FocalFastAttention, name: str, given: Mapping[str, Tensor], origin: str
+) -> None:
     """Raise ValueError where the file's choice of nearest keys names tokens that do not exist."""
-    choice = [given.get(f"{name}.{key}", getattr(layer, key)) for key in layer.choice_names]
+    choice = [given.get(f"{name}.{key}", getattr(layer, key)) for key in layer.key_buffers]
     try:
-        layer.check_choice(choice)
+        layer.check_stored_keys(choice)
     except ValueError as error:
         raise ValueError(f"{origin}: {name}: {error}; nothing was loaded") from error
 

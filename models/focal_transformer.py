@@ -67,7 +67,7 @@ class AttentionIndex:
     # bias table. Focal-fast: for each level the three tensors of `offset_index`.
     bias_index: tuple[tuple[Tensor, ...], ...]
     backend: str = "plain"  # name of the operator that this is for
-    why_plain: str = ""  # if `auto` took the plain one: why the others cannot run
+    fallback_reason: str = ""  # if `auto` took the plain one: why the others cannot run
     tables: Any = None  # what that operator derived from the above
 
 
@@ -197,7 +197,7 @@ def nearest_index(height: int, width: int, config: tuple[Any, ...], request: Req
     padded = padded_size(height, width, window)
     windows = grid(padded[0] // window, padded[1] // window)
     if stored is None:
-        levels = nearest_choice(height, width, window, topk, pooled_levels)
+        levels = nearest_keys(height, width, window, topk, pooled_levels)
     else:
         levels = [np.frombuffer(level, dtype=np.int64).reshape(len(windows), -1) for level in stored]
     rows, columns = np.divmod(levels[0], width)
@@ -213,7 +213,7 @@ def nearest_index(height: int, width: int, config: tuple[Any, ...], request: Req
     return make_index((*padded, window, tokens), np.concatenate(keys, axis=1), None, bias_index, request)
 
 
-def nearest_choice(height: int, width: int, window: int, topk: int, pooled_levels: int) -> list[np.ndarray]:
+def nearest_keys(height: int, width: int, window: int, topk: int, pooled_levels: int) -> list[np.ndarray]:
     """For every window the nearest fine tokens [P, K_0], numbered on the unpadded map; with a pooled level
     also the nearest windows [P, K_1]."""
     rows, columns = (np.arange(-(-side // window)) for side in (height, width))
@@ -351,10 +351,10 @@ def choose_backend(index: AttentionIndex, request: Request) -> AttentionIndex:
             reasons.append(f"{name}: {reason}")
     else:  # a named one; the plain one never refuses
         raise ValueError(f"attention_backend {reasons[0]}; use auto, or one of {', '.join(BACKENDS)}")
-    why_plain = "; ".join(reasons) if name == "plain" else ""
-    if why_plain and request.device.type == "cuda":
-        warn_once(f"attention runs in PyTorch's own operations, slower than it could be. {why_plain}")
-    return replace(index, backend=name, why_plain=why_plain, tables=tables)
+    fallback_reason = "; ".join(reasons) if name == "plain" else ""
+    if fallback_reason and request.device.type == "cuda":
+        warn_once(f"attention runs in PyTorch's own operations, slower than it could be. {fallback_reason}")
+    return replace(index, backend=name, fallback_reason=fallback_reason, tables=tables)
 
 
 warn_once = lru_cache(maxsize=None)(logger.warning)
@@ -398,7 +398,7 @@ def rolled(x: Tensor, shift: int) -> Tensor:
     return torch.roll(x, (shift, shift), dims=(1, 2)) if shift else x
 
 
-def look_up(table: Tensor, index: Tensor) -> Tensor:
+def gather_bias(table: Tensor, index: Tensor) -> Tensor:
     """Rows of a table [U, Q, N] for every window: index [K, P] -> [N, P, Q, K].
 
     A gather is faster on a CPU; elsewhere its gradient would be summed in any order, an embedding's is not.
@@ -530,18 +530,18 @@ class FocalFastAttention(FocalAttention):
             nn.Sequential(nn.Linear(2, self.head_dim), nn.ReLU(), nn.Linear(self.head_dim, self.num_heads))
             for _ in range(1 + self.pooled_levels)
         )
-        self.choice_names = [f"topk_cloest_indice_{level}" for level in range(1 + self.pooled_levels)]
+        self.key_buffers = [f"topk_cloest_indice_{level}" for level in range(1 + self.pooled_levels)]
         self.set_train_resolution(train_resolution, None)
-        self.register_load_state_dict_post_hook(FocalFastAttention.read_choice)
+        self.register_load_state_dict_post_hook(FocalFastAttention.refresh_stored_keys)
 
     def set_train_resolution(self, map_size: tuple[int, int], device: torch.device | None) -> None:
         """Store the nearest keys of a map size in place of those that are stored."""
         self.train_resolution = map_size
-        choice = nearest_choice(*map_size, self.window_size, self.topk, self.pooled_levels)
-        for name, numbers in zip(self.choice_names, choice, strict=True):
+        choice = nearest_keys(*map_size, self.window_size, self.topk, self.pooled_levels)
+        for name, numbers in zip(self.key_buffers, choice, strict=True):
             self.register_buffer(name, torch.tensor(numbers, device=device))
-        self.stored: tuple[bytes, ...] = tuple(keys.tobytes() for keys in choice)
-        self.stored_versions: tuple | None = None  # of the buffers when `stored` was read
+        self.stored_bytes: tuple[bytes, ...] = tuple(keys.tobytes() for keys in choice)
+        self.buffer_versions: tuple | None = None  # of the buffers when they were read
 
     def pad_and_roll(self, x: Tensor, rows: int, columns: int) -> Tensor:
         """[B, H, W, C] -> [B, rows, columns, C]; keys are chosen where the map was before padding."""
@@ -551,11 +551,11 @@ class FocalFastAttention(FocalAttention):
         """Undo `pad_and_roll`."""
         return rolled(x[:, :height, :width], self.shift_size)
 
-    def choice(self) -> list[Tensor]:
+    def stored_keys(self) -> list[Tensor]:
         """The stored keys of each level."""
-        return [getattr(self, name) for name in self.choice_names]
+        return [getattr(self, name) for name in self.key_buffers]
 
-    def check_choice(self, choice: Sequence[Tensor]) -> None:
+    def check_stored_keys(self, choice: Sequence[Tensor]) -> None:
         """Raise ValueError for stored keys that name tokens which do not exist."""
         limits = (self.train_resolution[0] * self.train_resolution[1], len(choice[0]))
         for name, keys, limit in zip(("fine tokens", "windows"), choice, limits, strict=False):
@@ -565,26 +565,26 @@ class FocalFastAttention(FocalAttention):
                 raise ValueError(f"{found}: the checkpoint was made for another map size, or is damaged")
 
     @torch.compiler.assume_constant_result
-    def read_choice(self, loaded: Any = None) -> None:
-        """Copy the stored keys to `stored` if they were loaded, moved or changed in place. A compiled model
-        does this only when it is compiled and when a state dict is loaded."""
-        choice = self.choice()
+    def refresh_stored_keys(self, loaded: Any = None) -> None:
+        """Copy the stored keys to `stored_bytes` if they were loaded, moved or changed in place. A compiled
+        model does this only when it is compiled and when a state dict is loaded."""
+        choice = self.stored_keys()
         if torch._C._are_functorch_transforms_active() or any(
             type(x) is not Tensor or x.is_meta for x in choice
         ):
             return
         versions = tuple((x.data_ptr(), None if x.is_inference() else x._version) for x in choice)
-        if loaded is not None or versions != self.stored_versions:  # inference tensors have no version
-            self.check_choice(choice)
-            self.stored = tuple(level.long().cpu().numpy().tobytes() for level in choice)
-            self.stored_versions = versions
+        if loaded is not None or versions != self.buffer_versions:  # inference tensors have no version
+            self.check_stored_keys(choice)
+            self.stored_bytes = tuple(level.long().cpu().numpy().tobytes() for level in choice)
+            self.buffer_versions = versions
 
     def index(self, height: int, width: int, qkv: Tensor) -> AttentionIndex:
         """The keys of every window of an unpadded map, for the operator that serves `qkv`."""
         traced, choice = is_traced(qkv), None
         if (height, width) == self.train_resolution:
-            self.read_choice()
-            choice = self.stored
+            self.refresh_stored_keys()
+            choice = self.stored_bytes
         config = (self.window_size, self.topk, self.pooled_levels, choice)
         return nearest_index(traced, height, width, config, self.request(qkv))
 
@@ -592,12 +592,12 @@ class FocalFastAttention(FocalAttention):
         """Bias of every window's scores, [N, P, Q, K]; the MLPs get offsets of `dtype`."""
         parts = []
         for mlp, (offsets, rows, cell) in zip(self.coord2rpb_all, index.bias_index, strict=True):
-            parts.append(look_up(F.embedding(rows, mlp(offsets.to(dtype))), cell))
+            parts.append(gather_bias(F.embedding(rows, mlp(offsets.to(dtype))), cell))
         return torch.cat(parts, dim=-1)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load; stored keys that the state lacks, as averaged weights do, keep the layer's own values."""
-        own = {prefix + name: value for name, value in zip(self.choice_names, self.choice(), strict=True)}
+        own = {prefix + name: value for name, value in zip(self.key_buffers, self.stored_keys(), strict=True)}
         if missing := own.keys() - state_dict.keys():
             logger.info(f"not in the state, the model's own choice stays: {', '.join(sorted(missing))}")
         super()._load_from_state_dict({**own, **state_dict}, prefix, *args)
@@ -634,8 +634,8 @@ class FocalBlock(nn.Module):
         """[B, H, W, C] -> [B, H, W, C]."""
         if isinstance(x, torch.fx.Proxy):  # torch.fx cannot trace sizes: record the block as one module
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
-        x = x + self.drop_path(scaled(self.attn(self.norm1(x), self.pool_layers), self.gamma_1))
-        return x + self.drop_path(scaled(self.mlp(self.norm2(x)), self.gamma_2))
+        x = x + self.drop_path(layer_scale(self.attn(self.norm1(x), self.pool_layers), self.gamma_1))
+        return x + self.drop_path(layer_scale(self.mlp(self.norm2(x)), self.gamma_2))
 
     def __prepare_scriptable__(self) -> None:
         """Refuse `torch.jit.script`."""
@@ -643,7 +643,7 @@ class FocalBlock(nn.Module):
         raise NotImplementedError(f"{reason}: use torch.jit.trace or torch.export")
 
 
-def scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
+def layer_scale(x: Tensor, gamma: Tensor | None) -> Tensor:
     """Layer scale, where there is one."""
     return x if gamma is None else x * gamma
 
@@ -666,11 +666,14 @@ class PatchEmbed(nn.Module):
         kernel, padding = (2 * stride - 1, stride // 2) if overlap else (stride, 0)
         self.proj = nn.Conv2d(in_chans, dim, kernel, stride, padding)
         self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
-        self.stride, self.lost = stride, kernel - 2 * padding
+        self.kernel, self.stride, self.padding = kernel, stride, padding
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the map made from an input of `height` x `width`."""
-        return (height - self.lost) // self.stride + 1, (width - self.lost) // self.stride + 1
+        rows, columns = (
+            (side + 2 * self.padding - self.kernel) // self.stride + 1 for side in (height, width)
+        )
+        return rows, columns
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C_in, H, W] -> [B, H/stride, W/stride, C]."""
@@ -904,7 +907,7 @@ class FocalTransformer(nn.Module):
         for stage, size in zip(self.stages, self.map_sizes(first), strict=True):
             for layer in stage.modules():
                 if isinstance(layer, FocalFastAttention):
-                    layer.set_train_resolution(size, layer.choice()[0].device)
+                    layer.set_train_resolution(size, layer.stored_keys()[0].device)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations in the backward pass of training instead of keeping them."""
@@ -933,7 +936,9 @@ class FocalTransformer(nn.Module):
         for stage, size in zip(self.stages, self.map_sizes(self.train_resolution), strict=True):
             for layer in (m for m in stage.modules() if isinstance(m, FocalAttention)):
                 index = layer.index(*size, like)
-                found.append(f"{index.backend} ({index.why_plain})" if index.why_plain else index.backend)
+                found.append(
+                    f"{index.backend} ({index.fallback_reason})" if index.fallback_reason else index.backend
+                )
         return found
 
 

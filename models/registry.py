@@ -15,9 +15,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from .checkpoint import CHOICE_BUFFERS, HEAD, check_state, state_dict_of
+from .checkpoint import HEAD, STORED_KEYS, check_state, state_dict_of
 from .focal_transformer import FocalTransformer
-from .resize import choices_of_other_maps, resize_state
+from .resize import resize_state, stale_stored_keys
 
 _TINY: dict[str, Any] = {
     "kind": "focal",
@@ -87,10 +87,10 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
             and the first convolution, and takes no notice of missing keys where features alone are wanted.
     """
     own = model.state_dict()
-    state = {key: value for key, value in own.items() if CHOICE_BUFFERS.search(key)}
+    state = {key: value for key, value in own.items() if STORED_KEYS.search(key)}
     state |= state_dict_of(state_dict)
     resize_state(state, own, getattr(model, "train_resolution", None))
-    state |= {key: own[key] for key in choices_of_other_maps(model, state)}
+    state |= {key: own[key] for key in stale_stored_keys(model, state)}
     fitted_by_timm = (*HEAD, "patch_embed.proj.weight")
     given, wanted = ({k: v for k, v in x.items() if k not in fitted_by_timm} for x in (state, own))
     check_state(given, wanted, "the pretrained file")

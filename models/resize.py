@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .focal_transformer import FocalFastAttention, grid, nearest_choice, ring_offsets
+from .focal_transformer import FocalFastAttention, grid, nearest_keys, ring_offsets
 
 OWN, RING = "relative_position_bias_table", "relative_position_bias_table_to_neighbors"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -94,7 +94,7 @@ def resize_state(
     return done
 
 
-def choices_of_other_maps(model: nn.Module, given: Mapping[str, Tensor]) -> list[str]:
+def stale_stored_keys(model: nn.Module, given: Mapping[str, Tensor]) -> list[str]:
     """Names of stored choices of nearest keys that are not the nearest on this model's maps; which of equally
     near ones is left open."""
     names = []
@@ -104,8 +104,8 @@ def choices_of_other_maps(model: nn.Module, given: Mapping[str, Tensor]) -> list
         (height, width), s = layer.train_resolution, layer.window_size
         windows = grid(-(-height // s), -(-width // s))
         places = ((windows * s + s // 2, width), (windows, -(-width // s)))  # centres, columns of their map
-        nearest = nearest_choice(height, width, s, layer.topk, layer.pooled_levels)
-        for key, own, (centres, columns) in zip(layer.choice_names, nearest, places, strict=False):
+        nearest = nearest_keys(height, width, s, layer.topk, layer.pooled_levels)
+        for key, own, (centres, columns) in zip(layer.key_buffers, nearest, places, strict=False):
             choice = given.get(f"{layer_name}.{key}")
             if choice is None or not is_plain(choice) or choice.is_floating_point():
                 continue

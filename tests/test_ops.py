@@ -349,7 +349,7 @@ def test_the_choice_of_an_operator() -> None:
 
     def choose(*wanted: Any) -> tuple[str, str]:
         chosen = choose_backend(index, request(*wanted))
-        return chosen.backend, chosen.why_plain
+        return chosen.backend, chosen.fallback_reason
 
     assert choose("plain") == ("plain", "")
     assert choose("cpu") == choose("auto", CPU, torch.bfloat16) == ("cpu", "")

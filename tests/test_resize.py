@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models import FocalTransformer, load_checkpoint
 from models.focal_transformer import grid, ring_offsets
-from models.resize import choices_of_other_maps, resize_state
+from models.resize import resize_state, stale_stored_keys
 
 SMALL: dict[str, Any] = {
     "embed_dim": 8,
@@ -257,7 +257,7 @@ def test_choices_of_another_map_are_noticed_in_the_same_shape(tmp_path: Path) ->
     own = {name: value.clone() for name, value in larger.named_buffers()}
     report = load_checkpoint(larger, saved(given, tmp_path), resize=True)
     assert "layers.0.blocks.0.attn.topk_cloest_indice_0" in report.recomputed
-    assert choices_of_other_maps(larger, larger.state_dict()) == []
+    assert stale_stored_keys(larger, larger.state_dict()) == []
     assert all(torch.equal(value, own[name]) for name, value in larger.named_buffers())
 
 
@@ -266,9 +266,9 @@ def test_which_of_equally_near_keys_is_left_to_the_file(tmp_path: Path) -> None:
     model = build(1, **VARIANTS["fast"])
     name = "layers.0.blocks.0.attn.topk_cloest_indice_0"
     flipped = {name: model.state_dict()[name].flip(1)}
-    assert choices_of_other_maps(model, flipped) == []
+    assert stale_stored_keys(model, flipped) == []
     flipped[name][0, 0] = 56 * 56 - 1
-    assert choices_of_other_maps(model, flipped) == [name]
+    assert stale_stored_keys(model, flipped) == [name]
 
 
 # --- Refused ------------------------------------------------------------------------------------------------
