@@ -20,12 +20,12 @@ from utils import UserError, user_input
 if TYPE_CHECKING:
     from mmengine.config import Config
 
-READ = {  # options that are not arguments of `Runner`, but read by it or by other code
+OTHER_OPTIONS = {  # options that are not arguments of `Runner`, but read by it or by other code
     *("activation_checkpointing", "compile", "cudnn_benchmark", "efficient_conv_bn_eval"),
     *("find_unused_parameters", "model_wrapper_cfg", "sync_bn"),
     *("test_pipeline", "tta_model", "tta_pipeline"),
 }
-READERS = READ | {*inspect.signature(Runner).parameters}
+KNOWN_OPTIONS = OTHER_OPTIONS | {*inspect.signature(Runner).parameters}
 # Texts of errors of mmengine, mmcv and Python; some name None instead of the type.
 UNKNOWN_TYPE = re.compile(
     r"(\S+) is not in the [\w: ]+ registry|Cannot find (\S+) in registry|^(None) is not a callable object"
@@ -50,19 +50,19 @@ class Options(DictAction):
 def check_options(config: "Config", options: Mapping[str, Any]) -> None:
     """Check --cfg-options, a mapping from keys to values, against the config that they will change.
 
-    What takes them refuses unknown keywords when it is built, see `explained`.
+    What takes them refuses unknown keywords when it is built, see `config_errors_as_user_errors`.
 
     Raises:
         UserError: a first part that nothing reads, or no such entry of a list.
     """
     for key in options:
         first, *rest = key.split(".")
-        if first not in READERS:
+        if first not in KNOWN_OPTIONS:
             known = (
                 f"only the config file itself reads {first}; set the keys where it is used, such as "
                 "train_dataloader.dataset.data_root"
                 if first in config
-                else f"the config has no {first}{_instead(first, {*READERS, *config})}"
+                else f"the config has no {first}{_suggestion(first, {*KNOWN_OPTIONS, *config})}"
             )
             raise UserError(f"--cfg-options {key}: {known}")
         node, path = config.get(first), first
@@ -79,7 +79,7 @@ def check_options(config: "Config", options: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def explained(config: "Config") -> Iterator[None]:
+def config_errors_as_user_errors(config: "Config") -> Iterator[None]:
     """Context manager for building from a config: explain errors that come from its types or keywords.
 
     Raises:
@@ -89,32 +89,32 @@ def explained(config: "Config") -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError) as error:
-        mistake = _mistake(config, str(error.args[0])) if error.args else None
+        mistake = _explanation(config, str(error.args[0])) if error.args else None
         if mistake is None:
             raise
         raise UserError(mistake) from error
 
 
-def _mistake(config: "Config", message: str) -> str | None:
+def _explanation(config: "Config", message: str) -> str | None:
     """A sentence about the type or keyword that an error's message names; None if the config has neither."""
-    used = {key: value for key, value in config.to_dict().items() if key in READERS}
+    used = {key: value for key, value in config.to_dict().items() if key in KNOWN_OPTIONS}
     if found := UNKNOWN_TYPE.search(message):
         named = found[found.lastindex or 1]
         for path, node in _nodes(used, ""):
             kind = node.get("type")
             meant = path.endswith(NAMELESS) if named == "None" else kind == named
-            if meant and isinstance(kind, str) and not _called(path, node, config):
+            if meant and isinstance(kind, str) and not _candidates(path, node, config):
                 return f"{path}.type: there is no {kind}{_instead_of_type(kind, config)}"
     elif found := UNKNOWN_KEYWORD.search(message):
         owner, name = found.groups()
         for path, node in _nodes(used, ""):
-            for called in _called(path, node, config) if name in node else ():
+            for called in _candidates(path, node, config) if name in node else ():
                 parts = inspect.getmro(called) if inspect.isclass(called) else (called,)
                 if owner not in {getattr(part, "__name__", "") for part in parts}:
                     continue
                 known = _keywords(called)
                 if name not in known:
-                    return f"{path}: {called.__name__} takes no {name}{_instead(name, known)}"
+                    return f"{path}: {called.__name__} takes no {name}{_suggestion(name, known)}"
     return None
 
 
@@ -138,7 +138,7 @@ def _registries(config: "Config") -> Iterator[Registry]:
     yield from roots
 
 
-def _called(path: str, node: Mapping[str, Any], config: "Config") -> list[Callable[..., Any]]:
+def _candidates(path: str, node: Mapping[str, Any], config: "Config") -> list[Callable[..., Any]]:
     """What may take a dict of the config as its arguments: the entries of all registries by its type."""
     kind = node.get("type")
     if kind is None:
@@ -164,10 +164,10 @@ def _instead_of_type(kind: str, config: "Config") -> str:
     package, dot, _ = kind.rpartition(".")
     if dot:
         return f"; check its spelling, and that {package} is installed"
-    return _instead(kind, {name for registry in _registries(config) for name in registry.module_dict})
+    return _suggestion(kind, {name for registry in _registries(config) for name in registry.module_dict})
 
 
-def _instead(name: str, known: set[str]) -> str:
+def _suggestion(name: str, known: set[str]) -> str:
     """The end of a message: known names that are similar to an unknown one."""
     near = get_close_matches(name, known, n=2, cutoff=0.6)
     return f"; did you mean {' or '.join(near)}?" if near else "; check its spelling"

@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from mmengine.config import Config
     from mmseg.datasets import BaseSegDataset
 
-SAMPLE = 32  # images of a data set that are opened
-NOTHING = 255  # the label of pixels that belong to no class
-SWAPPED = range(5, 9)  # EXIF orientations that exchange height and width
+SAMPLED_IMAGES = 32  # images of a data set that are opened
+IGNORE_INDEX = 255  # the label of pixels that belong to no class
+TRANSPOSED = range(5, 9)  # EXIF orientations that exchange height and width
 HEADS = {  # names of heads in mmdet and mmseg whose num_classes must be that of the data set
     *("bbox_head", "mask_head", "mask_iou_head", "point_head", "panoptic_head", "panoptic_fusion_head"),
     *("decode_head", "auxiliary_head"),
@@ -161,7 +161,7 @@ def _check_label_images(key: str, options: Mapping[str, Any], dataset: "BaseSegD
     labelled = [pair for pair in pairs if "seg_map_path" in pair]  # test sets may have none
     for pair in _sample(labelled) if _is_local(folder, dataset) else ():
         labels = _labels(key, pair["img_path"], pair["seg_map_path"])
-        extra = sorted({*np.unique(labels).tolist()} - {*range(count + reduced), NOTHING})
+        extra = sorted({*np.unique(labels).tolist()} - {*range(count + reduced), IGNORE_INDEX})
         if extra and count:
             hint = "" if reduced or extra != [count] else "; if 0 is no class and 1 the first, set it to True"
             raise UserError(
@@ -172,8 +172,8 @@ def _check_label_images(key: str, options: Mapping[str, Any], dataset: "BaseSegD
 
 
 def _sample(items: Sequence[Any]) -> list[Any]:
-    """At most SAMPLE items, evenly spaced."""
-    return [items[i] for i in range(0, len(items), -(-len(items) // SAMPLE) or 1)]
+    """At most SAMPLED_IMAGES items, evenly spaced."""
+    return [items[i] for i in range(0, len(items), -(-len(items) // SAMPLED_IMAGES) or 1)]
 
 
 def _labels(key: str, image: str, path: str) -> np.ndarray:
@@ -192,7 +192,7 @@ def _labels(key: str, image: str, path: str) -> np.ndarray:
 def _check_size(image: str, expected: tuple[int, ...], where: str) -> None:
     """Compare an image's height and width after loading with those that another file states."""
     with user_input(image), Image.open(image) as opened:
-        turned = opened.getexif().get(0x0112) in SWAPPED
+        turned = opened.getexif().get(0x0112) in TRANSPOSED
         size = opened.size if turned else opened.size[::-1]
     if size != tuple(expected):
         reason = " after rotation by its EXIF orientation; store the image upright" if turned else ""
@@ -210,13 +210,13 @@ def _are_numbers(values: Any) -> bool:
     return isinstance(values, list) and all(isinstance(x, int | float) and abs(x) < math.inf for x in values)
 
 
-FITS: dict[str, Callable[[Any], bool]] = {
+VALUE_CHECKS: dict[str, Callable[[Any], bool]] = {
     "text": lambda value: isinstance(value, str),
     "a number": lambda value: _are_numbers([value]),
     "a number or text": lambda value: isinstance(value, str) or _are_numbers([value]),
     "four numbers: x, y, width, height": lambda value: _are_numbers(value) and len(value) == 4,
 }
-ENTRIES = {  # what mmdet reads of each entry of an annotation file: keys, what each is expected to be
+REQUIRED_KEYS = {  # what mmdet reads of each entry of an annotation file: keys, what each is expected to be
     "categories": {"id": "a number or text", "name": "text"},
     "images": {"id": "a number or text", "file_name": "text", "height": "a number", "width": "a number"},
     "annotations": {
@@ -269,7 +269,7 @@ def _coco_reader(masks: bool, stuff: int) -> Callable[[Any, str], "COCO"]:
             if stuff and dataset.data_prefix.get("seg"):
                 seg = Path(dataset.data_prefix["seg"]) / image["file_name"]
                 labels = _labels(path, str(name), str(seg.with_suffix(dataset.seg_map_suffix)))
-                extra = {*np.unique(labels).tolist()} - {*range(stuff), NOTHING}
+                extra = {*np.unique(labels).tolist()} - {*range(stuff), IGNORE_INDEX}
                 if extra:
                     raise UserError(
                         f"{seg}: label {min(extra)}, but model.roi_head.semantic_head.num_classes={stuff}"
@@ -289,7 +289,7 @@ def _check_annotations(content: Any, dataset: Any, path: str, masks: bool) -> No
         raise UserError(f"{path}: expected annotations in COCO's format, an object, got {content!s:.50}")
     if dataset.test_mode:
         content.setdefault("annotations", [])  # test sets may have none
-    for kind, keys in ENTRIES.items():
+    for kind, keys in REQUIRED_KEYS.items():
         entries = content.get(kind)
         if not isinstance(entries, list):
             raise UserError(f"{path}: expected annotations in COCO's format, found no list of {kind}")
@@ -332,13 +332,13 @@ def _check_annotations(content: Any, dataset: Any, path: str, masks: bool) -> No
 
 
 def _fault(entry: Any, needed: Mapping[str, str]) -> str | None:
-    """What is wrong with an entry of an annotation file that needs these keys, see ENTRIES."""
+    """What is wrong with an entry of an annotation file that needs these keys, see REQUIRED_KEYS."""
     if not isinstance(entry, dict):
         return f"expected an object with {', '.join(needed)}"
     for key, expected in needed.items():
         if key not in entry:
             return f"has no {key}"
-        if not FITS[expected](entry[key]):
+        if not VALUE_CHECKS[expected](entry[key]):
             return f"{key} is {json.dumps(entry[key])[:50]}, expected {expected}"
     return None
 
@@ -454,7 +454,7 @@ def check_class_weights(model: nn.Module, dataset: Any) -> None:
         for index in _sample(range(len(dataset)))[::4] if weighted else ():
             labels = dataset[index]["data_samples"].gt_sem_seg.data
             size = model.data_preprocessor.size or labels.shape[-2:]
-            if NOTHING in labels or any(a < b for a, b in zip(labels.shape[-2:], size, strict=True)):
+            if IGNORE_INDEX in labels or any(a < b for a, b in zip(labels.shape[-2:], size, strict=True)):
                 raise UserError(
                     f"model.{weighted[0]}.class_weight: training images have pixels of no class (label 255, "
                     "or padding up to data_preprocessor.size), and mmseg's CrossEntropyLoss has no weight "

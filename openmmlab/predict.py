@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from openmmlab.runner import import_mmengine, need_file, read_config, refusing, run_command
+from openmmlab.runner import (
+    checkpoint_errors_as_user_errors,
+    import_mmengine,
+    need_file,
+    read_config,
+    run_command,
+)
 from utils import UserError, escape_output, path_argument
 
 if TYPE_CHECKING:
@@ -44,12 +50,12 @@ def load_model(config_file: str, checkpoint: str, device: str | None) -> "BaseMo
     config = read_config(config_file)
     need_file(checkpoint, "checkpoint")
     mmengine.registry.init_default_scope(config.default_scope)
-    from openmmlab.check_config import explained
+    from openmmlab.check_config import config_errors_as_user_errors
     from openmmlab.check_data import check_model
 
-    with explained(config):
+    with config_errors_as_user_errors(config):
         model = mmengine.registry.MODELS.build(config.model)
-    with refusing(checkpoint):
+    with checkpoint_errors_as_user_errors(checkpoint):
         content = mmengine.runner.load_checkpoint(model, checkpoint, map_location="cpu", strict=True)
     if "dataset_meta" not in content.get("meta", {}):
         raise UserError(f"{checkpoint} holds no class names: expected a checkpoint that training wrote")

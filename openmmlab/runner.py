@@ -246,7 +246,7 @@ def load_all_weights(runner: "Runner", checkpoint: str, classes: Sequence[str] |
     Raises:
         UserError: weights are missing or unknown, the file is damaged, or it was trained for other classes.
     """
-    with refusing(checkpoint):
+    with checkpoint_errors_as_user_errors(checkpoint):
         content = runner.load_checkpoint(checkpoint, strict=True)
     from openmmlab.check_data import check_trained_classes
 
@@ -254,7 +254,7 @@ def load_all_weights(runner: "Runner", checkpoint: str, classes: Sequence[str] |
 
 
 @contextmanager
-def refusing(checkpoint: str) -> Iterator[None]:
+def checkpoint_errors_as_user_errors(checkpoint: str) -> Iterator[None]:
     """Raise errors of loading a checkpoint as a UserError that names the file."""
     try:
         yield
@@ -291,7 +291,7 @@ def _build(config: "Config", splits: Sequence[str]) -> tuple["Runner", tuple[str
     """
     from openmmlab import check_config, check_data
 
-    with check_config.explained(config):
+    with check_config.config_errors_as_user_errors(config):
         classes = check_data.check_data_sets(config, splits)
         runner = build_runner(config)
         model = unwrapped(runner)

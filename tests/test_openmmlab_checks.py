@@ -152,7 +152,7 @@ def test_bugs_keep_their_tracebacks(bug: Exception) -> None:
     config.custom_hooks = [dict(type="NumClassCheckHook", priority=49)]
     albu = dict(type="Albu", transforms=[dict(type="RandomGamma", p=0.2)])
     config.train_dataloader.dataset.pipeline.insert(2, albu)
-    with pytest.raises(type(bug)) as caught, check_config.explained(config):
+    with pytest.raises(type(bug)) as caught, check_config.config_errors_as_user_errors(config):
         raise bug
     assert caught.value is bug
 

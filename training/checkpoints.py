@@ -34,7 +34,7 @@ from utils import UserError, user_input
 
 BEST_NAME = "best.pth"
 NAME = re.compile(r"ckpt_epoch_(\d+)(?:_step_(\d+))?\.pth")
-KEPT_INSIDE = 2  # checkpoints of the running epoch, so that a damaged one has a predecessor
+KEPT_IN_EPOCH = 2  # checkpoints of the running epoch, so that a damaged one has a predecessor
 
 logger = logging.getLogger(__name__)
 
@@ -197,8 +197,9 @@ def set_aside(folder: Path, later_than: EpochStep | None) -> None:
 def prune(folder: Path, newest: EpochStep, keep: int) -> None:
     """Remove the checkpoints that a new one supersedes. best.pth stays.
 
-    Of the checkpoints inside epochs, those before the last whole epoch go, and all but the last KEPT_INSIDE.
-    Those of the running epoch that come after the new one belong to a continuation that was given up.
+    Of the checkpoints inside epochs, those before the last whole epoch go; of the rest, the newest
+    KEPT_IN_EPOCH stay. Those of the running epoch that come after the new one belong to a continuation that
+    was given up.
 
     Args:
         folder: of the checkpoints.
@@ -212,7 +213,7 @@ def prune(folder: Path, newest: EpochStep, keep: int) -> None:
         return
     known = [(place, path) for place, path in found if place <= newest]
     last_whole = max((place for place, _ in known if not place[1]), default=(0, 0))
-    current = [path for place, path in known if place[1] and place > last_whole][-KEPT_INSIDE:]
+    current = [path for place, path in known if place[1] and place > last_whole][-KEPT_IN_EPOCH:]
     left = [path for place, path in known if not place[1] or path in current]
     left = left[-keep:] if keep else left
     for place, path in found:

@@ -21,8 +21,8 @@ from utils import UserError
 LOCK_NAME = ".lock"
 HOLDER_NAME = ".lock_holder"
 """The process that took the lock last, for messages."""
-PATIENCE = 60.0  # seconds that the process of an earlier run may take to end
-PAUSE = 0.5  # seconds between two attempts
+LOCK_TIMEOUT = 60.0  # seconds that the process of an earlier run may take to end
+LOCK_POLL = 0.5  # seconds between two attempts
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def open_run_dir(output: Path, for_training: bool, timeout_minutes: float) -> It
                 output.mkdir(parents=True, exist_ok=True)
                 create_logger(output, utils.get_rank())
                 if is_recording:
-                    stack.enter_context(lock(output, min(PATIENCE, 30 * timeout_minutes)))
+                    stack.enter_context(lock(output, min(LOCK_TIMEOUT, 30 * timeout_minutes)))
                 metrics = Metrics(output if is_recording else None)
             except OSError as error:
                 raise UserError(
@@ -58,7 +58,7 @@ def open_run_dir(output: Path, for_training: bool, timeout_minutes: float) -> It
 
 
 @contextlib.contextmanager
-def lock(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
+def lock(folder: Path, patience: float = LOCK_TIMEOUT) -> Iterator[None]:
     """Inside, no other process can hold the lock of the folder.
 
     Args:
@@ -97,7 +97,7 @@ def lock(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
 def _acquire(file_lock: FileLock, timeout: float) -> bool:
     """Whether the file could be locked within so many seconds."""
     try:
-        file_lock.acquire(timeout=timeout, poll_interval=PAUSE)
+        file_lock.acquire(timeout=timeout, poll_interval=LOCK_POLL)
     except Timeout:
         return False
     return True
