@@ -2,6 +2,7 @@
 
 import csv
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,19 @@ def test_rounds_alternate_and_ratios_pair_them() -> None:
     assert times == {"a": [1, 4, 5], "b": [2, 3, 6]}
     assert common.speed_ratio([1, 1, 1], [2, 2, 20]).median == 2
     assert common.Spread.of([3.0]) == common.Spread(3.0, 3.0, 3.0)
+
+
+def test_other_processes_fail_alone_and_end_in_time() -> None:
+    assert common.in_process(None, os.getppid) == (os.getpid(), "")
+    assert common.in_process(None, int, "x") == (
+        None,
+        "failed: ValueError: invalid literal for int() with base 10: 'x'",
+    )
+    assert common.in_process(None, os._exit, 3) == (None, common.DIED)
+    start = time.monotonic()
+    assert common.in_process(5, time.sleep, 600) == (None, common.NO_TIME)
+    assert common.in_process(0, os._exit, 3) == (None, common.NO_TIME)
+    assert time.monotonic() - start < 300
 
 
 # --- The operator -------------------------------------------------------------------------------------------

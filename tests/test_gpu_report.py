@@ -1,6 +1,7 @@
 """tools/benchmarks/gpu_report.py on the CPU, small: its kernels run in Triton's interpreter."""
 
 import csv
+import importlib
 import os
 import subprocess
 import sys
@@ -14,20 +15,16 @@ import torch
 from conftest import REPO
 
 pytest.importorskip("triton")
-from tools.benchmarks import gpu_checks, gpu_report
-from tools.benchmarks.gpu_report import DIED, NO_TIME, Task, run_tasks
+from tools.benchmarks import common, entries, gpu_checks, gpu_report
 
 SMALL_REPORT = """
 import sys
-from tools.benchmarks import entries, gpu_checks, gpu_report
-from tools.benchmarks.attention import MATMUL_SIDE
+from tools.benchmarks import common, gpu_checks, gpu_report
 
-MATMUL_SIDE["cpu"] = 64
-gpu_report.run_tasks = lambda tasks, *_: ((task, task.function(*task.arguments), "") for task in tasks)
-gpu_report.KERNELS = gpu_report.KERNELS[2:]
+common.in_process = lambda _, function, *arguments: (function(*arguments), "")
+gpu_report.CHECKERS = 1
 every = gpu_checks.cases
 gpu_checks.cases = lambda *of: [case for case in every(*of) if (case.check, case.precision) == CHECKED]
-entries.FAMILIES["swin"] = {"tiny": "test_convnext"}
 sys.exit(gpu_report.main(sys.argv[1:]))
 """
 CHECKED = ("forward and backward", "fp32")
@@ -51,16 +48,19 @@ def test_the_whole_report(tmp_path: Path) -> None:
     assert {row["model"] for row in checks} == {*gpu_checks.TINY}
     assert all(row["result"] == "ok" and float(row["error"]) <= float(row["limit"]) for row in checks)
     kernels = table(out, "kernels")
-    assert len(kernels) == 2 * 2  # passes, backends
+    assert len(kernels) == 2 * 2 * 2  # stages, passes, backends
     assert all(row["check"] == "ok" and float(row["ms"]) > 0 for row in kernels)
     speeds = table(out, "models")
     assert [row["mode"] for row in speeds] == ["infer", "infer", "train", "train"]
     assert all(float(row["img/s"]) > 0 for row in speeds)
-    (text,) = (path.read_text() for path in out.glob("*_gpu.md"))
-    for heading in ("## Checks", "## Kernels", "## Models"):
-        assert heading in text
-    assert "Without result" not in text
-    assert len([*out.glob("*_gpu.png")]) == 1
+    assert len([*out.glob("*_gpu_*.md")]) == 3 and len([*out.glob("*_gpu_*.png")]) == 1
+
+
+def run_checks_of(args: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """The report's exit code without the parts behind the checks, and without a GPU."""
+    monkeypatch.setattr(gpu_report, "FocalAttention", MagicMock())
+    monkeypatch.setattr(gpu_report, "commands", lambda quick: [])
+    return gpu_report.main(["--device", "cpu", *args])
 
 
 def test_a_wrong_result_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,25 +68,48 @@ def test_a_wrong_result_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     outcome = lambda case: [gpu_checks.Outcome("logits", error, 0.5)]  # noqa: E731
     monkeypatch.setitem(gpu_checks.CHECKS, "x", outcome)
     case = gpu_checks.Case("x", gpu_checks.TINY[0], "fp32", torch.device("cpu"), quick=True)
-    report = gpu_report.Report(Namespace(out=tmp_path, device=case.device))
+    monkeypatch.setattr(gpu_checks, "cases", lambda *_: [case])
+    monkeypatch.setattr(common, "in_process", lambda _, function, *of: (function(*of), ""))
     for error in (0.1, float("nan")):
-        result = "ok" if error == 0.1 else "FAILED"
-        report.checks = gpu_checks.run(case)
-        assert report.checks[0][:4] == ["x: logits", case.variant, "fp32", result]
-        assert report.is_wrong == (result == "FAILED")
+        status = run_checks_of(["--out", str(tmp_path)], monkeypatch)
+        (row,) = table(tmp_path, "checks")
+        assert (row["check"], row["model"]) == ("x: logits", case.variant)
+        assert (row["result"], status) == (("ok", 0) if error == 0.1 else ("FAILED", 1))
 
 
 def test_what_had_no_time_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_report, "FocalAttention", MagicMock())
-    assert gpu_report.main(["--device", "cpu", "--minutes", "0", "--out", str(tmp_path)]) == 0
-    assert {row["model"] for row in table(tmp_path, "checks")} == {*gpu_checks.RELEASED}
-    (text,) = (path.read_text() for path in tmp_path.glob("*_gpu.md"))
-    assert text.count(f": {NO_TIME}") == len(gpu_report.KERNELS) + len(gpu_report.groups(quick=False))
+    assert run_checks_of(["--minutes", "0", "--out", str(tmp_path)], monkeypatch) == 0
+    rows = table(tmp_path, "checks")
+    assert {row["model"] for row in rows} == {*gpu_checks.RELEASED}
+    assert {(row["result"], row["note"]) for row in rows} == {(gpu_checks.NOT_RUN, common.NO_TIME)}
 
 
 def test_it_says_why_the_kernels_cannot_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert gpu_report.main(["--device", "cpu", "--out", str(tmp_path)]) == 2
     assert "needs a CUDA device, got cpu" in caplog.text
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_the_other_parts_are_commands_of_the_benchmarks(quick: bool) -> None:
+    """Which end in their order, within the time."""
+    parts = gpu_report.commands(quick)
+    for _, _, (tool, *words) in parts:
+        args = importlib.import_module(f"tools.benchmarks.{tool}").parse(words)
+        if tool == "models":
+            assert entries.entries(args.models)
+        else:
+            assert all((REPO / path).is_file() for path in args.cfg)
+    ends = [gpu_report.CHECKS_END, *(end for _, end, _ in parts), 1]
+    assert ends == sorted(ends)
+
+
+def test_a_part_that_fails_or_hangs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    args = Namespace(device=torch.device("cpu"), out=tmp_path)
+    with caplog.at_level("INFO"):
+        assert not gpu_report.run_command(args, "x", ["models", "--models", "none"], time.monotonic() + 600)
+        assert "x: ended with exit code 2" in caplog.text
+        assert gpu_report.run_command(args, "late", ["models"], time.monotonic() - 2 * gpu_report.GRACE)
+        assert "late: stopped" in caplog.text
 
 
 @pytest.mark.parametrize("variant", gpu_checks.TINY)
@@ -100,21 +123,3 @@ def test_a_wrong_gradient_is_found(variant: str) -> None:
             found = logits if name == "logits" else gradients
             assert found.error > found.limit, (name, found)
             assert found.note in ("", name)
-
-
-def test_tasks_fail_alone_and_end_in_time() -> None:
-    tasks = [
-        Task("fails", int, ("x",)),
-        Task("dies", os._exit, (3,)),
-        Task("works", os.getpid, ()),
-        Task("works in the same process", os.getpid, ()),
-    ]
-    found = {task.label: outcome for task, *outcome in run_tasks(tasks, time.monotonic() + 600, 1)}
-    assert list(found) == [task.label for task in tasks]
-    assert found["fails"][1].startswith("failed: ValueError: invalid literal")
-    assert found["dies"] == [None, f"failed: {DIED}"]
-    assert found["works"] == found["works in the same process"]
-    with pytest.raises(ProcessLookupError):
-        os.kill(found["works"][0], 0)
-    late = [Task("hangs", time.sleep, (600,)), Task("comes too late", os.getpid, ())]
-    assert [outcome for _, *outcome in run_tasks(late, time.monotonic() + 1, 1)] == [[None, NO_TIME]] * 2

@@ -1,9 +1,7 @@
 """tools/benchmarks/release_table: ViL is ViL, and every model of the release has its row."""
 
 import csv
-import os
 import time
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -94,16 +92,9 @@ def test_counts_of_models_of_transformers(label: str) -> None:
     assert macs / 1e9 == pytest.approx(release_table.REPORTED[label].flops_g, rel=0.05)
 
 
-class Threads(ThreadPoolExecutor):
-    """In place of processes, which start slowly."""
-
-    def __init__(self, workers: int, mp_context: object) -> None:
-        super().__init__(workers)
-
-
 def test_the_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Of two models, one of which refuses the resolution."""
-    monkeypatch.setattr(release_table, "ProcessPoolExecutor", Threads)
+    monkeypatch.setattr(common, "in_process", lambda _, function, *of: (function(*of), ""))
     monkeypatch.setattr(release_table, "run_in_process", lambda _, __, *job: models.run_group(*job))
     words = ["--models", "ViL-Small", "Swin-Tiny", "--sizes", "40", "--batch-size", "1", "--rounds", "2"]
     assert release_table.main([*words, "--device", "cpu", "--out", str(tmp_path)]) == 0
@@ -119,17 +110,12 @@ def test_the_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert len(lines) == 2 and "multiple of 32" in lines[0] and "multiple of 32" not in lines[1]
 
 
-class Dying(ProcessPoolExecutor):
-    def submit(self, *_: object) -> Future:
-        return super().submit(os._exit, 1)
-
-
 def test_a_process_that_dies_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(release_table, "ProcessPoolExecutor", Dying)
+    monkeypatch.setattr(common, "in_process", lambda *_: (None, common.DIED))
     args = release_table.parse(["--models", "Swin-Tiny", "--rounds", "1"])
     args.device = CPU
     (row,) = release_table.run_group(args, "tiny", 224, deadline=0.0)
-    assert row.note == release_table.PROCESS_ENDED and not row.seconds
+    assert row.note == common.DIED and not row.seconds
 
 
 def test_processor_time_does_not_count_what_others_do(monkeypatch: pytest.MonkeyPatch) -> None:

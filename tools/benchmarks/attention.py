@@ -17,6 +17,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -48,29 +49,18 @@ TOLERANCE = 2.0  # times the error of `plain` in the same precision
 LEAST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # always allowed
 RESULTS = ("output", "d_qkv", "d_bias")
 COLUMNS = (
-    *("stage", "resolution", "map", "heads", "head dim", "windows", "keys", "precision"),
+    *("model", "stage", "resolution", "map", "heads", "head dim", "windows", "keys", "precision"),
     *("pass", "backend", "ms", "floor ms", "times floor", "bound by", "error", "error of plain", "check"),
 )
-INDEX_COLUMNS = ("resolution", "part", "ms")
+INDEX_COLUMNS = ("model", "resolution", "part", "ms")
 
 
 # --- The operator of a stage --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Peaks:
-    """What the device reached in this run."""
-
-    bytes_per_second: float
-    flops_per_second: dict[str, float]  # by precision
-
-    def __str__(self) -> str:
-        flops = ", ".join(f"{name} {value / 1e12:.3g}" for name, value in self.flops_per_second.items())
-        return f"{self.bytes_per_second / 1e9:.4g} GB/s copied; TFLOP/s: {flops}"
-
-
-def measure_peaks(device: torch.device, precisions: Sequence[str]) -> Peaks:
-    """Bandwidth of a copy (bytes read and written), and FLOP/s of a square product."""
+def measure_peaks(device: torch.device, precisions: Sequence[str]) -> dict[str, float]:
+    """What the device reaches now, per second: `bytes` read and written by a copy, and by precision the
+    FLOPs of a square product."""
 
     def fastest(action: Callable[[], object]) -> float:
         timer = Timer(action, device, warm_up=2)
@@ -78,18 +68,19 @@ def measure_peaks(device: torch.device, precisions: Sequence[str]) -> Peaks:
 
     source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    bandwidth, flops = 2 * len(source) / fastest(lambda: target.copy_(source)), {}
+    peaks = {"bytes": 2 * len(source) / fastest(lambda: target.copy_(source))}
     for name in precisions:
         side = MATMUL_SIDE[device.type]
         a, b = (torch.randn(side, side, device=device).to(DTYPES[name]) for _ in range(2))
-        flops[name] = 2 * side**3 / fastest(lambda a=a, b=b: a @ b)
-    return Peaks(bandwidth, flops)
+        peaks[name] = 2 * side**3 / fastest(lambda a=a, b=b: a @ b)
+    return peaks
 
 
 @dataclass(frozen=True)
 class Shape:
     """The operator of a stage's first block."""
 
+    model: str
     stage: int
     resolution: int
     layer: FocalAttention
@@ -106,7 +97,7 @@ class Shape:
         windows, keys = merge_duplicates(self.index).keys.shape
         size = f"{self.index.height}x{self.index.width}"
         heads, width = self.layer.num_heads, self.layer.head_dim
-        return [self.stage, self.resolution, size, heads, width, windows, keys, precision]
+        return [self.model, self.stage, self.resolution, size, heads, width, windows, keys, precision]
 
     def inputs(self, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Random queries, keys and values [B, S, 3, N, D], and gradient of the output [B, T, N*D]."""
@@ -116,7 +107,7 @@ class Shape:
         d_out = torch.randn(batch, self.fine, heads * width, device=device)
         return qkv.to(dtype), d_out.to(dtype)
 
-    def floor(self, peaks: Peaks, batch: int, precision: str, backward: bool) -> tuple[float, str]:
+    def floor(self, peaks: dict[str, float], batch: int, precision: str, backward: bool) -> tuple[float, str]:
         """Milliseconds that a pass takes at least, and what bounds it."""
         merged, queries = merge_duplicates(self.index), self.index.window**2
         pairs = merged.keys.numel() * queries  # of query and key, over all windows of one image and head
@@ -128,19 +119,43 @@ class Shape:
         if backward:
             moved += 2 * moved  # in: q, k, v, o, gradient of o; out: gradients of q, k, v
             flops += 2.5 * flops  # scores again, and four products
-        times = {"bytes": moved / peaks.bytes_per_second, "FLOPs": flops / peaks.flops_per_second[precision]}
+        times = {"bytes": moved / peaks["bytes"], "FLOPs": flops / peaks[precision]}
         bound = max(times, key=times.__getitem__)
         return 1e3 * times[bound], bound
 
 
-def shapes_of(model: FocalTransformer, resolution: int) -> list[Shape]:
-    """One operator per stage of a model, with its index and its bias."""
-    shapes = []
+def randomise(model: FocalTransformer) -> None:
+    """Draw weights that are large enough for every part of a model to matter."""
     with torch.no_grad():
-        for stage, tokens in enumerate(stage_maps(model, resolution, resolution, 0), start=1):
-            index = tokens.index
-            bias = tokens.layer.bias(index, torch.float32)
-            shapes.append(Shape(stage, resolution, tokens.layer, index, bias))
+        for name, x in model.named_parameters():
+            if "bias_table" in name:
+                x.normal_(std=0.5)
+            elif name.endswith("bias"):
+                x.normal_(std=0.1)
+            elif x.ndim == 1:
+                x.normal_(mean=1, std=0.1)
+            else:
+                scale = 0.2 if "coord2rpb" in name else 1.0  # whose inputs are not normalised
+                x.normal_(std=scale * x[0].numel() ** -0.5)
+
+
+def read_model(path: str, resolution: int, device: torch.device) -> FocalTransformer:
+    """The model of a configuration with random weights, in evaluation."""
+    torch.manual_seed(0)
+    model = build_model(load_config(path, ["DATA.IMG_SIZE", resolution])).to(device).eval()
+    randomise(model)
+    return model
+
+
+def shapes_of(path: str, resolution: int, device: torch.device) -> list[Shape]:
+    """One operator per stage of a configuration, with its index and its bias."""
+    shapes = []
+    maps = stage_maps(read_model(path, resolution, device), resolution, resolution, 0)
+    with torch.no_grad():
+        for stage, tokens in enumerate(maps, start=1):
+            index, layer = tokens.index, tokens.layer
+            bias = layer.bias(index, torch.float32)
+            shapes.append(Shape(Path(path).stem, stage, resolution, layer, index, bias))
     return shapes
 
 
@@ -205,11 +220,6 @@ def verdict(off: Sequence[float], yardstick: Sequence[float], dtype: torch.dtype
     return f"WRONG: {', '.join(wrong)}" if wrong else "ok"
 
 
-def is_wrong(rows: Sequence[Sequence[Cell]]) -> bool:
-    """Whether a row ends in the verdict that a result is wrong."""
-    return any(str(row[-1]).startswith("WRONG") for row in rows)
-
-
 # --- Measuring ----------------------------------------------------------------------------------------------
 
 
@@ -218,14 +228,16 @@ def milliseconds(times: Sequence[float]) -> Spread:
     return Spread.of([1e3 * value for value in times])
 
 
-def time_backends(shape: Shape, precision: str, peaks: Peaks, args: argparse.Namespace) -> list[list[Cell]]:
+def time_backends(
+    shape: Shape, precision: str, peaks: dict[str, float], args: argparse.Namespace
+) -> list[list[Cell]]:
     """Rows of COLUMNS: every backend at one shape and precision, forward and with backward.
 
     Args:
         shape: of the operator.
         precision: a key of DTYPES.
         peaks: of the device.
-        args: backends, batch_size, device, rounds.
+        args: the command line.
     """
     dtype = DTYPES[precision]
     qkv, d_out = shape.inputs(args.batch_size, dtype)
@@ -260,12 +272,12 @@ def time_backends(shape: Shape, precision: str, peaks: Peaks, args: argparse.Nam
     return rows
 
 
-def time_index(model: FocalTransformer, size: int, args: argparse.Namespace) -> list[list[Cell]]:
+def time_index(path: str, resolution: int, args: argparse.Namespace) -> list[list[Cell]]:
     """Rows of INDEX_COLUMNS: the index of all stages, and the tables that each operator derives."""
     from models.ops import cpu
     from models.ops.triton.tables import build_tables
 
-    maps = stage_maps(model, size, size, 0)
+    maps = stage_maps(read_model(path, resolution, args.device), resolution, resolution, 0)
 
     def indices() -> list[AttentionIndex]:
         with torch.autograd.forward_ad.dual_level():  # what is built while tracing is not cached
@@ -288,7 +300,7 @@ def time_index(model: FocalTransformer, size: int, args: argparse.Namespace) -> 
             for kind in PASSES:
                 actions[f"{backend}, {kind}"] = lambda build=build, kind=kind: build(kind != "forward")
     times = common.alternate({name: Timer(act, args.device) for name, act in actions.items()}, args.rounds)
-    return [[size, name, milliseconds(times[name])] for name in times]
+    return [[Path(path).stem, resolution, name, milliseconds(times[name])] for name in times]
 
 
 # --- Command line -------------------------------------------------------------------------------------------
@@ -297,8 +309,8 @@ def time_index(model: FocalTransformer, size: int, args: argparse.Namespace) -> 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = common.new_parser("Time and check the attention operator alone.", "attention")
-    default = common.REPO / "configs" / "focal_tiny_patch4_window7_224.yaml"
-    parser.add_argument("--cfg", type=path_argument, default=default, help="configuration (default: Focal-T)")
+    default = str(common.REPO / "configs" / "focal_tiny_patch4_window7_224.yaml")
+    parser.add_argument("--cfg", type=path_argument, nargs="+", default=[default], help="(default: Focal-T)")
     parser.add_argument("--sizes", type=common.positive, nargs="+", default=[224], help="resolutions, pixels")
     parser.add_argument("--batch-size", type=common.positive, default=8)
     parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=["fp32"])
@@ -310,25 +322,24 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def measure(args: argparse.Namespace) -> int:
     """Measure and publish; 1 if a result is wrong."""
     facts, rows = common.describe_run(args.device), []
-    facts["Configuration"] = f"{Path(args.cfg).stem}, batch {args.batch_size}"
     if args.index:
-        columns, note = INDEX_COLUMNS, "All stages together, without a cache."
-    else:
-        peaks = measure_peaks(args.device, args.precisions)
-        facts["Peaks"] = str(peaks)
-        columns = COLUMNS
-        note = "Errors, relative to the largest value: output, gradient of q, k and v, gradient of the bias."
-    for resolution in args.sizes:
-        torch.manual_seed(0)
-        model = build_model(load_config(args.cfg, ["DATA.IMG_SIZE", resolution])).to(args.device).eval()
-        if args.index:
-            rows += time_index(model, resolution, args)
-            continue
-        for shape in shapes_of(model, resolution):
-            for precision in args.precisions:
-                rows += time_backends(shape, precision, peaks, args)
-    common.publish(args, "The attention operator", facts, [note], columns, rows)
-    return int(is_wrong(rows))
+        for path, resolution in product(args.cfg, args.sizes):
+            rows += time_index(path, resolution, args)
+        note = "All stages together, without a cache."
+        common.publish(args, "A new image size", facts, [note], INDEX_COLUMNS, rows)
+        return 0
+    peaks = measure_peaks(args.device, args.precisions)
+    flops = ", ".join(f"{name} {peaks[name] / 1e12:.3g}" for name in args.precisions)
+    facts["Batch"] = str(args.batch_size)
+    facts["Peaks"] = f"{peaks['bytes'] / 1e9:.4g} GB/s copied; TFLOP/s: {flops}"
+    note = "Errors, relative to the largest value: output, gradient of q, k and v, gradient of the bias."
+    for precision, path, resolution in product(args.precisions, args.cfg, args.sizes):
+        for shape in shapes_of(path, resolution, args.device):
+            found = time_backends(shape, precision, peaks, args)
+            rows += found
+            news = common.markdown_table(COLUMNS, found)
+            common.publish(args, "The attention operator", facts, [note], COLUMNS, rows, news=news)
+    return int(any(str(row[-1]).startswith("WRONG") for row in rows))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: one timer, alternating rounds, the description of a run, tables and files.
+"""What the benchmarks share: a timer, alternating rounds, calls in other processes, tables and files.
 
 On a machine that does other work too, a single timing says little. So everything that is compared is timed in
 alternating rounds in one process, and compared by the median of the ratios within a round.
@@ -8,6 +8,7 @@ import argparse
 import csv
 import io
 import logging
+import multiprocessing
 import os
 import platform
 import shlex
@@ -19,8 +20,9 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from importlib import metadata
 from itertools import chain
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -36,6 +38,9 @@ RESULTS = REPO / "tools" / "results"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROUNDS = {"cpu": 5, "cuda": 20}
 MAX_CALLS = 1000  # of an action in one round
+NO_TIME = "left out: no time"
+DIED = "failed: its process ended, for lack of memory or with the error above"
+EXIT_SECONDS = 10.0  # that a process may take to end after its result
 clock = time.perf_counter  # a tool may set time.process_time: other work on the machine then counts less
 
 
@@ -124,6 +129,47 @@ def alternate(timers: dict[str, Callable[[], float]], rounds: int) -> dict[str, 
 def speed_ratio(times: Sequence[float], base: Sequence[float]) -> Spread:
     """How many times as fast as `base`: the spread over the rounds that both were timed in."""
     return Spread.of([theirs / ours for ours, theirs in zip(times, base, strict=True)])
+
+
+# --- Other processes ----------------------------------------------------------------------------------------
+
+
+def in_process(seconds: float | None, function: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
+    """Call a function in a process of its own, which may crash or hang.
+
+    Args:
+        seconds: until the process is killed; None: never.
+        function, arguments: can be pickled.
+
+    Returns:
+        What the function returned, or None and why there is nothing.
+    """
+    if seconds is not None and seconds <= 0:
+        return None, NO_TIME
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_call, args=(sender, function, arguments))
+    process.start()
+    sender.close()
+    try:
+        if not receiver.poll(seconds):
+            return None, NO_TIME
+        outcome = receiver.recv()
+        process.join(EXIT_SECONDS)
+        return outcome
+    except EOFError:
+        return None, DIED
+    finally:
+        process.kill()
+        process.join()
+
+
+def _call(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        sender.send((function(*arguments), ""))
+    except Exception as error:  # whatever it raises, the caller goes on
+        sender.send((None, f"failed: {short_reason(error)}"))
 
 
 # --- Command lines ------------------------------------------------------------------------------------------
@@ -235,20 +281,6 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Cell]], align
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def markdown_report(title: str, facts: dict[str, str], notes: Sequence[str], tables: Sequence[str]) -> str:
-    """A result file: what was measured where, then the tables."""
-    listed = [f"- {name}: {value}" for name, value in facts.items()]
-    return "\n".join(
-        [f"# {title}", "", *listed, "", *(f"{note}\n" for note in notes), "\n\n".join(tables), ""]
-    )
-
-
-def result_path(folder: str | Path, ending: str) -> Path:
-    """<folder>/<date>_<ending>, such as today's speed.md; makes the folder."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    return Path(folder) / f"{datetime.now():%Y-%m-%d}_{ending}"
-
-
 def csv_text(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
     """The rows with all digits; None is an empty cell, and a spread takes three columns."""
     wide = {i for row in rows for i, cell in enumerate(row) if isinstance(cell, Spread)}
@@ -273,6 +305,7 @@ def publish(
     rows: Sequence[Sequence[Cell]],
     tables: Sequence[str] = (),
     figure: "Figure | None" = None,
+    news: str = "",
 ) -> None:
     """Log a report, and write it, its rows and a picture as `--out` and `--name` say.
 
@@ -282,11 +315,16 @@ def publish(
         columns, rows: of the .csv file.
         tables: of the report; one of all rows, if there are none.
         figure: the picture, if there is one.
+        news: what to log in place of the report.
     """
-    report = markdown_report(title, facts, notes, tables or [markdown_table(columns, rows)])
-    logger.info(report)
+    listed = "\n".join(f"- {name}: {value}" for name, value in facts.items())
+    parts = [f"# {title}", listed, *notes, *(tables or [markdown_table(columns, rows)])]
+    report = "\n\n".join(parts) + "\n"
+    logger.info(news or report)
     if args.out is not None:
-        result_path(args.out, f"{args.name}.md").write_text(report, encoding="utf-8")
-        result_path(args.out, f"{args.name}.csv").write_text(csv_text(columns, rows), encoding="utf-8")
+        path = Path(args.out, f"{datetime.now():%Y-%m-%d}_{args.name}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{path}.md").write_text(report, encoding="utf-8")
+        Path(f"{path}.csv").write_text(csv_text(columns, rows), encoding="utf-8")
         if figure is not None:
-            figure.savefig(result_path(args.out, f"{args.name}.png"), dpi=120)
+            figure.savefig(f"{path}.png", dpi=120)

@@ -7,7 +7,6 @@ error of the plain operator in the same precision, see `attention.limit`; for gr
 and of the median gradient's, since a gradient of one number may be exact by chance.
 """
 
-import gc
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -19,10 +18,10 @@ from torch import Tensor, nn
 
 from models import FocalTransformer
 from models.registry import VARIANTS
-from utils import Precision, synchronize
+from utils import Precision
 
 from . import common
-from .attention import CHECKED_IMAGES, errors, limit
+from .attention import CHECKED_IMAGES, errors, limit, randomise
 from .common import DTYPES
 from .entries import CLASSES, FAMILIES, OURS
 
@@ -70,28 +69,15 @@ class Outcome(NamedTuple):
 
 
 def run(case: Case) -> list[list[common.Cell]]:
-    """Rows of the table.
-
-    Raises:
-        RuntimeError: the device is out of order for this process.
-    """
+    """Rows of the table; in a process of its own, because an error may put the device out of order."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     if case.device.type == "cuda":
         torch.cuda.set_device(case.device)
-    try:
-        rows = [
-            case.row(found.what, OK if found.error <= found.limit else FAILED, *found[1:])
-            for found in CHECKS[case.check](case)
-        ]
-    except Exception as error:  # whatever compilers and drivers raise, the table goes on
-        rows = [case.row("", FAILED, None, None, common.short_reason(error))]
-        error.__traceback__ = None  # it holds tensors
-        synchronize(case.device)
-    torch.compiler.reset()
-    gc.collect()
-    torch.cuda.empty_cache()
-    return rows
+    return [
+        case.row(found.what, OK if found.error <= found.limit else FAILED, *found[1:])
+        for found in CHECKS[case.check](case)
+    ]
 
 
 def make_model(case: Case, backend: str) -> FocalTransformer:
@@ -100,17 +86,7 @@ def make_model(case: Case, backend: str) -> FocalTransformer:
     options = VARIANTS[case.variant] | (QUICK if case.quick else {})
     options |= {"drop_path_rate": 0.0, "num_classes": CLASSES, "attention_backend": backend}
     model = FocalTransformer(**options, device=case.device).eval()
-    with torch.no_grad():
-        for name, x in model.named_parameters():
-            if "bias_table" in name:
-                x.normal_(std=0.5)
-            elif name.endswith("bias"):
-                x.normal_(std=0.1)
-            elif x.ndim == 1:
-                x.normal_(mean=1, std=0.1)
-            else:
-                scale = 0.2 if "coord2rpb" in name else 1.0  # whose inputs are not normalised
-                x.normal_(std=scale * x[0].numel() ** -0.5)
+    randomise(model)
     return model
 
 

@@ -31,7 +31,7 @@ from tools.figures.drawing import blank_figure
 from utils import Precision
 
 from . import common, entries
-from .common import DTYPES, RESULTS, Spread, Timer
+from .common import DTYPES, NO_TIME, RESULTS, Spread, Timer
 from .entries import Entry
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ COMPILE = ("eager", "compiled")
 ROUND_SECONDS = {"cpu": 0.5, "cuda": 0.3}
 WARM_UP_STEPS = {"cpu": 1, "cuda": 5}
 HALVINGS = 4
-NO_TIME = "left out: no time"
 NO_MEMORY = "failed: out of memory"
 COLUMNS = (
     *("model", "resolution", "mode", "precision", "compile", "batch", "img/s", f"vs {BASELINE}"),

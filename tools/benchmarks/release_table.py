@@ -16,12 +16,9 @@ DeiT, ViT and Swin are timm's, ViL is in vil.py, PVT and CvT are those of transf
 import argparse
 import logging
 import math
-import multiprocessing
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -46,7 +43,6 @@ logger = logging.getLogger("benchmarks.release_table")
 RESOLUTIONS = (224, 448, 896)
 BATCH = {"cpu": 8, "cuda": 128}
 PRECISION = {"cpu": "fp32", "cuda": "bf16"}
-PROCESS_ENDED = "failed: the process ended, perhaps for lack of memory"
 COLUMNS = (
     *("model", "size", "resolution", "precision", "batch", "rounds", "img/s", "vs swin", "reported img/s"),
     *("reported vs swin", "params M", "reported params M", "GMACs", "reported GMACs", "note"),
@@ -151,17 +147,13 @@ def run_group(args: argparse.Namespace, size: str, resolution: int, deadline: fl
     batch = max(1, round((args.batch_size or BATCH[args.device.type]) * scale**2))
     rounds = max(1, round(args.rounds * scale))
     logger.info(f"{setting}, batch {batch}: {', '.join(entry.label for entry in group)}")
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        job = (setting, group, batch, rounds, args.device, deadline)
-        try:
-            return process.submit(run_in_process, args.device, torch.get_num_threads(), *job).result()
-        except BrokenProcessPool:
-            return [Row(entry, setting, batch, note=PROCESS_ENDED) for entry in group]
+    job = (setting, group, batch, rounds, args.device, deadline)
+    rows, reason = common.in_process(None, run_in_process, args.device, torch.get_num_threads(), *job)
+    return rows or [Row(entry, setting, batch, note=reason) for entry in group]
 
 
 def run_in_process(device: torch.device, threads: int, *job: Any) -> list[Row]:
     """`models.run_group(*job)`; on a CPU, a model that needs more memory than is free now fails alone."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(threads)
     if device.type == "cpu" and threads == 1:
         common.clock = time.process_time
