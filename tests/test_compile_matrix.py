@@ -21,7 +21,7 @@ from models import FocalTransformer
 from models.focal_transformer import FAMILIES
 from models.ops.triton import bias, kernels
 from tools.benchmarks.compile_matrix import Layer, compile_all, distinct_layers
-from tools.benchmarks.kernel_figures import CUOBJDUMP, main_loop, parse_sass
+from tools.benchmarks.kernel_figures import CUOBJDUMP, Figures, main_loop, parse_sass
 from tools.benchmarks.operator_costs import LaunchCounter, count_launches
 from tools.benchmarks.stub_driver import StubDriver
 
@@ -80,7 +80,7 @@ def test_models_train_on_every_gpu() -> None:
     precision."""
     jobs = [(build(), card, dtype) for build, card, dtype in CASES.values()]
     for (_, card, dtype), case, rows in zip(jobs, CASES, compile_all(jobs), strict=True):
-        figures = [row.figures for row in rows]
+        figures = [Figures(*row[-len(Figures._fields) :]) for row in rows]
         assert {f.kernel for f in figures} >= set(ATTENTION), case
         assert [f for f in figures if f.verdict != "ok"] == [], case
         attention = [f for f in figures if f.kernel in ATTENTION]

@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from utils import path_argument, pick_device, synchronize
+from utils import Precision, path_argument, pick_device, synchronize
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -129,6 +130,27 @@ def alternate(timers: dict[str, Callable[[], float]], rounds: int) -> dict[str, 
 def speed_ratio(times: Sequence[float], base: Sequence[float]) -> Spread:
     """How many times as fast as `base`: the spread over the rounds that both were timed in."""
     return Spread.of([theirs / ours for ours, theirs in zip(times, base, strict=True)])
+
+
+def training_step(
+    loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, precision: Precision, device: torch.device
+) -> Callable[[], Tensor]:
+    """A step of training on a device: loss under autocast, backward with loss scaling, update.
+
+    It waits for the device only where training does, and returns the loss.
+    """
+    scaler = precision.scaler(device)
+
+    def step() -> Tensor:
+        with precision.autocast(device):
+            value = loss()
+        scaler.scale(value).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        return value.detach()
+
+    return step
 
 
 # --- Other processes ----------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -87,49 +87,29 @@ def distinct_layers(models: Iterable[str]) -> list[Layer]:
     return list(found.values())
 
 
-@dataclass(frozen=True)
-class Row:
-    """A kernel of one layer on one card."""
+COLUMNS = ("card", "dtype", "model", "stage", "head width", *Figures._fields)
+VERDICT, HASH = COLUMNS.index("verdict"), COLUMNS.index("hash")
 
-    card: str
-    dtype: str
-    model: str
-    stage: int
-    head_dim: int
-    figures: Figures
-
-    def cells(self) -> list[common.Cell]:
-        """By COLUMNS."""
-        return [self.card, self.dtype, self.model, self.stage, self.head_dim, *astuple(self.figures)]
+Job = tuple[Layer, str, str]  # layer, card, dtype
+Row = list[common.Cell]  # a kernel of one layer on one card, by COLUMNS
+_jobs: list[Job] = []  # which the processes inherit
 
 
-COLUMNS = ["card", "dtype", "model", "stage", "head width", *(f.name for f in fields(Figures))]
-SHOWN_CLASSES = 8  # most frequent instructions in the report
-
-
-def compile_layer(layer: Layer, card: str, dtype: str) -> list[Row]:
+def _compile_job(number: int) -> list[Row]:
     """The kernels that a layer's forward and backward launch."""
+    torch.set_num_threads(1)
+    layer, card, dtype = _jobs[number]
     driver = StubDriver(card, keep_going=True)
     try:
         layer.run(driver, DTYPES[dtype])
         found = [figures(kernel, card) for kernel in driver.kernels]
     except ValueError as error:  # the operator says that it cannot run there
         found = [Figures("attention", "refused", common.short_reason(error))]
-    head = (card, dtype, layer.model, layer.stage, layer.attention.head_dim)
-    return [Row(*head, kernel) for kernel in found]
-
-
-Job = tuple[Layer, str, str]  # layer, card, dtype
-_jobs: list[Job] = []  # which the processes inherit
-
-
-def _compile_job(number: int) -> list[Row]:
-    torch.set_num_threads(1)
-    return compile_layer(*_jobs[number])
+    return [[card, dtype, layer.model, layer.stage, layer.attention.head_dim, *kernel] for kernel in found]
 
 
 def compile_all(jobs: Sequence[Job]) -> Iterator[list[Row]]:
-    """`compile_layer` of each job, in as many processes as there are cores."""
+    """The kernels of each job, compiled in as many processes as there are cores."""
     _jobs[:] = jobs
     cores = len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(cores, multiprocessing.get_context("fork")) as pool:
@@ -140,29 +120,23 @@ def distinct_rows(jobs: Sequence[Job]) -> list[Row]:
     """The kernels of all jobs, each once for a card."""
     found: dict[Any, Row] = {}
     for (layer, card, dtype), rows in zip(jobs, compile_all(jobs), strict=True):
-        verdicts = ", ".join(row.figures.verdict for row in rows)
+        verdicts = ", ".join(str(row[VERDICT]) for row in rows)
         logger.info(f"{card} {dtype} {layer.model} stage {layer.stage}: {verdicts}")
         for row in rows:
-            found.setdefault((card, row.figures.hash or row), row)
+            found.setdefault((card, row[HASH] or tuple(row)), row)
     return list(found.values())
 
 
 def verdict_table(rows: Sequence[Row]) -> str:
     """How many kernels got which verdict, by card and dtype."""
-    verdicts = ["ok", *sorted({row.figures.verdict for row in rows} - {"ok"})]
-    counts = Counter((row.card, row.dtype, row.figures.verdict) for row in rows)
-    groups = dict.fromkeys((row.card, row.dtype) for row in rows)
-    cells = [[*group, *(counts[(*group, verdict)] for verdict in verdicts)] for group in groups]
-    return "## Verdicts\n\n" + common.markdown_table(["card", "dtype", *verdicts], cells)
+    counts = Counter((*row[:2], row[VERDICT]) for row in rows)
+    cells = [[*kind, number] for kind, number in counts.items()]
+    return "## Verdicts\n\n" + common.markdown_table(["card", "dtype", "verdict", "kernels"], cells)
 
 
 def figure_table(title: str, rows: Iterable[Row]) -> str:
-    """All figures but the hash, with the most frequent instructions."""
-    cells = []
-    for row in rows:
-        *most, classes, _ = row.cells()
-        cells.append([*most, ", ".join(str(classes).split(", ")[:SHOWN_CLASSES])])
-    return f"## {title}\n\n" + common.markdown_table(COLUMNS[:-1], cells)
+    """All columns but the hash, which is the last."""
+    return f"## {title}\n\n" + common.markdown_table(COLUMNS[:-1], (row[:-1] for row in rows))
 
 
 def launch_table(layers: Iterable[Layer]) -> str:
@@ -222,14 +196,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         first = {type(layer.attention): layer.model for layer in reversed(layers)}.values()  # of each family
         tables = [
             verdict_table(rows),
-            figure_table("Kernels that are not ok", (row for row in rows if row.figures.verdict != "ok")),
-            figure_table("The first stage", (row for row in rows if row.model in first and row.stage == 1)),
+            figure_table("Kernels that are not ok", (row for row in rows if row[VERDICT] != "ok")),
+            figure_table("The first stage", (row for row in rows if row[2] in first and row[3] == 1)),
             launch_table(layer for layer in layers if layer.model in first),
             activation_table(),
         ]
     title = "Attention kernels, compiled for every GPU"
-    common.publish(args, title, facts, NOTES, COLUMNS, [row.cells() for row in rows], tables)
-    return int(any(row.figures.verdict != "ok" for row in rows))
+    common.publish(args, title, facts, NOTES, COLUMNS, rows, tables)
+    return int(any(row[VERDICT] != "ok" for row in rows))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ sizes that change every step against one size.
 Both detectors are on the device together and are timed in alternating rounds. A step is forward, losses,
 backward and AdamW with the config's own weight decay; on CUDA under autocast to fp16 with loss scaling, as
 mmdet's mixed precision. Images are noise with random objects, normalized and padded, on the device; weights
-are random. With --multi-scale a round is a few steps, whose sizes have the mean area of the one size, and no
+are random. With --multi-scale a round is four steps, whose sizes have the mean area of the one size, and no
 size comes twice.
 """
 
@@ -43,10 +43,10 @@ WARM_UP_STEPS = {"cpu": 1, "cuda": 5}
 CLASSES = 80
 OBJECTS = 7  # of an image, as in COCO on average
 CHANGING, ONE_SIZE = "Focal-T, changing sizes", "Focal-T, one size"
-STEPS = 4  # of a round with --multi-scale
+STEPS = 4  # of a round with --multi-scale, see `changing_sizes`
 REGIONS = 16  # of an image with --multi-scale: the heads' time depends on how many of them hold objects
 STRIDE = 32  # batches are padded to multiples
-COLUMNS = ("backbone", "params M", "attention", "img/s", "vs {}", "lower", "upper", "peak MiB")
+COLUMNS = ("backbone", "params M", "attention", "img/s", "vs {}", "peak MiB")
 
 
 class Contender:
@@ -56,10 +56,9 @@ class Contender:
         base: its config.
         batches: of the steps, in turn: images (3, H, W) of bytes and their samples, as a data loader returns
             them.
-        steps: of one call of the timer.
-        regions: that its second stage trains on, of an image; None for the config's number.
         precision: of the forward pass.
         device: where it trains.
+        regions: that its second stage trains on, of an image; None for the config's number.
 
     Raises:
         ImportError: OpenMMLab's packages are missing.
@@ -71,38 +70,30 @@ class Contender:
         batches: Sequence[dict[str, list[Any]]],
         precision: Precision,
         device: torch.device,
-        steps: int = 1,
         regions: int | None = None,
     ) -> None:
-        self.device, self.precision, self.steps = device, precision, steps
+        self.device = device
         self.model, self.optimizer = build(base, device, regions)
         self.batches = [self.model.data_preprocessor(batch, training=True) for batch in batches]
-        self.turn = cycle(self.batches)
-        self.scaler = precision.scaler(device)
-        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        turn = cycle(self.batches)
 
-    def step(self) -> None:
-        """One step of training; waits only where training itself waits for the device."""
-        with self.precision.autocast(self.device):
-            loss, _ = self.model.parse_losses(self.model(**next(self.turn), mode="loss"))
-        self.loss = loss.detach()
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
+        def loss() -> torch.Tensor:
+            return self.model.parse_losses(self.model(**next(turn), mode="loss"))[0]
 
-    def run(self) -> None:
-        """The steps of one call of the timer."""
-        for _ in range(self.steps):
-            self.step()
+        self.step = common.training_step(loss, self.optimizer, precision, device)
 
-    def timer(self) -> common.Timer:
-        """Of `run`, after a warm-up."""
+    def timer(self, steps: int) -> common.Timer:
+        """Of so many steps, after a warm-up."""
         kind = self.device.type
         images = [batch["inputs"] for batch in self.batches]
         held = sum(tensor.nbytes for tensor in [*self.model.parameters(), *self.model.buffers(), *images])
-        seconds = ROUND_SECONDS[kind] if self.steps == 1 else 0.0
-        return common.Timer(self.run, self.device, seconds, WARM_UP_STEPS[kind], held)
+
+        def run() -> None:
+            for _ in range(steps):
+                self.step()
+
+        seconds = ROUND_SECONDS[kind] if steps == 1 else 0.0
+        return common.Timer(run, self.device, seconds, WARM_UP_STEPS[kind], held)
 
 
 def read_base(base: str) -> "Config":
@@ -156,32 +147,21 @@ def make_batch(images: int, size: tuple[int, int]) -> dict[str, list[Any]]:
 def changing_sizes(size: tuple[int, int], rounds: int) -> list[tuple[int, int]]:
     """Sizes (height, width) for `rounds` rounds of STEPS steps, none twice.
 
-    Sides are 0.7 to 1.3 times those of `size`; the mean area of a round is within 2 % of that of `size`.
+    Sides are 0.7 to 1.3 times those of `size`. In a round they are longer or shorter by the same number of
+    pixels, in all four ways, so that its mean area is that of `size` after padding.
 
     Raises:
         ValueError: there are not so many sizes.
     """
-    sides = [range(side * 7 // 10 // STRIDE * STRIDE, side * 13 // 10 + 1, STRIDE) for side in size]
-    left, drawn = [each for each in product(*sides) if min(each) > 0], []
-    area, draw = padded(size[0]) * padded(size[1]), random.Random(0)
-    for _ in range(10_000):
-        if len(drawn) == rounds * STEPS:
-            break
-        some = draw.sample(left, min(STEPS, len(left)))
-        if abs(sum(h * w for h, w in some) / (STEPS * area) - 1) < 0.02:
-            drawn += some
-            left = [each for each in left if each not in some]
-    else:
+    height, width = (-(-side // STRIDE) * STRIDE for side in size)
+    changes = list(product(*(range(STRIDE, side * 3 // 10 + 1, STRIDE) for side in (height, width))))
+    if len(changes) < rounds:
         raise ValueError(
-            f"--multi-scale: expected {rounds * STEPS} sizes around {size[0]} x {size[1]}, got {len(drawn)}; "
-            "take fewer --rounds or a larger --size"
+            f"--multi-scale: expected a --size with {rounds} changes of height and width by multiples of "
+            f"{STRIDE} pixels, got {height} x {width} with {len(changes)}; take another or fewer --rounds"
         )
-    return drawn
-
-
-def padded(side: int) -> int:
-    """A side in pixels after padding."""
-    return -(-side // STRIDE) * STRIDE
+    drawn = random.Random(0).sample(changes, rounds)
+    return [(height + h * dh, width + w * dw) for dh, dw in drawn for h, w in product((-1, 1), repeat=2)]
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -210,41 +190,32 @@ def measure(args: argparse.Namespace) -> int:
     args.precision = args.precision or PRECISION[args.device.type]
     facts = common.describe_run(args.device)
     facts["Versions"] += f", mmdet {mmdet.__version__}, mmengine {mmengine.__version__}"
-    shown = " x ".join(map(str, args.size))
-    facts["Detector"] = f"Mask R-CNN, {shown}, batch {args.batch_size}, {args.precision}"
-    precision = Precision(DTYPES[args.precision])
-    size, kind = tuple(args.size), args.device.type
-    batches = {name: [make_batch(args.batch_size, size)] for name in DETECTORS}
-    bases, baseline, steps, regions = DETECTORS, BASELINE, 1, None
+    precision, size = Precision(DTYPES[args.precision]), tuple(args.size)
+    facts["Detector"] = f"Mask R-CNN, {size[0]} x {size[1]}, batch {args.batch_size}, {args.precision}"
+    one_size = [make_batch(args.batch_size, size)]
+    cases = {name: (base, one_size) for name, base in DETECTORS.items()}
+    baseline, steps, regions = BASELINE, 1, None
     if args.multi_scale:
-        sizes = changing_sizes(size, WARM_UP_STEPS[kind] + 1 + args.rounds)
-        batches = {
-            CHANGING: [make_batch(args.batch_size, each) for each in sizes],
-            ONE_SIZE: batches["Focal-T"],
-        }
-        bases = dict.fromkeys(batches, DETECTORS["Focal-T"])
+        sizes = changing_sizes(size, WARM_UP_STEPS[args.device.type] + 1 + args.rounds)
+        batches = [make_batch(args.batch_size, each) for each in sizes]
+        focal = DETECTORS["Focal-T"]
+        cases = {CHANGING: (focal, batches), ONE_SIZE: (focal, one_size)}
         baseline, steps, regions = ONE_SIZE, STEPS, REGIONS
         facts["Detector"] += f", {REGIONS} regions of an image"
-    contenders = {
-        name: Contender(base, batches[name], precision, args.device, steps, regions)
-        for name, base in bases.items()
-    }
-    timers = {name: contender.timer() for name, contender in contenders.items()}
+    contenders = {name: Contender(*case, precision, args.device, regions) for name, case in cases.items()}
+    timers = {name: contender.timer(steps) for name, contender in contenders.items()}
     times, rows = common.alternate(timers, args.rounds), []
     for name, contender in contenders.items():
-        if not contender.loss.isfinite():
-            raise ValueError(
-                f"{name}: expected a finite loss, got {contender.loss.item()}; take --precision fp32 or bf16"
-            )
-        rate = steps * args.batch_size / common.Spread.of(times[name]).median
+        if not (loss := contender.step()).isfinite():
+            raise ValueError(f"{name}: expected a finite loss, got {loss}; take --precision fp32 or bf16")
+        rate = common.Spread.of([steps * args.batch_size / value for value in times[name]])
         ratio = common.speed_ratio(times[name], times[baseline])
         attention = attention_backends(contender.model.backbone, precision.dtype)
-        row = [name, contender.parameters / 1e6, attention, rate, ratio.median, ratio.lower, ratio.upper]
-        rows.append([*row, timers[name].peak_mib])
+        params = sum(parameter.numel() for parameter in contender.model.parameters())
+        rows.append([name, params / 1e6, attention, rate, ratio, timers[name].peak_mib])
     note = (
-        f"Training steps, {steps} a round; medians of {args.rounds} alternating rounds. A ratio is the "
-        "median of the ratios within a round, with quartiles. Peak memory, on CUDA only, is without the "
-        "other detector."
+        f"Training steps, {steps} a round; medians and quartiles of {args.rounds} alternating rounds, ratios "
+        "within a round. Peak memory, on CUDA only, is without the other detector."
     )
     columns = [column.format(baseline) for column in COLUMNS]
     common.publish(args, "Training a detector", facts, [note], columns, rows)

@@ -8,12 +8,12 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections import Counter, defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import defaultdict
 from math import ceil
 from pathlib import Path
+from typing import NamedTuple
 
+import networkx
 import triton
 from triton.runtime.errors import OutOfResources
 
@@ -25,8 +25,7 @@ PART_REGISTERS, REGISTER_UNIT = 2**14, 2**8  # of a quarter of an SM; a warp's r
 UNITS = ("cp.async", "wgmma", "tcgen05", "mma.sync", "mfma", "wmma")
 
 
-@dataclass(frozen=True)
-class Figures:
+class Figures(NamedTuple):
     """A kernel on one card; None where it was not compiled, and for what a card does not have."""
 
     kernel: str
@@ -43,7 +42,6 @@ class Figures:
     blocks: int | None = None  # that fit into an SM
     units: str = ""  # which of UNITS it uses
     instructions: int | None = None  # of the largest loop's body, per warp; a loop inside it counts once
-    classes: str = ""  # these by opcode, most frequent first
     hash: str = ""  # of the compiled kernel
 
 
@@ -86,7 +84,6 @@ def figures(kernel: Kernel, card_name: str) -> Figures:
         blocks=blocks_per_sm(card, warps, min(part_warps, card.part_warps), shared, tensor),
         units=" ".join(name for name in UNITS if re.search(rf"{re.escape(name)}(?!\.bulk)", text)),
         instructions=len(loop) or None,
-        classes=", ".join(f"{name} {n}" for name, n in Counter(map(opcode_class, loop)).most_common()),
         hash=kernel.compiled.hash,
     )
 
@@ -117,13 +114,6 @@ def blocks_per_sm(card: Card, warps: int, part_warps: int, shared: int, tensor: 
     if tensor:
         fit.append(TENSOR_COLUMNS // max(LEAST_TENSOR_COLUMNS, 1 << (tensor - 1).bit_length()))
     return min(fit)
-
-
-def opcode_class(opcode: str) -> str:
-    """FADD of FADD.FTZ, v_add_f32 of v_add_f32_e32; `uniform` for what runs on a warp's scalar unit."""
-    name = re.sub(r"_e(32|64)$", "", opcode.partition(".")[0])
-    is_uniform = re.match(r"(U(?!TC|BLK)|R2UR)", name) or name.startswith("s_")
-    return "uniform" if is_uniform else name
 
 
 def _cuobjdump(cubin: bytes, option: str) -> str:
@@ -177,25 +167,12 @@ def main_loop(opcodes: list[str], edges: Edges) -> list[str]:
     A loop is what can reach a jump back without passing the jump's target, where the target is on every way
     to the jump. (A jump back from waiting code that lies behind the program is none.)
     """
-    before: Edges = defaultdict(list)
-    for i, following in edges.items():
-        for j in following:
-            before[j].append(i)
+    graph = networkx.DiGraph(edges)
     loops: dict[int, set[int]] = defaultdict(set)
-    for i, following in edges.items():
-        for head in following:
-            if head <= i and (head == 0 or i not in _reachable([0], edges, head)):
-                loops[head] |= _reachable([i], before, head) | {head}
+    for i, head in graph.edges:
+        if head < i:
+            others = networkx.restricted_view(graph, [head], [])
+            if head == 0 or i not in networkx.descendants(others, 0):
+                loops[head] |= {head, i} | networkx.ancestors(others, i)
     largest = max(loops.values(), key=len, default=set())
-    return [opcodes[i] for i in sorted(largest)] if len(largest) > 1 else []
-
-
-def _reachable(start: Iterable[int], edges: Edges, without: int) -> set[int]:
-    """Instructions that can be reached without passing one of them."""
-    seen, waiting = set(), [i for i in start if i != without]
-    while waiting:
-        i = waiting.pop()
-        if i not in seen:
-            seen.add(i)
-            waiting.extend(j for j in edges.get(i, ()) if j != without and j not in seen)
-    return seen
+    return [opcodes[i] for i in sorted(largest)]
