@@ -95,13 +95,10 @@ def finite(values: list[float]) -> list[float]:
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
-    """The shortest ends of the folders' paths that tell them apart, but for one run its last two parts."""
-    parts = [folder.resolve().parts for folder in folders]
-    for length in range(2 if len(folders) == 1 else 1, max(map(len, parts)) + 1):
-        names = ["/".join(path[-length:]) for path in parts]
-        if len(set(names)) == len(set(parts)):
-            return names
-    return [str(folder) for folder in folders]
+    """Model and tag, which are the last two folders; whole paths where these are not enough."""
+    paths = [folder.resolve() for folder in folders]
+    names = ["/".join(path.parts[-2:]) for path in paths]
+    return names if len(set(names)) == len(set(paths)) else [str(path) for path in paths]
 
 
 def draw(runs: Sequence[RunMetrics]) -> "Figure":

@@ -47,11 +47,10 @@ CLASSIFIERS = tuple(
 
 
 class Detector(NamedTuple):
-    """A detector on COCO, mini-val; "3x" is a schedule of 36 epochs."""
+    """A detector on COCO, mini-val."""
 
     method: str
     backbone: str
-    schedule: str | None
     config: str
     params_m: int | None
     flops_g: int | None
@@ -63,46 +62,41 @@ class Detector(NamedTuple):
         """Data set that the backbone was trained on first; the release does not say it of Focal-L."""
         return None if self.backbone == "Focal-L" else "ImageNet-1K"
 
+    @property
+    def schedule(self) -> str | None:
+        """1x of 12 epochs or 3x of 36; the release does not say it of Focal-L."""
+        return None if self.backbone == "Focal-L" else self.config.removesuffix("_coco")[-2:]
+
 
 DETECTORS = tuple(
-    Detector(method, backbone, schedule, f"{name}_coco", *numbers)
-    for method, backbone, schedule, name, *numbers in (
-        ("Mask R-CNN", "Focal-T", "1x", "mask-rcnn_focal-tiny_fpn_1x", 49, 291, 44.8, 41.0),
-        ("Mask R-CNN", "Focal-T", "3x", "mask-rcnn_focal-tiny_fpn_amp-ms-crop-3x", 49, 291, 47.2, 42.7),
-        ("Mask R-CNN", "Focal-S", "1x", "mask-rcnn_focal-small_fpn_1x", 71, 401, 47.4, 42.8),
-        ("Mask R-CNN", "Focal-S", "3x", "mask-rcnn_focal-small_fpn_amp-ms-crop-3x", 71, 401, 48.8, 43.8),
-        ("Mask R-CNN", "Focal-B", "1x", "mask-rcnn_focal-base_fpn_1x", 110, 533, 47.8, 43.2),
-        ("Mask R-CNN", "Focal-B", "3x", "mask-rcnn_focal-base_fpn_amp-ms-crop-3x", 110, 533, 49.0, 43.7),
-        ("RetinaNet", "Focal-T", "1x", "retinanet_focal-tiny_fpn_1x", 39, 265, 43.7, None),
-        ("RetinaNet", "Focal-T", "3x", "retinanet_focal-tiny_fpn_amp-ms-crop-3x", 39, 265, 45.5, None),
-        ("RetinaNet", "Focal-S", "1x", "retinanet_focal-small_fpn_1x", 62, 367, 45.6, None),
-        ("RetinaNet", "Focal-S", "3x", "retinanet_focal-small_fpn_amp-ms-crop-3x", 62, 367, 47.3, None),
-        ("RetinaNet", "Focal-B", "1x", "retinanet_focal-base_fpn_1x", 101, 514, 46.3, None),
-        ("RetinaNet", "Focal-B", "3x", "retinanet_focal-base_fpn_amp-ms-crop-3x", 101, 514, 46.9, None),
+    Detector(method, backbone, f"{name}_coco", *numbers)
+    for method, backbone, name, *numbers in (
+        ("Mask R-CNN", "Focal-T", "mask-rcnn_focal-tiny_fpn_1x", 49, 291, 44.8, 41.0),
+        ("Mask R-CNN", "Focal-T", "mask-rcnn_focal-tiny_fpn_amp-ms-crop-3x", 49, 291, 47.2, 42.7),
+        ("Mask R-CNN", "Focal-S", "mask-rcnn_focal-small_fpn_1x", 71, 401, 47.4, 42.8),
+        ("Mask R-CNN", "Focal-S", "mask-rcnn_focal-small_fpn_amp-ms-crop-3x", 71, 401, 48.8, 43.8),
+        ("Mask R-CNN", "Focal-B", "mask-rcnn_focal-base_fpn_1x", 110, 533, 47.8, 43.2),
+        ("Mask R-CNN", "Focal-B", "mask-rcnn_focal-base_fpn_amp-ms-crop-3x", 110, 533, 49.0, 43.7),
+        ("RetinaNet", "Focal-T", "retinanet_focal-tiny_fpn_1x", 39, 265, 43.7, None),
+        ("RetinaNet", "Focal-T", "retinanet_focal-tiny_fpn_amp-ms-crop-3x", 39, 265, 45.5, None),
+        ("RetinaNet", "Focal-S", "retinanet_focal-small_fpn_1x", 62, 367, 45.6, None),
+        ("RetinaNet", "Focal-S", "retinanet_focal-small_fpn_amp-ms-crop-3x", 62, 367, 47.3, None),
+        ("RetinaNet", "Focal-B", "retinanet_focal-base_fpn_1x", 101, 514, 46.3, None),
+        ("RetinaNet", "Focal-B", "retinanet_focal-base_fpn_amp-ms-crop-3x", 101, 514, 46.9, None),
         (
             "Cascade Mask R-CNN",
             "Focal-T",
-            "3x",
             "cascade-mask-rcnn_focal-tiny_fpn_amp-ms-crop-3x",
             87,
             770,
             51.5,
             None,
         ),
-        ("ATSS", "Focal-T", "3x", "atss_focal-tiny_fpn_amp-ms-crop-3x", 37, 239, 49.5, None),
-        ("RepPointsV2", "Focal-T", "3x", "reppointsv2_focal-tiny_bifpn_amp-ms-crop-3x", 45, 491, 51.2, None),
-        ("Sparse R-CNN", "Focal-T", "3x", "sparse-rcnn_focal-tiny_fpn_amp-ms-crop-3x", 111, 196, 49.0, None),
-        (
-            "ATSS + DyHead",
-            "Focal-L",
-            None,
-            "atss-dyhead_focal-large_fpn_amp-ms-480-1200-2x",
-            229,
-            None,
-            58.7,
-            None,
-        ),
-        ("HTC++", "Focal-L", None, "htc_focal-large_fpn_amp-ms-400-1400-6x", None, None, None, 50.9),
+        ("ATSS", "Focal-T", "atss_focal-tiny_fpn_amp-ms-crop-3x", 37, 239, 49.5, None),
+        ("RepPointsV2", "Focal-T", "reppointsv2_focal-tiny_bifpn_amp-ms-crop-3x", 45, 491, 51.2, None),
+        ("Sparse R-CNN", "Focal-T", "sparse-rcnn_focal-tiny_fpn_amp-ms-crop-3x", 111, 196, 49.0, None),
+        ("ATSS + DyHead", "Focal-L", "atss-dyhead_focal-large_fpn_amp-ms-480-1200-2x", 229, None, 58.7, None),
+        ("HTC++", "Focal-L", "htc_focal-large_fpn_amp-ms-400-1400-6x", None, None, None, 50.9),
     )
 )
 

@@ -12,14 +12,14 @@ save      SIGKILL to all processes in the middle of a save
 truncate  SIGKILL, then the newest checkpoint is cut off; the run must warn and go on from the one before
 stop      SIGTERM or SIGUSR1: exit code 75, no step may be repeated
 disk      the disk is full for a while: the run must go on, and older checkpoints stay (needs rights to mount)
-second    another run in the same folder must be refused
 rank      SIGKILL to one of several processes, which torchrun --max-restarts brings back
 hang      SIGSTOP to one of several processes: the others end with a message
 
-Prints a table; with --out it is written to FOLDER/<date>_faults.md. Exit status 1: something was lost.
+Prints a line for each; --out writes <date>_faults.md and .csv. Exit status 1: something was lost.
 """
 
 import argparse
+import logging
 import os
 import random
 import signal
@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from itertools import product
 from pathlib import Path
 
 import psutil
@@ -38,6 +39,8 @@ from tools.benchmarks import common
 from utils import path_argument
 
 from .run import SAVE_EVERY, FaultError, TrainingRun, compare, make_data
+
+logger = logging.getLogger("faults")
 
 PREEMPTED = 75  # exit code after SIGTERM or SIGUSR1
 HANG_MINUTES, DISK_MB = 0.2, 24
@@ -123,22 +126,6 @@ def small_disk(folder: Path) -> Iterator[None]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def second(run: TrainingRun, step: int, rng: random.Random) -> str:
-    """The same command while the run is there, which is paused so that it does not end before."""
-    run.until_step(step)
-    run.process.suspend()
-    try:
-        with tempfile.TemporaryFile() as console:
-            code = run.start(console).wait(timeout=600)
-            console.seek(0)
-            said = console.read().decode(errors="replace")
-    finally:
-        run.process.resume()
-    if code != 2 or "another --tag" not in said:
-        raise FaultError(f"expected a second run to be refused, got exit code {code}: {said[-300:]}")
-    return f"second run refused after step {step}"
-
-
 def kill_rank(run: TrainingRun, step: int, rng: random.Random) -> str:
     """SIGKILL to the last rank alone; torchrun starts all of them again."""
     run.until_step(step)
@@ -167,13 +154,13 @@ def hang(run: TrainingRun, step: int, rng: random.Random) -> str:
 
 FAULTS: dict[str, Callable[[TrainingRun, int, random.Random], str]] = {
     **{"kill": kill, "save": kill_in_save, "truncate": truncate, "stop": stop, "disk": fill_disk},
-    **{"second": second, "rank": kill_rank, "hang": hang},
+    **{"rank": kill_rank, "hang": hang},
 }
-FOR_ONE, FOR_MORE = ("second",), ("rank", "hang")  # processes; the others are for any number
+FOR_MORE = ("rank", "hang")  # processes than one; the others are for any number
+COLUMNS = ("fault", "processes", "what happened", "launches", "steps repeated", "result")
 OPTIONS = {
     "disk": (("SAVE_FAILURES_MAX", 1000),),
     "hang": (("DIST_TIMEOUT_MINUTES", HANG_MINUTES),),
-    "second": (("DIST_TIMEOUT_MINUTES", HANG_MINUTES),),  # half of it is how long a second run waits
 }
 
 
@@ -229,45 +216,35 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS), help="(all)")
     parser.add_argument("--processes", nargs="+", type=common.positive, default=[1, 2], help="(1 2)")
     parser.add_argument("--times", type=common.positive, default=3, help="hits of each run (3)")
-    parser.add_argument(
-        "--out", type=path_argument, metavar="FOLDER", help="for the table, such as tools/results"
-    )
+    parser.add_argument("--out", type=path_argument, metavar="FOLDER", help="for the table")
+    parser.set_defaults(name="faults")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 1 if something was lost."""
     args = parse(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     if not Path("/proc").is_dir():
-        print(
-            "error: the faults are made through Linux's signals and /proc; run them on Linux", file=sys.stderr
-        )
+        logger.error("error: the faults are made through Linux's signals and /proc; run them on Linux")
         return 2
     facts, rows, lost = common.describe_run(torch.device("cpu")), [], 0
     with tempfile.TemporaryDirectory(prefix="faults_", ignore_cleanup_errors=True) as root:
         lab = Lab(Path(root))
-        for count in args.processes:
-            for fault in args.only:
-                if fault in (FOR_MORE if count == 1 else FOR_ONE):
-                    continue
-                try:
-                    row = lab.survive([fault] * args.times, count)
-                except (
-                    FaultError,
-                    psutil.Error,
-                    subprocess.SubprocessError,
-                ) as error:  # the other faults go on
-                    lost += 1
-                    row = [fault, count, None, None, None, f"**LOST**: {common.short_reason(error, 400)}"]
-                print(" | ".join(map(common.show, row)), flush=True)
-                rows.append(row)
-    if args.out is not None:
-        note = f"Each run: {lab.epochs} epochs of 160 digits, a checkpoint every {SAVE_EVERY} steps."
-        columns = ("fault", "processes", "what happened", "launches", "steps repeated", "result")
-        table = common.markdown_table(columns, rows)
-        report = common.markdown_report("Faults", facts, [note], [table])
-        common.result_path(args.out, "faults.md").write_text(report, encoding="utf-8")
-    print(f"{len(rows)} runs, {lost} lost something")
+        for count, fault in product(args.processes, args.only):
+            if count == 1 and fault in FOR_MORE:
+                continue
+            try:
+                row = lab.survive([fault] * args.times, count)
+            except (FaultError, psutil.Error, subprocess.SubprocessError) as error:  # the others go on
+                lost += 1
+                row = [fault, count, None, None, None, f"**LOST**: {common.short_reason(error, 400)}"]
+            logger.info(" | ".join(map(common.show, row)))
+            rows.append(row)
+    note = f"Each run: {lab.epochs} epochs of 160 digits, a checkpoint every {SAVE_EVERY} steps."
+    common.publish(
+        args, "Faults", facts, [note], COLUMNS, rows, news=f"{len(rows)} runs, {lost} lost something"
+    )
     return 1 if lost else 0
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import psutil
 import torch
@@ -76,8 +76,8 @@ class TrainingRun:
         self.launches = 0
         self._starts = (0, 0)  # of log and console, at the last launch
 
-    def start(self, console: IO[bytes]) -> psutil.Popen:
-        """A process with the command of this run."""
+    def launch(self) -> "TrainingRun":
+        """Start it, for the first time or again, with the same command."""
         options = {**OPTIONS, "TRAIN.EPOCHS": self.epochs, "DATA.NUM_WORKERS": self.processes - 1}
         options |= dict(self.options)
         words = f"-m torch.distributed.run --standalone --nproc_per_node {self.processes}".split()
@@ -86,14 +86,11 @@ class TrainingRun:
         words += ["--output", self.output, "--opts", *(word for pair in options.items() for word in pair)]
         command = [sys.executable, *map(str, words)]
         how = {"cwd": REPO, "env": os.environ | {"OMP_NUM_THREADS": "1", "PT_OUTPUT_DIR": ""}}
-        return psutil.Popen(command, stdout=console, stderr=subprocess.STDOUT, start_new_session=True, **how)
-
-    def launch(self) -> "TrainingRun":
-        """Start it, for the first time or again."""
+        how |= {"stderr": subprocess.STDOUT, "start_new_session": True}
         self.output.mkdir(parents=True, exist_ok=True)
         self._starts = (len(_content(self.log)), len(_content(self.console)))
         with self.console.open("ab") as console:
-            self.process = self.start(console)
+            self.process = psutil.Popen(command, stdout=console, **how)
         self.launches += 1
         return self
 
