@@ -55,7 +55,7 @@ class Detector(NamedTuple):
     params_m: int | None
     flops_g: int | None
     box_ap: float | None
-    mask_ap: float | None
+    mask_ap: float | None = None
 
     @property
     def pretraining(self) -> str | None:
@@ -77,25 +77,17 @@ DETECTORS = tuple(
         ("Mask R-CNN", "Focal-S", "mask-rcnn_focal-small_fpn_amp-ms-crop-3x", 71, 401, 48.8, 43.8),
         ("Mask R-CNN", "Focal-B", "mask-rcnn_focal-base_fpn_1x", 110, 533, 47.8, 43.2),
         ("Mask R-CNN", "Focal-B", "mask-rcnn_focal-base_fpn_amp-ms-crop-3x", 110, 533, 49.0, 43.7),
-        ("RetinaNet", "Focal-T", "retinanet_focal-tiny_fpn_1x", 39, 265, 43.7, None),
-        ("RetinaNet", "Focal-T", "retinanet_focal-tiny_fpn_amp-ms-crop-3x", 39, 265, 45.5, None),
-        ("RetinaNet", "Focal-S", "retinanet_focal-small_fpn_1x", 62, 367, 45.6, None),
-        ("RetinaNet", "Focal-S", "retinanet_focal-small_fpn_amp-ms-crop-3x", 62, 367, 47.3, None),
-        ("RetinaNet", "Focal-B", "retinanet_focal-base_fpn_1x", 101, 514, 46.3, None),
-        ("RetinaNet", "Focal-B", "retinanet_focal-base_fpn_amp-ms-crop-3x", 101, 514, 46.9, None),
-        (
-            "Cascade Mask R-CNN",
-            "Focal-T",
-            "cascade-mask-rcnn_focal-tiny_fpn_amp-ms-crop-3x",
-            87,
-            770,
-            51.5,
-            None,
-        ),
-        ("ATSS", "Focal-T", "atss_focal-tiny_fpn_amp-ms-crop-3x", 37, 239, 49.5, None),
-        ("RepPointsV2", "Focal-T", "reppointsv2_focal-tiny_bifpn_amp-ms-crop-3x", 45, 491, 51.2, None),
-        ("Sparse R-CNN", "Focal-T", "sparse-rcnn_focal-tiny_fpn_amp-ms-crop-3x", 111, 196, 49.0, None),
-        ("ATSS + DyHead", "Focal-L", "atss-dyhead_focal-large_fpn_amp-ms-480-1200-2x", 229, None, 58.7, None),
+        ("RetinaNet", "Focal-T", "retinanet_focal-tiny_fpn_1x", 39, 265, 43.7),
+        ("RetinaNet", "Focal-T", "retinanet_focal-tiny_fpn_amp-ms-crop-3x", 39, 265, 45.5),
+        ("RetinaNet", "Focal-S", "retinanet_focal-small_fpn_1x", 62, 367, 45.6),
+        ("RetinaNet", "Focal-S", "retinanet_focal-small_fpn_amp-ms-crop-3x", 62, 367, 47.3),
+        ("RetinaNet", "Focal-B", "retinanet_focal-base_fpn_1x", 101, 514, 46.3),
+        ("RetinaNet", "Focal-B", "retinanet_focal-base_fpn_amp-ms-crop-3x", 101, 514, 46.9),
+        ("Cascade Mask R-CNN", "Focal-T", "cascade-mask-rcnn_focal-tiny_fpn_amp-ms-crop-3x", 87, 770, 51.5),
+        ("ATSS", "Focal-T", "atss_focal-tiny_fpn_amp-ms-crop-3x", 37, 239, 49.5),
+        ("RepPointsV2", "Focal-T", "reppointsv2_focal-tiny_bifpn_amp-ms-crop-3x", 45, 491, 51.2),
+        ("Sparse R-CNN", "Focal-T", "sparse-rcnn_focal-tiny_fpn_amp-ms-crop-3x", 111, 196, 49.0),
+        ("ATSS + DyHead", "Focal-L", "atss-dyhead_focal-large_fpn_amp-ms-480-1200-2x", 229, None, 58.7),
         ("HTC++", "Focal-L", "htc_focal-large_fpn_amp-ms-400-1400-6x", None, None, None, 50.9),
     )
 )

@@ -57,7 +57,7 @@ def draw(args: argparse.Namespace) -> Iterator[tuple[str, "Figure"]]:
             f"--at: expected a pixel of the model's input, X below {width} and Y below {height}, got "
             f"{at[0]} {at[1]}"
         )
-    maps, strides = attention.stage_maps(model, height, width, args.block), attention.strides(model)
+    maps = attention.stage_maps(model, height, width, args.block)
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.MEAN, data.STD))
     if image.shape[1] == 1:
         mean, std = mean.mean(dim=0, keepdim=True), std.mean(dim=0, keepdim=True)
@@ -69,14 +69,13 @@ def draw(args: argparse.Namespace) -> Iterator[tuple[str, "Figure"]]:
         return f"{model_name}: {text},\n{name}, query at {at[0]}, {at[1]}"
 
     if "keys" in args.kinds:
-        rows = [("", maps)]
-        yield "keys", drawing.keys_figure(rows, picture, at, strides, title("the keys of a query"))
+        yield "keys", drawing.keys_figure([("", maps)], picture, at, title("the keys of a query"))
     records = attention.record(model, image, maps) if {"attention", "heads"} & {*args.kinds} else []
     if "attention" in args.kinds:
-        yield "attention", drawing.attention_figure(records, picture, at, strides, title("mean over heads"))
+        yield "attention", drawing.attention_figure(records, picture, at, title("mean over heads"))
     if "heads" in args.kinds:
-        for number, (record, stride) in enumerate(zip(records, strides, strict=True), start=1):
-            figure = drawing.heads_figure(record, picture, at, stride, title(f"stage {number}"))
+        for number, record in enumerate(records, start=1):
+            figure = drawing.heads_figure(record, picture, at, title(f"stage {number}"))
             yield f"heads_stage{number}", figure
 
 

@@ -10,7 +10,6 @@ undisturbed run to the last bit, and its metrics.jsonl too, but for times.
 kill      SIGKILL to all processes, at a random moment of a step
 save      SIGKILL to all processes in the middle of a save
 truncate  SIGKILL, then the newest checkpoint is cut off; the run must warn and go on from the one before
-stop      SIGTERM or SIGUSR1: exit code 75, no step may be repeated
 disk      the disk is full for a while: the run must go on, and older checkpoints stay (needs rights to mount)
 rank      SIGKILL to one of several processes, which torchrun --max-restarts brings back
 hang      SIGSTOP to one of several processes: the others end with a message
@@ -22,7 +21,6 @@ import argparse
 import logging
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -42,7 +40,6 @@ from .run import SAVE_EVERY, FaultError, TrainingRun, compare, make_data
 
 logger = logging.getLogger("faults")
 
-PREEMPTED = 75  # exit code after SIGTERM or SIGUSR1
 HANG_MINUTES, DISK_MB = 0.2, 24
 
 
@@ -78,23 +75,6 @@ def truncate(run: TrainingRun, step: int, rng: random.Random) -> str:
     if newest.name not in run.text():
         raise FaultError(f"{newest.name} was cut off, and the log does not name it")
     return f"{newest.name} cut off"
-
-
-def stop(run: TrainingRun, step: int, rng: random.Random) -> str:
-    """SIGTERM or SIGUSR1 to what was launched: it saves and exits."""
-    number = rng.choice((signal.SIGTERM, signal.SIGUSR1))
-    repeated = run.redone
-    run.until_step(step)
-    target = run.process if number == signal.SIGTERM else run.ranks[-1]  # torchrun does not pass SIGUSR1 on
-    target.send_signal(number)
-    code = run.wait()
-    if run.processes == 1 and code != PREEMPTED:
-        raise FaultError(f"{number.name}: expected exit code {PREEMPTED}, got {code}: {run.last_words()}")
-    run.launch()
-    run.until(run.last_step, "the first step")
-    if run.redone > repeated:
-        raise FaultError(f"{number.name}: {run.redone - repeated} steps were repeated")
-    return f"{number.name} after step {step}"
 
 
 def fill_disk(run: TrainingRun, step: int, rng: random.Random) -> str:
@@ -153,8 +133,8 @@ def hang(run: TrainingRun, step: int, rng: random.Random) -> str:
 
 
 FAULTS: dict[str, Callable[[TrainingRun, int, random.Random], str]] = {
-    **{"kill": kill, "save": kill_in_save, "truncate": truncate, "stop": stop, "disk": fill_disk},
-    **{"rank": kill_rank, "hang": hang},
+    **{"kill": kill, "save": kill_in_save, "truncate": truncate, "disk": fill_disk, "rank": kill_rank},
+    "hang": hang,
 }
 FOR_MORE = ("rank", "hang")  # processes than one; the others are for any number
 COLUMNS = ("fault", "processes", "what happened", "launches", "steps repeated", "result")

@@ -1,7 +1,7 @@
 """A training run that can be launched, watched, disturbed and launched again, and compared with another one.
 
 Everything goes through main.py and torchrun, with the same command before and after a fault. What a run has
-done is read from its log, its metrics.jsonl and its checkpoints.
+done is read from its console, its metrics.jsonl and its checkpoints.
 """
 
 import json
@@ -24,7 +24,7 @@ from models import read_checkpoint
 from tools.benchmarks.common import REPO
 from tools.convert_checkpoint import same_bits
 
-STEP_LINE = re.compile(rb"epoch (\d+)/(\d+) step (\d+)/(\d+) ")
+STEP_LINE = re.compile(r"epoch (\d+)/(\d+) step (\d+)/(\d+) ")
 TIMEOUT = 600.0  # seconds that anything may take on a busy machine
 IMAGES_PER_CLASS, BATCH_SIZE = {"train": 16, "val": 4}, 8
 SAVE_EVERY = 5  # steps
@@ -71,10 +71,9 @@ class TrainingRun:
         self.data, self.output, self.processes, self.epochs = data, output, processes, epochs
         self.restarts, self.options = restarts, options
         self.steps_per_epoch = 10 * IMAGES_PER_CLASS["train"] // (BATCH_SIZE * processes)
-        self.folder = output / "demo" / "default"
-        self.log, self.console = self.folder / "log_rank0.txt", output / "console.txt"
+        self.folder, self.console = output / "demo" / "default", output / "console.txt"
         self.launches = 0
-        self._starts = (0, 0)  # of log and console, at the last launch
+        self._start = 0  # of the last launch, in the console's output
 
     def launch(self) -> "TrainingRun":
         """Start it, for the first time or again, with the same command."""
@@ -88,8 +87,8 @@ class TrainingRun:
         how = {"cwd": REPO, "env": os.environ | {"OMP_NUM_THREADS": "1", "PT_OUTPUT_DIR": ""}}
         how |= {"stderr": subprocess.STDOUT, "start_new_session": True}
         self.output.mkdir(parents=True, exist_ok=True)
-        self._starts = (len(_content(self.log)), len(_content(self.console)))
         with self.console.open("ab") as console:
+            self._start = console.tell()
             self.process = psutil.Popen(command, stdout=console, **how)
         self.launches += 1
         return self
@@ -139,22 +138,17 @@ class TrainingRun:
 
     def last_step(self) -> int:
         """The last step that this launch logged, counted from 1 over the whole run; 0 before the first."""
-        return [0, *self.steps(self._starts[0])][-1]
-
-    def steps(self, start: int = 0) -> list[int]:
-        """All steps that the log reports from byte `start` on."""
-        found = (map(int, match.groups()) for match in STEP_LINE.finditer(_content(self.log)[start:]))
-        return [(epoch - 1) * steps + step for epoch, _, step, steps in found]
+        return [0, *steps_of(self.text())][-1]
 
     @property
     def redone(self) -> int:
         """Steps that were logged and then repeated by a later launch."""
-        return sum(max(0, last - step + 1) for last, step in pairwise(self.steps()))
+        steps = steps_of(self.console.read_text(errors="replace"))
+        return sum(max(0, last - step + 1) for last, step in pairwise(steps))
 
     def text(self) -> str:
-        """Log and console output of this launch."""
-        log, console = self._starts
-        return (_content(self.log)[log:] + _content(self.console)[console:]).decode(errors="replace")
+        """Console output of this launch."""
+        return self.console.read_bytes()[self._start :].decode(errors="replace")
 
     def last_words(self) -> str:
         """The last error, or the end of the output."""
@@ -176,8 +170,10 @@ def _is_alive(process: psutil.Process) -> bool:
     return False
 
 
-def _content(path: Path) -> bytes:
-    return path.read_bytes() if path.exists() else b""
+def steps_of(text: str) -> list[int]:
+    """The steps that a console's output reports, counted from 1 over the whole run."""
+    found = (map(int, match) for match in STEP_LINE.findall(text))
+    return [(epoch - 1) * steps + step for epoch, _, step, steps in found]
 
 
 # --- Comparison ---------------------------------------------------------------------------------------------

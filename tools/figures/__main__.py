@@ -40,7 +40,7 @@ def draw_teaser() -> "Figure":
         model = build_model(load_config(REPO / "configs" / f"{config}.yaml"))
         rows.append((name, attention.stage_maps(model, SIDE, SIDE)))
     title = "The tokens that one query (the cross) attends to"
-    return drawing.keys_figure(rows, picture, QUERY, attention.strides(model), title)
+    return drawing.keys_figure(rows, picture, QUERY, title)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -45,11 +45,15 @@ class Grain:
 
 @dataclass(frozen=True)
 class TokenMap:
-    """Where the tokens of an attention layer lie on its map of `height` x `width` tokens."""
+    """Where the tokens of an attention layer lie on its map of `height` x `width` tokens.
+
+    `stride` is the side of a token in pixels of the model's input.
+    """
 
     layer: FocalAttention
     height: int
     width: int
+    stride: int
 
     @property
     def index(self) -> AttentionIndex:
@@ -80,6 +84,10 @@ class TokenMap:
     def _in_place(self, cells: Tensor) -> Tensor:
         """[rows, columns] of the padded and rolled map at the places of the map, [H, W]."""
         return self.layer.unroll_and_crop(cells[None, ..., None], self.height, self.width)[0, ..., 0]
+
+    def at_pixel(self, x: int, y: int) -> tuple[int, int]:
+        """Row and column of the token at a pixel; pixels beyond the last patch count to it."""
+        return min(y // self.stride, self.height - 1), min(x // self.stride, self.width - 1)
 
     def place_of(self, row: int, column: int) -> tuple[int, int]:
         """Window and query within it of the token at a place of the map."""
@@ -149,21 +157,14 @@ class BlockAttention:
 # --- Of a model ---------------------------------------------------------------------------------------------
 
 
-def strides(model: FocalTransformer) -> list[int]:
-    """Side of a token of each stage, in pixels of the input."""
-    sides = [model.patch_embed.stride]
-    for stage in list(model.layers)[:-1]:
-        sides.append(sides[-1] * stage.downsample.stride)
-    return sides
-
-
 def token_maps(model: FocalTransformer, height: int, width: int) -> list[list[TokenMap]]:
     """The map of every block, by stage, for an input of `height` x `width` pixels."""
     sizes = model.map_sizes(model.patch_embed.output_size(height, width))
-    return [
-        [TokenMap(block.attn, *size) for block in stage.blocks]
-        for stage, size in zip(model.stages, sizes, strict=True)
-    ]
+    maps, stride = [], model.patch_embed.stride
+    for stage, size in zip(model.stages, sizes, strict=True):
+        maps.append([TokenMap(block.attn, *size, stride) for block in stage.blocks])
+        stride *= 1 if stage.downsample is None else stage.downsample.stride
+    return maps
 
 
 def stage_maps(model: FocalTransformer, height: int, width: int, block: int = -1) -> list[TokenMap]:

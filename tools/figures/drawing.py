@@ -1,8 +1,8 @@
 """Pictures of what focal attention looks at, drawn over the image; the numbers come from attention.py.
 
 Tokens are drawn at their own size: a fine one of the first stage is 4 x 4 pixels, one that was pooled from a
-window 28 x 28. What a query does not see is dark. In all functions `picture` is [H, W, 3] in [0, 1], `at` are
-x and y of the query in pixels, and `stride` is the side of a token of the map in pixels.
+window 28 x 28. What a query does not see is dark. In all functions `picture` is [H, W, 3] in [0, 1], and `at`
+are x and y of the query in pixels.
 """
 
 import io
@@ -82,16 +82,11 @@ def draw_borders(axes: "Axes", cells: np.ndarray, colour: str, width: float) -> 
     axes.add_collection(LineCollection(upright + level, colors=colour, linewidths=width))
 
 
-def mark_query(axes: "Axes", stride: int, row: int, column: int) -> None:
+def mark_query(axes: "Axes", tokens: TokenMap, at: tuple[int, int]) -> None:
     """A cross on the query's token."""
-    y, x = (row + 0.5) * stride - 0.5, (column + 0.5) * stride - 0.5
+    y, x = ((number + 0.5) * tokens.stride - 0.5 for number in tokens.at_pixel(*at))
     axes.plot([x], [y], marker="x", markersize=5, markeredgewidth=2.5, color="black")
     axes.plot([x], [y], marker="x", markersize=4, markeredgewidth=1.2, color="white")
-
-
-def token_at(tokens: TokenMap, at: tuple[int, int], stride: int) -> tuple[int, int]:
-    """Row and column of the token at a pixel; rows left over by the patches count to the last one."""
-    return min(at[1] // stride, tokens.height - 1), min(at[0] // stride, tokens.width - 1)
 
 
 def grey(picture: np.ndarray) -> np.ndarray:
@@ -102,24 +97,21 @@ def grey(picture: np.ndarray) -> np.ndarray:
 # --- Which tokens a query sees ------------------------------------------------------------------------------
 
 
-def draw_keys(
-    axes: "Axes", picture: np.ndarray, tokens: TokenMap, at: tuple[int, int], stride: int
-) -> dict[str, str]:
+def draw_keys(axes: "Axes", picture: np.ndarray, tokens: TokenMap, at: tuple[int, int]) -> dict[str, str]:
     """The tokens that a query sees, in a colour per granularity, coarse ones below; returns the colours."""
     from matplotlib.colors import to_rgb
 
-    place = token_at(tokens, at, stride)
-    grains, pooled = tokens.seen_from(*place), iter(POOLED_COLOURS)
+    grains, pooled = tokens.seen_from(*tokens.at_pixel(*at)), iter(POOLED_COLOURS)
     colours = {grain.name: COLOURS.get(grain.name) or next(pooled) for grain in grains}
     shown, seen = grey(picture), np.zeros(picture.shape[:2], dtype=bool)
     for grain in reversed(grains):
-        pixels = at_pixels(grain.cells, stride, seen.shape)
+        pixels = at_pixels(grain.cells, tokens.stride, seen.shape)
         here, colour = pixels >= 0, colours[grain.name]
         seen |= here
         shown = np.where(here[..., None], (1 - TINT) * picture + TINT * np.array(to_rgb(colour)), shown)
         draw_borders(axes, pixels, colour, 0.25 if grain.area == 1 else 0.6)
     axes.imshow(np.where(seen[..., None], shown, DARK * shown), interpolation="nearest")
-    mark_query(axes, stride, *place)
+    mark_query(axes, tokens, at)
     axes.set_title(f"{sum(len(grain.tokens) for grain in grains)} keys", fontsize="small")
     return colours
 
@@ -128,7 +120,6 @@ def keys_figure(
     rows: Sequence[tuple[str, Sequence[TokenMap]]],
     picture: np.ndarray,
     at: tuple[int, int],
-    strides: Sequence[int],
     title: str,
 ) -> "Figure":
     """A row of panels per model, a panel per stage, and a legend.
@@ -136,16 +127,15 @@ def keys_figure(
     Args:
         rows: names of models and the maps of their stages.
         picture, at: see above.
-        strides: of the stages.
         title: of the figure.
     """
     from matplotlib.patches import Patch
 
-    figure, panels = new_figure(len(rows), len(strides), title)
+    figure, panels = new_figure(len(rows), len(rows[0][1]), title)
     used: dict[str, str] = {}
     for (name, maps), line in zip(rows, panels, strict=True):
-        for number, (tokens, axes, stride) in enumerate(zip(maps, line, strides, strict=True), start=1):
-            used |= draw_keys(axes, picture, tokens, at, stride)
+        for number, (tokens, axes) in enumerate(zip(maps, line, strict=True), start=1):
+            used |= draw_keys(axes, picture, tokens, at)
             axes.set_title(f"stage {number}: {axes.get_title()}", fontsize="small")
         line[0].text(-0.06, 0.5, name, transform=line[0].transAxes, rotation=90, ha="right", va="center")
     names = sorted(used, key=[*COLOURS, *used].index)
@@ -170,51 +160,39 @@ def draw_heat(axes: "Axes", picture: np.ndarray, heat: np.ndarray) -> None:
 
 
 def draw_weights(
-    axes: "Axes",
-    picture: np.ndarray,
-    record: BlockAttention,
-    values: Tensor,
-    at: tuple[int, int],
-    stride: int,
+    axes: "Axes", picture: np.ndarray, tokens: TokenMap, values: Tensor, at: tuple[int, int]
 ) -> None:
     """What each pixel gets of the values of all tokens [S], coarse ones divided over theirs."""
-    heat = record.tokens.evenly(values)
+    heat = tokens.evenly(values)
     heat = torch.where(heat > 0, heat, float("nan"))
-    draw_heat(axes, picture, at_pixels(heat, stride, picture.shape[:2], np.nan))
-    mark_query(axes, stride, *token_at(record.tokens, at, stride))
+    draw_heat(axes, picture, at_pixels(heat, tokens.stride, picture.shape[:2], np.nan))
+    mark_query(axes, tokens, at)
 
 
 def attention_figure(
-    records: Sequence[BlockAttention],
-    picture: np.ndarray,
-    at: tuple[int, int],
-    strides: Sequence[int],
-    title: str,
+    records: Sequence[BlockAttention], picture: np.ndarray, at: tuple[int, int], title: str
 ) -> "Figure":
     """Mean over heads: per stage what a pixel gets in all, and the share of each granularity."""
-    places = [token_at(record.tokens, at, stride) for record, stride in zip(records, strides, strict=True)]
+    places = [record.tokens.at_pixel(*at) for record in records]
     seen = [record.tokens.seen_from(*place) for record, place in zip(records, places, strict=True)]
     figure, panels = new_figure(len(records), 1 + max(map(len, seen)), title)
     for number, (record, place, grains) in enumerate(zip(records, places, seen, strict=True)):
-        stride, size = strides[number], picture.shape[:2]
-        values = record.of_query(*place).mean(dim=0)
-        draw_weights(panels[number, 0], picture, record, values, at, stride)
+        tokens, size, values = record.tokens, picture.shape[:2], record.of_query(*place).mean(dim=0)
+        draw_weights(panels[number, 0], picture, tokens, values, at)
         panels[number, 0].set_title(f"stage {number + 1}: all", fontsize="small")
         for axes, grain in zip(panels[number, 1:], grains, strict=False):
-            draw_heat(axes, picture, at_pixels(grain.spread(values), stride, size, np.nan))
-            draw_borders(axes, at_pixels(grain.cells, stride, size), "#808080", 0.3)
-            mark_query(axes, stride, *place)
+            draw_heat(axes, picture, at_pixels(grain.spread(values), tokens.stride, size, np.nan))
+            draw_borders(axes, at_pixels(grain.cells, tokens.stride, size), "#808080", 0.3)
+            mark_query(axes, tokens, at)
             axes.set_title(f"{grain.name}: {100 * float(values[grain.tokens].sum()):.0f} %", fontsize="small")
     return figure
 
 
-def heads_figure(
-    record: BlockAttention, picture: np.ndarray, at: tuple[int, int], stride: int, title: str
-) -> "Figure":
+def heads_figure(record: BlockAttention, picture: np.ndarray, at: tuple[int, int], title: str) -> "Figure":
     """What each pixel gets, by head."""
-    heads = record.of_query(*token_at(record.tokens, at, stride))
+    heads = record.of_query(*record.tokens.at_pixel(*at))
     figure, panels = new_figure(-(-len(heads) // HEADS_ACROSS), min(HEADS_ACROSS, len(heads)), title)
     for number, (axes, values) in enumerate(zip(panels.flat, heads, strict=False), start=1):
-        draw_weights(axes, picture, record, values, at, stride)
+        draw_weights(axes, picture, record.tokens, values, at)
         axes.set_title(f"head {number}", fontsize="small")
     return figure
