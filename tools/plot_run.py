@@ -8,13 +8,13 @@ An output folder is what main.py writes to; its metrics.jsonl is read. The horiz
 import argparse
 import json
 import logging
-import math
-import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from tools.figures.drawing import blank_figure
 from utils import path_argument, run_command
@@ -84,14 +84,15 @@ def read_metrics(folder: Path) -> RunMetrics:
     return metrics
 
 
-def column(records: list[Record], key: str) -> list[float]:
+def column(records: list[Record], key: str) -> np.ndarray:
     """One value of every record; nan, a gap in the line, where it is missing or was not finite."""
-    return [math.nan if record.get(key) is None else float(record[key]) for record in records]
+    return np.array([record.get(key) for record in records], dtype=float)
 
 
-def finite(values: list[float]) -> list[float]:
+def finite(values: np.ndarray) -> np.ndarray:
     """The values that are not nan; [nan] if there are none."""
-    return [value for value in values if not math.isnan(value)] or [math.nan]
+    some = values[~np.isnan(values)]
+    return some if len(some) else np.array([np.nan])
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
@@ -136,13 +137,13 @@ def _draw_run(panels: Any, run: RunMetrics, colour: str, prefix: str) -> None:
     for key, name, style in (("acc1", "top-1", "-"), ("acc1_ema", "top-1 of the average", "--")):
         values = column(run.epochs, key)
         best = max(finite(values))
-        if key == "acc1" or not math.isnan(best):
+        if key == "acc1" or not np.isnan(best):
             label = f"{prefix}{name}, best {best:.2f} %"
             accuracy.plot(ends, values, style, color=colour, label=label, **dots)
     accuracy.plot(ends, column(run.epochs, "acc5"), ":", color=colour, label=f"{prefix}top-5")
     rate.plot(steps, column(run.train, "lr"), color=colour, label=run.name if prefix else None)
     speeds = column(run.train, "img_per_s")
-    speed.plot(steps, speeds, color=colour, label=f"{prefix}median {statistics.median(finite(speeds)):.3g}")
+    speed.plot(steps, speeds, color=colour, label=f"{prefix}median {np.median(finite(speeds)):.3g}")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

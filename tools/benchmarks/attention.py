@@ -17,6 +17,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -231,44 +232,34 @@ def milliseconds(times: Sequence[float]) -> Spread:
 def time_backends(
     shape: Shape, precision: str, peaks: dict[str, float], args: argparse.Namespace
 ) -> list[list[Cell]]:
-    """Rows of COLUMNS: every backend at one shape and precision, forward and with backward.
-
-    Args:
-        shape: of the operator.
-        precision: a key of DTYPES.
-        peaks: of the device.
-        args: the command line.
-    """
+    """Rows of COLUMNS: every backend at one shape and precision, forward and with backward."""
     dtype = DTYPES[precision]
     qkv, d_out = shape.inputs(args.batch_size, dtype)
     few = qkv[:CHECKED_IMAGES], d_out[:CHECKED_IMAGES]
     truth = Contender("plain", shape, *(x.double() for x in few)).results()
     yardstick = errors(Contender("plain", shape, *few).results(), truth)
     checks: dict[str, list[Cell]] = {}
-    timers: dict[str, dict[str, Callable[[], float]]] = {name: {} for name in PASSES}
+    timers: dict[tuple[str, str], Timer] = {}
     for name in args.backends:
         try:
             off = errors(Contender(name, shape, *few).results(), truth)
             contender = Contender(name, shape, qkv, d_out)
-            actions = contender.forward, contender.forward_backward
-            made = [Timer(action, args.device, ROUND_SECONDS[args.device.type]) for action in actions]
+            for kind, action in zip(PASSES, (contender.forward, contender.forward_backward), strict=True):
+                timers[kind, name] = Timer(action, args.device, ROUND_SECONDS[args.device.type])
         except (ValueError, RuntimeError) as error:
             checks[name] = [None, None, f"cannot run: {common.short_reason(error)}"]
             continue
         shown = (" ".join(f"{value:.1e}" for value in values) for values in (off, yardstick))
         checks[name] = [*shown, verdict(off, yardstick, dtype)]
-        for kind, timer in zip(PASSES, made, strict=True):
-            timers[kind][name] = timer
-    rows: list[list[Cell]] = []
-    for kind in PASSES:
-        floor, bound = shape.floor(peaks, args.batch_size, precision, backward=kind != "forward")
-        times = common.alternate(timers[kind], args.rounds)
-        for name, check in checks.items():
-            speed: list[Cell] = [None] * 4
-            if name in times:
-                spread = milliseconds(times[name])
-                speed = [spread, floor, spread.median / floor, bound]
-            rows.append([*shape.cells(precision), kind, name, *speed, *check])
+    times = common.alternate(timers, args.rounds)
+    rows = []
+    for kind, (name, check) in product(PASSES, checks.items()):
+        speed: list[Cell] = [None] * 4
+        if (kind, name) in times:
+            floor, bound = shape.floor(peaks, args.batch_size, precision, backward=kind != "forward")
+            spread = milliseconds(times[kind, name])
+            speed = [spread, floor, spread.median / floor, bound]
+        rows.append([*shape.cells(precision), kind, name, *speed, *check])
     return rows
 
 
@@ -283,8 +274,6 @@ def time_index(path: str, resolution: int, args: argparse.Namespace) -> list[lis
         with torch.autograd.forward_ad.dual_level():  # what is built while tracing is not cached
             return [tokens.index for tokens in maps]
 
-    built = indices()
-
     def cpu_tables(trains: bool) -> None:
         for tokens, index in zip(maps, built, strict=True):
             heads, width = tokens.layer.num_heads, tokens.layer.head_dim
@@ -294,12 +283,13 @@ def time_index(path: str, resolution: int, args: argparse.Namespace) -> list[lis
         for index in built:
             build_tables(index, trains)
 
-    actions: dict[str, Callable[[], object]] = {"index": indices}
-    for backend, build in {"cpu": cpu_tables, "triton": triton_tables}.items():
-        if backend != "cpu" or args.device.type == "cpu":
-            for kind in PASSES:
-                actions[f"{backend}, {kind}"] = lambda build=build, kind=kind: build(kind != "forward")
-    times = common.alternate({name: Timer(act, args.device) for name, act in actions.items()}, args.rounds)
+    built, builders = indices(), {"cpu": cpu_tables, "triton": triton_tables}
+    if args.device.type != "cpu":
+        del builders["cpu"]
+    timers = {"index": Timer(indices, args.device)}
+    for (backend, build), kind in product(builders.items(), PASSES):
+        timers[f"{backend}, {kind}"] = Timer(partial(build, kind != "forward"), args.device)
+    times = common.alternate(timers, args.rounds)
     return [[Path(path).stem, resolution, name, milliseconds(times[name])] for name in times]
 
 

@@ -22,7 +22,7 @@ from importlib import metadata
 from itertools import chain
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -64,6 +64,7 @@ class Spread(NamedTuple):
 
 
 Cell = str | int | float | Spread | None
+K = TypeVar("K")
 
 
 def seconds_of(action: Callable[[], object], calls: int, device: torch.device) -> float:
@@ -114,13 +115,9 @@ class Timer:
         return seconds_of(self.action, self.calls, self.device)
 
 
-def alternate(timers: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Call every timer once a round, each round in the opposite order of the last one.
-
-    Returns:
-        What each timer returned, by round.
-    """
-    times: dict[str, list[float]] = {name: [] for name in timers}
+def alternate(timers: dict[K, Callable[[], float]], rounds: int) -> dict[K, list[float]]:
+    """Call every timer once a round, each round in the opposite order of the last one: their results."""
+    times: dict[K, list[float]] = {name: [] for name in timers}
     for number in range(rounds):
         for name in timers if number % 2 == 0 else reversed(timers):
             times[name].append(timers[name]())

@@ -16,6 +16,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -57,10 +58,10 @@ def photograph(seed: int) -> Image.Image:
     return Image.fromarray((pixels * 50 + 118).clip(0, 255).astype(np.uint8))
 
 
-def make_images(root: Path, count: int) -> float:
+def make_images(root: Path, training: int) -> float:
     """Write training images, and one per class for validation; returns their mean size in kB."""
     sizes = []
-    for split, number in (("train", count), ("val", CLASSES)):
+    for split, number in (("train", training), ("val", CLASSES)):
         for index in range(number):
             path = root / split / f"class{index % CLASSES}" / f"{index:05d}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,12 +115,10 @@ def timer_of(loaders: Loaders) -> Callable[[], float]:
 
     With workers, the clock starts at the first batch, when they have started.
     """
-    epoch = 0
+    epochs = count()
 
     def timer() -> float:
-        nonlocal epoch
-        loaders.resume_at(epoch, 0)
-        epoch += 1
+        loaders.resume_at(next(epochs), 0)
         loader, images = loaders.train_loader, 0
         assert loader is not None
         start = time.perf_counter()
@@ -151,14 +150,15 @@ def measure(args: argparse.Namespace) -> int:
     """Time every case with every number of workers, and publish."""
     facts, rows = common.describe_run(args.device), []
     with tempfile.TemporaryDirectory() as folder:
-        kilobytes = make_images(Path(folder), args.images)
-        pack_images(Path(folder))
+        root = Path(folder)
+        kilobytes = make_images(root, args.images)
+        pack_images(root)
         facts["Images"] = (
             f"{args.images} of {WIDTH}x{HEIGHT} pixels, JPEG quality {QUALITY}, {kilobytes:.0f} kB each; to "
             f"{args.size}x{args.size}, batches of {args.batch_size}"
         )
         for workers in args.workers:
-            timers = {name: timer_of(loaders_for(Path(folder), name, workers, args)) for name in CASES}
+            timers = {name: timer_of(loaders_for(root, name, workers, args)) for name in CASES}
             common.alternate(timers, 1)  # starts the workers, fills the page cache
             times = common.alternate(timers, args.rounds)
             for name in CASES:

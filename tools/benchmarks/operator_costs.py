@@ -6,7 +6,7 @@ Both run under a `StubDriver`, so the operator and its launch code are the GPU's
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import timm
@@ -84,6 +84,12 @@ def count_launches(layer: FocalAttention, height: int, width: int, card: str) ->
         x = BACKENDS[index.backend].attend(qkv, index, layer.bias(index, torch.float32), layer.scale)
         return layer.unroll_and_crop(x.unflatten(1, padded), height, width)
 
+    def counted(action: Callable[[], Any]) -> tuple[Any, Counter[str]]:
+        driver.launches.clear()
+        with LaunchCounter() as counter:
+            out = action()
+        return out, counter.kernels + Counter(launch.name for launch in driver.launches)
+
     with driver, torch.autocast("cpu", torch.bfloat16):
         tokens = layer.index(height, width, torch.empty(0, dtype=torch.bfloat16)).tokens
         shape = (BATCH, tokens, 3, layer.num_heads, layer.head_dim)
@@ -91,16 +97,10 @@ def count_launches(layer: FocalAttention, height: int, width: int, card: str) ->
         forward(qkv).sum().backward()  # derives tables from the index
         layer.zero_grad()
         qkv.grad = None
-        driver.launches.clear()
-        with LaunchCounter() as forward_counter:
-            out = forward(qkv)
-        passes = {"forward": forward_counter.kernels + Counter(launch.name for launch in driver.launches)}
+        out, in_forward = counted(lambda: forward(qkv))
         gradient = torch.ones_like(out)
-        driver.launches.clear()
-        with LaunchCounter() as backward_counter:
-            out.backward(gradient)
-        passes["backward"] = backward_counter.kernels + Counter(launch.name for launch in driver.launches)
-    return passes
+        _, in_backward = counted(lambda: out.backward(gradient))
+    return {"forward": in_forward, "backward": in_backward}
 
 
 def kept_per_image(model: nn.Module, size: int = 224) -> float:
