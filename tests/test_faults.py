@@ -30,7 +30,7 @@ def test_one_process_survives(lab: faults.Lab) -> None:
 
 def test_two_processes_survive(lab: faults.Lab) -> None:
     """One rank killed, which torchrun brings back, then one that hangs: each step is recorded once."""
-    run = TrainingRun(lab.data, lab.root / "two", 2, epochs=1, restarts=1, options=faults.OPTIONS["hang"])
+    run = TrainingRun(lab.data, lab.root / "two", 2, epochs=1, restarts=1, **faults.OPTIONS["hang"])
     run.launch()
     try:
         faults.kill_rank(run, 6, lab.rng)

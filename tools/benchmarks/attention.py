@@ -161,17 +161,7 @@ def shapes_of(path: str, resolution: int, device: torch.device) -> list[Shape]:
 
 
 class Contender:
-    """A backend with inputs.
-
-    Args:
-        name: of the backend.
-        shape: of the operator.
-        qkv: [B, S, 3, N, D].
-        d_out: gradient of the output, [B, T, N*D].
-
-    Raises:
-        ValueError: it cannot run here.
-    """
+    """A backend with the inputs that `Shape.inputs` makes; ValueError if it cannot run here."""
 
     def __init__(self, name: str, shape: Shape, qkv: Tensor, d_out: Tensor) -> None:
         self.name, self.scale, self.d_out = name, shape.layer.scale, d_out

@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import platform
 import shlex
-import statistics
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,9 +58,7 @@ class Spread(NamedTuple):
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
         """Of at least one value."""
-        some = values if len(values) > 1 else [*values, *values]
-        lower, median, upper = statistics.quantiles(some, n=4, method="inclusive")
-        return cls(median, lower, upper)
+        return cls(*np.quantile(values, [0.5, 0.25, 0.75]).tolist())
 
 
 Cell = str | int | float | Spread | None
@@ -80,15 +78,8 @@ def seconds_of(action: Callable[[], object], calls: int, device: torch.device) -
 class Timer:
     """Times an action; making a timer warms it up. Calling the timer measures one round.
 
-    Args:
-        action: to time.
-        device: where it runs.
-        seconds: a round should take; it is at least one call.
-        warm_up: calls before the first measurement.
-        held: bytes on the device that belong to the action's model before it runs.
-
-    Attributes:
-        peak_mib: on CUDA the peak memory in MiB, without what belongs to other models; else None.
+    A round should take `seconds`, and is one call at least. On CUDA, `peak_mib` is the peak memory in MiB
+    without that of other models; `held` are the bytes of this one before it runs.
     """
 
     def __init__(
@@ -215,14 +206,9 @@ def positive(text: str) -> int:
 
 
 def run_command(args: argparse.Namespace, measure: Callable[[argparse.Namespace], int]) -> int:
-    """Set up logging, device and threads, then measure.
+    """Set up logging, device and threads, then measure: its exit status, or 2 for a mistake of the user.
 
-    Args:
-        args: options of `new_parser`; `device` becomes a torch.device and `rounds` a number.
-        measure: returns the exit status.
-
-    Returns:
-        That status, or 2 for an error that the user can correct.
+    Of the options of `new_parser`, `device` becomes a torch.device, and `rounds` a number.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -326,15 +312,9 @@ def publish(
     figure: "Figure | None" = None,
     news: str = "",
 ) -> None:
-    """Log a report, and write it, its rows and a picture as `--out` and `--name` say.
+    """Log a report, or `news` in its place; write it, its rows and a picture as `--out` and `--name` say.
 
-    Args:
-        args: the command line.
-        title, facts, notes: of the report.
-        columns, rows: of the .csv file.
-        tables: of the report; one of all rows, if there are none.
-        figure: the picture, if there is one.
-        news: what to log in place of the report.
+    The report has `tables`, or else one of all rows; the .csv file has all rows.
     """
     listed = "\n".join(f"- {name}: {value}" for name, value in facts.items())
     parts = [f"# {title}", listed, *notes, *(tables or [markdown_table(columns, rows)])]

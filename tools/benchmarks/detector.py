@@ -54,14 +54,10 @@ class Contender:
 
     Args:
         base: its config.
-        batches: of the steps, in turn: images (3, H, W) of bytes and their samples, as a data loader returns
-            them.
+        batches: of the steps, in turn, as `make_batch` makes them.
         precision: of the forward pass.
         device: where it trains.
         regions: that its second stage trains on, of an image; None for the config's number.
-
-    Raises:
-        ImportError: OpenMMLab's packages are missing.
     """
 
     def __init__(
@@ -132,12 +128,7 @@ def silence_mmengine() -> None:
 
 
 def make_batch(images: int, size: tuple[int, int]) -> dict[str, list[Any]]:
-    """Images of noise (3, H, W) and samples with random objects, as a data loader returns them.
-
-    Args:
-        images: how many.
-        size: height and width in pixels.
-    """
+    """So many images of noise (3, H, W) and samples with random objects, as a data loader returns them."""
     import_mmengine()
     from mmdet.testing import demo_mm_inputs
 

@@ -152,11 +152,6 @@ def multiply_adds(entry: Entry, resolution: int) -> int | None:
 
 
 def attention_backends(model: nn.Module, dtype: torch.dtype) -> str | None:
-    """The attention backends of a model, each one once; None for models of others.
-
-    Args:
-        model: on its device.
-        dtype: of the activations.
-    """
+    """The attention backends of a model for activations of a type, each one once; None if it is not ours."""
     list_them = getattr(model, "attention_backends", None)
     return None if list_them is None else " and ".join(dict.fromkeys(list_them(dtype)))

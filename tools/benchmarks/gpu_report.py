@@ -44,12 +44,7 @@ CHECKS_NOTE = "gpu_checks.py defines errors and limits."
 
 
 def run_checks(args: argparse.Namespace, end: float) -> bool:
-    """Part 1: whether no check failed.
-
-    Args:
-        args: the command line.
-        end: when to stop, on the clock `time.monotonic`.
-    """
+    """Part 1, until `end` on the clock `time.monotonic`: whether no check failed."""
     workers = min(CHECKERS, (os.cpu_count() or 1) // 2)
     if args.device.type == "cuda":
         memory = torch.cuda.get_device_properties(args.device).total_memory

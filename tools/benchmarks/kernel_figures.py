@@ -101,12 +101,8 @@ def reason_of(error: Exception | None) -> str:
 def blocks_per_sm(card: Card, warps: int, part_warps: int, shared: int, tensor: int | None) -> int:
     """Blocks that fit into an SM at the same time.
 
-    Args:
-        card: the GPU.
-        warps: of a block.
-        part_warps: warps that a part of an SM has registers for.
-        shared: bytes of a block.
-        tensor: columns of tensor memory of a block.
+    A block has `warps`, bytes of shared and columns of tensor memory; a part of an SM has registers for
+    `part_warps`.
     """
     fit = [card.sm_blocks, part_warps * card.sm_parts // warps]
     if shared + card.reserved:

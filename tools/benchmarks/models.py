@@ -142,11 +142,9 @@ def run_group(
     """Measure models that are on the device together.
 
     Args:
-        setting: of all models.
-        group: the models.
+        setting, group: of which models.
         batch: images of a step; halved, HALVINGS times at most, until all models have enough memory.
-        rounds: of measuring.
-        device: where they run.
+        rounds, device: of measuring.
         deadline: on the clock `time.monotonic`; no model is begun after it, and no round but the first.
     """
     if device.type == "cuda":

@@ -69,12 +69,7 @@ def kernels_of(func: Any, args: Sequence[Any], out: Any) -> int:
 
 def count_launches(layer: FocalAttention, height: int, width: int, card: str) -> dict[str, Counter[str]]:
     """Kernels between the two projections of an attention layer in training under autocast, those of the bias
-    and its gradient included: by name, for the passes forward and backward.
-
-    Args:
-        layer: on the CPU, with the backend triton.
-        height, width: of its map.
-        card: of CARDS.
+    and its gradient included: by name, for the passes forward and backward. The layer has the backend triton.
     """
     driver = StubDriver(card, keep_going=True)
     padded = padded_size(height, width, layer.window_size)

@@ -139,8 +139,8 @@ FAULTS: dict[str, Callable[[TrainingRun, int, random.Random], str]] = {
 FOR_MORE = ("rank", "hang")  # processes than one; the others are for any number
 COLUMNS = ("fault", "processes", "what happened", "launches", "steps repeated", "result")
 OPTIONS = {
-    "disk": (("SAVE_FAILURES_MAX", 1000),),
-    "hang": (("DIST_TIMEOUT_MINUTES", HANG_MINUTES),),
+    "disk": {"SAVE_FAILURES_MAX": 1000},
+    "hang": {"DIST_TIMEOUT_MINUTES": HANG_MINUTES},
 }
 
 
@@ -168,8 +168,8 @@ class Lab:
             FaultError: it did not survive, or ended differently.
         """
         reference, output = self.reference(count), Path(tempfile.mkdtemp(dir=self.root))
-        options = [pair for fault in set(faults) for pair in OPTIONS.get(fault, ())]
-        run = TrainingRun(self.data, output, count, self.epochs, faults.count("rank"), options)
+        options = {key: value for fault in faults for key, value in OPTIONS.get(fault, {}).items()}
+        run = TrainingRun(self.data, output, count, self.epochs, faults.count("rank"), **options)
         last = run.steps_per_epoch * self.epochs - 2 * SAVE_EVERY
         steps = sorted(self.rng.sample(range(SAVE_EVERY + 1, last), len(faults)))
         happened = []

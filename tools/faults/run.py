@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -60,13 +60,13 @@ class TrainingRun:
         processes: 1 is plain main.py, more is torchrun.
         epochs: of training.
         restarts: how often torchrun may restart it.
-        options: (key, value) pairs over OPTIONS.
+        options: of config.py, over OPTIONS.
     """
 
     process: psutil.Popen  # of the last launch: main.py, or torchrun
 
     def __init__(
-        self, data: Path, output: Path, processes: int, epochs: int, restarts: int = 0, options: Sequence = ()
+        self, data: Path, output: Path, processes: int, epochs: int, restarts: int = 0, **options: object
     ) -> None:
         self.data, self.output, self.processes, self.epochs = data, output, processes, epochs
         self.restarts, self.options = restarts, options
@@ -77,8 +77,8 @@ class TrainingRun:
 
     def launch(self) -> "TrainingRun":
         """Start it, for the first time or again, with the same command."""
-        options = {**OPTIONS, "TRAIN.EPOCHS": self.epochs, "DATA.NUM_WORKERS": self.processes - 1}
-        options |= dict(self.options)
+        options = OPTIONS | {"TRAIN.EPOCHS": self.epochs, "DATA.NUM_WORKERS": self.processes - 1}
+        options |= self.options
         words = f"-m torch.distributed.run --standalone --nproc_per_node {self.processes}".split()
         words = [*words, "--max-restarts", self.restarts] if self.processes > 1 else []
         words += ["main.py", "--cfg", "configs/demo.yaml", "--device", "cpu", "--data-path", self.data]
