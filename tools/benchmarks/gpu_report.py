@@ -58,12 +58,15 @@ def run_checks(args: argparse.Namespace, end: float) -> bool:
         result = NOT_RUN if reason == common.NO_TIME else FAILED
         return found or [case.row("", result, None, None, reason)]
 
-    with ThreadPoolExecutor(max(1, workers)) as pool:
+    pool = ThreadPoolExecutor(max(1, workers))
+    try:
         for done in as_completed([pool.submit(run, case) for case in cases]):
             rows += done.result()
             rows.sort(key=lambda row: names.index(str(row[0]).partition(":")[0]))
             news = common.markdown_table(columns, done.result())
             common.publish(output, "Checks on a GPU", facts, [CHECKS_NOTE], columns, rows, news=news)
+    finally:
+        pool.shutdown(cancel_futures=True)
     return all(row[3] != FAILED for row in rows)
 
 
@@ -87,11 +90,11 @@ def commands(quick: bool) -> list[tuple[str, float, list[str]]]:
     ]
 
 
-def run_command(args: argparse.Namespace, name: str, words: Sequence[str], end: float) -> bool:
-    """Run a benchmark until `end`; whether it did not fail. One without time has not."""
+def run_part(args: argparse.Namespace, name: str, words: Sequence[str], end: float) -> bool:
+    """Run a command of `commands` until `end`: whether it did not fail; one without time has not."""
     seconds = end - time.monotonic()
     tool, *options = words
-    options += ["--device", str(args.device), "--out", str(args.out), "--name", f"gpu_{name}"]
+    options += ["--device", str(args.device), "--out", os.path.abspath(args.out), "--name", f"gpu_{name}"]
     options += ["--minutes", f"{seconds / 60:.2f}"] if tool == "models" else []
     try:
         command = [sys.executable, "-m", f"tools.benchmarks.{tool}", *options]
@@ -112,7 +115,7 @@ def measure(args: argparse.Namespace) -> int:
     layer.index(14, 14, torch.empty(0, device=args.device))  # says why the kernels cannot run here
     good = [run_checks(args, start + 60 * CHECKS_END * args.minutes)]
     for name, share, words in commands(args.quick):
-        good.append(run_command(args, name, words, start + 60 * share * args.minutes))
+        good.append(run_part(args, name, words, start + 60 * share * args.minutes))
     logger.info(f"wrote the results to {args.out}")
     return int(not all(good))
 
