@@ -34,7 +34,7 @@ QUICK = {  # options of a small model, to try the checks themselves
 }
 HALF = {"cuda": "bf16", "cpu": "fp16"}  # by device: Triton's interpreter has no products of bfloat16
 OK, FAILED, NOT_RUN = "ok", "FAILED", "not run"
-COLUMNS = ("check", "model", "precision", "result", "error", "limit", "note")
+COLUMNS = ("check", "part", "model", "precision", "result", "error", "limit", "note")
 
 Answer = dict[str, Tensor]  # results in float64 by name: logits, and gradients by their parameters' names
 
@@ -55,8 +55,7 @@ class Case(NamedTuple):
 
     def row(self, what: str, result: str, *more: common.Cell) -> list[common.Cell]:
         """By COLUMNS; `more` are error, limit and note."""
-        name = f"{self.check}: {what}" if what else self.check
-        return [name, self.variant, self.precision, result, *more]
+        return [self.check, what, self.variant, self.precision, result, *more]
 
 
 class Outcome(NamedTuple):
