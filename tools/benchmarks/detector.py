@@ -20,7 +20,6 @@ from itertools import cycle, product
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from openmmlab.runner import import_mmengine
 from utils import Precision
@@ -50,7 +49,7 @@ COLUMNS = ("backbone", "params M", "attention", "img/s", "vs {}", "peak MiB")
 
 
 class Contender:
-    """A detector in training.
+    """A detector with fresh weights, in training.
 
     Args:
         base: its config.
@@ -68,8 +67,20 @@ class Contender:
         device: torch.device,
         regions: int | None = None,
     ) -> None:
-        self.device = device
-        self.model, self.optimizer = build(base, device, regions)
+        from mmdet.registry import MODELS
+        from mmengine.optim import build_optim_wrapper
+        from mmengine.registry import DefaultScope
+
+        config, self.device = read_base(base), device
+        if regions is not None:
+            config.model.train_cfg.rcnn.sampler.num = regions
+        torch.manual_seed(0)
+        with DefaultScope.overwrite_default_scope("mmdet"):
+            self.model = MODELS.build(config.model)
+            self.model.init_weights()
+            self.model.to(device).train()
+            options = {**config.optim_wrapper, "type": "OptimWrapper"}
+            self.optimizer = build_optim_wrapper(self.model, options).optimizer
         self.batches = [self.model.data_preprocessor(batch, training=True) for batch in batches]
         turn = cycle(self.batches)
 
@@ -97,26 +108,6 @@ def read_base(base: str) -> "Config":
     config = import_mmengine().config.Config.fromstring(f"_base_ = {base!r}", ".py")
     config.model.backbone.init_cfg = None
     return config
-
-
-def build(
-    base: str, device: torch.device, regions: int | None = None
-) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """A config's detector in training mode with fresh weights, and its optimizer; see Contender."""
-    config = read_base(base)
-    if regions is not None:
-        config.model.train_cfg.rcnn.sampler.num = regions
-    from mmdet.registry import MODELS
-    from mmengine.optim import build_optim_wrapper
-    from mmengine.registry import DefaultScope
-
-    torch.manual_seed(0)
-    with DefaultScope.overwrite_default_scope("mmdet"):
-        model = MODELS.build(config.model)
-        model.init_weights()
-        model.to(device).train()
-        wrapper = build_optim_wrapper(model, {**config.optim_wrapper, "type": "OptimWrapper"})
-    return model, wrapper.optimizer
 
 
 def silence_mmengine() -> None:
