@@ -133,8 +133,8 @@ def hang(run: TrainingRun, step: int, rng: random.Random) -> str:
 
 
 FAULTS: dict[str, Callable[[TrainingRun, int, random.Random], str]] = {
-    **{"kill": kill, "save": kill_in_save, "truncate": truncate, "disk": fill_disk, "rank": kill_rank},
-    "hang": hang,
+    **{"kill": kill, "save": kill_in_save, "truncate": truncate, "disk": fill_disk},
+    **{"rank": kill_rank, "hang": hang},
 }
 FOR_MORE = ("rank", "hang")  # processes than one; the others are for any number
 COLUMNS = ("fault", "processes", "what happened", "launches", "steps repeated", "result")
@@ -147,7 +147,7 @@ OPTIONS = {
 class Lab:
     """Runs under faults, and undisturbed ones to compare them with, in an empty folder `root`."""
 
-    def __init__(self, root: Path, epochs: int = 3) -> None:
+    def __init__(self, root: Path, epochs: int) -> None:
         self.root, self.epochs = root, epochs
         self.rng = random.Random(0)
         self.data = make_data(root)
@@ -210,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     facts, rows, lost = common.describe_run(torch.device("cpu")), [], 0
     with tempfile.TemporaryDirectory(prefix="faults_", ignore_cleanup_errors=True) as root:
-        lab = Lab(Path(root))
+        lab = Lab(Path(root), epochs=3 + args.times // 10)  # so that two processes have as many steps
         for count, fault in product(args.processes, args.only):
             if count == 1 and fault in FOR_MORE:
                 continue
