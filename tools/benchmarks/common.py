@@ -62,7 +62,7 @@ class Spread(NamedTuple):
 
 
 Cell = str | int | float | Spread | None
-K = TypeVar("K")
+Key = TypeVar("Key")
 
 
 def seconds_of(action: Callable[[], object], calls: int, device: torch.device) -> float:
@@ -106,9 +106,9 @@ class Timer:
         return seconds_of(self.action, self.calls, self.device)
 
 
-def alternate(timers: dict[K, Callable[[], float]], rounds: int) -> dict[K, list[float]]:
+def alternate(timers: dict[Key, Callable[[], float]], rounds: int) -> dict[Key, list[float]]:
     """Call every timer once a round, each round in the opposite order of the last one: their results."""
-    times: dict[K, list[float]] = {name: [] for name in timers}
+    times: dict[Key, list[float]] = {name: [] for name in timers}
     for number in range(rounds):
         for name in timers if number % 2 == 0 else reversed(timers):
             times[name].append(timers[name]())
@@ -167,7 +167,7 @@ def in_process(seconds: float | None, function: Callable[..., Any], *arguments: 
         outcome = receiver.recv()
         process.join(EXIT_SECONDS)
         return outcome
-    except EOFError:
+    except (EOFError, OSError):  # it ended before its result, or within
         return None, DIED
     finally:
         process.kill()

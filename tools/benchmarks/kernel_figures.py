@@ -13,7 +13,7 @@ from math import ceil
 from pathlib import Path
 from typing import NamedTuple
 
-import networkx
+import networkx  # comes with PyTorch
 import triton
 from triton.runtime.errors import OutOfResources
 
