@@ -84,9 +84,9 @@ def test_what_had_no_time_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert {(row["result"], row["note"]) for row in rows} == {(gpu_checks.NOT_RUN, common.NO_TIME)}
 
 
-def test_it_says_why_the_kernels_cannot_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_it_says_why_the_kernels_cannot_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_report.main(["--device", "cpu", "--out", str(tmp_path)]) == 2
-    assert "needs a CUDA device, got cpu" in caplog.text
+    assert "needs a CUDA device, got cpu" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("quick", [True, False])

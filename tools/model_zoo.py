@@ -17,7 +17,7 @@ from config import load_config
 from models import count_params_and_macs
 from tools import release_numbers as release
 from tools.benchmarks.common import REPO, RESULTS, Cell, markdown_table
-from utils import UserError
+from utils import UserError, run_command
 
 PAGE = REPO / "MODEL_ZOO.md"
 COST = ("Params, M (quoted)", "MACs, G (quoted)")
@@ -114,12 +114,11 @@ def with_tables(page: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 2 for what the user can correct."""
     argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args(argv)
-    try:
+
+    def write() -> None:
         PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_command(write)
 
 
 if __name__ == "__main__":

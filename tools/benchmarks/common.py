@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils import Precision, path_argument, pick_device, synchronize
+import utils
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,11 +67,11 @@ Key = TypeVar("Key")
 
 def seconds_of(action: Callable[[], object], calls: int, device: torch.device) -> float:
     """Seconds per call of `action`, over several calls, including the device's work."""
-    synchronize(device)
+    utils.synchronize(device)
     start = clock()
     for _ in range(calls):
         action()
-    synchronize(device)
+    utils.synchronize(device)
     return (clock() - start) / calls
 
 
@@ -121,7 +121,10 @@ def speed_ratio(times: Sequence[float], base: Sequence[float]) -> Spread:
 
 
 def training_step(
-    loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, precision: Precision, device: torch.device
+    loss: Callable[[], Tensor],
+    optimizer: torch.optim.Optimizer,
+    precision: utils.Precision,
+    device: torch.device,
 ) -> Callable[[], Tensor]:
     """A step of training on a device: loss under autocast, backward with loss scaling, update.
 
@@ -193,7 +196,7 @@ def new_parser(description: str, name: str) -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=positive, help=f"alternating rounds (default: {ROUNDS})")
     parser.add_argument("--name", default=name, help=f"of the result files ({name})")
     parser.add_argument(
-        "--out", type=path_argument, metavar="FOLDER", help="write <date>_<name>.md and .csv there"
+        "--out", type=utils.path_argument, metavar="FOLDER", help="write <date>_<name>.md and .csv there"
     )
     return parser
 
@@ -211,15 +214,18 @@ def run_command(args: argparse.Namespace, measure: Callable[[argparse.Namespace]
     Of the options of `new_parser`, `device` becomes a torch.device, and `rounds` a number.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        args.device = pick_device(args.device)
+
+    def run() -> int:
+        args.device = utils.pick_device(args.device)
         args.rounds = args.rounds or ROUNDS[args.device.type]
         if args.threads is not None:
             torch.set_num_threads(args.threads)
-        return measure(args)
-    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
-        logger.error(f"error: {error}")
-        return 2
+        try:
+            return measure(args)
+        except torch.OutOfMemoryError as error:
+            raise utils.UserError(f"{error} Take a smaller batch.") from error
+
+    return utils.run_command(run)
 
 
 # --- Reports ------------------------------------------------------------------------------------------------
