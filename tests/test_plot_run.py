@@ -79,13 +79,13 @@ def test_several_runs_need_a_file(tmp_path: Path) -> None:
     assert caught.value.code == 2
 
 
-def test_mistakes_are_explained(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_mistakes_are_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plot_run.main([str(tmp_path / "nowhere")]) == 2
-    assert "got no folder" in caplog.text
+    assert "got no folder" in capsys.readouterr().err
     assert plot_run.main([str(tmp_path)]) == 2
-    assert "got one without it" in caplog.text
+    assert "got one without it" in capsys.readouterr().err
     assert plot_run.main([str(write(tmp_path / "empty", []))]) == 2
-    assert "got none" in caplog.text
+    assert "got none" in capsys.readouterr().err
     folder = write(tmp_path / "run", RUN)
     assert plot_run.main([str(folder), "--out", str(tmp_path / "plot.nonsense")]) == 2
-    assert "nonsense" in caplog.text
+    assert "nonsense" in capsys.readouterr().err

@@ -74,7 +74,7 @@ def backbone_and_cost(task: str, row: release.Detector | release.Segmenter) -> t
     known = counted(task)
     if row.config not in known:
         raise UserError(
-            f"{row.config} is not in {newest(task)}: count all configs (python -m {task}.count --out FILE)"
+            f"{row.config} is not in {newest(task)}: count all configs (python -m {task}.flops --out FILE)"
         )
     params, macs = known[row.config]
     link = f"[{row.backbone}]({task}/configs/{row.config}.py)"
