@@ -313,12 +313,13 @@ def measure(args: argparse.Namespace) -> int:
     facts["Batch"] = str(args.batch_size)
     facts["Peaks"] = f"{peaks['bytes'] / 1e9:.4g} GB/s copied; TFLOP/s: {flops}"
     note = "Errors, relative to the largest value: output, gradient of q, k and v, gradient of the bias."
+    publish = partial(common.publish, args, "The attention operator", facts, [note], COLUMNS)
     for precision, path, resolution in product(args.precisions, args.cfg, args.sizes):
         for shape in shapes_of(path, resolution, args.device):
             found = time_backends(shape, precision, peaks, args)
             rows += found
-            news = common.markdown_table(COLUMNS, found)
-            common.publish(args, "The attention operator", facts, [note], COLUMNS, rows, news=news)
+            publish(rows, news=common.markdown_table(COLUMNS, found))
+    publish(rows)
     return int(any(str(row[-1]).startswith("WRONG") for row in rows))
 
 
