@@ -82,7 +82,7 @@ def test_counted_columns_are_what_counting_gives(task: str, package: str, config
     pytest.importorskip(package, reason=f"{package} is not installed")
     from openmmlab.runner import read_config
 
-    counting = getattr(importlib.import_module(f"{task}.count"), task.upper())
+    counting = getattr(importlib.import_module(f"{task}.flops"), task.upper())
     found = read_config(str(counting.configs / f"{config}.py"))
     params, backbone_macs, head_macs = counting.count(found.model, counting.image_size(found))
     macs = backbone_macs + head_macs
