@@ -190,6 +190,14 @@ def test_other_processes_fail_alone_and_end_in_time() -> None:
 # --- The operator -------------------------------------------------------------------------------------------
 
 
+def test_other_devices_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(common.utils, "pick_device", lambda name: torch.device("mps"))
+    assert models.main([]) == 2
+    assert "--device: expected cpu or cuda, got mps" in capsys.readouterr().err
+
+
 def test_backends_are_checked_and_timed(quick: None, nano: Path, tmp_path: Path) -> None:
     out = tmp_path / "results"
     words = ["--cfg", str(nano), "--sizes", "64", "--precisions", "fp32", "bf16", "--out", str(out)]

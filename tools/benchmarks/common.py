@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -217,6 +218,8 @@ def run_command(args: argparse.Namespace, measure: Callable[[argparse.Namespace]
 
     def run() -> int:
         args.device = utils.pick_device(args.device)
+        if args.device.type not in ROUNDS:
+            raise utils.UserError(f"--device: expected cpu or cuda, got {args.device}; use --device cpu")
         args.rounds = args.rounds or ROUNDS[args.device.type]
         if args.threads is not None:
             torch.set_num_threads(args.threads)
@@ -244,7 +247,7 @@ def describe_run(device: torch.device) -> dict[str, str]:
     return {
         "Date": datetime.now().isoformat(timespec="minutes"),
         "Machine": f"{torch.cuda.get_device_name(device)}; {cpu}" if device.type == "cuda" else cpu,
-        "Load": " ".join(f"{value:.2f}" for value in os.getloadavg()) + " (1, 5, 15 minutes, at the start)",
+        "Load": "{:.2f} {:.2f} {:.2f} (1, 5, 15 minutes, at the start)".format(*psutil.getloadavg()),
         "Versions": ", ".join([f"Python {platform.python_version()}", *versions]),
         "Commit": (git("rev-parse", "--short=12", "HEAD") or "unknown") + " and changes" * bool(changes),
         "Command": shlex.join(["python", *sys.orig_argv[1:]]),
