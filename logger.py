@@ -192,7 +192,8 @@ class Metrics:
                 self.unwritten = b""
         except OSError as error:
             logger.error(
-                f"{self.file.name}: expected to write metrics, got: {error.strerror}; they are written later"
+                f"{self.file.name}: expected to write metrics, got: {error.strerror}; they are written "
+                "later, if there is space again"
             )
         return self.size + len(self.unwritten)
 

@@ -195,7 +195,8 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("FOCAL_TRACEBACK"):
             raise
         # All ranks of a machine have the same error, but for a training image that one rank has read.
-        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, UndecodableImageError):
+        local_rank = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))
+        if local_rank == "0" or isinstance(error, UndecodableImageError):
             print(f"error: {error}", file=sys.stderr)
         return exit_process(2)
     except Exception as error:

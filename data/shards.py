@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 IMAGES = ("jpg", "jpeg", "png", "webp")
 _LABELS = ("cls", "json")
 _BLOCK = 512  # bytes; everything in a tar file begins at a multiple
+_LOCK_TIMEOUT = 3600.0  # seconds to wait for another process that indexes
 _THREADS = 8  # shards indexed at a time; on network disks most of it is waiting
 Row = tuple[str, int, int, int]
 """Name, offset, size and label of an image."""
@@ -223,10 +224,10 @@ def _lock(files: list[Path]) -> Iterator[None]:
     """Inside, no other process makes the same index, if the folder of one of its files can be locked."""
     with contextlib.ExitStack() as stack:
         for file in files:
-            with contextlib.suppress(OSError, NotImplementedError):  # of filelock
+            with contextlib.suppress(OSError, NotImplementedError):  # of filelock; its Timeout is an OSError
                 file.parent.mkdir(parents=True, exist_ok=True)
-                # without the fallback, a file that outlives a killed process
-                stack.enter_context(FileLock(file.with_name(f".{file.name}.lock"), fallback_to_soft=False))
+                lock = FileLock(file.with_name(f".{file.name}.lock"), _LOCK_TIMEOUT, fallback_to_soft=False)
+                stack.enter_context(lock)
                 break
         yield
 

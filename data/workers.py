@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 
 import psutil
 
@@ -46,6 +47,8 @@ def stop_signals_blocked() -> Iterator[None]:
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    resource_tracker.ensure_running()  # which unblocks SIGTERM when it starts, for spawn and forkserver
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
@@ -53,7 +56,7 @@ def stop_signals_blocked() -> Iterator[None]:
 
 
 def leave_signals_to_parent(worker: int = 0) -> None:
-    """In a worker whose stop signals are blocked: end on SIGTERM from the training process, and only then.
+    """In a worker: end on SIGTERM from the training process, and on no other stop signal.
 
     Only `sigwaitinfo` shows the sender of a signal, so a thread waits for them; where it is missing (macOS,
     Windows) a stop signal to the whole job ends workers, and so the run.
@@ -63,6 +66,7 @@ def leave_signals_to_parent(worker: int = 0) -> None:
     """
     if not hasattr(signal, "sigwaitinfo"):
         return
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     parent = multiprocessing.parent_process()  # not getppid, which may be the fork server
     number = os.getppid() if parent is None else parent.pid
     threading.Thread(target=_wait_for_parent, args=(number,), daemon=True, name="signals").start()

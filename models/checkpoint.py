@@ -232,9 +232,9 @@ def load_checkpoint(
         What was not simply loaded; it is logged, too.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: unreadable, or keys that are missing, unexpected, mis-shaped, of another kind or not
-            finite, all listed.
+        OSError: no such file, or it cannot be read, or does not fit into memory.
+        ValueError: no checkpoint, or damaged, or keys that are missing, unexpected, mis-shaped, of another
+            kind or not finite, all listed.
     """
     model = _unwrapped(model)
     given, left_out = _own_state(read_checkpoint(path_or_url), str(path_or_url))

@@ -120,21 +120,35 @@ def shift_mask(height: int, width: int, window: int, shift: int) -> np.ndarray:
 def nearest_cells(rows: np.ndarray, columns: np.ndarray, height: int, width: int, count: int) -> np.ndarray:
     """The `count` nearest cells of a map for each centre, nearest first, ties row by row.
 
-    Centres are all pairs of `rows` [R] and `columns` [X]; they may lie outside the map. Returns int64
-    [R * X, count].
+    Centres are all pairs of `rows` [R] and `columns` [X]; they may lie outside the map. Those that are
+    equally far from the borders, or too far for these to matter, form a class, which is computed once.
+    Returns int64 [R * X, count].
     """
     farthest = int(np.abs(rows).max() + np.abs(columns).max()) + height + width
     radius = 2 * int(np.ceil(np.sqrt(count / np.pi))) + 1  # a quarter of such a disc holds `count` cells
     while True:
         offset = grid(2 * radius + 1, 2 * radius + 1) - radius
         distance = (offset**2).sum(axis=1)
-        disc = offset[np.argsort(distance, kind="stable")][: np.count_nonzero(distance <= radius**2)]
-        y, x = rows[:, None] + disc[:, 0], columns[:, None] + disc[:, 1]  # [R, cells], [X, cells]
-        inside = ((y >= 0) & (y < height))[:, None] & (x >= 0) & (x < width)  # [R, X, cells]
+        disc = offset[np.argsort(distance, kind="stable")]
+        disc = disc[: np.count_nonzero(distance <= radius**2)]
+        in_rows, row_class = _inside(rows, height, disc[:, 0], radius)
+        in_columns, column_class = _inside(columns, width, disc[:, 1], radius)
+        inside = in_rows[:, None] & in_columns  # bool [row classes, column classes, offsets]
         rank = inside.cumsum(axis=-1, dtype=np.int32)
         if rank[..., -1].min() >= count or radius >= farthest:
-            return (y[:, None] * width + x)[inside & (rank <= count)].reshape(-1, count)
+            break
         radius += radius // 2
+    chosen = np.flatnonzero(inside & (rank <= count)).reshape(*inside.shape[:2], count) % len(disc)
+    step = (disc @ (width, 1))[chosen]  # cell - centre, [row classes, column classes, count]
+    centre = rows[:, None] * width + columns
+    return (centre[..., None] + step[row_class[:, None], column_class]).reshape(-1, count)
+
+
+def _inside(places: np.ndarray, side: int, offset: np.ndarray, radius: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which offsets from rows (or columns) stay in the map, bool [classes, offsets]; class of each row."""
+    to_border = np.stack([np.minimum(places, radius), np.minimum(side - 1 - places, radius)], axis=1)
+    classes, class_of = np.unique(to_border, axis=0, return_inverse=True)
+    return (offset >= -classes[:, :1]) & (offset <= classes[:, 1:]), class_of.reshape(-1)
 
 
 def cached_unless_traced(build: Callable[..., AttentionIndex]) -> Callable[..., AttentionIndex]:
@@ -599,7 +613,7 @@ class FocalFastAttention(FocalAttention):
         """Load; stored keys that the state lacks, as averaged weights do, keep the layer's own values."""
         own = {prefix + name: value for name, value in zip(self.key_buffers, self.stored_keys(), strict=True)}
         if missing := own.keys() - state_dict.keys():
-            logger.info(f"not in the state, the model's own choice stays: {', '.join(sorted(missing))}")
+            logger.info(f"not in the state, the model's own stored keys stay: {', '.join(sorted(missing))}")
         super()._load_from_state_dict({**own, **state_dict}, prefix, *args)
 
 

@@ -273,7 +273,8 @@ def run_command(action: Callable[[], None]) -> int:
         if os.environ.get("FOCAL_TRACEBACK"):
             raise
         # Before the process group exists, all processes of a machine have the same error.
-        if os.environ.get("LOCAL_RANK", "0") == "0" or distributed.is_initialized():
+        local_rank = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))
+        if local_rank == "0" or distributed.is_initialized():
             print(f"error: {error}", file=sys.stderr)
         return 2
     finally:

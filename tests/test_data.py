@@ -258,7 +258,7 @@ def test_samples_do_not_depend_on_workers(
 
 
 SIGNALLED = """
-import os, signal, sys, threading, time
+import os, signal, subprocess, sys, threading, time
 import psutil, torch
 from data.datasets import ImageLoader, Sample
 from data.workers import leave_signals_to_parent
@@ -269,15 +269,18 @@ class Blank:
     def __getitem__(self, index):
         return Sample(torch.zeros(1, 2, 2), index)
 
+def signal_all(name):  # from outside the job, as a launcher does
+    subprocess.run(["kill", "-s", name, "--", f"-{os.getpgrp()}"], start_new_session=True, check=True)
+
 if __name__ == "__main__":
     received = []
-    signal.signal(signal.SIGUSR1, lambda *_: received.append(1))
+    signal.signal(signal.Signals[sys.argv[2]], lambda *_: received.append(1))
     options = {"num_workers": 2, "multiprocessing_context": sys.argv[1]}
     loader = ImageLoader(Blank(), batch_size=1, worker_init_fn=leave_signals_to_parent, **options)
-    threading.Timer(0.5, os.killpg, (0, signal.SIGUSR1)).start()  # while workers start
+    threading.Timer(0.5, signal_all, (sys.argv[2],)).start()  # while workers start
     batches = iter(loader)
     next(batches)
-    os.killpg(0, signal.SIGUSR1)
+    signal_all(sys.argv[2])
     children = psutil.Process().children(recursive=True)
     time.sleep(0.5)
     alive = [child.status() != psutil.STATUS_ZOMBIE for child in children if child.is_running()]
@@ -286,11 +289,13 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="this system cannot tell who sends a signal")
-@pytest.mark.parametrize("method", ["forkserver", "spawn"])
-def test_a_signal_to_the_whole_job_ends_no_worker(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "number"), [("forkserver", "SIGUSR1"), ("forkserver", "SIGTERM"), ("spawn", "SIGTERM")]
+)
+def test_a_signal_to_the_whole_job_ends_no_worker(method: str, number: str, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SIGNALLED)
     done = subprocess.run(
-        [sys.executable, tmp_path / "script.py", method],
+        [sys.executable, tmp_path / "script.py", method, number],
         env=os.environ | {"PYTHONPATH": str(REPO)},
         start_new_session=True,
         capture_output=True,

@@ -381,7 +381,9 @@ def test_one_of_the_processes_that_start_together_indexes(
     assert len(opened) == 1
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "no locks"), NotImplementedError()])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOLCK, "no locks"), NotImplementedError(), filelock.Timeout("")]
+)
 def test_without_locks_every_process_indexes(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

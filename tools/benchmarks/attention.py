@@ -14,7 +14,9 @@ derive from it.
 """
 
 import argparse
+import math
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -234,8 +236,9 @@ def time_backends(
         try:
             off = errors(Contender(name, shape, *few).results(), truth)
             contender = Contender(name, shape, qkv, d_out)
-            for kind, action in zip(PASSES, (contender.forward, contender.forward_backward), strict=True):
-                timers[kind, name] = Timer(action, args.device, ROUND_SECONDS[args.device.type])
+            actions = zip(PASSES, (contender.forward, contender.forward_backward), strict=True)
+            seconds = ROUND_SECONDS[args.device.type]
+            timers |= {(kind, name): Timer(action, args.device, seconds) for kind, action in actions}
         except (ValueError, RuntimeError) as error:
             checks[name] = [None, None, f"cannot run: {common.short_reason(error)}"]
             continue
@@ -295,6 +298,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=common.positive, default=8)
     parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=["fp32"])
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no shape after this time")
     parser.add_argument("--index", action="store_true", help="cost of a new image size, not backends")
     return parser.parse_args(argv)
 
@@ -302,6 +306,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def measure(args: argparse.Namespace) -> int:
     """Measure and publish; 1 if a result is wrong."""
     facts, rows = common.describe_run(args.device), []
+    deadline = time.monotonic() + 60 * args.minutes
     if args.index:
         for path, resolution in product(args.cfg, args.sizes):
             rows += time_index(path, resolution, args)
@@ -316,6 +321,8 @@ def measure(args: argparse.Namespace) -> int:
     publish = partial(common.publish, args, "The attention operator", facts, [note], COLUMNS)
     for precision, path, resolution in product(args.precisions, args.cfg, args.sizes):
         for shape in shapes_of(path, resolution, args.device):
+            if time.monotonic() > deadline:
+                continue
             found = time_backends(shape, precision, peaks, args)
             rows += found
             publish(rows, news=common.markdown_table(COLUMNS, found))

@@ -36,7 +36,7 @@ logger = logging.getLogger("benchmarks.gpu_report")
 CHECKERS = 6  # most processes for checks, which do not need a quiet machine
 CHECKER_BYTES = 12 * 2**30  # of GPU memory for one
 CHECKS_END = 0.45  # of the time
-GRACE = 10.0  # seconds from the deadline of a part to the end of its process
+GRACE = 20.0  # seconds to start a part, and to end what it has begun
 SMALL, LARGE = "128", "32"  # images of a step, at 224 and at 448 pixels
 FEW = ("focal", "focalv2", "swin")
 BACKENDS = ("--backends", "plain", "triton")
@@ -95,10 +95,10 @@ def run_part(args: argparse.Namespace, name: str, words: Sequence[str], end: flo
     seconds = end - time.monotonic()
     tool, *options = words
     options += ["--device", str(args.device), "--out", os.path.abspath(args.out), "--name", f"gpu_{name}"]
-    options += ["--minutes", f"{seconds / 60:.2f}"] if tool == "models" else []
+    options += ["--minutes", f"{max(0, seconds - GRACE) / 60:.2f}"]
     try:
         command = [sys.executable, "-m", f"tools.benchmarks.{tool}", *options]
-        done = subprocess.run(command, cwd=common.REPO, timeout=max(0, seconds + GRACE), check=False)
+        done = subprocess.run(command, cwd=common.REPO, timeout=max(0, seconds), check=False)
     except subprocess.TimeoutExpired:
         logger.info(f"{name}: stopped, no time is left")
         return True
