@@ -64,7 +64,7 @@ class LoadReport:
     path: str
     reset: list[str] = field(default_factory=list)  # head parameters left at their fresh values, or dropped
     classes: list[str] = field(default_factory=list)  # of a class map, the indices of new classes left fresh
-    recomputed: list[str] = field(default_factory=list)  # stored choices made for another map size
+    recomputed: list[str] = field(default_factory=list)  # stored keys chosen for another map size
     resized: list[str] = field(default_factory=list)  # parameters of another window or input size
     continued: list[str] = field(default_factory=list)  # rings that the file lacks, made of its own windows
     dropped: list[str] = field(default_factory=list)  # rings that the model lacks

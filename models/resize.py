@@ -95,7 +95,7 @@ def resize_state(
 
 
 def stale_stored_keys(model: nn.Module, given: Mapping[str, Tensor]) -> list[str]:
-    """Names of stored choices of nearest keys that are not the nearest on this model's maps; which of equally
+    """Names of stored keys that are not the nearest on this model's maps; which of equally
     near ones is left open."""
     names = []
     for layer_name, layer in model.named_modules():

@@ -136,7 +136,7 @@ FAULTS: dict[str, Callable[[TrainingRun, int, random.Random], str]] = {
     **{"kill": kill, "save": kill_in_save, "truncate": truncate, "disk": fill_disk},
     **{"rank": kill_rank, "hang": hang},
 }
-FOR_MORE = ("rank", "hang")  # processes than one; the others are for any number
+FOR_MORE = ("rank", "hang")  # processes than one; the others are for both
 COLUMNS = ("fault", "processes", "what happened", "launches", "steps repeated", "result")
 OPTIONS = {
     "disk": {"SAVE_FAILURES_MAX": 1000},
@@ -194,7 +194,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS), help="(all)")
-    parser.add_argument("--processes", nargs="+", type=common.positive, default=[1, 2], help="(1 2)")
+    parser.add_argument("--processes", nargs="+", type=int, choices=(1, 2), default=[1, 2], help="(1 2)")
     parser.add_argument("--times", type=common.positive, default=3, help="hits of each run (3)")
     parser.add_argument("--out", type=path_argument, metavar="FOLDER", help="for the table")
     parser.set_defaults(name="faults")
