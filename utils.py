@@ -10,9 +10,11 @@ import io
 import os
 import random
 import re
+import secrets
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -133,7 +135,8 @@ def pick_device(name: str = "") -> torch.device:
     if max(index, last) >= count:
         raise UserError(
             f"DEVICE: expected a card below {count}, as many as there are, got {max(index, last)}; use "
-            "another one, or fewer processes"
+            "another one, or fewer processes; where a launcher shows each process only its own card, set "
+            "LOCAL_RANK=0 and LOCAL_WORLD_SIZE=1"
         )
     torch.accelerator.set_device_index(index)
     return torch.device(found.type, index)
@@ -158,9 +161,9 @@ def init_distributed(device: torch.device, timeout_minutes: float) -> None:
         timeout = timedelta(minutes=timeout_minutes)
         backend = dist.Backend.default_device_backend_map.get(device.type, "gloo")
         backend = backend if dist.is_backend_available(backend) else "gloo"  # as on Windows
-        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-        # torchrun's store outlives a restart, with the addresses of the processes that have ended
-        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        with user_input("the environment that torchrun sets"):
+            store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        store = fresh_store(store, rank, world_size)
         check_same_device(store, rank, world_size, device)
         dist.init_process_group(
             backend,
@@ -172,6 +175,33 @@ def init_distributed(device: torch.device, timeout_minutes: float) -> None:
         _cpu_group.append(dist.new_group(backend="gloo", timeout=timeout))
 
 
+def fresh_store(store: dist.Store, rank: int, world_size: int) -> dist.Store:
+    """An empty part of the store, which the processes of this start share. Collective.
+
+    torchrun's store outlives a restart, with the addresses of processes that have ended, and its number of
+    restarts differs between machines. So rank 0 draws a name, and answers what each process has asked for;
+    it asks again and again, since the first requests that it finds may be those of ended processes.
+
+    Raises:
+        DistError: the other processes do not come before the store's timeout.
+    """
+    requests = [f"request_{number}" for number in range(world_size)]
+    answer = secrets.token_hex(8)
+    store.set(requests[rank], answer)
+    if rank > 0:
+        name = store.get(answer).decode()  # waits
+        store.set(f"{name}_{rank}", "")
+        return dist.PrefixStore(name, store)
+    name, deadline = secrets.token_hex(8), time.monotonic() + store.timeout.total_seconds()
+    while not store.check([f"{name}_{number}" for number in range(1, world_size)]):
+        if time.monotonic() > deadline:
+            raise dist.DistStoreError(f"expected {world_size} processes, some did not come")
+        for key in store.multi_get(requests):
+            store.set(key.decode(), name)
+        time.sleep(0.05)
+    return dist.PrefixStore(name, store)
+
+
 def check_same_device(store: dist.Store, rank: int, world_size: int, device: torch.device) -> None:
     """Raise UserError on all ranks if some have another type of device, as where one driver is broken."""
     keys = [f"device_{number}" for number in range(world_size)]
@@ -179,6 +209,9 @@ def check_same_device(store: dist.Store, rank: int, world_size: int, device: tor
     found = [value.decode() for value in store.multi_get(keys)]
     kinds = {value.split()[0]: value for value in found}  # the last machine of each
     if len(kinds) > 1:
+        store.set(f"read_{rank}", "")
+        if rank == 0:  # whose process may hold the store
+            store.wait([f"read_{number}" for number in range(world_size)])
         raise UserError(
             f"DEVICE: expected the same type of device in all processes, got {' and '.join(kinds.values())}; "
             "check the driver of the machine without one, or set DEVICE (--device)"

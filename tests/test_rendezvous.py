@@ -1,0 +1,94 @@
+"""How the processes of a run find each other: at the first start, and when torchrun starts them again."""
+
+import os
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from utils import UserError, check_same_device, fresh_store, init_distributed
+
+ROOT = Path(__file__).resolve().parents[1]
+
+WORKER = """
+import os, sys, time
+from pathlib import Path
+import torch
+import utils
+
+with open(sys.argv[1] + os.environ["MACHINE"], "a") as file:
+    print("start", file=file)
+utils.init_distributed(torch.device("cpu"), 1)
+total = int(utils.all_gather(torch.ones(1)).sum())
+died, busy = Path(sys.argv[1]), Path(sys.argv[1] + "_busy")
+if not died.exists():
+    if os.environ["MACHINE"] == "1":
+        busy.touch()
+        time.sleep(100)  # so that its torchrun counts no failure of its own
+    while not busy.exists():
+        time.sleep(0.05)
+    died.touch()
+    os._exit(1)
+with open(sys.argv[1] + os.environ["MACHINE"], "a") as file:
+    print(total, file=file)
+utils.close_distributed()
+"""
+
+
+def test_every_start_gets_an_empty_store_that_all_ranks_share():
+    store, world_size = dist.HashStore(), 3
+    for number in range(world_size):  # a start that ended before all processes had come
+        store.set(f"request_{number}", f"of an ended process {number}")
+    for _ in range(2):
+        with ThreadPoolExecutor(world_size) as pool:
+            parts = [*pool.map(lambda rank: fresh_store(store, rank, world_size), range(world_size))]
+        assert not parts[0].check(["address"])
+        parts[0].set("address", "of this start")
+        assert all(part.get("address") == b"of this start" for part in parts)
+
+
+def test_different_devices_are_refused_on_all_ranks():
+    store, devices = dist.HashStore(), [torch.device("cpu"), torch.device("meta")]
+    with ThreadPoolExecutor(2) as pool:
+        checks = [pool.submit(check_same_device, store, rank, 2, devices[rank]) for rank in (0, 1)]
+        for check in checks:
+            with pytest.raises(UserError, match="same type of device"):
+                check.result()
+
+
+def test_an_incomplete_environment_is_a_mistake_of_the_user(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match="torchrun.*MASTER_ADDR"):
+        init_distributed(torch.device("cpu"), 1)
+
+
+def test_two_machines_meet_again_after_one_process_died(tmp_path):
+    """torchrun counts the restart on the machine of the process that died, and not on the other one."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--max-restarts", "3"]
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}", "--rdzv_id", "test"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    machines = [
+        subprocess.Popen(
+            [*command, str(worker), str(tmp_path / "died")], env={**environment, "MACHINE": number}
+        )
+        for number in "01"
+    ]
+    try:
+        assert [machine.wait(timeout=180) for machine in machines] == [0, 0]
+    finally:
+        for machine in machines:
+            machine.kill()
+    for number in "01":
+        assert (tmp_path / f"died{number}").read_text().split() == ["start", "start", "2"]
