@@ -5,8 +5,8 @@ returns a frozen ``yacs.config.CfgNode``. A yaml file may inherit from others: `
 to itself. In all paths, `~` and $VARIABLES are replaced.
 
 Names, types, choices and ranges of single values are checked here. Conflicts between options are checked
-where the options are used: main.py (mode and weights), ``models.build_model``, ``data.build_loaders``,
-optimizer.py and lr_scheduler.py.
+where the options are used: training/run.py (mode, weights, epochs), ``models.build_model``,
+``data.build_loaders`` and optimizer.py.
 
 All keys of the original release are here with their original defaults, so its yaml files load unchanged;
 those in NO_EFFECT are accepted and dropped.
@@ -155,7 +155,6 @@ _C.SAVE_FREQ = 1  # epochs between checkpoints; the last epoch is always saved
 _C.SAVE_STEPS = 0  # also save every so many steps, after the next update; 0 for never
 _C.SAVE_MINUTES = 0.0  # also save after so many minutes without a checkpoint; 0 for never
 _C.SAVE_KEEP = 0  # newest checkpoints to keep besides best.pth; 0 keeps those of all whole epochs
-_C.SAVE_ASYNC = True  # write in the background while training continues; copies the state to host memory
 _C.SAVE_FAILURES_MAX = 3  # failed saves in a row, of checkpoints or of best.pth, that end the run
 _C.DIST_TIMEOUT_MINUTES = 30.0  # how long a process waits for one that hangs, before it ends the job
 _C.DETERMINISTIC = False  # use deterministic algorithms only, or raise an error; slower on a GPU

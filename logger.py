@@ -32,7 +32,7 @@ def create_logger(output: Path, rank: int) -> None:
         old = _handlers.pop()
         root.removeHandler(old)
         old.close()
-    file = logging.FileHandler(output / f"log_rank{rank}.txt", encoding="utf-8", errors="backslashreplace")
+    file = _LogFile(output / f"log_rank{rank}.txt", encoding="utf-8", errors="backslashreplace")
     _handlers.append(file)
     if rank == 0:
         console = logging.StreamHandler(sys.stdout)
@@ -46,21 +46,30 @@ def create_logger(output: Path, rank: int) -> None:
         logging.getLogger(name).setLevel(logging.DEBUG)
 
 
+class _LogFile(logging.FileHandler):
+    """A log file whose lines are lost on a full disk, without a traceback for each of them."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 class TensorBoard:
-    """Numbers for TensorBoard, in the folder ``tensorboard``; ImportError if it is not installed."""
+    """Numbers for TensorBoard, in a folder of its own; ImportError if it is not installed."""
 
     name = "TensorBoard"
+    FOLDER = "tensorboard"
 
     def __init__(self, output: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(output / "tensorboard"))
+        self.writer = SummaryWriter(str(output / self.FOLDER))
 
     def add(self, kind: str, position: int, values: dict[str, float | int]) -> None:
         for name, value in values.items():
             self.writer.add_scalar(f"{kind}/{name}", value, position)
 
-    def close(self, failed: bool = False) -> None:
+    def close(self, failed: bool = False, preempted: bool = False) -> None:
         self.writer.close()
 
 
@@ -78,7 +87,6 @@ class WeightsAndBiases:
             options: of ``wandb.init``.
 
         Raises:
-            ImportError: the library is not installed.
             Exception: of many kinds: no network, no login.
         """
         import wandb
@@ -100,7 +108,9 @@ class WeightsAndBiases:
         named = {f"{kind}/{name}": value for name, value in values.items()}
         self.run.log(named | {f"{kind}/position": position})
 
-    def close(self, failed: bool = False) -> None:
+    def close(self, failed: bool = False, preempted: bool = False) -> None:
+        if preempted:
+            self.run.mark_preempting()  # so that an exit code is no failure
         self.run.finish(exit_code=int(failed))
 
 
@@ -122,30 +132,25 @@ class Metrics:
         self.size = 0  # bytes in the file
         self.unwritten = b""  # records that a full disk did not take
         self.open()
-        if output is not None:
-            try:
-                self.mirrors.append(TensorBoard(output))
-            except ImportError:
-                pass
-            except UnicodeError as error:
-                logger.warning(f"TensorBoard records nothing, as it cannot write to such a folder: {error}")
+
+    def start_tensorboard(self) -> None:
+        """Mirror to TensorBoard from now on, if it is installed."""
+        with contextlib.suppress(ImportError):
+            self._start(TensorBoard)
 
     def start_wandb(self, continues: bool, **options: Any) -> None:
-        """Mirror to Weights & Biases from now on, see ``WeightsAndBiases``.
+        """Mirror to Weights & Biases from now on, see ``WeightsAndBiases``."""
+        self._start(WeightsAndBiases, continues, **options)
 
-        Raises:
-            ImportError: the library is not installed.
-        """
+    def _start(self, kind: type[TensorBoard] | type[WeightsAndBiases], *args: Any, **options: Any) -> None:
         if self.output is None:
             return
         try:
-            self.mirrors.append(WeightsAndBiases(self.output, continues, **options))
-        except ImportError as error:
-            raise ImportError(
-                f"LOG.WANDB: expected the library wandb, got: {error}; pip install wandb, or set it to ''"
-            ) from error
+            self.mirrors.append(kind(self.output, *args, **options))
+        except ImportError:
+            raise
         except Exception as error:  # a failure of its own must not stop training
-            logger.warning(f"{WeightsAndBiases.name} records nothing: {error}")
+            logger.warning(f"{kind.name} records nothing: {error}")
 
     def open(self) -> None:
         """Open the file, or open it again after it was moved away."""
@@ -234,14 +239,18 @@ class Metrics:
         if self.file is not None:
             self.file.close()
 
-    def close(self, failed: bool = False) -> None:
-        """Close the file and the mirrors; an error of these is a warning. `failed`: the run ends by an
-        error or a signal."""
+    def close(self, failed: bool = False, preempted: bool = False) -> None:
+        """Close the file and the mirrors; errors of the mirrors are logged as warnings.
+
+        Args:
+            failed: whether the run ends by an error or a signal.
+            preempted: whether it is a signal, after which the run will be continued.
+        """
         self.flush()
         self.close_file()
         for mirror in self.mirrors:
             try:
-                mirror.close(failed)
+                mirror.close(failed, preempted)
             except Exception as error:  # as above
                 logger.warning(f"{mirror.name} lacks what was recorded last: {error}")
 

@@ -40,18 +40,8 @@ def build_scheduler(config: CfgNode, optimizer: torch.optim.Optimizer, updates_p
         config: rates and epochs; the rates as the optimizer uses them, so already scaled.
         optimizer: its param groups hold the base rate.
         updates_per_epoch: optimizer updates (not batches) per epoch.
-
-    Raises:
-        ValueError: the warm-up is longer than training, or training starts after its end.
     """
     train = config.TRAIN
-    problems = [
-        f"TRAIN.{key}: expected at most TRAIN.EPOCHS = {train.EPOCHS}, got {train[key]}; lower it"
-        for key in ("WARMUP_EPOCHS", "START_EPOCH")
-        if train[key] > train.EPOCHS
-    ]
-    if problems:
-        raise ValueError("\n".join(problems))
     total = train.EPOCHS * updates_per_epoch
     warmup = train.WARMUP_EPOCHS * updates_per_epoch
     common = {"warmup_t": warmup, "warmup_lr_init": train.WARMUP_LR, "t_in_epochs": False}

@@ -8,6 +8,7 @@ One command for one CPU, one GPU, or many under torchrun:
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -28,7 +29,7 @@ from models import FocalTransformer, agree_on_backends, build_model, count_param
 from optimizer import freeze_stages
 from training.loop import Run, evaluate, train_one_epoch
 from training.preemption import EXIT_STOPPED, StopRequested
-from training.run import check_weights, load_weights, train
+from training.run import check_options, load_weights, train
 from training.run_dir import open_run_dir
 from training.state import build_train_state
 from training.throughput import measure_throughput
@@ -102,7 +103,7 @@ def start(config: CfgNode) -> None:
     if len(chosen) > 1:
         raise UserError(f"{chosen[1]}: expected at most one mode, got {' and '.join(chosen)}; choose one")
     action = modes[chosen[0]] if chosen else train
-    check_weights(config)
+    check_options(config)
     with open_run_dir(output, action is train, config.DIST_TIMEOUT_MINUTES) as metrics:
         precision = utils.choose_precision(config.AMP_OPT_LEVEL, config.AMP_DTYPE, device)
         logger.info(f"configuration:\n{config.dump()}")
@@ -172,9 +173,16 @@ def exit_process(status: int) -> int:
         return status
     for worker in multiprocessing.active_children():  # loader workers would notice seconds later
         worker.terminate()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # they may be files on a full disk
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(status)
+
+
+def print_error(message: str) -> None:
+    """Print to stderr, which may be a file on a full disk."""
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -182,7 +190,8 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         0; 2 after a mistake of the user, whose message is printed; EXIT_STOPPED if training was stopped by a
-        signal. Several processes that fail exit here: with 2, or 1 after any other error in one of them.
+        signal; 130 after Ctrl-C. Several processes that fail exit here: with 2, or 1 after any other error in
+        one of them.
     """
     utils.escape_output()
     try:
@@ -194,24 +203,24 @@ def main(argv: list[str] | None = None) -> int:
         logger.debug("stopped", exc_info=True)  # the traceback is in the log file
         if os.environ.get("FOCAL_TRACEBACK"):
             raise
-        # All ranks of a machine have the same error, but for a training image that one rank has read.
+        # All ranks of a machine have the same UserError.
         local_rank = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))
-        if local_rank == "0" or isinstance(error, UndecodableImageError):
-            print(f"error: {error}", file=sys.stderr)
+        if local_rank == "0" or not isinstance(error, UserError):
+            print_error(f"error: {error}")
         return exit_process(2)
+    except KeyboardInterrupt:
+        print_error("interrupted; training continues from its last checkpoint with the same command")
+        return exit_process(130)
     except Exception as error:
+        logger.debug("stopped", exc_info=True)
         if not (utils.in_group() or isinstance(error, dist.DistError)):
             raise
-        logger.debug("stopped", exc_info=True)
-        if isinstance(error, dist.DistError):
-            print(f"error: {error}", file=sys.stderr)
-        else:  # gloo reports a process that died or hangs by a plain RuntimeError
-            traceback.print_exc()
-        print(
+        # gloo reports a process that died or hangs by a plain RuntimeError
+        print_error(f"error: {error}" if isinstance(error, dist.DistError) else traceback.format_exc())
+        print_error(
             f"error: process {os.environ.get('RANK')} ends; if another process has died or did not answer "
             "for DIST_TIMEOUT_MINUTES, see the log_rank*.txt that ends first; the same command continues "
-            "from the last checkpoint",
-            file=sys.stderr,
+            "from the last checkpoint"
         )
         return exit_process(1)
     utils.close_distributed()

@@ -20,10 +20,10 @@ ParamGroups = list[dict[str, Any]]
 
 
 def freeze_stages(model: FocalTransformer, count: int) -> int:
-    """Exclude the beginning of the model from training; it computes what it does in evaluation, always.
+    """Freeze the stem and the first stages: no gradients there, and dropout and drop path are off.
 
     Args:
-        model: its parameters get no gradient, its dropout and stochastic depth are switched off there.
+        model: to change.
         count: -1 for nothing, 0 for the stem, n for the stem and the first n stages, each with its step to
             the next; all stages include the final norm and leave the classifier alone.
 

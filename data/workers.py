@@ -41,7 +41,8 @@ def stop_signals_blocked() -> Iterator[None]:
     """Start the workers inside: processes that begin here, fork servers too, inherit blocked stop signals.
 
     Launchers signal all processes of a job, but the training process needs the batches of the step that it
-    finishes. It gets its own signals at the end. Not on macOS and Windows, see `leave_signals_to_parent`.
+    finishes. Its own signals are delivered when the block ends. Not on macOS and Windows, see
+    `leave_signals_to_parent`.
     """
     if not hasattr(signal, "sigwaitinfo"):
         yield

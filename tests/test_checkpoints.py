@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import resource
 import signal
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from test_train_state import make_state
 
 import utils
-from logger import Metrics
+from logger import Metrics, create_logger
 from training.checkpoints import (
     BEST_NAME,
     AsyncCheckpointWriter,
@@ -214,7 +215,7 @@ def save(writer: AsyncCheckpointWriter, path: Path) -> None:
 def test_a_full_disk_keeps_the_older_file_and_ends_the_run_at_last(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest
 ) -> None:
-    writer, path = AsyncCheckpointWriter(background=True, max_failures=2), tmp_path / "ckpt_epoch_0.pth"
+    writer, path = AsyncCheckpointWriter(max_failures=2), tmp_path / "ckpt_epoch_0.pth"
     save(writer, path)
     before = path.read_bytes()
     request.getfixturevalue("full_disk")
@@ -231,7 +232,7 @@ def test_a_full_disk_keeps_the_older_file_and_ends_the_run_at_last(
 
 @pytest.mark.parametrize("failing", ["ckpt_epoch_0.pth", BEST_NAME])
 def test_best_and_the_others_do_not_forgive_each_others_failures(tmp_path: Path, failing: str) -> None:
-    writer = AsyncCheckpointWriter(background=True, max_failures=2)
+    writer = AsyncCheckpointWriter(max_failures=2)
     (tmp_path / failing).mkdir()
     for failures in (1, 2):
         for name in ("ckpt_epoch_0.pth", BEST_NAME):
@@ -246,7 +247,7 @@ def test_best_and_the_others_do_not_forgive_each_others_failures(tmp_path: Path,
 
 
 def test_a_bug_in_the_writer_is_raised() -> None:
-    writer = AsyncCheckpointWriter(background=True, max_failures=3)
+    writer = AsyncCheckpointWriter(max_failures=3)
     writer.submit({}, Path("a.pth"), lambda copied: copied["missing"])
     with pytest.raises(KeyError):
         writer.wait()
@@ -254,7 +255,7 @@ def test_a_bug_in_the_writer_is_raised() -> None:
 
 def test_training_goes_on_while_a_copy_is_written() -> None:
     live = {"a": torch.zeros(3), "b": [{"c": torch.ones(2, 2).T, "d": 5}], "e": (1, 2)}
-    writer, go_on, copies = AsyncCheckpointWriter(background=True, max_failures=1), threading.Event(), []
+    writer, go_on, copies = AsyncCheckpointWriter(max_failures=1), threading.Event(), []
     writer.submit(live, Path("a.pth"), lambda copy: (go_on.wait(60), copies.append(copy)))
     live["a"].add_(1)
     live["b"][0]["c"].mul_(7)
@@ -452,11 +453,23 @@ def test_a_full_disk_under_tensorboard_ends_nothing(
 ) -> None:
     pytest.importorskip("tensorboard")
     metrics = Metrics(tmp_path)
+    metrics.start_tensorboard()
     for step in range(1000):
         metrics.write("train", step, loss=1.0)
     request.getfixturevalue("full_disk")
     metrics.close()
     assert "TensorBoard lacks what was recorded last" in caplog.text
+
+
+def test_a_full_disk_prints_no_traceback_for_each_line_of_the_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    create_logger(tmp_path, rank=1)
+    request.getfixturevalue("full_disk")
+    for _ in range(100):
+        logging.getLogger("main").info("x" * 100)
+    assert 0 < (tmp_path / "log_rank1.txt").stat().st_size <= 5000
+    assert not capsys.readouterr().err
 
 
 def test_errors_of_one_rank_are_raised_once(group: None) -> None:

@@ -98,6 +98,14 @@ def test_evaluation_repeats_the_accuracy_of_training(trained: Path, call: Call, 
     assert not (folder_of(tmp_path) / "config.yaml").exists()
 
 
+def test_the_config_of_a_fine_tuned_run_serves_all_modes(trained: Path, call: Call, tmp_path: Path) -> None:
+    best = folder_of(trained) / "best.pth"
+    assert call("--pretrained", best, opts=("MODEL.RESET_HEAD", True, "TRAIN.EPOCHS", 1))[0] == 0
+    words = ["--cfg", str(folder_of(tmp_path) / "config.yaml")]
+    assert main.main([*words, "--throughput"]) == 0
+    assert main.main([*words, "--eval", "--resume", str(folder_of(tmp_path) / "best.pth")]) == 0
+
+
 def test_accumulation_equals_a_bigger_batch(trained: Path, call: Call, tmp_path: Path) -> None:
     assert call("--batch-size", "8", "--accumulation-steps", "2")[0] == 0
     assert difference(trained, tmp_path, epoch=1) < 1e-5
@@ -243,16 +251,16 @@ def test_mistakes_are_explained(flags: list[str], words: str, call: Call) -> Non
 @pytest.mark.parametrize(
     ("opts", "begin"),
     [
-        (["DEBUG_MODE", True, "MODEL.RESUME", "a"], "DEBUG_MODE: expected no weights"),
         (["MODEL.RESUME", "a", "MODEL.PRETRAINED", "b"], "MODEL.PRETRAINED: expected either this or"),
         (["EVAL_EMA", True], "EVAL_EMA: expected EVAL_MODE"),
-        (["MODEL.RESET_HEAD", True], "MODEL.RESET_HEAD: expected training from MODEL.PRETRAINED"),
-        (["MODEL.HEAD_CLASS_MAP", "a"], "MODEL.HEAD_CLASS_MAP: expected training from MODEL.PRETRAINED"),
+        (["TRAIN.EPOCHS", 10], "TRAIN.WARMUP_EPOCHS: expected at most TRAIN.EPOCHS = 10, got 20"),
+        (["MODEL.RESET_HEAD", True], "MODEL.RESET_HEAD: expected MODEL.PRETRAINED"),
+        (["MODEL.HEAD_CLASS_MAP", "a"], "MODEL.HEAD_CLASS_MAP: expected MODEL.PRETRAINED"),
     ],
 )
-def test_weights_that_contradict_the_mode(opts: list[object], begin: str) -> None:
+def test_options_that_contradict_each_other(opts: list[object], begin: str) -> None:
     with pytest.raises(UserError) as caught:
-        training_run.check_weights(load_config(None, opts))
+        training_run.check_options(load_config(None, opts))
     assert str(caught.value).startswith(begin) and "\n" not in str(caught.value)
 
 
@@ -269,6 +277,8 @@ def test_only_mistakes_of_users_become_sentences(
     for error in (ValueError("a bug"), RuntimeError("a bug"), KeyError("a bug")):
         with pytest.raises(type(error)):
             main.main(["--cfg", TINY])
+    error = KeyboardInterrupt()
+    assert main.main(["--cfg", TINY]) == 130 and "interrupted" in capsys.readouterr().err
     error = dist.DistStoreError("1/2 clients joined")
     assert main.main(["--cfg", TINY]) == 1
     assert capsys.readouterr().err.startswith("error: 1/2 clients joined\nerror: process")

@@ -101,7 +101,7 @@ def test_no_run_stays_open(
     metrics.start_wandb(False, project="tests")
     ends: list[int] = []
     monkeypatch.setattr(wandb.run, "finish", lambda exit_code: ends.append(exit_code))
-    metrics.close(failed=True)
+    metrics.close(failed=True, preempted=True)
     assert ends == [1]
 
 

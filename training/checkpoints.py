@@ -6,7 +6,7 @@ names order the files:
 
     ckpt_epoch_4.pth            epoch 4 (counted from 0) is finished
     ckpt_epoch_5_step_120.pth   inside epoch 5, after 120 of its batches
-    best.pth                    like that of a finished epoch, of the one with the best accuracy
+    best.pth                    the same, of the epoch with the best accuracy
 """
 
 import contextlib
@@ -26,7 +26,7 @@ import torch
 from yacs.config import CfgNode
 
 import utils
-from logger import Metrics
+from logger import Metrics, TensorBoard
 from models import read_checkpoint
 from training.preemption import FlagSync, StopRequested
 from training.state import EpochStep, Position, TrainState
@@ -171,7 +171,7 @@ def set_aside(folder: Path, later_than: EpochStep | None) -> None:
 
     Args:
         folder: of the run.
-        later_than: move the checkpoints after this one, best.pth included; None moves all, and metrics.jsonl.
+        later_than: move the checkpoints after this one, best.pth included; None moves all, and the metrics.
 
     Raises:
         OSError: a file cannot be moved.
@@ -181,6 +181,7 @@ def set_aside(folder: Path, later_than: EpochStep | None) -> None:
     best, metrics = folder / BEST_NAME, folder / Metrics.NAME
     if later_than is None:
         moved += [path for path in (best, metrics) if path.is_file() and path.stat().st_size]
+        moved += folder.glob(TensorBoard.FOLDER)
     elif read_best(folder)[0] > later_than:
         moved.append(best)
     if not moved:
@@ -243,8 +244,7 @@ class AsyncCheckpointWriter:
     failures in a row or if the content is not finite. best.pth is counted apart from the other checkpoints.
     """
 
-    def __init__(self, background: bool, max_failures: int) -> None:
-        self.background = background  # False writes in `submit` itself
+    def __init__(self, max_failures: int) -> None:
         self.max_failures = max_failures  # in a row
         self.failure = ""  # why training cannot go on
         self.errors: list[str] = []  # of the checkpoints that failed since the last one that was written
@@ -262,8 +262,6 @@ class AsyncCheckpointWriter:
         """
         self.wait()
         self._running = self._executor.submit(self._run, copied(content), path, write)
-        if not self.background:
-            self.wait()
 
     def wait(self) -> None:
         """Wait for the running save.
@@ -330,7 +328,7 @@ class Checkpoints:
         self.folder = folder
         self.metrics = metrics
         self.best = best
-        self.writer = AsyncCheckpointWriter(config.SAVE_ASYNC, config.SAVE_FAILURES_MAX)
+        self.writer = AsyncCheckpointWriter(config.SAVE_FAILURES_MAX)
         self.flags = FlagSync()
         self._saved = position.epoch_step  # of the last save
         self._last_step = position.step

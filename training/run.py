@@ -1,5 +1,6 @@
 """A training run: start or resume, all epochs, finish."""
 
+import importlib.util
 import logging
 import math
 import os
@@ -61,7 +62,7 @@ def train(run: Run, model: FocalTransformer) -> None:
             checkpoints.writer.wait()
         checkpoints.finish()
         checkpoints.warn_if_best_missing(state)
-        best = f"best {checkpoints.best:.2f}% in {run.output / BEST_NAME}"
+        best = f"best {state.max_accuracy:.2f}% in {run.output / BEST_NAME}"
         logger.info(f"training is done after {position.epoch} epoch(s): {best}")
 
 
@@ -80,7 +81,7 @@ def setup(run: Run, model: FocalTransformer) -> tuple[TrainState, Loaders, Check
         if source:
             with user_input(option):
                 content = read_training_checkpoint(source, model, config)
-                check_epochs(content["position"], config.TRAIN.EPOCHS, str(source))
+            check_epochs(content["position"], config.TRAIN.EPOCHS, str(source))
         elif config.MODEL.PRETRAINED:
             load_weights(model, config, "PRETRAINED")
         with user_input():
@@ -124,7 +125,7 @@ def choose_checkpoint(run: Run) -> tuple[Path | str, str]:
 
 
 def check_epochs(position: dict[str, Any], epochs: int, source: str) -> None:
-    """Say so if nothing is left to train after ``epochs``; UserError if the position lies behind them."""
+    """Say so if nothing is left to train after ``epochs``; UserError if the position is beyond them."""
     begun = position["epoch"] + (position["samples_seen"] > 0)
     if begun > epochs:
         raise UserError(
@@ -178,12 +179,6 @@ def prepare_folder(run: Run, state: TrainState, source: Path | str, content: dic
         UserError, OSError: a file cannot be read, moved or written.
     """
     continues = content is not None and Path(source).resolve().parent == run.output.resolve()
-    if run.config.LOG.WANDB:
-        name = f"{run.config.MODEL.NAME}/{run.config.TAG}"
-        with user_input():
-            run.metrics.start_wandb(
-                continues, project=run.config.LOG.WANDB, name=name, config=flatten(run.config)
-            )
     remove_temporary_files(run.output)
     record_config(run)
     if continues:
@@ -195,6 +190,10 @@ def prepare_folder(run: Run, state: TrainState, source: Path | str, content: dic
         run.metrics.close_file()  # Windows moves no open files
         set_aside(run.output, later_than=None)
         run.metrics.open()
+    run.metrics.start_tensorboard()
+    if project := run.config.LOG.WANDB:
+        name = f"{run.config.MODEL.NAME}/{run.config.TAG}"
+        run.metrics.start_wandb(continues, project=project, name=name, config=flatten(run.config))
     _, best = read_best(run.output)
     if best < state.max_accuracy:
         logger.warning(
@@ -244,53 +243,64 @@ def finish_epoch(run: Run, state: TrainState, loaders: Loaders, checkpoints: Che
     checkpoints.save_if_best(state, accuracy)
 
 
-def check_weights(config: CfgNode) -> None:
-    """Raise UserError for options about weights that contradict each other, or the mode."""
-    model, problems = config.MODEL, []
-    weights = model.RESUME or model.PRETRAINED
-    fine_tunes = model.PRETRAINED and not config.EVAL_MODE
-    if config.EVAL_MODE and not weights:
+def check_options(config: CfgNode) -> None:
+    """Raise UserError for options that contradict each other, or the mode, before anything large is read.
+
+    Evaluation takes MODEL.RESUME if PRETRAINED is set, too, and leaves aside how training begins; the other
+    modes use no weights. So the config.yaml of any run can be given to all modes.
+    """
+    problems = []
+    if config.EVAL_EMA and not config.EVAL_MODE:
+        problems.append("EVAL_EMA: expected EVAL_MODE (--eval) along with it, got only this; add or drop it")
+    if config.EVAL_MODE and not (config.MODEL.RESUME or config.MODEL.PRETRAINED):
         problems.append(
             "EVAL_MODE: expected weights to evaluate, got none; name them with --resume or --pretrained"
         )
-    for mode in ("THROUGHPUT_MODE", "DEBUG_MODE"):
-        if config[mode] and weights:
-            problems.append(f"{mode}: expected no weights, got {weights!r}; drop --resume or --pretrained")
-    if config.EVAL_EMA and not config.EVAL_MODE:
-        problems.append("EVAL_EMA: expected EVAL_MODE (--eval) along with it, got only this; add or drop it")
+    if not (config.EVAL_MODE or config.THROUGHPUT_MODE or config.DEBUG_MODE):
+        problems += training_problems(config)
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def training_problems(config: CfgNode) -> list[str]:
+    """What contradicts each other in a training run."""
+    model, train, problems = config.MODEL, config.TRAIN, []
     if model.RESUME and model.PRETRAINED:
         problems.append(
             f"MODEL.PRETRAINED: expected either this or MODEL.RESUME, got {model.PRETRAINED!r} and "
             f"{model.RESUME!r}; use RESUME to continue a run, PRETRAINED to start from weights"
         )
-    if model.RESET_HEAD and not fine_tunes:
+    if model.RESET_HEAD and not model.PRETRAINED:
+        problems.append("MODEL.RESET_HEAD: expected MODEL.PRETRAINED, got none; name it or drop this")
+    if model.HEAD_CLASS_MAP and (model.RESET_HEAD or not model.PRETRAINED):
         problems.append(
-            "MODEL.RESET_HEAD: expected training from MODEL.PRETRAINED, got none; name it or drop this"
-        )
-    if model.HEAD_CLASS_MAP and (model.RESET_HEAD or not fine_tunes):
-        problems.append(
-            "MODEL.HEAD_CLASS_MAP: expected training from MODEL.PRETRAINED without MODEL.RESET_HEAD, got "
+            "MODEL.HEAD_CLASS_MAP: expected MODEL.PRETRAINED without MODEL.RESET_HEAD, got "
             f"{model.HEAD_CLASS_MAP!r} otherwise; name the weights, or drop one of the two"
         )
-    if problems:
-        raise UserError("\n".join(problems))
+    for key in ("WARMUP_EPOCHS", "START_EPOCH"):
+        if train[key] > train.EPOCHS:
+            problems.append(
+                f"TRAIN.{key}: expected at most TRAIN.EPOCHS = {train.EPOCHS}, got {train[key]}; lower it"
+            )
+    if config.LOG.WANDB and importlib.util.find_spec("wandb") is None:
+        problems.append("LOG.WANDB: expected the library wandb; pip install wandb, or set it to ''")
+    return problems
 
 
 def load_weights(model: FocalTransformer, config: Any, key: str) -> None:
     """Load the weights of MODEL.RESUME or MODEL.PRETRAINED (`key`); with EVAL_EMA, their moving average.
 
-    In training, PRETRAINED takes weights of another image size, too.
+    Training takes weights of another image size or other classes, too.
 
     Raises:
         UserError: a file cannot be read or does not fit; the message begins with the option.
     """
-    path, class_map = config.MODEL[key], None
-    if config.MODEL.HEAD_CLASS_MAP:
+    path, trains, class_map = config.MODEL[key], not config.EVAL_MODE, None
+    if trains and config.MODEL.HEAD_CLASS_MAP:
         with user_input("MODEL.HEAD_CLASS_MAP"):
             class_map = read_class_map(config.MODEL.HEAD_CLASS_MAP, config.MODEL.NUM_CLASSES)
     with user_input(f"MODEL.{key} (--{key.lower()})"):
         if config.EVAL_EMA:
             load_ema(model, path)
             return
-        resize = key == "PRETRAINED" and not config.EVAL_MODE
-        load_checkpoint(model, path, config.MODEL.RESET_HEAD, resize, class_map)
+        load_checkpoint(model, path, trains and config.MODEL.RESET_HEAD, trains, class_map)

@@ -16,13 +16,13 @@ from filelock import FileLock, Timeout
 
 import utils
 from logger import Metrics, create_logger
+from training.preemption import StopRequested
 from utils import UserError
 
 LOCK_NAME = ".lock"
 HOLDER_NAME = ".lock_holder"
 """The process that took the lock last, for messages."""
 LOCK_TIMEOUT = 60.0  # seconds that the process of an earlier run may take to end
-LOCK_POLL = 0.5  # seconds between two attempts
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def open_run_dir(output: Path, for_training: bool, timeout_minutes: float) -> It
                     f"OUTPUT (--output): expected a folder that can be written, got {output} "
                     f"({error.strerror}); choose another"
                 ) from error
-        stack.push(lambda kind, *_: metrics.close(failed=kind is not None))
+        stack.push(lambda kind, *_: metrics.close(kind is not None, kind is StopRequested))
         yield metrics
 
 
@@ -97,7 +97,7 @@ def lock(folder: Path, patience: float = LOCK_TIMEOUT) -> Iterator[None]:
 def _acquire(file_lock: FileLock, timeout: float) -> bool:
     """Whether the file could be locked within so many seconds."""
     try:
-        file_lock.acquire(timeout=timeout, poll_interval=LOCK_POLL)
+        file_lock.acquire(timeout=timeout, poll_interval=0.5)
     except Timeout:
         return False
     return True
