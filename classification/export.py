@@ -35,6 +35,7 @@ from torch import Tensor, nn  # noqa: E402
 import utils  # noqa: E402
 from classification.predict import load_config_of, load_model  # noqa: E402
 from models import build_model  # noqa: E402
+from models.focal_transformer import check_images  # noqa: E402
 
 TOLERANCE = 1e-4
 EXAMPLE_BATCH = 2  # with 1, exporters would treat the length as a constant
@@ -211,9 +212,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def size_of(words: Sequence[str] | None, default: int | Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of `--size`; ValueError for something else than one or two numbers of pixels."""
+    """Rows and columns of `--size`; UserError for something else than one or two numbers of pixels."""
     if words and not (len(words) <= 2 and all(word.isdecimal() for word in words)):
-        raise ValueError(
+        raise utils.UserError(
             f"--size: expected one or two numbers of pixels, got {' '.join(words)}. A file has one input "
             "size, in every format; write a file for each"
         )
@@ -233,9 +234,10 @@ def export_formats(args: argparse.Namespace) -> int:
     config = load_config_of(args)
     size = size_of(args.size, config.DATA.IMG_SIZE)
     if args.batch is not None and args.batch < 1:
-        raise ValueError(f"--batch: expected at least 1, got {args.batch}")
-    model = (load_model(config) if config.MODEL.RESUME else build_model(config)).eval()
-    model(torch.zeros(1, model.in_chans, *size))  # raises an error if the size is wrong
+        raise utils.UserError(f"--batch: expected at least 1, got {args.batch}")
+    with utils.user_input():
+        model = (load_model(config) if config.MODEL.RESUME else build_model(config)).eval()
+        check_images(torch.empty(1, model.in_chans, *size), model.in_chans, model.smallest_side)
     status = 0
     for name in args.formats:
         path = Path(args.out) / f"{config.MODEL.NAME}_{size[0]}x{size[1]}{FORMATS[name].suffix}"

@@ -87,17 +87,20 @@ def load_config_of(args: argparse.Namespace) -> CfgNode:
     """The configuration of --cfg, else of the checkpoint, overridden by --opts and the flags.
 
     Raises:
-        ValueError: neither of them has one, or it has problems.
+        UserError: neither of them has one, or it has problems.
     """
     flags = {"MODEL.RESUME": args.resume, "DATA.DATA_PATH": args.data_path, "DEVICE": args.device}
     opts = [*(("EVAL_MODE", "True") if args.resume else ()), *args.opts]  # EVAL_EMA needs it
     opts += [word for key, value in flags.items() if value for word in (key, value)]
     if args.cfg:
-        return load_config(args.cfg, opts)
-    text = read_checkpoint(args.resume).get("config") if args.resume else None
+        with utils.user_input():
+            return load_config(args.cfg, opts)
+    with utils.user_input():
+        content = read_checkpoint(args.resume) if args.resume else {}
+    text = content.get("config")
     if not isinstance(text, str):
         where = f"{args.resume} holds no configuration" if args.resume else "no --resume was given either"
-        raise ValueError(f"--cfg: expected a yaml file, as {where}; name the config of the model")
+        raise utils.UserError(f"--cfg: expected a yaml file, as {where}; name the config of the model")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
         path.write_text(text, encoding="utf-8")
@@ -105,7 +108,7 @@ def load_config_of(args: argparse.Namespace) -> CfgNode:
             return load_config(path, opts)
         except ValueError as error:
             message = str(error).replace(os.path.realpath(path), args.resume).replace(str(path), args.resume)
-            raise ValueError(message) from error
+            raise utils.UserError(message) from error
 
 
 def load_model(config: CfgNode) -> FocalTransformer:
@@ -114,7 +117,8 @@ def load_model(config: CfgNode) -> FocalTransformer:
     Raises:
         UserError: no such checkpoint, or it does not fit the configuration.
     """
-    model = build_model(config)
+    with utils.user_input():
+        model = build_model(config)
     with utils.user_input("MODEL.RESUME (--resume)"):
         load = load_ema if config.EVAL_EMA else load_checkpoint
         load(model, config.MODEL.RESUME)
@@ -125,12 +129,13 @@ def load_trained(args: argparse.Namespace) -> Trained:
     """The model with its weights, in evaluation mode, on its device.
 
     Raises:
-        FileNotFoundError: no such checkpoint.
-        ValueError: no checkpoint was named, or it does not fit the configuration.
+        UserError: no checkpoint was named, there is none, or it does not fit the configuration.
     """
     config = load_config_of(args)
     if not config.MODEL.RESUME:
-        raise ValueError("--resume: expected a checkpoint, got none; name the file with the trained weights")
+        raise utils.UserError(
+            "--resume: expected a checkpoint, got none; name the file with the trained weights"
+        )
     device = utils.pick_device(config.DEVICE)
     model = load_model(config)
     precision = utils.choose_precision(config.AMP_OPT_LEVEL, config.AMP_DTYPE, device)
@@ -148,7 +153,7 @@ def class_names(config: CfgNode, file: str | Path | None) -> list[str]:
         file: one name per line; None to look elsewhere.
 
     Raises:
-        ValueError: the file cannot be read, or has another number of names.
+        UserError: the file cannot be read, or has another number of names.
     """
     count = config.MODEL.NUM_CLASSES
     if file is not None:
@@ -167,9 +172,11 @@ def _names_of_file(file: Path, count: int) -> list[str]:
     try:
         names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--classes: expected a text file with one name per line, got: {error}") from error
+        raise utils.UserError(
+            f"--classes: expected a text file with one name per line, got: {error}"
+        ) from error
     if len(names) != count:
-        raise ValueError(f"--classes: expected {count} names, one per class, got {len(names)} in {file}")
+        raise utils.UserError(f"--classes: expected {count} names, one per class, got {len(names)} in {file}")
     return names
 
 
@@ -199,7 +206,7 @@ def find_images(arguments: Sequence[str]) -> list[str]:
     """The files that were named, and the image files in and below the folders that were named.
 
     Raises:
-        ValueError: a folder without images.
+        UserError: a folder without images.
     """
     images: list[str] = []
     for argument in arguments:
@@ -209,7 +216,9 @@ def find_images(arguments: Sequence[str]) -> list[str]:
             found = [str(path) for path in files if is_image_name(path.name)]
             log_left_out(argument, (path.name for path in files if not is_image_name(path.name)))
         if not found:
-            raise ValueError(f"{argument}: expected images, got none; name image files, or a folder of them")
+            raise utils.UserError(
+                f"{argument}: expected images, got none; name image files, or a folder of them"
+            )
         images += found
     return images
 

@@ -86,7 +86,7 @@ def test_two_machines_meet_again_after_one_process_died(tmp_path):
         for number in "01"
     ]
     try:
-        assert [machine.wait(timeout=180) for machine in machines] == [0, 0]
+        assert [machine.wait(timeout=600) for machine in machines] == [0, 0]
     finally:
         for machine in machines:
             machine.kill()
