@@ -140,8 +140,6 @@ NO_CHECKPOINTS = {
     "a bit of a weight": flipped(ZIP, np.arange(8, dtype="<f4").tobytes()),
     "a bit of the instructions": flipped(ZIP, b"_rebuild_tensor"),
     "huge shape": edited(ZIP, SHAPE, HUGE_SHAPE),
-    "a list": saved([1, 2]),
-    "a tensor": saved(torch.zeros(3)),
 }
 
 
@@ -149,10 +147,7 @@ NO_CHECKPOINTS = {
 def test_what_is_no_checkpoint_is_one_sentence(name: str, tmp_path: Path) -> None:
     path = tmp_path / "w.pth"
     path.write_bytes(NO_CHECKPOINTS[name])
-    expected = (
-        "expected a dict of tensors" if name.startswith("a ") and "bit" not in name else "not a checkpoint"
-    )
-    with pytest.raises(ValueError, match=rf"w\.pth: {expected}") as caught:
+    with pytest.raises(ValueError, match=r"w\.pth: not a checkpoint, or damaged") as caught:
         read_checkpoint(path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
@@ -197,14 +192,16 @@ def test_a_torchscript_program_is_refused(tmp_path: Path) -> None:
 
 
 def test_files_without_weights(tmp_path) -> None:
-    torch.save({"epoch": 3}, tmp_path / "none")
+    path = tmp_path / "none.pth"
+    torch.save({"epoch": 3}, path)
     with pytest.raises(ValueError, match="no tensors: epoch"):
-        load_checkpoint(build_model(config_of("official_v1_nano")), tmp_path / "none")
+        load_checkpoint(build_model(config_of("official_v1_nano")), path)
+    torch.save(torch.zeros(3), path)
+    with pytest.raises(ValueError, match=r"none\.pth: expected a dict of tensors, found Tensor"):
+        read_checkpoint(path)
     with pytest.raises(FileNotFoundError, match="expected a checkpoint file, but it is a folder"):
         read_checkpoint(tmp_path)
-    with pytest.raises(
-        FileNotFoundError, match="missing.pth: expected a checkpoint file, but it is not there"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"missing\.pth: .* it is not there"):
         read_checkpoint(tmp_path / "missing.pth")
 
 
