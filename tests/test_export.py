@@ -200,7 +200,6 @@ def test_after_a_format_that_fails_comes_the_next(tmp_path, monkeypatch, capsys)
     ("arguments", "message"),
     [
         (["--size", "any"], "got any. A file has one input size, in every format"),
-        (["--size", "1", "2", "3"], "expected one or two numbers of pixels, got 1 2 3"),
         (["--size", "16"], "images must be at least 32 x 32 pixels"),
         (["--batch", "0"], "--batch: expected at least 1, got 0"),
         (["--opts", "MODEL.TYPE", "swin"], "MODEL.TYPE"),
@@ -209,9 +208,3 @@ def test_after_a_format_that_fails_comes_the_next(tmp_path, monkeypatch, capsys)
 def test_command_line_says_what_is_wrong(arguments, message, tmp_path, capsys) -> None:
     assert export.main([*DEMO, "--random", "--out", str(tmp_path / "new"), *arguments]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "new").exists()
-
-
-def test_weights_are_never_random_unasked(tmp_path, capsys) -> None:
-    with pytest.raises(SystemExit):
-        export.main([*DEMO, "--out", str(tmp_path)])
-    assert "--resume --random is required" in capsys.readouterr().err

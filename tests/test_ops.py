@@ -1,4 +1,4 @@
-"""Attention operators against the definition; which keys a window sees, slot by slot; what compilers see."""
+"""Attention operators against the definition; which keys a window sees, slot by slot."""
 
 import itertools
 from collections.abc import Callable
@@ -9,16 +9,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.testing import EagerAndRecordGraphs
 
 from models.focal_transformer import (
     BACKENDS,
-    FAMILIES,
     AttentionIndex,
-    Backend,
-    FocalBlock,
     Request,
-    Unsupported,
     choose_backend,
     nearest_cells,
     nearest_index,
@@ -27,8 +22,6 @@ from models.focal_transformer import (
 from models.ops import cpu
 
 CPU, META = torch.device("cpu"), torch.device("meta")
-TELLS_EXPORTS = hasattr(torch.compiler, "is_exporting")  # from PyTorch 2.7 on
-KINDS = ("focal", "focalv2")
 MAPS = [(7, 7), (14, 14), (15, 9), (28, 21), (3, 30)]
 RINGS = [(3, 3, 1, 0), (0, 5, 2, 0), (2, 1, 0, 0), (4, 3, 1, 3), (7, 7, 1, 0), (1, 3, 1, 0)]
 Attend = Callable[[Tensor, AttentionIndex, Tensor, float], Tensor]
@@ -272,19 +265,6 @@ def test_the_choice_of_an_operator() -> None:
         choose("flash")
 
 
-def test_an_operator_that_fails_its_trial_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`auto` goes on to the next one; a named one is an error."""
-
-    def refuse(*_: Any) -> None:
-        raise Unsupported("the kernels are wrong here")
-
-    monkeypatch.setitem(BACKENDS, "newest", Backend(refuse, BACKENDS["plain"].attend))
-    index = ring((7, 7), (0, 1, 0, 0))
-    assert choose_backend(index, request("auto")).backend == "cpu"
-    with pytest.raises(ValueError, match="attention_backend newest: the kernels are wrong here; use auto"):
-        choose_backend(index, request("newest"))
-
-
 def test_operators_are_registered_as_pytorch_wants_it() -> None:
     """Schema, fake tensors, autograd and compilation; outputs are contiguous, however inputs lie."""
     index = ring((14, 14), (3, 5, 1, 0))
@@ -295,37 +275,3 @@ def test_operators_are_registered_as_pytorch_wants_it() -> None:
     slopes = torch.randn(2, 196, 16, dtype=torch.bfloat16)
     for turned in (bias, bias.mT.contiguous().mT):
         torch.library.opcheck(cpu.attention_backward, (slopes, qkv.detach(), turned.detach(), *rest))
-
-
-def block(kind: str, backend: str) -> FocalBlock:
-    torch.manual_seed(0)
-    family = (
-        {"expand_size": 3, "focal_window": 3}
-        if kind == "focal"
-        else {"topk": 40, "train_resolution": (14, 14)}
-    )
-    attn = FAMILIES[kind](16, 2, 7, pool="fc", pooled_levels=1, backend=backend, **family)
-    return FocalBlock(attn, 16).double()
-
-
-def maps(*size: int) -> Tensor:
-    return torch.randn(2, *size, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-
-
-def calls_operator(graph: torch.fx.GraphModule) -> bool:
-    return any("cpu_attention" in str(node.target) for node in graph.graph.nodes)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_compiled_graphs_have_the_operator(kind) -> None:
-    """Exports and traces do without: see test_users_tools.py."""
-    layer, x = block(kind, "cpu"), maps(15, 9)
-    expected = layer(x).detach()
-    torch.testing.assert_close(expected, block(kind, "plain")(x).detach())
-    for trains in (True, False):
-        torch.compiler.reset()
-        graphs = EagerAndRecordGraphs()
-        with torch.set_grad_enabled(trains):
-            found = torch.compile(layer, backend=graphs, fullgraph=True, dynamic=False)(x)
-        torch.testing.assert_close(found, expected)
-        assert [calls_operator(graph) for graph in graphs.graphs] == [trains or TELLS_EXPORTS]
