@@ -104,14 +104,6 @@ def test_drop_path_rises_linearly() -> None:
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
 
 
-def test_no_head_and_other_channels() -> None:
-    assert build(num_classes=0)(image(64, 64)).shape == (2, 64)
-    model = build(in_chans=1)
-    assert model(image(64, 64)[:, :1]).shape == (2, 5)
-    with pytest.raises(ValueError, match=r"\[B, 1, H, W\]"):
-        model(image(64, 64))
-
-
 def test_initialisation() -> None:
     model = FocalTransformer(
         embed_dim=32, num_heads=(1, 2, 4, 8), focal_pool="fc", focal_levels=(2, 2, 2, 2), ape=True
@@ -245,6 +237,8 @@ def test_all_contradictions_in_one_error() -> None:
     assert found == ["kind", "focal_pool", "drop_rate"]
 
 
-def test_image_too_small() -> None:
+def test_images_that_cannot_run() -> None:
     with pytest.raises(ValueError, match="at least 32 x 32 pixels, got 31 x 64"):
         build()(image(31, 64))
+    with pytest.raises(ValueError, match=r"\[B, 1, H, W\]"):
+        build(in_chans=1)(image(64, 64))

@@ -127,7 +127,7 @@ def test_position_embedding_as_the_model_resizes_it(tmp_path: Path) -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_maps_that_are_not_square(tmp_path: Path) -> None:
+def test_maps_that_are_not_square() -> None:
     """As long to each other as the model's are, or else square."""
     ramp = torch.arange(8.0)[:, None].expand(8, 4).reshape(1, 32, 1)
     tall = resized(ramp, (1, 16 * 8, 1), "absolute_pos_embed", (16, 8)).view(16, 8)
@@ -135,10 +135,6 @@ def test_maps_that_are_not_square(tmp_path: Path) -> None:
     torch.testing.assert_close(tall, tall[:, :1].expand(16, 8))
     square = resized(torch.ones(1, 49, 1), (1, 16 * 8, 1), "absolute_pos_embed", (16, 8))
     torch.testing.assert_close(square, torch.ones(1, 128, 1))
-    assert resized(torch.ones(1, 12, 1), (1, 128, 1), "absolute_pos_embed", (16, 8)).shape == (1, 12, 1)
-    path = saved(build(ape=True, img_size=[160, 224]), tmp_path)
-    with pytest.raises(ValueError, match=r"absolute_pos_embed is \[1, 2240, 8\]"):
-        load_checkpoint(build(ape=True), path, resize=True)
 
 
 # --- Rings come and go --------------------------------------------------------------------------------------
