@@ -69,14 +69,8 @@ def test_files_agree_for_any_length_of_batches(name, family, tmp_path) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {
-            "use_shift": True,
-            "use_layerscale": True,
-            "in_chans": 1,
-            "focal_pool": "conv",
-            "focal_levels": [3, 1],
-        },
-        {"kind": "focalv2", "ape": True, "focal_pool": "max", "use_pre_norm": True, "num_classes": 0},
+        dict(use_shift=True, use_layerscale=True, in_chans=1, focal_pool="conv", focal_levels=[3, 1]),
+        dict(kind="focalv2", ape=True, focal_pool="max", use_pre_norm=True, num_classes=0),
     ],
     ids=str,
 )
