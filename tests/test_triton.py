@@ -427,14 +427,18 @@ def test_families_of_gpus(target: tuple[str, Any, int], family: str | None) -> N
         assert launch.target_family(GPUTarget(*target)) == family
 
 
-def test_precision_of_float32_follows_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_precision_of_float32_follows_pytorch() -> None:
     """Three products unless TF32 is allowed, by whichever name of the switch; on AMD's GPUs exact ones."""
     matmul = torch.backends.cuda.matmul
-    switch = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)
-    for expected in ("tf32x3", "tf32"):
-        assert launch.precision("hopper", torch.float32) == expected
-        assert launch.precision("cdna", torch.float32) == "ieee"
-        monkeypatch.setattr(matmul, *switch)
+    name, allow = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)
+    before = getattr(matmul, name)
+    try:
+        for expected in ("tf32x3", "tf32"):
+            assert launch.precision("hopper", torch.float32) == expected
+            assert launch.precision("cdna", torch.float32) == "ieee"
+            setattr(matmul, name, allow)
+    finally:
+        setattr(matmul, name, before)
 
 
 BLOCKS = CASES | {
