@@ -59,6 +59,16 @@ def own_scope() -> Iterator[None]:
 
 
 @pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
 def nano_opts() -> list[object]:
     """Options of a four-stage model of a few thousand weights at 32 pixels, as for ``load_config``."""
     return [word for pair in NANO.items() for word in pair]

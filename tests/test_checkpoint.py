@@ -5,9 +5,10 @@ import logging
 import os
 import pickle
 import re
+import subprocess
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
@@ -48,18 +49,6 @@ def test_the_originals_files_give_the_originals_logits(official, tmp_path) -> No
     assert (logits - torch.from_numpy(expected["logits"])).abs().max() < 1e-5
 
 
-def test_ours_round_trips(official, tmp_path) -> None:
-    torch.manual_seed(0)
-    model, other = build_model(config_of(official)), build_model(config_of(official))
-    for content in ({"model": model.state_dict()}, model.state_dict(), {"state_dict": model.state_dict()}):
-        torch.save(content, tmp_path / "ours.pth")
-        load_checkpoint(other, tmp_path / "ours.pth")
-        assert all(
-            torch.equal(a, b)
-            for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True)
-        )
-
-
 def test_a_new_head_only_on_request(official, caplog) -> None:
     model = build_model(config_of(official, "MODEL.NUM_CLASSES", 3))
     head, first = model.head.weight.clone(), model.patch_embed.proj.weight.clone()
@@ -78,12 +67,8 @@ def test_another_models_checkpoint_lists_its_keys(official) -> None:
     with pytest.raises(ValueError, match=r"missing: layers\.2\.blocks\.2"):
         load_checkpoint(model, FOLDER / f"{official}.pth")
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    with pytest.raises(ValueError, match="of another shape: .* expected"):
-        load_checkpoint(
-            build_model(config_of(official, "MODEL.FOCAL.EMBED_DIM", 32)), FOLDER / f"{official}.pth"
-        )
     other = next(name for name in OFFICIAL if name != official)
-    with pytest.raises(ValueError, match="missing: .*unexpected: |missing: (?s:.)*unexpected: "):
+    with pytest.raises(ValueError, match="missing: (?s:.)*unexpected: "):
         load_checkpoint(build_model(config_of(other)), FOLDER / f"{official}.pth")
 
 
@@ -94,26 +79,6 @@ def test_choices_made_for_another_size_are_made_anew(caplog) -> None:
     assert len(report.recomputed) == 10 and "another input size" in caplog.text
     with torch.no_grad():
         assert model(torch.randn(1, 3, 448, 448)).isfinite().all()
-
-
-class Bomb:
-    """Executes a command when unpickled."""
-
-    def __init__(self, flag: Path) -> None:
-        self.flag = flag
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.flag}",)
-
-
-@pytest.mark.parametrize("legacy", [True, False])
-def test_code_in_a_file_is_refused(tmp_path, legacy) -> None:
-    flag = tmp_path / "executed"
-    content = {"model": build_model(config_of("official_v1_nano")).state_dict(), "config": Bomb(flag)}
-    torch.save(content, tmp_path / "bomb.pth", _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(ValueError, match=r"refused, because reading it would execute code \(posix\.system\)"):
-        read_checkpoint(tmp_path / "bomb.pth")
-    assert not flag.exists()
 
 
 def edited(content: bytes, old: bytes, new: bytes) -> bytes:
@@ -135,107 +100,64 @@ def saved(content: object, legacy: bool = False) -> bytes:
     return buffer.getvalue()
 
 
-def one_tensor(legacy: bool = False) -> bytes:
-    return saved({"w": torch.zeros(8)}, legacy)
-
-
-def flipped(content: bytes, place: int) -> bytes:
+def flipped(content: bytes, start: bytes) -> bytes:
+    """With a wrong bit where `start` stands."""
+    place = content.index(start)
     return content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :]
 
 
-def zip_of_text() -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("notes/today.txt", "no weights")
-    return buffer.getvalue()
-
-
-def text_of(number: int) -> bytes:
-    """A number as an instruction of a pickle."""
-    return pickle.dumps(number, 2)[2:-1]
-
-
-NESTED = b"\x80\x02}X\x01\x00\x00\x00k%sN%ss."
-NUMEL, SHAPE = b"K\x08t", b"K\x08\x85"  # of one_tensor, in its instructions
-RELEASE = tuple(map(int, torch.__version__.split(".")[:2]))
-STORED = np.arange(1, 9, dtype="<f4").tobytes()
+ZIP, LEGACY = (saved({"w": torch.arange(8.0)}, legacy) for legacy in (False, True))
+SHAPE, HUGE_SHAPE = b"K\x08\x85", pickle.dumps(2**60, 2)[2:-1] + b"\x85"  # instructions for [8] and [2**60]
 NO_CHECKPOINTS = {
-    "empty": lambda: b"",
-    "text": lambda: b"not a checkpoint",
-    "zeros": lambda: bytes(999),
-    "start of a zip": lambda: b"PK\x03\x04",
-    "zip of text": zip_of_text,
-    "zip cut in half": lambda: one_tensor()[: len(one_tensor()) // 2],
-    "zip cut at its end": lambda: one_tensor()[:-1],
-    "legacy cut in half": lambda: one_tensor(legacy=True)[: len(one_tensor(legacy=True)) // 2],
-    "legacy cut at its end": lambda: one_tensor(legacy=True)[:-1],
-    "a bit of a weight": lambda: (lambda file: flipped(file, file.index(STORED)))(
-        saved({"w": torch.arange(1.0, 9.0)})
-    ),
-    "a bit of the instructions": lambda: flipped(one_tensor(), one_tensor().index(b"_rebuild_tensor")),
-    "huge storage": lambda: edited(one_tensor(), NUMEL, text_of(2**60) + b"t"),
-    "huge shape": lambda: edited(one_tensor(), SHAPE, text_of(2**60) + b"\x85"),
-    "shape below zero": lambda: edited(one_tensor(), SHAPE, text_of(-8) + b"\x85"),
-    "nested lists": lambda: NESTED % (b"(" * 10**4, b"l" * 10**4),
-    "no value": lambda: edited(one_tensor(), b"\x80\x02}", b"\x80\x02s}"),
-    "unknown place": lambda: edited(one_tensor(), b"\x80\x02}", b"\x80\x02hc}"),
-    "endless text": lambda: b"\x80\x02X\xff\xff\xff\xff.",
-    "protocol 5": lambda: pickle.dumps({"w": 1}, 5),
-    "a list": lambda: saved([1, 2]),
-    "a tensor": lambda: saved(torch.zeros(3)),
+    "empty": b"",
+    "text": b"not a checkpoint",
+    "zip cut in half": ZIP[: len(ZIP) // 2],
+    "zip cut at its end": ZIP[:-1],
+    "legacy cut in half": LEGACY[: len(LEGACY) // 2],
+    "legacy cut at its end": LEGACY[:-1],
+    "a bit of a weight": flipped(ZIP, np.arange(8, dtype="<f4").tobytes()),
+    "a bit of the instructions": flipped(ZIP, b"_rebuild_tensor"),
+    "huge shape": edited(ZIP, SHAPE, HUGE_SHAPE),
 }
-
-
-def test_deep_nesting_is_no_weight(tmp_path: Path) -> None:
-    code = NESTED % (b"", b"\x85" * 10**5)
-    (tmp_path / "w.pth").write_bytes(edited(saved({}), b"\x80\x02}q\x00.", code))
-    with pytest.raises(ValueError, match=r"w\.pth: .*no tensors: k$"):
-        load_checkpoint(build_model(config_of("official_v1_nano")), tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize("name", NO_CHECKPOINTS)
 def test_what_is_no_checkpoint_is_one_sentence(name: str, tmp_path: Path) -> None:
-    if name == "huge storage" and RELEASE < (2, 10):
-        pytest.skip("torch believes the size")
     path = tmp_path / "w.pth"
-    path.write_bytes(NO_CHECKPOINTS[name]())
-    expected = (
-        "expected a dict of tensors" if name in ("a list", "a tensor") else "not a checkpoint, or damaged"
-    )
-    with pytest.raises(ValueError, match=rf"w\.pth: {expected}") as caught:
+    path.write_bytes(NO_CHECKPOINTS[name])
+    with pytest.raises(ValueError, match=r"w\.pth: not a checkpoint, or damaged") as caught:
         read_checkpoint(path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
-def program(module: str, name: str, *arguments: str) -> bytes:
-    """A pickle that calls a function."""
-    words = b"".join(b"X%s%s" % (len(text).to_bytes(4, "little"), text.encode()) for text in arguments)
-    return f"\x80\x02c{module}\n{name}\n(".encode("latin1") + words + b"tR."
+class Call:
+    """Unpickles into a call."""
+
+    def __init__(self, function: Callable, *arguments: object) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
 
 
-PROGRAMS = {
-    "os.system": ("posix", "system", "touch {}"),
-    "eval": ("builtins", "eval", "open({!r}, 'w')"),
-    "python 2": ("__builtin__", "exec", "open({!r}, 'w')"),
-    "subprocess": ("subprocess", "getoutput", "touch {}"),
-    "import": ("importlib", "import_module", "antigravity"),
-    "torch.load": ("torch", "load", "{}"),
-    "dotted": ("torch", "FloatStorage.__init__", "{}"),
-    "method of a path": ("pathlib", "Path.touch", "{}"),
-    "numpy": ("numpy", "save", "{}"),
+PROGRAMS: dict[str, Callable[[Path], Call]] = {
+    "os.system": lambda flag: Call(os.system, f"touch {flag}"),
+    "exec": lambda flag: Call(exec, f"open({str(flag)!r}, 'w')"),
+    "subprocess": lambda flag: Call(subprocess.getoutput, f"touch {flag}"),
+    "torch.load": lambda flag: Call(torch.load, str(flag)),
+    "method of a path": lambda flag: Call(Path.touch, flag),
+    "numpy": lambda flag: Call(np.save, str(flag), 1.0),
 }
 
 
-@pytest.mark.parametrize("bare", [True, False])
+@pytest.mark.parametrize("form", ["zip", "legacy", "bare"])
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_programs_are_refused(name: str, bare: bool, tmp_path: Path) -> None:
-    flag, path = tmp_path / "executed", tmp_path / "bomb.pth"
-    module, function, *words = PROGRAMS[name]
-    code = program(module, function, *(word.format(str(flag)) for word in words))
-    path.write_bytes(code if bare else edited(one_tensor(), b"\x80\x02}", code[:-1] + b"0}"))
-    with pytest.raises(
-        ValueError, match=r"bomb\.pth: refused, because reading it would execute code \([\w.]+\)"
-    ):
+def test_programs_are_refused(name: str, form: str, tmp_path: Path) -> None:
+    flag, path = tmp_path / "executed.npy", tmp_path / "bomb.pth"
+    content = {"config": PROGRAMS[name](flag)}
+    path.write_bytes(pickle.dumps(content, 2) if form == "bare" else saved(content, form == "legacy"))
+    refusal = r"bomb\.pth: refused, because reading it would execute code \([\w.]+\)"
+    with pytest.raises(ValueError, match=refusal):
         read_checkpoint(path)
     assert not flag.exists()
 
@@ -248,26 +170,25 @@ def test_a_torchscript_program_is_refused(tmp_path: Path) -> None:
 
 
 def test_files_without_weights(tmp_path) -> None:
-    torch.save({"epoch": 3}, tmp_path / "none")
+    path = tmp_path / "none.pth"
+    torch.save({"epoch": 3}, path)
     with pytest.raises(ValueError, match="no tensors: epoch"):
-        load_checkpoint(build_model(config_of("official_v1_nano")), tmp_path / "none")
+        load_checkpoint(build_model(config_of("official_v1_nano")), path)
+    torch.save(torch.zeros(3), path)
+    with pytest.raises(ValueError, match=r"none\.pth: expected a dict of tensors, found Tensor"):
+        read_checkpoint(path)
     with pytest.raises(FileNotFoundError, match="expected a checkpoint file, but it is a folder"):
         read_checkpoint(tmp_path)
-    with pytest.raises(
-        FileNotFoundError, match="missing.pth: expected a checkpoint file, but it is not there"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"missing\.pth: .* it is not there"):
         read_checkpoint(tmp_path / "missing.pth")
 
 
 ODD_WEIGHTS = {
     "nan": (lambda value: value * float("nan"), "1 with nan or inf: head.weight"),
-    "beyond float32": (lambda value: value.double() + 1e300, "1 with nan or inf: head.weight"),
     "whole numbers": (torch.Tensor.long, "1 of another kind: head.weight"),
-    "complex": (lambda value: value.to(torch.complex64), "1 of another kind: head.weight"),
     "sparse": (torch.Tensor.to_sparse, "1 of another kind: head.weight"),
     "without values": (lambda value: value.to("meta"), "1 of another kind: head.weight"),
     "huge by strides": (lambda value: value[:1, :1].expand(2**20, 2**20), "1 of another shape: head.weight"),
-    "a dict": (lambda value: {"weight": value}, "no tensors: head.weight"),
     "text": (str, "no tensors: head.weight"),
 }
 
@@ -302,7 +223,7 @@ def test_damaged_choice_is_refused(tmp_path) -> None:
 
 
 class Answers(BaseHTTPRequestHandler):
-    """Serves `files` by path; under /cut/ half of what is announced, under /odd/ what is no HTTP."""
+    """Serves `files` by path; under /cut/ half of what is announced."""
 
     files: ClassVar[dict[str, bytes]] = {}
     asked: ClassVar[list[str]] = []
@@ -311,9 +232,7 @@ class Answers(BaseHTTPRequestHandler):
         self.asked.append(self.path)
         _, how, name = self.path.split("/")
         content = self.files.get(f"{how}/{name}", self.files.get(name))
-        if how == "odd":
-            self.wfile.write(b"not a protocol\r\n\r\n")
-        elif content is None:
+        if content is None:
             self.send_error(404)
         else:
             self.send_response(200)
@@ -361,7 +280,6 @@ def test_addresses_of_one_name_are_told_apart(server, tmp_path) -> None:
     [
         ("cut/w.pth", r"downloaded to .*/hub/.*: not a checkpoint, or damaged.* The download is removed"),
         ("page/w.pth", r"downloaded to .*/hub/.*: not a checkpoint, or damaged.* The download is removed"),
-        ("odd/w.pth", r"could not be downloaded \(not a protocol.*pass a local file"),
         ("none/x.pth", r"could not be downloaded \(HTTP Error 404.*pass a local file"),
     ],
 )

@@ -51,11 +51,6 @@ for a, b in zip(made[0].parameters(), made[1].parameters()):
     assert torch.equal(a.grad, b.grad)
 """
 
-HUB = """
-hub = torch.hub.load("hub", "focal_tiny", source="local", img_size=64, embed_dim=24)
-assert hub.eval()(torch.rand(1, 3, 64, 64)).shape == (1, 1000)
-"""
-
 DETECTORS = """
 import torch
 torch.manual_seed(0)
@@ -100,8 +95,8 @@ def test_copies_work_elsewhere(tmp_path: Path) -> None:
     """In one process where nothing of this project is at hand but the copies.
 
     The file alone with weights of the original; a training step reaches every parameter. PyTorch knows
-    operators by name, and a second copy of the folder must not take the first one's away. torch.hub
-    imports the third from its folder. The detectors are trained for a step, and detect, with few channels.
+    operators by name, and a second copy of the folder must not take the first one's away. The detectors are
+    trained for a step, and detect, with few channels; they import the third copy.
     """
     for version in ("v1", "v2"):
         official = REPO / f"tests/checkpoints/official_{version}_nano"
@@ -116,15 +111,14 @@ def test_copies_work_elsewhere(tmp_path: Path) -> None:
         torch.save(pair, tmp_path / f"{version}.pt")
         shutil.copy(official.with_suffix(".pth"), tmp_path / f"{version}.pth")
     shutil.copy(REPO / "models/focal_transformer.py", tmp_path)
-    for folder in ("first/models", "second/models", "hub/models"):
+    for folder in ("first/models", "second/models", "models"):
         shutil.copytree(REPO / "models", tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(REPO / "hubconf.py", tmp_path / "hub")
     pages = (REPO / "detection/get_started.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```$", pages, re.M | re.S)
     (printed,) = [block for block in blocks if "class FocalFPN" in block]
     small = printed.replace("depths=(2, 2, 6, 2)", "depths=(1, 1, 1, 1), embed_dim=24")
     assert small != printed
-    (tmp_path / "copies.py").write_text(ONE_FILE + TWO_COPIES + HUB + small + DETECTORS + WITHOUT_TRITON)
+    (tmp_path / "copies.py").write_text(ONE_FILE + TWO_COPIES + small + DETECTORS + WITHOUT_TRITON)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "copies.py", str(tmp_path)],

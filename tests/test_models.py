@@ -1,17 +1,14 @@
 """Properties of the model over families, options and sizes."""
 
 import copy
-import gc
-import inspect
 import pickle
 from weakref import WeakSet
 
 import pytest
 import torch
-from timm.models.swin_transformer import SwinTransformer
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from models import FocalTransformer, focal_transformer
+from models import FocalTransformer
 from models.focal_transformer import CACHED_INDEXES, AttentionIndex
 
 NANO = {
@@ -87,13 +84,6 @@ def test_any_size_trains_and_evaluates_and_operators_agree(variant, size) -> Non
     torch.testing.assert_close(*results, rtol=1e-7, atol=1e-10)
 
 
-def test_forward_intermediates_has_timms_signature() -> None:
-    ours, its = (
-        inspect.signature(cls.forward_intermediates).parameters for cls in (FocalTransformer, SwinTransformer)
-    )
-    assert [(p.name, p.default) for p in ours.values()] == [(p.name, p.default) for p in its.values()]
-
-
 @every_kind
 def test_checkpointing_changes_nothing(kind) -> None:
     gradients = []
@@ -112,23 +102,6 @@ def test_drop_path_rises_linearly() -> None:
     model = build(drop_path_rate=0.4)
     rates = [getattr(b.drop_path, "drop_prob", 0.0) for stage in model.layers for b in stage.blocks]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
-
-
-def test_no_head_and_other_channels() -> None:
-    assert build(num_classes=0)(image(64, 64)).shape == (2, 64)
-    model = build(in_chans=1)
-    assert model(image(64, 64)[:, :1]).shape == (2, 5)
-    with pytest.raises(ValueError, match=r"\[B, 1, H, W\]"):
-        model(image(64, 64))
-
-
-def test_no_weight_decay_names_exist() -> None:
-    model = build(ape=True)
-    names = model.no_weight_decay()
-    tables = {name for name in model.state_dict() if "bias_table" in name}
-    assert tables and names == {"absolute_pos_embed", *tables}
-    assert names <= set(dict(model.named_parameters()))
-    assert build(kind="focalv2").no_weight_decay() == set()
 
 
 def test_initialisation() -> None:
@@ -162,51 +135,15 @@ def test_inference_mode_leaves_nothing_behind(kind) -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.fixture
-def indexes(monkeypatch) -> WeakSet:
-    """Every index that is made from here on and still exists, and be it in caches, which are empty."""
-    made: WeakSet = WeakSet()
-    choose = focal_transformer.choose_backend
-
-    def keep(*arguments) -> AttentionIndex:
-        made.add(index := choose(*arguments))
-        return index
-
-    monkeypatch.setattr(focal_transformer, "choose_backend", keep)
-    for cached in (focal_transformer.ring_index, focal_transformer.nearest_index):
-        cached.cache_clear()
-    return made
-
-
 @every_kind
-def test_caches_are_bounded(kind, indexes) -> None:
+def test_caches_are_bounded(kind) -> None:
     """After many sizes only the last ones' indexes are there."""
     attention, like = build(kind=kind, **ONE_BLOCK).layers[0].blocks[0].attn, torch.empty(1, 1, 3, 1, 8)
+    made: WeakSet[AttentionIndex] = WeakSet()
     for columns in range(7, 7 * (CACHED_INDEXES + 10), 7):
-        index = attention.index(7, columns, like)
-    assert len(indexes) == CACHED_INDEXES
+        made.add(index := attention.index(7, columns, like))
+    assert len(made) == CACHED_INDEXES
     assert attention.index(7, columns, like) is index
-
-
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-@every_kind
-@pytest.mark.parametrize("way", ["export", "trace", "func", "dual"])
-def test_traced_calls_keep_nothing(kind, way, indexes) -> None:
-    """Indexes made while somebody traces may hold that trace's tensors, and are gone with it."""
-    model, x = build(kind=kind, **ONE_BLOCK).eval(), image(40, 36)
-    if way == "export":
-        torch.export.export(model, (x,), strict=False)
-    elif way == "trace":
-        torch.jit.trace(model, x, check_trace=False)
-    elif way == "func":
-        torch.func.grad(lambda x: model(x).sum())(x)
-    else:
-        with torch.autograd.forward_ad.dual_level():
-            model(torch.autograd.forward_ad.make_dual(x, x))
-    gc.collect()
-    assert len(indexes) == 0
-    model(x)
-    assert len(indexes) == 1  # as every other call does
 
 
 @every_kind
@@ -235,7 +172,8 @@ def test_copies_and_pickles(kind) -> None:
 
 @pytest.mark.parametrize(("kind", "train"), [("focal", True), ("focalv2", False)])
 def test_compiles_to_one_graph_per_size(kind, train) -> None:
-    """No graph break, one graph for each input size, the same gradients; a checkpoint loaded later counts."""
+    """No graph break, one graph for each input size, with the operator; the same gradients; a checkpoint
+    loaded later counts."""
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
     model = build(kind=kind, **ONE_BLOCK).train(train)
@@ -249,6 +187,9 @@ def test_compiles_to_one_graph_per_size(kind, train) -> None:
             results.append([logits, *(torch.autograd.grad(logits.square().sum(), wanted) if train else ())])
         torch.testing.assert_close(*results)
     assert counter.frame_count == 2
+    if train or hasattr(torch.compiler, "is_exporting"):  # PyTorch 2.6 cannot tell this from an export
+        called = [[str(node.target) for node in graph.graph.nodes] for graph in counter.graphs]
+        assert all(any("cpu_attention" in name for name in names) for names in called)
     with torch.set_grad_enabled(train):
         before = compiled(image(64, 64))
         other = build(seed=1, kind=kind, **ONE_BLOCK)
@@ -265,38 +206,19 @@ def test_compiles_to_one_graph_per_size(kind, train) -> None:
 
 CONTRADICTIONS = [
     ({"focal_windows": [6, 5, 3, 1]}, "stage 0: focal_windows must be odd, got 6"),
-    ({"kind": "swin"}, "kind must be one of focal, focalv2, got 'swin'"),
     ({"focal_pool": "avg"}, "focal_pool must be one of none, fc, conv, mean, max, got 'avg'"),
-    ({"expand_layer": "some"}, "expand_layer must be one of all, even, odd, got 'some'"),
-    (
-        {"attention_backend": "flash"},
-        "attention_backend must be one of auto, plain, triton, cpu, got 'flash'",
-    ),
     ({"num_heads": [1, 3, 2, 4]}, "stage 1: num_heads must divide the 16 channels, got 3"),
-    ({"num_heads": [1, 0, 2, 4]}, "stage 1: num_heads must divide the 16 channels, got 0"),
     ({"num_heads": [1, 2]}, "num_heads must be one entry for each of the 4 depths, got [1, 2]"),
     ({"kind": "focalv2", "focal_levels": [0, 1, 1, 1]}, "stage 0: Focal-fast has focal_levels 1 or 2, got 0"),
-    ({"kind": "focalv2", "focal_levels": [1, 3, 1, 1]}, "stage 1: Focal-fast has focal_levels 1 or 2, got 3"),
     ({"kind": "focalv2", "focal_pool": "none"}, "stage 0: focal_levels 2 of Focal-fast needs a pool"),
-    ({"kind": "focalv2", "focal_stages": [0, 1, 2]}, "stage 3: focal_levels 2 of Focal-fast needs a pool"),
     ({"focal_levels": [4, 1, 1, 1]}, "stage 0: focal_levels must be 0 to 3, got 4"),
-    ({"focal_levels": [-1, 1, 1, 1]}, "stage 0: focal_levels must be 0 to 3, got -1"),
-    (
-        {"window_size": 1, "focal_levels": [3, 3, 3, 3], "expand_sizes": [0] * 4},
-        "stage 0: a window of 1 cannot be divided into 2 cells a side",
-    ),
     ({"expand_sizes": [3, 8, 3, 3]}, "expand_sizes must lie between 0 and the window size 7, got 8"),
+    ({"window_size": 1, "focal_levels": [3] * 4, "expand_sizes": [0] * 4}, "a window of 1 cannot be divided"),
     ({"use_conv_embed": True, "patch_size": 2}, "patch_size must be 4 with use_conv_embed"),
-    ({"patch_size": 0}, "patch_size must be at least 1, got 0"),
     ({"img_size": 16}, "img_size must be a side or two of at least 32 pixels, got 16"),
-    ({"img_size": [64, 64, 64]}, "img_size must be a side or two of at least 32 pixels"),
     ({"patch_size": 32}, "img_size must be a side or two of at least 256 pixels, got 64"),
-    ({"num_classes": -1}, "num_classes must be 0 (no classifier) or more, got -1"),
-    ({"mlp_ratio": 0.0}, "mlp_ratio must be positive, got 0.0"),
-    ({"focal_topk": 0}, "focal_topk must be at least 1, got 0"),
     ({"focal_stages": [0, 7]}, "focal_stages must be stages from 0 to 3, got [0, 7]"),
     ({"drop_path_rate": 1.0}, "drop_path_rate must be in [0, 1), got 1.0"),
-    ({"depths": []}, "depths must be at least one stage of at least one block, got []"),
     ({"depths": [1, 0, 1, 1]}, "depths must be at least one stage of at least one block, got [1, 0, 1, 1]"),
 ]
 
@@ -313,14 +235,10 @@ def test_all_contradictions_in_one_error() -> None:
         build(kind="swin", focal_pool="avg", drop_rate=2.0)
     found = [line.split()[0] for line in str(error.value).splitlines()[1:]]
     assert found == ["kind", "focal_pool", "drop_rate"]
-    with pytest.raises(ValueError) as error:
-        build(focal_levels=[4, 1, 1, 4])
-    assert [line.split(":")[0].strip() for line in str(error.value).splitlines()[1:]] == [
-        "stage 0",
-        "stage 3",
-    ]
 
 
-def test_image_too_small() -> None:
+def test_images_that_cannot_run() -> None:
     with pytest.raises(ValueError, match="at least 32 x 32 pixels, got 31 x 64"):
         build()(image(31, 64))
+    with pytest.raises(ValueError, match=r"\[B, 1, H, W\]"):
+        build(in_chans=1)(image(64, 64))

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from torch import nn
-from yacs.config import CfgNode
 
 from config import load_config
 from lr_scheduler import build_scheduler, scale_rates
@@ -13,8 +12,11 @@ from models import build_model
 from optimizer import build_optimizer, parameter_groups
 
 
-def rates(config: CfgNode, updates_per_epoch: int) -> list[float]:
-    """The learning rate of every update."""
+def rates(name: str, updates_per_epoch: int, *opts: object) -> list[float]:
+    """The learning rate of every update of 10 epochs, the first two of which are the warm-up."""
+    settings = ["TRAIN.LR_SCHEDULER.NAME", name, "TRAIN.EPOCHS", 10, "TRAIN.WARMUP_EPOCHS", 2]
+    settings += ["TRAIN.BASE_LR", 1.0, "TRAIN.WARMUP_LR", 0.1, "TRAIN.MIN_LR", 0.01]
+    config = load_config(None, [*settings, *opts])
     optimizer = build_optimizer(config, nn.Linear(2, 2))
     scheduler = build_scheduler(config, optimizer, updates_per_epoch)
     found = []
@@ -24,40 +26,24 @@ def rates(config: CfgNode, updates_per_epoch: int) -> list[float]:
     return found
 
 
-def schedule_config(name: str, *opts: object) -> CfgNode:
-    return load_config(
-        None,
-        ["TRAIN.LR_SCHEDULER.NAME", name, "TRAIN.EPOCHS", 10, "TRAIN.WARMUP_EPOCHS", 2]
-        + ["TRAIN.BASE_LR", 1.0, "TRAIN.WARMUP_LR", 0.1, "TRAIN.MIN_LR", 0.01, *opts],
-    )
+AFTER_WARM_UP = {
+    "cosine": [0.01 + 0.99 * (1 + math.cos(math.pi * number / 50)) / 2 for number in range(10, 50)],
+    "linear": [1.0 - 0.99 * number / 40 for number in range(40)],
+    "step": [1.0] * 10 + [0.1] * 20 + [0.01] * 10,
+}
 
 
-@pytest.mark.parametrize("name", ["cosine", "linear", "step"])
-def test_warm_up_rises_linearly(name: str) -> None:
-    found = rates(schedule_config(name), updates_per_epoch=5)
+@pytest.mark.parametrize("name", AFTER_WARM_UP)
+def test_schedules(name: str) -> None:
+    """A linear warm-up, then what the name says: the cosine of the whole run, a line, or steps."""
+    found = rates(name, 5, "TRAIN.LR_SCHEDULER.DECAY_EPOCHS", 4)
     assert found[:10] == pytest.approx([0.1 + 0.9 * number / 10 for number in range(10)])
+    assert found[10:] == pytest.approx(AFTER_WARM_UP[name])
 
 
-def test_cosine_covers_the_whole_run() -> None:
-    found = rates(schedule_config("cosine"), updates_per_epoch=5)
-    expected = [0.01 + 0.99 * (1 + math.cos(math.pi * number / 50)) / 2 for number in range(10, 50)]
-    assert found[10:] == pytest.approx(expected)
-
-
-def test_linear_goes_from_the_base_rate_to_the_smallest() -> None:
-    found = rates(schedule_config("linear"), updates_per_epoch=5)
-    assert found[10:] == pytest.approx([1.0 - 0.99 * number / 40 for number in range(40)])
-
-
-def test_step_decays_every_so_many_epochs() -> None:
-    found = rates(schedule_config("step", "TRAIN.LR_SCHEDULER.DECAY_EPOCHS", 4), updates_per_epoch=5)
-    assert found[10:] == pytest.approx([1.0] * 10 + [0.1] * 20 + [0.01] * 10)
-
-
-@pytest.mark.parametrize("name", ["cosine", "linear", "step"])
+@pytest.mark.parametrize("name", AFTER_WARM_UP)
 def test_a_run_that_is_all_warm_up_works(name: str) -> None:
-    found = rates(schedule_config(name, "TRAIN.WARMUP_EPOCHS", 10), updates_per_epoch=1)
-    assert all(0.1 <= rate <= 1.0 for rate in found)
+    assert all(0.1 <= rate <= 1.0 for rate in rates(name, 1, "TRAIN.WARMUP_EPOCHS", 10))
 
 
 def test_rates_scale_with_the_images_of_an_update() -> None:

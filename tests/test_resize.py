@@ -1,7 +1,6 @@
 """Checkpoints of one window, ring, pooled region or input size that initialise models of another."""
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 from golden_files import SMALL as SMALL_FILES
 from golden_files import Golden
+from timm.layers import to_2tuple
 from torch import Tensor
 
 from models import FocalTransformer, load_checkpoint
@@ -111,28 +111,7 @@ def test_a_model_of_another_setting(variant: str, setting: str, tmp_path: Path, 
         else:  # nothing is left as it was made, but for nearest keys
             assert "topk" in name or not torch.equal(value, before[name]), name
     with torch.no_grad():
-        assert model(image(*_size(SETTINGS[setting]))).isfinite().all()
-
-
-def _size(setting: dict[str, Any]) -> tuple[int, int]:
-    size = setting.get("img_size", 224)
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_there_and_back(variant: str, tmp_path: Path) -> None:
-    """Smooth tables survive a larger window and the return: so do the model's answers, nearly."""
-    options = VARIANTS[variant]
-    first, back = build(1, **options), build(3, **options)
-    with torch.no_grad():
-        for name, value in first.named_parameters():
-            if "bias_table" in name or "pool_layers" in name:
-                value.fill_(0.02 if "pool_layers" in name else 0.3)
-    larger = build(2, **options, window_size=14, expand_sizes=[6] * 4, img_size=448)
-    load_checkpoint(larger, saved(first, tmp_path), resize=True)
-    load_checkpoint(back, saved(larger, tmp_path), resize=True)
-    with torch.no_grad():
-        torch.testing.assert_close(back(image(224, 224)), first(image(224, 224)), rtol=1e-4, atol=1e-5)
+        assert model(image(*to_2tuple(SETTINGS[setting].get("img_size", 224)))).isfinite().all()
 
 
 def test_position_embedding_as_the_model_resizes_it(tmp_path: Path) -> None:
@@ -148,7 +127,7 @@ def test_position_embedding_as_the_model_resizes_it(tmp_path: Path) -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_maps_that_are_not_square(tmp_path: Path) -> None:
+def test_maps_that_are_not_square() -> None:
     """As long to each other as the model's are, or else square."""
     ramp = torch.arange(8.0)[:, None].expand(8, 4).reshape(1, 32, 1)
     tall = resized(ramp, (1, 16 * 8, 1), "absolute_pos_embed", (16, 8)).view(16, 8)
@@ -156,10 +135,6 @@ def test_maps_that_are_not_square(tmp_path: Path) -> None:
     torch.testing.assert_close(tall, tall[:, :1].expand(16, 8))
     square = resized(torch.ones(1, 49, 1), (1, 16 * 8, 1), "absolute_pos_embed", (16, 8))
     torch.testing.assert_close(square, torch.ones(1, 128, 1))
-    assert resized(torch.ones(1, 12, 1), (1, 128, 1), "absolute_pos_embed", (16, 8)).shape == (1, 12, 1)
-    path = saved(build(ape=True, img_size=[160, 224]), tmp_path)
-    with pytest.raises(ValueError, match=r"absolute_pos_embed is \[1, 2240, 8\]"):
-        load_checkpoint(build(ape=True), path, resize=True)
 
 
 # --- Rings come and go --------------------------------------------------------------------------------------
@@ -186,49 +161,43 @@ def test_a_ring_that_the_model_lacks_is_dropped(tmp_path: Path) -> None:
 
 # --- Numbers ------------------------------------------------------------------------------------------------
 
-LINEAR: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "constant": lambda y, x: torch.full_like(y, 3.0),
-    "rows": lambda y, x: y,
-    "columns": lambda y, x: x,
-    "plane": lambda y, x: 2 * y - x + 1,
-}
+
+def plane(place: Tensor) -> Tensor:
+    """A linear function of positions [..., 2], other in rows than in columns."""
+    return place[..., 0] * 2 - place[..., 1] + 1
 
 
-def square(function: Callable[[Tensor, Tensor], Tensor], side: int, scale: float) -> Tensor:
-    """A function of the offset from the centre, in units of `scale` cells."""
-    place = (torch.arange(side, dtype=torch.float32) - (side - 1) / 2) * scale
-    return function(place[:, None].expand(side, side), place[None].expand(side, side))
+def square(side: int, scale: float) -> Tensor:
+    """The plane around its centre, [side, side], in units of `scale` cells."""
+    place = torch.from_numpy(grid(side, side)) - (side - 1) / 2
+    return plane(place.float() * scale).view(side, side)
 
 
-@pytest.mark.parametrize("function", LINEAR)
 @pytest.mark.parametrize(("old", "new"), [(7, 12), (7, 8), (4, 14)])
-def test_linear_tables_stay_linear(function: str, old: int, new: int) -> None:
-    """In the interior, for all three kinds: offsets stretch with the table."""
+def test_linear_tables_stay_linear(old: int, new: int) -> None:
+    """In the interior, for own windows and pooled levels: offsets stretch with the table."""
     sides, inner = (2 * old - 1, 2 * new - 1), slice(new, new - 1 + new // 2)
-    table, wanted = (square(LINEAR[function], side, sides[0] / side) for side in sides)
+    table, wanted = (square(side, sides[0] / side) for side in sides)
     got = resized(table.reshape(-1, 1), (sides[1] ** 2, 1), OWN).view(sides[1], sides[1])
     torch.testing.assert_close(got[inner, inner], wanted[inner, inner], rtol=1e-4, atol=1e-4)
     pooled = resized(table.reshape(1, -1), (1, sides[1] ** 2), POOLED)
     torch.testing.assert_close(pooled, got.reshape(1, -1))
 
 
-@pytest.mark.parametrize("function", LINEAR)
 @pytest.mark.parametrize(("old", "new"), [((7, 3), (12, 5)), ((7, 3), (7, 2)), ((4, 1), (8, 8))])
-def test_linear_rings_stay_linear(function: str, old: tuple[int, int], new: tuple[int, int]) -> None:
+def test_linear_rings_stay_linear(old: tuple[int, int], new: tuple[int, int]) -> None:
     """Entries of a ring are read at their offset, wherever it is near enough for the border not to matter."""
     scale = (2 * sum(old) - 1) / (2 * sum(new) - 1)
 
-    def ring(sides: tuple[int, int], unit: float) -> tuple[Tensor, Tensor]:
-        offset = torch.from_numpy(grid(sides[0], sides[0])[:, None] - ring_offsets(*sides)[None])
-        place = offset.float() * unit
-        return LINEAR[function](place[..., 0], place[..., 1])[None, None], offset.abs().amax(dim=-1)
+    def offsets(sides: tuple[int, int]) -> Tensor:
+        return torch.from_numpy(grid(sides[0], sides[0])[:, None] - ring_offsets(*sides)[None]).float()
 
-    (table, _), (wanted, distance) = ring(old, 1.0), ring(new, scale)
-    got = resized(table, tuple(wanted.shape), RING)
-    inner = (distance * scale < sum(old) - 3) | torch.tensor(function == "constant")
+    table, wanted = plane(offsets(old)), plane(offsets(new) * scale)
+    got = resized(table[None, None], (1, 1, *wanted.shape), RING)[0, 0]
+    inner = offsets(new).abs().amax(dim=-1) * scale < sum(old) - 3
     assert inner.any()
     error = 1e-4 if scale < 1 else 0.05  # shrinking averages, over a grid that does not quite fit
-    torch.testing.assert_close(got[0, 0][inner], wanted[0, 0][inner], rtol=0, atol=error)
+    torch.testing.assert_close(got[inner], wanted[inner], rtol=0, atol=error)
 
 
 @pytest.mark.parametrize(("old", "new"), [((1, 49), (1, 144)), ((6, 1, 7, 7), (6, 1, 4, 4))])
@@ -261,16 +230,6 @@ def test_choices_of_another_map_are_noticed_in_the_same_shape(tmp_path: Path) ->
     assert all(torch.equal(value, own[name]) for name, value in larger.named_buffers())
 
 
-def test_which_of_equally_near_keys_is_left_to_the_file(tmp_path: Path) -> None:
-    """Ties are broken as it likes, in any order; a choice that leaves a nearer key out is another map's."""
-    model = build(1, **VARIANTS["fast"])
-    name = "layers.0.blocks.0.attn.topk_cloest_indice_0"
-    flipped = {name: model.state_dict()[name].flip(1)}
-    assert stale_stored_keys(model, flipped) == []
-    flipped[name][0, 0] = 56 * 56 - 1
-    assert stale_stored_keys(model, flipped) == [name]
-
-
 # --- Refused ------------------------------------------------------------------------------------------------
 
 
@@ -278,15 +237,10 @@ REFUSED = {
     "other heads": (OWN, torch.zeros(169, 5), "another shape"),
     "no square": (OWN, torch.zeros(170, 2), "another shape"),
     "empty": (OWN, torch.zeros(0, 2), "another shape"),
-    "flat": (OWN, torch.zeros(169 * 2), "another shape"),
-    "numbers": (OWN, torch.zeros(121, 2, dtype=torch.long), "another shape"),
-    "complex": (OWN, torch.zeros(121, 2, dtype=torch.cfloat), "another shape"),
+    "whole numbers": (OWN, torch.zeros(121, 2, dtype=torch.long), "another shape"),
     "nan": (OWN, torch.full((121, 2), float("nan")), "nan or inf"),
-    "too large": (OWN, torch.full((121, 2), 1e300, dtype=torch.float64), "nan or inf"),
     "ring of no window": (RING, torch.zeros(1, 2, 50, 132), "another shape"),
     "ring of no expand size": (RING, torch.zeros(1, 2, 36, 131), "another shape"),
-    "ring without slots": (RING, torch.zeros(1, 2, 36, 0), "another shape"),
-    "ring of two": (RING, torch.zeros(2, 2, 36, 108), "another shape"),
     "pooled, no square": (POOLED, torch.zeros(2, 122), "another shape"),
     "pool of another kind": (CELL, torch.zeros(16, 1, 7, 7), "another shape"),
     "channels": ("layers.1.blocks.0.norm1.weight", torch.zeros(4), "another shape"),
@@ -308,10 +262,8 @@ def test_what_cannot_be_resized_is_refused(case: str, tmp_path: Path) -> None:
     ("options", "reason"),
     [
         ({"focal_levels": [3, 3, 3, 3]}, "missing: layers"),
-        ({"focal_levels": [1, 1, 1, 1]}, "unexpected: layers"),
         ({"embed_dim": 16}, "another shape"),
         ({"depths": [1, 1, 1, 1]}, "unexpected: layers.2.blocks.1"),
-        ({"kind": "focalv2"}, "missing: layers"),
     ],
 )
 def test_another_model_is_refused(options: dict[str, Any], reason: str, tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ import attention_definition as definition
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
@@ -38,9 +37,7 @@ from models.focal_transformer import (
     plain_attention,
     ring_index,
 )
-from models.ops.tables import merge_bias
 from models.ops.triton import attention, kernels, launch, tables
-from models.ops.triton import bias as bias_kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the subprocess of test_in_interpreter")
@@ -250,60 +247,20 @@ def test_a_tile_without_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize(
-    ("scale", "dtype"), [(-0.3, torch.float32), (0.0, torch.bfloat16), (1e-3, torch.bfloat16)]
-)
-def test_any_scale(scale: float, dtype: torch.dtype) -> None:
-    """Also one that a bias cannot be divided by."""
-    problem = Problem(*CASES["tiny"], dtype, heads=1)
-    problem.scale = scale
-    found, expected = problem.run(attention.attend), problem.run(definition.attend, torch.float64)
-    for x, y in zip(found, expected, strict=True):
-        assert (x.double() - y).norm() <= (1e-5 if dtype == torch.float32 else 5e-2) * y.norm()
-
-
-def prepared_bias(index: AttentionIndex, bias: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """What the kernels read, in PyTorch's operations: [N, groups, Q, K'] without the padding."""
-    merged = index.tables.merged
-    bias = merge_bias(merged, bias)
-    if merged.visible is not None and merged.visible.shape[1] > 1:
-        bias = torch.where(merged.visible, bias, float("-inf"))
-    limit = min(torch.finfo(dtype).max, bias_kernels.LARGEST_BIAS)
-    return (bias if dtype == torch.float32 else bias / scale).clamp(-limit, limit).to(dtype)
-
-
-BIASES = (BORDER, SHIFTED, "tiny nearest")
+def test_a_scale_that_a_bias_cannot_be_divided_by() -> None:
+    problem = Problem(*CASES["tiny"], torch.bfloat16, heads=1)
+    problem.scale = 1e-3
+    assert max(problem.errors(problem.run(attention.attend))) < 5e-2
 
 
 @interpreted
-@pytest.mark.parametrize(
-    ("case", "dtype"),
-    [
-        *zip(BIASES, (torch.float32, torch.bfloat16, torch.float16), strict=True),
-        ("several blocks of queries", torch.float16),
-    ],
-)
-def test_prepared_bias(case: str, dtype: torch.dtype) -> None:
-    """Keys merged, what a query may not see and the padding at the lowest value; of any strides."""
-    problem = Problem(*CASES[case], dtype)
-    index, scale = problem.index, problem.scale
-    bias = problem.bias.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0)
-    bias[0, 0, 3, :5] = torch.tensor([torch.nan, -torch.inf, 1e9, -1e9, 0])
-    bias[1, 0, 1] = -torch.inf
-    arguments = (bias, index.tables.columns, index.visible, scale, dtype)
-    (found,) = bias_kernels.prepare(*arguments, with_transposed=False)
-    expected = prepared_bias(index, bias, scale, dtype)
-    queries, keys = expected.shape[2:]
-    assert found.shape[2] == launch.padded_queries(queries) and found.shape[3] == tables.padded_keys(keys)
-    limits = {torch.float32: (1e-6, 1e-6), torch.bfloat16: (2**-7, 1e-6), torch.float16: (2**-9, 1e-5)}
-    rtol, atol = limits[dtype]
-    torch.testing.assert_close(found[:, :, :queries, :keys], expected, rtol=rtol, atol=atol, equal_nan=True)
-    lowest = -min(torch.finfo(dtype).max, bias_kernels.LARGEST_BIAS)
-    assert (found[:, :, queries:] == lowest).all() and (found[..., keys:] == lowest).all()
-    again, transposed = bias_kernels.prepare(*arguments, with_transposed=True)
-    torch.testing.assert_close(again, found, rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(transposed.mT, found, rtol=0, atol=0, equal_nan=True)
-    assert transposed.is_contiguous()
+def test_a_bias_that_is_not_a_number_shows() -> None:
+    """Low values are replaced by finite ones; NaN must stay, or a run that diverges would not be noticed."""
+    problem = Problem(*CASES["tiny"], torch.float16, heads=1)
+    problem.bias[0, 0, 3, 0], problem.bias[0, 0, 1, 0] = torch.nan, -torch.inf
+    out = problem.run(attention.attend)[0].isnan().any(dim=-1)
+    expected = problem.run(definition.attend)[0].isnan().any(dim=-1)
+    assert out.any() and torch.equal(out, expected)
 
 
 @interpreted
@@ -320,21 +277,6 @@ def test_slices_and_determinism(case: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @interpreted
-def test_a_window_without_pooled_keys() -> None:
-    """All of them masked in some windows: the others share the softmax."""
-    problem = Problem(*CASES[BORDER], torch.bfloat16, heads=1)
-    assert problem.index.visible is not None
-    visible = problem.index.visible.clone()
-    pooled = (problem.index.keys >= problem.tokens).any(dim=0)
-    visible[::2, :, pooled] = False
-    assert visible[1, :, pooled].any()
-    index = replace(problem.index, visible=visible)
-    problem.index = for_triton(index)
-    assert len(problem.index.tables.merged.first)
-    problem.is_as_exact_as_definition()
-
-
-@interpreted
 def test_operator_contract() -> None:
     """Schema, fake and gradient agree with what runs."""
     problem = Problem(*CASES["tiny"], torch.float32, heads=1)
@@ -348,20 +290,17 @@ def test_operator_contract() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize(("case", "dtype"), zip(TINY, (torch.float32, torch.bfloat16), strict=True))
-def test_an_empty_batch(case: str, dtype: torch.dtype) -> None:
-    """No image: an empty output, and a gradient of the bias that is zero."""
-    problem = Problem(*CASES[case], dtype, heads=1, batch=0)
+def test_an_empty_batch() -> None:
+    problem = Problem(*CASES["tiny"], torch.float32, heads=1, batch=0)
     out, *_, d_bias = problem.run(attention.attend)
-    assert out.shape == (0, problem.tokens, CASES[case][1])
-    assert not d_bias.any()
+    assert out.shape == (0, problem.tokens, 16) and not d_bias.any()
 
 
 @interpreted
 def test_what_training_keeps() -> None:
-    """The input, the bias, the output and a number per query; checkpointing changes no gradient."""
+    """The input, the bias, the output and a number per query."""
     problem = Problem(*CASES["tiny nearest"], torch.bfloat16, heads=1)
-    qkv, bias = problem.qkv.clone().requires_grad_(), problem.bias.clone().requires_grad_()
+    qkv, bias = problem.qkv.requires_grad_(), problem.bias.requires_grad_()
     kept: dict[int, int] = {}
 
     def keep(x: Tensor) -> Tensor:
@@ -373,10 +312,6 @@ def test_what_training_keeps() -> None:
         out = attention.attend(qkv, problem.index, bias, 0.25)
     lse_bytes = 4 * problem.tokens  # a window of 16 queries needs no padding
     assert sum(kept.values()) == sum(x.untyped_storage().nbytes() for x in (qkv, bias, out)) + lse_bytes
-    expected = torch.autograd.grad(out, (qkv, bias), problem.cotangent)
-    again = checkpoint(attention.attend, qkv, problem.index, bias, 0.25, use_reentrant=False)
-    found = torch.autograd.grad(again, (qkv, bias), problem.cotangent)
-    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
 @interpreted
@@ -398,12 +333,16 @@ def test_a_model_compiles_into_one_graph() -> None:
 
 @interpreted
 def test_no_bias_gradient_and_odd_strides() -> None:
-    """A frozen bias gets no gradient; a cotangent that is expanded or permuted is read all the same."""
+    """A frozen bias gets no gradient; inputs and a cotangent of other strides are read all the same."""
     problem = Problem(*CASES["tiny"], torch.float32, heads=1)
-    gradients = []
-    for cotangent in (torch.ones(1, problem.tokens, 16), torch.ones(()).expand(1, problem.tokens, 16)):
-        qkv = problem.qkv.permute(0, 2, 4, 3, 1).contiguous().permute(0, 4, 1, 3, 2).requires_grad_()
-        BACKENDS["triton"].attend(qkv, problem.index, problem.bias, 0.25).backward(cotangent)
+    cotangent, gradients = torch.ones(1, problem.tokens, 16), []
+    other_qkv = problem.qkv.permute(0, 2, 4, 3, 1).contiguous().permute(0, 4, 1, 3, 2)
+    for qkv, bias, d_out in (
+        (problem.qkv, problem.bias, cotangent),
+        (other_qkv, problem.bias.mT.contiguous().mT, torch.ones(()).expand_as(cotangent)),
+    ):
+        qkv = qkv.detach().requires_grad_()
+        BACKENDS["triton"].attend(qkv, problem.index, bias, 0.25).backward(d_out)
         gradients.append(qkv.grad)
     torch.testing.assert_close(*gradients)
 
@@ -470,31 +409,22 @@ def test_flops_are_counted() -> None:
     assert counter.get_total_flops() == 5 * product
 
 
-def test_refuses_what_32_bits_do_not_address() -> None:
-    """A map of 9500 x 9500 pixels of the largest first stage; at 896 a batch of any size is fine."""
-    made = Problem(*CASES["tiny"], torch.float32).index.tables
-    for side, many in ((896, False), (9600, True)):
-        tokens = (side // 4) ** 2
-        qkv = torch.empty(1000, tokens, 3, 4, 32, dtype=torch.bfloat16, device="meta")
-        arguments = launch.Tables(made.keys, made.first, 50, 50, side // 4, 7, 1.0)
-        with pytest.raises(ValueError, match="another attention_backend") if many else nullcontext():
-            launch._sizes(qkv, arguments)
-
-
-def test_families_of_gpus() -> None:
-    """Unknown ones are like the newest consumer GPUs; Turing is refused, and what hinders Triton is said."""
-    numbers = {80: "ampere", 86: "ampere", 89: "ampere", 90: "hopper", 100: "blackwell", 103: "blackwell"}
-    for arch, family in (numbers | dict.fromkeys((120, 121, 130), "blackwell_rtx")).items():
-        assert launch.target_family(GPUTarget("cuda", arch, 32)) == family
-    for arch, warp_size, family in (("gfx90a", 64, "cdna"), ("gfx950", 64, "cdna"), ("gfx1100", 32, "rdna")):
-        assert launch.target_family(GPUTarget("hip", arch, warp_size)) == family
-    for target in (
-        GPUTarget("cuda", 75, 32),
-        GPUTarget("hip", "gfx906", 64),
-        GPUTarget("hip", "gfx1030", 32),
-    ):
-        with pytest.raises(ValueError, match="needs a GPU"):
-            launch.target_family(target)
+@pytest.mark.parametrize(
+    ("target", "family"),
+    [
+        *((("cuda", arch, 32), "ampere") for arch in (80, 86, 89)),
+        (("cuda", 90, 32), "hopper"),
+        *((("cuda", arch, 32), "blackwell") for arch in (100, 103)),
+        *((("cuda", arch, 32), "blackwell_rtx") for arch in (120, 130)),  # and unknown ones
+        *((("hip", arch, 64), "cdna") for arch in ("gfx90a", "gfx950")),
+        (("hip", "gfx1100", 32), "rdna"),
+        *((target, None) for target in (("cuda", 75, 32), ("hip", "gfx906", 64), ("hip", "gfx1030", 32))),
+    ],
+    ids=str,
+)
+def test_families_of_gpus(target: tuple[str, Any, int], family: str | None) -> None:
+    with nullcontext() if family else pytest.raises(ValueError, match="needs a GPU"):
+        assert launch.target_family(GPUTarget(*target)) == family
 
 
 def test_precision_of_float32_follows_pytorch() -> None:
@@ -502,22 +432,19 @@ def test_precision_of_float32_follows_pytorch() -> None:
     matmul = torch.backends.cuda.matmul
     name, allow = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)
     before = getattr(matmul, name)
-    found = [launch.precision(family, torch.float32) for family in ("hopper", "cdna")]
-    setattr(matmul, name, allow)
     try:
-        found += [launch.precision(family, torch.float32) for family in ("hopper", "cdna")]
+        for expected in ("tf32x3", "tf32"):
+            assert launch.precision("hopper", torch.float32) == expected
+            assert launch.precision("cdna", torch.float32) == "ieee"
+            setattr(matmul, name, allow)
     finally:
         setattr(matmul, name, before)
-    assert found == ["tf32x3", "ieee", "tf32", "ieee"]
 
 
 BLOCKS = CASES | {
-    "one window, no ring": (ring(4, 0, 1, 0, 3, 2), 16),
     "one column of windows, ring as wide as a window": (ring(4, 4, 3, 2, 25, 3), 16),
     "keys that stand three times": (ring(7, 7, 1, 1, 7, 7), 16),
-    "large map": (ring(7, 3, 7, 1, 61, 100), 16),
-    "large map, no ring": (ring(7, 0, 3, 2, 61, 100), 16),
-    "large map, shift": (ring(7, 3, 3, 1, 40, 50, shift=3), 16),
+    "large map, two pooled levels": (ring(7, 3, 7, 2, 61, 100), 16),
     "two columns of windows, shift": (ring(7, 7, 3, 1, 60, 14, shift=3), 16),
     "large windows": (ring(12, 6, 3, 2, 70, 50), 16),
     "several windows in a block": (ring(3, 1, 3, 1, 50, 41), 16),
@@ -529,50 +456,19 @@ BLOCKS = CASES | {
 @compiled
 @pytest.mark.parametrize("case", BLOCKS)
 def test_blocks_are_the_inverse_of_the_keys(case: str) -> None:
-    """They name window, column and token of every key exactly once, and hold every token once."""
+    """Each key of a window is named once, in the block that holds its token; blocks hold every token once."""
     problem = Problem(*BLOCKS[case], torch.float32, heads=1)
-    index, tokens, blocks = problem.index, problem.qkv.shape[1], problem.index.tables.blocks
-    made, merged = index.tables, index.tables.merged
-    keys, first, count = made.keys.long(), made.first.long(), merged.keys.shape[1]
-    for array in (made.keys, made.first, *(x for x in vars(blocks).values() if isinstance(x, Tensor))):
-        assert array.dtype == torch.int32 and array.is_contiguous()
+    made, blocks = problem.index.tables, problem.index.tables.blocks
+    count = made.merged.keys.shape[1]
+    keys = made.keys[:, :count].long()
+    seen = torch.ones_like(made.merged.keys, dtype=torch.bool)
+    seen = seen if made.merged.visible is None else made.merged.visible.any(dim=1)
+    assert torch.equal(keys, made.merged.keys.where(seen, -1))
 
-    seen = torch.ones_like(merged.keys, dtype=torch.bool)
-    seen = seen if merged.visible is None else merged.visible.any(dim=1)
-    assert torch.equal(keys[:, :count], merged.keys.where(seen, -1))
-    assert (keys[:, count:] == -1).all() and keys.shape[1] > count  # absent keys have a column of bias
-    assert (keys[:, : made.always_seen] >= 0).all()
-    assert made.always_seen == count or (keys[:, made.always_seen] < 0).any()
-    assert first.tolist() == [
-        y * index.width + x
-        for y in range(0, index.height, index.window)
-        for x in range(0, index.width, index.window)
-    ]
-
-    assert blocks.token[blocks.token >= 0].sort().values.tolist() == list(range(tokens))
-    lengths = blocks.start.diff().long()
-    assert blocks.start[0] == 0 and blocks.start[-1] == len(blocks.window) == len(blocks.column)
-    assert torch.equal(lengths, lengths.sort(descending=True).values)
+    assert blocks.token[blocks.token >= 0].sort().values.tolist() == list(range(problem.qkv.shape[1]))
     assert torch.equal(blocks.first, made.first[blocks.window.long()])
-    block = torch.arange(len(blocks.token)).repeat_interleave(lengths)
+    block = torch.arange(len(blocks.token)).repeat_interleave(blocks.start.diff().long())
     visit, place = torch.nonzero(blocks.column < count, as_tuple=True)
-    assert len(visit.unique()) == len(blocks.window)  # none for nothing
     column, window = blocks.column[visit, place].long(), blocks.window[visit].long()
     assert torch.equal(keys[window, column], blocks.token[block[visit], place].long())
     assert len((window * count + column).unique()) == len(visit) == (keys >= 0).sum()
-    assert (blocks.column <= count).all()
-
-
-@compiled
-def test_blocks_are_read_by_four_windows() -> None:
-    """Moved by half a window, where a ring is as wide; else a block is a window."""
-    for expand, visits in ((3, 4), (0, 1)):
-        blocks = ring(7, expand, 7, 1, 56, 56)[0].tables.blocks
-        assert blocks.heavy == 1
-        assert len(blocks.token) == 65
-        assert len(blocks.window) == 64 * visits + 64
-
-
-@compiled
-def test_inference_builds_no_blocks() -> None:
-    assert tables.build_tables(BLOCKS["large map"][0][0], trains=False).blocks is None

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 import main
 from config import load_config
 from models import FocalTransformer, build_model, load_checkpoint, read_checkpoint
-from models.checkpoint import STEM, state_dict_of
+from models.checkpoint import STEM
 from models.registry import checkpoint_filter_fn
-from models.safetensors_file import write_safetensors
 
 SMALL: dict[str, Any] = {
     "embed_dim": 8,
@@ -85,17 +84,12 @@ def test_a_checkpoint_of_timms_saver(kind: str, tmp_path: Path) -> None:
 
 VALUES = {
     "float64": np.float64(0.1),
-    "float32": np.float32(0.1),
     "float16": np.float16(0.1),
     "int64": np.int64(-3),
-    "uint8": np.uint8(200),
     "bool": np.bool_(True),
-    "complex": np.complex128(1 + 2j),
     "text": np.str_("focal é"),
     "big endian": np.dtype(">f8").type(2.5),
     "path": Path("/some/where"),
-    "relative path": Path("some/where"),
-    "pure path": pathlib.PurePosixPath("a/b"),
     "pure windows path": pathlib.PureWindowsPath("C:/a/b"),
     "date": datetime.date(2026, 11, 29),
     "time": datetime.datetime(2026, 11, 29, 12, 30, 5, 7),
@@ -145,12 +139,6 @@ def test_other_pickle_protocols(protocol: int, tmp_path: Path) -> None:
             read_checkpoint(tmp_path / "w.pth")
 
 
-def test_the_list_of_harmless_objects_is_open_while_reading_only(tmp_path: Path) -> None:
-    before = set(torch.serialization.get_safe_globals())
-    read_checkpoint(saved({"args": Namespace(a=1)}, tmp_path))
-    assert set(torch.serialization.get_safe_globals()) == before
-
-
 @pytest.mark.parametrize("code", ["O", "object", "V8", "i8,O"])
 def test_scalars_of_other_kinds_make_no_objects(code: str, tmp_path: Path) -> None:
     """numpy's own function would take the bytes for a pointer or an object."""
@@ -194,21 +182,15 @@ def test_the_backbone_of_a_larger_model(container: str | None, tmp_path: Path, c
     assert same(fresh, model)
     assert report.left_out == sorted(beside)
     assert "parts of a larger model are left out: 4: backbone_ema.norm.bias" in caplog.text
-    caplog.clear()
-    read = state_dict_of(read_checkpoint(path), str(path))
-    assert read.keys() == model.state_dict().keys() and "neck.lateral.weight" in caplog.text
 
 
-@pytest.mark.parametrize(
-    "second", ["module.norm.weight", "_orig_mod.module.norm.weight", f"backbone.{STEM}", f"model.{STEM}"]
-)
-def test_a_name_that_occurs_twice_is_refused(second: str, tmp_path: Path) -> None:
-    model = build("focal")
-    name = STEM if STEM in second else "norm.weight"
-    for prefix, other in (("", second), ("_orig_mod.", second), ("backbone.", name)):
-        state = prefixed(model.state_dict(), prefix) | {other: torch.zeros(2)}
+@pytest.mark.parametrize("name", ["norm.weight", STEM])
+def test_a_name_that_occurs_twice_is_refused(name: str, tmp_path: Path) -> None:
+    state = build("focal").state_dict()
+    for prefix, second in (("", "module."), ("_orig_mod.", "module."), ("backbone.", "")):
+        path = saved(prefixed(state, prefix) | {second + name: torch.zeros(2)}, tmp_path)
         with pytest.raises(ValueError, match=rf"expected every name once.*: {name}"):
-            load_checkpoint(model, saved(state, tmp_path))
+            load_checkpoint(build("focal"), path)
 
 
 def test_what_else_has_a_prefix_stays_an_error(tmp_path: Path) -> None:
@@ -233,18 +215,9 @@ def test_timm_reads_prefixes_too() -> None:
 # --- Wrappers -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def one_process(tmp_path: Path):
-    """A process group of this process alone."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 WRAPPERS = {
     "compiled": torch.compile,
     "parallel": nn.DataParallel,
-    "distributed": nn.parallel.DistributedDataParallel,
     "compiled, distributed": lambda model: nn.parallel.DistributedDataParallel(torch.compile(model)),
     "distributed, compiled": lambda model: torch.compile(nn.parallel.DistributedDataParallel(model)),
 }
@@ -269,23 +242,16 @@ def test_wrapped_models_load_and_their_files_are_read(wrapper: str, tmp_path: Pa
 
 
 @every_family
-@pytest.mark.parametrize(
-    ("channels", "conv", "suffix"),
-    [(1, True, ".pth"), (1, False, ".safetensors"), (2, False, ".pth"), (9, True, ".safetensors")],
-)
+@pytest.mark.parametrize(("channels", "conv"), [(1, True), (9, False)])
 def test_the_first_convolution_takes_other_channels(
-    kind: str, channels: int, conv: bool, suffix: str, tmp_path: Path, caplog
+    kind: str, channels: int, conv: bool, tmp_path: Path, caplog
 ) -> None:
     """As timm adapts it; a grey image gives what it gave as RGB."""
     model = build(kind, use_conv_embed=conv)
-    path = tmp_path / f"w{suffix}"
-    (torch.save if suffix == ".pth" else write_safetensors)(model.state_dict(), path)
+    path = saved(model.state_dict(), tmp_path)
     other = build(kind, seed=1, use_conv_embed=conv, in_chans=channels)
     before = {key: value.clone() for key, value in other.state_dict().items()}
-    with pytest.raises(
-        ValueError,
-        match=r"Only the number of input channels differs: set MODEL.FOCAL.IN_CHANS .* to 3, .*\(resize",
-    ):
+    with pytest.raises(ValueError, match=r"Only the number of input channels differs: .* to 3, .*\(resize"):
         load_checkpoint(other, path)
     assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
     with caplog.at_level(logging.WARNING):
@@ -300,14 +266,11 @@ def test_the_first_convolution_takes_other_channels(
             torch.testing.assert_close(other(grey), model(grey.expand(-1, 3, -1, -1)))
 
 
-@pytest.mark.parametrize(("given", "wanted"), [(4, 3), (1, 3), (6, 1), (2, 4)])
-def test_other_channels_than_three_are_not_adapted(given: int, wanted: int, tmp_path: Path) -> None:
-    path = saved(build("focal", in_chans=given).state_dict(), tmp_path)
-    model = build("focal", seed=1, in_chans=wanted)
+def test_other_channels_than_three_are_not_adapted(tmp_path: Path) -> None:
+    path = saved(build("focal", in_chans=4).state_dict(), tmp_path)
+    model = build("focal", seed=1)
     for resize in (False, True):
-        with pytest.raises(
-            ValueError, match=rf"IN_CHANS \(in_chans\) to {given}, or use weights of 3 channels"
-        ):
+        with pytest.raises(ValueError, match=r"\(in_chans\) to 4, or use weights of 3 channels"):
             load_checkpoint(model, path, resize=resize)
 
 
@@ -319,26 +282,17 @@ def test_channels_head_and_setting_at_once(tmp_path: Path) -> None:
         load_checkpoint(model, path)
     report = load_checkpoint(model, path, reset_head=True, resize=True)
     assert report.adapted == [STEM] and report.reset == ["head.bias", "head.weight"] and report.resized
-    wider = build("focal", seed=1, in_chans=1, embed_dim=16)
-    with pytest.raises(ValueError, match="Use the config that the checkpoint was trained with"):
-        load_checkpoint(wider, path, resize=True)
 
 
-def test_training_adapts_and_evaluation_does_not(
-    few_images: Path, nano_opts: list[object], tmp_path: Path, capsys
+def test_evaluation_does_not_adapt(
+    few_images: Path, nano_opts: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """--pretrained fits weights of another size and other channels; with --eval, which measures the weights
-    as they are, all flags refuse."""
+    """It measures the weights as they are; what training does stands in test_machines.py."""
     yaml = str(REPO / "configs/focal_tiny_patch4_window7_224.yaml")
     path = saved({"model": build_model(load_config(yaml, nano_opts)).state_dict()}, tmp_path)
     command = ["--cfg", yaml, "--dataset", "folder", "--data-path", str(few_images), "--device", "cpu"]
-    command += ["--batch-size", "16", "--output", str(tmp_path / "out")]
-    opts = ["--opts", *map(str, nano_opts), "MODEL.FOCAL.IN_CHANS", "1", "TRAIN.EPOCHS", "1"]
-    opts += ["DATA.IMG_SIZE", "64"]
+    command += ["--output", str(tmp_path / "out"), "--eval"]
+    opts = ["--opts", *map(str, nano_opts), "MODEL.FOCAL.IN_CHANS", "1"]
     for flag in ("--pretrained", "--resume"):
-        assert main.main([*command, "--eval", flag, str(path), *opts]) == 2
+        assert main.main([*command, flag, str(path), *opts]) == 2
         assert "set MODEL.FOCAL.IN_CHANS (in_chans) to 3" in capsys.readouterr().err
-    assert main.main([*command, "--pretrained", str(path), *opts]) == 0
-    log = next((tmp_path / "out").rglob("log*.txt")).read_text()
-    assert f"made for 3 input channels, adapted to the model's number: 1: {STEM}" in log
-    assert "another input size, resized: " in log and "layers.1.blocks.0.attn.relative_position" in log

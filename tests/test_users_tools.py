@@ -7,16 +7,15 @@ test_users_checkpoints.py reads checkpoints of other tools.
 
 import threading
 import warnings
-from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import prune
@@ -25,7 +24,6 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import models
 from models import focal_transformer
-from models.focal_transformer import FocalAttention, FocalFastAttention
 
 FAMILIES = ("focal_tiny_patch4_window7_224", "focalv2_tiny_useconv_patch4_window7_224")
 SMALL: dict[str, Any] = {
@@ -166,72 +164,34 @@ def test_torchvisions_feature_extractor(new: New, ape: bool) -> None:
 # --- Weights that change, and state -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["data", "no_grad", "swap", "load", "optimizer", "fused optimizer"])
+@pytest.mark.parametrize("how", ["in place", "another tensor", "fused optimizer"])
 def test_evaluation_follows_the_weights(new: New, how: str) -> None:
-    """As of a momentum teacher: written by anyone, past autograd too, with no switch of mode in between."""
+    """As of a momentum teacher: written past autograd, with no switch of mode in between."""
     teacher, student = new().eval(), new(seed=1).eval()
     before = logits(teacher)
-    if how == "load":
-        teacher.load_state_dict(student.state_dict())
-    elif how.endswith("optimizer"):
-        optimizer = torch.optim.AdamW(teacher.parameters(), lr=0.1, fused=how.startswith("fused"))
+    if how == "fused optimizer":
         teacher(IMAGES).square().sum().backward()
-        optimizer.step()
+        torch.optim.AdamW(teacher.parameters(), lr=0.1, fused=True).step()
         student.load_state_dict(teacher.state_dict())
     else:
         for mine, its in zip(teacher.parameters(), student.parameters(), strict=True):
-            if how == "data":
+            if how == "in place":
                 mine.data.mul_(0.0).add_(its.data)
-            elif how == "no_grad":
-                with torch.no_grad():
-                    mine.lerp_(its, 1.0)
             else:
                 mine.data = its.data.clone()
     torch.testing.assert_close(logits(teacher), logits(student))
     assert not torch.allclose(logits(teacher), before)
 
 
-def fast(**options: Any) -> models.FocalTransformer:
-    return build(FAMILIES[1], **options).eval()
-
-
-@pytest.mark.parametrize("way", ["eager", "compiled", "traced"])
-def test_stored_keys_that_are_written_to_count(way: str) -> None:
+def test_stored_keys_that_are_written_to_count() -> None:
     """As by the broadcast of DistributedDataParallel, where only one process has loaded a file."""
-    model, expected = fast(), fast()
+    model, expected = build(FAMILIES[1]).eval(), build(FAMILIES[1]).eval()
     expected.load_state_dict({name: x.flip(0) for name, x in expected.named_buffers()}, strict=False)
     before = logits(model)
-    with torch.no_grad():
-        for buffer in model.buffers():
-            buffer.copy_(buffer.flip(0).clone())
-    run = {"eager": lambda m: m, "compiled": lambda m: torch.compile(m, backend="eager")}.get(
-        way, lambda m: torch.jit.trace(m, IMAGES, check_trace=False)
-    )
-    torch.testing.assert_close(logits(run(model)), logits(expected))
+    for buffer in model.buffers():
+        buffer.copy_(buffer.flip(0))
+    torch.testing.assert_close(logits(model), logits(expected))
     assert not torch.allclose(logits(model), before)
-
-
-def test_stored_keys_of_another_type_and_wrong_ones() -> None:
-    model, other = fast(), fast()
-    other.load_state_dict({name: x.int() for name, x in model.named_buffers()}, strict=False, assign=True)
-    assert torch.equal(logits(other), logits(model))
-    for wrong in (-1, 10**6):
-        state = {name: torch.full_like(x, wrong) for name, x in model.named_buffers()}
-        with pytest.raises(ValueError, match="stored nearest fine tokens run from"):
-            fast().load_state_dict(state, strict=False)
-
-
-def test_checkpoints_with_prefixes_and_objects(new: New, tmp_path: Path) -> None:
-    """Into a compiled model, and one of other input channels; timm's average and arguments lie beside."""
-    model = new().eval()
-    state = {f"module._orig_mod.backbone.{name}": value for name, value in model.state_dict().items()}
-    torch.save({"state_dict": state, "args": Namespace(lr=1.0), "folder": tmp_path}, tmp_path / "w.pth")
-    other, grey = torch.compile(new(seed=1)), new(seed=1, in_chans=1).eval()
-    models.load_checkpoint(other, tmp_path / "w.pth")
-    assert torch.equal(logits(other._orig_mod.eval()), logits(model))
-    models.load_checkpoint(grey, tmp_path / "w.pth", resize=True)
-    red = IMAGES[:, :1]
-    torch.testing.assert_close(logits(grey, red), logits(model, red.expand(-1, 3, -1, -1)))
 
 
 # --- Every module is called, and what replaces it counts ----------------------------------------------------
@@ -263,7 +223,8 @@ class Silent(nn.Module):
 
 
 def test_no_parameter_is_read_by_anyone_but_its_module(new: New) -> None:
-    """A module that is replaced by one that answers zeros leaves no trace of its parameters."""
+    """A module that is replaced by one that answers zeros leaves no trace of its parameters. So packed
+    weights, such as those of 8 and 4 bits, are as good as others."""
     model = new().eval()
     for name, module in leaves(model).items():
         if not [*module.parameters()]:
@@ -315,28 +276,6 @@ def test_quantize_dynamic(new: New) -> None:
     assert 0 < (logits(model) - logits(exact)).abs().max() < 0.1 * logits(exact).abs().max()
 
 
-class PackedLinear(nn.Module):
-    """A layer whose weight has no shape of its own, as those of 8 and 4 bits."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(linear.weight.detach().flatten().view(torch.uint8), requires_grad=False)
-        self.bias, self.shape = linear.bias, linear.weight.shape
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight.view(torch.float32).view(self.shape), self.bias)
-
-
-def test_layers_with_packed_weights(new: New) -> None:
-    model = new().eval()
-    expected = logits(model)
-    for name, module in leaves(model).items():
-        if isinstance(module, nn.Linear):
-            replace(model, name, PackedLinear(module))
-    torch.testing.assert_close(logits(model), expected)
-    model(IMAGES).sum().backward()
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(new: New, dtype: torch.dtype) -> None:
     model = new().eval()
@@ -368,26 +307,17 @@ def test_parameters_are_contiguous_and_can_be_saved_and_pruned(new: New, tmp_pat
     model(IMAGES).sum().backward()
 
 
-@pytest.fixture
-def one_process(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @since_2_7
-@pytest.mark.parametrize("unit", ["blocks", "stages"])
-def test_fully_sharded(new: New, unit: str, one_process: None) -> None:
-    """FSDP2, by blocks or by stages: the same logits and gradients."""
+def test_fully_sharded(new: New, one_process: None) -> None:
+    """FSDP2, by blocks: the same logits and gradients."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     plain, model = new(), new()
     mesh = init_device_mesh("cpu", (1,))
     for stage in model.layers:
-        for module in stage.blocks if unit == "blocks" else [stage]:
-            fully_shard(module, mesh=mesh)
+        for block in stage.blocks:
+            fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     for x in (plain, model):
         x(IMAGES).square().sum().backward()
@@ -399,38 +329,26 @@ def test_fully_sharded(new: New, unit: str, one_process: None) -> None:
 # --- Global state: threads, default devices -----------------------------------------------------------------
 
 
-def allowed_kernels() -> list[bool]:
-    """PyTorch's choice, which is global to the process."""
-    cuda = torch.backends.cuda
-    return [cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()]
-
-
 @pytest.mark.parametrize("sizes", [[(64, 64)] * 4, [(64, 64), (96, 64), (64, 96), (80, 112)]], ids=str)
 @pytest.mark.parametrize("backend", ["auto", "plain"])
 def test_four_threads_on_one_model(new: New, backend: str, sizes: list[tuple[int, int]]) -> None:
     """Two of which want gradients."""
-    images, kernels = [torch.randn(1, 3, *size) for size in sizes], allowed_kernels()
+    images = [torch.randn(1, 3, *size) for size in sizes]
     expected = [logits(new().eval(), x) for x in images]
-    model, wrong = new(attention_backend=backend).eval(), []
-    start = threading.Barrier(4)
+    model, start = new(attention_backend=backend).eval(), threading.Barrier(4)
 
-    def serve(first: int) -> None:
-        try:
-            start.wait()
-            for step in range(12):
-                number = (first + step) % 4
-                with torch.set_grad_enabled(first % 2 == 0):
-                    if not torch.allclose(model(images[number]), expected[number], atol=1e-5):
-                        wrong.append(number)
-        except Exception as error:
-            wrong.append(error)
+    def serve(first: int) -> list[int]:
+        """Images whose answer was wrong."""
+        start.wait()
+        wrong = []
+        for number in [(first + step) % 4 for step in range(12)]:
+            with torch.set_grad_enabled(first % 2 == 0):
+                if not torch.allclose(model(images[number]), expected[number], atol=1e-5):
+                    wrong.append(number)
+        return wrong
 
-    threads = [threading.Thread(target=serve, args=(first,)) for first in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == [] and allowed_kernels() == kernels
+    with ThreadPoolExecutor(4) as executor:
+        assert [*executor.map(serve, range(4))] == [[]] * 4
 
 
 def test_a_default_device_changes_nothing(new: New) -> None:
@@ -528,24 +446,6 @@ def test_private_names_that_the_model_asks_for_exist() -> None:
     with FakeTensorMode():
         look(torch.zeros(2))
     assert all(seen) and len(seen) >= 6
-
-
-def test_the_attention_classes_differ_in_keys_and_bias_alone(new: New) -> None:
-    found = {type(m) for m in new().modules() if isinstance(m, FocalAttention)}
-    assert found in ({FocalAttention}, {FocalFastAttention})
-    assert FocalFastAttention.forward is FocalAttention.forward
-
-
-@pytest.mark.parametrize("size", [(64, 64), (72, 40)], ids=str)
-def test_every_pixel_reaches_a_shifted_focal_fast_model(size: tuple[int, int]) -> None:
-    """Also where the map is padded: rolled, its tokens are still those that keys are chosen among."""
-    model = fast(depths=(2, 1, 1), use_shift=True, focal_topk=1000)
-    tokens = torch.randn(1, size[0] // 4, size[1] // 4, 16, requires_grad=True)
-    block = model.layers[0].blocks[1]
-    assert block.attn.shift_size == 3
-    out = block.attn(tokens, block.pool_layers)
-    (gradient,) = torch.autograd.grad(out[0, 0, 0].square().sum(), tokens)
-    assert gradient.abs().sum(dim=-1).min() > 0
 
 
 @pytest.mark.parametrize("backend", ["auto", "plain"])
