@@ -1,6 +1,7 @@
 """Properties of the model over families, options and sizes."""
 
 import copy
+import gc
 import pickle
 from weakref import WeakSet
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from models import FocalTransformer
+from models import FocalTransformer, focal_transformer
 from models.focal_transformer import CACHED_INDEXES, AttentionIndex
 
 NANO = {
@@ -135,6 +136,22 @@ def test_inference_mode_leaves_nothing_behind(kind) -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.fixture
+def indexes(monkeypatch) -> WeakSet:
+    """Every index that is made from here on and still exists, and be it in caches, which are empty."""
+    made: WeakSet = WeakSet()
+    choose = focal_transformer.choose_backend
+
+    def keep(*arguments) -> AttentionIndex:
+        made.add(index := choose(*arguments))
+        return index
+
+    monkeypatch.setattr(focal_transformer, "choose_backend", keep)
+    for cached in (focal_transformer.ring_index, focal_transformer.nearest_index):
+        cached.cache_clear()
+    return made
+
+
 @every_kind
 def test_caches_are_bounded(kind) -> None:
     """After many sizes only the last ones' indexes are there."""
@@ -144,6 +161,27 @@ def test_caches_are_bounded(kind) -> None:
         made.add(index := attention.index(7, columns, like))
     assert len(made) == CACHED_INDEXES
     assert attention.index(7, columns, like) is index
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@every_kind
+@pytest.mark.parametrize("way", ["export", "trace", "func", "dual"])
+def test_traced_calls_keep_nothing(kind, way, indexes) -> None:
+    """Indexes made while somebody traces may hold that trace's tensors, and are gone with it."""
+    model, x = build(kind=kind, **ONE_BLOCK).eval(), image(40, 36)
+    if way == "export":
+        torch.export.export(model, (x,), strict=False)
+    elif way == "trace":
+        torch.jit.trace(model, x, check_trace=False)
+    elif way == "func":
+        torch.func.grad(lambda x: model(x).sum())(x)
+    else:
+        with torch.autograd.forward_ad.dual_level():
+            model(torch.autograd.forward_ad.make_dual(x, x))
+    gc.collect()
+    assert len(indexes) == 0
+    model(x)
+    assert len(indexes) == 1  # as every other call does
 
 
 @every_kind

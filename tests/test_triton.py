@@ -472,3 +472,14 @@ def test_blocks_are_the_inverse_of_the_keys(case: str) -> None:
     column, window = blocks.column[visit, place].long(), blocks.window[visit].long()
     assert torch.equal(keys[window, column], blocks.token[block[visit], place].long())
     assert len((window * count + column).unique()) == len(visit) == (keys >= 0).sum()
+
+
+def test_refuses_what_32_bits_do_not_address() -> None:
+    """A map of 9500 x 9500 pixels of the largest first stage; at 896 a batch of any size is fine."""
+    made = Problem(*CASES["tiny"], torch.float32).index.tables
+    for side, many in ((896, False), (9600, True)):
+        tokens = (side // 4) ** 2
+        qkv = torch.empty(1000, tokens, 3, 4, 32, dtype=torch.bfloat16, device="meta")
+        arguments = launch.Tables(made.keys, made.first, 50, 50, side // 4, 7, 1.0)
+        with pytest.raises(ValueError, match="another attention_backend") if many else nullcontext():
+            launch._sizes(qkv, arguments)

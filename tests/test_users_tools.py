@@ -451,3 +451,25 @@ def test_private_names_that_the_model_asks_for_exist() -> None:
 @pytest.mark.parametrize("backend", ["auto", "plain"])
 def test_an_empty_batch(new: New, backend: str) -> None:
     assert new(attention_backend=backend)(IMAGES[:0]).shape == (0, 5)
+
+
+def test_stored_keys_of_another_type_and_wrong_ones() -> None:
+    model, other = build(FAMILIES[1]).eval(), build(FAMILIES[1]).eval()
+    other.load_state_dict({name: x.int() for name, x in model.named_buffers()}, strict=False, assign=True)
+    assert torch.equal(logits(other), logits(model))
+    for wrong in (-1, 10**6):
+        state = {name: torch.full_like(x, wrong) for name, x in model.named_buffers()}
+        with pytest.raises(ValueError, match="stored nearest fine tokens run from"):
+            build(FAMILIES[1]).load_state_dict(state, strict=False)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (72, 40)], ids=str)
+def test_every_pixel_reaches_a_shifted_focal_fast_model(size: tuple[int, int]) -> None:
+    """Also where the map is padded: rolled, its tokens are still those that keys are chosen among."""
+    model = build(FAMILIES[1], depths=(2, 1, 1), use_shift=True, focal_topk=1000).eval()
+    tokens = torch.randn(1, size[0] // 4, size[1] // 4, 16, requires_grad=True)
+    block = model.layers[0].blocks[1]
+    assert block.attn.shift_size == 3
+    out = block.attn(tokens, block.pool_layers)
+    (gradient,) = torch.autograd.grad(out[0, 0, 0].square().sum(), tokens)
+    assert gradient.abs().sum(dim=-1).min() > 0
