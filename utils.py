@@ -53,7 +53,7 @@ def run_command(action: Callable[[], int | None]) -> int:
     """
     try:
         return action() or 0
-    except (ValueError, OSError, ImportError) as error:
+    except (UserError, OSError) as error:
         if os.environ.get("FOCAL_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)

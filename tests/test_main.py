@@ -277,6 +277,8 @@ def test_only_mistakes_of_users_become_sentences(
     for error in (ValueError("a bug"), RuntimeError("a bug"), KeyError("a bug")):
         with pytest.raises(type(error)):
             main.main(["--cfg", TINY])
+    with pytest.raises(ValueError, match="a bug"):
+        utils.run_command(lambda: int("a bug"))  # of the other commands
     error = KeyboardInterrupt()
     assert main.main(["--cfg", TINY]) == 130 and "interrupted" in capsys.readouterr().err
     error = dist.DistStoreError("1/2 clients joined")

@@ -22,7 +22,7 @@ from torch import Tensor
 from models.checkpoint import STATE_KEYS, read_checkpoint, state_dict_of
 from models.safetensors_file import write_safetensors
 from training.checkpoints import write_checkpoint
-from utils import escape_output, path_argument, run_command
+from utils import UserError, escape_output, path_argument, run_command, user_input
 
 WRITERS: dict[str, Callable[[Mapping[str, Tensor], Path], None]] = {
     ".pth": lambda state, path: write_checkpoint({"model": dict(state)}, path),
@@ -39,18 +39,19 @@ def read_weights(source: Path, key: str = "") -> dict[str, Tensor]:
             as buffers beside averaged parameters, is taken from the usual ones.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: unreadable, or without weights.
+        UserError: there is no such file, or it is unreadable or without weights.
     """
-    content = read_checkpoint(source)
-    if not key:
-        return state_dict_of(content, str(source))
+    with user_input():
+        content = read_checkpoint(source)
+        if not key:
+            return state_dict_of(content, str(source))
     groups = {name: value for name, value in content.items() if isinstance(value, Mapping)}
     if key not in groups:
         found = ", ".join(map(str, groups)) or "none"
-        raise ValueError(f"{source}: expected weights under {key!r}, found these groups: {found}")
+        raise UserError(f"{source}: expected weights under {key!r}, found these groups: {found}")
     usual = next((groups[name] for name in STATE_KEYS if name in groups), {})
-    return state_dict_of({"model": dict(usual) | dict(groups[key])}, str(source))
+    with user_input():
+        return state_dict_of({"model": dict(usual) | dict(groups[key])}, str(source))
 
 
 def convert(source: Path, target: Path, key: str = "", force: bool = False) -> dict[str, Tensor]:
@@ -58,12 +59,11 @@ def convert(source: Path, target: Path, key: str = "", force: bool = False) -> d
 
     Raises:
         FileExistsError: `target` is there, and `force` is not set.
-        FileNotFoundError: no such source.
         OSError: the target could not be written.
-        ValueError: an unknown kind of target, an unreadable source, or a target that reads differently.
+        UserError: an unknown kind of target, an unreadable source, or a target that reads differently.
     """
     if target.suffix not in WRITERS:
-        raise ValueError(f"{target}: expected a name that ends in one of {', '.join(WRITERS)}")
+        raise UserError(f"{target}: expected a name that ends in one of {', '.join(WRITERS)}")
     if target.exists() and not force:
         raise FileExistsError(f"{target} is there already: choose another name, or replace it with --force")
     state = read_weights(source, key)
@@ -73,7 +73,9 @@ def convert(source: Path, target: Path, key: str = "", force: bool = False) -> d
         WRITERS[target.suffix](state, temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        check_same(state, state_dict_of(read_checkpoint(temporary), str(target)), str(target))
+        with user_input():
+            found = state_dict_of(read_checkpoint(temporary), str(target))
+        check_same(state, found, str(target))
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -81,11 +83,11 @@ def convert(source: Path, target: Path, key: str = "", force: bool = False) -> d
 
 
 def check_same(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], origin: str) -> None:
-    """Raise ValueError unless two state dicts agree in names, types, shapes and every bit."""
+    """Raise UserError unless two state dicts agree in names, types, shapes and every bit."""
     keys = expected.keys() | found.keys()
     differ = [key for key in keys if not same_bits(expected.get(key), found.get(key))]
     if differ:
-        raise ValueError(
+        raise UserError(
             f"{origin}: expected to read what was written, got differences in {len(differ)} tensors, such as "
             f"{min(differ)}; nothing was kept. Check the disk"
         )

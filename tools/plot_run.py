@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tools.figures.drawing import blank_figure
-from utils import path_argument, run_command
+from utils import UserError, path_argument, run_command
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,7 +62,7 @@ def read_metrics(folder: Path) -> RunMetrics:
 
     Raises:
         FileNotFoundError: the folder or its metrics.jsonl does not exist.
-        ValueError: nothing was recorded yet.
+        UserError: nothing was recorded yet.
     """
     path = folder / METRICS_NAME
     if not path.is_file():
@@ -80,7 +80,7 @@ def read_metrics(folder: Path) -> RunMetrics:
         except (ValueError, KeyError, TypeError) as error:
             logger.warning(f"{path}:{number}: skipped, expected a record ({type(error).__name__}: {error})")
     if not (metrics.train or metrics.epochs):
-        raise ValueError(f"{path}: expected at least one record, got none; train for one logging interval")
+        raise UserError(f"{path}: expected at least one record, got none; train for one logging interval")
     return metrics
 
 

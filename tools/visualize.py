@@ -35,25 +35,26 @@ def load(args: argparse.Namespace) -> predict.Trained:
     if args.resume or set(args.kinds) != {"keys"}:
         return predict.load_trained(args)
     config = predict.load_config_of(args)
-    device, precision = torch.device("cpu"), utils.Precision(torch.float32)
-    return predict.Trained(config, build_model(config).eval(), device, precision)
+    with utils.user_input():
+        model = build_model(config).eval()
+    return predict.Trained(config, model, torch.device("cpu"), utils.Precision(torch.float32))
 
 
 def draw(args: argparse.Namespace) -> Iterator[tuple[str, "Figure"]]:
     """The chosen figures, by file name.
 
     Raises:
-        OSError: a file cannot be read.
-        ValueError: the arguments do not fit the model.
+        UserError: a file cannot be read, or the arguments do not fit the model.
     """
     trained = load(args)
     model, data = trained.model, trained.config.DATA
     transform = evaluation_transform(trained.config)
-    image = predict.read_image(args.image, transform, data.EXIF_ORIENTATION)[None].to(trained.device)
+    with utils.user_input():
+        image = predict.read_image(args.image, transform, data.EXIF_ORIENTATION)[None].to(trained.device)
     height, width = image.shape[2:]
     at = tuple(args.at) if args.at else (width // 2, height // 2)
     if not (0 <= at[0] < width and 0 <= at[1] < height):
-        raise ValueError(
+        raise utils.UserError(
             f"--at: expected a pixel of the model's input, X below {width} and Y below {height}, got "
             f"{at[0]} {at[1]}"
         )

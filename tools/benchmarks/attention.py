@@ -38,7 +38,7 @@ from models.focal_transformer import (
 )
 from models.ops.tables import merge_duplicates
 from tools.figures.attention import stage_maps
-from utils import path_argument
+from utils import path_argument, user_input
 
 from . import common
 from .common import DTYPES, Cell, Spread, Timer
@@ -145,7 +145,8 @@ def randomise(model: FocalTransformer) -> None:
 def read_model(path: str, resolution: int, device: torch.device) -> FocalTransformer:
     """The model of a configuration with random weights, in evaluation."""
     torch.manual_seed(0)
-    model = build_model(load_config(path, ["DATA.IMG_SIZE", resolution])).to(device).eval()
+    with user_input("--cfg"):
+        model = build_model(load_config(path, ["DATA.IMG_SIZE", resolution])).to(device).eval()
     randomise(model)
     return model
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from openmmlab.runner import import_mmengine
-from utils import Precision
+from utils import Precision, UserError
 
 from . import common
 from .common import DTYPES
@@ -133,12 +133,12 @@ def changing_sizes(size: tuple[int, int], rounds: int) -> list[tuple[int, int]]:
     pixels, in all four ways, so that its mean area is that of `size` after padding.
 
     Raises:
-        ValueError: there are not so many sizes.
+        UserError: there are not so many sizes.
     """
     height, width = (-(-side // STRIDE) * STRIDE for side in size)
     changes = list(product(*(range(STRIDE, side * 3 // 10 + 1, STRIDE) for side in (height, width))))
     if len(changes) < rounds:
-        raise ValueError(
+        raise UserError(
             f"--multi-scale: expected a --size with {rounds} changes of height and width by multiples of "
             f"{STRIDE} pixels, got {height} x {width} with {len(changes)}; take another or fewer --rounds"
         )
@@ -189,7 +189,7 @@ def measure(args: argparse.Namespace) -> int:
     times, rows = common.alternate(timers, args.rounds), []
     for name, contender in contenders.items():
         if not (loss := contender.step()).isfinite():
-            raise ValueError(f"{name}: expected a finite loss, got {loss}; take --precision fp32 or bf16")
+            raise UserError(f"{name}: expected a finite loss, got {loss}; take --precision fp32 or bf16")
         rate = common.Spread.of([steps * args.batch_size / value for value in times[name]])
         ratio = common.speed_ratio(times[name], times[baseline])
         attention = attention_backends(contender.model.backbone, precision.dtype)

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from config import load_config
 from models import build_model, registry
+from utils import UserError
 
 from .common import REPO
 
@@ -61,7 +62,7 @@ def entries(words: list[str]) -> list[Entry]:
             the model from another checkout.
 
     Raises:
-        ValueError: a word is none of them.
+        UserError: a word is none of them.
     """
     found: dict[str, Entry] = {}
     for word in words:
@@ -75,7 +76,7 @@ def entries(words: list[str]) -> list[Entry]:
         elif config_file(model) or timm.is_model(model):
             named = {Path(model).stem: (model, next((size for size in SIZES if size in model), ""))}
         else:
-            raise ValueError(
+            raise UserError(
                 f"--models: expected a family ({', '.join(FAMILIES)}), family-size such as swin-tiny, a "
                 f"configuration, or a model of timm, got {word!r}; choose among them"
             )
@@ -122,11 +123,11 @@ def models_of(checkout: Path) -> ModuleType:
     """The package `models` of another checkout, imported under a name of its own.
 
     Raises:
-        ValueError: the folder is no checkout of this repository.
+        UserError: the folder is no checkout of this repository.
     """
     file = checkout.resolve() / "models" / "__init__.py"
     if not file.is_file():
-        raise ValueError(f"{checkout}: expected a checkout of this repository, found no models/ in it")
+        raise UserError(f"{checkout}: expected a checkout of this repository, found no models/ in it")
     name = f"checkout_{abs(hash(file))}_models"
     spec = importlib.util.spec_from_file_location(name, file)
     package = importlib.util.module_from_spec(spec)

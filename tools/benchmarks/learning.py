@@ -40,7 +40,7 @@ from tools.plot_run import read_metrics
 from training.loop import Run
 from training.run import train
 from training.run_dir import open_run_dir
-from utils import choose_precision, path_argument, seed_everything
+from utils import choose_precision, path_argument, seed_everything, user_input
 
 from . import common
 from .common import RESULTS
@@ -103,7 +103,8 @@ def configure(args: argparse.Namespace, model: str, seed: int) -> CfgNode:
     opts = ["DATA.DATA_PATH", f"{args.output}/data", "OUTPUT", args.output, "SEED", seed]
     opts += ["MODEL.NAME", MODELS[model], "TAG", f"seed{seed}", *args.opts]
     opts += ["MODEL.TYPE", "focal" if model == "Swin" else MODELS[model]]
-    return load_config(RECIPE, opts)
+    with user_input():
+        return load_config(RECIPE, opts)
 
 
 def build(config: CfgNode) -> nn.Module:

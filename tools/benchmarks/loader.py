@@ -24,6 +24,7 @@ from PIL import Image
 
 from config import load_config
 from data import Loaders, build_loaders
+from utils import user_input
 
 from . import common
 
@@ -107,7 +108,8 @@ def loaders_for(root: Path, case: str, workers: int, args: argparse.Namespace) -
         "DATA.NUM_WORKERS": workers,
         "MODEL.NUM_CLASSES": CLASSES,
     }
-    return build_loaders(load_config(None, [word for pair in values.items() for word in pair]))
+    with user_input():
+        return build_loaders(load_config(None, [word for pair in values.items() for word in pair]))
 
 
 def timer_of(loaders: Loaders) -> Callable[[], float]:

@@ -28,6 +28,7 @@ from torch import nn
 
 from tools.figures.drawing import blank_figure
 from tools.release_numbers import CLASSIFIERS, SPEEDS
+from utils import UserError
 
 from . import common, entries, models
 from .common import RESULTS
@@ -68,12 +69,12 @@ def from_transformers(family: str, **options: object) -> nn.Module:
     """A classifier of transformers that returns its logits alone; the options are those of its configuration.
 
     Raises:
-        ImportError: transformers is not installed.
+        UserError: transformers is not installed.
     """
     try:
         import transformers
     except ImportError as error:
-        raise ImportError("pip install -r tools/benchmarks/requirements.txt") from error
+        raise UserError("pip install -r tools/benchmarks/requirements.txt") from error
     config = getattr(transformers, f"{family}Config")(**options)
     model = getattr(transformers, f"{family}ForImageClassification")(config)
     model.register_forward_hook(lambda model, images, output: output.logits)

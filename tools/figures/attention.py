@@ -15,6 +15,7 @@ from torch import Tensor
 
 from models import FocalTransformer
 from models.focal_transformer import AttentionIndex, FocalAttention, padded_size
+from utils import UserError
 
 OWN_WINDOW, AROUND = "own window", "fine tokens around"
 
@@ -171,12 +172,12 @@ def stage_maps(model: FocalTransformer, height: int, width: int, block: int = -1
     """The map of one block of each stage.
 
     Raises:
-        ValueError: a stage has no such block.
+        UserError: a stage has no such block.
     """
     maps = token_maps(model, height, width)
     for number, blocks in enumerate(maps, start=1):
         if not -len(blocks) <= block < len(blocks):
-            raise ValueError(f"--block: stage {number} has {len(blocks)} blocks, got {block}")
+            raise UserError(f"--block: stage {number} has {len(blocks)} blocks, got {block}")
     return [blocks[block] for blocks in maps]
 
 

@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from utils import UserError
+
 from .attention import AROUND, OWN_WINDOW, BlockAttention, TokenMap
 
 if TYPE_CHECKING:
@@ -33,12 +35,12 @@ def blank_figure(**options: Any) -> "Figure":
     """An empty figure.
 
     Raises:
-        ImportError: matplotlib is not installed.
+        UserError: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("the pictures need matplotlib: pip install matplotlib") from error
+        raise UserError("the pictures need matplotlib: pip install matplotlib") from error
     return Figure(layout="constrained", **options)
 
 
