@@ -1,5 +1,6 @@
 """Shared fixtures: the repository, a model small enough for any test, and real data to train it on."""
 
+import csv
 import os
 import shutil
 import sys
@@ -27,6 +28,7 @@ NANO = {
     "TRAIN.EPOCHS": 2,
     "TRAIN.WARMUP_EPOCHS": 0,
 }
+NANO_WORDS = [word for pair in NANO.items() for word in pair]  # as for load_config
 TRAIN_PER_CLASS = 13
 VAL_IMAGES = 43  # no multiple of any batch size or number of processes in the tests
 
@@ -40,6 +42,13 @@ LONGEST = [  # files that start first, so that no process is left with a long on
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first, the others as they are."""
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+def csv_rows(folder: Path, name: str = "") -> list[dict[str, str]]:
+    """The rows of the one .csv file of a folder whose name ends so."""
+    (path,) = folder.glob(f"*{name}.csv")
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +80,7 @@ def one_process(tmp_path: Path) -> Iterator[None]:
 @pytest.fixture
 def nano_opts() -> list[object]:
     """Options of a four-stage model of a few thousand weights at 32 pixels, as for ``load_config``."""
-    return [word for pair in NANO.items() for word in pair]
+    return list(NANO_WORDS)
 
 
 @pytest.fixture(scope="session")

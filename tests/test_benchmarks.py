@@ -1,6 +1,5 @@
 """tools/benchmarks: what they write, how they compare, and that one model's failure is one row."""
 
-import csv
 import os
 import time
 from pathlib import Path
@@ -8,10 +7,10 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-import yaml
-from conftest import NANO, REPO
+from conftest import NANO, NANO_WORDS, REPO, csv_rows
 from torch import nn
 
+from config import load_config
 from models import VARIANTS
 from models.focal_transformer import BACKENDS
 from tools.benchmarks import attention, common, entries, loader, models
@@ -23,15 +22,8 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def nano(tmp_path: Path) -> Path:
     """A configuration file of a model of a few thousand weights."""
-    values: dict = {}
-    for key, value in NANO.items():
-        *sections, name = key.split(".")
-        section = values
-        for part in sections:
-            section = section.setdefault(part, {})
-        section[name] = value
     path = tmp_path / "nano_tiny.yaml"
-    path.write_text(yaml.safe_dump(values))
+    path.write_text(load_config(None, NANO_WORDS).dump())
     return path
 
 
@@ -47,12 +39,6 @@ def quick(monkeypatch: pytest.MonkeyPatch, nano: Path) -> None:
     monkeypatch.setitem(entries.FAMILIES, "deit", {"tiny": "test_vit"})
 
 
-def table(folder: Path) -> list[dict[str, str]]:
-    (path,) = folder.glob("*.csv")
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
 # --- Models -------------------------------------------------------------------------------------------------
 
 
@@ -61,7 +47,7 @@ def test_the_table_of_models(quick: None, tmp_path: Path) -> None:
     words = ["--models", "focal-tiny", "focal-tiny:plain", "swin-tiny", "deit-tiny", "--sizes", "64", "50"]
     assert models.main([*words, *TINY, "--name", "try", "--out", str(out)]) == 0
     assert sorted(path.suffix for path in out.glob("*_try.*")) == [".csv", ".md", ".png"]
-    rows = table(out)
+    rows = csv_rows(out)
     assert len(rows) == 4 * 2 * 2
     for row in rows:
         if (row["model"], row["resolution"]) == ("deit-tiny", "50"):  # no multiple of its patches
@@ -118,26 +104,6 @@ def test_a_group_stops_in_time(quick: None, monkeypatch: pytest.MonkeyPatch) -> 
     assert [(row.note, len(row.seconds)) for row in rows] == [("", 1)] * 2
     rows = run_group(monkeypatch, builders, 1, 3, deadline=0)
     assert [(row.note, len(row.seconds)) for row in rows] == [(models.NO_TIME, 0)] * 2
-
-
-def test_a_model_that_fails_leaves_the_others(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Breaks(nn.Module):
-        calls = 0
-
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            self.calls += 1
-            if self.calls > 4:
-                raise ValueError("worn out\nand more")
-            return images
-
-    def unbuildable() -> nn.Module:
-        raise RuntimeError("cannot be built")
-
-    builders = {"breaks": Breaks, "none": unbuildable, "test_convnext": nn.Identity}
-    rows = run_group(monkeypatch, builders, 1, 5)
-    notes = ["failed: ValueError: worn out", "failed: RuntimeError: cannot be built", ""]
-    assert [row.note for row in rows] == notes
-    assert [len(row.seconds) for row in rows] == [0, 0, 5]
 
 
 def test_models_by_name() -> None:
@@ -202,7 +168,7 @@ def test_backends_are_checked_and_timed(quick: None, nano: Path, tmp_path: Path)
     out = tmp_path / "results"
     words = ["--cfg", str(nano), "--sizes", "64", "--precisions", "fp32", "bf16", "--out", str(out)]
     assert attention.main([*words, *TINY]) == 0
-    rows = table(out)
+    rows = csv_rows(out)
     assert len(rows) == len(NANO["MODEL.FOCAL.DEPTHS"]) * 2 * 2 * len(BACKENDS)
     for row in rows:
         if row["backend"] in ("plain", "cpu"):
@@ -226,7 +192,7 @@ def test_a_wrong_backend_is_found(quick: None, nano: Path, monkeypatch: pytest.M
 
 def test_the_cost_of_an_index(quick: None, nano: Path, tmp_path: Path) -> None:
     assert attention.main(["--index", "--cfg", str(nano), "--out", str(tmp_path / "out"), *TINY]) == 0
-    rows = table(tmp_path / "out")
+    rows = csv_rows(tmp_path / "out")
     assert [row["part"] for row in rows][:2] == ["index", "cpu, forward"]
     assert all(float(row["ms"]) > 0 for row in rows)
 
@@ -237,7 +203,7 @@ def test_the_cost_of_an_index(quick: None, nano: Path, tmp_path: Path) -> None:
 def test_the_table_of_decoders_and_sources(tmp_path: Path) -> None:
     words = ["--images", "8", "--batch-size", "4", "--rounds", "2", "--workers", "0", "--size", "64"]
     assert loader.main([*words, "--out", str(tmp_path)]) == 0
-    rows = table(tmp_path)
+    rows = csv_rows(tmp_path)
     assert [row["case"] for row in rows] == ["pil", "opencv", "zip", "zip in memory", "wds", "hf"]
     assert float(rows[0]["ratio to pil"]) == 1 and all(float(row["ratio to pil"]) > 0 for row in rows)
     loader.photograph(0).save(tmp_path / "0.jpg", quality=loader.QUALITY)

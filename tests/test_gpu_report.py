@@ -1,6 +1,5 @@
 """tools/benchmarks/gpu_report.py on the CPU, small: its kernels run in Triton's interpreter."""
 
-import csv
 import importlib
 import os
 import subprocess
@@ -12,7 +11,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from conftest import REPO
+from conftest import REPO, csv_rows
 
 pytest.importorskip("triton")
 from tools.benchmarks import common, entries, gpu_checks, gpu_report
@@ -30,12 +29,6 @@ sys.exit(gpu_report.main(sys.argv[1:]))
 CHECKED = ("forward and backward", "fp32")
 
 
-def table(folder: Path, part: str) -> list[dict[str, str]]:
-    (path,) = folder.glob(f"*_gpu_{part}.csv")
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
 def test_the_whole_report(tmp_path: Path) -> None:
     """In a process of its own, since Triton's interpreter is chosen when Triton is imported."""
     out, script = tmp_path / "out", f"CHECKED = {CHECKED}\n{SMALL_REPORT}"
@@ -43,14 +36,14 @@ def test_the_whole_report(tmp_path: Path) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, cwd=REPO, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    checks = table(out, "checks")
+    checks = csv_rows(out, "_gpu_checks")
     assert {row["check"] for row in checks} == {CHECKED[0]}
     assert {row["model"] for row in checks} == {*gpu_checks.TINY}
     assert all(row["result"] == "ok" and float(row["error"]) <= float(row["limit"]) for row in checks)
-    kernels = table(out, "kernels")
+    kernels = csv_rows(out, "_gpu_kernels")
     assert len(kernels) == 2 * 2 * 2  # stages, passes, backends
     assert all(row["check"] == "ok" and float(row["ms"]) > 0 for row in kernels)
-    speeds = table(out, "models")
+    speeds = csv_rows(out, "_gpu_models")
     assert [row["mode"] for row in speeds] == ["infer", "infer", "train", "train"]
     assert all(float(row["img/s"]) > 0 for row in speeds)
     assert len([*out.glob("*_gpu_*.md")]) == 3 and len([*out.glob("*_gpu_*.png")]) == 1
@@ -72,14 +65,14 @@ def test_a_wrong_result_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(common, "in_process", lambda _, function, *of: (function(*of), ""))
     for error in (0.1, float("nan")):
         status = run_checks_of(["--out", str(tmp_path)], monkeypatch)
-        (row,) = table(tmp_path, "checks")
+        (row,) = csv_rows(tmp_path, "_gpu_checks")
         assert (row["check"], row["part"], row["model"]) == ("x", "logits", case.variant)
         assert (row["result"], status) == (("ok", 0) if error == 0.1 else ("FAILED", 1))
 
 
 def test_what_had_no_time_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_checks_of(["--minutes", "0", "--out", str(tmp_path)], monkeypatch) == 0
-    rows = table(tmp_path, "checks")
+    rows = csv_rows(tmp_path, "_gpu_checks")
     assert {row["model"] for row in rows} == {*gpu_checks.RELEASED}
     assert {(row["result"], row["note"]) for row in rows} == {(gpu_checks.NOT_RUN, common.NO_TIME)}
 

@@ -1,6 +1,5 @@
 """tools/benchmarks/learning: Focal and Swin train side by side on the images of Fashion-MNIST's files."""
 
-import csv
 import gzip
 import struct
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import csv_rows
 
 from data import build_loaders
 from tools.benchmarks import learning
@@ -43,8 +43,7 @@ def test_all_models_train_and_continue(files: Path, tmp_path: Path) -> None:
     assert len(first) == len(learning.MODELS) == 3
     assert learning.main([*words, "2", *OPTS]) == 0
     assert weights_of_seed_0(tmp_path) == first  # they were not trained again
-    (table,) = tmp_path.glob("*_learning.csv")
-    rows = [*csv.DictReader(table.open())]
+    rows = csv_rows(tmp_path, "_learning")
     keys = {(row["model"], row["seed"], row["epoch"]) for row in rows}
     assert keys == {(model, seed, epoch) for model in learning.MODELS for seed in "01" for epoch in "12"}
     assert all(0 <= float(row["accuracy %"]) <= 100 for row in rows)
