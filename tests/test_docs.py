@@ -1,9 +1,8 @@
 """What the documentation says is tried: commands, options, links, the model table, and quoted messages.
 
 In README.md and the get_started.md files, blocks marked bash and python run here, on a nano model and few
-images; commands of blocks marked sh, which need GPUs, ImageNet or several processes, are parsed (that
-torchrun works is for test_distributed.py); yaml blocks are loaded. A kind of command that is not known here
-is an error, so that none escapes.
+images; blocks marked sh, which need GPUs, ImageNet or several processes, are parsed; yaml blocks are loaded.
+A kind of command that is not known here is an error, so that none escapes.
 """
 
 import ast
@@ -24,9 +23,8 @@ from conftest import REPO
 from openmmlab_runs import ONE_PROCESS, in_scope
 from torch.distributed.run import get_args_parser
 
-import config as config_module
 import main
-from config import load_config
+from config import flatten, load_config
 
 GUIDE = REPO / "classification" / "get_started.md"
 DOCS = [REPO / "README.md", *sorted(REPO.glob("*/get_started.md"))]
@@ -61,7 +59,6 @@ class Block:
 
     doc: Path
     line: int
-    kind: str
     text: str
 
     def __str__(self) -> str:
@@ -80,13 +77,10 @@ class Block:
                 yield words
 
 
-def blocks(doc: Path, *kinds: str) -> list[Block]:
-    found = []
-    for match in re.finditer(r"^```(\w*)\n(.*?)^```$", doc.read_text(), re.MULTILINE | re.DOTALL):
-        line = doc.read_text().count("\n", 0, match.start()) + 1
-        if match[1] in kinds:
-            found.append(Block(doc, line, match[1], match[2]))
-    return found
+def blocks(doc: Path, kind: str) -> Iterator[Block]:
+    text = doc.read_text()
+    for match in re.finditer(rf"^```{kind}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        yield Block(doc, text.count("\n", 0, match.start()) + 1, match[1])
 
 
 def prose(doc: Path) -> str:
@@ -280,7 +274,7 @@ def known_flags() -> set[str]:
 
 @pytest.mark.parametrize("doc", PAGES, ids=named)
 def test_flags_and_options_in_the_text_exist(doc: Path) -> None:
-    options, flags = set(config_module.flatten(load_config())), known_flags()
+    options, flags = set(flatten(load_config())), known_flags()
     for code in inline_code(doc):
         for flag in re.findall(r"(?<![\w-])--[\w-]+", code):
             assert flag in flags, f"{doc.name}: no flag {flag}"

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import NANO, REPO
+from conftest import NANO_WORDS, REPO
 from PIL import Image
 
 from config import load_config
@@ -24,10 +24,12 @@ VARIANTS = {
 }
 
 
+Seen = tuple[list[attention.BlockAttention], list[torch.Tensor]]
+
+
 def make(name: str) -> tuple[FocalTransformer, torch.Tensor]:
     """A model whose attention is far from even, and an image."""
-    words = [word for pair in NANO.items() for word in pair]
-    config = load_config(None, [*words, *VARIANTS[name]])
+    config = load_config(None, [*NANO_WORDS, *VARIANTS[name]])
     torch.manual_seed(0)
     model = build_model(config).eval()
     for key, parameter in model.named_parameters():
@@ -39,73 +41,44 @@ def make(name: str) -> tuple[FocalTransformer, torch.Tensor]:
 
 
 @pytest.fixture(scope="module", params=list(VARIANTS))
-def seen(request: pytest.FixtureRequest) -> tuple[FocalTransformer, torch.Tensor, list]:
+def seen(request: pytest.FixtureRequest) -> Seen:
+    """The attention of all blocks, and what each one gave to its projection, [1, H, W, C]."""
     model, image = make(request.param)
-    return model, image, record(model, image)
+    maps = [tokens for stage in attention.token_maps(model, *image.shape[2:]) for tokens in stage]
+    given: list[torch.Tensor] = []
+    for tokens in maps:
+        tokens.layer.proj.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    return attention.record(model, image, maps), given
 
 
-def record(model: FocalTransformer, image: torch.Tensor) -> list[list[attention.BlockAttention]]:
-    """The attention of all blocks, by stage."""
-    maps = attention.token_maps(model, *image.shape[2:])
-    found = iter(attention.record(model, image, [tokens for stage in maps for tokens in stage]))
-    return [[next(found) for _ in stage] for stage in maps]
+def test_weights_reproduce_the_output(seen: Seen) -> None:
+    """Of the fast operator, in every block: weights @ values is what it returned."""
+    for block, output in zip(*seen, strict=True):
+        weights, tokens = block.weights(), block.tokens
+        torch.testing.assert_close(weights.sum(dim=-1), torch.ones_like(weights[..., 0]))
+        v = block.qkv[:, :, 2].transpose(1, 2)[:, :, tokens.index.keys]  # [B, N, P, K, D]
+        mixed = (weights @ v)[0].permute(1, 2, 0, 3).flatten(2).flatten(0, 1)  # [P * Q, C]
+        places = attention.window_tokens(tokens.index).flatten()
+        merged = torch.empty_like(mixed).index_copy(0, places, mixed).view(1, *tokens.padded, -1)
+        again = tokens.layer.unroll_and_crop(merged, tokens.height, tokens.width)
+        torch.testing.assert_close(again, output, atol=1e-5, rtol=1e-5)
 
 
-def outputs(model: FocalTransformer, image: torch.Tensor) -> list[list[torch.Tensor]]:
-    """What each attention layer returned, by stage."""
-    found: list[list[torch.Tensor]] = [[] for _ in model.layers]
-    handles = [
-        block.attn.register_forward_hook(lambda _, __, output, kept=kept: kept.append(output))
-        for kept, stage in zip(found, model.layers, strict=True)
-        for block in stage.blocks
-    ]
-    with torch.no_grad():
-        model(image)
-    for handle in handles:
-        handle.remove()
-    return found
-
-
-def test_weights_reproduce_the_output(seen: tuple) -> None:
-    """Of the fast operator, in every block: weights @ values, projected, is what the layer returned."""
-    model, image, records = seen
-    for stage, expected in zip(records, outputs(model, image), strict=True):
-        assert len(stage) == len(expected)
-        for each, output in zip(stage, expected, strict=True):
-            weights, tokens = each.weights(), each.tokens
-            torch.testing.assert_close(weights.sum(dim=-1), torch.ones_like(weights[..., 0]))
-            v = each.qkv[:, :, 2].transpose(1, 2)[:, :, tokens.index.keys]  # [B, N, P, K, D]
-            mixed = (weights @ v)[0].permute(1, 2, 0, 3).flatten(2)  # [P, Q, C]
-            places = attention.window_tokens(tokens.index).flatten()
-            merged = torch.empty_like(mixed.flatten(0, 1)).index_copy(0, places, mixed.flatten(0, 1))
-            shift = tokens.layer.shift_size
-            mixed = merged.unflatten(0, tokens.padded).roll((shift, shift), dims=(0, 1))
-            with torch.no_grad():
-                again = tokens.layer.proj(mixed[: tokens.height, : tokens.width])
-            torch.testing.assert_close(again, output[0], atol=1e-5, rtol=1e-5)
-
-
-def test_weights_lie_on_what_is_seen(seen: tuple) -> None:
+def test_weights_lie_on_what_is_seen(seen: Seen) -> None:
     """All of a query's weight falls on its grains, but for padding, which has no place on the map."""
-    _, _, records = seen
-    for stage in records:
-        tokens = stage[-1].tokens
+    for block in seen[0]:
+        tokens = block.tokens
         for place in ((0, 0), (tokens.height - 1, tokens.width // 2)):
             grains = tokens.seen_from(*place)
-            cells = torch.cat([grain.cells.unique() for grain in grains])
-            cells = cells[cells >= 0]
+            cells = torch.cat([grain.tokens for grain in grains])
             assert len(cells) == len(cells.unique()), "a token in two grains"
-            weights = stage[-1].of_query(*place)
+            weights = block.of_query(*place)
             shares = weights[:, cells].sum(dim=1)
+            assert (shares < 1.0001).all()
             if tokens.padded == (tokens.height, tokens.width):
                 torch.testing.assert_close(shares, torch.ones_like(shares))
-                mean = weights.mean(dim=0)
-                torch.testing.assert_close(tokens.evenly(mean).sum(), torch.tensor(1.0))
-            assert (shares < 1.0001).all()
-            names = [grain.name for grain in grains]
-            assert names[0] == attention.OWN_WINDOW
-            own = grains[0].cells[place]
-            assert own == place[0] * tokens.padded[1] + place[1] or tokens.layer.shift_size
+                torch.testing.assert_close(tokens.evenly(weights.mean(dim=0)).sum(), torch.tensor(1.0))
+            assert grains[0].name == attention.OWN_WINDOW and grains[0].cells[place] >= 0
 
 
 @pytest.mark.parametrize("name", ["three levels", "Focal-fast"])
@@ -134,8 +107,8 @@ def test_key_sets_of_the_paper() -> None:
     counts = []
     for tokens in maps:
         grains = tokens.seen_from(tokens.height // 2, tokens.width // 2)
-        counts.append([int((grain.cells.unique() >= 0).sum()) for grain in grains])
-        assert all(name == "pooled 7 x 7" for name in (grain.name for grain in grains[-1:]))
+        counts.append([len(grain.tokens) for grain in grains])
+        assert grains[-1].name == "pooled 7 x 7"
     assert counts == [[49, 120, 49], [49, 120, 16], [49, 120, 4], [49, 1]]
     around = maps[0].seen_from(28, 28)[1].cells >= 0
     rows, columns = around.nonzero().T
@@ -149,8 +122,7 @@ def test_key_sets_of_the_paper() -> None:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    words = [word for pair in NANO.items() for word in pair]
-    config = load_config(None, [*words, "DATA.IMG_SIZE", 64, "DATA.DATASET", "folder"])
+    config = load_config(None, [*NANO_WORDS, "DATA.IMG_SIZE", 64, "DATA.DATASET", "folder"])
     path = tmp_path_factory.mktemp("weights") / "nano.pth"
     torch.save({"model": build_model(config).state_dict(), "config": config.dump()}, path)
     return path
