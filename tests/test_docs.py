@@ -38,9 +38,10 @@ FEW_SCENES = ONE_PROCESS | {  # over a config of detection/ or segmentation/: an
     "val_dataloader.dataset.indices": 1,
     "test_dataloader.dataset.indices": 1,
 }
-OUR_COMMANDS = ("classification.", "data.", "tools.")  # beside main.py and those of the tasks
+OUR_COMMANDS = ("main", "classification.", "data.", "detection.", "segmentation.", "tools.")
+SCOPES = {"detection": "mmdet", "segmentation": "mmseg"}
 SHELL_WORDS = {"source", "head", "export", "cd", "pip", "["}  # not ours to check
-QUICK = {  # over the options of a command that trains, so that it takes a second
+QUICK = {  # more options of a command that trains, so that it takes a second
     "DATA.BATCH_SIZE": 16,
     "DATA.NUM_WORKERS": 0,
     "MODEL.FOCAL.DEPTHS": [1, 1],
@@ -114,27 +115,6 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"{name}.__main__") if hasattr(module, "__path__") else module
 
 
-def task_command(words: list[str]) -> tuple[str, str, list[str]] | None:
-    """Task, command and arguments of a script of detection/ or segmentation/, or None for others."""
-    name, arguments = command_of(words)
-    task, _, command = name.partition(".")
-    return (task, command, arguments) if task in ("detection", "segmentation") else None
-
-
-def run_task(task: str, command: str, arguments: list[str]) -> int:
-    """Run a command of a task with few images."""
-    words = list(arguments)
-    if command in ("train", "test"):
-        from openmmlab import runner
-
-        few = [f"{key}={value}" for key, value in FEW_SCENES.items()]
-        start = words.index("--cfg-options") + 1 if "--cfg-options" in words else len(words)
-        words[start:start] = few if "--cfg-options" in words else ["--cfg-options", *few]
-        with in_scope({"detection": "mmdet", "segmentation": "mmseg"}[task]):
-            return getattr(runner, command)(words)
-    return importlib.import_module(f"{task}.{command}").main(words)
-
-
 def check_config(path: str) -> None:
     """A config's model is built, and has heads for the classes of its data sets."""
     from mmengine.registry import MODELS, DefaultScope
@@ -149,31 +129,27 @@ def check_config(path: str) -> None:
     check_data.check_model(model, classes)
 
 
-def parse_task(task: str, command: str, arguments: list[str]) -> None:
-    """Parse a command of a task; its config loads, and has what the command sets."""
-    from openmmlab import runner
-
-    if command not in ("train", "test"):
-        importlib.import_module(f"{task}.{command}").parse(arguments)
-        return
-    args = {"train": runner.parse_train, "test": runner.parse_test}[command](arguments)
-    from openmmlab.check_config import check_options
-
-    check_options(runner.read_config(args.config), args.cfg_options or {})
+def is_of_a_task(name: str) -> bool:
+    """Whether a command trains or tests a detector or segmenter."""
+    task, _, command = name.partition(".")
+    return task in SCOPES and command in ("train", "test")
 
 
-def quicken(arguments: list[str], few: Path | None = None) -> list[str]:
-    """The same command for a nano model: QUICK after its own --opts, few images instead of many."""
-    words, opts = list(arguments), []
-    if "--opts" in words:
-        start = words.index("--opts") + 1
-        end = next((i for i in range(start, len(words)) if words[i].startswith("--")), len(words))
-        opts = words[start:end]
-        words = words[: start - 1] + words[end:]
-    if few is not None and "--zip" not in words and "--data-path" in words:
+def with_more(words: list[str], flag: str, values: list[str]) -> list[str]:
+    """A command with more values of a flag, which is added if it is not there."""
+    words = words if flag in words else [*words, flag]
+    start = words.index(flag) + 1
+    return [*words[:start], *values, *words[start:]]
+
+
+def quicken(arguments: list[str], few: Path) -> list[str]:
+    """A command of main.py with a nano model and few images."""
+    words = list(arguments)
+    if "--zip" in words:
+        words += ["--batch-size", "64"]
+    elif "--data-path" in words:
         words[words.index("--data-path") + 1] = str(few)
-    words += ["--batch-size", "64"] if "--zip" in words else []
-    return [*words, "--opts", *opts, *(str(word) for pair in QUICK.items() for word in pair)]
+    return with_more(words, "--opts", [str(word) for pair in QUICK.items() for word in pair])
 
 
 # --- Commands -----------------------------------------------------------------------------------------------
@@ -185,19 +161,30 @@ def need_target(targets: list[str], where: str) -> None:
     assert dry.returncode == 0, f"{where}: {dry.stderr}"
 
 
-def run_command(words: list[str], few: Path, where: str) -> None:
-    """Run one command of a document as its reader would, within this process where possible."""
-    (name, arguments), task = command_of(words), task_command(words)
-    if words[0] == "make":
-        need_target(words[1:], where)
-    elif name == "-c":
-        exec(arguments[0], {})
-    elif task is not None:
-        assert run_task(*task) == 0, f"{where}: {shlex.join(words)}"
+def run_ours(name: str, arguments: list[str], few: Path) -> int | None:
+    """Run one of our commands within this process, with few images where it trains."""
+    if is_of_a_task(name):
+        from openmmlab import runner
+
+        task, command = name.split(".")
+        words = with_more(arguments, "--cfg-options", [f"{key}={value}" for key, value in FEW_SCENES.items()])
+        with in_scope(SCOPES[task]):
+            return getattr(runner, command)(words)
+    return load(name).main(quicken(arguments, few) if name == "main" else arguments)
+
+
+def parse_ours(name: str, arguments: list[str]) -> None:
+    """Parse one of our commands; its config loads, and has what the command sets."""
+    if is_of_a_task(name):
+        from openmmlab import runner
+        from openmmlab.check_config import check_options
+
+        args = getattr(runner, f"parse_{name.split('.')[1]}")(arguments)
+        check_options(runner.read_config(args.config), args.cfg_options or {})
+    elif name == "main":
+        main.read_config(arguments)
     else:
-        assert name == "main" or name.startswith(OUR_COMMANDS), f"{where}: unknown {shlex.join(words)}"
-        arguments = quicken(arguments, few) if name == "main" else arguments
-        assert not load(name).main(arguments), f"{where}: {shlex.join(words)}"
+        load(name).parse(arguments)
 
 
 @pytest.mark.parametrize("doc", DOCS, ids=named)
@@ -213,7 +200,14 @@ def test_bash_blocks_run_in_order(
     ran = 0
     for block in blocks(doc, "bash"):
         for words in block.commands():
-            run_command(words, few_images, str(block))
+            name, arguments = command_of(words)
+            if words[0] == "make":
+                need_target(words[1:], str(block))
+            elif name == "-c":
+                exec(arguments[0], {})
+            else:
+                assert name.startswith(OUR_COMMANDS), f"{block}: unknown {shlex.join(words)}"
+                assert not run_ours(name, arguments, few_images), f"{block}: {shlex.join(words)}"
             ran += 1
     assert ran
     for written in tmp_path.glob("output/*/*/config.yaml"):  # can itself be given to --cfg, says the text
@@ -225,12 +219,8 @@ def test_sh_blocks_parse(doc: Path) -> None:
     for block in blocks(doc, "sh"):
         for words in block.commands():
             name, arguments = command_of(words)
-            if (task := task_command(words)) is not None:
-                parse_task(*task)
-            elif name == "main":
-                main.read_config(arguments)
-            elif name.startswith(OUR_COMMANDS):
-                load(name).parse(arguments)
+            if name.startswith(OUR_COMMANDS):
+                parse_ours(name, arguments)
             elif words[0] == "make":
                 need_target(words[1:], str(block))
             else:
@@ -286,8 +276,8 @@ def test_every_flag_and_metric_is_documented(few_images: Path, tmp_path: Path) -
     guide = prose(GUIDE)
     for flag, (key, _) in (main.FLAGS | main.SWITCHES).items():
         assert re.search(rf"^\| `--{flag}[ `].*\| `{re.escape(key)}` \|", guide, re.MULTILINE)
-    paths = ["--data-path", str(few_images), "--output", str(tmp_path)]
-    assert main.main(quicken(["--cfg", str(REPO / "configs/demo.yaml"), *paths])) == 0
+    words = ["--cfg", str(REPO / "configs/demo.yaml"), "--data-path", "", "--output", str(tmp_path)]
+    assert main.main(quicken(words, few_images)) == 0
     words = set(re.findall(r"\w+", " ".join(inline_code(GUIDE))))
     for line in (tmp_path / "demo/default/metrics.jsonl").read_text().splitlines():
         assert set(json.loads(line)) <= words
