@@ -258,19 +258,10 @@ def measure(args: argparse.Namespace) -> int:
         f"out with batch {args.batch_size}, the column batch shows less."
     ]
     sizes = [size for size in (*entries.SIZES, "") if any(entry.size == size for entry in chosen)]
-    settings = [
-        Setting(size, resolution, mode, precision, compiled)  # in the order of running: small models first
-        for resolution, size, mode, precision, compiled in product(
-            args.sizes, sizes, args.modes, args.precisions, args.compile
-        )
-    ]
-    for number, setting in enumerate(settings):
-        if time.monotonic() > deadline:
-            notes.append(
-                f"Stopped after {args.minutes:g} minutes: {len(settings) - number} groups are missing."
-            )
-            break
-        group = [entry for entry in chosen if entry.size == setting.size]
+    small_first = product(args.sizes, sizes, args.modes, args.precisions, args.compile)
+    for resolution, size, mode, precision, compiled in small_first:
+        setting = Setting(size, resolution, mode, precision, compiled)
+        group = [entry for entry in chosen if entry.size == size]
         logger.info(f"{setting}: {', '.join(entry.label for entry in group)}")
         rows += run_group(setting, group, args.batch_size, args.rounds, args.device, deadline)
         cells, figure = [row.cells() for row in rows], draw(rows)
