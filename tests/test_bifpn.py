@@ -58,26 +58,6 @@ def test_neck_is_the_papers(widths: tuple[int, ...]) -> None:
         torch.testing.assert_close(got, wanted)
 
 
-def test_size_with_the_widths_of_the_coco_config() -> None:
-    """Laterals of 192, 384 and three times 768 channels, then 16 convolutions of 3x3."""
-    with torch.device("meta"):
-        neck = BiFPN((192, 384, 768), 256, 5)
-    norms = 2 * 256
-    expected = (192 + 384 + 3 * 768) * 256 + 5 * norms + 16 * (9 * 256**2 + norms) + 2 * (4 * 2 + 3 * 3 + 2)
-    assert sum(p.numel() for p in neck.parameters()) == expected
-
-
-def test_weights_begin_alike_and_convolutions_as_xavier() -> None:
-    neck = BiFPN((8, 12), 16, 3, norm_cfg=NORM)
-    neck.init_weights()
-    for key, parameter in neck.named_parameters():
-        if key.endswith(".weights"):
-            assert parameter.eq(1).all(), key
-        if parameter.dim() == 4:
-            fans = sum(parameter.shape[:2]) * parameter[0, 0].numel()
-            assert 0.8 < parameter.abs().max() / (6 / fans) ** 0.5 <= 1, key
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

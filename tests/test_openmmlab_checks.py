@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -138,10 +139,15 @@ def every(kind: str, **values: Any) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+@lru_cache
+def detection_options() -> dict[str, Any]:
+    return runner.read_config(DETECTION).train_dataloader.dataset.to_dict()
+
+
 def detection_set(**options: Any) -> Any:
     """A demo data set that has not read its file."""
-    dataset = runner.read_config(DETECTION).train_dataloader.dataset
-    return DATASETS.build({**dataset, "lazy_init": True, "pipeline": [], **options})
+    lazy = {"lazy_init": True, "pipeline": []}
+    return DATASETS.build(copy.deepcopy(detection_options()) | lazy | options)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,7 @@ import torch
 pytest.importorskip("mmseg", reason="needs OpenMMLab's packages: make setup-openmmlab")
 
 from conftest import REPO
-from mmengine.evaluator import Evaluator
 from mmengine.registry import DATASETS
-from mmengine.structures import PixelData
 from openmmlab_configs import SMALL
 from openmmlab_runs import ONE_PROCESS, scalars
 from PIL import Image
@@ -29,7 +27,6 @@ from segmentation import predict
 
 PAGE = REPO / "segmentation/get_started.md"
 CONFIGS = "segmentation/configs"
-CONV = f"{CONFIGS}/upernet_focal-small-conv_8xb2-160k_ade20k-512x512.py"
 LAST = "iter_160000.pth"  # the checkpoint that the page evaluates
 SMALLER = {  # over a config for ADE20K
     **{f"model.backbone.{key}": value for key, value in SMALL.items()},
@@ -128,20 +125,6 @@ def test_the_pages_training_and_evaluation_run() -> None:
         newest = max(Path(arguments[1]).parent.glob("*/*.json"), key=lambda path: path.stat().st_mtime_ns)
         found.append(json.loads(newest.read_text()))
     assert len(found) == 3 and all(0 <= line["mIoU"] <= 100 for line in found)
-
-
-def test_what_is_true_gets_full_marks() -> None:
-    """The config's evaluator, given what the config's own test set says is there."""
-    config = runner.read_config(CONV)
-    dataset = DATASETS.build(config.test_dataloader.dataset)
-    sample = dataset[0]["data_samples"]
-    truth = sample.gt_sem_seg.data
-    sample.pred_sem_seg = PixelData(data=truth)
-    evaluator = Evaluator(config.test_evaluator)
-    evaluator.dataset_meta = dataset.metainfo
-    evaluator.process([sample])
-    assert evaluator.evaluate(1)["mIoU"] == 100
-    assert len(truth.unique()) > 3 and truth.max() < 11
 
 
 # --- One's own data -----------------------------------------------------------------------------------------
