@@ -94,9 +94,7 @@ def test_bad_images_are_told_and_the_others_predicted(
     assert ["error" in entry for entry in found] == [True, False, False]
 
 
-def test_names_of_classes(
-    tmp_path: Path, few_images: Path, run: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_names_of_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def names(*opts: object, file: Path | None = None) -> list[str]:
         return predict.class_names(load_config(None, opts), file)
 
