@@ -1,7 +1,6 @@
 """Detection's commands at work: training, resuming, two processes, evaluation, pictures, the demo."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -98,14 +97,13 @@ def test_a_checkpoint_of_another_model_is_refused(
     assert "junk.pth does not fit the config's model, or is damaged" in capsys.readouterr().err
 
 
-def test_two_processes_train_and_evaluate_all_images(scenes: Path, trained: Path, tmp_path: Path) -> None:
+def test_two_processes_train_and_evaluate_all_images(trained: Path, tmp_path: Path) -> None:
     """Through torchrun, which is noticed. One process finds the same AP for what the two have written."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, str(REPO / "detection/train.py"), CONFIG, "--work-dir", str(tmp_path / "two")]
     done = subprocess.run(
         [*command, "--resume", str(trained / "epoch_8.pth"), *options(10)],
         cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DEMO": str(scenes)},
         capture_output=True,
         text=True,
         check=False,

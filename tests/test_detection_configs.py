@@ -31,7 +31,6 @@ NAMES = [path.stem for path in sorted(CONFIGS.glob("*_coco.py"))]
 SCHEDULES = {"1x": (12, [8, 11]), "2x": (24, [16, 22]), "3x": (36, [27, 33]), "6x": (72, [63, 69])}
 METHODS = sorted({name.split("_")[0] for name in NAMES})
 
-
 pytestmark = pytest.mark.usefixtures("in_mmdet")
 
 

@@ -19,7 +19,6 @@ from models.build import count_params_and_macs
 
 RETINANET = DETECTION.configs / "retinanet_focal-tiny_fpn_1x_coco.py"
 
-
 pytestmark = [pytest.mark.usefixtures("in_mmdet"), pytest.mark.filterwarnings("ignore")]
 
 

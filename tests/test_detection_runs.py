@@ -22,7 +22,6 @@ ONE_STEP = ONE_PROCESS | {"train_cfg.max_epochs": 1, "default_hooks.logger.inter
 FEW = ["--cfg-options", *(f"{key}={value}" for key, value in ONE_STEP.items())]
 SCENES = DemoOptions(train_scenes=2, val_scenes=1, scene_width=122, scene_height=90)
 
-
 pytestmark = pytest.mark.usefixtures("in_mmdet")
 
 

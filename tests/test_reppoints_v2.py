@@ -40,7 +40,6 @@ SURE = 30.0  # a logit whose loss rounds to zero
 NO_BOXES = torch.zeros(0, 4)
 FOCAL = {"type": "FocalLoss", "use_sigmoid": True, "gamma": 2.0, "alpha": 0.25, "loss_weight": 1.0}
 
-
 pytestmark = pytest.mark.usefixtures("in_mmdet")
 
 

@@ -37,7 +37,6 @@ REPORTED = {  # single- and multi-scale mIoU, parameters (M), FLOPs (G)
 RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 HEIGHT, WIDTH = 90, 122  # of the scenes; no multiple of anything
 
-
 pytestmark = [pytest.mark.usefixtures("in_mmseg"), pytest.mark.filterwarnings("ignore")]
 
 

@@ -48,7 +48,6 @@ SMALLER = {  # over a config for ADE20K
 WITHOUT = {"--amp": ["--no-amp"], "--launcher": [], "slurm": []}  # what a command cannot do on this machine
 SCENES = DemoOptions(train_scenes=2, val_scenes=1, scene_width=122, scene_height=90)
 
-
 pytestmark = pytest.mark.usefixtures("in_mmseg")
 
 
