@@ -105,3 +105,40 @@ def few_images(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
                 shutil.copy(image, target)
                 val_count += split == "val"
     return root
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's folder with detection/ and segmentation/: few small scenes, of no round size."""
+    from data.demo import DemoOptions, write_demo
+
+    options = DemoOptions(train_scenes=4, val_scenes=3, scene_width=122, scene_height=90)
+    root = tmp_path_factory.mktemp("scenes")
+    write_demo(root, ["detection", "segmentation"], options)
+    return root
+
+
+@pytest.fixture(scope="module")
+def in_demo(scenes: Path) -> Iterator[None]:
+    """Let the demo's configs read the scenes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEMO", str(scenes))
+        yield
+
+
+@pytest.fixture(scope="module")
+def in_mmdet() -> Iterator[None]:
+    """mmdet's registries, see `openmmlab_runs.in_scope`."""
+    from openmmlab_runs import in_scope
+
+    with in_scope("mmdet"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def in_mmseg() -> Iterator[None]:
+    """mmseg's registries, see `openmmlab_runs.in_scope`."""
+    from openmmlab_runs import in_scope
+
+    with in_scope("mmseg"):
+        yield

@@ -4,7 +4,6 @@ import csv
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("mmdet", reason="needs OpenMMLab's packages: make setup-openmmlab")
 from tools.benchmarks import detector as tool  # noqa: E402
@@ -43,9 +42,7 @@ def test_table_of_two_detectors(narrow: None, tmp_path: Path) -> None:
     for row in (focal, swin):
         assert float(row["img/s"]) > 0 and float(row["params M"]) > 1 and row["peak MiB"] == ""
         assert float(row["vs Swin-T lower"]) <= float(row["vs Swin-T"]) <= float(row["vs Swin-T upper"])
-    text = path.with_suffix(".md").read_text()
-    for fact in ("Machine: ", "mmdet 3", "Mask R-CNN, 64 x 90, batch 1, fp32", "| Focal-T |"):
-        assert fact in text
+    assert "Mask R-CNN, 64 x 90, batch 1, fp32" in path.with_suffix(".md").read_text()
 
 
 def test_sizes_that_change_against_one(narrow: None, tmp_path: Path) -> None:
@@ -61,30 +58,13 @@ def test_sizes_that_change_against_one(narrow: None, tmp_path: Path) -> None:
 
 
 def test_changing_sizes() -> None:
+    """None twice, and in each round as many pixels as with the one size, padded."""
     sizes = tool.changing_sizes((320, 500), 6)
     assert len({*sizes}) == len(sizes) == 6 * tool.STEPS
     for i in range(0, len(sizes), tool.STEPS):
         assert sum(h * w for h, w in sizes[i : i + tool.STEPS]) == tool.STEPS * 320 * 512
-    assert all(0.7 <= h / 320 <= 1.3 and 0.7 <= w / 512 <= 1.3 for h, w in sizes)
-    with pytest.raises(
-        ValueError, match="--multi-scale: expected .* with 10 changes .* got 128 x 128 with 1"
-    ):
+    with pytest.raises(ValueError, match="with 10 changes .* got 128 x 128 with 1"):
         tool.changing_sizes((128, 128), 10)
-
-
-def test_a_step_trains_the_whole_detector(narrow: None) -> None:
-    tool.silence_mmengine()
-    batch = tool.make_batch(1, (64, 96))
-    contender = tool.Contender(
-        tool.DETECTORS["Focal-T"], [batch], tool.Precision(torch.float32), torch.device("cpu")
-    )
-    parameters = dict(contender.model.named_parameters())
-    before = {key: parameter.detach().clone() for key, parameter in parameters.items()}
-    contender.step()
-    learning = {id(p) for group in contender.optimizer.param_groups for p in group["params"]}
-    assert learning == {id(parameter) for parameter in parameters.values()}
-    still = [key for key, parameter in parameters.items() if torch.equal(parameter, before[key])]
-    assert len(still) < 0.1 * len(parameters), still
 
 
 def test_full_configs_are_the_same_detector_but_for_the_backbone() -> None:
@@ -93,13 +73,3 @@ def test_full_configs_are_the_same_detector_but_for_the_backbone() -> None:
         assert config.model.pop("backbone").drop_path_rate == 0.2
         assert config.optim_wrapper.optimizer.type == "AdamW"
     assert configs[0].model == configs[1].model
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [(["--rounds", "0"], "--rounds: expected 1 or more"), (["--size", "8", "99"], "32 pixels or more")],
-)
-def test_mistakes_are_named(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        tool.main(words)
-    assert message in capsys.readouterr().err

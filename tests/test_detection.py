@@ -1,11 +1,9 @@
 """Detection's commands at work: training, resuming, two processes, evaluation, pictures, the demo."""
 
 import json
-import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,8 @@ from PIL import Image
 
 pytest.importorskip("mmdet", reason="needs OpenMMLab's packages: make setup-openmmlab")
 
-from openmmlab_runs import ONE_PROCESS, in_scope, make_demo, scalars
+from openmmlab_runs import ONE_PROCESS, make_demo, scalars
 
-from data.demo import DemoOptions, write_demo
 from detection import predict
 from openmmlab import runner
 from openmmlab.predict import parse
@@ -35,21 +32,8 @@ FEW = {  # over the demo's options: a model of few weights, evaluated after ever
     "optim_wrapper.optimizer.lr": 3e-3,
     **ONE_PROCESS,
 }
-SCENES = DemoOptions(train_scenes=4, val_scenes=3, scene_width=122, scene_height=90)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def in_mmdet() -> Iterator[None]:
-    with in_scope("mmdet"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's folder with few small scenes, of no round size."""
-    root = tmp_path_factory.mktemp("demo")
-    write_demo(root, ["detection"], SCENES)
-    return root
+pytestmark = pytest.mark.usefixtures("in_mmdet", "in_demo")
 
 
 def options(epochs: int) -> list[str]:
@@ -62,29 +46,19 @@ def evaluated(lines: list[dict[str, Any]]) -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def trained(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of 8 epochs of 2 steps."""
     folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DEMO", str(scenes))
-        assert runner.train([CONFIG, "--work-dir", str(folder), *options(8)]) == 0
+    assert runner.train([CONFIG, "--work-dir", str(folder), *options(8)]) == 0
     return folder
 
 
-@pytest.fixture(autouse=True)
-def in_demo(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DEMO", str(scenes))
-
-
 @pytest.fixture(scope="module")
-def tested(scenes: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tested(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an evaluation of that run."""
     folder = tmp_path_factory.mktemp("tested")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DEMO", str(scenes))
-        assert (
-            runner.test([CONFIG, str(trained / "epoch_8.pth"), "--work-dir", str(folder), *options(8)]) == 0
-        )
+    weights = str(trained / "epoch_8.pth")
+    assert runner.test([CONFIG, weights, "--work-dir", str(folder), *options(8)]) == 0
     return folder
 
 
@@ -123,14 +97,13 @@ def test_a_checkpoint_of_another_model_is_refused(
     assert "junk.pth does not fit the config's model, or is damaged" in capsys.readouterr().err
 
 
-def test_two_processes_train_and_evaluate_all_images(scenes: Path, trained: Path, tmp_path: Path) -> None:
+def test_two_processes_train_and_evaluate_all_images(trained: Path, tmp_path: Path) -> None:
     """Through torchrun, which is noticed. One process finds the same AP for what the two have written."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, str(REPO / "detection/train.py"), CONFIG, "--work-dir", str(tmp_path / "two")]
     done = subprocess.run(
         [*command, "--resume", str(trained / "epoch_8.pth"), *options(10)],
         cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DEMO": str(scenes)},
         capture_output=True,
         text=True,
         check=False,
@@ -174,20 +147,10 @@ def test_mistakes_with_pictures(trained: Path, tmp_path: Path, capsys: pytest.Ca
     weights = ["--config", config_of(trained), "--checkpoint", str(trained / "epoch_8.pth")]
     text = tmp_path / "text.jpg"
     text.write_text("no image")
-    cases = {
-        "gone.jpg: expected a file with the image": ["gone.jpg", *weights],
-        "text.jpg: not an image": [str(text), *weights],
-        "gone.pth: expected a file with the checkpoint": [
-            str(text),
-            *weights[:2],
-            "--checkpoint",
-            "gone.pth",
-        ],
-        "several images would become text.png": [str(text), "text.png", *weights],
-    }
-    for message, command in cases.items():
-        assert predict.main([*command, "--out", str(tmp_path)]) == 2
-        assert message in capsys.readouterr().err
+    assert predict.main([str(text), *weights]) == 2
+    assert "text.jpg: not an image" in capsys.readouterr().err
+    assert predict.main([str(text), "text.png", *weights]) == 2
+    assert "several images would become text.png" in capsys.readouterr().err
 
 
 # --- The demo -----------------------------------------------------------------------------------------------
@@ -197,16 +160,14 @@ def test_the_demo_tells_what_it_reached(scenes: Path, trained: Path, tested: Pat
     """`make demo-detection` reads its figures from the log of a real evaluation; a low one is an error."""
     done, commands = make_demo("detection", scenes, {"train": trained, "test": tested}, "DETECTION_LEAST=-1")
     assert done.returncode == 0, done.stderr
-    assert commands[0] == ["-m", "data.demo", str(scenes), "--kinds", "detection"]
-    assert [words[0] for words in commands[1:]] == [
-        f"detection/{name}.py" for name in ("train", "test", "predict")
-    ]
+    names = [f"detection/{name}.py" for name in ("train", "test", "predict")]
+    assert [words[0] for words in commands] == ["-m", *names]
     best = f"{scenes}/output/detection/train/{next(trained.glob('best_*.pth')).name}"
     assert f"checkpoint  {best}" in done.stdout
     figures = re.search(r"box AP +(.+), at IoU 0.5 (.+)\nmask AP +(.+), at IoU 0.5 (.+)\n", done.stdout)
-    names = ("bbox_mAP", "bbox_mAP_50", "segm_mAP", "segm_mAP_50")
+    keys = ("bbox_mAP", "bbox_mAP_50", "segm_mAP", "segm_mAP_50")
     report = report_of(tested)
-    assert figures and [float(text) for text in figures.groups()] == [report[f"coco/{n}"] for n in names]
+    assert figures and [float(text) for text in figures.groups()] == [report[f"coco/{key}"] for key in keys]
     runner.parse_train(commands[1][1:])
     assert runner.parse_test(commands[2][1:]).checkpoint == best
     drawn = parse("", commands[3][1:])

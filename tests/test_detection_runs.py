@@ -1,41 +1,28 @@
-"""Detection's commands on configs for COCO: a step of training, evaluations, the metric.
+"""Detection's commands on configs for COCO: a step of training and evaluations.
 
-The demo scenes stand in data/coco with COCO's 80 classes and file names. Channels and images are small; data
-sets, pipelines, samplers, loops, schedules, evaluators and hooks are those of the config.
+The demo scenes have COCO's 80 classes and file names; channels and images are small.
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import REPO
 
 pytest.importorskip("mmdet", reason="needs OpenMMLab's packages: make setup-openmmlab")
 
-from mmengine.config import Config
-from mmengine.evaluator import Evaluator
-from mmengine.registry import DATASETS
-from mmengine.structures import InstanceData
-from openmmlab_configs import SMALL, edit
-from openmmlab_runs import ONE_PROCESS, in_scope, scalars
+from openmmlab_configs import edit
+from openmmlab_runs import ONE_PROCESS, scalars
 from test_detection import evaluated
 from test_detection_configs import CONFIGS, name_of, shrunken, small_scale
-from test_docs import blocks
 
 from data.demo import DemoOptions, write_demo
-from models import VARIANTS, FocalTransformer
 from openmmlab import runner
 
-FEW = ONE_PROCESS | {"train_cfg.max_epochs": 1, "default_hooks.logger.interval": 1}  # one step of training
+ONE_STEP = ONE_PROCESS | {"train_cfg.max_epochs": 1, "default_hooks.logger.interval": 1}
+FEW = ["--cfg-options", *(f"{key}={value}" for key, value in ONE_STEP.items())]
 SCENES = DemoOptions(train_scenes=2, val_scenes=1, scene_width=122, scene_height=90)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def in_mmdet() -> Iterator[None]:
-    with in_scope("mmdet"):
-        yield
+pytestmark = pytest.mark.usefixtures("in_mmdet")
 
 
 @pytest.fixture(scope="module")
@@ -58,71 +45,26 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(autouse=True)
-def in_folder(coco: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(coco)
-
-
-def small(path: str | Path) -> Config:
-    """A config for small images and with few channels."""
-    config = runner.read_config(str(path))
-    config.model = edit(shrunken(config), lambda key, value: 80 if key == "num_classes" else value)
-    for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
-        loader.dataset = edit(loader.dataset, small_scale)
-    return config
-
-
 @pytest.mark.parametrize("method", ["cascade-mask-rcnn", "sparse-rcnn", "reppointsv2"])
-def test_a_method_trains_and_evaluates(method: str, tmp_path: Path) -> None:
+def test_a_method_trains_and_evaluates(
+    method: str, coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Evaluation at the end of training, and that of the checkpoint, find boxes, masks, and the same AP.
 
     The others differ in no option that the Runner reads.
     """
-    config = small(CONFIGS / f"{name_of(method)}.py")
+    monkeypatch.chdir(coco)
+    config = runner.read_config(str(CONFIGS / f"{name_of(method)}.py"))
+    config.model = edit(shrunken(config), lambda key, value: 80 if key == "num_classes" else value)
+    for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
+        loader.dataset = edit(loader.dataset, small_scale)
     masks = "mask_head" in config.model.get("roi_head", {})
     config.dump(tmp_path / "small.py")
-    few = ["--cfg-options", *(f"{key}={value}" for key, value in FEW.items())]
     command = [str(tmp_path / "small.py"), "--work-dir", str(tmp_path)]
-    assert runner.train([*command, "--no-amp", *few]) == 0
+    assert runner.train([*command, "--no-amp", *FEW]) == 0
     lines = scalars(tmp_path)
     assert [line["step"] for line in lines if "loss" in line] == [1]
-    assert runner.test([command[0], str(tmp_path / "epoch_1.pth"), *command[1:], *few]) == 0
+    assert runner.test([command[0], str(tmp_path / "epoch_1.pth"), *command[1:], *FEW]) == 0
     found = evaluated(scalars(tmp_path))
     assert found == evaluated(lines)
     assert [f"coco/{kind}_mAP" in found for kind in ("bbox", "segm")] == [True, masks]
-
-
-def test_the_pages_backbone_trains(coco: Path, tmp_path: Path) -> None:
-    """The config that get_started.md prints, over mmdet's own, with a classifier's weights."""
-    (own,) = (b for b in blocks(REPO / "detection/get_started.md", "python") if "with_cp" in b.text)
-    names: dict[str, str] = {}
-    exec(own.text, names)
-    (tmp_path / "own.py").write_text(names["config"].replace("focal_tiny.pth", f"{tmp_path}/focal.pth"))
-    config = small(str(tmp_path / "own.py"))
-    classifier = FocalTransformer(**VARIANTS[config.model.backbone.variant] | SMALL)
-    torch.save({"model": classifier.state_dict()}, tmp_path / "focal.pth")
-    config.dump(tmp_path / "small.py")
-    few = ["--cfg-options", *(f"{key}={value}" for key, value in FEW.items())]
-    assert runner.train([str(tmp_path / "small.py"), "--work-dir", str(tmp_path), *few]) == 0
-    assert [line["step"] for line in scalars(tmp_path) if "loss" in line] == [1]
-
-
-@pytest.mark.parametrize("method", ["mask-rcnn", "retinanet"])
-def test_what_is_true_gets_full_marks(method: str) -> None:
-    """The config's evaluator, given what the config's own test set says is there."""
-    config = small(CONFIGS / f"{name_of(method)}.py")
-    dataset = DATASETS.build(config.test_dataloader.dataset)
-    sample = dataset[0]["data_samples"]
-    truth = sample.gt_instances
-    sample.pred_instances = InstanceData(
-        bboxes=truth.bboxes.tensor, labels=truth.labels, scores=truth.bboxes.tensor.new_ones(len(truth))
-    )
-    if "masks" in truth:
-        sample.pred_instances.masks = truth.masks.to_tensor(bool, "cpu")
-    evaluator = Evaluator(config.test_evaluator)
-    evaluator.dataset_meta = dataset.metainfo
-    evaluator.process([sample])
-    found = evaluator.evaluate(1)
-    assert len(truth) > 3 and {*truth.labels.tolist()} <= {8 * digit for digit in range(10)}
-    assert all(found[f"coco/{kind}_mAP"] == 1 for kind in ("bbox", *(["segm"] if "masks" in truth else [])))
-    assert ("coco/segm_mAP" in found) == ("masks" in truth)

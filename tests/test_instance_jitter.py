@@ -2,7 +2,6 @@
 
 # ruff: noqa: E402
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,17 +16,12 @@ import openmmlab.mmcv_ops  # noqa: F401  (before mmdet: makes its operators impo
 # isort: split
 from mmdet.datasets import CocoDataset
 from mmdet.registry import TRANSFORMS
-from mmengine.registry import DefaultScope
 
 from data.demo import DemoOptions, write_demo
 from data.demo_scenes import DETECTION_CLASSES
 from detection.instance_jitter import overlapping
 
-
-@pytest.fixture(scope="module", autouse=True)
-def in_mmdet() -> Iterator[None]:
-    with DefaultScope.overwrite_default_scope("mmdet"):
-        yield
+pytestmark = pytest.mark.usefixtures("in_mmdet")
 
 
 @pytest.fixture(scope="module")

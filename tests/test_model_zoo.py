@@ -28,11 +28,9 @@ def test_the_tables_are_what_the_tool_writes() -> None:
 
 def test_every_row_of_the_release_has_a_config() -> None:
     for pattern, rows in ROWS.items():
-        names = [row.config for row in rows]
-        assert len(set(names)) == len(names)
-        for name in names:
-            assert (REPO / pattern.format(name)).is_file(), name
-            assert f"({pattern.format(name)})" in PAGE
+        for row in rows:
+            assert (REPO / pattern.format(row.config)).is_file(), row.config
+            assert f"({pattern.format(row.config)})" in PAGE
     listed = {row.config for row in release.CLASSIFIERS}
     assert listed == {path.stem for path in REPO.glob("configs/focal*_224.yaml")}
     assert [len(rows) for rows in ROWS.values()] == [10, 18, 4]
@@ -49,16 +47,6 @@ def test_configs_report_the_same() -> None:
             assert quoted == {
                 key: value for key, value in row._asdict().items() if key in keys and value is not None
             }
-
-
-def test_throughput_agrees_with_accuracy() -> None:
-    """What the release says twice of a model, in two tables, it says alike."""
-    speeds = {row.model: row for row in release.SPEEDS}
-    sizes = {"T": "Tiny", "S": "Small", "B": "Base"}
-    both = {re.sub(r"-([TSB])\b", lambda m: f"-{sizes[m[1]]}", row.model): row for row in release.CLASSIFIERS}
-    assert len(both.keys() & speeds.keys()) == 6
-    for name in both.keys() & speeds.keys():
-        assert (speeds[name].top1, speeds[name].flops_g) == (both[name].top1, both[name].flops_g)
 
 
 def test_a_model_that_was_not_counted(
