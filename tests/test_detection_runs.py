@@ -10,6 +10,10 @@ import pytest
 
 pytest.importorskip("mmdet", reason="needs OpenMMLab's packages: make setup-openmmlab")
 
+from mmengine.config import Config
+from mmengine.evaluator import Evaluator
+from mmengine.registry import DATASETS
+from mmengine.structures import InstanceData
 from openmmlab_configs import edit
 from openmmlab_runs import ONE_PROCESS, scalars
 from test_detection import evaluated
@@ -45,6 +49,15 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def small(method: str) -> Config:
+    """A method's config for small images and with few channels."""
+    config = runner.read_config(str(CONFIGS / f"{name_of(method)}.py"))
+    config.model = edit(shrunken(config), lambda key, value: 80 if key == "num_classes" else value)
+    for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
+        loader.dataset = edit(loader.dataset, small_scale)
+    return config
+
+
 @pytest.mark.parametrize("method", ["cascade-mask-rcnn", "sparse-rcnn", "reppointsv2"])
 def test_a_method_trains_and_evaluates(
     method: str, coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -54,10 +67,7 @@ def test_a_method_trains_and_evaluates(
     The others differ in no option that the Runner reads.
     """
     monkeypatch.chdir(coco)
-    config = runner.read_config(str(CONFIGS / f"{name_of(method)}.py"))
-    config.model = edit(shrunken(config), lambda key, value: 80 if key == "num_classes" else value)
-    for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
-        loader.dataset = edit(loader.dataset, small_scale)
+    config = small(method)
     masks = "mask_head" in config.model.get("roi_head", {})
     config.dump(tmp_path / "small.py")
     command = [str(tmp_path / "small.py"), "--work-dir", str(tmp_path)]
@@ -68,3 +78,25 @@ def test_a_method_trains_and_evaluates(
     found = evaluated(scalars(tmp_path))
     assert found == evaluated(lines)
     assert [f"coco/{kind}_mAP" in found for kind in ("bbox", "segm")] == [True, masks]
+
+
+@pytest.mark.parametrize("method", ["mask-rcnn", "retinanet"])
+def test_what_is_true_gets_full_marks(method: str, coco: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The config's evaluator, given what the config's own test set says is there."""
+    monkeypatch.chdir(coco)
+    config = small(method)
+    dataset = DATASETS.build(config.test_dataloader.dataset)
+    sample = dataset[0]["data_samples"]
+    truth = sample.gt_instances
+    sample.pred_instances = InstanceData(
+        bboxes=truth.bboxes.tensor, labels=truth.labels, scores=truth.bboxes.tensor.new_ones(len(truth))
+    )
+    if "masks" in truth:
+        sample.pred_instances.masks = truth.masks.to_tensor(bool, "cpu")
+    evaluator = Evaluator(config.test_evaluator)
+    evaluator.dataset_meta = dataset.metainfo
+    evaluator.process([sample])
+    found = evaluator.evaluate(1)
+    assert len(truth) > 3 and {*truth.labels.tolist()} <= {8 * digit for digit in range(10)}
+    assert all(found[f"coco/{kind}_mAP"] == 1 for kind in ("bbox", *(["segm"] if "masks" in truth else [])))
+    assert ("coco/segm_mAP" in found) == ("masks" in truth)

@@ -14,11 +14,13 @@ import torch
 pytest.importorskip("mmseg", reason="needs OpenMMLab's packages: make setup-openmmlab")
 
 from conftest import REPO
+from mmengine.evaluator import Evaluator
 from mmengine.registry import DATASETS
+from mmengine.structures import PixelData
 from openmmlab_configs import SMALL
 from openmmlab_runs import ONE_PROCESS, scalars
 from PIL import Image
-from test_docs import blocks, task_command
+from test_docs import blocks, command_of
 
 from data.demo import DemoOptions, write_demo
 from models import VARIANTS, FocalTransformer
@@ -100,8 +102,8 @@ def commands(section: str) -> list[tuple[str, list[str]]]:
     first = text.index(f"## {section}")
     last = next((n for n, line in enumerate(text) if n > first and line.startswith("## ")), len(text))
     inside = [block for block in blocks(PAGE, "sh") if first < block.line < last]
-    found = [task_command(words) for block in inside for words in block.commands()]
-    return [command[1:] for command in found if command is not None]
+    found = [command_of(words) for block in inside for words in block.commands()]
+    return [(name.partition(".")[2], words) for name, words in found if name.startswith("segmentation.")]
 
 
 def test_the_pages_training_and_evaluation_run() -> None:
@@ -124,6 +126,21 @@ def test_the_pages_training_and_evaluation_run() -> None:
         newest = max(Path(arguments[1]).parent.glob("*/*.json"), key=lambda path: path.stat().st_mtime_ns)
         found.append(json.loads(newest.read_text()))
     assert len(found) == 3 and all(0 <= line["mIoU"] <= 100 for line in found)
+
+
+def test_what_is_true_gets_full_marks() -> None:
+    """The config's evaluator, given what the config's own test set says is there; and given another class."""
+    config = runner.read_config(f"{CONFIGS}/upernet_focal-small-conv_8xb2-160k_ade20k-512x512.py")
+    dataset = DATASETS.build(config.test_dataloader.dataset)
+    sample = dataset[0]["data_samples"]
+    truth = sample.gt_sem_seg.data
+    for labels, least, most in ((truth, 100, 100), (torch.where(truth == 0, 149, truth), 30, 95)):
+        sample.pred_sem_seg = PixelData(data=labels)
+        evaluator = Evaluator(config.test_evaluator)
+        evaluator.dataset_meta = dataset.metainfo
+        evaluator.process([sample])
+        assert least <= evaluator.evaluate(1)["mIoU"] <= most
+    assert len(truth.unique()) > 3 and truth.max() < 11
 
 
 # --- One's own data -----------------------------------------------------------------------------------------
