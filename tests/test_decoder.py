@@ -2,18 +2,18 @@
 
 import random
 import sys
-from io import BytesIO
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from pictures import encoded, picture
 from PIL import Image
 from test_data import draw_epoch, make_config, val_set
 
 from data import Loaders, build_loaders
-from data.images import EncodedImage, UndecodableImageError, decode_rgb
+from data.images import EncodedImage, decode_rgb
 from data.opencv_ops import OPERATIONS
 from data.seeding import seeded_rngs
 from data.transforms import Recipe, train_transform, with_decoder
@@ -22,20 +22,6 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZE = (64, 96)
 PLAIN = Recipe(auto_augment="none", color_jitter=0.0, reprob=0.0)
 INTENSE = Recipe(auto_augment="rand-m9-mstd0.5-inc1", reprob=0.25)
-
-
-def picture(height: int, width: int, seed: int = 0) -> Image.Image:
-    """Smooth colours with some texture: small noise, enlarged, and a little noise on top."""
-    draw = np.random.default_rng(seed)
-    small = Image.fromarray(draw.integers(0, 256, (8, 8 * width // height, 3), dtype=np.uint8))
-    smooth = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), dtype=np.int64)
-    return Image.fromarray((smooth + draw.integers(-8, 9, (height, width, 1))).clip(0, 255).astype(np.uint8))
-
-
-def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
-    buffer = BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def pipelines(recipe: Recipe, size: tuple[int, int] = SIZE, **options: object) -> dict[str, object]:
@@ -107,7 +93,7 @@ def test_decoders_draw_the_same(policy: str, interpolation: str) -> None:
 LEVELS: dict[str, list[float]] = {
     "sharpness": [0.0, 0.3, 1.0, 1.9],
     **{name: [0.0, 0.2, -0.3] for name in ("shear_x", "shear_y")},
-    **{name: [0.0, 20.4, -17.7, 500.0] for name in ("translate_x_abs", "translate_y_abs")},
+    **{name: [20.4, -17.7, 500.0] for name in ("translate_x_abs", "translate_y_abs")},
     **{name: [0.3, -0.45] for name in ("translate_x_rel", "translate_y_rel")},
     "rotate": [20.0, -7.0],
 }
@@ -126,46 +112,19 @@ def test_operations_are_those_of_timm(theirs) -> None:
                 assert error.mean() < 2 and np.median(error) <= 1, level
 
 
-@pytest.mark.parametrize("kind", ["cmyk", "gray16", "palette", "alpha", "webp", "trailing"])
+@pytest.mark.parametrize("kind", ["cmyk", "palette", "alpha", "webp", "trailing"])
 def test_what_opencv_would_decode_otherwise_stays_with_pillow(kind: str) -> None:
     """The results are those of Pillow to the bit."""
     image = picture(90, 131)
-    gray16 = Image.fromarray(np.linspace(0, 65535, 90 * 131).reshape(90, 131).astype(np.uint16))
-    contents = {
-        "cmyk": lambda: encoded(image.convert("CMYK")),
-        "gray16": lambda: encoded(gray16, "PNG"),
-        "palette": lambda: encoded(image.convert("P"), "PNG", transparency=0),
-        "alpha": lambda: encoded(image.convert("RGBA"), "PNG"),
-        "webp": lambda: encoded(image, "WEBP"),
-        "trailing": lambda: encoded(image) + b"and more",
-    }
-    content = contents[kind]()
+    content = {
+        "cmyk": encoded(image.convert("CMYK")),
+        "palette": encoded(image.convert("P"), "PNG", transparency=0),
+        "alpha": encoded(image.convert("RGBA"), "PNG"),
+        "webp": encoded(image, "WEBP"),
+        "trailing": encoded(image) + b"and more",
+    }[kind]
     assert EncodedImage(content, "x").opencv_crop((0, 0, 80, 100), SIZE, "bicubic") is None
     assert difference(content) == 0
-
-
-def damaged() -> dict[str, bytes]:
-    """Contents that Pillow refuses, each damaged in its own way."""
-    whole = encoded(picture(90, 131))
-    stray = bytearray(whole)
-    stray[len(whole) // 2 : len(whole) // 2 + 2] = b"\xff\xbf"
-    return {
-        "empty": b"",
-        "text": b"no image",
-        "half": whole[: len(whole) // 2],
-        "no end": whole[:-2],
-        "header": whole[:40],
-        "stray marker": bytes(stray),
-        "two scans": whole[: len(whole) // 2] + whole[whole.index(b"\xff\xda") :],
-    }
-
-
-@pytest.mark.parametrize("name", damaged())
-def test_both_decoders_refuse_the_same(name: str) -> None:
-    content = damaged()[name]
-    for run in pipelines(PLAIN).values():
-        with pytest.raises(UndecodableImageError, match=f"^image: expected .* got {len(content)} bytes"):
-            run(content, 0)
 
 
 @pytest.mark.parametrize("options", [{"channels": 1}, {"size": (32, 32)}])

@@ -57,20 +57,11 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
             assert torch.equal(new["state"][index][name], value)
 
 
-WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "weights alone": (
-        lambda content: [content.pop(key) for key in {*content} - {"model"}],
-        "--pretrain",
-    ),
-    "no optimizer": (lambda content: content.pop("optimizer"), "optimizer"),
+WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "weights alone": (lambda content: [content.pop(key) for key in {*content} - {"model"}], "--pretrain"),
     "text for a number": (lambda content: content.update(max_accuracy="x"), "max_accuracy"),
-    "an unknown position": (lambda content: content["position"].update(tempo=1), "position"),
     "an older position": (lambda content: content["position"].pop("samples_seen"), "position"),
-    "average of another shape": (lambda content: content.update(model_ema={"weight": torch.ones(2)}), "_ema"),
-    "average that is nan": (
-        lambda content: content.update(model_ema={"weight": content["model"]["weight"] * torch.nan}),
-        "nan",
-    ),
+    "other average": (lambda content: content.update(model_ema={"weight": torch.ones(2)}), "_ema"),
 }
 
 
