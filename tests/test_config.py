@@ -136,6 +136,16 @@ def test_base_files_are_relative_and_merge_in_order(tmp_path: Path) -> None:
     assert (config.SEED, config.TAG, config.PRINT_FREQ) == (2, "other", 9)
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("SEED: 1\nTAG: a\nSEED: 2", "line 3: key SEED is given twice"),
+        ("- 1\n- 2", "expected KEY: value lines"),
+        ("BASE: no.yaml", "no.yaml: expected a yaml file (named by BASE in"),
+        ("BASE: a.yaml", "BASE: expected no cycle"),
+        ("TAG: !!python/object/apply:os.mkdir ['created']", "os.mkdir"),
+    ],
+)
 def test_a_file_that_cannot_be_used_is_one_clean_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, words: str
 ) -> None:

@@ -18,8 +18,7 @@ import torch
 from conftest import REPO
 from pictures import encoded
 from PIL import Image
-from timm.data import Mixup
-from torchvision import transforms
+from timm.data import Mixup, create_transform
 from yacs.config import CfgNode
 
 from config import load_config
@@ -161,16 +160,9 @@ def test_nonsquare_and_gray(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("shape", "size"), [((300, 200), 224), ((33, 47), 384)])
-def test_eval_crop_equals_torchvision(shape: tuple[int, int], size: int) -> None:
+def test_eval_crop_equals_timms(shape: tuple[int, int], size: int) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
-    expected = transforms.Compose(
-        [
-            transforms.Resize(int(256 / 224 * size), transforms.InterpolationMode.BICUBIC),
-            transforms.CenterCrop(size),
-            transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
-        ]
-    )
+    expected = create_transform(size, interpolation="bicubic", mean=MEAN, std=STD, crop_pct=224 / 256)
     ours = eval_transform((size, size), 3, MEAN, STD, "bicubic", crop=True)
     torch.testing.assert_close(ours(image), expected(image), rtol=0, atol=0)
 

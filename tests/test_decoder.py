@@ -10,7 +10,7 @@ import pytest
 import torch
 from pictures import encoded, picture
 from PIL import Image
-from test_data import draw_epoch, make_config, val_set
+from test_data import make_config, val_set
 
 from data import Loaders, build_loaders
 from data.images import EncodedImage, decode_rgb
@@ -148,21 +148,16 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def loaders_of(root: Path, decoder: str = "opencv", workers: int = 0) -> Loaders:
-    overrides = {"DATA__DECODER": decoder, "DATA__NUM_WORKERS": workers, "MODEL__NUM_CLASSES": 2}
-    return build_loaders(make_config(root, **overrides))
+def loaders_of(root: Path, decoder: str) -> Loaders:
+    return build_loaders(make_config(root, DATA__DECODER=decoder, MODEL__NUM_CLASSES=2))
 
 
 def test_a_missing_or_old_opencv_is_explained(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(cv2, "IMREAD_COLOR_RGB")
     for _ in range(2):
         with pytest.raises(ValueError, match="DATA.DECODER: .*4.11 or newer.*pip install"):
-            loaders_of(root)
+            loaders_of(root, "opencv")
         monkeypatch.setitem(sys.modules, "cv2", None)
-
-
-def test_samples_do_not_depend_on_workers(root: Path) -> None:
-    assert torch.equal(*(draw_epoch(loaders_of(root, workers=count), 1)[0] for count in (0, 2)))
 
 
 def test_evaluation_stays_with_pillow(root: Path) -> None:

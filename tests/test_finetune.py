@@ -107,17 +107,6 @@ def test_every_layer_learns_at_its_share_of_the_rate() -> None:
         assert share_of[name] == pytest.approx(0.8**below), name
 
 
-def test_decay_stays_off_where_it_was() -> None:
-    model = nano("MODEL.FOCAL.APE", True)
-
-    def exempt(decay: float) -> set[int]:
-        groups = parameter_groups(model, 0.05, decay)
-        return {id(p) for group in groups if group["weight_decay"] == 0 for p in group["params"]}
-
-    assert exempt(0.7) == exempt(1.0)
-    assert len(parameter_groups(model, 0.05, 0.7)) == 12
-
-
 def test_the_schedule_keeps_the_shares_and_the_log_shows_the_full_rate() -> None:
     config = load_config(None, [*OPTS, "TRAIN.LAYER_DECAY", 0.5, "TRAIN.WARMUP_EPOCHS", 1])
     optimizer = build_optimizer(config, build_model(config))
