@@ -376,16 +376,6 @@ def test_metrics_are_on_the_disk_before_the_checkpoint_that_counts_on_them(
     assert losses_in(tmp_path) == [1.0]
 
 
-def test_lost_metrics_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    metrics = Metrics(tmp_path)
-    metrics.write("epoch", 0, loss=1.0)
-    size = metrics.flush()
-    metrics.truncate(size + 10, (2, 0))
-    assert f"expected the {size + 10:,} bytes that the checkpoint has recorded, got {size:,}" in caplog.text
-    metrics.write("epoch", 1, loss=2.0)
-    assert losses_in(tmp_path) == [1.0, 2.0]
-
-
 def test_metrics_survive_a_full_disk(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest
 ) -> None:

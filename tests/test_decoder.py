@@ -24,28 +24,27 @@ PLAIN = Recipe(auto_augment="none", color_jitter=0.0, reprob=0.0)
 INTENSE = Recipe(auto_augment="rand-m9-mstd0.5-inc1", reprob=0.25)
 
 
-def pipelines(recipe: Recipe, size: tuple[int, int] = SIZE, **options: object) -> dict[str, object]:
-    """Content of a file and seed -> tensor, by decoder."""
-    values = {"channels": 3, "mean": MEAN, "std": STD, "interpolation": "bicubic"} | options
-
-    def make(decoder: str):
-        decode, transform = with_decoder(decoder, train_transform(size, recipe=recipe, **values))
-
-        def run(content: bytes, seed: int) -> torch.Tensor:
-            with seeded_rngs(seed):
-                return transform(decode(content, "image"))
-
-        return run
-
-    return {decoder: make(decoder) for decoder in ("pil", "opencv")}
+def transformed(
+    decoder: str,
+    content: bytes,
+    seed: int = 0,
+    recipe: Recipe = PLAIN,
+    size: tuple[int, int] = SIZE,
+    channels: int = 3,
+) -> torch.Tensor:
+    """A training image from the content of a file."""
+    decode, transform = with_decoder(decoder, train_transform(size, channels, MEAN, STD, "bicubic", recipe))
+    with seeded_rngs(seed):
+        return transform(decode(content, "image"))
 
 
-def difference(content: bytes, recipe: Recipe = PLAIN, seeds: int = 8, **options: object) -> float:
+def difference(content: bytes, **options: object) -> float:
     """Mean absolute difference between the decoders' images, in steps of 1/255."""
-    both = pipelines(recipe, **options)
-    scale = 255 * sum(STD) / 3
-    diffs = [both["pil"](content, seed) - both["opencv"](content, seed) for seed in range(seeds)]
-    return float(torch.stack(diffs).abs().mean()) * scale
+    differences = [
+        transformed("pil", content, seed, **options) - transformed("opencv", content, seed, **options)
+        for seed in range(8)
+    ]
+    return float(torch.stack(differences).abs().mean()) * 255 * sum(STD) / 3
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
@@ -127,12 +126,12 @@ def test_what_opencv_would_decode_otherwise_stays_with_pillow(kind: str) -> None
     assert difference(content) == 0
 
 
-@pytest.mark.parametrize("options", [{"channels": 1}, {"size": (32, 32)}])
-def test_gray_and_small_images(options: dict[str, object]) -> None:
+@pytest.mark.parametrize(("channels", "size"), [(1, SIZE), (3, (32, 32))])
+def test_gray_and_small_images(channels: int, size: tuple[int, int]) -> None:
     content = encoded(picture(90, 131))
-    assert difference(content, **options) < 4
-    shape = (options.get("channels", 3), *options.get("size", SIZE))
-    assert pipelines(INTENSE, **options)["opencv"](content, 0).shape == shape
+    assert difference(content, channels=channels, size=size) < 4
+    image = transformed("opencv", content, recipe=INTENSE, size=size, channels=channels)
+    assert image.shape == (channels, *size)
 
 
 # --- In the loaders -----------------------------------------------------------------------------------------

@@ -8,9 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_data import make_config
 
-from data import build_loaders
 from data.demo import WRITERS, DemoOptions, load_digit_splits, write_demo
 
 pytest.importorskip("sklearn", reason="the demo data need scikit-learn")
@@ -44,16 +42,6 @@ def test_splits_are_stratified_and_complete() -> None:
     assert held_out.isdisjoint(image.tobytes() for image in splits["train"].images)
 
 
-@pytest.mark.parametrize("kind", ["imagenet", "zip"])
-def test_classification_loads(demo: Path, kind: str) -> None:
-    opts = {"DATA__ZIP_MODE": kind == "zip", "DATA__IMG_SIZE": 32, "DATA__BATCH_SIZE": 16}
-    loaders = build_loaders(make_config(demo / kind, **opts, MODEL__NUM_CLASSES=10))
-    assert len(loaders.train_dataset) + len(loaders.val_dataset) == 1797
-    assert sorted(loaders.val_dataset.source.labels) == sorted(load_digit_splits(0)["val"].labels)
-    images, _ = next(iter(loaders.train_loader))
-    assert images.shape == (16, 3, 32, 32)
-
-
 @pytest.mark.parametrize(("split", "count"), [("train", 12), ("val", 5)])
 def test_detection_is_valid_coco(demo: Path, split: str, count: int) -> None:
     COCO = pytest.importorskip("pycocotools.coco").COCO  # noqa: N806
@@ -70,18 +58,6 @@ def test_detection_is_valid_coco(demo: Path, split: str, count: int) -> None:
             assert abs(int(mask.sum()) - annotation["area"]) < 0.12 * annotation["area"]
             left, top, width, height = annotation["bbox"]
             assert mask[top : top + height, left : left + width].sum() == mask.sum()
-
-
-@pytest.mark.parametrize(("split", "count"), [("training", 12), ("validation", 5)])
-def test_segmentation_is_valid_ade(demo: Path, split: str, count: int) -> None:
-    root = demo / "segmentation"
-    images = sorted(path.stem for path in (root / "images" / split).iterdir())
-    labels = sorted((root / "annotations" / split).iterdir())
-    assert images == [path.stem for path in labels] and len(images) == count
-    for path in labels:
-        with Image.open(path) as image:
-            assert image.mode == "L" and set(np.unique(np.asarray(image))) <= set(range(1, 12))
-    assert (root / "classes.txt").read_text().split() == ["background", *map(str, range(10))]
 
 
 def test_bytes_depend_on_the_seed_alone(demo: Path, tmp_path: Path) -> None:
