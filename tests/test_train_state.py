@@ -115,10 +115,10 @@ def test_fused_and_plain_adamw_read_each_others_checkpoints(
     assert {int(step) for step in steps} == {2}
 
 
-def resumed(position: Position, order: str = "an order", **options: object) -> TrainState:
-    state = make_state(opts=tuple(word for pair in options.items() for word in pair))
+def resumed(position: Position) -> TrainState:
+    state = make_state()
     content = state.state_dict() | {"position": vars(position), "metrics_size": 0}
-    resume(state, content, "a.pth", order)
+    resume(state, content, "a.pth", "an order")
     return state
 
 
