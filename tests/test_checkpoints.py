@@ -1,6 +1,5 @@
 """Checkpoint files: whole or absent, verified, the newest by name, few kept, written beside training."""
 
-import errno
 import json
 import logging
 import os
@@ -121,14 +120,6 @@ def test_best_is_the_newest_where_it_is_further_or_as_far(tmp_path: Path) -> Non
         assert find_newest(tmp_path) == (newest or path)
 
 
-def test_a_file_that_the_disk_cannot_read_is_not_skipped(tmp_path: Path) -> None:
-    write(tmp_path, 1)
-    lost = tmp_path / "ckpt_epoch_1.pth"
-    lost.symlink_to("/proc/self/mem")
-    with pytest.raises(UserError, match=rf"{lost}: expected to read the checkpoint, got: "):
-        find_newest(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("keep", "left"),
     [
@@ -158,36 +149,26 @@ def test_a_new_one_inside_an_epoch_replaces_those_of_a_larger_number_of_steps(tm
     assert find_newest(tmp_path).name == "ckpt_epoch_3_step_45.pth"
 
 
-def test_one_that_cannot_be_removed_keeps_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+LATE = {"ckpt_epoch_2.pth"}
+ALL = {"ckpt_epoch_0.pth", "ckpt_epoch_1.pth", "ckpt_epoch_2.pth", BEST_NAME, Metrics.NAME}
+
+
+@pytest.mark.parametrize(
+    ("later_than", "best_epoch", "moved"),
+    [((2, 0), 2, LATE), ((2, 0), 3, LATE | {BEST_NAME}), (None, 2, ALL)],
+    ids=["best is kept", "best is later", "all"],
+)
+def test_files_of_another_run_are_moved_aside(
+    later_than: tuple[int, int] | None, best_epoch: int, moved: set[str], tmp_path: Path
 ) -> None:
-    paths = [write(tmp_path, epoch) for epoch in (1, 2, 3)]
-    unlink = Path.unlink
-
-    def refuse(path: Path, *arguments: object, **options: object) -> None:
-        if path == paths[0]:
-            raise PermissionError(errno.EACCES, "denied", str(path))
-        unlink(path, *arguments, **options)
-
-    monkeypatch.setattr(Path, "unlink", refuse)
-    prune(tmp_path, (3, 0), keep=1)
-    assert names_in(tmp_path) == {paths[0].name, paths[2].name}
-    assert paths[0].name in caplog.text
-
-
-def test_files_of_another_run_are_moved_aside(tmp_path: Path) -> None:
     """Also best.pth, if it is later: else it would be the newest, and keep its place against this run's."""
-    late, all_of_them = {"ckpt_epoch_2.pth"}, {*(f"ckpt_epoch_{n}.pth" for n in range(3)), BEST_NAME}
-    cases = [((2, 0), 2, late), ((2, 0), 3, late | {BEST_NAME}), (None, 2, all_of_them | {Metrics.NAME})]
-    for number, (later_than, best_epoch, expected) in enumerate(cases, start=1):
-        for epoch in (1, 2, 3):
-            write(tmp_path, epoch)
-        write_best(tmp_path, best_epoch)
-        (tmp_path / "metrics.jsonl").write_text("{}\n")
-        set_aside(tmp_path, later_than)
-        assert names_in(tmp_path / f"earlier_{number}") == expected
-    set_aside(tmp_path, None)
-    assert names_in(tmp_path) == {"earlier_1", "earlier_2", "earlier_3"}
+    for epoch in (1, 2, 3):
+        write(tmp_path, epoch)
+    write_best(tmp_path, best_epoch)
+    (tmp_path / Metrics.NAME).write_text("{}\n")
+    set_aside(tmp_path, later_than)
+    assert names_in(tmp_path / "earlier_1") == moved
+    assert names_in(tmp_path) == ALL - moved | {"earlier_1"}
 
 
 def test_a_killed_writer_leaves_the_old_file_whole(tmp_path: Path) -> None:
@@ -220,10 +201,8 @@ def test_a_full_disk_keeps_the_older_file_and_ends_the_run_at_last(
     before = path.read_bytes()
     request.getfixturevalue("full_disk")
     save(writer, path)
-    assert "File too large" in writer.errors[-1]
+    assert "File too large" in writer.errors[-1] and "bytes free" in caplog.text
     assert writer.failure == ""
-    assert f"{path}: expected to write a checkpoint" in caplog.text
-    assert "bytes free" in caplog.text
     save(writer, path)
     assert "2 of 2 in a row" in writer.failure
     assert names_in(tmp_path) == {path.name}
@@ -323,10 +302,6 @@ def test_a_run_that_cannot_be_saved_ends_with_the_reason(tmp_path: Path) -> None
     reach(state, checkpoints, 2)
     with pytest.raises(UserError, match=r"ckpt_epoch_0_step_2.pth: .* 2 of 2 in a row"):
         reach(state, checkpoints, 3)
-    checkpoints = checkpoints_of(tmp_path / "file", state)
-    checkpoints.save(state)
-    with pytest.raises(UserError, match="expected to write a checkpoint, got: "):
-        checkpoints.finish()
 
 
 def test_a_stop_tries_a_failed_save_again(tmp_path: Path) -> None:
@@ -372,21 +347,18 @@ def test_best_gives_way_to_the_next_that_is_better_than_the_file(
         state.max_accuracy = max(state.max_accuracy, accuracy)
         checkpoints.save_if_best(state, accuracy)
         checkpoints.writer.wait()
+        caplog.clear()
+        checkpoints.warn_if_best_missing(state)
         return read_best(tmp_path)[1]
 
     assert evaluated(100 / 3) == 100 / 3  # to the last digit
+    assert not caplog.text
     blocked = tmp_path / f".{BEST_NAME}.tmp"
     blocked.mkdir()
     assert evaluated(60.0) == 100 / 3
     blocked.rmdir()
-    assert evaluated(30.0) == 100 / 3
     assert evaluated(50.0) == 50.0
-    checkpoints.warn_if_best_missing(state)
-    assert "best.pth ends without the best weights: 60.00% was reached, it holds 50.00%" in caplog.text
-    assert evaluated(60.5) == 60.5
-    caplog.clear()
-    checkpoints.warn_if_best_missing(state)
-    assert not caplog.text
+    assert "ends without the best weights: 60.00% was reached, it holds 50.00%" in caplog.text
     os.truncate(tmp_path / BEST_NAME, 3000)
     assert read_best(tmp_path)[1] == 0.0
 
@@ -399,9 +371,8 @@ def losses_in(folder: Path) -> list[float]:
 
 
 def test_metrics_are_on_the_disk_before_the_checkpoint_that_counts_on_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And where they were lost all the same, a resumed run says so."""
     synced, fsync = [], os.fsync
 
     def watched(descriptor: int) -> None:
@@ -413,21 +384,13 @@ def test_metrics_are_on_the_disk_before_the_checkpoint_that_counts_on_them(
     state.position = Position(1)
     checkpoints = checkpoints_of(tmp_path, state, metrics)
     metrics.write("epoch", 0, loss=1.0)
-    size = metrics.flush()
-    metrics.write("epoch", 1, loss=2.0)
     checkpoints.save(state)
     checkpoints.finish()
     assert synced[:2] == ["metrics.jsonl", ".ckpt_epoch_0.pth.tmp"]
     recorded = torch.load(tmp_path / "ckpt_epoch_0.pth", weights_only=True)["metrics_size"]
-    metrics.write("epoch", 2, loss=2.5)
+    metrics.write("epoch", 1, loss=2.0)
     metrics.truncate(recorded, (2, 0))
-    assert losses_in(tmp_path) == [1.0, 2.0]
-    os.truncate(tmp_path / Metrics.NAME, size)
-    metrics.open()
-    metrics.truncate(recorded, (2, 0))
-    assert f"expected the {recorded:,} bytes that the checkpoint has recorded, got {size:,}" in caplog.text
-    metrics.write("epoch", 2, loss=3.0)
-    assert losses_in(tmp_path) == [1.0, 3.0]
+    assert losses_in(tmp_path) == [1.0]
 
 
 def test_metrics_survive_a_full_disk(
@@ -470,10 +433,3 @@ def test_a_full_disk_prints_no_traceback_for_each_line_of_the_log(
         logging.getLogger("main").info("x" * 100)
     assert 0 < (tmp_path / "log_rank1.txt").stat().st_size <= 5000
     assert not capsys.readouterr().err
-
-
-def test_errors_of_one_rank_are_raised_once(group: None) -> None:
-    with pytest.raises(UserError, match="of this rank"), utils.raise_on_all_ranks():
-        raise UserError("of this rank")
-    with pytest.raises(KeyError), utils.raise_on_all_ranks():
-        raise KeyError("a bug")

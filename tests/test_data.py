@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPO
+from pictures import encoded
 from PIL import Image
-from timm.data import Mixup
-from torchvision import transforms
+from timm.data import Mixup, create_transform
 from yacs.config import CfgNode
 
 from config import load_config
@@ -56,14 +56,18 @@ def split_images(split: str) -> Iterator[tuple[str, int, Image.Image]]:
             yield f"{name}/{number}.png", label, Image.fromarray(pixels)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    root = tmp_path / "folder"
+def write_folder(root: Path) -> Path:
+    """The images in class folders."""
     for split in COUNTS:
         for path, _, image in split_images(split):
             (root / split / path).parent.mkdir(parents=True, exist_ok=True)
             image.save(root / split / path)
     return root
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "folder")
 
 
 def write_zip(folder: Path, root: Path, prefix: str = "", method: int = zipfile.ZIP_STORED) -> Path:
@@ -86,6 +90,10 @@ def write_in22k(root: Path, as_json: bool) -> Path:
         lines = "\n".join(f"{path}\t{label}" for path, label in entries)
         (root / IN22K_MAP.format(split)).write_text(json.dumps(entries) if as_json else lines)
     return root
+
+
+def zip_config(root: Path, **overrides: object) -> CfgNode:
+    return make_config(root, **{"DATA__ZIP_MODE": True, "DATA__CACHE_MODE": "no"} | overrides)
 
 
 def in22k_config(root: Path, **overrides: object) -> CfgNode:
@@ -120,25 +128,16 @@ def test_folder_classes_follow_the_sorted_names(folder: Path) -> None:
     assert loaders.steps_per_epoch == len(loaders.train_loader) == 4
 
 
-def test_zip_part_cache_gives_each_rank_its_shard(folder: Path, tmp_path: Path) -> None:
+def test_zip_part_cache_keeps_each_ranks_shard_in_memory(folder: Path, tmp_path: Path) -> None:
     root = write_zip(folder, tmp_path / "zip")
     config = make_config(root, DATA__ZIP_MODE=True, DATA__CACHE_MODE="part")
-    for rank in (0, 1):
-        loaders = build_loaders(config, rank=rank, world_size=2)
-        orders = []
-        for epoch in (0, 1):
-            loaders.resume_at(epoch, 0)
-            orders.append([index for _, index in loaders.train_sampler])
-            assert set(orders[-1]) <= set(range(rank, 18, 2))
-            assert len(orders[-1]) == len(set(orders[-1])) == 8
-        assert orders[0] != orders[1]
-        content = (root / "train.zip").read_bytes()
-        (root / "train.zip").write_bytes(b"")
-        draw_epoch(loaders)
-        assert loaders.train_dataset.undecodable == 0, "the shard should come from memory"
-        (root / "train.zip").write_bytes(content)
-    images = torch.cat([val_set(build_loaders(config, rank, 2))[0] for rank in (0, 1)])
-    assert len(images) == 9
+    ranks = [build_loaders(config, rank, world_size=2) for rank in (0, 1)]
+    (root / "train.zip").write_bytes(b"")
+    for rank, loaders in enumerate(ranks):
+        assert len(draw_epoch(loaders)[0]) == 8
+        assert loaders.train_dataset.undecodable == 0
+        assert {index % 2 for _, index in loaders.train_sampler} == {rank}
+    assert len(torch.cat([val_set(loaders)[0] for loaders in ranks])) == 9
 
 
 def test_eval_mode_needs_no_training_split(folder: Path) -> None:
@@ -161,16 +160,9 @@ def test_nonsquare_and_gray(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("shape", "size"), [((300, 200), 224), ((33, 47), 384)])
-def test_eval_crop_equals_torchvision(shape: tuple[int, int], size: int) -> None:
+def test_eval_crop_equals_timms(shape: tuple[int, int], size: int) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
-    expected = transforms.Compose(
-        [
-            transforms.Resize(int(256 / 224 * size), transforms.InterpolationMode.BICUBIC),
-            transforms.CenterCrop(size),
-            transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
-        ]
-    )
+    expected = create_transform(size, interpolation="bicubic", mean=MEAN, std=STD, crop_pct=224 / 256)
     ours = eval_transform((size, size), 3, MEAN, STD, "bicubic", crop=True)
     torch.testing.assert_close(ours(image), expected(image), rtol=0, atol=0)
 
@@ -192,49 +184,32 @@ def test_small_images_are_padded_and_cropped() -> None:
     assert crops.mean() > 0.7
 
 
-@pytest.mark.parametrize("policy", ["rand-m10-mstd0-inc1-n2", "original", "augmix-m3"])
-def test_every_draw_of_a_policy_works(policy: str) -> None:
-    transform = train_transform((40, 40), 3, MEAN, STD, "bicubic", Recipe(auto_augment=policy))
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
-    for seed in range(40):
-        with seeded_rngs(seed):
-            assert transform(image).isfinite().all()
-
-
 def test_seeded_generators_are_restored() -> None:
-    """Inside, each of the three draws what the seed determines; then it continues as if nothing was drawn."""
+    """Inside, the seed determines what each of the three draws; then it continues as if nothing was drawn."""
 
     def draw() -> tuple[float, float, float]:
         return random.random(), np.random.rand(), torch.rand(1).item()
 
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    expected = [draw() for _ in range(3)]
+    expected = [draw(), draw(), draw()]
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    first = draw()
-    with seeded_rngs(2**40 + 5):
-        inner = draw()
-    second = draw()
-    with pytest.raises(KeyError), seeded_rngs(2**40 + 5):
-        assert draw() == inner
-        raise KeyError
-    assert [first, second, draw()] == expected
+    outside, inside = [draw()], []
+    for _ in range(2):
+        with pytest.raises(KeyError), seeded_rngs(2**40 + 5):
+            inside.append(draw())
+            raise KeyError
+        outside.append(draw())
+    assert inside[0] == inside[1]
+    assert outside == expected
 
 
-def encoded(image: Image.Image, path: Path, **options: object) -> bytes:
-    image.save(path, **options)
-    return path.read_bytes()
-
-
-def test_unusual_images_become_rgb(tmp_path: Path) -> None:
-    ramp = np.linspace(0, 65535, 16 * 20).reshape(16, 20).astype(np.uint16)
-    gray16 = decode_rgb(encoded(Image.fromarray(ramp), tmp_path / "gray16.png"), "gray16")
-    np.testing.assert_array_equal(np.asarray(gray16)[..., 0], ramp >> 8)
+def test_colours_survive_other_modes() -> None:
     cmyk = Image.new("CMYK", (20, 16), (0, 255, 255, 0))
-    red = np.asarray(decode_rgb(encoded(cmyk, tmp_path / "cmyk.jpg"), "cmyk"))[0, 0]
+    red = np.asarray(decode_rgb(encoded(cmyk), "cmyk"))[0, 0]
     assert red[0] > 200 and red[1:].max() < 60
     palette = Image.new("RGB", (20, 16), (10, 200, 30)).convert("P")
     for transparency in (0, bytes(range(256))):
-        content = encoded(palette, tmp_path / "palette.png", transparency=transparency)
+        content = encoded(palette, "PNG", transparency=transparency)
         assert np.asarray(decode_rgb(content, "palette"))[0, 0, 1] > 150
 
 
@@ -247,14 +222,12 @@ def test_samples_do_not_depend_on_workers(
     """Nor does what is replaced; the main process logs it."""
     break_image(folder / "train" / "bee" / "2.png")
     root = write_zip(folder, tmp_path / "zip", "{}.zip@/")
-    options = {"DATA__ZIP_MODE": True, "DATA__CACHE_MODE": "no", "DATA__BATCH_SIZE": 6, "SEED": 3}
-    alone = build_loaders(make_config(root, **options))
-    helped = build_loaders(make_config(root, **options, DATA__NUM_WORKERS=2))
+    alone, helped = (build_loaders(zip_config(root, SEED=3, DATA__NUM_WORKERS=count)) for count in (0, 2))
     helped.train_dataset[(5, 0)]  # opens the archive here before any worker starts
     for epoch in (0, 1):
         torch.testing.assert_close(draw_epoch(helped, epoch), draw_epoch(alone, epoch), rtol=0, atol=0)
-    assert alone.train_dataset.undecodable == helped.train_dataset.undecodable == 2
-    assert caplog.text.count("bee/2.png") == 4
+    assert alone.train_dataset.undecodable == helped.train_dataset.undecodable > 0
+    assert caplog.text.count("bee/2.png") == 2 * alone.train_dataset.undecodable
 
 
 SIGNALLED = """
@@ -436,10 +409,6 @@ def test_class_folders(folder: Path) -> None:
         build_loaders(make_config(folder))
 
 
-def zip_config(root: Path, **overrides: object) -> CfgNode:
-    return make_config(root, DATA__ZIP_MODE=True, DATA__CACHE_MODE="no", **overrides)
-
-
 @pytest.fixture
 def zips(folder: Path, tmp_path: Path) -> Path:
     return write_zip(folder, tmp_path / "zips")
@@ -459,11 +428,12 @@ def test_missing_half_of_a_zip_split(zips: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "parts"),
     [
-        ("ant/0.png 0", ("expected a path and an integer label", "got ['ant/0.png 0']", "correct")),
-        ("ant/0.png\tant", ("expected a path and an integer label", "got ['ant/0.png', 'ant']", "correct")),
+        ("ant/0.png 0", ("expected a path and an integer label", "ant/0.png 0")),
         ("ant/0.png\t3", ("expected a label in [0, 3), got 3", "MODEL.NUM_CLASSES")),
-        ("ant/9.png\t0", ("expected an image ant/9.png", "train.zip, got no such member", "correct the map")),
-        ("other.zip@/ant/0.png\t0", ("expected the archive", "other.zip", "got nothing")),
+        ("ant/9.png\t0", ("expected an image ant/9.png", "train.zip")),
+        ("other.zip@/ant/0.png\t0", ("expected the archive", "other.zip")),
+        ("/etc/other.zip@/ant/0.png\t0", ("expected an archive beside the map",)),
+        ("../../etc/passwd\t0", ("expected a path inside the data set",)),
     ],
 )
 def test_bad_map_line_is_named(zips: Path, line: str, parts: tuple[str, ...]) -> None:
@@ -489,15 +459,21 @@ def test_empty_map_and_damaged_archives(zips: Path) -> None:
 
 
 def test_bad_imagenet22k(folder: Path) -> None:
-    with raises(FileNotFoundError, folder / IN22K_MAP.format("train"), "expected a map file", "got nothing"):
+    with raises(FileNotFoundError, folder / IN22K_MAP.format("train"), "expected a map file"):
         build_loaders(in22k_config(folder))
     write_in22k(folder, as_json=True)
     (folder / "val" / "bee" / "1.png").unlink()
-    with raises(FileNotFoundError, IN22K_MAP.format("val"), "entry 4: expected an image at", "got nothing"):
+    with raises(FileNotFoundError, IN22K_MAP.format("val"), "entry 4: expected an image at"):
         build_loaders(in22k_config(folder))
-    (folder / IN22K_MAP.format("train")).write_text('["a.png"')
-    with raises(ValueError, IN22K_MAP.format("train"), "got invalid JSON"):
-        build_loaders(in22k_config(folder))
+    for content, problem in (('["a.png"', "invalid JSON"), ("/etc/passwd\t0", "expected a path relative to")):
+        (folder / IN22K_MAP.format("train")).write_text(content)
+        with raises(ValueError, IN22K_MAP.format("train"), problem):
+            build_loaders(in22k_config(folder))
+
+
+def test_links_in_a_circle_list_images_once(folder: Path) -> None:
+    (folder / "val" / "ant" / "loop").symlink_to(folder / "val" / "ant")
+    assert len(build_loaders(make_config(folder)).val_dataset) == 9
 
 
 def test_too_few_training_images(folder: Path) -> None:
@@ -517,7 +493,6 @@ def test_too_few_training_images(folder: Path) -> None:
         ({"AUG__SCALE": [1.0, 0.5]}, ("AUG.SCALE: expected [smaller, larger]", "swap")),
         ({"AUG__AUTO_AUGMENT": "random"}, ("AUG.AUTO_AUGMENT: expected", "rand-m9", "got 'random'")),
         ({"AUG__SCALE": [0.5, 1.0], "DATA__IMG_SIZE": 32}, ("AUG.SCALE", "remove them or enlarge")),
-        ({"DATA__BATCH_SIZE": 3, "AUG__AUTO_AUGMENT": "random"}, ("AUTO_AUGMENT", "DATA.BATCH_SIZE")),
     ],
 )
 def test_options_that_contradict_each_other(folder: Path, overrides: dict, parts: tuple[str, ...]) -> None:
@@ -528,16 +503,13 @@ def test_options_that_contradict_each_other(folder: Path, overrides: dict, parts
 # --- Damaged images ------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("damage", "workers"), [("cut", 0), ("gone", 0), ("cut", 1)])
-def test_a_damaged_validation_image_is_an_error_of_one_line(folder: Path, damage: str, workers: int) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_validation_image_is_an_error_of_one_line(folder: Path, workers: int) -> None:
     broken = folder / "val" / "bee" / "2.png"
-    loaders = build_loaders(make_config(folder, DATA__NUM_WORKERS=workers))
-    {"cut": break_image, "gone": Path.unlink}[damage](broken)
-    with pytest.raises(UndecodableImageError) as caught:
-        val_set(loaders)
-    message = str(caught.value)
-    assert message.startswith(f"{broken}: expected an image file that ")
-    assert "\n" not in message and "BytesIO" not in message
+    break_image(broken)
+    with raises(UndecodableImageError, broken, "expected an image file that ") as caught:
+        val_set(build_loaders(make_config(folder, DATA__NUM_WORKERS=workers)))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("cache", ["no", "full"])
@@ -547,8 +519,7 @@ def test_damaged_archive_member_is_replaced(zips: Path, cache: str, caplog: pyte
     content = bytearray((zips / "train.zip").read_bytes())
     content[middle] ^= 0xFF
     (zips / "train.zip").write_bytes(content)
-    options = {"DATA__ZIP_MODE": True, "DATA__CACHE_MODE": cache, "DATA__BATCH_SIZE": 18}
-    loaders = build_loaders(make_config(zips, **options))
+    loaders = build_loaders(zip_config(zips, DATA__CACHE_MODE=cache, DATA__BATCH_SIZE=18))
     draw_epoch(loaders)
     assert loaders.train_dataset.undecodable == 1
     assert "train.zip@/bee/2.png" in caplog.text

@@ -49,43 +49,28 @@ def test_two_processes_survive(lab: faults.Lab) -> None:
 # --- The comparison -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def copied(lab: faults.Lab, tmp_path: Path) -> TrainingRun:
-    """The same files as those of the undisturbed run."""
+def test_a_changed_bit_and_what_is_lost_are_found(lab: faults.Lab, tmp_path: Path) -> None:
     shutil.copytree(lab.reference(1).output, tmp_path / "run")
-    return TrainingRun(lab.data, tmp_path / "run", 1, 2)
-
-
-def test_a_changed_bit_is_found(lab: faults.Lab, copied: TrainingRun) -> None:
+    copied = TrainingRun(lab.data, tmp_path / "run", 1, 2)
     compare(copied, lab.reference(1))
     path = copied.folder / "ckpt_epoch_1.pth"
     content = torch.load(path, weights_only=True)
     weight = content["model_ema"][sorted(content["model_ema"])[-1]].view(-1)
     weight[0] = torch.nextafter(weight[0], torch.tensor(torch.inf))
     torch.save(content, path)
-    with pytest.raises(FaultError, match="1 differences: ckpt_epoch_1.pth/model_ema"):
-        compare(copied, lab.reference(1))
-
-
-def test_lost_metrics_and_files_are_found(lab: faults.Lab, copied: TrainingRun) -> None:
+    (copied.folder / "best.pth").unlink()
     lines = (copied.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (copied.folder / "metrics.jsonl").write_text("".join(lines[:10] + lines[11:]))
-    (copied.folder / "best.pth").unlink()
-    (copied.folder / ".best.pth.tmp").touch()
-    with pytest.raises(FaultError, match="no .*best.pth; 41 lines of metrics instead of 42") as caught:
+    found = "ckpt_epoch_1.pth/model_ema.*; no .*best.pth; 41 lines of metrics instead of 42"
+    with pytest.raises(FaultError, match=found):
         compare(copied, lab.reference(1))
-    assert "differences" in str(caught.value)
 
 
-def test_a_run_that_loses_something_is_reported(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_run_that_loses_something_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def lose(*_: object) -> None:
         raise FaultError("2 differences")
 
     monkeypatch.setattr(faults.Lab, "survive", lose)
     monkeypatch.setattr(faults, "make_data", lambda root: root)
-    with caplog.at_level("INFO"):
-        assert faults.main(["--only", "kill", "--processes", "1", "--out", str(tmp_path)]) == 1
-    assert "**LOST**: FaultError: 2 differences" in caplog.text
-    assert "**LOST**" in next(tmp_path.glob("*_faults.md")).read_text()
+    assert faults.main(["--only", "kill", "--processes", "1", "--out", str(tmp_path)]) == 1
+    assert "**LOST**: FaultError: 2 differences" in next(tmp_path.glob("*_faults.md")).read_text()

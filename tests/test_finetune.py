@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import main
 from config import load_config
+from lr_scheduler import build_scheduler
 from models import FocalTransformer, build_model, load_checkpoint
 from models.checkpoint import read_class_map
 from optimizer import build_optimizer, freeze_stages, parameter_groups
@@ -54,20 +55,16 @@ def test_mapped_classes_answer_as_before_and_others_start_afresh(tmp_path: Path)
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("0\n1\n", ["expected 3 lines", "MODEL.NUM_CLASSES", "got 2"]),
-        ("0\n1\n2\n3\n", ["expected 3 lines", "got 4"]),
+        ("0\n1\n", ["expected 3 lines", "got 2"]),
         ("0\n\n2\n", ["line 2", "- for a class"]),
         ("0\n1\nn01440764\n", ["line 3", "n01440764"]),
         ("0\n-2\n1\n", ["line 2", "-2"]),
-        ("0\n1.0\n1\n", ["line 2"]),
-        ("0\n1\n" + "9" * 5000 + "\n", ["line 3"]),
     ],
 )
 def test_a_wrong_class_map_is_explained(text: str, words: list[str], tmp_path: Path) -> None:
     with pytest.raises(ValueError) as caught:
         read_class_map(write(tmp_path / "map.txt", text), 3)
     assert all(word in str(caught.value) for word in words), caught.value
-    assert len(str(caught.value)) < 400
 
 
 def test_a_class_map_beyond_the_old_classes_loads_nothing(tmp_path: Path) -> None:
@@ -78,93 +75,46 @@ def test_a_class_map_beyond_the_old_classes_loads_nothing(tmp_path: Path) -> Non
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_a_class_map_needs_a_classifier_and_a_file(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="expected a classifier to take classes from"):
-        weights = save(nano("MODEL.NUM_CLASSES", 3), tmp_path / "a.pth")
-        state = torch.load(weights, weights_only=True)["model"]
-        torch.save({key: value for key, value in state.items() if key not in ("head.weight",)}, weights)
-        load_checkpoint(nano(), weights, class_map=[None] * 10)
-    with pytest.raises(FileNotFoundError, match="no such file"):
-        read_class_map(tmp_path / "none", 3)
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="text file"):
-        read_class_map(tmp_path / "binary", 3)
-
-
-def test_a_wider_classifier_is_still_named(tmp_path: Path) -> None:
-    """The rows of a map do not hide that the model is another one."""
+def test_a_class_map_needs_a_classifier_of_the_same_width(tmp_path: Path) -> None:
     weights = save(nano("MODEL.FOCAL.EMBED_DIM", 32), tmp_path / "wide.pth")
     with pytest.raises(ValueError, match="head.weight is"):
         load_checkpoint(nano(), weights, class_map=list(range(10)))
+    state = nano().state_dict()
+    del state["head.weight"]
+    torch.save({"model": state}, weights)
+    with pytest.raises(ValueError, match="expected a classifier to take classes from"):
+        load_checkpoint(nano(), weights, class_map=[None] * 10)
 
 
 # --- Layer-wise rates ---------------------------------------------------------------------------------------
 
 
-def scales(model: FocalTransformer, decay: float) -> dict[str, float]:
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = parameter_groups(model, 0.05, decay)
-    found = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
-    assert found.keys() == set(names.values())
-    return found
-
-
 def test_every_layer_learns_at_its_share_of_the_rate() -> None:
-    """Stem, four blocks and classifier are six layers."""
-    decay = 0.5
-    found = scales(nano("MODEL.FOCAL.APE", True), decay)
-    layer_of = {"patch_embed": 0, "absolute_pos_embed": 0, "norm": 4, "head": 5}
-    for name, scale in found.items():
-        parts = name.split(".")
-        layer = int(parts[1]) + 1 if parts[0] == "layers" else layer_of[parts[0]]
-        assert scale == decay ** (5 - layer), name
-
-
-def test_shares_of_focal_tiny_count_its_blocks() -> None:
+    """Of Focal-T: the stem, twelve blocks and the classifier are fourteen layers."""
+    opts = ["MODEL.FOCAL.APE", True]
     with torch.device("meta"):
-        model = build_model(load_config(REPO / "configs/focal_tiny_patch4_window7_224.yaml"))
-    found = scales(model, 0.8)
-    assert found["patch_embed.proj.weight"] == pytest.approx(0.8**13)  # twelve blocks in between
-    assert found["layers.2.blocks.5.mlp.fc1.weight"] == pytest.approx(0.8**3)
-    assert found["layers.2.downsample.proj.weight"] == pytest.approx(0.8**3)
-    assert found["head.weight"] == 1.0
-
-
-def test_decay_stays_off_where_it_was() -> None:
-    model = nano("MODEL.FOCAL.APE", True)
-
-    def exempt(decay: float) -> set[int]:
-        groups = parameter_groups(model, 0.05, decay)
-        return {id(p) for group in groups if group["weight_decay"] == 0 for p in group["params"]}
-
-    assert exempt(0.7) == exempt(1.0)
-    assert len(parameter_groups(model, 0.05, 0.7)) == 12
+        model = build_model(load_config(REPO / "configs/focal_tiny_patch4_window7_224.yaml", opts))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, 0.05, layer_decay=0.8)
+    share_of = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
+    assert share_of.keys() == set(names.values())
+    for name, below in {
+        **{"patch_embed.proj.weight": 13, "absolute_pos_embed": 13},
+        **{"layers.0.blocks.0.norm1.bias": 12, "layers.2.blocks.0.mlp.fc1.weight": 8},
+        **{"layers.2.blocks.5.mlp.fc1.weight": 3, "layers.2.downsample.proj.weight": 3},
+        **{"norm.weight": 1, "head.weight": 0},
+    }.items():
+        assert share_of[name] == pytest.approx(0.8**below), name
 
 
 def test_the_schedule_keeps_the_shares_and_the_log_shows_the_full_rate() -> None:
-    from lr_scheduler import build_scheduler
-
     config = load_config(None, [*OPTS, "TRAIN.LAYER_DECAY", 0.5, "TRAIN.WARMUP_EPOCHS", 1])
     optimizer = build_optimizer(config, build_model(config))
     scheduler = build_scheduler(config, optimizer, 10)
-    plain = build_optimizer(load_config(None, OPTS), nn.Linear(2, 2))
-    reference = build_scheduler(config, plain, 10)
     for number in (0, 5, 15):
         scheduler.step_update(number)
-        reference.step_update(number)
-        full = plain.param_groups[0]["lr"]
-        assert optimizer.param_groups[0]["lr"] == full
-        assert {group["lr"] / full for group in optimizer.param_groups} == {0.5**n for n in range(6)}
-
-
-def test_one_rate_for_all_is_two_groups_in_the_models_order() -> None:
-    model = nano()
-    with_decay, without = parameter_groups(model, 0.05)
-    assert [group["lr_scale"] for group in (with_decay, without)] == [1.0, 1.0]
-    order = {id(parameter): place for place, parameter in enumerate(model.parameters())}
-    for group in (with_decay, without):
-        places = [order[id(parameter)] for parameter in group["params"]]
-        assert places == sorted(places)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        assert {rate / rates[0] for rate in rates} == {0.5**below for below in range(6)}
 
 
 # --- Frozen stages ------------------------------------------------------------------------------------------

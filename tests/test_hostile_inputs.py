@@ -17,7 +17,7 @@ from PIL import Image
 from config import load_config
 from data import EvalImages, TrainImages, UndecodableImageError
 from data.archive import CachedSource, open_archive_split
-from data.folder import read_map_of_files, scan_class_folders
+from data.folder import read_map_of_files
 from data.images import MAX_PIXELS, decode_rgb
 from data.source import FileSource
 from data.transforms import Recipe, eval_transform, train_transform, with_decoder
@@ -105,13 +105,6 @@ def test_any_map_line_is_read_or_named(text: str, tail: str, tmp_path: Path) -> 
         for index in range(len(source)):
             assert 0 <= source.labels[index] < 3
             assert os.path.normpath(source.name(index)).startswith(f"{tmp_path}{os.sep}")
-
-
-def test_links_in_a_circle_list_images_once(tmp_path: Path) -> None:
-    (tmp_path / "ant" / "more").mkdir(parents=True)
-    write(tmp_path / "ant" / "more" / "0.jpg", b"")
-    (tmp_path / "ant" / "more" / "loop").symlink_to(tmp_path / "ant")
-    assert len(scan_class_folders(tmp_path, ["ant"])) == 1
 
 
 # --- Archives -----------------------------------------------------------------------------------------------

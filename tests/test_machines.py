@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,8 @@ import psutil
 import pytest
 import torch
 from conftest import NANO, REPO
-from PIL import Image, ImageOps
-from test_main import command
-from timm.models import adapt_input_conv
-from timm.utils import CheckpointSaver
+from pictures import encoded
+from PIL import Image
 
 import main
 from classification import export, predict
@@ -27,11 +24,7 @@ from data.folder import scan_class_folders
 from data.images import decode_rgb
 from data.transforms import Recipe, train_transform, with_decoder
 from data.workers import limit_workers
-from models import FocalTransformer, build_model
-from models.checkpoint import STEM
-from tools import convert_checkpoint, plot_run, visualize
-from tools.benchmarks import attention
-from training import run as training_run
+from tools import convert_checkpoint
 from utils import expand_path
 
 WORDS = [str(word) for pair in NANO.items() for word in pair]
@@ -39,8 +32,8 @@ WORDS = [str(word) for pair in NANO.items() for word in pair]
 # --- A system that is not Unix ------------------------------------------------------------------------------
 
 NOT_UNIX = '''
-"""What Windows lacks is missing here, and files behave as there; read at the start of each process."""
-import builtins, multiprocessing, os, signal, sys, warnings
+"""What Windows lacks is missing here; read at the start of each process."""
+import multiprocessing, os, signal, sys, warnings
 import filelock, psutil  # may use what is removed
 
 for name in ("fcntl", "resource", "pwd", "grp", "termios"):
@@ -52,25 +45,6 @@ for name in [*(name for name in dir(os) if name.startswith("EX_")), "fork", "sys
 multiprocessing.set_start_method("spawn", force=True)
 ours = "main|utils|config|logger|optimizer|data|models|training|classification|tools"
 warnings.filterwarnings("error", category=EncodingWarning, module=rf"({ours})\\b")
-
-def like_windows(function):
-    def call(source, *rest, **options):
-        held = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
-        if any(os.path.lexists(path) and os.path.realpath(path) == os.path.realpath(source) for path in held):
-            raise PermissionError(13, "used by another process", source)
-        if function is renamed and os.path.exists(rest[0]):
-            raise FileExistsError(17, "exists", rest[0])
-        return function(source, *rest, **options)
-    return call
-
-renamed, opened = os.rename, os.open
-def open_file(path, *rest, **options):
-    if sys._getframe(1).f_code.co_filename.startswith({REPO!r}) and os.path.isdir(path):
-        raise PermissionError(13, "is a folder", path)
-    return opened(path, *rest, **options)
-
-if os.path.isdir("/proc/self/fd"):
-    os.rename, os.replace, os.open = like_windows(os.rename), like_windows(os.replace), open_file
 '''
 STEPS = """
 import json, sys
@@ -98,8 +72,11 @@ if __name__ == "__main__":
 
 
 def test_every_command_runs_on_a_system_that_is_not_unix(few_images: Path, tmp_path: Path) -> None:
-    """With spawned worker processes, a console in ASCII, and a folder whose name is not UTF-8."""
-    (tmp_path / "sitecustomize.py").write_text(NOT_UNIX.replace("{REPO!r}", repr(str(REPO))))
+    """With spawned worker processes, a console in ASCII, and a folder whose name is not UTF-8.
+
+    Elsewhere without what Windows lacks; how files behave there is tested on Windows alone.
+    """
+    (tmp_path / "sitecustomize.py").write_text(NOT_UNIX)
     (tmp_path / "steps.py").write_text(STEPS)
     odd = tmp_path / (os.fsdecode(b"caf\xe9") if sys.platform == "linux" else "café")
     odd.mkdir()
@@ -187,29 +164,14 @@ def test_home_and_variables_are_replaced_in_every_path(
     commands: dict[Callable[[list[str]], Any], list[str]] = {
         predict.parse: ["~/a.png", "--resume", "$WHERE/b.pth", "--cfg", "~/c", "--classes", "~/d"],
         export.parse: ["--resume", "~/a.pth", "--out", "$WHERE/out", "--cfg", "~/c"],
-        attention.parse: ["--cfg", "~/c", "--out", "$WHERE/out"],
     }
     for parse, given in commands.items():
         assert str(tmp_path) in str(parse(given)) and not {"~", "$"} & set(str(parse(given)))
-    assert plot_run.main(["~/nothing"]) == 2
     assert convert_checkpoint.main(["~/a.pth", "$WHERE/b.pth"]) == 2
     assert f"{tmp_path}/a.pth" in capsys.readouterr().err
-    assert visualize.main(["~/a.png", "--resume", "$WHERE/b.pth"]) == 2
-    assert f"{there}/b.pth" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        export.parse(["--random", "--out", "$NOWHERE/x"])
-    assert "argument --out: $NOWHERE/x: expected a path whose" in capsys.readouterr().err
-    files = [path for path in REPO.glob("[!.]*/**/*.py") if path.parts[len(REPO.parts)] != "tests"]
-    assert files and not [path for path in files if "type=Path" in path.read_text(encoding="utf-8")]
 
 
 # --- Images -------------------------------------------------------------------------------------------------
-
-
-def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
-    stream = BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
 
 
 def test_class_folders_take_what_pillow_opens_and_say_what_they_leave_out(
@@ -222,11 +184,11 @@ def test_class_folders_take_what_pillow_opens_and_say_what_they_leave_out(
     folder.mkdir()
     for name, kind in kinds.items():
         (folder / name).write_bytes(encoded(picture, kind))
-    for name in ("x.eps", "y.txt", "z.txt", ".hidden", "README"):
-        (folder / name).write_bytes(b"%!PS")
+    for name in ("x.eps", "y.txt", "z.txt", ".hidden"):
+        (folder / name).touch()
     source = scan_class_folders(tmp_path, ["only"])
     assert [Path(source.name(index)).name for index in range(len(source))] == sorted(kinds)
-    assert "4 files are not taken for images and left out: 2 with .txt, 1 with" in caplog.text
+    assert "3 files are not taken for images and left out: 2 with .txt, 1 with .eps" in caplog.text
     for index in range(len(source)):
         red, green, blue = np.asarray(decode_rgb(source.read(index), source.name(index)))[20, 20].tolist()
         assert red > 180 and green < 60 and blue < 70
@@ -236,13 +198,9 @@ def test_class_folders_take_what_pillow_opens_and_say_what_they_leave_out(
 @pytest.mark.parametrize(
     ("dtype", "values", "expected"),
     [
-        ("float32", [0, 0.25, 0.5], [0, 64, 128]),
         ("float32", [0.5, 1, np.inf, np.nan, -np.inf], [128, 255, 255, 0, 0]),
         ("float32", [0, 0.4, 128, 254, 255], [0, 0, 128, 254, 255]),
         ("float32", [0, 257, 514, 60000], [0, 1, 2, 233]),
-        ("float32", [-5e6, 5e5, 1e6, np.inf], [0, 128, 255, 255]),
-        ("float32", [0, np.nan], [0, 0]),
-        ("int32", [-1, 255, 256, 65535], [0, 0, 1, 255]),
         ("int32", [-1, 10**9, 2 * 10**9], [0, 128, 255]),
         ("uint16", [0, 255, 256, 4095], [0, 0, 1, 15]),
     ],
@@ -266,7 +224,6 @@ def test_photographs_are_turned_if_wanted(decoder: str) -> None:
         across, down = image[:, -1].mean() - image[:, 0].mean(), image[-1].mean() - image[0].mean()
         assert (down if upright else across) > 40 and abs(across if upright else down) < 2
     assert decode_rgb(content, "a.jpg", upright=True).size == (60, 80)
-    assert ImageOps.exif_transpose(Image.open(BytesIO(content))).size == (60, 80)
 
 
 # --- Fewer surprises ----------------------------------------------------------------------------------------
@@ -280,8 +237,8 @@ def test_no_more_workers_than_cores(
     assert [limit_workers(count) for count in (0, 4, 6)] == [0, 4, 6]
     assert not caplog.records
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    opts = [*WORDS, "DATA.DATASET", "folder", "DATA.DATA_PATH", str(few_images), "DATA.BATCH_SIZE", "8"]
-    loaders = build_loaders(load_config(None, [*opts, "DATA.NUM_WORKERS", "8"]))
+    opts = [*WORDS, "DATA.DATA_PATH", str(few_images), "DATA.BATCH_SIZE", "8", "DATA.NUM_WORKERS", "8"]
+    loaders = build_loaders(load_config(None, opts))
     assert loaders.train_loader.num_workers == loaders.val_loader.num_workers == 1
     assert caplog.text.count("DATA.NUM_WORKERS: 8 is more than this machine has cores (6") == 1
     affinities[os.getppid()] = range(24)  # a launcher has bound this process to its share
@@ -293,52 +250,3 @@ def test_without_arguments_a_whole_command_is_shown(capsys: pytest.CaptureFixtur
         main.main([])
     line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("  python main.py"))
     assert main.read_config(line.split()[2:]).DATA.DATA_PATH == "imagenet"
-
-
-# --- Weights of other tools, through the command line -------------------------------------------------------
-
-
-class Started(Exception):
-    """Training would begin."""
-
-
-def timm_file(model: FocalTransformer, folder: Path) -> Path:
-    """What timm's trainer writes."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    saver = CheckpointSaver(model, optimizer, args=None, checkpoint_dir=str(folder))
-    saver.save_checkpoint(0, metric=1.0)
-    return folder / "last.pth.tar"
-
-
-@pytest.mark.parametrize("kind", ["module._orig_mod.", "timm", "one channel"])
-def test_pretrained_weights_of_other_tools(
-    kind: str,
-    few_images: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    found = {}
-
-    def start(run: Any, state: Any, *_: Any) -> None:
-        found.update(state.model.state_dict())
-        raise Started
-
-    monkeypatch.setattr(training_run, "train_one_epoch", start)
-    torch.manual_seed(1)
-    model = build_model(load_config(None, WORDS))
-    weights = model.state_dict()
-    if kind == "timm":
-        path = timm_file(model, tmp_path)
-    else:
-        path = tmp_path / "w.pth"
-        prefix = "" if kind == "one channel" else kind
-        torch.save({prefix + name: value for name, value in weights.items()}, path)
-    opts = [*WORDS, "MODEL.FOCAL.IN_CHANS", "1" if kind == "one channel" else "3"]
-    with pytest.raises(Started):
-        main.main(command(few_images, tmp_path, opts, "--pretrained", str(path)))
-    if kind == "one channel":
-        weights[STEM] = adapt_input_conv(1, weights[STEM])
-    assert all(torch.equal(found[name], value) for name, value in weights.items())
-    said = {"timm": "", "one channel": f"made for 3 input channels, adapted to the model's number: 1: {STEM}"}
-    assert said.get(kind, f"the prefix {kind} is removed") in capsys.readouterr().out

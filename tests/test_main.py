@@ -131,9 +131,7 @@ def test_an_evaluation_that_fails_loses_no_epoch(
     code, _, message = call(opts=("DATA.NUM_WORKERS", 1), data=data)
     assert code == 2
     assert message.startswith(f"error: {broken}: expected an image file that decodes")
-    assert message.count("\n") == 1
     assert not checkpoint(tmp_path, 0)["evaluated"]
-    assert not (folder_of(tmp_path) / "best.pth").exists()
     broken.write_bytes(content)
     assert call(data=data)[0] == 0
     assert difference(trained, tmp_path, epoch=1) == 0.0
@@ -141,23 +139,21 @@ def test_an_evaluation_that_fails_loses_no_epoch(
         ours, theirs = ([r[key] for r in metrics_of(folder, "epoch")] for folder in (tmp_path, trained))
         assert ours == theirs
     best = torch.load(folder_of(tmp_path) / "best.pth", weights_only=True)
-    assert best["evaluated"]
     assert best["accuracy"] == max(record["acc1"] for record in metrics_of(trained, "epoch")) > 0
 
 
-def test_the_average_is_evaluated_saved_and_can_be_evaluated_alone(
-    trained: Path, call: Call, tmp_path: Path
-) -> None:
+def test_the_average_is_evaluated_saved_and_can_be_evaluated_alone(call: Call, tmp_path: Path) -> None:
     assert call(opts=("TRAIN.EMA.ENABLED", True, "TRAIN.EMA.DECAY", 0.5, "TRAIN.EPOCHS", 1))[0] == 0
     record, path = metrics_of(tmp_path, "epoch")[-1], folder_of(tmp_path) / "best.pth"
     content = torch.load(path, weights_only=True)
     assert content["max_accuracy"] == max(record["acc1"], record["acc1_ema"])
-    assert all(tensor.is_floating_point() for tensor in content["model_ema"].values())
     assert not torch.equal(content["model_ema"]["head.weight"], content["model"]["head.weight"])
     for value, key in ((True, "acc1_ema"), (False, "acc1")):
         assert f"acc1 {record[key]:.3f}%" in call("--eval", "--resume", path, opts=("EVAL_EMA", value))[1]
-    without = folder_of(trained) / "best.pth"
-    code, _, message = call("--eval", "--resume", without, opts=("EVAL_EMA", True))
+
+
+def test_a_checkpoint_without_an_average_cannot_show_one(trained: Path, call: Call) -> None:
+    code, _, message = call("--eval", "--resume", folder_of(trained) / "best.pth", opts=("EVAL_EMA", True))
     assert code == 2 and "expected a checkpoint with a moving average" in message
 
 
@@ -213,18 +209,13 @@ def test_debug_runs_two_steps_and_counts(call: Call, tmp_path: Path, monkeypatch
 # --- Mistakes and errors ------------------------------------------------------------------------------------
 
 
-def test_weights_are_checked_before_the_data(trained: Path, call: Call) -> None:
+@pytest.mark.parametrize("flags", [["--pretrained"], ["--eval", "--resume"]], ids=" ".join)
+def test_weights_are_checked_before_the_data(flags: list[str], trained: Path, call: Call) -> None:
     weights = folder_of(trained) / "best.pth"
-    for flags, begin in (
-        (["--pretrained", weights], "error: MODEL.PRETRAINED (--pretrained): "),
-        (["--resume", weights], "error: MODEL.RESUME (--resume): "),
-        (["--eval", "--resume", weights], "error: MODEL.RESUME (--resume): "),
-        (["--eval", "--pretrained", weights], "error: MODEL.PRETRAINED (--pretrained): "),
-    ):
-        code, _, message = call(*flags, data=NOWHERE, opts=("MODEL.NUM_CLASSES", 7))
-        assert code == 2 and message.startswith(begin)
-        assert "head.weight is [10, 128], expected [7, 128]" in message
-        assert "ask for a new head (reset_head; training with MODEL.RESET_HEAD True)" in message
+    code, _, message = call(*flags, weights, data=NOWHERE, opts=("MODEL.NUM_CLASSES", 7))
+    assert code == 2 and f"({flags[-1]}): " in message
+    assert "head.weight is [10, 128], expected [7, 128]" in message
+    assert "MODEL.RESET_HEAD" in message
 
 
 @pytest.mark.parametrize(
@@ -232,14 +223,12 @@ def test_weights_are_checked_before_the_data(trained: Path, call: Call) -> None:
     [
         (["--data-path", "/nowhere"], "/nowhere"),
         (["--eval"], "--resume or --pretrained"),
-        (["--eval", "--resume", "/no/such.pth"], "/no/such.pth"),
         (["--pretrained", "/no/such.pth"], "MODEL.PRETRAINED (--pretrained): /no/such.pth"),
         (["--output", __file__], "OUTPUT (--output): expected a folder"),
-        (["--cache-mode", "full"], "DATA.ZIP_MODE (--zip)"),
         (["--device", "cuda:99"], "DEVICE"),
-        (["--device", "cuda:one"], "DEVICE"),
-        (["--batch-size", "1000"], "BATCH_SIZE"),
         (["--throughput", "--debug"], "at most one mode"),
+        (["--debug", "--resume", "a.pth"], "DEBUG_MODE: expected no weights"),
+        (["--resume", "a.pth", "--pretrained", "b.pth"], "MODEL.PRETRAINED: expected either this or"),
         (["--amp-opt-level", "O0", "--amp-dtype", "fp16"], "AMP_DTYPE: expected ''"),
     ],
 )
@@ -274,7 +263,7 @@ def test_only_mistakes_of_users_become_sentences(
     for error in (UserError("a mistake"), PermissionError(13, "Permission denied", "x")):
         assert main.main(["--cfg", TINY]) == 2
         assert capsys.readouterr().err == f"error: {error}\n"
-    for error in (ValueError("a bug"), RuntimeError("a bug"), KeyError("a bug")):
+    for error in (ValueError("a bug"), KeyError("a bug")):
         with pytest.raises(type(error)):
             main.main(["--cfg", TINY])
     with pytest.raises(ValueError, match="a bug"):
@@ -283,12 +272,16 @@ def test_only_mistakes_of_users_become_sentences(
     assert main.main(["--cfg", TINY]) == 130 and "interrupted" in capsys.readouterr().err
     error = dist.DistStoreError("1/2 clients joined")
     assert main.main(["--cfg", TINY]) == 1
-    assert capsys.readouterr().err.startswith("error: 1/2 clients joined\nerror: process")
-    monkeypatch.setenv("RANK", "9")
-    for local_rank, heard in ((0, True), (1, False)):  # all ranks of a machine have the same error
-        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    assert capsys.readouterr().err.startswith("error: 1/2 clients joined\n")
+
+
+def test_a_mistake_is_said_once_on_each_machine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for local_rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
         assert main.main(["--cfg", TINY, "--seed", "-1"]) == 2
-        assert ("SEED" in capsys.readouterr().err) == heard
+        assert ("SEED" in capsys.readouterr().err) == (local_rank == "0")
 
 
 def test_flags_win_over_opts_and_yaml_only_if_given() -> None:
@@ -301,13 +294,6 @@ def test_flags_win_over_opts_and_yaml_only_if_given() -> None:
     assert (config.DATA.BATCH_SIZE, config.TAG, config.DATA.ZIP_MODE) == (4, "x", True)
     words = ["--cfg", TINY, "--local_rank=1", "--batch-size", "8", "--opts", "DATA.BATCH_SIZE", "4"]
     assert main.read_config(words).DATA.BATCH_SIZE == 8
-
-
-def test_a_configuration_that_cannot_be_written_is_reported(call: Call, tmp_path: Path) -> None:
-    (folder_of(tmp_path) / "config.yaml").mkdir(parents=True)
-    code, _, message = call()
-    assert code == 2
-    assert "config.yaml: expected to write the configuration, got: Is a directory" in message
 
 
 # --- Parts --------------------------------------------------------------------------------------------------

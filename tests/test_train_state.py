@@ -1,4 +1,4 @@
-"""The state of training: what is saved comes back, mismatches are refused, differences are reported."""
+"""The state of training: what does not fit is refused, what differs is reported."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ from lr_scheduler import build_scheduler
 from optimizer import build_optimizer
 from training.checkpoints import write_checkpoint
 from training.run import resume
-from training.state import CHECKPOINT_SCHEMA, Position, TrainState, read_training_checkpoint
+from training.state import Position, TrainState, read_training_checkpoint
 from utils import UserError
 
 
@@ -42,35 +42,11 @@ def load(state: TrainState, path: Path) -> TrainState:
     return state
 
 
-def test_what_is_saved_comes_back(tmp_path: Path) -> None:
-    state = make_state()
-    state.position, state.max_accuracy, state.evaluated = Position(5, 3, 53, 48, "an order"), 12.5, False
-    content = torch.load(path := saved(tmp_path, state), weights_only=True)
-    assert content.keys() == CHECKPOINT_SCHEMA.keys()
-    assert content["epoch"] == 4
-    other = load(make_state(seed=1), path)
-    assert torch.equal(other.model.weight, state.model.weight)
-    assert (other.position, other.max_accuracy, other.evaluated) == (state.position, 12.5, False)
-    old, new = state.optimizer.state_dict(), other.optimizer.state_dict()
-    for index in old["state"]:
-        for name, value in old["state"][index].items():
-            assert torch.equal(new["state"][index][name], value)
-
-
-WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "weights alone": (
-        lambda content: [content.pop(key) for key in {*content} - {"model"}],
-        "--pretrain",
-    ),
-    "no optimizer": (lambda content: content.pop("optimizer"), "optimizer"),
+WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "weights alone": (lambda content: [content.pop(key) for key in {*content} - {"model"}], "--pretrain"),
     "text for a number": (lambda content: content.update(max_accuracy="x"), "max_accuracy"),
-    "an unknown position": (lambda content: content["position"].update(tempo=1), "position"),
     "an older position": (lambda content: content["position"].pop("samples_seen"), "position"),
-    "average of another shape": (lambda content: content.update(model_ema={"weight": torch.ones(2)}), "_ema"),
-    "average that is nan": (
-        lambda content: content.update(model_ema={"weight": content["model"]["weight"] * torch.nan}),
-        "nan",
-    ),
+    "other average": (lambda content: content.update(model_ema={"weight": torch.ones(2)}), "_ema"),
 }
 
 
@@ -139,10 +115,10 @@ def test_fused_and_plain_adamw_read_each_others_checkpoints(
     assert {int(step) for step in steps} == {2}
 
 
-def resumed(position: Position, order: str = "an order", **options: object) -> TrainState:
-    state = make_state(opts=tuple(word for pair in options.items() for word in pair))
+def resumed(position: Position) -> TrainState:
+    state = make_state()
     content = state.state_dict() | {"position": vars(position), "metrics_size": 0}
-    resume(state, content, "a.pth", order)
+    resume(state, content, "a.pth", "an order")
     return state
 
 
