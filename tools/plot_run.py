@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tools.figures.drawing import blank_figure
-from utils import UserError, path_argument, run_command
+from utils import UserError, path_argument, run_command, user_input
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -170,7 +170,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             run.name = name
         figure = draw(runs)
         out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out, dpi=120)
+        with user_input("--out"):  # the ending may be none that matplotlib knows
+            figure.savefig(out, dpi=120)
         logger.info(f"wrote {out}")
 
     return run_command(plot)
