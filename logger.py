@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import importlib.util
 import json
 import logging
 import math
@@ -55,7 +56,7 @@ class _LogFile(logging.FileHandler):
 
 
 class TensorBoard:
-    """Numbers for TensorBoard, in a folder of its own; ImportError if it is not installed."""
+    """Numbers for TensorBoard, in a folder of its own."""
 
     name = "TensorBoard"
     FOLDER = "tensorboard"
@@ -135,7 +136,7 @@ class Metrics:
 
     def start_tensorboard(self) -> None:
         """Mirror to TensorBoard from now on, if it is installed."""
-        with contextlib.suppress(ImportError):
+        if importlib.util.find_spec("tensorboard"):
             self._start(TensorBoard)
 
     def start_wandb(self, continues: bool, **options: Any) -> None:
@@ -147,8 +148,6 @@ class Metrics:
             return
         try:
             self.mirrors.append(kind(self.output, *args, **options))
-        except ImportError:
-            raise
         except Exception as error:  # a failure of its own must not stop training
             logger.warning(f"{kind.name} records nothing: {error}")
 

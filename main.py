@@ -125,8 +125,10 @@ def start(config: CfgNode) -> None:
 
 def run_evaluation(run: Run, model: FocalTransformer) -> None:
     """Load weights and evaluate them."""
+    key = "RESUME" if run.config.MODEL.RESUME else "PRETRAINED"
+    logger.info(f"evaluating MODEL.{key}: {run.config.MODEL[key]}")
     with utils.raise_on_all_ranks():
-        load_weights(model, run.config, "RESUME" if run.config.MODEL.RESUME else "PRETRAINED")
+        load_weights(model, run.config, key)
         with user_input():
             loaders = build_loaders(run.config)
     evaluate(run, model, loaders.val_loader)
@@ -190,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         0; 2 after a mistake of the user, whose message is printed; EXIT_STOPPED if training was stopped by a
-        signal; 130 after Ctrl-C. Several processes that fail exit here: with 2, or 1 after any other error in
+        signal. Several processes that fail exit here: with 2, 130 after Ctrl-C, or 1 after any other error in
         one of them.
     """
     utils.escape_output()
@@ -209,7 +211,10 @@ def main(argv: list[str] | None = None) -> int:
             print_error(f"error: {error}")
         return exit_process(2)
     except KeyboardInterrupt:
-        print_error("interrupted; training continues from its last checkpoint with the same command")
+        logger.debug("stopped", exc_info=True)
+        print_error("interrupted; the same command continues training from the last checkpoint")
+        if not utils.in_group():
+            raise  # Python ends by the signal, which ends a shell's loop, too
         return exit_process(130)
     except Exception as error:
         logger.debug("stopped", exc_info=True)

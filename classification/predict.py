@@ -90,8 +90,7 @@ def load_config_of(args: argparse.Namespace) -> CfgNode:
         UserError: neither of them has one, or it has problems.
     """
     flags = {"MODEL.RESUME": args.resume, "DATA.DATA_PATH": args.data_path, "DEVICE": args.device}
-    opts = [*(("EVAL_MODE", "True") if args.resume else ()), *args.opts]  # EVAL_EMA needs it
-    opts += [word for key, value in flags.items() if value for word in (key, value)]
+    opts = [*args.opts, *(word for key, value in flags.items() if value for word in (key, value))]
     if args.cfg:
         with utils.user_input():
             return load_config(args.cfg, opts)
@@ -139,7 +138,10 @@ def load_trained(args: argparse.Namespace) -> Trained:
     device = utils.pick_device(config.DEVICE)
     model = load_model(config)
     precision = utils.choose_precision(config.AMP_OPT_LEVEL, config.AMP_DTYPE, device)
-    return Trained(config, model.to(device).eval(), device, precision)
+    model = model.to(device).eval()
+    with utils.user_input(), torch.no_grad():
+        model.attention_backends(precision.dtype)  # a named one may not run here
+    return Trained(config, model, device, precision)
 
 
 # --- Names of classes ---------------------------------------------------------------------------------------
@@ -245,7 +247,8 @@ def predict(
         batch_size: images per forward pass.
         top: classes per image; all classes if there are fewer.
     """
-    transform, upright = evaluation_transform(trained.config), trained.config.DATA.EXIF_ORIENTATION
+    with utils.user_input():
+        transform, upright = evaluation_transform(trained.config), trained.config.DATA.EXIF_ORIENTATION
     for start in range(0, len(images), batch_size):
         predictions = [Prediction(path, []) for path in images[start : start + batch_size]]
         inputs = []

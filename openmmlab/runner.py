@@ -88,11 +88,12 @@ def import_mmengine() -> ModuleType:
         import mmengine.config
         import mmengine.registry
         import mmengine.runner
+
+        from openmmlab import mmcv_ops
+
+        mmcv_ops.install()
     except ImportError as error:
         raise UserError(f"OpenMMLab's packages are not installed ({error}): {INSTALL}") from error
-    from openmmlab import mmcv_ops
-
-    mmcv_ops.install()
     numbers = {type(np.dtype(code)) for code in "?" + np.typecodes["AllInteger"] + np.typecodes["Float"]}
     torch.serialization.add_safe_globals([*numbers])  # of the logged values in checkpoints
     return mmengine

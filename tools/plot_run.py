@@ -106,7 +106,7 @@ def draw(runs: Sequence[RunMetrics]) -> "Figure":
     """The curves of runs, in the order of the legend.
 
     Raises:
-        ImportError: matplotlib is not installed.
+        UserError: matplotlib is not installed.
     """
     beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(runs) > 1 else {}
     figure = blank_figure(figsize=(9 if beside else 5, 7))

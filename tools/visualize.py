@@ -48,8 +48,8 @@ def draw(args: argparse.Namespace) -> Iterator[tuple[str, "Figure"]]:
     """
     trained = load(args)
     model, data = trained.model, trained.config.DATA
-    transform = evaluation_transform(trained.config)
     with utils.user_input():
+        transform = evaluation_transform(trained.config)
         image = predict.read_image(args.image, transform, data.EXIF_ORIENTATION)[None].to(trained.device)
     height, width = image.shape[2:]
     at = tuple(args.at) if args.at else (width // 2, height // 2)
@@ -97,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     utils.escape_output()
 
     def draw_all() -> None:
+        drawing.blank_figure()  # says that matplotlib is missing before, not after reading the model
         for name, figure in draw(args):
             drawing.save(figure, Path(args.out, f"{name}.png"))
 

@@ -181,7 +181,7 @@ def set_aside(folder: Path, later_than: EpochStep | None) -> None:
     best, metrics = folder / BEST_NAME, folder / Metrics.NAME
     if later_than is None:
         moved += [path for path in (best, metrics) if path.is_file() and path.stat().st_size]
-        moved += folder.glob(TensorBoard.FOLDER)
+        moved += folder.glob(TensorBoard.FOLDER) if moved else ()  # else nothing was recorded
     elif read_best(folder)[0] > later_than:
         moved.append(best)
     if not moved:

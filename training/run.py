@@ -247,7 +247,7 @@ def check_options(config: CfgNode) -> None:
     """Raise UserError for options that contradict each other, or the mode, before anything large is read.
 
     Evaluation takes MODEL.RESUME if PRETRAINED is set, too, and leaves aside how training begins; the other
-    modes use no weights. So the config.yaml of any run can be given to all modes.
+    modes use no weights. So the config.yaml of any run can be given to --eval, --throughput and --debug.
     """
     problems = []
     if config.EVAL_EMA and not config.EVAL_MODE:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from openmmlab.runner import import_mmengine
-from utils import Precision, UserError
+from utils import Precision, UserError, user_input
 
 from . import common
 from .common import DTYPES
@@ -166,7 +166,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def measure(args: argparse.Namespace) -> int:
     """Build both detectors, time them in alternating rounds, and publish."""
     mmengine = import_mmengine()
-    import mmdet
+    with user_input():
+        import mmdet
 
     silence_mmengine()
     args.precision = args.precision or PRECISION[args.device.type]

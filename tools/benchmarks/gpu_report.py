@@ -26,7 +26,7 @@ import torch
 
 from models.focal_transformer import FocalAttention
 from tools.figures.drawing import blank_figure
-from utils import path_argument
+from utils import path_argument, user_input
 
 from . import common, entries, gpu_checks
 from .gpu_checks import FAILED, HALF, NOT_RUN, TINY
@@ -112,7 +112,8 @@ def measure(args: argparse.Namespace) -> int:
     start = time.monotonic()
     blank_figure()  # says that matplotlib is missing before, not after measuring
     layer = FocalAttention(32, 1, 7, expand_size=3, backend="triton")
-    layer.index(14, 14, torch.empty(0, device=args.device))  # says why the kernels cannot run here
+    with user_input():
+        layer.index(14, 14, torch.empty(0, device=args.device))  # says why the kernels cannot run here
     good = [run_checks(args, start + 60 * CHECKS_END * args.minutes)]
     for name, share, words in commands(args.quick):
         good.append(run_part(args, name, words, start + 60 * share * args.minutes))

@@ -38,7 +38,7 @@ from models import build_model
 from tools.figures.drawing import blank_figure
 from tools.plot_run import read_metrics
 from training.loop import Run
-from training.run import train
+from training.run import check_options, train
 from training.run_dir import open_run_dir
 from utils import choose_precision, path_argument, seed_everything, user_input
 
@@ -104,7 +104,9 @@ def configure(args: argparse.Namespace, model: str, seed: int) -> CfgNode:
     opts += ["MODEL.NAME", MODELS[model], "TAG", f"seed{seed}", *args.opts]
     opts += ["MODEL.TYPE", "focal" if model == "Swin" else MODELS[model]]
     with user_input():
-        return load_config(RECIPE, opts)
+        config = load_config(RECIPE, opts)
+    check_options(config)
+    return config
 
 
 def build(config: CfgNode) -> nn.Module:
@@ -132,7 +134,9 @@ def train_one(config: CfgNode, device: torch.device, threads: int) -> None:
     with open_run_dir(output, True, config.DIST_TIMEOUT_MINUTES) as metrics:
         precision = choose_precision(config.AMP_OPT_LEVEL, config.AMP_DTYPE, device)
         seed_everything(config.SEED)
-        train(Run(config, device, precision, output, metrics), build(config).to(device))
+        with user_input():
+            model = build(config).to(device)
+        train(Run(config, device, precision, output, metrics), model)
 
 
 # --- Results ------------------------------------------------------------------------------------------------

@@ -154,7 +154,8 @@ def measure(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         kilobytes = make_images(root, args.images)
-        pack_images(root)
+        with user_input():  # the library datasets may be missing
+            pack_images(root)
         facts["Images"] = (
             f"{args.images} of {WIDTH}x{HEIGHT} pixels, JPEG quality {QUALITY}, {kilobytes:.0f} kB each; to "
             f"{args.size}x{args.size}, batches of {args.batch_size}"

@@ -15,7 +15,7 @@ from PIL import Image
 from config import load_config
 from models import build_model
 from tools.benchmarks.common import REPO
-from utils import path_argument
+from utils import path_argument, run_command
 
 from . import attention, drawing
 
@@ -57,12 +57,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 2 for what the user can correct."""
     args = parse(argv)
-    try:
+
+    def draw() -> None:
+        drawing.blank_figure()  # says that matplotlib is missing before anything is computed
         drawing.save(draw_teaser(), Path(args.out, "teaser.png"))
-    except (OSError, ImportError) as error:
-        print(f"error: {error}; pip install -r requirements-dev.txt has what it needs", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_command(draw)
 
 
 if __name__ == "__main__":
