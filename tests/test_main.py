@@ -227,7 +227,6 @@ def test_weights_are_checked_before_the_data(flags: list[str], trained: Path, ca
         (["--output", __file__], "OUTPUT (--output): expected a folder"),
         (["--device", "cuda:99"], "DEVICE"),
         (["--throughput", "--debug"], "at most one mode"),
-        (["--debug", "--resume", "a.pth"], "DEBUG_MODE: expected no weights"),
         (["--resume", "a.pth", "--pretrained", "b.pth"], "MODEL.PRETRAINED: expected either this or"),
         (["--amp-opt-level", "O0", "--amp-dtype", "fp16"], "AMP_DTYPE: expected ''"),
     ],

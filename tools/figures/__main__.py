@@ -15,7 +15,7 @@ from PIL import Image
 from config import load_config
 from models import build_model
 from tools.benchmarks.common import REPO
-from utils import path_argument, run_command
+from utils import path_argument, run_command, user_input
 
 from . import attention, drawing
 
@@ -31,7 +31,8 @@ PHOTOGRAPH, CROP, QUERY, SIDE = "china.jpg", (0, 0, 427, 427), (93, 100), 224
 
 def draw_teaser() -> "Figure":
     """One row per model, one panel per stage."""
-    from sklearn.datasets import load_sample_image
+    with user_input("pip install -r requirements-dev.txt has what is missing"):
+        from sklearn.datasets import load_sample_image
 
     square = Image.fromarray(load_sample_image(PHOTOGRAPH)).crop(CROP)
     picture = np.asarray(square.resize((SIDE, SIDE), Image.Resampling.LANCZOS)) / 255
