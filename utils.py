@@ -179,8 +179,8 @@ def fresh_store(store: dist.Store, rank: int, world_size: int) -> dist.Store:
     """An empty part of the store, which the processes of this start share. Collective.
 
     torchrun's store outlives a restart, with the addresses of processes that have ended, and its number of
-    restarts differs between machines. So rank 0 draws a name, and answers what each process has asked for;
-    it asks again and again, since the first requests that it finds may be those of ended processes.
+    restarts differs between machines. So rank 0 draws a name and sends it to each process that requests it,
+    until all have it: the first requests that it finds may be those of ended processes.
 
     Raises:
         DistError: the other processes do not come before the store's timeout.

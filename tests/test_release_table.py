@@ -32,6 +32,18 @@ def test_counts_of_vil(model: str, resolution: int, params_m: float, macs_g: flo
     assert sum(p.numel() for p in built.parameters()) / 1e6 == pytest.approx(params_m, rel=0.005)
 
 
+@pytest.mark.parametrize(("model", "macs_g"), [("vil_small", 4.86), ("vil_medium", 8.7), ("vil_base", 13.4)])
+def test_multiply_adds_of_vil_without_zeros_beyond_the_map(model: str, macs_g: float) -> None:
+    """As its paper has them, within 5 %."""
+    entry = entries.Entry(model, model, "")
+    macs = entries.multiply_adds(entry, 224)
+    for module in entries.build(entry, 224).modules():
+        if isinstance(module, vil.SlidingAttention):
+            hidden = int((~module.visible).sum()) * vil.SIDE**2  # pairs of a query and a zero
+            macs -= 2 * hidden * module.qkv.in_features
+    assert macs / 1e9 == pytest.approx(macs_g, rel=0.05)
+
+
 @pytest.mark.parametrize(("size", "global_tokens"), [((6, 8), 1), ((5, 3), 2), ((4, 4), 0)])
 def test_sliding_attention_is_masked_attention(size: tuple[int, int], global_tokens: int) -> None:
     """Maps that chunks of 2 x 2 divide, and that they do not."""
