@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import mmengine.registry
 from mmengine.config import DictAction
+from mmengine.hooks import CheckpointHook
 from mmengine.registry import Registry
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
-from utils import UserError, user_input
+from utils import UserError
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -31,6 +32,7 @@ UNKNOWN_TYPE = re.compile(
     r"(\S+) is not in the [\w: ]+ registry|Cannot find (\S+) in registry|^(None) is not a callable object"
 )
 NAMELESS = ("optimizer", "conv_cfg", "norm_cfg", "upsample_cfg")  # keys whose type those leave out
+NUMBER_OR_TEXT = "loss_scale"  # 512.0 or dynamic
 UNKNOWN_KEYWORD = re.compile(r"(\w+)(?:\.\w+)?\(\) got an unexpected keyword argument '(\w+)'")
 
 
@@ -43,8 +45,13 @@ class Options(DictAction):
                 raise UserError(
                     f"{option_string}: expected KEY=VALUE, without spaces around =, got {value!r}"
                 )
-        with user_input(option_string or ""):
-            super().__call__(parser, namespace, values, option_string)
+            try:
+                super().__call__(parser, namespace, [value], option_string)
+            except (ValueError, AssertionError, RecursionError) as error:  # of mmengine, for brackets
+                raise UserError(
+                    f"{option_string}: expected a number, text, or list of these as in KEY=[1,2], got "
+                    f"{value}; write other values into a config file"
+                ) from error
 
 
 def check_options(config: "Config", options: Mapping[str, Any]) -> None:
@@ -53,9 +60,9 @@ def check_options(config: "Config", options: Mapping[str, Any]) -> None:
     What takes them refuses unknown keywords when it is built, see `config_errors_as_user_errors`.
 
     Raises:
-        UserError: a first part that nothing reads, or no such entry of a list.
+        UserError: a first part that nothing reads, no such entry of a list, or text in place of a number.
     """
-    for key in options:
+    for key, value in options.items():
         first, *rest = key.split(".")
         if first not in KNOWN_OPTIONS:
             known = (
@@ -76,6 +83,9 @@ def check_options(config: "Config", options: Mapping[str, Any]) -> None:
             else:
                 break
             path = f"{path}.{name}"
+        was_number = path == key and isinstance(node, int | float) and not key.endswith(NUMBER_OR_TEXT)
+        if was_number and isinstance(value, str):
+            raise UserError(f"--cfg-options {key}: expected a number, as in the config, got {value!r}")
 
 
 @contextmanager
@@ -116,6 +126,30 @@ def _explanation(config: "Config", message: str) -> str | None:
                 if name not in known:
                     return f"{path}: {called.__name__} takes no {name}{_suggestion(name, known)}"
     return None
+
+
+def check_saving(runner: Runner) -> None:
+    """Check what mmengine would notice only after the first epoch.
+
+    Raises:
+        UserError: unknown options of CheckpointHook, or a best metric that no evaluator reports.
+    """
+    evaluators = [] if runner.val_loop is None else runner.val_loop.evaluator.metrics
+    prefixes = tuple(f"{evaluator.prefix}/" for evaluator in evaluators if evaluator.prefix)
+    takers = (CheckpointHook, Runner.save_checkpoint)
+    known = {name for taker in takers for name in inspect.signature(taker).parameters}
+    for hook in runner.hooks:
+        if not isinstance(hook, CheckpointHook):
+            continue
+        if unknown := sorted({*hook.args} - known):
+            where = f"default_hooks.checkpoint: CheckpointHook takes no {unknown[0]}"
+            raise UserError(f"{where}{_suggestion(unknown[0], known)}")
+        for metric in hook.save_best or ():
+            if len(prefixes) == len(evaluators) and not metric.startswith(("auto", *prefixes)):
+                raise UserError(
+                    "default_hooks.checkpoint.save_best: expected auto, or a metric of val_evaluator, whose "
+                    f"names begin with {' or '.join(prefixes)}, got {metric}"
+                )
 
 
 def _nodes(node: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -387,6 +387,11 @@ def check_model(model: nn.Module, classes: Sequence[str] | None) -> None:
     for name in parts:
         part = getattr(model, name, None)
         asked, index = getattr(part, "in_channels", None), getattr(part, "in_index", range(len(dims)))
+        if any(not -len(dims) <= i < len(dims) for i in np.atleast_1d(index)):
+            raise UserError(
+                f"model.{name}.in_index: expected numbers of the backbone's outputs, 0 to {len(dims) - 1}, "
+                f"got {index}"
+            )
         expected = [dims[i] for i in index] if not isinstance(index, int) else dims[index]
         if asked is not None and asked != expected and [*np.atleast_1d(asked)] != [*np.atleast_1d(expected)]:
             raise UserError(

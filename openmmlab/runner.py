@@ -301,6 +301,7 @@ def _build(config: "Config", splits: Sequence[str]) -> tuple["Runner", tuple[str
         with check_data.checked_annotations(config, model):
             loops = {split: getattr(runner, f"{split}_loop") for split in splits}  # reads the data sets
         if "train" in splits:
+            check_config.check_saving(runner)
             _build_optimizer(runner)
     if "train" in splits and config.get("default_scope") == "mmseg":
         check_data.check_class_weights(model, loops["train"].dataloader.dataset)

@@ -69,6 +69,10 @@ def last_error(capsys: pytest.CaptureFixture[str]) -> str:
         ("trian_cfg.max_epochs=1", "no trian_cfg; did you mean train_cfg"),
         ("classes=3", "only the config file itself reads classes"),
         ("train_dataloader.dataset.pipeline.9.scale=1", "pipeline is a list of 4, got 9"),
+        ("model.neck.in_channels=[1,(2]", "expected a number, text, or list of these as in KEY=[1,2], got "),
+        ("train_cfg.max_epochs=", "train_cfg.max_epochs: expected a number, as in the config, got ''"),
+        ("default_hooks.checkpoint.intervall=2", "CheckpointHook takes no intervall; did you mean interval?"),
+        ("default_hooks.checkpoint.save_best=bbox_mAP", "whose names begin with coco/, got bbox_mAP"),
         ("train_dataloader.batchsize=1", "train_dataloader: DataLoader takes no batchsize; did you mean bat"),
         ("model.bakbone.depths=1", "model: MaskRCNN takes no bakbone; did you mean backbone"),
         ("model.neck.norm_cfg.type=GM", "model.neck.norm_cfg.type: there is no GM"),
@@ -372,6 +376,16 @@ def test_segments_that_do_not_fit(
     config.val_dataloader.dataset.update(options)
     with pytest.raises(UserError, match=message):
         check_data.check_data_sets(config, ("val",))
+
+
+@pytest.mark.parametrize("index", [4, [0, 1, 2, -5]])
+def test_outputs_that_the_backbone_of_segmenters_lacks(index: int | list[int]) -> None:
+    model = MODELS.build(runner.read_config(SEGMENTATION).model)
+    model.auxiliary_head.in_index = -2  # the last but one, as its in_channels say
+    check_data.check_model(model, None)
+    model.decode_head.in_index = index
+    with pytest.raises(UserError, match=r"decode_head.in_index: expected .* 0 to 3, got"):
+        check_data.check_model(model, None)
 
 
 def test_class_weights_of_segmenters() -> None:
