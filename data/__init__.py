@@ -3,14 +3,12 @@
 from data.build import Loaders, build_loaders
 from data.datasets import EvalImages, TrainImages
 from data.images import UndecodableImageError
-from data.mixing import SeededMixup
 from data.samplers import EvalSampler, ShardSampler, TrainSampler
 
 __all__ = [
     "EvalImages",
     "EvalSampler",
     "Loaders",
-    "SeededMixup",
     "ShardSampler",
     "TrainImages",
     "TrainSampler",

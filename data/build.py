@@ -19,7 +19,6 @@ from data.archive import CachedSource, open_archive_split
 from data.datasets import EvalImages, ImageLoader, TrainImages
 from data.hugging_face import open_rows
 from data.images import decode_rgb
-from data.mixing import SeededMixup
 from data.samplers import EvalSampler, ShardSampler, TrainSampler, shard_of
 from data.shards import open_shards
 from data.source import ImageSource, some
@@ -52,7 +51,7 @@ class Loaders:
     train_loader: DataLoader | None
     val_loader: DataLoader
     train_sampler: TrainSampler | None
-    mixup_fn: SeededMixup | None
+    mixup_fn: Mixup | None
 
     def resume_at(self, epoch: int, samples_seen: int) -> int:
         """Set the position of the training data; call it before iterating `train_loader`.
@@ -66,8 +65,6 @@ class Loaders:
         """
         assert self.train_sampler is not None, "EVAL_MODE has no training split"
         self.train_sampler.resume_at(epoch, samples_seen)
-        if self.mixup_fn is not None:
-            self.mixup_fn.set_position(epoch, self.train_sampler.start_step)
         return self.train_sampler.start_step
 
     @property
@@ -115,7 +112,7 @@ def build_loaders(config: CfgNode, rank: int | None = None, world_size: int | No
     sampler_class = ShardSampler if cache_mode == "part" else TrainSampler
     train_sampler = sampler_class(len(train_dataset), data.BATCH_SIZE, rank, world_size, config.SEED)
     train_loader = _loader(config, train_dataset, train_sampler, workers)
-    return Loaders(train_dataset, val_dataset, train_loader, val_loader, train_sampler, _mixup(config, rank))
+    return Loaders(train_dataset, val_dataset, train_loader, val_loader, train_sampler, _mixup(config))
 
 
 def check_options(config: CfgNode) -> None:
@@ -262,11 +259,11 @@ def _mixes(config: CfgNode) -> bool:
     return config.AUG.MIXUP > 0 or config.AUG.CUTMIX > 0 or bool(config.AUG.CUTMIX_MINMAX)
 
 
-def _mixup(config: CfgNode, rank: int) -> SeededMixup | None:
+def _mixup(config: CfgNode) -> Mixup | None:
     aug = config.AUG
     if not _mixes(config):
         return None
-    mixup = Mixup(
+    return Mixup(
         mixup_alpha=aug.MIXUP,
         cutmix_alpha=aug.CUTMIX,
         cutmix_minmax=aug.CUTMIX_MINMAX,
@@ -276,7 +273,6 @@ def _mixup(config: CfgNode, rank: int) -> SeededMixup | None:
         label_smoothing=config.MODEL.LABEL_SMOOTHING,
         num_classes=config.MODEL.NUM_CLASSES,
     )
-    return SeededMixup(mixup, config.SEED, rank)
 
 
 def _loader(config: CfgNode, images: TrainImages | EvalImages, sampler: Any, workers: int) -> DataLoader:

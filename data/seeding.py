@@ -1,7 +1,7 @@
 """Random streams of the data pipeline.
 
 Every random decision draws from a seed derived from the run's seed, the stream's name and a position (epoch,
-index, step, rank), so that it depends on nothing else: not on the number of workers, their start method, or
+index, rank), so that it depends on nothing else: not on the number of workers, their start method, or
 what was drawn before.
 """
 
@@ -23,7 +23,6 @@ class Stream(IntEnum):
     SHUFFLE = 0
     AUGMENT = 1
     REPLACE = 2
-    MIXUP = 3
 
 
 def derive_seed(seed: int, stream: Stream, *position: int) -> int:

@@ -18,11 +18,11 @@ import torch
 from conftest import REPO
 from pictures import encoded
 from PIL import Image
-from timm.data import Mixup, create_transform
+from timm.data import create_transform
 from yacs.config import CfgNode
 
 from config import load_config
-from data import EvalSampler, Loaders, SeededMixup, ShardSampler, TrainSampler, build_loaders
+from data import EvalSampler, Loaders, ShardSampler, TrainSampler, build_loaders
 from data.images import UndecodableImageError, decode_rgb
 from data.seeding import seeded_rngs
 from data.transforms import Recipe, eval_transform, train_transform
@@ -287,27 +287,6 @@ def test_augmentation_changes_with_epoch_and_seed_only(folder: Path) -> None:
 
 
 # --- Mixup ------------------------------------------------------------
-
-
-def mixed(position: tuple[int, int], mode: str, seed: int = 0, rank: int = 0, calls: int = 1) -> torch.Tensor:
-    """What the last of some calls from a position on makes of four images; each advances by one step."""
-    mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, mode=mode, num_classes=5)
-    seeded = SeededMixup(mixup, seed, rank)
-    seeded.set_position(*position)
-    for _ in range(calls):
-        images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 16, 16).clone()
-        images, targets = seeded(images, torch.arange(4))
-    return torch.cat([images.flatten(), targets.flatten()])
-
-
-@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
-def test_mixup_depends_on_its_position_alone(mode: str) -> None:
-    first = mixed((2, 7), mode)
-    np.random.seed(123)
-    torch.testing.assert_close(first, mixed((2, 7), mode), rtol=0, atol=0)
-    for other in (mixed((2, 7), mode, seed=1), mixed((2, 7), mode, rank=1), mixed((3, 7), mode)):
-        assert not torch.equal(first, other)
-    torch.testing.assert_close(first, mixed((2, 5), mode, calls=3), rtol=0, atol=0)
 
 
 def test_mixup_switches(folder: Path) -> None:
