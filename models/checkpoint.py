@@ -23,16 +23,14 @@ import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from .focal_transformer import FocalFastAttention
+from .focal_transformer import FROM_OPTIONS, FocalFastAttention
 from .resize import depends_on_setting, is_plain, is_ring, resize_state, stale_stored_keys
 from .safetensors_file import read_safetensors
 from .torch_file import read_torch_file, shown
 
 logger = logging.getLogger(__name__)
 
-DERIVED_BUFFERS = re.compile(
-    r"\.attn\.(relative_position_index(_\d+)?|valid_ind_rolled|valid_ind_unfold_\d+|window_coords|topk_cloest_coords_\d+)$"
-)
+DERIVED_BUFFERS = re.compile(rf"\.attn\.({'|'.join(FROM_OPTIONS)})")
 """Tables in the original's files that follow from the options."""
 
 STORED_KEYS = re.compile(r"\.attn\.topk_cloest_indice_\d+$")

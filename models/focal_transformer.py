@@ -401,6 +401,10 @@ POOLS: dict[str, Callable[[int, int], nn.Module]] = {
 """Modules that make a coarse token of side x side fine ones of `dim` channels."""
 
 
+FROM_OPTIONS = ("relative_position_index", "valid_ind_", "window_coords", "topk_cloest_coords_")
+"""How buffers of the original's attention begin that follow from the options; state dicts may hold them."""
+
+
 def padded(x: Tensor, rows: int, columns: int) -> Tensor:
     """[B, H, W, C] with zeros at the bottom and right: [B, rows, columns, C]."""
     more = (0, 0, 0, columns - x.shape[2], 0, rows - x.shape[1])
@@ -526,6 +530,12 @@ class FocalAttention(nn.Module):
             table = self.relative_position_bias_table_to_windows[level].t()
             parts.append(F.embedding(rows, table).permute(2, 1, 0))
         return torch.cat(parts, dim=-1)[:, None]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load, also the original's state dict."""
+        extra = tuple(prefix + name for name in FROM_OPTIONS)
+        kept = {key: value for key, value in state_dict.items() if not key.startswith(extra)}
+        super()._load_from_state_dict(kept, prefix, *args)
 
 
 class FocalFastAttention(FocalAttention):
