@@ -24,7 +24,7 @@ from yacs.config import CfgNode
 
 import utils
 from config import load_config
-from data import UndecodableImageError, build_loaders
+from data import UndecodableImageError, build_loaders, check_same_data
 from models import FocalTransformer, agree_on_backends, build_model, count_params_and_macs
 from optimizer import freeze_stages
 from training.loop import Run, evaluate, train_one_epoch
@@ -131,6 +131,7 @@ def run_evaluation(run: Run, model: FocalTransformer) -> None:
         load_weights(model, run.config, key)
         with user_input():
             loaders = build_loaders(run.config)
+    check_same_data(loaders)
     evaluate(run, model, loaders.val_loader)
 
 

@@ -1,6 +1,6 @@
 """Data sets and loaders for image classification: `build_loaders` builds everything that training needs."""
 
-from data.build import Loaders, build_loaders
+from data.build import Loaders, build_loaders, check_same_data
 from data.datasets import EvalImages, TrainImages
 from data.images import UndecodableImageError
 from data.samplers import EvalSampler, ShardSampler, TrainSampler
@@ -14,4 +14,5 @@ __all__ = [
     "TrainSampler",
     "UndecodableImageError",
     "build_loaders",
+    "check_same_data",
 ]

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from timm.data import Mixup
 from timm.layers import to_2tuple
 from torch.utils.data import DataLoader
@@ -34,7 +36,7 @@ from data.transforms import (
     with_decoder,
 )
 from data.workers import leave_signals_to_parent, limit_workers
-from utils import can_pin_memory, get_rank, get_world_size
+from utils import UserError, all_gather, can_pin_memory, get_rank, get_world_size
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +115,26 @@ def build_loaders(config: CfgNode, rank: int | None = None, world_size: int | No
     train_sampler = sampler_class(len(train_dataset), data.BATCH_SIZE, rank, world_size, config.SEED)
     train_loader = _loader(config, train_dataset, train_sampler, workers)
     return Loaders(train_dataset, val_dataset, train_loader, val_loader, train_sampler, _mixup(config))
+
+
+def check_same_data(loaders: Loaders) -> None:
+    """Check that all processes found the same data, as where each machine has its own copy. Collective.
+
+    Raises:
+        UserError: on all ranks; some have other numbers of images, or other labels.
+    """
+    facts = []
+    for data_set in (loaders.train_dataset, loaders.val_dataset):
+        labels = np.empty(0) if data_set is None else data_set.source.labels
+        facts += [len(labels), zlib.crc32(labels.tobytes())]
+    ranks = all_gather(torch.tensor(facts))
+    different = (ranks != ranks[0]).any(dim=1).nonzero().flatten().tolist()
+    if different:
+        counts = [f"{ranks[n][0]} and {ranks[n][2]} in process {n}" for n in (0, different[0])]
+        raise UserError(
+            "DATA.DATA_PATH: expected the same images and labels in all processes, got for training and "
+            f"validation {', but '.join(counts)}; copy the data to all machines again"
+        )
 
 
 def check_options(config: CfgNode) -> None:

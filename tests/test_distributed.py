@@ -55,6 +55,8 @@ for arguments in commands[:-1]:
         if utils.is_main_process():
             folder = arguments[arguments.index("--output") + 1]
             shutil.copytree(folder, folder + "_then")
+    except utils.UserError as error:
+        print("REFUSED", error, flush=True)
 sys.exit(main.main(commands[-1]))
 """
 TRAIN = [*OPTS, *PLAIN, "TRAIN.ACCUMULATION_STEPS", 2]
@@ -79,8 +81,11 @@ def launched(few_images: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     for folder in (damaged["train"] / "train").iterdir():
         next(folder.iterdir()).write_bytes(b"damaged")
     second_image(damaged["val"]).write_bytes(b"damaged")
+    copies = [shutil.copytree(few_images, root / f"copy_{rank}") for rank in (0, 1)]
+    next(copies[1].glob("train/*/*.png")).unlink()
     weights, eight = str(root / "nano.pth"), ["--batch-size", "8"]
     commands = [
+        command(root / "copy_$RANK", root / "copies", TRAIN, *eight),
         evaluation(few_images, root),
         command(few_images, root / "two", TRAIN, *eight),
         command(damaged["train"], root / "damaged", [*TRAIN, *WORKER], *eight),
@@ -147,6 +152,12 @@ def test_two_ranks_equal_one_with_the_double_batch(
             assert ours.get("acc1") == theirs.get("acc1")
             assert ours.get("lr") == theirs.get("lr")
             assert ours.get("grad_norm", 0) == pytest.approx(theirs.get("grad_norm", 0), rel=1e-3)
+
+
+def test_different_data_are_refused_by_all(launched: tuple[Path, str, str]) -> None:
+    refused = re.findall(r"^REFUSED DATA.DATA_PATH: (.*)$", launched[1], re.MULTILINE)
+    assert len(refused) == 2 and refused[0] == refused[1], refused
+    assert f"130 and {VAL_IMAGES} in process 0, but 129 and {VAL_IMAGES} in process 1" in refused[0]
 
 
 def test_damaged_images_of_any_rank_are_counted(launched: tuple[Path, str, str]) -> None:

@@ -11,7 +11,7 @@ from yacs.config import CfgNode
 
 import utils
 from config import flatten
-from data import Loaders, build_loaders
+from data import Loaders, build_loaders, check_same_data
 from models import FocalTransformer, load_checkpoint
 from models.checkpoint import read_class_map
 from training.checkpoints import (
@@ -86,6 +86,7 @@ def setup(run: Run, model: FocalTransformer) -> tuple[TrainState, Loaders, Check
             load_weights(model, config, "PRETRAINED")
         with user_input():
             loaders = build_loaders(config)
+    check_same_data(loaders)
     soft_targets = loaders.mixup_fn is not None
     steps = loaders.steps_per_epoch
     state = build_train_state(config, model, run.precision, run.device, steps, soft_targets)
