@@ -111,11 +111,13 @@ class CachedSource:
         self.origin, self.labels, self.classes = source.origin, source.labels, source.classes
         ends = np.cumsum([0, *(source.num_bytes(index) for index in shard)], dtype=np.int64)
         self._ends = torch.from_numpy(ends)
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of this machine
         memory_size = psutil.virtual_memory().total
-        if ends[-1] > memory_size:
+        if ends[-1] * processes > memory_size:
             raise ValueError(
                 f"DATA.CACHE_MODE: expected images that fit into the {memory_size >> 20} MiB of memory, got "
-                f"{ends[-1] >> 20} MiB from {source.name(0)} on; set it to 'no' (--cache-mode no)"
+                f"{ends[-1] >> 20} MiB from {source.name(0)} on, in each of {processes} process(es); set it to "
+                "'part' or 'no' (--cache-mode)"
             )
         self._blob = torch.empty(int(ends[-1]), dtype=torch.uint8)
         self._damaged: set[int] = set()

@@ -5,7 +5,7 @@ import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from yacs.config import CfgNode
 from data import folder
 from data.archive import CachedSource, open_archive_split
 from data.datasets import EvalImages, ImageLoader, TrainImages
-from data.hugging_face import open_rows
+from data.hugging_face import load_splits, open_rows
 from data.images import decode_rgb
 from data.samplers import EvalSampler, ShardSampler, TrainSampler, shard_of
 from data.shards import open_shards
@@ -215,12 +215,18 @@ def _open(config: CfgNode, splits: tuple[str, ...]) -> dict[str, Any]:
     """The sources of the splits, by name."""
     data, root, num_classes = config.DATA, Path(config.DATA.DATA_PATH), config.MODEL.NUM_CLASSES
     names, maps = data.HF, "ILSVRC2011fall_whole_map_{}.txt"
+    load = cache(load_splits)  # once for both splits
     openers: dict[str, Callable[[str], ImageSource]] = {
         "zip": lambda split: open_archive_split(root, split, num_classes),
         "imagenet22k": lambda split: folder.read_map_of_files(root, maps.format(split), num_classes),
         "wds": lambda split: open_shards(root, split, Path(config.OUTPUT or "output")),
         "hf": lambda split: open_rows(
-            data.DATA_PATH, split, names[f"{split.upper()}_SPLIT"], names.IMAGE_COLUMN, names.LABEL_COLUMN
+            load(data.DATA_PATH),
+            data.DATA_PATH,
+            split,
+            names[f"{split.upper()}_SPLIT"],
+            names.IMAGE_COLUMN,
+            names.LABEL_COLUMN,
         ),
         **dict.fromkeys(FOLDERS, lambda split: folder.open_folder_split(root, split)),
     }

@@ -73,22 +73,22 @@ class RowSource:
         return content
 
 
-def open_rows(source: str, split: str, split_name: str, image: str, label: str) -> RowSource:
+def open_rows(
+    splits: dict[str, Any], source: str, split: str, split_name: str, image: str, label: str
+) -> RowSource:
     """The images of a split of a data set for the library `datasets`.
 
     Args:
-        source: a folder of `save_to_disk`, a parquet file, a folder of parquet files, or a name on the hub.
+        splits: of `load_splits`.
+        source: what it was loaded from, for messages.
         split: "train" or "val".
         split_name: what it is called there; '' for "train", or the first of "val", "validation" and "test".
         image: column of the images; '' finds it.
         label: column of the labels; '' finds it.
 
     Raises:
-        ImportError: the library is not installed.
-        OSError: there is no such data set, or it cannot be read.
-        ValueError: the data set has no such split or column, or is damaged.
+        ValueError: there is no such split or column, or a label is no whole number.
     """
-    splits = _load(source)
     names = [split_name] if split_name else list(SPLITS[split])
     found = next((name for name in names if name in splits), None)
     if found is None:
@@ -100,8 +100,17 @@ def open_rows(source: str, split: str, split_name: str, image: str, label: str) 
     return RowSource(rows, _image_column(rows, image, origin), _label_column(rows, label, origin), origin)
 
 
-def _load(source: str) -> dict[str, Any]:
-    """The splits of a data set, by name."""
+def load_splits(source: str) -> dict[str, Any]:
+    """The splits of a data set, by name.
+
+    Args:
+        source: a folder of `save_to_disk`, a parquet file, a folder of parquet files, or a name on the hub.
+
+    Raises:
+        ImportError: the library is not installed.
+        OSError: there is no such data set, or it cannot be read.
+        ValueError: the data set is damaged.
+    """
     try:
         import datasets
     except ImportError as error:

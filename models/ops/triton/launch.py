@@ -144,8 +144,8 @@ def explain(failure: Exception) -> str:
         return f"{said}; Triton needs a C compiler: install gcc, or let CC name one"
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         return f"{said}; Triton needs Python's header files: install python3-dev (or python3-devel)"
-    if isinstance(failure, OSError):
-        return f"{said}; let TRITON_CACHE_DIR name a folder that can be written to"
+    if isinstance(failure, OSError | ImportError):  # of the folder, or of what is compiled into it
+        return f"{said}; let TRITON_CACHE_DIR name a folder on a local disk that can be written to"
     return said
 
 
