@@ -23,7 +23,7 @@ from timm.layers import to_2tuple
 from yacs.config import CfgNode
 
 import utils
-from config import load_config
+from config import CHOICES, load_config
 from data import UndecodableImageError, build_loaders, check_same_data
 from models import FocalTransformer, agree_on_backends, build_model, count_params_and_macs
 from optimizer import freeze_stages
@@ -46,7 +46,7 @@ trains on the images in imagenet/train/<class> and imagenet/val/<class>; --help 
 """
 FLAGS = {  # flag -> (config key, help); a flag that is not given does not override the yaml file
     "batch-size": ("DATA.BATCH_SIZE", "images per process and step"),
-    "dataset": ("DATA.DATASET", "imagenet, imagenet22k, imagewoof, folder, wds or hf"),
+    "dataset": ("DATA.DATASET", ", ".join(CHOICES["DATA.DATASET"])),
     "data-path": ("DATA.DATA_PATH", "root folder of the data set"),
     "cache-mode": ("DATA.CACHE_MODE", "with --zip: no, part or full"),
     "resume": ("MODEL.RESUME", "checkpoint to continue from; with --eval, to evaluate"),

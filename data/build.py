@@ -145,7 +145,7 @@ def check_options(config: CfgNode) -> None:
         ValueError: any other problem.
     """
     data, problems = config.DATA, []
-    if data.ZIP_MODE and data.DATASET in ("imagenet22k", "wds", "hf"):
+    if data.ZIP_MODE and data.DATASET not in FOLDERS:
         problems.append(
             f"DATA.ZIP_MODE: expected False with DATA.DATASET {data.DATASET}, got True; drop --zip"
         )

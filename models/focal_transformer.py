@@ -120,9 +120,9 @@ def shift_mask(height: int, width: int, window: int, shift: int) -> np.ndarray:
 def nearest_cells(rows: np.ndarray, columns: np.ndarray, height: int, width: int, count: int) -> np.ndarray:
     """The `count` nearest cells of a map for each centre, nearest first, ties row by row.
 
-    Centres are all pairs of `rows` [R] and `columns` [X]; they may lie outside the map. Those that are
-    equally far from the borders, or too far for these to matter, form a class, which is computed once.
-    Returns int64 [R * X, count].
+    Centres are all pairs of `rows` [R] and `columns` [X]; they may lie outside the map. Centres at the same
+    distances from the four borders form a class, as do those for which borders are too far to matter: each
+    class is computed once. Returns int64 [R * X, count].
     """
     farthest = int(np.abs(rows).max() + np.abs(columns).max()) + height + width
     radius = 2 * int(np.ceil(np.sqrt(count / np.pi))) + 1  # a quarter of such a disc holds `count` cells
@@ -155,7 +155,8 @@ def cached_unless_traced(build: Callable[..., AttentionIndex]) -> Callable[..., 
     """Cache an index by its arguments; torch.compile sees a constant.
 
     The decorated function takes one more argument, first: `traced`. If it is True nothing is cached, because
-    tensors made while tracing belong to the trace. The last one may be a plain tuple of `Request`'s fields.
+    tensors made while tracing belong to the trace. The last one, the request, comes as a plain tuple of
+    `Request`'s fields, because torch.compile takes only such as constants.
     """
     fresh = torch.inference_mode(False)(build)  # inference tensors could not be used in training
     cached = lru_cache(maxsize=CACHED_INDEXES)(fresh)
@@ -248,7 +249,8 @@ def offset_index(y: np.ndarray, x: np.ndarray, unit: int, place: np.ndarray) -> 
 
     Returns:
         offsets: every offset in the bounding box of all query - key, float32 [R, 2].
-        rows: row of `offsets` for each cell of the bounding box of all centre - key and each query, [U, Q].
+        rows: row of `offsets` for each value of centre - key and each query, [U, Q]. All U cells of the
+            bounding box of centre - key are there, also those that no key has.
         cell: the cell of each key, [K, P].
     """
     low, size = np.array([y.min(), x.min()]), (np.ptp(y) + 1, np.ptp(x) + 1)

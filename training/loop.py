@@ -125,7 +125,7 @@ def update(state: TrainState, max_norm: float) -> torch.Tensor:
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), max_norm or math.inf)
     is_finite = torch.isfinite(norm)
-    # Not by scaler.step, which skips if a gradient is not finite, but not if only their norm is.
+    # Not by scaler.step: it looks at the gradients, not at their norm, which can overflow.
     if optimizer.param_groups[0].get("fused"):
         optimizer.found_inf = (~is_finite).float()  # makes a fused optimizer skip this step
         optimizer.step()
@@ -185,9 +185,9 @@ def raise_if_too_many_skipped(state: TrainState) -> None:
 def evaluate(run: Run, model: nn.Module, batches: Batches) -> dict[str, float]:
     """Accuracy in percent (acc1, acc5) and mean loss over the images of all ranks, each counted once.
 
-    With fewer than five classes acc5 is over all of them. A batch smaller than the others is padded, since
-    rounding depends on the batch size and a compiled model would be compiled again: the accuracies do not
-    depend on the number of ranks, and the loss only by the rounding of a sum in double precision.
+    With fewer than five classes acc5 is over all of them. The last batch is padded to the size of the others,
+    since rounding depends on the size, and a compiled model would be compiled again for another one. So the
+    accuracies do not depend on the number of ranks, and the loss only by the rounding of a sum of doubles.
 
     Args:
         run: what stays the same.

@@ -247,8 +247,8 @@ def finish_epoch(run: Run, state: TrainState, loaders: Loaders, checkpoints: Che
 def check_options(config: CfgNode) -> None:
     """Raise UserError for options that contradict each other, or the mode, before anything large is read.
 
-    Evaluation takes MODEL.RESUME if PRETRAINED is set, too, and leaves aside how training begins; the other
-    modes use no weights. So the config.yaml of any run can be given to --eval, --throughput and --debug.
+    Evaluation takes MODEL.RESUME if both weights are given, and ignores RESET_HEAD and HEAD_CLASS_MAP; the
+    other modes use no weights. So the config.yaml of any run can be given to --eval, --throughput and --debug.
     """
     problems = []
     if config.EVAL_EMA and not config.EVAL_MODE:

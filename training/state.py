@@ -42,7 +42,8 @@ CHECKPOINT_SCHEMA: dict[str, type | tuple[type, ...]] = {
     "metrics_size": int,
     "config": str,
 }
-"""What every training checkpoint holds; one with TRAIN.EMA also has `model_ema`, and best.pth `accuracy`."""
+"""What every training checkpoint holds; one with TRAIN.EMA also has `model_ema`, and best.pth `accuracy`.
+Files that lack an entry are refused: read later additions with `.get` instead of listing them here."""
 
 RECIPE = ("DATA.BATCH_SIZE", "DATA.IMG_SIZE", "MODEL.", "TRAIN.", "AUG.", "SEED")
 """Options (or prefixes of options) that change the result of training."""
