@@ -1,4 +1,4 @@
-"""Input of users, process group, device, precision and seeds.
+"""Input of users, files, process group, device, precision and seeds.
 
 Every helper works without a process group, so that the same code runs on one CPU, on one GPU of any maker and
 under torchrun.
@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,35 @@ def escape_output() -> None:
     """Print what the console's encoding lacks, such as names of files that are not UTF-8, as escapes."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Write a file so that at any moment `path` is absent, old or complete, on the disk too.
+
+    Yields a temporary path beside it, `.NAME.tmp`. Write and close that file inside; at the end it is renamed
+    to `path`. After any error it is removed, and what was at `path` before stays. Missing folders are made.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    with contextlib.suppress(OSError):  # Windows and some file systems cannot flush folders
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def in_group() -> bool:

@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import importlib.util
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -69,8 +68,15 @@ def shapes_of(any_length: bool) -> tuple[dict[int, Any]] | None:
 
 def write_program(model: nn.Module, images: Tensor, any_length: bool, path: Path) -> None:
     """By torch.export."""
-    shapes = shapes_of(any_length)
-    torch.export.save(torch.export.export(model, (images,), dynamic_shapes=shapes, strict=False), path)
+    program = torch.export.export(model, (images,), dynamic_shapes=shapes_of(any_length), strict=False)
+    with path.open("wb") as file:  # under a path, torch.export expects the ending .pt2
+        torch.export.save(program, file)
+
+
+def load_program(path: Path) -> Program:
+    """By torch.export."""
+    with path.open("rb") as file:
+        return torch.export.load(file).module()
 
 
 def write_onnx(model: nn.Module, images: Tensor, any_length: bool, path: Path) -> None:
@@ -102,7 +108,7 @@ def load_onnx(path: Path) -> Program:
 
 
 FORMATS = {
-    "torch_export": Format(".pt2", write_program, lambda path: torch.export.load(path).module()),
+    "torch_export": Format(".pt2", write_program, load_program),
     "onnx": Format(".onnx", write_onnx, load_onnx, ("onnx", "onnxscript", "onnxruntime")),
     "torchscript": Format(".torchscript.pt", write_torchscript, torch.jit.load),
 }
@@ -135,23 +141,17 @@ def export_model(
     chosen = FORMATS[name]
     if missing := [package for package in chosen.packages if importlib.util.find_spec(package) is None]:
         raise ExportError(f"{name}: needs {', '.join(missing)}: pip install {' '.join(missing)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
     generator = torch.Generator().manual_seed(0)
     example, *unseen = (
         torch.randn(length, *shape, generator=generator)
         for length in ((EXAMPLE_BATCH, *CHECKED_BATCHES) if batch is None else (batch, batch))
     )
-    try:
+    with utils.atomic_write(path) as temporary:
         with _explained(f"{name}: the exporter failed"):
             chosen.write(model, example, batch is None, temporary)
         with _explained(f"{name}: {path} does not load and run"):
             program = chosen.load(temporary)
             difference = max(_difference(model, program, images, name) for images in unseen)
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
     return f"{path}: {path.stat().st_size / 2**20:.1f} MiB, differs by at most {difference:.1e}"
 
 

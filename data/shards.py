@@ -27,6 +27,7 @@ from filelock import FileLock
 
 from data.images import UndecodableImageError
 from data.source import SPLITS, PackedSource, check_size, some
+from utils import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -245,14 +246,9 @@ def _load_index(files: list[Path], facts: str) -> Index | None:
 
 def _save_index(file: Path, index: Index) -> bool:
     """Write an index, whole or not at all; whether that worked."""
-    temporary = file.with_name(f".{file.name}.tmp")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as opened:
+        with atomic_write(file) as temporary, temporary.open("wb") as opened:
             np.savez(opened, **index)
-        os.replace(temporary, file)
     except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         return False
     return True

@@ -386,7 +386,7 @@ def test_metrics_are_on_the_disk_before_the_checkpoint_that_counts_on_them(
     metrics.write("epoch", 0, loss=1.0)
     checkpoints.save(state)
     checkpoints.finish()
-    assert synced[:2] == ["metrics.jsonl", ".ckpt_epoch_0.pth.tmp"]
+    assert synced == ["metrics.jsonl", ".ckpt_epoch_0.pth.tmp", tmp_path.name]
     recorded = torch.load(tmp_path / "ckpt_epoch_0.pth", weights_only=True)["metrics_size"]
     metrics.write("epoch", 1, loss=2.0)
     metrics.truncate(recorded, (2, 0))

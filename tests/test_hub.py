@@ -87,7 +87,8 @@ def test_safetensors_keep_every_bit(variant, tmp_path) -> None:
     """Buffers of whole numbers, half precision and kernels in another memory order as well."""
     model = nano(variant).half()
     write_safetensors(model.state_dict(), tmp_path / "w.safetensors")
-    convert_checkpoint.check_same(model.state_dict(), read_checkpoint(tmp_path / "w.safetensors"), "it")
+    found = read_checkpoint(tmp_path / "w.safetensors")
+    torch.testing.assert_close(found, dict(model.state_dict()), rtol=0, atol=0)
     twin = nano(variant, seed=1)
     report = load_checkpoint(twin, tmp_path / "w.safetensors")
     assert not (report.reset or report.recomputed)
@@ -144,7 +145,7 @@ def test_averaged_weights_of_a_training_run(tmp_path, capsys) -> None:
     source, target = str(tmp_path / "run.pth"), tmp_path / "out.safetensors"
     assert convert_checkpoint.main([source, str(target), "--weights", "model_ema"]) == 0
     expected = {key: averaged.get(key, value) for key, value in model.state_dict().items()}
-    convert_checkpoint.check_same(expected, read_checkpoint(target), "it")
+    torch.testing.assert_close(read_checkpoint(target), expected, rtol=0, atol=0)
     assert convert_checkpoint.main([source, str(tmp_path / "b.pth"), "--weights", "ema"]) == 2
     assert "expected weights under 'ema', found these groups: model, model_ema" in capsys.readouterr().err
 
@@ -164,18 +165,6 @@ def test_nothing_is_overwritten_or_left_behind(tmp_path, capsys) -> None:
         assert target.read_text() == "precious" and {*tmp_path.iterdir()} == {target, text}
     assert convert_checkpoint.main([source, str(target), "--force"]) == 0
     assert "norm.weight" in read_checkpoint(target) and {*tmp_path.iterdir()} == {target, text}
-
-
-def test_a_file_that_reads_differently_is_not_kept(tmp_path, monkeypatch, capsys) -> None:
-    """A writer that loses one bit stands for a disk that does."""
-
-    def careless(state, path) -> None:
-        write_safetensors(state | {"norm.bias": state["norm.bias"] + 1e-6}, path)
-
-    monkeypatch.setitem(convert_checkpoint.WRITERS, ".safetensors", careless)
-    assert convert_checkpoint.main([str(OFFICIAL[0]), str(tmp_path / "out.safetensors")]) == 2
-    assert "got differences in 1 tensors, such as norm.bias" in capsys.readouterr().err
-    assert [*tmp_path.iterdir()] == []
 
 
 # --- Hugging Face Hub ---------------------------------------------------------------------------------------

@@ -78,36 +78,20 @@ class _ErrorKeepingFile:
             return len(content)
 
     def flush(self) -> None:
-        """Called by `torch.save`; `write_checkpoint` flushes."""
+        """Called by `torch.save`; closing the file flushes."""
 
 
 def write_checkpoint(content: dict[str, Any], path: Path) -> None:
-    """Write plain data; at any moment `path` is absent, old or complete, on the disk too.
+    """Write plain data, whole or not at all.
 
     Raises:
         OSError: it cannot be written; what was there before stays.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            target = _ErrorKeepingFile(file)
-            torch.save(content, target)
-            if target.error is not None:
-                raise target.error
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    with contextlib.suppress(OSError):  # Windows and some file systems cannot flush folders
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    with utils.atomic_write(path) as temporary, temporary.open("wb") as file:
+        target = _ErrorKeepingFile(file)
+        torch.save(content, target)
+        if target.error is not None:
+            raise target.error
 
 
 def is_valid(path: Path) -> bool:

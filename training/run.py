@@ -3,7 +3,6 @@
 import importlib.util
 import logging
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -207,12 +206,10 @@ def prepare_folder(run: Run, state: TrainState, source: Path | str, content: dic
 def record_config(run: Run) -> None:
     """Write the whole configuration to config.yaml; UserError if that fails."""
     path = run.output / "config.yaml"
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(run.config.dump(), encoding="utf-8")
-        os.replace(temporary, path)
+        with utils.atomic_write(path) as temporary:
+            temporary.write_text(run.config.dump(), encoding="utf-8")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(
             f"{path}: expected to write the configuration, got: {error.strerror}; make space, or choose "
             "another --output"

@@ -22,7 +22,6 @@ import torch
 from data.demo import DemoOptions, write_demo
 from models import read_checkpoint
 from tools.benchmarks.common import REPO
-from tools.convert_checkpoint import same_bits
 
 STEP_LINE = re.compile(r"epoch (\d+)/(\d+) step (\d+)/(\d+) ")
 TIMEOUT = 600.0  # seconds that anything may take on a busy machine
@@ -207,6 +206,13 @@ def compare(run: TrainingRun, reference: TrainingRun) -> str:
     if differences:
         raise FaultError(f"{len(differences)} differences: {'; '.join(differences[:3])}")
     return f"{count} tensors bit-identical, {len(their_metrics)} metrics equal"
+
+
+def same_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    """Whether both are tensors of the same type, shape and bits; nan equals itself."""
+    if a is None or b is None or a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(*(x.contiguous().flatten().view(torch.uint8) for x in (a, b)))
 
 
 def tensors(tree: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
