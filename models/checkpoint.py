@@ -248,8 +248,8 @@ def load_checkpoint(
     elsewhere = [key for key in given if STORED_KEYS.search(key) and _differ_in_shape(given, wanted, key)]
     if resize:
         report.adapted = _adapt_stem(given, wanted)
-        done = resize_state(given, wanted, getattr(model, "train_resolution", None))
-        report.resized, report.continued, report.dropped = done.resized, done.continued, done.dropped
+        map_size = getattr(model, "train_resolution", None)
+        report.resized, report.continued, report.dropped = resize_state(given, wanted, map_size)
         elsewhere += [key for key in stale_stored_keys(model, given) if key not in elsewhere]
     for key in elsewhere:
         report.recomputed.append(key)

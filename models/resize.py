@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from math import isqrt, prod
 
 import numpy as np
@@ -32,15 +31,6 @@ from .focal_transformer import FocalFastAttention, grid, nearest_keys, ring_offs
 
 OWN, RING = "relative_position_bias_table", "relative_position_bias_table_to_neighbors"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-@dataclass
-class Resizing:
-    """Names of the parameters that `resize_state` did not leave as they were."""
-
-    resized: list[str] = field(default_factory=list)
-    continued: list[str] = field(default_factory=list)  # rings that the file lacks, made of its own windows
-    dropped: list[str] = field(default_factory=list)  # rings that the model lacks
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -61,7 +51,7 @@ def is_ring(name: str) -> bool:
 
 def resize_state(
     given: dict[str, Tensor], wanted: Mapping[str, Tensor], map_size: tuple[int, int] | None
-) -> Resizing:
+) -> tuple[list[str], list[str], list[str]]:
     """Make a state dict fit a model of another setting, as far as that is all that differs.
 
     What cannot be resized (other channels, no square table, no floats) stays as it is, for the check that
@@ -71,27 +61,31 @@ def resize_state(
         given: changed in place.
         wanted: the model's own state dict.
         map_size: rows and columns of the model's first map; None for a model without position embedding.
+
+    Returns:
+        Names of parameters: resized; rings that `given` lacked, made of its own windows; rings that the model
+        lacks, dropped.
     """
-    done = Resizing()
+    resized, continued, dropped = [], [], []
     for name in sorted(given.keys() & wanted.keys()):
         value, shape = given[name], wanted[name].shape
         resizer = next((f for pattern, f in RESIZERS.items() if pattern.search(name)), None)
         if resizer is None or value.shape == shape or not _is_image(value) or value.ndim != len(shape):
             continue
-        resized = resizer(value.float(), shape, map_size)
-        if resized is not None:
-            given[name] = resized.reshape(shape)
-            done.resized.append(name)
+        fitted = resizer(value.float(), shape, map_size)
+        if fitted is not None:
+            given[name] = fitted.reshape(shape)
+            resized.append(name)
     for name in sorted(given.keys() - wanted.keys()):
         if is_ring(name) and _own_table_of(name) in wanted:
             del given[name]
-            done.dropped.append(name)
+            dropped.append(name)
     for name in sorted(wanted.keys() - given.keys()):
         own = _own_table_of(name)
         if is_ring(name) and own in given and given[own].shape == wanted[own].shape and _is_image(given[own]):
             given[name] = _continued(given[own].float(), wanted[name].shape)
-            done.continued.append(name)
-    return done
+            continued.append(name)
+    return resized, continued, dropped
 
 
 def stale_stored_keys(model: nn.Module, given: Mapping[str, Tensor]) -> list[str]:
