@@ -52,7 +52,7 @@ def names_in(folder: Path) -> set[str]:
 
 
 def checkpoints_of(folder: Path, state: TrainState, metrics: Metrics | None = None) -> Checkpoints:
-    return Checkpoints(state.config, folder, metrics or Metrics(None), state.position)
+    return Checkpoints(state.config, folder, metrics or Metrics(None), state.position, best=0.0)
 
 
 def reach(state: TrainState, checkpoints: Checkpoints, step: int, is_last: bool = False) -> None:

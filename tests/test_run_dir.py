@@ -18,7 +18,7 @@ from utils import UserError
 def locked(folder: Path) -> Iterator[int]:
     """Another process that holds the lock."""
     if not (holder := os.fork()):
-        with run_dir.lock(folder):
+        with run_dir.lock(folder, timeout=0):
             (folder / "ready").touch()
             time.sleep(60)
             os._exit(0)
@@ -35,14 +35,14 @@ def test_a_second_process_is_refused_until_the_first_is_dead(
     with locked(tmp_path) as holder:
         with (
             pytest.raises(UserError, match=rf" process {holder} on .* another --tag"),
-            run_dir.lock(tmp_path, patience=0.1),
+            run_dir.lock(tmp_path, timeout=0.1),
         ):
             pass
         assert f"locked by process {holder}" in caplog.text
         os.kill(holder, signal.SIGKILL)
         os.waitpid(holder, 0)
         for _ in range(2):
-            with run_dir.lock(tmp_path, patience=20):
+            with run_dir.lock(tmp_path, timeout=20):
                 assert f"process {os.getpid()} " in (tmp_path / run_dir.HOLDER_NAME).read_text()
 
 
@@ -68,6 +68,6 @@ def test_a_file_system_without_locks_is_reported(
 
     monkeypatch.setattr("fcntl.flock", refuse)
     for _ in range(2):
-        with run_dir.lock(tmp_path, patience=0.1):
+        with run_dir.lock(tmp_path, timeout=0.1):
             assert "cannot be locked" in caplog.text
             caplog.clear()

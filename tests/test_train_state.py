@@ -25,10 +25,16 @@ def make_state(width: int = 4, opts: tuple[object, ...] = (), seed: int = 0) -> 
     optimizer = build_optimizer(config, model)
     model(torch.randn(2, 3)).sum().backward()
     optimizer.step()
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    state = TrainState(model, optimizer, scaler, config, updates_per_epoch=10)
-    state.scheduler = build_scheduler(config, optimizer, 10)
-    return state
+    return TrainState(
+        config=config,
+        model=model,
+        ddp_model=model,
+        criterion=nn.CrossEntropyLoss(),
+        optimizer=optimizer,
+        scheduler=build_scheduler(config, optimizer, 10),
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        updates_per_epoch=10,
+    )
 
 
 def saved(folder: Path, state: TrainState) -> Path:

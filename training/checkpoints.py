@@ -64,7 +64,7 @@ def checkpoints_in(folder: Path) -> list[tuple[EpochStep, Path]]:
 
 
 class _ErrorKeepingFile:
-    """A file for `torch.save`, whose own error on a full disk would not say so; keeps the first OSError."""
+    """A file for `torch.save`; keeps the first OSError, since torch's own does not name a full disk."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
@@ -128,7 +128,7 @@ def find_newest(folder: Path) -> Path | None:
     if best.is_file():
         found.append((read_best(folder)[0], best))
     for place, path in sorted(found, key=lambda item: (item[0], item[1] == best), reverse=True):
-        if (path == best and place > (0, 0)) or is_valid(path):  # `read_best` has looked at that one
+        if (path == best and place > (0, 0)) or is_valid(path):  # `read_best` has verified that one
             return path
         logger.warning(f"{path} is damaged or incomplete and was skipped")
     return None
@@ -224,8 +224,8 @@ def remove_temporary_files(folder: Path) -> None:
 class AsyncCheckpointWriter:
     """Copies a checkpoint to host memory and writes it in a thread, one at a time, while training goes on.
 
-    A failed write is logged and training goes on. `failure` is set, and training must stop, after too many
-    failures in a row or if the content is not finite. best.pth is counted apart from the other checkpoints.
+    A failed write is logged and training goes on. After too many in a row, or a UserError of `write`,
+    `failure` is set, and training must stop. Failures of best.pth are counted apart from the others.
     """
 
     def __init__(self, max_failures: int) -> None:
@@ -306,7 +306,7 @@ class Checkpoints:
     """
 
     def __init__(
-        self, config: CfgNode, folder: Path, metrics: Metrics, position: Position, best: float = 0.0
+        self, config: CfgNode, folder: Path, metrics: Metrics, position: Position, best: float
     ) -> None:
         self.config = config
         self.folder = folder

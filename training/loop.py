@@ -196,7 +196,7 @@ def evaluate(run: Run, model: nn.Module, batches: Batches) -> dict[str, float]:
 
     Raises:
         UserError: on all ranks; the outputs are not finite, or an image of any rank cannot be read.
-        StopRequested: on all ranks; one of them received a stop signal, which only training handles.
+        StopRequested: on all ranks; one of them received a stop signal (inside `handle_stop_signals`).
     """
     model.eval()
     results: list[torch.Tensor] = []  # per batch [3, B]: loss, hit, hit among the first five

@@ -66,7 +66,7 @@ class FlagSync:
     def __init__(self) -> None:
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
-    def sync(self, save: bool = False, fail: bool = False) -> Flags:
+    def sync(self, save: bool, fail: bool) -> Flags:
         """Send this rank's flags; returns those that all ranks sent in the previous call.
 
         A single process gets its own flags back at once.

@@ -125,7 +125,7 @@ def choose_checkpoint(run: Run) -> tuple[Path | str, str]:
 
 
 def check_epochs(position: dict[str, Any], epochs: int, source: str) -> None:
-    """Say so if nothing is left to train after ``epochs``; UserError if the position is beyond them."""
+    """Warn if a checkpoint's position is the end of training; UserError if it is beyond `epochs`."""
     begun = position["epoch"] + (position["samples_seen"] > 0)
     if begun > epochs:
         raise UserError(
@@ -285,7 +285,7 @@ def training_problems(config: CfgNode) -> list[str]:
     return problems
 
 
-def load_weights(model: FocalTransformer, config: Any, key: str) -> None:
+def load_weights(model: FocalTransformer, config: CfgNode, key: str) -> None:
     """Load the weights of MODEL.RESUME or MODEL.PRETRAINED (`key`); with EVAL_EMA, their moving average.
 
     Training takes weights of another image size or other classes, too.

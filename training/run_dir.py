@@ -46,7 +46,8 @@ def open_run_dir(output: Path, for_training: bool, timeout_minutes: float) -> It
                 output.mkdir(parents=True, exist_ok=True)
                 create_logger(output, utils.get_rank())
                 if is_recording:
-                    stack.enter_context(lock(output, min(LOCK_TIMEOUT, 30 * timeout_minutes)))
+                    half = 30 * timeout_minutes  # in seconds: the other ranks are still waiting then
+                    stack.enter_context(lock(output, min(LOCK_TIMEOUT, half)))
                 metrics = Metrics(output if is_recording else None)
             except OSError as error:
                 raise UserError(
@@ -58,12 +59,12 @@ def open_run_dir(output: Path, for_training: bool, timeout_minutes: float) -> It
 
 
 @contextlib.contextmanager
-def lock(folder: Path, patience: float = LOCK_TIMEOUT) -> Iterator[None]:
+def lock(folder: Path, timeout: float) -> Iterator[None]:
     """Inside, no other process can hold the lock of the folder.
 
     Args:
         folder: existing.
-        patience: seconds to wait for another process to release it.
+        timeout: seconds to wait for another process to release it.
 
     Raises:
         UserError: another process holds it for longer; the message names the process.
@@ -75,8 +76,8 @@ def lock(folder: Path, patience: float = LOCK_TIMEOUT) -> Iterator[None]:
             name = "another process"
             with contextlib.suppress(OSError):
                 name = holder.read_text(encoding="utf-8", errors="replace")
-            logger.warning(f"{folder} is locked by {name}: waiting up to {patience:.0f} s for it to end")
-            if not _acquire(file_lock, patience):
+            logger.warning(f"{folder} is locked by {name}: waiting up to {timeout:.0f} s for it to end")
+            if not _acquire(file_lock, timeout):
                 raise UserError(
                     f"{folder}: expected an output folder that no other run is writing to, got one that "
                     f"{name} has locked: wait for it, stop it, or choose another --tag; if its machine is "

@@ -2,8 +2,7 @@
 
 A checkpoint holds plain data only (tensors, numbers, text, lists, dicts), so that it loads with
 `weights_only=True`. Random states are not in it: every step seeds the generators from its position
-(`utils.seed_everything`), and so do the samplers and Mixup. The learning rate follows from the number of
-(`utils.seed_everything`), and so do the samplers. The learning rate follows from the number of
+(`utils.seed_everything`), and so do the samplers. The learning rate follows from the number of updates.
 """
 
 import logging
@@ -92,15 +91,15 @@ class Position:
 class TrainState:
     """Everything that changes in training."""
 
-    model: nn.Module  # itself, without DistributedDataParallel
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler  # enabled in fp16 only
     config: CfgNode
+    model: nn.Module  # itself, without DistributedDataParallel
+    ddp_model: nn.Module  # what the forward pass calls: the model, or its wrapper
+    criterion: nn.Module  # of logits and targets
+    optimizer: torch.optim.Optimizer
+    scheduler: Scheduler  # of the learning rate, by number of updates
+    scaler: torch.amp.GradScaler  # enabled in fp16 only
+    updates_per_epoch: int
     ema: ModelEmaV3 | None = None  # moving average of the model
-    ddp_model: nn.Module | None = None  # what the forward pass calls: the model, or its wrapper
-    scheduler: Scheduler | None = None  # of the learning rate, by number of updates
-    criterion: nn.Module | None = None  # of logits and targets
-    updates_per_epoch: int = 0
     meter: TrainMeter = field(default_factory=TrainMeter)  # of the running epoch
     position: Position = field(default_factory=Position)
     max_accuracy: float = 0.0  # best top-1 accuracy so far, in percent
@@ -185,15 +184,15 @@ def build_train_state(
         scheduler = build_scheduler(scaled, optimizer, updates_per_epoch)
     hard = nn.CrossEntropyLoss(label_smoothing=config.MODEL.LABEL_SMOOTHING)
     return TrainState(
-        model,
-        optimizer,
-        precision.scaler(device),
-        config,
-        ema=ModelEmaV3(model, train.EMA.DECAY, use_warmup=train.EMA.WARMUP) if train.EMA.ENABLED else None,
+        config=config,
+        model=model,
         ddp_model=data_parallel(model) if utils.in_group() else model,
-        scheduler=scheduler,
         criterion=SoftTargetCrossEntropy() if soft_targets else hard,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        scaler=precision.scaler(device),
         updates_per_epoch=updates_per_epoch,
+        ema=ModelEmaV3(model, train.EMA.DECAY, use_warmup=train.EMA.WARMUP) if train.EMA.ENABLED else None,
         position=Position(train.START_EPOCH, updates=train.START_EPOCH * updates_per_epoch),
     )
 
@@ -230,7 +229,7 @@ def read_training_checkpoint(path: str | Path, model: nn.Module, config: CfgNode
 def _compare_config(saved_text: str, config: CfgNode, origin: str) -> None:
     """Warn about differences in the recipe; another optimizer is an error, its state does not fit."""
     saved = flatten(CfgNode.load_cfg(saved_text))
-    for key, value in flatten(CfgNode.load_cfg(config.dump())).items():
+    for key, value in flatten(CfgNode.load_cfg(config.dump())).items():  # YAML turns tuples into lists
         old = saved.get(key, value)
         if value == old:
             continue
