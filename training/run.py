@@ -245,7 +245,7 @@ def check_options(config: CfgNode) -> None:
     """Raise UserError for options that contradict each other, or the mode, before anything large is read.
 
     Evaluation takes MODEL.RESUME if both weights are given, and ignores RESET_HEAD and HEAD_CLASS_MAP; the
-    other modes use no weights. So the config.yaml of any run can be given to --eval, --throughput and --debug.
+    other modes use no weights. So any run's config.yaml can be given to --eval, --throughput and --debug.
     """
     problems = []
     if config.EVAL_EMA and not config.EVAL_MODE:
