@@ -206,9 +206,9 @@ def main(argv: list[str] | None = None) -> int:
         logger.debug("stopped", exc_info=True)  # the traceback is in the log file
         if os.environ.get("FOCAL_TRACEBACK"):
             raise
-        # All ranks of a machine have the same UserError.
-        local_rank = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))
-        if local_rank == "0" or not isinstance(error, UserError):
+        # All ranks of a machine have the same UserError, in a group or under torchrun; else one may be alone.
+        is_common = isinstance(error, UserError) and (utils.in_group() or "LOCAL_WORLD_SIZE" in os.environ)
+        if not is_common or os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
             print_error(f"error: {error}")
         return exit_process(2)
     except KeyboardInterrupt:

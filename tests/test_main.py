@@ -279,10 +279,16 @@ def test_only_mistakes_of_users_become_sentences(
 def test_a_mistake_is_said_once_on_each_machine(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for local_rank in ("0", "1"):
-        monkeypatch.setenv("LOCAL_RANK", local_rank)
-        assert main.main(["--cfg", TINY, "--seed", "-1"]) == 2
-        assert ("SEED" in capsys.readouterr().err) == (local_rank == "0")
+    """Of torchrun; without it, a mistake before the processes form a group may be that of one alone."""
+    for launcher in ("torchrun", "another"):
+        if launcher == "torchrun":
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        else:
+            monkeypatch.delenv("LOCAL_WORLD_SIZE")
+        for local_rank in ("0", "1"):
+            monkeypatch.setenv("LOCAL_RANK", local_rank)
+            assert main.main(["--cfg", TINY, "--seed", "-1"]) == 2
+            assert ("SEED" in capsys.readouterr().err) == (launcher == "another" or local_rank == "0")
 
 
 def test_flags_win_over_opts_and_yaml_only_if_given() -> None:

@@ -3,6 +3,7 @@
 A checkpoint holds plain data only (tensors, numbers, text, lists, dicts), so that it loads with
 `weights_only=True`. Random states are not in it: every step seeds the generators from its position
 (`utils.seed_everything`), and so do the samplers. The learning rate follows from the number of updates.
+A checkpoint is written before its epoch is evaluated; `evaluated` says whether that has been done.
 """
 
 import logging
