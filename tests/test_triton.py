@@ -161,8 +161,8 @@ class Problem:
         index, made = self.index, self.index.tables
         size = (index.height, index.width, index.window)
         qkv, bias = self.qkv.clone().requires_grad_(), self.bias.clone().requires_grad_()
-        arrays = (made.columns, index.visible, made.keys, made.first, made.blocks.tensors(), index.keys)
-        return qkv, bias, *arrays, made.blocks.heavy, made.always_seen, *size, 0.25
+        arrays = (made.columns, index.visible, made.keys, made.first, [*made.blocks], index.keys)
+        return qkv, bias, *arrays, made.always_seen, *size, 0.25
 
 
 BORDER = "border, padding, two pooled levels"

@@ -44,18 +44,13 @@ def attend(qkv: Tensor, index: AttentionIndex, bias: Tensor, scale: float) -> Te
     made: TritonTables = index.tables
     if not LEAST_SCALE <= scale <= 1 / LEAST_SCALE:  # the bias is divided by it
         qkv, scale = torch.cat((scale * qkv[:, :, :1], qkv[:, :, 1:]), dim=2), 1.0
-    blocks: list[Tensor] = []
-    if made.blocks is not None:  # written out, since torch.compile does not trace methods of constants
-        b = made.blocks
-        blocks = [b.token, b.start, b.window, b.first, b.column]
-    heavy = 0 if made.blocks is None else made.blocks.heavy
-    arrays = (qkv, bias, made.columns, index.visible, made.keys, made.first, blocks, index.keys)
-    size = (index.height, index.width, index.window)
-    return attention(*arrays, heavy, made.always_seen, *size, scale)[0]
+    arrays = (qkv, bias, made.columns, index.visible, made.keys, made.first, list(made.blocks or ()))
+    numbers = (made.always_seen, index.height, index.width, index.window, scale)
+    return attention(*arrays, index.keys, *numbers)[0]
 
 
 _ARRAYS = "Tensor bias, Tensor columns, Tensor? visible, Tensor keys, Tensor first, Tensor[] blocks"
-_NUMBERS = "int heavy, int always_seen, int height, int width, int window, float scale"
+_NUMBERS = "int always_seen, int height, int width, int window, float scale"
 
 
 @torch.library.custom_op(
@@ -64,8 +59,7 @@ _NUMBERS = "int heavy, int always_seen, int height, int width, int window, float
     schema=f"(Tensor qkv, {_ARRAYS}, Tensor all_keys, {_NUMBERS}) -> (Tensor, Tensor)",
 )
 def attention(
-    qkv, bias, columns, visible, keys, first, blocks, all_keys, heavy, always_seen, height, width, window,
-    scale,
+    qkv, bias, columns, visible, keys, first, blocks, all_keys, always_seen, height, width, window, scale
 ):  # fmt: skip
     """Attention with the keys of `TritonTables`.
 
@@ -73,7 +67,7 @@ def attention(
         qkv: [B, S, 3, N, D].
         bias: [N, P or 1, Q, K].
         columns, keys, first, always_seen: of `TritonTables`.
-        blocks, heavy: of `Blocks`; only the gradient reads them.
+        blocks: `Blocks`, or empty without a backward pass.
         visible, all_keys: `visible` and `keys` of `AttentionIndex`.
         height, width, window: of the padded map.
         scale: factor of the scores.
@@ -93,18 +87,16 @@ def attention(
     " -> (Tensor, Tensor)",
 )
 def attention_backward(
-    d_out, out, lse, qkv, bias, columns, visible, keys, first, blocks, heavy, always_seen, height, width,
-    window, scale, with_bias,
+    d_out, out, lse, qkv, bias, columns, visible, keys, first, blocks, always_seen, height, width, window,
+    scale, with_bias,
 ):  # fmt: skip
     """Gradients of `qkv`, and of the bias (empty unless `with_bias`)."""
     tables = launch.Tables(keys, first, columns.shape[1], always_seen, width, window, scale)
     qkv, d_out = qkv.contiguous(), d_out.contiguous()
     prepared, transposed = bias_kernels.prepare(bias, columns, visible, scale, qkv.dtype, True)
-    token, start, visiting, first_of, column = blocks
-    made = Blocks(token, start, visiting, first_of, column, heavy)
     d_qkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
     d_prepared = launch.query_gradient(qkv, prepared, out, d_out, lse, delta, d_qkv, tables, with_bias)
-    launch.key_gradient(qkv, transposed, d_out, lse, delta, d_qkv, tables, made)
+    launch.key_gradient(qkv, transposed, d_out, lse, delta, d_qkv, tables, Blocks(*blocks))
     return d_qkv, bias_kernels.gradient(d_prepared, bias, columns) if with_bias else bias.new_empty(0)
 
 
@@ -130,11 +122,11 @@ def _save(ctx, inputs, output) -> None:
 
 def _gradients(ctx, d_out, d_lse):
     all_keys, out, lse, qkv, bias, columns, visible, keys, first, *blocks = ctx.saved_tensors
-    rest = (*(None,) * 4, [None] * len(blocks), *(None,) * 7)
+    rest = (*(None,) * 4, [None] * len(blocks), *(None,) * 6)
     if d_out is None:
         return None, None, *rest
     if torch.is_grad_enabled():  # somebody wants to differentiate the gradients
-        height, width, window, scale = ctx.numbers[2:]
+        height, width, window, scale = ctx.numbers[1:]
         index = AttentionIndex(height, width, window, qkv.shape[1], all_keys, visible, ())
         return *differentiable_gradients(qkv, bias, d_out, index, scale), *rest
     with_bias = ctx.needs_input_grad[1]

@@ -33,10 +33,7 @@ except ImportError as error:
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1.0e38)  # a finite "no score yet", below all scores
 
-SIZES = (
-    *("tokens", "slices", "slice_items", "items", "first_tile", "windows", "map_width"),
-    *("heavy", "blocks", "images"),
-)
+SIZES = ("tokens", "slices", "slice_items", "items", "first_tile", "blocks", "windows", "map_width")
 """Arguments that do not compile one kernel per value, such as 1 or a multiple of 16."""
 
 
@@ -456,7 +453,7 @@ def query_gradient_kernel(
 def key_gradient_kernel(
     qkv_ptr, bias_ptr, d_out_ptr, lse_ptr, delta_ptr, d_qkv_ptr,
     block_token_ptr, entry_start_ptr, entry_window_ptr, entry_first_ptr, entry_column_ptr,
-    tokens, heavy, blocks, images, windows, map_width, scale,
+    tokens, blocks, windows, map_width, scale,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SIDE: tl.constexpr, SHARED: tl.constexpr,
     ROW: tl.constexpr, BLOCK_Q: tl.constexpr, Q_BLOCKS: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
@@ -465,17 +462,13 @@ def key_gradient_kernel(
     tokens, which are zero.
 
     bias is [N, groups, keys, queries], padded: the keys of a block are whole rows of it, and tokens that a
-    window does not see have a row that no weight survives. Grid: blocks * images * HEADS; the heavy blocks of
-    all images first, as they take longest; then image by image, so that windows are read while they are in
-    the cache.
+    window does not see have a row that no weight survives. Grid: images * blocks * HEADS, so that windows are
+    read while they are in the cache.
     """
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
     QUERIES_PADDED: tl.constexpr = Q_BLOCKS * BLOCK_Q
     head, _, place = _place(HEADS, 1)
-    late = place - heavy * images
-    light = tl.maximum(blocks - heavy, 1)
-    block = tl.where(late < 0, place // images, heavy + late % light)
-    image = tl.where(late < 0, place % images, late // light)
+    block, image = place % blocks, place // blocks
     image_offset = image.to(tl.int64) * tokens * (3 * WIDTH) + head * HEAD_DIM
     base = qkv_ptr + image_offset
     d_out_base = d_out_ptr + (image.to(tl.int64) * windows * (SIDE * SIDE * WIDTH) + head * HEAD_DIM)

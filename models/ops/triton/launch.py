@@ -219,9 +219,8 @@ def key_gradient(
     count = len(blocks.token)
     with _on_device(qkv.device):
         key_gradient_kernel[(b * n * count,)](
-            qkv, transposed, d_out, lse, delta, d_qkv,
-            *blocks.tensors(),
-            tokens, blocks.heavy, count, b, windows, width, tables.scale * LOG2E, **fixed,
+            qkv, transposed, d_out, lse, delta, d_qkv, *blocks,
+            tokens, count, windows, width, tables.scale * LOG2E, **fixed,
         )  # fmt: skip
 
 
