@@ -284,9 +284,8 @@ def test_operator_contract() -> None:
     torch.library.opcheck(attention.attention, inputs)
     inputs = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
     found = attention.attention(*inputs)
-    for with_bias in (True, False):
-        backward = (problem.cotangent, *found, *inputs[:7], *inputs[8:], with_bias)
-        torch.library.opcheck(attention.attention_backward, backward)
+    backward = (problem.cotangent, *found, *inputs[:7], *inputs[8:])
+    torch.library.opcheck(attention.attention_backward, backward)
 
 
 @interpreted
@@ -348,20 +347,6 @@ def test_no_bias_gradient_and_odd_strides() -> None:
 
 
 SMALL = AttentionIndex(4, 4, 4, 16, torch.arange(16)[None], None, ((torch.arange(16),),))
-
-
-@interpreted
-@pytest.mark.parametrize("family", ["ampere", "blackwell"])
-def test_a_frozen_bias_changes_no_other_gradient(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels then loop over all keys, whatever registers hold; the last tile may be smaller."""
-    monkeypatch.setattr(launch, "device_family", lambda device: family)
-    problem = Problem(*CASES["small window"], torch.float16, heads=1)
-    gradients = []
-    for trained in (True, False):
-        qkv, bias = problem.qkv.clone().requires_grad_(), problem.bias.clone().requires_grad_(trained)
-        attention.attend(qkv, problem.index, bias, problem.scale).backward(problem.cotangent)
-        gradients.append(qkv.grad.float())
-    torch.testing.assert_close(*gradients, rtol=1e-2, atol=1e-3)
 
 
 @interpreted

@@ -83,21 +83,20 @@ def attention(
 @torch.library.custom_op(
     f"{NAMESPACE}::triton_attention_backward",
     mutates_args=(),
-    schema=f"(Tensor d_out, Tensor out, Tensor lse, Tensor qkv, {_ARRAYS}, {_NUMBERS}, bool with_bias)"
-    " -> (Tensor, Tensor)",
+    schema=f"(Tensor d_out, Tensor out, Tensor lse, Tensor qkv, {_ARRAYS}, {_NUMBERS}) -> (Tensor, Tensor)",
 )
 def attention_backward(
     d_out, out, lse, qkv, bias, columns, visible, keys, first, blocks, always_seen, height, width, window,
-    scale, with_bias,
+    scale,
 ):  # fmt: skip
-    """Gradients of `qkv`, and of the bias (empty unless `with_bias`)."""
+    """Gradients of `qkv` and of the bias."""
     tables = launch.Tables(keys, first, columns.shape[1], always_seen, width, window, scale)
     qkv, d_out = qkv.contiguous(), d_out.contiguous()
     prepared, transposed = bias_kernels.prepare(bias, columns, visible, scale, qkv.dtype, True)
     d_qkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
-    d_prepared = launch.query_gradient(qkv, prepared, out, d_out, lse, delta, d_qkv, tables, with_bias)
+    d_prepared = launch.query_gradient(qkv, prepared, out, d_out, lse, delta, d_qkv, tables)
     launch.key_gradient(qkv, transposed, d_out, lse, delta, d_qkv, tables, Blocks(*blocks))
-    return d_qkv, bias_kernels.gradient(d_prepared, bias, columns) if with_bias else bias.new_empty(0)
+    return d_qkv, bias_kernels.gradient(d_prepared, bias, columns)
 
 
 @attention.register_fake
@@ -108,9 +107,8 @@ def _attention_fake(qkv, bias, columns, visible, keys, *_):
 
 
 @attention_backward.register_fake
-def _attention_backward_fake(d_out, out, lse, qkv, bias, *others):
-    with_bias = others[-1]
-    return qkv.new_empty(qkv.shape), bias_kernels.new_gradient(bias) if with_bias else bias.new_empty(0)
+def _attention_backward_fake(d_out, out, lse, qkv, bias, *_):
+    return qkv.new_empty(qkv.shape), bias_kernels.new_gradient(bias)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -129,10 +127,8 @@ def _gradients(ctx, d_out, d_lse):
         height, width, window, scale = ctx.numbers[1:]
         index = AttentionIndex(height, width, window, qkv.shape[1], all_keys, visible, ())
         return *differentiable_gradients(qkv, bias, d_out, index, scale), *rest
-    with_bias = ctx.needs_input_grad[1]
     arrays = (d_out, out, lse, qkv, bias, columns, visible, keys, first, blocks)
-    d_qkv, d_bias = attention_backward(*arrays, *ctx.numbers, with_bias)
-    return d_qkv, d_bias if with_bias else None, *rest
+    return *attention_backward(*arrays, *ctx.numbers), *rest
 
 
 attention.register_autograd(_gradients, setup_context=_save)

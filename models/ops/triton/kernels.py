@@ -290,7 +290,7 @@ def _next_item(image, window, windows, SHARED: tl.constexpr):
 def _gradient_tile(
     dq, d_bias, q, d_out, lse, delta, bias, base, key_ptr, scale, TILE: tl.constexpr, KEYS: tl.constexpr,
     PLAIN: tl.constexpr, BLOCK_K: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, WITH_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of queries and of the bias with one more tile of keys, if there is such a tile."""
     if TILE * BLOCK_K < KEYS:
@@ -299,12 +299,11 @@ def _gradient_tile(
         weight = _weight(score, lse[:, None], scale, q.dtype)
         d_weight = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
         d_score = (weight * (d_weight - delta[:, None])).to(k.dtype)
-        if WITH_BIAS:
-            if k.dtype == tl.float32:
-                d_bias += d_score
-            else:
-                identity = _identity(bias.shape[1], k.dtype)
-                d_bias = tl.dot(d_score, identity, acc=d_bias, input_precision=PRECISION)
+        if k.dtype == tl.float32:
+            d_bias += d_score
+        else:
+            identity = _identity(bias.shape[1], k.dtype)
+            d_bias = tl.dot(d_score, identity, acc=d_bias, input_precision=PRECISION)
         return tl.dot(d_score, k, acc=dq, input_precision=PRECISION), d_bias
     else:
         return dq, d_bias
@@ -332,12 +331,12 @@ def query_gradient_kernel(
     tokens, slices, slice_items, items, first_tile, windows, map_width, scale,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SIDE: tl.constexpr, SHARED: tl.constexpr,
     ROW: tl.constexpr, BLOCK_Q: tl.constexpr, Q_BLOCKS: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr, KEYS: tl.constexpr, PLAIN: tl.constexpr, WITH_BIAS: tl.constexpr,
-    IS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, KEYS: tl.constexpr, PLAIN: tl.constexpr, IS_FIRST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of queries and bias over a slice of the items of one group, head and block of queries.
 
-    d_bias is [slices, N, groups, queries, keys], padded. WITH_BIAS: at most seven tiles of keys from
+    d_bias is [slices, N, groups, queries, keys], padded. A launch has at most seven tiles of keys, from
     `first_tile` on, whose bias and bias gradient stay at hand; where there are more keys, further launches
     add to the gradient of the queries. IS_FIRST: this one starts it, and writes `delta`, the sum over
     channels of output times its gradient.
@@ -346,7 +345,6 @@ def query_gradient_kernel(
     """
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
     QUERIES_PADDED: tl.constexpr = Q_BLOCKS * BLOCK_Q
-    KEPT: tl.constexpr = KEYS if WITH_BIAS else 0
     head, query_block, place = _place(HEADS, Q_BLOCKS)
     group = place // slices
     part = place % slices
@@ -357,20 +355,20 @@ def query_gradient_kernel(
     query_token = _query_tokens(query, map_width, SIDE)
     bias_offset = (head if SHARED else head * windows + group).to(tl.int64) * (QUERIES_PADDED * ROW)
     bias = bias_ptr + bias_offset + (query[:, None] * ROW + first_key)
-    bias_0 = _bias_tile(bias, 0, KEPT, BLOCK_K)
-    bias_1 = _bias_tile(bias, 1, KEPT, BLOCK_K)
-    bias_2 = _bias_tile(bias, 2, KEPT, BLOCK_K)
-    bias_3 = _bias_tile(bias, 3, KEPT, BLOCK_K)
-    bias_4 = _bias_tile(bias, 4, KEPT, BLOCK_K)
-    bias_5 = _bias_tile(bias, 5, KEPT, BLOCK_K)
-    bias_6 = _bias_tile(bias, 6, KEPT, BLOCK_K)
-    sum_0 = _no_gradient(bias_0, 0, KEPT, BLOCK_K)
-    sum_1 = _no_gradient(bias_1, 1, KEPT, BLOCK_K)
-    sum_2 = _no_gradient(bias_2, 2, KEPT, BLOCK_K)
-    sum_3 = _no_gradient(bias_3, 3, KEPT, BLOCK_K)
-    sum_4 = _no_gradient(bias_4, 4, KEPT, BLOCK_K)
-    sum_5 = _no_gradient(bias_5, 5, KEPT, BLOCK_K)
-    sum_6 = _no_gradient(bias_6, 6, KEPT, BLOCK_K)
+    bias_0 = _bias_tile(bias, 0, KEYS, BLOCK_K)
+    bias_1 = _bias_tile(bias, 1, KEYS, BLOCK_K)
+    bias_2 = _bias_tile(bias, 2, KEYS, BLOCK_K)
+    bias_3 = _bias_tile(bias, 3, KEYS, BLOCK_K)
+    bias_4 = _bias_tile(bias, 4, KEYS, BLOCK_K)
+    bias_5 = _bias_tile(bias, 5, KEYS, BLOCK_K)
+    bias_6 = _bias_tile(bias, 6, KEYS, BLOCK_K)
+    sum_0 = _no_gradient(bias_0, 0, KEYS, BLOCK_K)
+    sum_1 = _no_gradient(bias_1, 1, KEYS, BLOCK_K)
+    sum_2 = _no_gradient(bias_2, 2, KEYS, BLOCK_K)
+    sum_3 = _no_gradient(bias_3, 3, KEYS, BLOCK_K)
+    sum_4 = _no_gradient(bias_4, 4, KEYS, BLOCK_K)
+    sum_5 = _no_gradient(bias_5, 5, KEYS, BLOCK_K)
+    sum_6 = _no_gradient(bias_6, 6, KEYS, BLOCK_K)
     image = first // windows if SHARED else first
     window = first % windows if SHARED else group
     for _item in range(first, tl.minimum(first + slice_items, items)):
@@ -390,46 +388,33 @@ def query_gradient_kernel(
         key = index_ptr + (window * ROW + first_key)
         dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
         dq, sum_0 = _gradient_tile(
-            dq, sum_0, q, d_out, lse, delta, bias_0, base, key, scale, 0, KEPT, PLAIN, BLOCK_K,
-            WIDTH, HEAD_DIM, BLOCK_D, True, PRECISION,
+            dq, sum_0, q, d_out, lse, delta, bias_0, base, key, scale, 0, KEYS, PLAIN, BLOCK_K,
+            WIDTH, HEAD_DIM, BLOCK_D, PRECISION,
         )  # fmt: skip
         dq, sum_1 = _gradient_tile(
-            dq, sum_1, q, d_out, lse, delta, bias_1, base, key, scale, 1, KEPT, PLAIN, BLOCK_K,
-            WIDTH, HEAD_DIM, BLOCK_D, True, PRECISION,
+            dq, sum_1, q, d_out, lse, delta, bias_1, base, key, scale, 1, KEYS, PLAIN, BLOCK_K,
+            WIDTH, HEAD_DIM, BLOCK_D, PRECISION,
         )  # fmt: skip
         dq, sum_2 = _gradient_tile(
-            dq, sum_2, q, d_out, lse, delta, bias_2, base, key, scale, 2, KEPT, PLAIN, BLOCK_K,
-            WIDTH, HEAD_DIM, BLOCK_D, True, PRECISION,
+            dq, sum_2, q, d_out, lse, delta, bias_2, base, key, scale, 2, KEYS, PLAIN, BLOCK_K,
+            WIDTH, HEAD_DIM, BLOCK_D, PRECISION,
         )  # fmt: skip
         dq, sum_3 = _gradient_tile(
-            dq, sum_3, q, d_out, lse, delta, bias_3, base, key, scale, 3, KEPT, PLAIN, BLOCK_K,
-            WIDTH, HEAD_DIM, BLOCK_D, True, PRECISION,
+            dq, sum_3, q, d_out, lse, delta, bias_3, base, key, scale, 3, KEYS, PLAIN, BLOCK_K,
+            WIDTH, HEAD_DIM, BLOCK_D, PRECISION,
         )  # fmt: skip
         dq, sum_4 = _gradient_tile(
-            dq, sum_4, q, d_out, lse, delta, bias_4, base, key, scale, 4, KEPT, PLAIN, BLOCK_K,
-            WIDTH, HEAD_DIM, BLOCK_D, True, PRECISION,
+            dq, sum_4, q, d_out, lse, delta, bias_4, base, key, scale, 4, KEYS, PLAIN, BLOCK_K,
+            WIDTH, HEAD_DIM, BLOCK_D, PRECISION,
         )  # fmt: skip
         dq, sum_5 = _gradient_tile(
-            dq, sum_5, q, d_out, lse, delta, bias_5, base, key, scale, 5, KEPT, PLAIN, BLOCK_K,
-            WIDTH, HEAD_DIM, BLOCK_D, True, PRECISION,
+            dq, sum_5, q, d_out, lse, delta, bias_5, base, key, scale, 5, KEYS, PLAIN, BLOCK_K,
+            WIDTH, HEAD_DIM, BLOCK_D, PRECISION,
         )  # fmt: skip
         dq, sum_6 = _gradient_tile(
-            dq, sum_6, q, d_out, lse, delta, bias_6, base, key, scale, 6, KEPT, PLAIN, BLOCK_K,
-            WIDTH, HEAD_DIM, BLOCK_D, True, PRECISION,
+            dq, sum_6, q, d_out, lse, delta, bias_6, base, key, scale, 6, KEYS, PLAIN, BLOCK_K,
+            WIDTH, HEAD_DIM, BLOCK_D, PRECISION,
         )  # fmt: skip
-        if not WITH_BIAS:
-            for start in range(0, KEYS // BLOCK_K * BLOCK_K, BLOCK_K):
-                tile = _bias_tile(bias + start, 0, BLOCK_K, BLOCK_K)
-                dq, _ = _gradient_tile(
-                    dq, 0.0, q, d_out, lse, delta, tile, base, key + start, scale, 0, BLOCK_K, 0, BLOCK_K,
-                    WIDTH, HEAD_DIM, BLOCK_D, False, PRECISION,
-                )  # fmt: skip
-            rest = KEYS // BLOCK_K * BLOCK_K
-            tile = _bias_tile(bias + rest, 0, KEYS % BLOCK_K, BLOCK_K)
-            dq, _ = _gradient_tile(
-                dq, 0.0, q, d_out, lse, delta, tile, base, key + rest, scale, 0, KEYS % BLOCK_K, 0, BLOCK_K,
-                WIDTH, HEAD_DIM, BLOCK_D, False, PRECISION,
-            )  # fmt: skip
         dq *= scale / LOG2E
         dq_base = d_qkv_ptr + image_offset
         if IS_FIRST:
@@ -440,13 +425,13 @@ def query_gradient_kernel(
         image, window = _next_item(image, window, windows, SHARED)
     d_bias = d_bias_ptr + part.to(tl.int64) * (HEADS if SHARED else HEADS * windows) * (QUERIES_PADDED * ROW)
     d_bias += bias_offset + (query[:, None] * ROW + first_key)
-    _store_tile(d_bias, sum_0, 0, KEPT, BLOCK_K)
-    _store_tile(d_bias, sum_1, 1, KEPT, BLOCK_K)
-    _store_tile(d_bias, sum_2, 2, KEPT, BLOCK_K)
-    _store_tile(d_bias, sum_3, 3, KEPT, BLOCK_K)
-    _store_tile(d_bias, sum_4, 4, KEPT, BLOCK_K)
-    _store_tile(d_bias, sum_5, 5, KEPT, BLOCK_K)
-    _store_tile(d_bias, sum_6, 6, KEPT, BLOCK_K)
+    _store_tile(d_bias, sum_0, 0, KEYS, BLOCK_K)
+    _store_tile(d_bias, sum_1, 1, KEYS, BLOCK_K)
+    _store_tile(d_bias, sum_2, 2, KEYS, BLOCK_K)
+    _store_tile(d_bias, sum_3, 3, KEYS, BLOCK_K)
+    _store_tile(d_bias, sum_4, 4, KEYS, BLOCK_K)
+    _store_tile(d_bias, sum_5, 5, KEYS, BLOCK_K)
+    _store_tile(d_bias, sum_6, 6, KEYS, BLOCK_K)
 
 
 @triton.jit(do_not_specialize=SIZES)
