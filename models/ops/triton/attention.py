@@ -73,7 +73,7 @@ def attention(
         scale: factor of the scores.
 
     Returns:
-        Output [B, T, N*D]; log-sum-exp, in the unit that the kernels give scores, [B, N, P, padded Q].
+        Output [B, T, N*D]; logarithm to base 2 of the softmax's denominator, [B, N, P, padded Q].
     """
     tables = launch.Tables(keys, first, columns.shape[1], always_seen, width, window, scale)
     (prepared,) = bias_kernels.prepare(bias, columns, visible, scale, qkv.dtype, with_transposed=False)

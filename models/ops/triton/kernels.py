@@ -3,7 +3,8 @@
 What costs time on a GPU is not the products but every instruction spent on a score, so a score costs few:
 
 * The bias is added by the tensor cores: `bias @ identity` is where the sum of a score begins. It arrives
-  divided by `scale`, lies in shared memory for all items of a program, and meets no other instruction.
+  divided by the factor of the scores, lies in shared memory for all items of a program, and meets no other
+  instruction. That factor is part of the exponential: one multiplication and addition.
 * The gradient of the bias is summed by them too, as `d_score @ identity` onto what stays in registers.
   (In float32 both are plain sums: there an identity would cost three products, and bits.)
 * Absent keys that all windows lack are masked by the bias; others only in tiles that have some (`PLAIN`).
@@ -113,46 +114,34 @@ def _fetch(
 
 
 @triton.jit
-def _biased_product(a, b, bias, scale, PRECISION: tl.constexpr):
-    """Scores in float32; in other types they lack the scale, which `_weight` multiplies by.
+def _biased_product(a, b, bias, PRECISION: tl.constexpr):
+    """Scores, without the scale, which `_weight` multiplies by.
 
     Args:
         a, b: [rows, BLOCK_D] and [BLOCK_D, columns], queries and keys or the other way around.
         bias: [rows, columns], as `bias.prepare` makes it.
-        scale: brings products to base 2.
     """
     if bias.dtype == tl.float32:
-        return tl.dot(a, b, input_precision=PRECISION) * (scale / LOG2E) + bias
+        return tl.dot(a, b, input_precision=PRECISION) + bias
     else:
         biased = tl.dot(bias, _identity(bias.shape[1], bias.dtype), input_precision=PRECISION)
         return tl.dot(a, b, acc=biased, input_precision=PRECISION)
 
 
 @triton.jit
-def _weight(score, row, scale, dtype: tl.constexpr):
-    """Exponential of scores less one number of their row, `_row_unit` times a score. One multiplication and
-    addition come before it; in float32 the difference comes first, which loses fewer bits."""
-    if dtype == tl.float32:
-        return tl.exp2((score - row) * LOG2E)
-    else:
-        return tl.exp2(score * scale - row)
-
-
-@triton.jit
-def _row_unit(scale, dtype: tl.constexpr):
-    """What maxima of scores are multiplied by, so that `_weight` can subtract them; they are logarithms to
-    base 2 then, in float32 to base e."""
-    return 1.0 if dtype == tl.float32 else scale
+def _weight(score, row, scale):
+    """Exponential of scores less one number of their row; `scale` brings scores to base 2, as `row` is."""
+    return tl.exp2(score * scale - row)
 
 
 @triton.jit
 def _tile_scores(
-    q, k, key, bias, scale, TILE: tl.constexpr, KEYS: tl.constexpr, PLAIN: tl.constexpr,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, key, bias, TILE: tl.constexpr, KEYS: tl.constexpr, PLAIN: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores of one tile of keys [queries, keys], -inf for absent ones, if there is such a tile."""
     if TILE * BLOCK_K < KEYS:
-        score = _biased_product(q, tl.trans(k), bias, scale, PRECISION)
+        score = _biased_product(q, tl.trans(k), bias, PRECISION)
         return tl.where((key >= 0)[None, :], score, float("-inf")) if TILE >= PLAIN else score
     else:
         return 0.0
@@ -174,7 +163,7 @@ def _add_tile(
 ):  # fmt: skip
     """Sum of weights [queries] and output [queries, BLOCK_D] with one more tile, if there is such a tile."""
     if TILE * BLOCK_K < KEYS:
-        weight = _weight(score, row[:, None], scale, v.dtype)
+        weight = _weight(score, row[:, None], scale)
         return total + tl.sum(weight, 1), tl.dot(weight.to(v.dtype), v, acc=out, input_precision=PRECISION)
     else:
         return total, out
@@ -190,9 +179,9 @@ def _online_tile(
     if KEYS > 0:
         tile = _bias_tile(bias, 0, KEYS, KEYS)
         key, k, v = _fetch(base, key_ptr, tile, 0, KEYS, 0, KEYS, WIDTH, HEAD_DIM, BLOCK_D)
-        score = _tile_scores(q, k, key, tile, scale, 0, KEYS, 0, KEYS, PRECISION)
-        larger = tl.maximum(row, tl.max(score, 1) * _row_unit(scale, q.dtype))
-        shrink = tl.exp2((row - larger) * (LOG2E if q.dtype == tl.float32 else 1.0))
+        score = _tile_scores(q, k, key, tile, 0, KEYS, 0, KEYS, PRECISION)
+        larger = tl.maximum(row, tl.max(score, 1) * scale)
+        shrink = tl.exp2(row - larger)
         out *= shrink[:, None]
         total, out = _add_tile(total * shrink, out, score, v, larger, scale, 0, KEYS, KEYS, PRECISION)
         return larger, total, out
@@ -244,13 +233,13 @@ def forward_kernel(
             key_1, k_1, v_1 = _fetch(base, key, bias_1, 1, KEYS, PLAIN, BLOCK_K, WIDTH, HEAD_DIM, BLOCK_D)
             key_2, k_2, v_2 = _fetch(base, key, bias_2, 2, KEYS, PLAIN, BLOCK_K, WIDTH, HEAD_DIM, BLOCK_D)
             key_3, k_3, v_3 = _fetch(base, key, bias_3, 3, KEYS, PLAIN, BLOCK_K, WIDTH, HEAD_DIM, BLOCK_D)
-            score_0 = _tile_scores(q, k_0, key_0, bias_0, scale, 0, KEYS, PLAIN, BLOCK_K, PRECISION)
-            score_1 = _tile_scores(q, k_1, key_1, bias_1, scale, 1, KEYS, PLAIN, BLOCK_K, PRECISION)
-            score_2 = _tile_scores(q, k_2, key_2, bias_2, scale, 2, KEYS, PLAIN, BLOCK_K, PRECISION)
-            score_3 = _tile_scores(q, k_3, key_3, bias_3, scale, 3, KEYS, PLAIN, BLOCK_K, PRECISION)
+            score_0 = _tile_scores(q, k_0, key_0, bias_0, 0, KEYS, PLAIN, BLOCK_K, PRECISION)
+            score_1 = _tile_scores(q, k_1, key_1, bias_1, 1, KEYS, PLAIN, BLOCK_K, PRECISION)
+            score_2 = _tile_scores(q, k_2, key_2, bias_2, 2, KEYS, PLAIN, BLOCK_K, PRECISION)
+            score_3 = _tile_scores(q, k_3, key_3, bias_3, 3, KEYS, PLAIN, BLOCK_K, PRECISION)
             row = _largest(tl.max(score_0, 1), score_1, 1, KEYS, BLOCK_K)
             row = _largest(row, score_2, 2, KEYS, BLOCK_K)
-            row = _largest(row, score_3, 3, KEYS, BLOCK_K) * _row_unit(scale, q.dtype)
+            row = _largest(row, score_3, 3, KEYS, BLOCK_K) * scale
             total, out = _add_tile(total, out, score_0, v_0, row, scale, 0, KEYS, BLOCK_K, PRECISION)
             total, out = _add_tile(total, out, score_1, v_1, row, scale, 1, KEYS, BLOCK_K, PRECISION)
             total, out = _add_tile(total, out, score_2, v_2, row, scale, 2, KEYS, BLOCK_K, PRECISION)
@@ -269,7 +258,7 @@ def forward_kernel(
             )  # fmt: skip
         out_base = out_ptr + (image.to(tl.int64) * windows * (SIDE * SIDE * WIDTH) + head * HEAD_DIM)
         _store_rows(out_base, out * (1.0 / total)[:, None], token * WIDTH, real, HEAD_DIM, BLOCK_D)
-        lse = row + tl.log2(total) * (1.0 / LOG2E if q.dtype == tl.float32 else 1.0)
+        lse = row + tl.log2(total)
         number = ((image * HEADS + head).to(tl.int64) * windows + window) * QUERIES_PADDED + query
         tl.store(lse_ptr + number, tl.where(real, lse, float("inf")))
         image, window = _next_item(image, window, windows, SHARED)
@@ -295,8 +284,8 @@ def _gradient_tile(
     """Gradients of queries and of the bias with one more tile of keys, if there is such a tile."""
     if TILE * BLOCK_K < KEYS:
         key, k, v = _fetch(base, key_ptr, bias, TILE, KEYS, PLAIN, BLOCK_K, WIDTH, HEAD_DIM, BLOCK_D)
-        score = _tile_scores(q, k, key, bias, scale, TILE, KEYS, PLAIN, BLOCK_K, PRECISION)
-        weight = _weight(score, lse[:, None], scale, q.dtype)
+        score = _tile_scores(q, k, key, bias, TILE, KEYS, PLAIN, BLOCK_K, PRECISION)
+        weight = _weight(score, lse[:, None], scale)
         d_weight = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
         d_score = (weight * (d_weight - delta[:, None])).to(k.dtype)
         if k.dtype == tl.float32:
@@ -480,8 +469,8 @@ def key_gradient_kernel(
         delta = tl.load(delta_ptr + row_base + window * QUERIES_PADDED + query)
         bias_row = bias_base if SHARED else bias_base + window.to(tl.int64) * (QUERIES_PADDED * ROW)
         bias = tl.load(bias_row + (column[:, None] * QUERIES_PADDED + query[None, :]))
-        score = _biased_product(k, tl.trans(q), bias, scale, PRECISION)
-        weight = _weight(score, lse[None, :], scale, k.dtype)
+        score = _biased_product(k, tl.trans(q), bias, PRECISION)
+        weight = _weight(score, lse[None, :], scale)
         dv = tl.dot(weight.to(d_out.dtype), d_out, acc=dv, input_precision=PRECISION)
         d_weight = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
         d_score = weight * (d_weight - delta[None, :])
