@@ -185,8 +185,8 @@ def query_gradient(
     qkv: Tensor, bias: Tensor, out: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, d_qkv: Tensor,
     tables: Tables,
 ) -> Tensor:  # fmt: skip
-    """Write `delta`, and `d_qkv` of the queries of fine tokens; return the gradient of the padded bias, of
-    each slice of the items: float32 [slices, N, P or 1, padded Q, padded K'], whose padding is not written."""
+    """Write `delta`, and `d_qkv` of the queries of fine tokens; return the gradient of the padded bias by
+    slice of the items: float32 [slices, N, P or 1, padded Q, padded K'], whose padding is not written."""
     tokens, windows, width = _sizes(qkv, tables)
     b, _, _, n, _ = qkv.shape
     groups = bias.shape[1]
