@@ -30,8 +30,12 @@ LEAST_SCALE = 2**-6
 
 def why_not(request: Request, window: int) -> str | None:
     """Why the kernels cannot serve a request, whatever the keys; None if they can."""
-    if reason := launch.why_not(request.device):
-        return reason
+    try:
+        launch.device_family(request.device)
+    except ValueError as error:
+        return str(error)
+    except Exception as failure:  # whatever Triton meets when it starts
+        return f"Triton does not start on {request.device}: {launch.explain(failure)}"
     if request.dtype not in DTYPES:
         return f"needs float16, bfloat16 or float32, got {request.dtype}"
     if request.head_dim % 8 or not 0 < request.head_dim <= MAX_HEAD_DIM:
@@ -121,8 +125,6 @@ def _save(ctx, inputs, output) -> None:
 def _gradients(ctx, d_out, d_lse):
     all_keys, out, lse, qkv, bias, columns, visible, keys, first, *blocks = ctx.saved_tensors
     rest = (*(None,) * 4, [None] * len(blocks), *(None,) * 6)
-    if d_out is None:
-        return None, None, *rest
     if torch.is_grad_enabled():  # somebody wants to differentiate the gradients
         height, width, window, scale = ctx.numbers[1:]
         index = AttentionIndex(height, width, window, qkv.shape[1], all_keys, visible, ())

@@ -68,7 +68,6 @@ HOPPER = AMPERE | {
     ("forward", 64, 2): Config(4, 2, 64, 64, 128),
     ("query_gradient", 32, 2): Config(4, 2, 64, 32, 224),
     ("query_gradient", 64, 2): Config(4, 1, 64, 32, 128),
-    ("key_gradient", 32, 2): Config(4, 2, 64, BLOCK_KEYS),
     ("key_gradient", 64, 2): Config(4, 2, 64, BLOCK_KEYS),
 }
 BLACKWELL = HOPPER | {
@@ -123,17 +122,6 @@ def device_family(device: torch.device) -> str:
 
     with _on_device(device):
         return target_family(driver.active.get_current_target())
-
-
-def why_not(device: torch.device) -> str | None:
-    """Why the kernels cannot run on a GPU, or None."""
-    try:
-        device_family(device)
-    except ValueError as error:
-        return str(error)
-    except Exception as failure:  # whatever Triton meets when it starts
-        return f"Triton does not start on {device}: {explain(failure)}"
-    return None
 
 
 def explain(failure: Exception) -> str:
