@@ -161,8 +161,8 @@ class Problem:
         index, made = self.index, self.index.tables
         size = (index.height, index.width, index.window)
         qkv, bias = self.qkv.clone().requires_grad_(), self.bias.clone().requires_grad_()
-        arrays = (made.columns, index.visible, made.keys, made.first, [*made.blocks], index.keys)
-        return qkv, bias, *arrays, made.always_seen, *size, 0.25
+        arrays = [index.keys, made.columns, made.keys, made.first, *made.blocks]
+        return qkv, bias, index.visible, arrays, made.always_seen, *size, 0.25
 
 
 BORDER = "border, padding, two pooled levels"
@@ -284,8 +284,7 @@ def test_operator_contract() -> None:
     torch.library.opcheck(attention.attention, inputs)
     inputs = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
     found = attention.attention(*inputs)
-    backward = (problem.cotangent, *found, *inputs[:7], *inputs[8:])
-    torch.library.opcheck(attention.attention_backward, backward)
+    torch.library.opcheck(attention.attention_backward, (problem.cotangent, *found, *inputs))
 
 
 @interpreted

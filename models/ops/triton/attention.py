@@ -48,64 +48,66 @@ def attend(qkv: Tensor, index: AttentionIndex, bias: Tensor, scale: float) -> Te
     made: TritonTables = index.tables
     if not LEAST_SCALE <= scale <= 1 / LEAST_SCALE:  # the bias is divided by it
         qkv, scale = torch.cat((scale * qkv[:, :, :1], qkv[:, :, 1:]), dim=2), 1.0
-    arrays = (qkv, bias, made.columns, index.visible, made.keys, made.first, list(made.blocks or ()))
+    tables = [index.keys, made.columns, made.keys, made.first, *(made.blocks or ())]
     numbers = (made.always_seen, index.height, index.width, index.window, scale)
-    return attention(*arrays, index.keys, *numbers)[0]
+    return attention(qkv, bias, index.visible, tables, *numbers)[0]
 
 
-_ARRAYS = "Tensor bias, Tensor columns, Tensor? visible, Tensor keys, Tensor first, Tensor[] blocks"
-_NUMBERS = "int always_seen, int height, int width, int window, float scale"
+_INPUTS = (
+    "Tensor qkv, Tensor bias, Tensor? visible, Tensor[] tables, int always_seen, int height, int width, "
+    "int window, float scale"
+)
 
 
 @torch.library.custom_op(
     f"{NAMESPACE}::triton_attention",
     mutates_args=(),
-    schema=f"(Tensor qkv, {_ARRAYS}, Tensor all_keys, {_NUMBERS}) -> (Tensor, Tensor)",
+    schema=f"({_INPUTS}) -> (Tensor, Tensor)",
 )
-def attention(
-    qkv, bias, columns, visible, keys, first, blocks, all_keys, always_seen, height, width, window, scale
-):  # fmt: skip
+def attention(qkv, bias, visible, tables, always_seen, height, width, window, scale):
     """Attention with the keys of `TritonTables`.
 
     Args:
         qkv: [B, S, 3, N, D].
         bias: [N, P or 1, Q, K].
-        columns, keys, first, always_seen: of `TritonTables`.
-        blocks: `Blocks`, or empty without a backward pass.
-        visible, all_keys: `visible` and `keys` of `AttentionIndex`.
+        visible: of `AttentionIndex`.
+        tables: `keys` of `AttentionIndex`; `columns`, `keys` and `first` of `TritonTables`; with a backward
+            pass also those of `Blocks`.
+        always_seen: of `TritonTables`.
         height, width, window: of the padded map.
         scale: factor of the scores.
 
     Returns:
         Output [B, T, N*D]; logarithm to base 2 of the softmax's denominator, [B, N, P, padded Q].
     """
-    tables = launch.Tables(keys, first, columns.shape[1], always_seen, width, window, scale)
+    _, columns, keys, first, *_ = tables
+    made = launch.Tables(keys, first, columns.shape[1], always_seen, width, window, scale)
     (prepared,) = bias_kernels.prepare(bias, columns, visible, scale, qkv.dtype, with_transposed=False)
-    return launch.forward(qkv.contiguous(), prepared, tables)
+    return launch.forward(qkv.contiguous(), prepared, made)
 
 
 @torch.library.custom_op(
     f"{NAMESPACE}::triton_attention_backward",
     mutates_args=(),
-    schema=f"(Tensor d_out, Tensor out, Tensor lse, Tensor qkv, {_ARRAYS}, {_NUMBERS}) -> (Tensor, Tensor)",
+    schema=f"(Tensor d_out, Tensor out, Tensor lse, {_INPUTS}) -> (Tensor, Tensor)",
 )
 def attention_backward(
-    d_out, out, lse, qkv, bias, columns, visible, keys, first, blocks, always_seen, height, width, window,
-    scale,
+    d_out, out, lse, qkv, bias, visible, tables, always_seen, height, width, window, scale
 ):  # fmt: skip
     """Gradients of `qkv` and of the bias."""
-    tables = launch.Tables(keys, first, columns.shape[1], always_seen, width, window, scale)
+    _, columns, keys, first, *blocks = tables
+    made = launch.Tables(keys, first, columns.shape[1], always_seen, width, window, scale)
     qkv, d_out = qkv.contiguous(), d_out.contiguous()
     prepared, transposed = bias_kernels.prepare(bias, columns, visible, scale, qkv.dtype, True)
     d_qkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
-    d_prepared = launch.query_gradient(qkv, prepared, out, d_out, lse, delta, d_qkv, tables)
-    launch.key_gradient(qkv, transposed, d_out, lse, delta, d_qkv, tables, Blocks(*blocks))
+    d_prepared = launch.query_gradient(qkv, prepared, out, d_out, lse, delta, d_qkv, made)
+    launch.key_gradient(qkv, transposed, d_out, lse, delta, d_qkv, made, Blocks(*blocks))
     return d_qkv, bias_kernels.gradient(d_prepared, bias, columns)
 
 
 @attention.register_fake
-def _attention_fake(qkv, bias, columns, visible, keys, *_):
-    (b, _, _, n, d), windows, queries = qkv.shape, keys.shape[0], bias.shape[2]
+def _attention_fake(qkv, bias, visible, tables, *_):
+    (b, _, _, n, d), windows, queries = qkv.shape, len(tables[0]), bias.shape[2]
     lse = qkv.new_empty(b, n, windows, launch.padded_queries(queries), dtype=torch.float32)
     return qkv.new_empty(b, windows * queries, n * d), lse
 
@@ -116,31 +118,30 @@ def _attention_backward_fake(d_out, out, lse, qkv, bias, *_):
 
 
 def _save(ctx, inputs, output) -> None:
-    *arrays, blocks, all_keys = inputs[:8]
-    ctx.numbers = inputs[8:]
-    ctx.save_for_backward(all_keys, *output, *arrays, *blocks)
+    qkv, bias, visible, tables, *ctx.numbers = inputs
+    ctx.save_for_backward(qkv, bias, visible, *output, *tables)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, d_out, d_lse):
-    all_keys, out, lse, qkv, bias, columns, visible, keys, first, *blocks = ctx.saved_tensors
-    rest = (*(None,) * 4, [None] * len(blocks), *(None,) * 6)
+    qkv, bias, visible, out, lse, *tables = ctx.saved_tensors
+    rest = (None, [None] * len(tables), *(None,) * 5)
     if torch.is_grad_enabled():  # somebody wants to differentiate the gradients
-        height, width, window, scale = ctx.numbers[1:]
-        index = AttentionIndex(height, width, window, qkv.shape[1], all_keys, visible, ())
+        _, height, width, window, scale = ctx.numbers
+        index = AttentionIndex(height, width, window, qkv.shape[1], tables[0], visible, ())
         return *differentiable_gradients(qkv, bias, d_out, index, scale), *rest
-    arrays = (d_out, out, lse, qkv, bias, columns, visible, keys, first, blocks)
-    return *attention_backward(*arrays, *ctx.numbers), *rest
+    return *attention_backward(d_out, out, lse, qkv, bias, visible, tables, *ctx.numbers), *rest
 
 
 attention.register_autograd(_gradients, setup_context=_save)
 
 
 @register_flop_formula(getattr(torch.ops, NAMESPACE).triton_attention)
-def _attention_flops(qkv_shape, bias_shape, columns_shape, _, keys_shape, *__, **___) -> int:
+def _attention_flops(qkv_shape, bias_shape, _, table_shapes, *__, **___) -> int:
     """Two products of B*N*P matrices [Q, K'] with vectors of width D."""
     batch, _, _, heads, dim = qkv_shape
-    return 2 * 2 * batch * heads * keys_shape[0] * bias_shape[2] * columns_shape[1] * dim
+    windows, keys = table_shapes[0][0], table_shapes[1][1]
+    return 2 * 2 * batch * heads * windows * bias_shape[2] * keys * dim
 
 
 @register_flop_formula(getattr(torch.ops, NAMESPACE).triton_attention_backward)
