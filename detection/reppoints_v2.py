@@ -1,4 +1,4 @@
-"""RepPoints v2 for MMDetection 3. Importing this module registers its head, assigner and loss.
+"""RepPoints v2 for MMDetection 3. Importing this module registers its head and assigner.
 
 Chen et al., "RepPoints v2: Verification Meets Regression for Object Detection" (NeurIPS 2020). This
 module adds verification to MMDetection's RepPointsHead, after section 3 of the paper:
@@ -37,20 +37,21 @@ from mmdet.registry import MODELS, TASK_UTILS
 from mmdet.structures.bbox import bbox_overlaps
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import logsigmoid, pad
 
 from detection.corner_targets import LevelTargets, level_targets, snap_to_corners
-from detection.foreground_loss import BoxNormalizedFocalLoss
 
-EXPLICIT_CORNERS = "explicit_corners"
-TRANSFORM_METHODS = (EXPLICIT_CORNERS, "minmax", "partial_minmax", "moment")
 CORNER_MAPS = 6  # two scores, two times two offsets
 REGRESSED_ONLY = -1
-FIXED = {"use_grid_points": False, "center_init": True, "conv_cfg": None}  # the only values that v2 supports
+FIXED = {  # options of RepPointsHead that have one value here
+    "transform_method": "explicit_corners",
+    "use_grid_points": False,
+    "center_init": True,
+    "conv_cfg": None,
+}
 
 LOSS_CORNER = {"type": "GaussianFocalLoss", "alpha": 2.0, "gamma": 4.0, "loss_weight": 0.25}
 LOSS_OFFSET = {"type": "SmoothL1Loss", "beta": 1 / 9, "loss_weight": 1.0}
-LOSS_FOREGROUND = {"type": BoxNormalizedFocalLoss, "gamma": 2.0, "alpha": 0.25, "loss_weight": 0.1}
 PRIOR = {"type": "Normal", "std": 0.01, "bias_prob": 0.01}
 INIT = {
     "type": "Normal",
@@ -103,11 +104,10 @@ class RepPointsV2Head(RepPointsHead):
         corner_overlap: overlap that sets the size of heatmap peaks, see `corner_targets.corner_radii`.
         loss_corner: loss of the corner heatmaps.
         loss_corner_offset: loss of the offsets at corners.
-        loss_foreground: loss of the foreground maps, called as `BoxNormalizedFocalLoss` is.
-        transform_method: how points become a box, "explicit_corners" or one of RepPointsHead's.
+        foreground_weight: factor of `foreground_loss`.
         init_cfg: initialization.
-        options: those of RepPointsHead; of `use_grid_points`, `center_init`, `conv_cfg` only the defaults.
-            MMDetection's QualityFocalLoss as `loss_cls` learns how well the refined boxes fit.
+        options: those of RepPointsHead, except that those of FIXED have one value. MMDetection's
+            QualityFocalLoss as `loss_cls` learns how well the refined boxes fit.
 
     Raises:
         ValueError: options that contradict each other or do not exist here.
@@ -123,24 +123,18 @@ class RepPointsV2Head(RepPointsHead):
         corner_overlap: float = 0.7,
         loss_corner: dict[str, Any] = LOSS_CORNER,
         loss_corner_offset: dict[str, Any] = LOSS_OFFSET,
-        loss_foreground: dict[str, Any] = LOSS_FOREGROUND,
-        transform_method: str = EXPLICIT_CORNERS,
+        foreground_weight: float = 0.1,
         init_cfg: dict[str, Any] = INIT,
         **options: Any,
     ) -> None:
-        if transform_method not in TRANSFORM_METHODS:
-            choices = ", ".join(TRANSFORM_METHODS)
-            raise ValueError(f"transform_method must be one of {choices}, got {transform_method!r}")
-        for name in FIXED.keys() & options.keys():
-            if options[name] != FIXED[name]:
-                raise ValueError(f"RepPointsV2Head has no {name}={options[name]}; leave it out")
+        for name, value in FIXED.items():
+            if options.setdefault(name, value) != value:
+                raise ValueError(f"{name} must be {value!r} in RepPointsV2Head, got {options[name]!r}")
         if not 0 < corner_overlap < 1:
             raise ValueError(f"corner_overlap must be between 0 and 1, got {corner_overlap}")
         self.corner_channels = corner_channels
         self.num_shared_convs = shared_convs
-        super().__init__(
-            num_classes, in_channels, transform_method=transform_method, init_cfg=init_cfg, **options
-        )
+        super().__init__(num_classes, in_channels, init_cfg=init_cfg, **options)
         levels = len(self.point_strides)
         if len(verifying_levels) != levels or not {*verifying_levels} <= {REGRESSED_ONLY, *range(levels)}:
             raise ValueError(
@@ -161,7 +155,7 @@ class RepPointsV2Head(RepPointsHead):
         self.corner_overlap = corner_overlap
         self.loss_corner = MODELS.build(loss_corner)
         self.loss_corner_offset = MODELS.build(loss_corner_offset)
-        self.loss_foreground = MODELS.build(loss_foreground)
+        self.foreground_weight = foreground_weight
 
     def _init_layers(self) -> None:
         """RepPoints' layers, with more input channels for the corner maps, and the verification branches."""
@@ -185,16 +179,12 @@ class RepPointsV2Head(RepPointsHead):
         self.bottom_right_offset = nn.Conv2d(width, 2, 3, padding=1)
 
     def _points_start(self) -> Tensor:
-        """(1, 2 * num_points, 1, 1), y before x in cells: a grid, its corners first, or all in one place."""
+        """(1, 2 * num_points, 1, 1), y before x in cells: a grid, its corners first."""
         grid = self.dcn_base_offset.float().view(-1, 2) / max(self.dcn_pad, 1) * (self.point_base_scale / 2)
-        corners_first = torch.cat([grid[[0, -1]], grid[1:-1]])
-        explicit = self.transform_method == EXPLICIT_CORNERS
-        return (corners_first * explicit).view(1, -1, 1, 1)
+        return torch.cat([grid[[0, -1]], grid[1:-1]]).view(1, -1, 1, 1)
 
     def points2bbox(self, pts: Tensor, y_first: bool = True) -> Tensor:
         """Points (N, 2 * num_points, ...) to boxes (N, 4, ...): left, top, right, bottom."""
-        if self.transform_method != EXPLICIT_CORNERS:
-            return super().points2bbox(pts, y_first)
         x, y = (1, 0) if y_first else (0, 1)
         start, end = pts[:, [x, y]], pts[:, [x + 2, y + 2]]
         return torch.cat([start.minimum(end), start.maximum(end)], dim=1)
@@ -274,7 +264,7 @@ class RepPointsV2Head(RepPointsHead):
         losses["loss_corner"], losses["loss_corner_offset"] = multi_apply(
             self._corner_losses, corner_scores, corner_offsets, targets, average=corners
         )
-        losses["loss_foreground"] = self.loss_foreground(
+        losses["loss_foreground"] = self.foreground_weight * foreground_loss(
             _flat(foregrounds),
             _flat([level.foreground for level in targets]),
             _flat([level.valid.expand_as(level.foreground) for level in targets]),
@@ -416,6 +406,26 @@ class RepPointsV2Head(RepPointsHead):
             moved = (torch.stack(snapped, dim=1) - cells[level]) / stride
             joint[level] = moved.transpose(2, 3).reshape(regressed[level].shape)
         return joint
+
+
+def foreground_loss(logits: Tensor, weights: Tensor, valid: Tensor) -> Tensor:
+    """Focal loss of foreground maps, a scalar: gamma is 2, alpha 0.25. Every box counts equally.
+
+    The paper's normalized focal loss: the loss of positive cells is weighted by `LevelTargets.foreground` and
+    divided by the sum of these weights; the loss of negative cells is divided by the number of positive ones.
+
+    Args:
+        logits: of any shape, float32.
+        weights: of that shape, those of the targets.
+        valid: bool, of that shape; other cells are ignored.
+    """
+    positive = weights > 0
+    negative = valid & ~positive
+    hit = -logsigmoid(logits) * (-logits).sigmoid().square() * weights
+    false_alarm = -logsigmoid(-logits) * logits.sigmoid().square() * negative
+    hits = hit.sum() / weights.sum().clamp(min=torch.finfo(logits.dtype).tiny)
+    false_alarms = false_alarm.sum() / positive.sum().clamp(min=1)
+    return 0.25 * hits + 0.75 * false_alarms
 
 
 def _flat(maps: list[Tensor]) -> Tensor:

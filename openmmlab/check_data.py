@@ -228,12 +228,11 @@ REQUIRED_KEYS = {  # what mmdet reads of each entry of an annotation file: keys,
 
 
 @contextmanager
-def checked_annotations(config: "Config", model: nn.Module) -> Iterator[None]:
+def checked_annotations(config: "Config") -> Iterator[None]:
     """Context manager: mmdet's `CocoDataset` checks annotation files while it reads them.
 
     Args:
         config: of a detector; with that of a segmenter nothing is done.
-        model: that of the config.
     """
     if config.get("default_scope") != "mmdet":
         yield
@@ -243,17 +242,15 @@ def checked_annotations(config: "Config", model: nn.Module) -> Iterator[None]:
     loaders = [config.get(f"{split}_dataloader") for split in ("train", "val", "test")]
     evaluators = [config.get(f"{split}_evaluator") for split in ("val", "test")]
     masks = "'with_mask': True" in str(loaders) or "segm" in str(evaluators)
-    semantic = getattr(getattr(model, "roi_head", None), "semantic_head", None)
-    with patch.object(CocoDataset, "COCOAPI", _coco_reader(masks, getattr(semantic, "num_classes", 0))):
+    with patch.object(CocoDataset, "COCOAPI", _coco_reader(masks)):
         yield
 
 
-def _coco_reader(masks: bool, stuff: int) -> Callable[[Any, str], "COCO"]:
+def _coco_reader(masks: bool) -> Callable[[Any, str], "COCO"]:
     """A function that reads and checks a data set's annotation file.
 
     Args:
         masks: whether every annotation needs a segmentation.
-        stuff: number of classes in the label images of a semantic branch; 0 without that branch.
     """
     from mmdet.datasets.api_wrappers import COCO
 
@@ -266,14 +263,6 @@ def _coco_reader(masks: bool, stuff: int) -> Callable[[Any, str], "COCO"]:
             if not name.is_file():
                 raise UserError(f"{path}: there is no {name}; see data_root and data_prefix of the data set")
             _check_size(str(name), (image["height"], image["width"]), path)
-            if stuff and dataset.data_prefix.get("seg"):
-                seg = Path(dataset.data_prefix["seg"]) / image["file_name"]
-                labels = _labels(path, str(name), str(seg.with_suffix(dataset.seg_map_suffix)))
-                extra = {*np.unique(labels).tolist()} - {*range(stuff), IGNORE_INDEX}
-                if extra:
-                    raise UserError(
-                        f"{seg}: label {min(extra)}, but model.roi_head.semantic_head.num_classes={stuff}"
-                    )
         coco = COCO()
         coco.dataset = content
         coco.createIndex()

@@ -298,7 +298,7 @@ def _build(config: "Config", splits: Sequence[str]) -> tuple["Runner", tuple[str
         runner = build_runner(config)
         model = unwrapped(runner)
         check_data.check_model(model, classes)
-        with check_data.checked_annotations(config, model):
+        with check_data.checked_annotations(config):
             loops = {split: getattr(runner, f"{split}_loop") for split in splits}  # reads the data sets
         if "train" in splits:
             check_config.check_saving(runner)

@@ -187,7 +187,7 @@ def test_annotations_that_do_not_fit(
     change(content)
     (tmp_path / "own.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=message):
-        check_data._coco_reader(masks=True, stuff=0)(dataset, str(tmp_path / "own.json"))
+        check_data._coco_reader(masks=True)(dataset, str(tmp_path / "own.json"))
 
 
 def test_annotations_that_fit(tmp_path: Path) -> None:
@@ -197,26 +197,16 @@ def test_annotations_that_fit(tmp_path: Path) -> None:
     content = json.loads(Path(dataset.ann_file).read_text())
     every("annotations", segmentation=None)(content)
     (tmp_path / "own.json").write_text(json.dumps(content))
-    read = check_data._coco_reader(masks=False, stuff=0)(dataset, str(tmp_path / "own.json"))
+    read = check_data._coco_reader(masks=False)(dataset, str(tmp_path / "own.json"))
     assert [read.loadCats([i])[0]["name"] for i in read.get_cat_ids(cat_names=names)] == [*names]
     assert read.img_ann_map and read.cat_img_map
     del content["annotations"]
     (tmp_path / "own.json").write_text(json.dumps(content))
     secret = detection_set(test_mode=True)
-    assert not check_data._coco_reader(True, 0)(secret, str(tmp_path / "own.json")).img_ann_map
+    assert not check_data._coco_reader(masks=True)(secret, str(tmp_path / "own.json")).img_ann_map
     (tmp_path / "own.json").write_text("{")
     with pytest.raises(UserError, match=r"own\.json: Expecting"):
-        check_data._coco_reader(True, 0)(dataset, str(tmp_path / "own.json"))
-
-
-def test_label_images_of_a_semantic_branch(tmp_path: Path) -> None:
-    dataset = detection_set(data_prefix={"img": "train2017/", "seg": str(tmp_path)})
-    for image in json.loads(Path(dataset.ann_file).read_text())["images"]:
-        label = np.full((image["height"], image["width"]), 7, np.uint8)
-        Image.fromarray(label).save((tmp_path / image["file_name"]).with_suffix(".png"))
-    check_data._coco_reader(masks=False, stuff=8)(dataset, dataset.ann_file)
-    with pytest.raises(UserError, match=r"label 7, but model.roi_head.semantic_head.num_classes=7"):
-        check_data._coco_reader(masks=False, stuff=7)(dataset, dataset.ann_file)
+        check_data._coco_reader(masks=True)(dataset, str(tmp_path / "own.json"))
 
 
 def test_mistakes_in_annotations_are_told_before_training(

@@ -31,7 +31,7 @@ from detection.corner_targets import (  # noqa: E402
     level_targets,
     snap_to_corners,
 )
-from detection.reppoints_v2 import BoxNormalizedFocalLoss, RepPointsV2Head  # noqa: E402
+from detection.reppoints_v2 import RepPointsV2Head, foreground_loss  # noqa: E402
 
 CONFIG = "reppointsv2_focal-tiny_bifpn_amp-ms-crop-3x_coco"
 CLASSES = 3
@@ -284,7 +284,7 @@ def level_of(head: RepPointsV2Head) -> list[Any]:
 
 
 def test_with_a_focal_loss_a_level_loses_what_reppoints_would() -> None:
-    head = make_head(transform_method="moment", loss_cls=FOCAL)
+    head = make_head(loss_cls=FOCAL)
     averages = {"avg_factor_init": 2, "avg_factor_refine": 5}
     ours = head.loss_by_feat_single(*level_of(head), **averages)
     theirs = RepPointsHead.loss_by_feat_single(head, *level_of(head), **averages)
@@ -327,21 +327,24 @@ def test_padding_has_no_say_in_the_verification_losses() -> None:
 
 
 def test_foreground_loss_counts_boxes_alike_and_is_the_formula() -> None:
-    loss = BoxNormalizedFocalLoss(gamma=2.0, alpha=0.25, loss_weight=1.0)
     weights = torch.tensor([0.5, 0.5, 0.1, *[0.1] * 9, 0, 0])  # boxes of 2 and 10 cells, 2 outside
     valid = torch.ones(14, dtype=torch.bool)
     right = torch.where(weights > 0, SURE, -SURE)
-    assert loss(right, weights, valid).item() == pytest.approx(0, abs=1e-8)
+    assert foreground_loss(right, weights, valid).item() == pytest.approx(0, abs=1e-8)
     missed_small, missed_large = right.clone(), right.clone()
     missed_small[:2] = -1
     missed_large[2:12] = -1
-    torch.testing.assert_close(loss(missed_small, weights, valid), loss(missed_large, weights, valid))
+    torch.testing.assert_close(
+        foreground_loss(missed_small, weights, valid), foreground_loss(missed_large, weights, valid)
+    )
     alarm = right.clone()
     alarm[12] = 0.0  # p = 1/2: 0.75 * 1/4 * log 2, over 12 positive cells
-    assert loss(alarm, weights, valid).item() == pytest.approx(0.75 * 0.25 * 0.693147 / 12, rel=1e-4)
+    assert foreground_loss(alarm, weights, valid).item() == pytest.approx(
+        0.75 * 0.25 * 0.693147 / 12, rel=1e-4
+    )
     valid[12] = False
-    assert loss(alarm, weights, valid).item() == pytest.approx(0, abs=1e-8)
-    assert loss(alarm, torch.zeros(14), valid).isfinite()
+    assert foreground_loss(alarm, weights, valid).item() == pytest.approx(0, abs=1e-8)
+    assert foreground_loss(alarm, torch.zeros(14), valid).isfinite()
 
 
 def test_boxes_of_all_levels_are_assigned_level_by_level() -> None:
@@ -408,9 +411,9 @@ def test_half_precision_gives_the_same_losses_and_boxes_in_float32() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"transform_method": "median"}, "explicit_corners, minmax"),
+        ({"transform_method": "moment"}, "transform_method must be 'explicit_corners'"),
         ({"verifying_levels": (-1, 0, 3)}, "each of 3 levels"),
-        ({"use_grid_points": True}, "use_grid_points=True; leave it out"),
+        ({"use_grid_points": True}, "use_grid_points must be False"),
         ({"loss_cls": {"type": "QualityFocalLoss"}}, "use_sigmoid=True"),
     ],
 )
@@ -452,8 +455,8 @@ def test_detector_learns_one_scene() -> None:
 def test_coco_config_is_the_papers_head() -> None:
     model = Config.fromfile(REPO / f"detection/configs/{CONFIG}.py").model
     head = MODELS.build(model.bbox_head | {"train_cfg": model.train_cfg, "test_cfg": model.test_cfg})
-    losses = (head.loss_corner, head.loss_corner_offset, head.loss_foreground)
-    assert [loss.loss_weight for loss in losses] == [0.25, 1.0, 0.1]
+    assert (head.loss_corner.loss_weight, head.loss_corner_offset.loss_weight) == (0.25, 1.0)
+    assert head.foreground_weight == 0.1
     assert isinstance(head, RepPointsV2Head) and head.verifiers == {1: 0, 2: 0, 3: 1, 4: 1}
     assert head.top_left.direction1_conv.conv.out_channels == 64
     assert sum(p.numel() for p in head.parameters()) == 7_210_442

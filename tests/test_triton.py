@@ -161,8 +161,8 @@ class Problem:
         index, made = self.index, self.index.tables
         size = (index.height, index.width, index.window)
         qkv, bias = self.qkv.clone().requires_grad_(), self.bias.clone().requires_grad_()
-        arrays = (made.columns, index.visible, made.keys, made.first, made.blocks.tensors(), index.keys)
-        return qkv, bias, *arrays, made.blocks.heavy, made.always_seen, *size, 0.25
+        arrays = [index.keys, made.columns, made.keys, made.first, *made.blocks]
+        return qkv, bias, index.visible, arrays, made.always_seen, *size, 0.25
 
 
 BORDER = "border, padding, two pooled levels"
@@ -231,8 +231,8 @@ def test_one_key_outweighs_all_others(case: str, dtype: torch.dtype) -> None:
 
 
 @triton.jit
-def fused_weight(score, row, scale, dtype: tl.constexpr):
-    """`kernels._weight` in half precision, as hardware computes it."""
+def fused_weight(score, row, scale):
+    """`kernels._weight` as hardware computes it."""
     exact = score.to(tl.float64) * scale - row.to(tl.float64)
     return tl.exp2(exact.to(tl.float32))
 
@@ -284,9 +284,7 @@ def test_operator_contract() -> None:
     torch.library.opcheck(attention.attention, inputs)
     inputs = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
     found = attention.attention(*inputs)
-    for with_bias in (True, False):
-        backward = (problem.cotangent, *found, *inputs[:7], *inputs[8:], with_bias)
-        torch.library.opcheck(attention.attention_backward, backward)
+    torch.library.opcheck(attention.attention_backward, (problem.cotangent, *found, *inputs))
 
 
 @interpreted
@@ -348,20 +346,6 @@ def test_no_bias_gradient_and_odd_strides() -> None:
 
 
 SMALL = AttentionIndex(4, 4, 4, 16, torch.arange(16)[None], None, ((torch.arange(16),),))
-
-
-@interpreted
-@pytest.mark.parametrize("family", ["ampere", "blackwell"])
-def test_a_frozen_bias_changes_no_other_gradient(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels then loop over all keys, whatever registers hold; the last tile may be smaller."""
-    monkeypatch.setattr(launch, "device_family", lambda device: family)
-    problem = Problem(*CASES["small window"], torch.float16, heads=1)
-    gradients = []
-    for trained in (True, False):
-        qkv, bias = problem.qkv.clone().requires_grad_(), problem.bias.clone().requires_grad_(trained)
-        attention.attend(qkv, problem.index, bias, problem.scale).backward(problem.cotangent)
-        gradients.append(qkv.grad.float())
-    torch.testing.assert_close(*gradients, rtol=1e-2, atol=1e-3)
 
 
 @interpreted

@@ -5,7 +5,6 @@
 
 keys       which tokens a query sees in each stage, at each granularity; needs no weights
 attention  how its attention is divided among them, mean over heads
-heads      the same by head, one file per stage
 
 The image is resized and cropped as in evaluation; the query is a pixel of the result.
 """
@@ -27,7 +26,7 @@ from tools.figures import attention, drawing
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-KINDS = ("keys", "attention", "heads")
+KINDS = ("keys", "attention")
 
 
 def load(args: argparse.Namespace) -> predict.Trained:
@@ -71,13 +70,9 @@ def draw(args: argparse.Namespace) -> Iterator[tuple[str, "Figure"]]:
 
     if "keys" in args.kinds:
         yield "keys", drawing.keys_figure([("", maps)], picture, at, title("the keys of a query"))
-    records = attention.record(model, image, maps) if {"attention", "heads"} & {*args.kinds} else []
     if "attention" in args.kinds:
+        records = attention.record(model, image, maps)
         yield "attention", drawing.attention_figure(records, picture, at, title("mean over heads"))
-    if "heads" in args.kinds:
-        for number, record in enumerate(records, start=1):
-            figure = drawing.heads_figure(record, picture, at, title(f"stage {number}"))
-            yield f"heads_stage{number}", figure
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -211,19 +211,9 @@ def _backward(
 
 
 def _to_gradients(
-    scale: float,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    do: Tensor,
-    bias: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    d_bias: Tensor,
-    probabilities: Tensor,
-    d_scores: Tensor,
-) -> None:
+    scale: float, q: Tensor, k: Tensor, v: Tensor, do: Tensor, bias: Tensor, dq: Tensor, dk: Tensor,
+    dv: Tensor, d_bias: Tensor, probabilities: Tensor, d_scores: Tensor,
+) -> None:  # fmt: skip
     """Gradients of a piece: q, do, dq [m, Q, D], k, v, dk, dv [m, G, D], the others [m, Q, G].
 
     Adds to `d_bias`, and writes to what follows `bias` otherwise.

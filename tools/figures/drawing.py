@@ -28,7 +28,6 @@ POOLED_COLOURS = ("#0072b2", "#009e73")
 TINT = 0.45  # opacity of a colour over the image
 DARK = 0.3  # brightness of what is not seen
 PANEL = 1.5  # inches; small, so that letters are large beside it
-HEADS_ACROSS = 6
 
 
 def blank_figure(**options: Any) -> "Figure":
@@ -161,40 +160,24 @@ def draw_heat(axes: "Axes", picture: np.ndarray, heat: np.ndarray) -> None:
     axes.imshow(np.nan_to_num(heat), cmap="inferno", norm=norm, alpha=opacity, interpolation="nearest")
 
 
-def draw_weights(
-    axes: "Axes", picture: np.ndarray, tokens: TokenMap, values: Tensor, at: tuple[int, int]
-) -> None:
-    """What each pixel gets of the values of all tokens [S], coarse ones divided over theirs."""
-    heat = tokens.evenly(values)
-    heat = torch.where(heat > 0, heat, float("nan"))
-    draw_heat(axes, picture, at_pixels(heat, tokens.stride, picture.shape[:2], np.nan))
-    mark_query(axes, tokens, at)
-
-
 def attention_figure(
     records: Sequence[BlockAttention], picture: np.ndarray, at: tuple[int, int], title: str
 ) -> "Figure":
-    """Mean over heads: per stage what a pixel gets in all, and the share of each granularity."""
+    """Mean over heads: per stage what a pixel gets in all, coarse tokens divided over their pixels, and the
+    share of each granularity."""
     places = [record.tokens.at_pixel(*at) for record in records]
     seen = [record.tokens.seen_from(*place) for record, place in zip(records, places, strict=True)]
     figure, panels = new_figure(len(records), 1 + max(map(len, seen)), title)
     for number, (record, place, grains) in enumerate(zip(records, places, seen, strict=True)):
         tokens, size, values = record.tokens, picture.shape[:2], record.of_query(*place).mean(dim=0)
-        draw_weights(panels[number, 0], picture, tokens, values, at)
+        total = tokens.evenly(values)
+        total = torch.where(total > 0, total, float("nan"))
+        draw_heat(panels[number, 0], picture, at_pixels(total, tokens.stride, size, np.nan))
+        mark_query(panels[number, 0], tokens, at)
         panels[number, 0].set_title(f"stage {number + 1}: all", fontsize="small")
         for axes, grain in zip(panels[number, 1:], grains, strict=False):
             draw_heat(axes, picture, at_pixels(grain.spread(values), tokens.stride, size, np.nan))
             draw_borders(axes, at_pixels(grain.cells, tokens.stride, size), "#808080", 0.3)
             mark_query(axes, tokens, at)
             axes.set_title(f"{grain.name}: {100 * float(values[grain.tokens].sum()):.0f} %", fontsize="small")
-    return figure
-
-
-def heads_figure(record: BlockAttention, picture: np.ndarray, at: tuple[int, int], title: str) -> "Figure":
-    """What each pixel gets, by head."""
-    heads = record.of_query(*record.tokens.at_pixel(*at))
-    figure, panels = new_figure(-(-len(heads) // HEADS_ACROSS), min(HEADS_ACROSS, len(heads)), title)
-    for number, (axes, values) in enumerate(zip(panels.flat, heads, strict=False), start=1):
-        draw_weights(axes, picture, record.tokens, values, at)
-        axes.set_title(f"head {number}", fontsize="small")
     return figure

@@ -30,8 +30,12 @@ LEAST_SCALE = 2**-6
 
 def why_not(request: Request, window: int) -> str | None:
     """Why the kernels cannot serve a request, whatever the keys; None if they can."""
-    if reason := launch.why_not(request.device):
-        return reason
+    try:
+        launch.device_family(request.device)
+    except ValueError as error:
+        return str(error)
+    except Exception as failure:  # whatever Triton meets when it starts
+        return f"Triton does not start on {request.device}: {launch.explain(failure)}"
     if request.dtype not in DTYPES:
         return f"needs float16, bfloat16 or float32, got {request.dtype}"
     if request.head_dim % 8 or not 0 < request.head_dim <= MAX_HEAD_DIM:
@@ -44,113 +48,100 @@ def attend(qkv: Tensor, index: AttentionIndex, bias: Tensor, scale: float) -> Te
     made: TritonTables = index.tables
     if not LEAST_SCALE <= scale <= 1 / LEAST_SCALE:  # the bias is divided by it
         qkv, scale = torch.cat((scale * qkv[:, :, :1], qkv[:, :, 1:]), dim=2), 1.0
-    blocks: list[Tensor] = []
-    if made.blocks is not None:  # written out, since torch.compile does not trace methods of constants
-        b = made.blocks
-        blocks = [b.token, b.start, b.window, b.first, b.column]
-    heavy = 0 if made.blocks is None else made.blocks.heavy
-    arrays = (qkv, bias, made.columns, index.visible, made.keys, made.first, blocks, index.keys)
-    size = (index.height, index.width, index.window)
-    return attention(*arrays, heavy, made.always_seen, *size, scale)[0]
+    tables = [index.keys, made.columns, made.keys, made.first, *(made.blocks or ())]
+    numbers = (made.always_seen, index.height, index.width, index.window, scale)
+    return attention(qkv, bias, index.visible, tables, *numbers)[0]
 
 
-_ARRAYS = "Tensor bias, Tensor columns, Tensor? visible, Tensor keys, Tensor first, Tensor[] blocks"
-_NUMBERS = "int heavy, int always_seen, int height, int width, int window, float scale"
+_INPUTS = (
+    "Tensor qkv, Tensor bias, Tensor? visible, Tensor[] tables, int always_seen, int height, int width, "
+    "int window, float scale"
+)
 
 
 @torch.library.custom_op(
     f"{NAMESPACE}::triton_attention",
     mutates_args=(),
-    schema=f"(Tensor qkv, {_ARRAYS}, Tensor all_keys, {_NUMBERS}) -> (Tensor, Tensor)",
+    schema=f"({_INPUTS}) -> (Tensor, Tensor)",
 )
-def attention(
-    qkv, bias, columns, visible, keys, first, blocks, all_keys, heavy, always_seen, height, width, window,
-    scale,
-):  # fmt: skip
+def attention(qkv, bias, visible, tables, always_seen, height, width, window, scale):
     """Attention with the keys of `TritonTables`.
 
     Args:
         qkv: [B, S, 3, N, D].
         bias: [N, P or 1, Q, K].
-        columns, keys, first, always_seen: of `TritonTables`.
-        blocks, heavy: of `Blocks`; only the gradient reads them.
-        visible, all_keys: `visible` and `keys` of `AttentionIndex`.
+        visible: of `AttentionIndex`.
+        tables: `keys` of `AttentionIndex`; `columns`, `keys` and `first` of `TritonTables`; with a backward
+            pass also those of `Blocks`.
+        always_seen: of `TritonTables`.
         height, width, window: of the padded map.
         scale: factor of the scores.
 
     Returns:
-        Output [B, T, N*D]; log-sum-exp, in the unit that the kernels give scores, [B, N, P, padded Q].
+        Output [B, T, N*D]; logarithm to base 2 of the softmax's denominator, [B, N, P, padded Q].
     """
-    tables = launch.Tables(keys, first, columns.shape[1], always_seen, width, window, scale)
+    _, columns, keys, first, *_ = tables
+    made = launch.Tables(keys, first, columns.shape[1], always_seen, width, window, scale)
     (prepared,) = bias_kernels.prepare(bias, columns, visible, scale, qkv.dtype, with_transposed=False)
-    return launch.forward(qkv.contiguous(), prepared, tables)
+    return launch.forward(qkv.contiguous(), prepared, made)
 
 
 @torch.library.custom_op(
     f"{NAMESPACE}::triton_attention_backward",
     mutates_args=(),
-    schema=f"(Tensor d_out, Tensor out, Tensor lse, Tensor qkv, {_ARRAYS}, {_NUMBERS}, bool with_bias)"
-    " -> (Tensor, Tensor)",
+    schema=f"(Tensor d_out, Tensor out, Tensor lse, {_INPUTS}) -> (Tensor, Tensor)",
 )
 def attention_backward(
-    d_out, out, lse, qkv, bias, columns, visible, keys, first, blocks, heavy, always_seen, height, width,
-    window, scale, with_bias,
+    d_out, out, lse, qkv, bias, visible, tables, always_seen, height, width, window, scale
 ):  # fmt: skip
-    """Gradients of `qkv`, and of the bias (empty unless `with_bias`)."""
-    tables = launch.Tables(keys, first, columns.shape[1], always_seen, width, window, scale)
+    """Gradients of `qkv` and of the bias."""
+    _, columns, keys, first, *blocks = tables
+    made = launch.Tables(keys, first, columns.shape[1], always_seen, width, window, scale)
     qkv, d_out = qkv.contiguous(), d_out.contiguous()
     prepared, transposed = bias_kernels.prepare(bias, columns, visible, scale, qkv.dtype, True)
-    token, start, visiting, first_of, column = blocks
-    made = Blocks(token, start, visiting, first_of, column, heavy)
     d_qkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
-    d_prepared = launch.query_gradient(qkv, prepared, out, d_out, lse, delta, d_qkv, tables, with_bias)
-    launch.key_gradient(qkv, transposed, d_out, lse, delta, d_qkv, tables, made)
-    return d_qkv, bias_kernels.gradient(d_prepared, bias, columns) if with_bias else bias.new_empty(0)
+    d_prepared = launch.query_gradient(qkv, prepared, out, d_out, lse, delta, d_qkv, made)
+    launch.key_gradient(qkv, transposed, d_out, lse, delta, d_qkv, made, Blocks(*blocks))
+    return d_qkv, bias_kernels.gradient(d_prepared, bias, columns)
 
 
 @attention.register_fake
-def _attention_fake(qkv, bias, columns, visible, keys, *_):
-    (b, _, _, n, d), windows, queries = qkv.shape, keys.shape[0], bias.shape[2]
+def _attention_fake(qkv, bias, visible, tables, *_):
+    (b, _, _, n, d), windows, queries = qkv.shape, len(tables[0]), bias.shape[2]
     lse = qkv.new_empty(b, n, windows, launch.padded_queries(queries), dtype=torch.float32)
     return qkv.new_empty(b, windows * queries, n * d), lse
 
 
 @attention_backward.register_fake
-def _attention_backward_fake(d_out, out, lse, qkv, bias, *others):
-    with_bias = others[-1]
-    return qkv.new_empty(qkv.shape), bias_kernels.new_gradient(bias) if with_bias else bias.new_empty(0)
+def _attention_backward_fake(d_out, out, lse, qkv, bias, *_):
+    return qkv.new_empty(qkv.shape), bias_kernels.new_gradient(bias)
 
 
 def _save(ctx, inputs, output) -> None:
-    *arrays, blocks, all_keys = inputs[:8]
-    ctx.numbers = inputs[8:]
-    ctx.save_for_backward(all_keys, *output, *arrays, *blocks)
+    qkv, bias, visible, tables, *ctx.numbers = inputs
+    ctx.save_for_backward(qkv, bias, visible, *output, *tables)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, d_out, d_lse):
-    all_keys, out, lse, qkv, bias, columns, visible, keys, first, *blocks = ctx.saved_tensors
-    rest = (*(None,) * 4, [None] * len(blocks), *(None,) * 7)
-    if d_out is None:
-        return None, None, *rest
+    qkv, bias, visible, out, lse, *tables = ctx.saved_tensors
+    rest = (None, [None] * len(tables), *(None,) * 5)
     if torch.is_grad_enabled():  # somebody wants to differentiate the gradients
-        height, width, window, scale = ctx.numbers[2:]
-        index = AttentionIndex(height, width, window, qkv.shape[1], all_keys, visible, ())
+        _, height, width, window, scale = ctx.numbers
+        index = AttentionIndex(height, width, window, qkv.shape[1], tables[0], visible, ())
         return *differentiable_gradients(qkv, bias, d_out, index, scale), *rest
-    with_bias = ctx.needs_input_grad[1]
-    arrays = (d_out, out, lse, qkv, bias, columns, visible, keys, first, blocks)
-    d_qkv, d_bias = attention_backward(*arrays, *ctx.numbers, with_bias)
-    return d_qkv, d_bias if with_bias else None, *rest
+    return *attention_backward(d_out, out, lse, qkv, bias, visible, tables, *ctx.numbers), *rest
 
 
 attention.register_autograd(_gradients, setup_context=_save)
 
 
 @register_flop_formula(getattr(torch.ops, NAMESPACE).triton_attention)
-def _attention_flops(qkv_shape, bias_shape, columns_shape, _, keys_shape, *__, **___) -> int:
+def _attention_flops(qkv_shape, bias_shape, _, table_shapes, *__, **___) -> int:
     """Two products of B*N*P matrices [Q, K'] with vectors of width D."""
     batch, _, _, heads, dim = qkv_shape
-    return 2 * 2 * batch * heads * keys_shape[0] * bias_shape[2] * columns_shape[1] * dim
+    windows, keys = table_shapes[0][0], table_shapes[1][1]
+    return 2 * 2 * batch * heads * windows * bias_shape[2] * keys * dim
 
 
 @register_flop_formula(getattr(torch.ops, NAMESPACE).triton_attention_backward)

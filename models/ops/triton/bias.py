@@ -114,7 +114,7 @@ def prepare(
 ) -> list[Tensor]:
     """The bias as the kernels read it: in `dtype`, finite, and the lowest value where there is no such key.
 
-    In all types but float32 it is added to products before these are scaled, and thus divided by the scale.
+    It is added to products before these are scaled, and thus divided by the scale.
 
     Args:
         bias: [N, G, Q, K].
@@ -140,7 +140,7 @@ def prepare(
             bias, columns, seen, out[0], out[-1] if with_transposed else None,
             *bias.expand(-1, groups, -1, -1).stride(),
             heads, groups, queries, queries_padded, columns.shape[1], row, all_keys,
-            1.0 if dtype == torch.float32 else 1 / scale, min(torch.finfo(dtype).max, LARGEST_BIAS),
+            1 / scale, min(torch.finfo(dtype).max, LARGEST_BIAS),
             BLOCK_Q=block, BLOCK_K=block,
         )  # fmt: skip
     return out

@@ -3,7 +3,8 @@
 What costs time on a GPU is not the products but every instruction spent on a score, so a score costs few:
 
 * The bias is added by the tensor cores: `bias @ identity` is where the sum of a score begins. It arrives
-  divided by `scale`, lies in shared memory for all items of a program, and meets no other instruction.
+  divided by the factor of the scores, lies in shared memory for all items of a program, and meets no other
+  instruction. That factor is part of the exponential: one multiplication and addition.
 * The gradient of the bias is summed by them too, as `d_score @ identity` onto what stays in registers.
   (In float32 both are plain sums: there an identity would cost three products, and bits.)
 * Absent keys that all windows lack are masked by the bias; others only in tiles that have some (`PLAIN`).
@@ -33,10 +34,7 @@ except ImportError as error:
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1.0e38)  # a finite "no score yet", below all scores
 
-SIZES = (
-    *("tokens", "slices", "slice_items", "items", "first_tile", "windows", "map_width"),
-    *("heavy", "blocks", "images"),
-)
+SIZES = ("tokens", "slices", "slice_items", "items", "first_tile", "blocks", "windows", "map_width")
 """Arguments that do not compile one kernel per value, such as 1 or a multiple of 16."""
 
 
@@ -116,46 +114,34 @@ def _fetch(
 
 
 @triton.jit
-def _biased_product(a, b, bias, scale, PRECISION: tl.constexpr):
-    """Scores in float32; in other types they lack the scale, which `_weight` multiplies by.
+def _biased_product(a, b, bias, PRECISION: tl.constexpr):
+    """Scores, without the scale, which `_weight` multiplies by.
 
     Args:
         a, b: [rows, BLOCK_D] and [BLOCK_D, columns], queries and keys or the other way around.
         bias: [rows, columns], as `bias.prepare` makes it.
-        scale: brings products to base 2.
     """
     if bias.dtype == tl.float32:
-        return tl.dot(a, b, input_precision=PRECISION) * (scale / LOG2E) + bias
+        return tl.dot(a, b, input_precision=PRECISION) + bias
     else:
         biased = tl.dot(bias, _identity(bias.shape[1], bias.dtype), input_precision=PRECISION)
         return tl.dot(a, b, acc=biased, input_precision=PRECISION)
 
 
 @triton.jit
-def _weight(score, row, scale, dtype: tl.constexpr):
-    """Exponential of scores less one number of their row, `_row_unit` times a score. One multiplication and
-    addition come before it; in float32 the difference comes first, which loses fewer bits."""
-    if dtype == tl.float32:
-        return tl.exp2((score - row) * LOG2E)
-    else:
-        return tl.exp2(score * scale - row)
-
-
-@triton.jit
-def _row_unit(scale, dtype: tl.constexpr):
-    """What maxima of scores are multiplied by, so that `_weight` can subtract them; they are logarithms to
-    base 2 then, in float32 to base e."""
-    return 1.0 if dtype == tl.float32 else scale
+def _weight(score, row, scale):
+    """Exponential of scores less one number of their row; `scale` brings scores to base 2, as `row` is."""
+    return tl.exp2(score * scale - row)
 
 
 @triton.jit
 def _tile_scores(
-    q, k, key, bias, scale, TILE: tl.constexpr, KEYS: tl.constexpr, PLAIN: tl.constexpr,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, key, bias, TILE: tl.constexpr, KEYS: tl.constexpr, PLAIN: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores of one tile of keys [queries, keys], -inf for absent ones, if there is such a tile."""
     if TILE * BLOCK_K < KEYS:
-        score = _biased_product(q, tl.trans(k), bias, scale, PRECISION)
+        score = _biased_product(q, tl.trans(k), bias, PRECISION)
         return tl.where((key >= 0)[None, :], score, float("-inf")) if TILE >= PLAIN else score
     else:
         return 0.0
@@ -177,7 +163,7 @@ def _add_tile(
 ):  # fmt: skip
     """Sum of weights [queries] and output [queries, BLOCK_D] with one more tile, if there is such a tile."""
     if TILE * BLOCK_K < KEYS:
-        weight = _weight(score, row[:, None], scale, v.dtype)
+        weight = _weight(score, row[:, None], scale)
         return total + tl.sum(weight, 1), tl.dot(weight.to(v.dtype), v, acc=out, input_precision=PRECISION)
     else:
         return total, out
@@ -193,9 +179,9 @@ def _online_tile(
     if KEYS > 0:
         tile = _bias_tile(bias, 0, KEYS, KEYS)
         key, k, v = _fetch(base, key_ptr, tile, 0, KEYS, 0, KEYS, WIDTH, HEAD_DIM, BLOCK_D)
-        score = _tile_scores(q, k, key, tile, scale, 0, KEYS, 0, KEYS, PRECISION)
-        larger = tl.maximum(row, tl.max(score, 1) * _row_unit(scale, q.dtype))
-        shrink = tl.exp2((row - larger) * (LOG2E if q.dtype == tl.float32 else 1.0))
+        score = _tile_scores(q, k, key, tile, 0, KEYS, 0, KEYS, PRECISION)
+        larger = tl.maximum(row, tl.max(score, 1) * scale)
+        shrink = tl.exp2(row - larger)
         out *= shrink[:, None]
         total, out = _add_tile(total * shrink, out, score, v, larger, scale, 0, KEYS, KEYS, PRECISION)
         return larger, total, out
@@ -247,13 +233,13 @@ def forward_kernel(
             key_1, k_1, v_1 = _fetch(base, key, bias_1, 1, KEYS, PLAIN, BLOCK_K, WIDTH, HEAD_DIM, BLOCK_D)
             key_2, k_2, v_2 = _fetch(base, key, bias_2, 2, KEYS, PLAIN, BLOCK_K, WIDTH, HEAD_DIM, BLOCK_D)
             key_3, k_3, v_3 = _fetch(base, key, bias_3, 3, KEYS, PLAIN, BLOCK_K, WIDTH, HEAD_DIM, BLOCK_D)
-            score_0 = _tile_scores(q, k_0, key_0, bias_0, scale, 0, KEYS, PLAIN, BLOCK_K, PRECISION)
-            score_1 = _tile_scores(q, k_1, key_1, bias_1, scale, 1, KEYS, PLAIN, BLOCK_K, PRECISION)
-            score_2 = _tile_scores(q, k_2, key_2, bias_2, scale, 2, KEYS, PLAIN, BLOCK_K, PRECISION)
-            score_3 = _tile_scores(q, k_3, key_3, bias_3, scale, 3, KEYS, PLAIN, BLOCK_K, PRECISION)
+            score_0 = _tile_scores(q, k_0, key_0, bias_0, 0, KEYS, PLAIN, BLOCK_K, PRECISION)
+            score_1 = _tile_scores(q, k_1, key_1, bias_1, 1, KEYS, PLAIN, BLOCK_K, PRECISION)
+            score_2 = _tile_scores(q, k_2, key_2, bias_2, 2, KEYS, PLAIN, BLOCK_K, PRECISION)
+            score_3 = _tile_scores(q, k_3, key_3, bias_3, 3, KEYS, PLAIN, BLOCK_K, PRECISION)
             row = _largest(tl.max(score_0, 1), score_1, 1, KEYS, BLOCK_K)
             row = _largest(row, score_2, 2, KEYS, BLOCK_K)
-            row = _largest(row, score_3, 3, KEYS, BLOCK_K) * _row_unit(scale, q.dtype)
+            row = _largest(row, score_3, 3, KEYS, BLOCK_K) * scale
             total, out = _add_tile(total, out, score_0, v_0, row, scale, 0, KEYS, BLOCK_K, PRECISION)
             total, out = _add_tile(total, out, score_1, v_1, row, scale, 1, KEYS, BLOCK_K, PRECISION)
             total, out = _add_tile(total, out, score_2, v_2, row, scale, 2, KEYS, BLOCK_K, PRECISION)
@@ -272,7 +258,7 @@ def forward_kernel(
             )  # fmt: skip
         out_base = out_ptr + (image.to(tl.int64) * windows * (SIDE * SIDE * WIDTH) + head * HEAD_DIM)
         _store_rows(out_base, out * (1.0 / total)[:, None], token * WIDTH, real, HEAD_DIM, BLOCK_D)
-        lse = row + tl.log2(total) * (1.0 / LOG2E if q.dtype == tl.float32 else 1.0)
+        lse = row + tl.log2(total)
         number = ((image * HEADS + head).to(tl.int64) * windows + window) * QUERIES_PADDED + query
         tl.store(lse_ptr + number, tl.where(real, lse, float("inf")))
         image, window = _next_item(image, window, windows, SHARED)
@@ -293,21 +279,20 @@ def _next_item(image, window, windows, SHARED: tl.constexpr):
 def _gradient_tile(
     dq, d_bias, q, d_out, lse, delta, bias, base, key_ptr, scale, TILE: tl.constexpr, KEYS: tl.constexpr,
     PLAIN: tl.constexpr, BLOCK_K: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, WITH_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of queries and of the bias with one more tile of keys, if there is such a tile."""
     if TILE * BLOCK_K < KEYS:
         key, k, v = _fetch(base, key_ptr, bias, TILE, KEYS, PLAIN, BLOCK_K, WIDTH, HEAD_DIM, BLOCK_D)
-        score = _tile_scores(q, k, key, bias, scale, TILE, KEYS, PLAIN, BLOCK_K, PRECISION)
-        weight = _weight(score, lse[:, None], scale, q.dtype)
+        score = _tile_scores(q, k, key, bias, TILE, KEYS, PLAIN, BLOCK_K, PRECISION)
+        weight = _weight(score, lse[:, None], scale)
         d_weight = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
         d_score = (weight * (d_weight - delta[:, None])).to(k.dtype)
-        if WITH_BIAS:
-            if k.dtype == tl.float32:
-                d_bias += d_score
-            else:
-                identity = _identity(bias.shape[1], k.dtype)
-                d_bias = tl.dot(d_score, identity, acc=d_bias, input_precision=PRECISION)
+        if k.dtype == tl.float32:
+            d_bias += d_score
+        else:
+            identity = _identity(bias.shape[1], k.dtype)
+            d_bias = tl.dot(d_score, identity, acc=d_bias, input_precision=PRECISION)
         return tl.dot(d_score, k, acc=dq, input_precision=PRECISION), d_bias
     else:
         return dq, d_bias
@@ -335,12 +320,12 @@ def query_gradient_kernel(
     tokens, slices, slice_items, items, first_tile, windows, map_width, scale,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SIDE: tl.constexpr, SHARED: tl.constexpr,
     ROW: tl.constexpr, BLOCK_Q: tl.constexpr, Q_BLOCKS: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr, KEYS: tl.constexpr, PLAIN: tl.constexpr, WITH_BIAS: tl.constexpr,
-    IS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, KEYS: tl.constexpr, PLAIN: tl.constexpr, IS_FIRST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of queries and bias over a slice of the items of one group, head and block of queries.
 
-    d_bias is [slices, N, groups, queries, keys], padded. WITH_BIAS: at most seven tiles of keys from
+    d_bias is [slices, N, groups, queries, keys], padded. A launch has at most seven tiles of keys, from
     `first_tile` on, whose bias and bias gradient stay at hand; where there are more keys, further launches
     add to the gradient of the queries. IS_FIRST: this one starts it, and writes `delta`, the sum over
     channels of output times its gradient.
@@ -349,7 +334,6 @@ def query_gradient_kernel(
     """
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
     QUERIES_PADDED: tl.constexpr = Q_BLOCKS * BLOCK_Q
-    KEPT: tl.constexpr = KEYS if WITH_BIAS else 0
     head, query_block, place = _place(HEADS, Q_BLOCKS)
     group = place // slices
     part = place % slices
@@ -360,20 +344,20 @@ def query_gradient_kernel(
     query_token = _query_tokens(query, map_width, SIDE)
     bias_offset = (head if SHARED else head * windows + group).to(tl.int64) * (QUERIES_PADDED * ROW)
     bias = bias_ptr + bias_offset + (query[:, None] * ROW + first_key)
-    bias_0 = _bias_tile(bias, 0, KEPT, BLOCK_K)
-    bias_1 = _bias_tile(bias, 1, KEPT, BLOCK_K)
-    bias_2 = _bias_tile(bias, 2, KEPT, BLOCK_K)
-    bias_3 = _bias_tile(bias, 3, KEPT, BLOCK_K)
-    bias_4 = _bias_tile(bias, 4, KEPT, BLOCK_K)
-    bias_5 = _bias_tile(bias, 5, KEPT, BLOCK_K)
-    bias_6 = _bias_tile(bias, 6, KEPT, BLOCK_K)
-    sum_0 = _no_gradient(bias_0, 0, KEPT, BLOCK_K)
-    sum_1 = _no_gradient(bias_1, 1, KEPT, BLOCK_K)
-    sum_2 = _no_gradient(bias_2, 2, KEPT, BLOCK_K)
-    sum_3 = _no_gradient(bias_3, 3, KEPT, BLOCK_K)
-    sum_4 = _no_gradient(bias_4, 4, KEPT, BLOCK_K)
-    sum_5 = _no_gradient(bias_5, 5, KEPT, BLOCK_K)
-    sum_6 = _no_gradient(bias_6, 6, KEPT, BLOCK_K)
+    bias_0 = _bias_tile(bias, 0, KEYS, BLOCK_K)
+    bias_1 = _bias_tile(bias, 1, KEYS, BLOCK_K)
+    bias_2 = _bias_tile(bias, 2, KEYS, BLOCK_K)
+    bias_3 = _bias_tile(bias, 3, KEYS, BLOCK_K)
+    bias_4 = _bias_tile(bias, 4, KEYS, BLOCK_K)
+    bias_5 = _bias_tile(bias, 5, KEYS, BLOCK_K)
+    bias_6 = _bias_tile(bias, 6, KEYS, BLOCK_K)
+    sum_0 = _no_gradient(bias_0, 0, KEYS, BLOCK_K)
+    sum_1 = _no_gradient(bias_1, 1, KEYS, BLOCK_K)
+    sum_2 = _no_gradient(bias_2, 2, KEYS, BLOCK_K)
+    sum_3 = _no_gradient(bias_3, 3, KEYS, BLOCK_K)
+    sum_4 = _no_gradient(bias_4, 4, KEYS, BLOCK_K)
+    sum_5 = _no_gradient(bias_5, 5, KEYS, BLOCK_K)
+    sum_6 = _no_gradient(bias_6, 6, KEYS, BLOCK_K)
     image = first // windows if SHARED else first
     window = first % windows if SHARED else group
     for _item in range(first, tl.minimum(first + slice_items, items)):
@@ -393,46 +377,33 @@ def query_gradient_kernel(
         key = index_ptr + (window * ROW + first_key)
         dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
         dq, sum_0 = _gradient_tile(
-            dq, sum_0, q, d_out, lse, delta, bias_0, base, key, scale, 0, KEPT, PLAIN, BLOCK_K,
-            WIDTH, HEAD_DIM, BLOCK_D, True, PRECISION,
+            dq, sum_0, q, d_out, lse, delta, bias_0, base, key, scale, 0, KEYS, PLAIN, BLOCK_K,
+            WIDTH, HEAD_DIM, BLOCK_D, PRECISION,
         )  # fmt: skip
         dq, sum_1 = _gradient_tile(
-            dq, sum_1, q, d_out, lse, delta, bias_1, base, key, scale, 1, KEPT, PLAIN, BLOCK_K,
-            WIDTH, HEAD_DIM, BLOCK_D, True, PRECISION,
+            dq, sum_1, q, d_out, lse, delta, bias_1, base, key, scale, 1, KEYS, PLAIN, BLOCK_K,
+            WIDTH, HEAD_DIM, BLOCK_D, PRECISION,
         )  # fmt: skip
         dq, sum_2 = _gradient_tile(
-            dq, sum_2, q, d_out, lse, delta, bias_2, base, key, scale, 2, KEPT, PLAIN, BLOCK_K,
-            WIDTH, HEAD_DIM, BLOCK_D, True, PRECISION,
+            dq, sum_2, q, d_out, lse, delta, bias_2, base, key, scale, 2, KEYS, PLAIN, BLOCK_K,
+            WIDTH, HEAD_DIM, BLOCK_D, PRECISION,
         )  # fmt: skip
         dq, sum_3 = _gradient_tile(
-            dq, sum_3, q, d_out, lse, delta, bias_3, base, key, scale, 3, KEPT, PLAIN, BLOCK_K,
-            WIDTH, HEAD_DIM, BLOCK_D, True, PRECISION,
+            dq, sum_3, q, d_out, lse, delta, bias_3, base, key, scale, 3, KEYS, PLAIN, BLOCK_K,
+            WIDTH, HEAD_DIM, BLOCK_D, PRECISION,
         )  # fmt: skip
         dq, sum_4 = _gradient_tile(
-            dq, sum_4, q, d_out, lse, delta, bias_4, base, key, scale, 4, KEPT, PLAIN, BLOCK_K,
-            WIDTH, HEAD_DIM, BLOCK_D, True, PRECISION,
+            dq, sum_4, q, d_out, lse, delta, bias_4, base, key, scale, 4, KEYS, PLAIN, BLOCK_K,
+            WIDTH, HEAD_DIM, BLOCK_D, PRECISION,
         )  # fmt: skip
         dq, sum_5 = _gradient_tile(
-            dq, sum_5, q, d_out, lse, delta, bias_5, base, key, scale, 5, KEPT, PLAIN, BLOCK_K,
-            WIDTH, HEAD_DIM, BLOCK_D, True, PRECISION,
+            dq, sum_5, q, d_out, lse, delta, bias_5, base, key, scale, 5, KEYS, PLAIN, BLOCK_K,
+            WIDTH, HEAD_DIM, BLOCK_D, PRECISION,
         )  # fmt: skip
         dq, sum_6 = _gradient_tile(
-            dq, sum_6, q, d_out, lse, delta, bias_6, base, key, scale, 6, KEPT, PLAIN, BLOCK_K,
-            WIDTH, HEAD_DIM, BLOCK_D, True, PRECISION,
+            dq, sum_6, q, d_out, lse, delta, bias_6, base, key, scale, 6, KEYS, PLAIN, BLOCK_K,
+            WIDTH, HEAD_DIM, BLOCK_D, PRECISION,
         )  # fmt: skip
-        if not WITH_BIAS:
-            for start in range(0, KEYS // BLOCK_K * BLOCK_K, BLOCK_K):
-                tile = _bias_tile(bias + start, 0, BLOCK_K, BLOCK_K)
-                dq, _ = _gradient_tile(
-                    dq, 0.0, q, d_out, lse, delta, tile, base, key + start, scale, 0, BLOCK_K, 0, BLOCK_K,
-                    WIDTH, HEAD_DIM, BLOCK_D, False, PRECISION,
-                )  # fmt: skip
-            rest = KEYS // BLOCK_K * BLOCK_K
-            tile = _bias_tile(bias + rest, 0, KEYS % BLOCK_K, BLOCK_K)
-            dq, _ = _gradient_tile(
-                dq, 0.0, q, d_out, lse, delta, tile, base, key + rest, scale, 0, KEYS % BLOCK_K, 0, BLOCK_K,
-                WIDTH, HEAD_DIM, BLOCK_D, False, PRECISION,
-            )  # fmt: skip
         dq *= scale / LOG2E
         dq_base = d_qkv_ptr + image_offset
         if IS_FIRST:
@@ -443,20 +414,20 @@ def query_gradient_kernel(
         image, window = _next_item(image, window, windows, SHARED)
     d_bias = d_bias_ptr + part.to(tl.int64) * (HEADS if SHARED else HEADS * windows) * (QUERIES_PADDED * ROW)
     d_bias += bias_offset + (query[:, None] * ROW + first_key)
-    _store_tile(d_bias, sum_0, 0, KEPT, BLOCK_K)
-    _store_tile(d_bias, sum_1, 1, KEPT, BLOCK_K)
-    _store_tile(d_bias, sum_2, 2, KEPT, BLOCK_K)
-    _store_tile(d_bias, sum_3, 3, KEPT, BLOCK_K)
-    _store_tile(d_bias, sum_4, 4, KEPT, BLOCK_K)
-    _store_tile(d_bias, sum_5, 5, KEPT, BLOCK_K)
-    _store_tile(d_bias, sum_6, 6, KEPT, BLOCK_K)
+    _store_tile(d_bias, sum_0, 0, KEYS, BLOCK_K)
+    _store_tile(d_bias, sum_1, 1, KEYS, BLOCK_K)
+    _store_tile(d_bias, sum_2, 2, KEYS, BLOCK_K)
+    _store_tile(d_bias, sum_3, 3, KEYS, BLOCK_K)
+    _store_tile(d_bias, sum_4, 4, KEYS, BLOCK_K)
+    _store_tile(d_bias, sum_5, 5, KEYS, BLOCK_K)
+    _store_tile(d_bias, sum_6, 6, KEYS, BLOCK_K)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def key_gradient_kernel(
     qkv_ptr, bias_ptr, d_out_ptr, lse_ptr, delta_ptr, d_qkv_ptr,
     block_token_ptr, entry_start_ptr, entry_window_ptr, entry_first_ptr, entry_column_ptr,
-    tokens, heavy, blocks, images, windows, map_width, scale,
+    tokens, blocks, windows, map_width, scale,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SIDE: tl.constexpr, SHARED: tl.constexpr,
     ROW: tl.constexpr, BLOCK_Q: tl.constexpr, Q_BLOCKS: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
@@ -465,17 +436,13 @@ def key_gradient_kernel(
     tokens, which are zero.
 
     bias is [N, groups, keys, queries], padded: the keys of a block are whole rows of it, and tokens that a
-    window does not see have a row that no weight survives. Grid: blocks * images * HEADS; the heavy blocks of
-    all images first, as they take longest; then image by image, so that windows are read while they are in
-    the cache.
+    window does not see have a row that no weight survives. Grid: images * blocks * HEADS, so that windows are
+    read while they are in the cache.
     """
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
     QUERIES_PADDED: tl.constexpr = Q_BLOCKS * BLOCK_Q
     head, _, place = _place(HEADS, 1)
-    late = place - heavy * images
-    light = tl.maximum(blocks - heavy, 1)
-    block = tl.where(late < 0, place // images, heavy + late % light)
-    image = tl.where(late < 0, place % images, late // light)
+    block, image = place % blocks, place // blocks
     image_offset = image.to(tl.int64) * tokens * (3 * WIDTH) + head * HEAD_DIM
     base = qkv_ptr + image_offset
     d_out_base = d_out_ptr + (image.to(tl.int64) * windows * (SIDE * SIDE * WIDTH) + head * HEAD_DIM)
@@ -502,8 +469,8 @@ def key_gradient_kernel(
         delta = tl.load(delta_ptr + row_base + window * QUERIES_PADDED + query)
         bias_row = bias_base if SHARED else bias_base + window.to(tl.int64) * (QUERIES_PADDED * ROW)
         bias = tl.load(bias_row + (column[:, None] * QUERIES_PADDED + query[None, :]))
-        score = _biased_product(k, tl.trans(q), bias, scale, PRECISION)
-        weight = _weight(score, lse[None, :], scale, k.dtype)
+        score = _biased_product(k, tl.trans(q), bias, PRECISION)
+        weight = _weight(score, lse[None, :], scale)
         dv = tl.dot(weight.to(d_out.dtype), d_out, acc=dv, input_precision=PRECISION)
         d_weight = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
         d_score = weight * (d_weight - delta[None, :])

@@ -68,7 +68,6 @@ HOPPER = AMPERE | {
     ("forward", 64, 2): Config(4, 2, 64, 64, 128),
     ("query_gradient", 32, 2): Config(4, 2, 64, 32, 224),
     ("query_gradient", 64, 2): Config(4, 1, 64, 32, 128),
-    ("key_gradient", 32, 2): Config(4, 2, 64, BLOCK_KEYS),
     ("key_gradient", 64, 2): Config(4, 2, 64, BLOCK_KEYS),
 }
 BLACKWELL = HOPPER | {
@@ -125,17 +124,6 @@ def device_family(device: torch.device) -> str:
         return target_family(driver.active.get_current_target())
 
 
-def why_not(device: torch.device) -> str | None:
-    """Why the kernels cannot run on a GPU, or None."""
-    try:
-        device_family(device)
-    except ValueError as error:
-        return str(error)
-    except Exception as failure:  # whatever Triton meets when it starts
-        return f"Triton does not start on {device}: {explain(failure)}"
-    return None
-
-
 def explain(failure: Exception) -> str:
     """What went wrong, in a line, and what to do about it."""
     first = next((line.strip() for line in str(failure).splitlines() if line.strip()), "")
@@ -183,19 +171,18 @@ def forward(qkv: Tensor, bias: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
 
 def query_gradient(
     qkv: Tensor, bias: Tensor, out: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, d_qkv: Tensor,
-    tables: Tables, with_bias: bool,
+    tables: Tables,
 ) -> Tensor:  # fmt: skip
-    """Write `delta`, and `d_qkv` of the queries of fine tokens; return the gradient of the padded bias, of
-    each slice of the items: float32 [slices, N, P or 1, padded Q, padded K'] (empty if not wanted), whose
-    padding is not written."""
+    """Write `delta`, and `d_qkv` of the queries of fine tokens; return the gradient of the padded bias by
+    slice of the items: float32 [slices, N, P or 1, padded Q, padded K'], whose padding is not written."""
     tokens, windows, width = _sizes(qkv, tables)
     b, _, _, n, _ = qkv.shape
     groups = bias.shape[1]
     chosen, fixed = compile_time("query_gradient", device_family(qkv.device), qkv, bias, tables.window)
     items = b * windows // groups
     slices, slice_items = divide("query_gradient", items, n * groups * fixed["Q_BLOCKS"])
-    d_bias = bias.new_empty((slices, *bias.shape) if with_bias else (0,), dtype=torch.float32)
-    launches = gradient_tiles(tables.count, tables.always_seen, chosen, with_bias)
+    d_bias = bias.new_empty((slices, *bias.shape), dtype=torch.float32)
+    launches = gradient_tiles(tables.count, tables.always_seen, chosen)
     with _on_device(qkv.device):
         for first_tile, tiles in launches:
             query_gradient_kernel[(n * groups * slices * fixed["Q_BLOCKS"],)](
@@ -219,9 +206,8 @@ def key_gradient(
     count = len(blocks.token)
     with _on_device(qkv.device):
         key_gradient_kernel[(b * n * count,)](
-            qkv, transposed, d_out, lse, delta, d_qkv,
-            *blocks.tensors(),
-            tokens, blocks.heavy, count, b, windows, width, tables.scale * LOG2E, **fixed,
+            qkv, transposed, d_out, lse, delta, d_qkv, *blocks,
+            tokens, count, windows, width, tables.scale * LOG2E, **fixed,
         )  # fmt: skip
 
 
@@ -272,19 +258,15 @@ def forward_tiles(keys: int, always_seen: int, chosen: Config) -> dict[str, Any]
     return {"KEYS": keys, "PLAIN": always_seen // block if static else 0, "STATIC": static}
 
 
-def gradient_tiles(
-    keys: int, always_seen: int, chosen: Config, with_bias: bool
-) -> list[tuple[int, dict[str, Any]]]:
+def gradient_tiles(keys: int, always_seen: int, chosen: Config) -> list[tuple[int, dict[str, Any]]]:
     """Launches of the gradients of queries and bias: first tile, and compile-time arguments. One launch, or
-    if the bias wants a gradient and the keys do not fit into registers, several of some keys each."""
+    if the keys do not fit into registers, several of some keys each."""
     keys, block = computed_keys(keys), chosen.block_keys
-    most = chosen.static_keys if with_bias else keys
     launches = []
-    for first in range(0, keys, most):
-        count = min(most, keys - first)
-        plain = min(count, max(0, always_seen - first)) // block if with_bias else 0
-        part = {"KEYS": count, "PLAIN": plain, "WITH_BIAS": with_bias, "IS_FIRST": first == 0}
-        launches.append((first // block, part))
+    for first in range(0, keys, chosen.static_keys):
+        count = min(chosen.static_keys, keys - first)
+        plain = min(count, max(0, always_seen - first)) // block
+        launches.append((first // block, {"KEYS": count, "PLAIN": plain, "IS_FIRST": first == 0}))
     return launches
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,20 +31,15 @@ KEYS_MULTIPLE = 32
 """Keys that are computed, and those of a row of tables, are filled up to a multiple of this."""
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """What the backward pass needs: which windows read each block of tokens, int32."""
+class Blocks(NamedTuple):
+    """What the backward pass needs: which windows read each block of tokens, int32. Blocks that most windows
+    read come first, since they take longest."""
 
     token: Tensor  # [M, BLOCK_KEYS]: tokens of a block, -1 where it has fewer
     start: Tensor  # [M + 1]: the windows of block g are numbers start[g] to start[g + 1] - 1 of those below
     window: Tensor  # [E]: a window that reads the block
     first: Tensor  # [E]: its first token
     column: Tensor  # [E, BLOCK_KEYS]: which of its K' keys each token of the block is; K' where it is none
-    heavy: int  # so many blocks, the first ones, are read by far more windows, and should start first
-
-    def tensors(self) -> list[Tensor]:
-        """All but `heavy`."""
-        return [self.token, self.start, self.window, self.first, self.column]
 
 
 @dataclass(frozen=True)
@@ -122,7 +118,7 @@ def build_blocks(index: AttentionIndex, keys: Tensor, first: Tensor, count: int)
     column.view(-1).scatter_(0, target, (code.flatten() & (1 << bits) - 1).int())
     token = torch.full((blocks * BLOCK_KEYS,), -1, dtype=torch.int32, device=device)
     token[position] = torch.arange(tokens, dtype=torch.int32, device=device)
-    total, heavy = torch.stack([lengths.sum(), (lengths > 2 * lengths[blocks // 2]).sum()]).tolist()
+    total = int(lengths.sum())
     window_of = visiting[by_block[:total]]
     return Blocks(
         token=token.view(blocks, BLOCK_KEYS)[order],
@@ -130,7 +126,6 @@ def build_blocks(index: AttentionIndex, keys: Tensor, first: Tensor, count: int)
         window=window_of.int(),
         first=first[window_of],
         column=column[:total],
-        heavy=heavy,
     )
 
 
