@@ -36,7 +36,7 @@ def create_logger(output: Path, rank: int) -> None:
     file = _LogFile(output / f"log_rank{rank}.txt", encoding="utf-8", errors="backslashreplace")
     _handlers.append(file)
     if rank == 0:
-        console = logging.StreamHandler(sys.stdout)
+        console = _Console(sys.stdout)
         console.setLevel(logging.INFO)
         _handlers.append(console)
     line = "[%(asctime)s] (%(filename)s %(lineno)d): %(levelname)s %(message)s"
@@ -47,12 +47,18 @@ def create_logger(output: Path, rank: int) -> None:
         logging.getLogger(name).setLevel(logging.DEBUG)
 
 
-class _LogFile(logging.FileHandler):
-    """A log file whose lines are lost on a full disk, without a traceback for each of them."""
+class _LosesLines:
+    """Of a handler: what cannot be written, as on a full disk, is lost, without a traceback for each line."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exc_info()[1], OSError):
-            super().handleError(record)
+            super().handleError(record)  # type: ignore[misc]
+
+
+class _LogFile(_LosesLines, logging.FileHandler): ...
+
+
+class _Console(_LosesLines, logging.StreamHandler): ...
 
 
 class TensorBoard:

@@ -103,7 +103,8 @@ def start(config: CfgNode) -> None:
     if len(chosen) > 1:
         raise UserError(f"{chosen[1]}: expected at most one mode, got {' and '.join(chosen)}; choose one")
     action = modes[chosen[0]] if chosen else train
-    check_options(config)
+    with utils.raise_on_all_ranks():
+        check_options(config)
     with open_run_dir(output, action is train, config.DIST_TIMEOUT_MINUTES) as metrics:
         precision = utils.choose_precision(config.AMP_OPT_LEVEL, config.AMP_DTYPE, device)
         logger.info(f"configuration:\n{config.dump()}")
@@ -167,18 +168,22 @@ def run_debug(run: Run, model: FocalTransformer) -> None:
 
 
 def exit_process(status: int) -> int:
-    """The exit status; a process with a process group ends here.
+    """The exit status; a process with a process group, or whose output is a file on a full disk, ends here.
 
-    Closing the group may wait for processes that have ended, and an interpreter that exits with the group
-    open can abort in one of its threads.
+    Closing the group may wait for processes that have ended, and hangs now and then in PyTorch 2.6; and an
+    interpreter that exits with the group open can abort in one of its threads. What cannot be written would
+    make Python exit with 120.
     """
-    if not utils.in_group():
+    is_written = True
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            is_written = False
+    if is_written and not utils.in_group():
         return status
     for worker in multiprocessing.active_children():  # loader workers would notice seconds later
         worker.terminate()
-    with contextlib.suppress(OSError):  # they may be files on a full disk
-        sys.stdout.flush()
-        sys.stderr.flush()
     os._exit(status)
 
 
@@ -193,15 +198,14 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         0; 2 after a mistake of the user, whose message is printed; EXIT_STOPPED if training was stopped by a
-        signal. Several processes that fail exit here: with 2, 130 after Ctrl-C, or 1 after any other error in
-        one of them.
+        signal. Processes with a process group exit here: with these, 130 after Ctrl-C, or 1 after any other
+        error in one of them.
     """
     utils.escape_output()
     try:
         start(read_config(argv))
     except StopRequested:
-        utils.close_distributed()
-        return EXIT_STOPPED
+        return exit_process(EXIT_STOPPED)
     except (UserError, UndecodableImageError, OSError) as error:
         logger.debug("stopped", exc_info=True)  # the traceback is in the log file
         if os.environ.get("FOCAL_TRACEBACK"):
@@ -213,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
         return exit_process(2)
     except KeyboardInterrupt:
         logger.debug("stopped", exc_info=True)
-        print_error("interrupted; the same command continues training from the last checkpoint")
+        print_error("interrupted; start the same command again to continue training from the last checkpoint")
         if not utils.in_group():
             raise  # Python ends by the signal, which ends a shell's loop, too
         return exit_process(130)
@@ -223,14 +227,14 @@ def main(argv: list[str] | None = None) -> int:
             raise
         # gloo reports a process that died or hangs by a plain RuntimeError
         print_error(f"error: {error}" if isinstance(error, dist.DistError) else traceback.format_exc())
-        print_error(
-            f"error: process {os.environ.get('RANK')} ends; if another process has died or did not answer "
-            "for DIST_TIMEOUT_MINUTES, see the log_rank*.txt that ends first; the same command continues "
-            "from the last checkpoint"
-        )
+        if utils.in_group():
+            print_error(
+                f"error: process {utils.get_rank()} ends; if another process has died or did not answer for "
+                "DIST_TIMEOUT_MINUTES, see the log_rank*.txt that ends first; the same command continues "
+                "from the last checkpoint"
+            )
         return exit_process(1)
-    utils.close_distributed()
-    return 0
+    return exit_process(0)
 
 
 if __name__ == "__main__":

@@ -216,18 +216,26 @@ def fresh_store(store: dist.Store, rank: int, world_size: int) -> dist.Store:
         DistError: the other processes do not come before the store's timeout.
     """
     requests = [f"request_{number}" for number in range(world_size)]
-    answer = secrets.token_hex(8)
-    store.set(requests[rank], answer)
+    reply_key = secrets.token_hex(8)
+    store.set(requests[rank], reply_key)
     if rank > 0:
-        name = store.get(answer).decode()  # waits
+        try:
+            name = store.get(reply_key).decode()  # waits
+        except dist.DistStoreError as error:
+            seconds = store.timeout.total_seconds()
+            raise dist.DistStoreError(
+                f"expected {world_size} processes, not all came within {seconds:.0f} s"
+            ) from error
         store.set(f"{name}_{rank}", "")
         return dist.PrefixStore(name, store)
     name, deadline = secrets.token_hex(8), time.monotonic() + store.timeout.total_seconds()
-    while not store.check([f"{name}_{number}" for number in range(1, world_size)]):
+    while missing := [number for number in range(1, world_size) if not store.check([f"{name}_{number}"])]:
         if time.monotonic() > deadline:
-            raise dist.DistStoreError(f"expected {world_size} processes, some did not come")
-        for key in store.multi_get(requests):
-            store.set(key.decode(), name)
+            ranks = ", ".join(map(str, missing))
+            raise dist.DistStoreError(f"expected {world_size} processes, these ranks did not come: {ranks}")
+        for number in missing:
+            if store.check([requests[number]]):
+                store.set(store.get(requests[number]).decode(), name)
         time.sleep(0.05)
     return dist.PrefixStore(name, store)
 
@@ -251,13 +259,6 @@ def check_same_device(store: dist.Store, rank: int, world_size: int, device: tor
 def cpu_group() -> dist.ProcessGroup | None:
     """The group of all processes for tensors on the CPU; None without a process group."""
     return _cpu_group[-1] if _cpu_group else None
-
-
-def close_distributed() -> None:
-    """Leave the process group, if there is one."""
-    _cpu_group.clear()
-    if in_group():
-        dist.destroy_process_group()
 
 
 def all_gather(tensor: torch.Tensor) -> torch.Tensor:

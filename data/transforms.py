@@ -250,9 +250,8 @@ def channel_stats(
         )
     for key, values in (("MEAN", mean), ("STD", std)):
         if len(values) not in (channels, 3):
-            raise ValueError(
-                f"DATA.{key}: expected {channels} or 3 values, got {list(values)}; give one per channel"
-            )
+            count = "3 values" if channels == 3 else "1 value, or the 3 of colours"
+            raise ValueError(f"DATA.{key}: expected {count}, got {list(values)}; give one per channel")
     if channels == 1:
         return (sum(mean) / len(mean),), (sum(std) / len(std),)
     return tuple(mean), tuple(std)

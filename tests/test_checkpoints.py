@@ -77,7 +77,8 @@ def group() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     utils._cpu_group.append(dist.new_group(backend="gloo"))
     yield
-    utils.close_distributed()
+    utils._cpu_group.clear()
+    dist.destroy_process_group()
 
 
 # --- Files --------------------------------------------------------------------------------------------------

@@ -467,7 +467,7 @@ def test_too_few_training_images(folder: Path) -> None:
         ({"DATA__CACHE_MODE": "full"}, ("DATA.CACHE_MODE: expected DATA.ZIP_MODE (--zip)",)),
         ({"DATA__ZIP_MODE": True, "DATA__DATASET": "imagenet22k"}, ("DATA.ZIP_MODE: expected False",)),
         ({"DATA__BATCH_SIZE": 3}, ("DATA.BATCH_SIZE: expected an even number", "got 3")),
-        ({"DATA__MEAN": [0.5, 0.5]}, ("DATA.MEAN: expected 3 or 3 values, got",)),
+        ({"DATA__MEAN": [0.5, 0.5]}, ("DATA.MEAN: expected 3 values, got",)),
         ({"MODEL__FOCAL__IN_CHANS": 4}, ("IN_CHANS: expected 3", "got 4")),
         ({"AUG__SCALE": [1.0, 0.5]}, ("AUG.SCALE: expected [smaller, larger]", "swap")),
         ({"AUG__AUTO_AUGMENT": "random"}, ("AUG.AUTO_AUGMENT: expected", "rand-m9", "got 'random'")),

@@ -1,8 +1,11 @@
 """The command line from end to end on a nano model: train, evaluate, time, fail cleanly."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -274,6 +277,16 @@ def test_only_mistakes_of_users_become_sentences(
     error = dist.DistStoreError("1/2 clients joined")
     assert main.main(["--cfg", TINY]) == 1
     assert capsys.readouterr().err.startswith("error: 1/2 clients joined\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is always full")
+def test_a_console_on_a_full_disk_changes_no_exit_status(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    words = [sys.executable, "main.py", *command(tmp_path, tmp_path, OPTS, "--debug")]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, cwd=REPO, env=environment, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
+    assert "acc1" in (folder_of(tmp_path) / "log_rank0.txt").read_text()
 
 
 def test_a_mistake_is_said_once_on_each_machine(

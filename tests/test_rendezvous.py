@@ -36,7 +36,7 @@ if not died.exists():
     os._exit(1)
 with open(sys.argv[1] + os.environ["MACHINE"], "a") as file:
     print(total, file=file)
-utils.close_distributed()
+os._exit(0)  # torch 2.6 may hang when it closes a group of gloo
 """
 
 

@@ -61,8 +61,7 @@ def train(run: Run, model: FocalTransformer) -> None:
             checkpoints.writer.wait()
         checkpoints.finish()
         checkpoints.warn_if_best_missing(state)
-        best = f"best {state.max_accuracy:.2f}% in {run.output / BEST_NAME}"
-        logger.info(f"training is done after {position.epoch} epoch(s): {best}")
+        logger.info(f"training is done after {position.epoch} epoch(s): best {state.max_accuracy:.2f}%")
 
 
 def setup(run: Run, model: FocalTransformer) -> tuple[TrainState, Loaders, Checkpoints]:
@@ -280,7 +279,7 @@ def training_problems(config: CfgNode) -> list[str]:
             problems.append(
                 f"TRAIN.{key}: expected at most TRAIN.EPOCHS = {train.EPOCHS}, got {train[key]}; lower it"
             )
-    if config.LOG.WANDB and importlib.util.find_spec("wandb") is None:
+    if config.LOG.WANDB and utils.is_main_process() and importlib.util.find_spec("wandb") is None:
         problems.append("LOG.WANDB: expected the library wandb; pip install wandb, or set it to ''")
     return problems
 

@@ -145,7 +145,7 @@ def randomise(model: FocalTransformer) -> None:
 def read_model(path: str, resolution: int, device: torch.device) -> FocalTransformer:
     """The model of a configuration with random weights, in evaluation."""
     torch.manual_seed(0)
-    with user_input("--cfg"):
+    with user_input():
         model = build_model(load_config(path, ["DATA.IMG_SIZE", resolution])).to(device).eval()
     randomise(model)
     return model

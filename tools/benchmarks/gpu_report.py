@@ -91,7 +91,7 @@ def commands(quick: bool) -> list[tuple[str, float, list[str]]]:
 
 
 def run_part(args: argparse.Namespace, name: str, words: Sequence[str], end: float) -> bool:
-    """Run a command of `commands` until `end`: whether it did not fail; one without time has not."""
+    """Run a command of `commands` until `end`; False if it failed, True also if its time ran out."""
     seconds = end - time.monotonic()
     tool, *options = words
     options += ["--device", str(args.device), "--out", os.path.abspath(args.out), "--name", f"gpu_{name}"]

@@ -73,7 +73,8 @@ def make_images(root: Path, training: int) -> float:
 
 def pack_images(root: Path) -> None:
     """Write the images of the class folders once more, in the layouts of the other sources."""
-    import datasets
+    with user_input():  # the library may be missing
+        import datasets
 
     datasets.disable_progress_bars()
     for split in ("train", "val"):
@@ -154,8 +155,7 @@ def measure(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         kilobytes = make_images(root, args.images)
-        with user_input():  # the library datasets may be missing
-            pack_images(root)
+        pack_images(root)
         facts["Images"] = (
             f"{args.images} of {WIDTH}x{HEIGHT} pixels, JPEG quality {QUALITY}, {kilobytes:.0f} kB each; to "
             f"{args.size}x{args.size}, batches of {args.batch_size}"
