@@ -175,7 +175,7 @@ def exit_process(status: int) -> int:
     make Python exit with 120.
     """
     is_written = True
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
             stream.flush()
         except OSError:
@@ -197,15 +197,15 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0; 2 after a mistake of the user, whose message is printed; EXIT_STOPPED if training was stopped by a
-        signal. Processes with a process group exit here: with these, 130 after Ctrl-C, or 1 after any other
-        error in one of them.
+        The exit status: 0; 2 after a mistake of the user, whose message is printed; EXIT_STOPPED if training
+        was stopped by a signal; with several processes 130 after Ctrl-C, or 1 after any other error in one of
+        them. Their process group stays open, see `exit_process`.
     """
     utils.escape_output()
     try:
         start(read_config(argv))
     except StopRequested:
-        return exit_process(EXIT_STOPPED)
+        return EXIT_STOPPED
     except (UserError, UndecodableImageError, OSError) as error:
         logger.debug("stopped", exc_info=True)  # the traceback is in the log file
         if os.environ.get("FOCAL_TRACEBACK"):
@@ -214,13 +214,13 @@ def main(argv: list[str] | None = None) -> int:
         is_common = isinstance(error, UserError) and (utils.in_group() or "LOCAL_WORLD_SIZE" in os.environ)
         if not is_common or os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
             print_error(f"error: {error}")
-        return exit_process(2)
+        return 2
     except KeyboardInterrupt:
         logger.debug("stopped", exc_info=True)
         print_error("interrupted; start the same command again to continue training from the last checkpoint")
         if not utils.in_group():
             raise  # Python ends by the signal, which ends a shell's loop, too
-        return exit_process(130)
+        return 130
     except Exception as error:
         logger.debug("stopped", exc_info=True)
         if not (utils.in_group() or isinstance(error, dist.DistError)):
@@ -233,9 +233,9 @@ def main(argv: list[str] | None = None) -> int:
                 "DIST_TIMEOUT_MINUTES, see the log_rank*.txt that ends first; the same command continues "
                 "from the last checkpoint"
             )
-        return exit_process(1)
-    return exit_process(0)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_process(main()))

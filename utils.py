@@ -6,6 +6,7 @@ under torchrun.
 
 import argparse
 import contextlib
+import errno
 import io
 import os
 import random
@@ -102,7 +103,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of file systems that cannot flush
+                    raise
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -117,7 +117,7 @@ class CachedSource:
             raise ValueError(
                 f"DATA.CACHE_MODE: expected images that fit into the {memory_size >> 20} MiB of memory, got "
                 f"{ends[-1] >> 20} MiB from {source.name(0)} on in each of {processes} process(es); set it "
-                "to 'part' or 'no' (--cache-mode)"
+                "to 'no' (--cache-mode no)"
             )
         self._blob = torch.empty(int(ends[-1]), dtype=torch.uint8)
         self._damaged: set[int] = set()

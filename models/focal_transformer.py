@@ -321,7 +321,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: floa
     """
     trains = torch.is_grad_enabled() and (q.requires_grad or mask.requires_grad)
     if not fused or is_traced(q) or (trains and q.device.type == "cpu"):
-        wide = torch.promote_types(q.dtype, torch.float32)
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         scores = scale * q.to(wide) @ k.to(wide).transpose(-2, -1) + mask
         return scores.softmax(dim=-1).to(v.dtype) @ v
     if q.device.type != "cuda":
@@ -536,8 +536,9 @@ class FocalAttention(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load, also the original's state dict."""
         extra = tuple(prefix + name for name in FROM_OPTIONS)
-        kept = {key: value for key, value in state_dict.items() if not key.startswith(extra)}
-        super()._load_from_state_dict(kept, prefix, *args)
+        for key in [key for key in state_dict if key.startswith(extra)]:
+            del state_dict[key]  # of a copy, which `load_state_dict` has made
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class FocalFastAttention(FocalAttention):
@@ -626,7 +627,8 @@ class FocalFastAttention(FocalAttention):
         own = {prefix + name: value for name, value in zip(self.key_buffers, self.stored_keys(), strict=True)}
         if missing := own.keys() - state_dict.keys():
             logger.info(f"not in the state, the model's own stored keys stay: {', '.join(sorted(missing))}")
-        super()._load_from_state_dict({**own, **state_dict}, prefix, *args)
+        state_dict.update({key: own[key] for key in missing})
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 # --- The network --------------------------------------------------------------------------------------------

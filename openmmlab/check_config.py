@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import mmengine.registry
 from mmengine.config import DictAction
+from mmengine.evaluator import Evaluator
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import Registry
 from mmengine.runner import Runner
@@ -85,7 +86,8 @@ def check_options(config: "Config", options: Mapping[str, Any]) -> None:
             path = f"{path}.{name}"
         was_number = path == key and isinstance(node, int | float) and not key.endswith(NUMBER_OR_TEXT)
         if was_number and isinstance(value, str):
-            raise UserError(f"--cfg-options {key}: expected a number, as in the config, got {value!r}")
+            expected = "True or False" if isinstance(node, bool) else "a number"
+            raise UserError(f"--cfg-options {key}: expected {expected}, as in the config, got {value!r}")
 
 
 @contextmanager
@@ -134,21 +136,22 @@ def check_saving(runner: Runner) -> None:
     Raises:
         UserError: unknown options of CheckpointHook, or a best metric that no evaluator reports.
     """
-    evaluators = [] if runner.val_loop is None else runner.val_loop.evaluator.metrics
-    prefixes = tuple(f"{evaluator.prefix}/" for evaluator in evaluators if evaluator.prefix)
-    takers = (CheckpointHook, Runner.save_checkpoint)
+    evaluator = getattr(runner.val_loop, "evaluator", None)
+    evaluators = evaluator.metrics if type(evaluator) is Evaluator else []
+    prefixes = tuple(f"{metric.prefix}/" for metric in evaluators if metric.prefix)
+    all_begin_so = evaluators and len(prefixes) == len(evaluators)
+    takers = (CheckpointHook, type(runner).save_checkpoint)
     known = {name for taker in takers for name in inspect.signature(taker).parameters}
     for hook in runner.hooks:
         if not isinstance(hook, CheckpointHook):
             continue
         if unknown := sorted({*hook.args} - known):
-            where = f"default_hooks.checkpoint: CheckpointHook takes no {unknown[0]}"
-            raise UserError(f"{where}{_suggestion(unknown[0], known)}")
-        for metric in hook.save_best or ():
-            if len(prefixes) == len(evaluators) and not metric.startswith(("auto", *prefixes)):
+            raise UserError(f"CheckpointHook takes no {unknown[0]}{_suggestion(unknown[0], known)}")
+        for name in hook.save_best or ():
+            if all_begin_so and not name.startswith(("auto", *prefixes)):
                 raise UserError(
                     "default_hooks.checkpoint.save_best: expected auto, or a metric of val_evaluator, whose "
-                    f"names begin with {' or '.join(prefixes)}, got {metric}"
+                    f"names begin with {' or '.join(prefixes)}, got {name}"
                 )
 
 

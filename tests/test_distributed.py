@@ -57,7 +57,7 @@ for arguments in commands[:-1]:
             shutil.copytree(folder, folder + "_then")
     except utils.UserError as error:
         os.write(1, f"REFUSED {error}\\n".encode())  # at once, as the other rank writes, too
-sys.exit(main.main(commands[-1]))
+main.exit_process(main.main(commands[-1]))
 """
 TRAIN = [*OPTS, *PLAIN, "TRAIN.ACCUMULATION_STEPS", 2]
 WORKER = ["TRAIN.EPOCHS", 1, "DATA.NUM_WORKERS", 1]

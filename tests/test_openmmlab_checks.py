@@ -98,6 +98,14 @@ def test_options_that_something_reads() -> None:
     check_config.check_options(runner.read_config(DETECTION), dict.fromkeys(keys, 1))
 
 
+def test_the_best_metric_of_a_run_without_validation(tmp_path: Path) -> None:
+    config = runner.read_config(DETECTION)
+    assert config.default_hooks.checkpoint.save_best
+    config.update(dict.fromkeys(("val_cfg", "val_dataloader", "val_evaluator")))
+    config.update(work_dir=str(tmp_path), launcher="none")
+    check_config.check_saving(runner.build_runner(config))
+
+
 @pytest.mark.parametrize(
     "bug",
     [

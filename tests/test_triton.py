@@ -345,6 +345,25 @@ def test_no_bias_gradient_and_odd_strides() -> None:
     torch.testing.assert_close(*gradients)
 
 
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> None:
+        return None
+
+
+@interpreted
+def test_an_output_that_gets_no_gradient() -> None:
+    problem = Problem(*CASES["tiny"], torch.float32, heads=1)
+    qkv = problem.qkv.clone().requires_grad_()
+    out = BACKENDS["triton"].attend(qkv, problem.index, problem.bias, 0.25)
+    NoGradient.apply(out).sum().backward()
+    assert qkv.grad is None or not qkv.grad.any()
+
+
 SMALL = AttentionIndex(4, 4, 4, 16, torch.arange(16)[None], None, ((torch.arange(16),),))
 
 

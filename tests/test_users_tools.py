@@ -88,6 +88,23 @@ def trains_with_real_tensors(model: nn.Module, images: Tensor) -> None:
     assert type(out) is Tensor and all(type(p.grad) is Tensor for p in model.parameters())
 
 
+def test_hooks_rename_what_is_loaded(new: New) -> None:
+    """Of a module, for the modules in it, too."""
+    model, state = new(), new(seed=1).state_dict()
+    attention, place = model.layers[0].blocks[0].attn, "layers.0.blocks.0.attn."
+    given = {key.replace(f"{place}qkv", f"{place}to_qkv"): value for key, value in state.items()}
+    names = [*given]
+
+    def rename(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        for key in [key for key in state if key.startswith(prefix + "to_qkv.")]:
+            state[key.replace("to_qkv", "qkv")] = state.pop(key)
+
+    attention.register_load_state_dict_pre_hook(rename)
+    model.load_state_dict(given)
+    assert torch.equal(attention.qkv.weight, state[f"{place}qkv.weight"])
+    assert [*given] == names
+
+
 # --- Exporters, and what they leave behind: nothing ---------------------------------------------------------
 
 

@@ -126,6 +126,8 @@ def _save(ctx, inputs, output) -> None:
 def _gradients(ctx, d_out, d_lse):
     qkv, bias, visible, out, lse, *tables = ctx.saved_tensors
     rest = (None, [None] * len(tables), *(None,) * 5)
+    if d_out is None:
+        return None, None, *rest
     if torch.is_grad_enabled():  # somebody wants to differentiate the gradients
         _, height, width, window, scale = ctx.numbers
         index = AttentionIndex(height, width, window, qkv.shape[1], tables[0], visible, ())
