@@ -2,7 +2,6 @@
 unknown types, unknown keywords. Messages name the key."""
 
 import inspect
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -28,13 +27,12 @@ OTHER_OPTIONS = {  # options that are not arguments of `Runner`, but read by it 
     *("test_pipeline", "tta_model", "tta_pipeline"),
 }
 KNOWN_OPTIONS = OTHER_OPTIONS | {*inspect.signature(Runner).parameters}
-# Texts of errors of mmengine, mmcv and Python; some name None instead of the type.
-UNKNOWN_TYPE = re.compile(
-    r"(\S+) is not in the [\w: ]+ registry|Cannot find (\S+) in registry|^(None) is not a callable object"
-)
-NAMELESS = ("optimizer", "conv_cfg", "norm_cfg", "upsample_cfg")  # keys whose type those leave out
+NOT_OF_A_REGISTRY = ("nms", "roi_layer")  # keys of dicts whose type is found in another way
+TAKEN_OUT = {  # keywords that builders take out of a dict: of norms, schedules, optimizers, hooks, ...
+    *("requires_grad", "convert_to_iter_based", "by_epoch", "paramwise_cfg", "constructor", "priority"),
+    *("scale_factor", "fallback_on_stride", "deformable_groups", "_scope_"),
+}
 NUMBER_OR_TEXT = "loss_scale"  # 512.0 or dynamic
-UNKNOWN_KEYWORD = re.compile(r"(\w+)(?:\.\w+)?\(\) got an unexpected keyword argument '(\w+)'")
 
 
 class Options(DictAction):
@@ -58,7 +56,7 @@ class Options(DictAction):
 def check_options(config: "Config", options: Mapping[str, Any]) -> None:
     """Check --cfg-options, a mapping from keys to values, against the config that they will change.
 
-    What takes them refuses unknown keywords when it is built, see `config_errors_as_user_errors`.
+    What takes them refuses unknown keywords when it is built, see `explained_by_config`.
 
     Raises:
         UserError: a first part that nothing reads, no such entry of a list, or text in place of a number.
@@ -91,43 +89,38 @@ def check_options(config: "Config", options: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def config_errors_as_user_errors(config: "Config") -> Iterator[None]:
-    """Context manager for building from a config: explain errors that come from its types or keywords.
+def explained_by_config(config: "Config") -> Iterator[None]:
+    """Context manager for building from a config: if that fails, look for mistakes in the config.
+
+    Looking alone would refuse configs that run, since some code reads a part in its own way.
 
     Raises:
-        UserError: a registry lacks a type of the config, or a class does not take one of its keywords. Other
-            errors pass.
+        UserError: building failed, and there are some. Without any, the error passes.
     """
     try:
         yield
-    except (KeyError, TypeError) as error:
-        mistake = _explanation(config, str(error.args[0])) if error.args else None
-        if mistake is None:
-            raise
-        raise UserError(mistake) from error
+    except UserError:
+        raise
+    except Exception as error:
+        if found := mistakes(config):
+            raise UserError("\n".join(found)) from error
+        raise
 
 
-def _explanation(config: "Config", message: str) -> str | None:
-    """A sentence about the type or keyword that an error's message names; None if the config has neither."""
+def mistakes(config: "Config") -> list[str]:
+    """A sentence for each type that is in no registry, and each keyword that nothing of its type takes."""
     used = {key: value for key, value in config.to_dict().items() if key in KNOWN_OPTIONS}
-    if found := UNKNOWN_TYPE.search(message):
-        named = found[found.lastindex or 1]
-        for path, node in _nodes(used, ""):
-            kind = node.get("type")
-            meant = path.endswith(NAMELESS) if named == "None" else kind == named
-            if meant and isinstance(kind, str) and not _candidates(path, node, config):
-                return f"{path}.type: there is no {kind}{_instead_of_type(kind, config)}"
-    elif found := UNKNOWN_KEYWORD.search(message):
-        owner, name = found.groups()
-        for path, node in _nodes(used, ""):
-            for called in _candidates(path, node, config) if name in node else ():
-                parts = inspect.getmro(called) if inspect.isclass(called) else (called,)
-                if owner not in {getattr(part, "__name__", "") for part in parts}:
-                    continue
-                known = _keywords(called)
-                if name not in known:
-                    return f"{path}: {called.__name__} takes no {name}{_suggestion(name, known)}"
-    return None
+    found = []
+    for path, node in _nodes(used, ""):
+        kind, candidates = node.get("type"), _candidates(path, node, config)
+        if isinstance(kind, str) and not candidates and not path.endswith(NOT_OF_A_REGISTRY):
+            found.append(f"{path}.type: there is no {kind}{_instead_of_type(kind, config)}")
+        keywords = [_keywords(candidate) for candidate in candidates]
+        known = {name for names in keywords for name in names or ()}
+        if candidates and None not in keywords:
+            for name in sorted(node.keys() - known - TAKEN_OUT - {"type"}):
+                found.append(f"{path}: {candidates[0].__name__} takes no {name}{_suggestion(name, known)}")
+    return found
 
 
 def check_saving(runner: Runner) -> None:
@@ -185,16 +178,16 @@ def _candidates(path: str, node: Mapping[str, Any], config: "Config") -> list[Ca
     return [entry for registry in _registries(config) if (entry := registry.get(kind)) is not None]
 
 
-def _keywords(called: Callable[..., Any]) -> set[str]:
-    """The keywords that a class, with those it inherits from, or a function declares."""
+def _keywords(called: Callable[..., Any]) -> set[str] | None:
+    """The keywords that a class, with its bases, or a function declares; None if it takes any."""
     classes = inspect.getmro(called)[:-1] if inspect.isclass(called) else ()
     names: set[str] = set()
     for part in [vars(c)["__init__"] for c in classes if "__init__" in vars(c)] or [called]:
         parameters = inspect.signature(part).parameters.values()
         names |= {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
         if not any(p.kind == p.VAR_KEYWORD for p in parameters):
-            break
-    return names
+            return names
+    return None
 
 
 def _instead_of_type(kind: str, config: "Config") -> str:

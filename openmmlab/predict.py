@@ -50,10 +50,10 @@ def load_model(config_file: str, checkpoint: str, device: str | None) -> "BaseMo
     config = read_config(config_file)
     need_file(checkpoint, "checkpoint")
     mmengine.registry.init_default_scope(config.default_scope)
-    from openmmlab.check_config import config_errors_as_user_errors
+    from openmmlab.check_config import explained_by_config
     from openmmlab.check_data import check_model
 
-    with config_errors_as_user_errors(config):
+    with explained_by_config(config):
         model = mmengine.registry.MODELS.build(config.model)
     with checkpoint_errors_as_user_errors(checkpoint):
         content = mmengine.runner.load_checkpoint(model, checkpoint, map_location="cpu", strict=True)

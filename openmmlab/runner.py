@@ -293,7 +293,7 @@ def _build(config: "Config", splits: Sequence[str]) -> tuple["Runner", tuple[str
     """
     from openmmlab import check_config, check_data
 
-    with check_config.config_errors_as_user_errors(config):
+    with check_config.explained_by_config(config):
         classes = check_data.check_data_sets(config, splits)
         runner = build_runner(config)
         model = unwrapped(runner)

@@ -98,6 +98,15 @@ def test_options_that_something_reads() -> None:
     check_config.check_options(runner.read_config(DETECTION), dict.fromkeys(keys, 1))
 
 
+def test_no_mistake_is_seen_in_our_own_configs() -> None:
+    """So that an error in a run with them keeps its traceback."""
+    names = ("detection", "segmentation")
+    detection, segmentation = (sorted(REPO.glob(f"{name}/configs/*.py")) for name in names)
+    for path in (*detection[::9], *segmentation[::5]):
+        config = runner.read_config(str(path))
+        assert "model" in config and not check_config.mistakes(config), path
+
+
 def test_the_best_metric_of_a_run_without_validation(tmp_path: Path) -> None:
     config = runner.read_config(DETECTION)
     assert config.default_hooks.checkpoint.save_best
@@ -120,7 +129,7 @@ def test_bugs_keep_their_tracebacks(bug: Exception) -> None:
     """Also where the config has the type or the key that the error names, but not as a mistake."""
     config = runner.read_config(DETECTION)
     config.custom_hooks = [dict(type="NumClassCheckHook", priority=49)]
-    with pytest.raises(type(bug)) as caught, check_config.config_errors_as_user_errors(config):
+    with pytest.raises(type(bug)) as caught, check_config.explained_by_config(config):
         raise bug
     assert caught.value is bug
 
