@@ -95,11 +95,11 @@ def explained_by_config(config: "Config") -> Iterator[None]:
     Looking alone would refuse configs that run, since some code reads a part in its own way.
 
     Raises:
-        UserError: building failed, and there are some. Without any, the error passes.
+        UserError: building failed, and there are some. Without any, the error passes, and OSErrors always do.
     """
     try:
         yield
-    except UserError:
+    except (UserError, OSError):
         raise
     except Exception as error:
         if found := mistakes(config):
