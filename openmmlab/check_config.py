@@ -2,6 +2,7 @@
 unknown types, unknown keywords. Messages name the key."""
 
 import inspect
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -12,7 +13,7 @@ import mmengine.registry
 from mmengine.config import DictAction
 from mmengine.evaluator import Evaluator
 from mmengine.hooks import CheckpointHook
-from mmengine.registry import Registry
+from mmengine.registry import Registry, build_from_cfg
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
@@ -33,6 +34,15 @@ TAKEN_OUT = {  # keywords that builders take out of a dict: of norms, schedules,
     *("scale_factor", "fallback_on_stride", "deformable_groups", "_scope_"),
 }
 NUMBER_OR_TEXT = "loss_scale"  # 512.0 or dynamic
+READ_KEYS = {  # of dicts without a type, all keys that the Runner reads
+    "auto_scale_lr": {"enable", "base_batch_size"},
+    "env_cfg": {"cudnn_benchmark", "mp_cfg", "dist_cfg", "resource_limit"},
+    "randomness": {*inspect.signature(Runner.set_randomness).parameters} - {"self"},
+}
+MISSPELLING = 0.86  # how alike, from 0 to 1, a new key is to one that is there if it is meant to be that
+BUILDERS = {build_from_cfg.__code__: "cfg", Runner.build_dataloader.__code__: "dataloader"}
+"""Code that builds a part of the config, and which of its arguments is that part."""
+LIBRARIES = {"mmcv", "mmdet", "mmengine", "mmseg", "torch"}
 
 
 class Options(DictAction):
@@ -59,7 +69,8 @@ def check_options(config: "Config", options: Mapping[str, Any]) -> None:
     What takes them refuses unknown keywords when it is built, see `explained_by_config`.
 
     Raises:
-        UserError: a first part that nothing reads, no such entry of a list, or text in place of a number.
+        UserError: a first part that nothing reads, a misspelt key of a dict without a type, no such entry
+            of a list, or text in place of a number.
     """
     for key, value in options.items():
         first, *rest = key.split(".")
@@ -78,6 +89,8 @@ def check_options(config: "Config", options: Mapping[str, Any]) -> None:
                     raise UserError(f"--cfg-options {key}: {path} is a list of {len(node)}, got {name}")
                 node = node[int(name)]
             elif isinstance(node, Mapping):
+                if name not in node and (meant := _misspelt(name, node, path)):
+                    raise UserError(f"--cfg-options {key}: nothing reads {name} there{meant}")
                 node = node.get(name)
             else:
                 break
@@ -88,23 +101,36 @@ def check_options(config: "Config", options: Mapping[str, Any]) -> None:
             raise UserError(f"--cfg-options {key}: expected {expected}, as in the config, got {value!r}")
 
 
+def _misspelt(name: str, node: Mapping[str, Any], path: str) -> str:
+    """What is meant by a new key of a dict, as the end of a message; empty if it may be a key. What has a
+    type is left to `mistakes`, which knows what that takes."""
+    if "type" in node:
+        return ""
+    if path in READ_KEYS:
+        return "" if name in READ_KEYS[path] else _suggestion(name, READ_KEYS[path])
+    near = get_close_matches(name, node, n=1, cutoff=MISSPELLING)
+    return f"; did you mean {near[0]}?" if near and not any(c.isdigit() for c in name) else ""
+
+
 @contextmanager
 def explained_by_config(config: "Config") -> Iterator[None]:
-    """Context manager for building from a config: if that fails, look for mistakes in the config.
+    """Context manager for building from a config: if that fails, look for the reason in the config.
 
     Looking alone would refuse configs that run, since some code reads a part in its own way.
 
     Raises:
-        UserError: building failed, and there are some. Without any, the error passes, and OSErrors always do.
+        UserError: building failed, and there are mistakes in the config, or OpenMMLab's or PyTorch's own code
+            refused a value. Other errors pass, and OSErrors always do.
     """
     try:
         yield
     except (UserError, OSError):
         raise
     except Exception as error:
-        if found := mistakes(config):
-            raise UserError("\n".join(found)) from error
-        raise
+        found = mistakes(config) or _refused_part(error, config)
+        if not found:
+            raise
+        raise UserError("\n".join(found)) from error
 
 
 def mistakes(config: "Config") -> list[str]:
@@ -121,6 +147,28 @@ def mistakes(config: "Config") -> list[str]:
             for name in sorted(node.keys() - known - TAKEN_OUT - {"type"}):
                 found.append(f"{path}: {candidates[0].__name__} takes no {name}{_suggestion(name, known)}")
     return found
+
+
+def _refused_part(error: Exception, config: "Config") -> list[str]:
+    """What a library's own constructor said to its part of the config, after the part's keys."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    built = [number for number, frame in enumerate(frames) if frame.f_code in BUILDERS]
+    inside = frames[built[-1] :] if built else []
+    if not built or {frame.f_globals["__name__"].partition(".")[0] for frame in inside} - LIBRARIES:
+        return []
+    part = inside[0].f_locals[BUILDERS[inside[0].f_code]]
+    if not isinstance(part, Mapping):
+        return []
+    kind = part.get("type")
+    paths = [
+        path
+        for path, node in _nodes(config.to_dict(), "")
+        if node.get("type") == kind and node and all(part.get(key) == value for key, value in node.items())
+    ]
+    where = " or ".join(paths) or str(kind)
+    said = str(error.args[0] if error.args else "")  # str() of a KeyError adds quotes
+    said = said or traceback.extract_tb(error.__traceback__)[-1].line  # of an assert without a message
+    return [f"{where}: {said} (FOCAL_TRACEBACK=1 shows where)"]
 
 
 def check_saving(runner: Runner) -> None:

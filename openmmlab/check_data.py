@@ -38,6 +38,10 @@ HEADS = {  # names of heads in mmdet and mmseg whose num_classes must be that of
     *("bbox_head", "mask_head", "mask_iou_head", "point_head", "panoptic_head", "panoptic_fusion_head"),
     *("decode_head", "auxiliary_head"),
 }
+NECK_READERS = {  # by the key of their channels: modules of mmdet that get the neck's maps as they are
+    "in_channels": re.compile(r"(rpn_head|bbox_head|roi_head\.(bbox|mask)_head)(\.\d+)?"),
+    "out_channels": re.compile(r"roi_head\.(bbox|mask)_roi_extractor(\.\d+)?"),
+}
 OTHER_CLASSES = re.compile("rpn_?head|semantic_head|STDCHead", re.I)  # proposals, stuff, boundaries
 
 
@@ -361,13 +365,17 @@ def _check_category_names(categories: list[dict[str, Any]], classes: tuple[str, 
 
 
 def check_model(model: nn.Module, classes: Sequence[str] | None) -> None:
-    """Refuse heads for another number of classes, and necks or heads for another backbone's channels.
+    """Refuse heads for another number of classes, necks and heads for other channels than they get, and ways
+    of testing that mmseg would refuse after the first training.
 
     Raises:
         UserError: they do not fit; the message names their keys.
     """
     if classes is not None:
         _check_heads(model, classes)
+    _check_channels(model)
+    if model.__class__.__module__.startswith("mmseg."):
+        _check_sliding(model.test_cfg or {})
     backbone = getattr(model, "backbone", None)
     if not isinstance(backbone, FocalBackbone):
         return
@@ -386,6 +394,29 @@ def check_model(model: nn.Module, classes: Sequence[str] | None) -> None:
             raise UserError(
                 f"model.{name}.in_channels: expected {expected}, as the backbone has, got {asked}"
             )
+
+
+def _check_channels(model: nn.Module) -> None:
+    """Refuse what reads the neck's maps with another number of channels than it makes."""
+    channels = getattr(getattr(model, "neck", None), "out_channels", None)
+    if not isinstance(channels, int) or hasattr(getattr(model, "roi_head", None), "shared_head"):
+        return
+    for name, module in model.named_modules():
+        for key, readers in NECK_READERS.items():
+            asked = getattr(module, key, None) if readers.fullmatch(name) else None
+            if isinstance(asked, int) and asked != channels:
+                raise UserError(f"model.{name}.{key}: expected {channels}, as model.neck makes, got {asked}")
+
+
+def _check_sliding(options: Mapping[str, Any]) -> None:
+    """Refuse options of testing that mmseg reads when it tests for the first time."""
+    mode = options.get("mode", "whole")
+    if mode not in ("whole", "slide"):
+        raise UserError(f"model.test_cfg.mode: expected whole or slide, got {mode!r}")
+    for key in ("crop_size", "stride") if mode == "slide" else ():
+        value = options.get(key)
+        if not isinstance(value, list | tuple) or len(value) != 2:
+            raise UserError(f"model.test_cfg.{key}: mode slide needs (rows, columns) in pixels, got {value}")
 
 
 def _check_heads(model: nn.Module, classes: Sequence[str]) -> None:

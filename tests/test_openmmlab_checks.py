@@ -73,7 +73,8 @@ def last_error(capsys: pytest.CaptureFixture[str]) -> str:
         ("train_cfg.max_epochs=", "train_cfg.max_epochs: expected a number, as in the config, got ''"),
         ("default_hooks.checkpoint.intervall=2", "CheckpointHook takes no intervall; did you mean interval?"),
         ("default_hooks.checkpoint.save_best=bbox_mAP", "whose names begin with coco/, got bbox_mAP"),
-        ("train_dataloader.batchsize=1", "train_dataloader: DataLoader takes no batchsize; did you mean bat"),
+        ("train_dataloader.batchsize=1", "nothing reads batchsize there; did you mean batch_size?"),
+        ("train_dataloader.workers=1", "train_dataloader: DataLoader takes no workers; did you mean num_"),
         ("model.bakbone.depths=1", "model: MaskRCNN takes no bakbone; did you mean backbone"),
         ("model.neck.norm_cfg.type=GM", "model.neck.norm_cfg.type: there is no GM"),
         ("model.neck.type=FPM", "model.neck.type: there is no FPM; did you mean"),
@@ -82,6 +83,14 @@ def last_error(capsys: pytest.CaptureFixture[str]) -> str:
         ("train_dataloader.dataset.type=CoccoDataset", "no CoccoDataset; did you mean"),
         ("optim_wrapper.optimizer.type=Adamw", "optimizer.type: there is no Adamw; did you"),
         ("optim_wrapper.optimizer.lrr=1", "optim_wrapper.optimizer: AdamW takes no lrr; did you mean lr"),
+        ("model.test_cfg.rcnn.score_thrr=0.1", "nothing reads score_thrr there; did you mean score_thr?"),
+        ("randomness.seedd=1", "nothing reads seedd there; did you mean seed?"),
+        ("model.neck.out_channels=128", "model.rpn_head.in_channels: expected 128, as model.neck makes, got"),
+        ("model.roi_head.mask_head.in_channels=8", "roi_head.mask_head.in_channels: expected 64, as model."),
+        ("val_evaluator.metric=bboxx", "val_evaluator: metric should be one of 'bbox', "),
+        ("optim_wrapper.optimizer.lr=-1", "optim_wrapper.optimizer: Invalid learning rate: -1"),
+        ("train_dataloader.batch_size=0", "train_dataloader: batch_size should be a positive integer value"),
+        ("model.neck.num_outs=1", "model.neck: assert num_outs >= "),
     ],
 )
 def test_mistakes_in_options(
@@ -132,6 +141,16 @@ def test_bugs_keep_their_tracebacks(bug: Exception) -> None:
     with pytest.raises(type(bug)) as caught, check_config.explained_by_config(config):
         raise bug
     assert caught.value is bug
+
+
+def test_bugs_in_own_parts_keep_their_tracebacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of the user's, also where it fails in a library's code."""
+
+    monkeypatch.setitem(MODELS.module_dict, "OwnNeck", lambda broken: torch.nn.Linear(1, None))
+    config = runner.read_config(DETECTION)
+    config.model.neck = {"type": "OwnNeck", "broken": True}
+    with pytest.raises(TypeError, match="NoneType"), check_config.explained_by_config(config):
+        MODELS.build(config.model)
 
 
 # --- Annotation files ---------------------------------------------------------------------------------------
@@ -393,6 +412,24 @@ def test_outputs_that_the_backbone_of_segmenters_lacks(index: int | list[int]) -
     model.decode_head.in_index = index
     with pytest.raises(UserError, match=r"decode_head.in_index: expected .* 0 to 3, got"):
         check_data.check_model(model, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "slid"}, r"test_cfg\.mode: expected whole or slide, got 'slid'"),
+        ({"mode": "slide", "crop_size": (64, 64)}, r"test_cfg\.stride: mode slide needs \(rows, columns\)"),
+        ({"mode": "slide", "crop_size": 64, "stride": (42, 42)}, r"test_cfg\.crop_size: .* got 64"),
+    ],
+)
+def test_ways_to_test_segmenters(options: dict[str, Any], message: str) -> None:
+    model = MODELS.build(runner.read_config(SEGMENTATION).model)
+    check_data.check_model(model, None)
+    model.test_cfg = options
+    with pytest.raises(UserError, match=message):
+        check_data.check_model(model, None)
+    model.test_cfg = options | {"mode": "whole"}
+    check_data.check_model(model, None)
 
 
 def test_class_weights_of_segmenters() -> None:
