@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import NANO, NANO_WORDS, REPO, csv_rows
+from conftest import NANO, NANO_WORDS, csv_rows
 from torch import nn
 
 from config import load_config
-from models import VARIANTS
 from models.focal_transformer import BACKENDS
 from tools.benchmarks import attention, common, entries, loader, models
 
@@ -116,18 +115,6 @@ def test_models_by_name() -> None:
     for family, by_size in entries.FAMILIES.items():
         for name in by_size.values():
             assert entries.config_file(name) if family in entries.OURS else timm.is_model(name)
-
-
-def test_a_model_of_another_checkout() -> None:
-    (entry,) = entries.entries([f"{REPO}@focal-tiny:plain"])
-    with torch.device("meta"):
-        model = entries.build(entry, 224)
-    assert type(model).__name__ == "FocalTransformer" and type(model).__module__.startswith("checkout_")
-    assert entries.attention_backends(model, torch.float32) == "plain"
-    for name in VARIANTS:
-        assert timm.models.model_entrypoint(name).__module__ == "models.registry"
-    with pytest.raises(ValueError, match="expected a checkout of this repository"):
-        entries.models_of(REPO / "tools")
 
 
 def test_rounds_alternate_and_ratios_pair_them() -> None:

@@ -1,7 +1,7 @@
 """Compares the speed of models by resolution, mode, precision and compilation.
 
     python -m tools.benchmarks.models --device cuda --precisions bf16 --batch-size 128 --sizes 224 448 896
-    python -m tools.benchmarks.models --models focal-tiny focal-tiny:plain ../before@focal-tiny swin-tiny
+    python -m tools.benchmarks.models --models focal-tiny focal-tiny:plain swin-tiny
 
 Modes: `infer` is the forward pass without gradients; `train` is a training step: forward, cross entropy,
 backward and AdamW. Inputs are on the device; precisions other than fp32 use autocast, fp16 also loss scaling.
