@@ -10,13 +10,11 @@ FLOPs are those of the matrix products with the keys that a window sees. Results
 float64: the largest error, relative to the largest value, may be twice that of `plain` in the same precision.
 
 --index times what a new image size costs: the index of keys of all stages, and the tables that the operators
-derive from it.
+derive from it for training.
 """
 
 import argparse
-import math
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -258,7 +256,7 @@ def time_backends(
 
 
 def time_index(path: str, resolution: int, args: argparse.Namespace) -> list[list[Cell]]:
-    """Rows of INDEX_COLUMNS: the index of all stages, and the tables that each operator derives."""
+    """Rows of INDEX_COLUMNS: the index of all stages, and the tables that each operator trains with."""
     from models.ops import cpu
     from models.ops.triton.tables import build_tables
 
@@ -268,21 +266,19 @@ def time_index(path: str, resolution: int, args: argparse.Namespace) -> list[lis
         with torch.autograd.forward_ad.dual_level():  # what is built while tracing is not cached
             return [tokens.index for tokens in maps]
 
-    def cpu_tables(trains: bool) -> None:
+    def cpu_tables() -> None:
         for tokens, index in zip(maps, built, strict=True):
             heads, width = tokens.layer.num_heads, tokens.layer.head_dim
-            cpu.prepare(index, Request("cpu", args.device, torch.float32, heads, width, trains))
+            cpu.prepare(index, Request("cpu", args.device, torch.float32, heads, width, trains=True))
 
-    def triton_tables(trains: bool) -> None:
+    def triton_tables() -> None:
         for index in built:
-            build_tables(index, trains)
+            build_tables(index, True)
 
-    built, builders = indices(), {"cpu": cpu_tables, "triton": triton_tables}
-    if args.device.type != "cpu":
-        del builders["cpu"]
-    timers = {"index": Timer(indices, args.device)}
-    for (backend, build), kind in product(builders.items(), PASSES):
-        timers[f"{backend}, {kind}"] = Timer(partial(build, kind != "forward"), args.device)
+    built, builders = indices(), {"index": indices, "triton": triton_tables}
+    if args.device.type == "cpu":
+        builders["cpu"] = cpu_tables
+    timers = {name: Timer(build, args.device) for name, build in builders.items()}
     times = common.alternate(timers, args.rounds)
     return [[Path(path).stem, resolution, name, milliseconds(times[name])] for name in times]
 
@@ -299,7 +295,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=common.positive, default=8)
     parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=["fp32"])
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no shape after this time")
     parser.add_argument("--index", action="store_true", help="cost of a new image size, not backends")
     return parser.parse_args(argv)
 
@@ -307,7 +302,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def measure(args: argparse.Namespace) -> int:
     """Measure and publish; 1 if a result is wrong."""
     facts, rows = common.describe_run(args.device), []
-    deadline = time.monotonic() + 60 * args.minutes
     if args.index:
         for path, resolution in product(args.cfg, args.sizes):
             rows += time_index(path, resolution, args)
@@ -322,8 +316,6 @@ def measure(args: argparse.Namespace) -> int:
     publish = partial(common.publish, args, "The attention operator", facts, [note], COLUMNS)
     for precision, path, resolution in product(args.precisions, args.cfg, args.sizes):
         for shape in shapes_of(path, resolution, args.device):
-            if time.monotonic() > deadline:
-                continue
             found = time_backends(shape, precision, peaks, args)
             rows += found
             publish(rows, news=common.markdown_table(COLUMNS, found))

@@ -8,8 +8,8 @@
 2. tools.benchmarks.attention: the kernels alone against the limits of the device.
 3. tools.benchmarks.models: inference and training against Swin and others.
 
-Every part ends when its share of the time is over, and writes files <date>_gpu_* after each step, so that a
-run that is cut short leaves what it found. Neither a kernel that crashes its process nor a compiler that
+Every part is stopped when its share of the time is over. It writes files <date>_gpu_* after each step, so it
+leaves what it found. Neither a kernel that crashes its process nor a compiler that
 hangs stops the other parts. Exit status 1: a result is wrong, or a part failed.
 """
 
@@ -36,7 +36,6 @@ logger = logging.getLogger("benchmarks.gpu_report")
 CHECKERS = 6  # most processes for checks, which do not need a quiet machine
 CHECKER_BYTES = 12 * 2**30  # of GPU memory for one
 CHECKS_END = 0.45  # of the time
-GRACE = 20.0  # seconds to start a part, and to end what it has begun
 SMALL, LARGE = "128", "32"  # images of a step, at 224 and at 448 pixels
 FEW = ("focal", "focalv2", "swin")
 BACKENDS = ("--backends", "plain", "triton")
@@ -95,7 +94,6 @@ def run_part(args: argparse.Namespace, name: str, words: Sequence[str], end: flo
     seconds = end - time.monotonic()
     tool, *options = words
     options += ["--device", str(args.device), "--out", os.path.abspath(args.out), "--name", f"gpu_{name}"]
-    options += ["--minutes", f"{max(0, seconds - GRACE) / 60:.2f}"]
     try:
         command = [sys.executable, "-m", f"tools.benchmarks.{tool}", *options]
         done = subprocess.run(command, cwd=common.REPO, timeout=max(0, seconds), check=False)
