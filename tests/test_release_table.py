@@ -1,6 +1,5 @@
 """tools/benchmarks/release_table: ViL is ViL, and every model of the release has its row."""
 
-import time
 from pathlib import Path
 
 import pytest
@@ -125,17 +124,3 @@ def test_a_process_that_dies_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     args.device = CPU
     (row,) = release_table.run_group(args, "tiny", 224)
     assert row.note == common.DIED and not row.seconds
-
-
-def test_processor_time_does_not_count_what_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sleeping stands for other processes on the processor; one thread's time has no share of them."""
-    seen = []
-    monkeypatch.setattr(
-        models, "run_group", lambda: seen.append(common.seconds_of(lambda: time.sleep(0.1), 1, CPU))
-    )
-    monkeypatch.setattr(common, "clock", time.perf_counter)
-    monkeypatch.setattr(pytest.importorskip("resource"), "setrlimit", lambda *_: None)
-    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
-    for threads in (2, 1):
-        release_table.run_in_process(CPU, threads)
-    assert seen[0] >= 0.1 and seen[1] < 0.05

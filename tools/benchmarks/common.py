@@ -43,7 +43,6 @@ MAX_CALLS = 1000  # of an action in one round
 NO_TIME = "left out: no time"
 DIED = "failed: its process ended, for lack of memory or with the error above"
 EXIT_SECONDS = 10.0  # that a process may take to end after its result
-clock = time.perf_counter  # a tool may set time.process_time: other work on the machine then counts less
 
 
 # --- Timing -------------------------------------------------------------------------------------------------
@@ -69,11 +68,11 @@ Key = TypeVar("Key")
 def seconds_of(action: Callable[[], object], calls: int, device: torch.device) -> float:
     """Seconds per call of `action`, over several calls, including the device's work."""
     utils.synchronize(device)
-    start = clock()
+    start = time.perf_counter()
     for _ in range(calls):
         action()
     utils.synchronize(device)
-    return (clock() - start) / calls
+    return (time.perf_counter() - start) / calls
 
 
 class Timer:

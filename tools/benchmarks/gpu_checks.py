@@ -27,11 +27,6 @@ from .entries import CLASSES, FAMILIES, OURS
 
 TINY = (FAMILIES["focal"]["tiny"], FAMILIES["focalv2"]["tiny"])
 RELEASED = tuple(FAMILIES[family][size] for size in ("tiny", "base", "small") for family in OURS)
-QUICK = {  # options of a small model, to try the checks themselves
-    **{"img_size": 32, "embed_dim": 8, "depths": (1,), "num_heads": (1,), "window_size": 4},
-    **{"focal_stages": (0,), "focal_levels": (2,), "focal_windows": (3,), "expand_sizes": (1,)},
-    **{"focal_topk": 12},
-}
 HALF = {"cuda": "bf16", "cpu": "fp16"}  # by device: Triton's interpreter has no products of bfloat16
 OK, FAILED, NOT_RUN = "ok", "FAILED", "not run"
 COLUMNS = ("check", "part", "model", "precision", "result", "error", "limit", "note")
@@ -46,12 +41,6 @@ class Case(NamedTuple):
     variant: str  # a key of `VARIANTS`
     precision: str  # a key of DTYPES; half precisions are autocast
     device: torch.device
-    quick: bool = False  # a tiny model in place of the variant
-
-    @property
-    def side(self) -> int:
-        """Pixels of an image."""
-        return QUICK["img_size"] if self.quick else 224
 
     def row(self, what: str, result: str, *more: common.Cell) -> list[common.Cell]:
         """By COLUMNS; `more` are error, limit and note."""
@@ -82,9 +71,8 @@ def run(case: Case) -> list[list[common.Cell]]:
 def make_model(case: Case, backend: str) -> FocalTransformer:
     """The same model for every operator, in evaluation."""
     torch.manual_seed(0)
-    options = VARIANTS[case.variant] | (QUICK if case.quick else {})
-    options |= {"drop_path_rate": 0.0, "num_classes": CLASSES, "attention_backend": backend}
-    model = FocalTransformer(**options, device=case.device).eval()
+    fixed = {"drop_path_rate": 0.0, "num_classes": CLASSES, "attention_backend": backend}
+    model = FocalTransformer(**VARIANTS[case.variant] | fixed, device=case.device).eval()
     randomise(model)
     return model
 
@@ -96,7 +84,8 @@ class Subject:
         self.case = case
         self.precision = Precision(DTYPES[case.precision])
         generator = torch.Generator().manual_seed(1)
-        shape = (2, CHECKED_IMAGES, 3, case.side, case.side)
+        side = VARIANTS[case.variant].get("img_size", 224)
+        shape = (2, CHECKED_IMAGES, 3, side, side)
         self.images, self.others = torch.randn(shape, generator=generator).to(case.device).unbind()
         self.cotangent = torch.randn(CHECKED_IMAGES, CLASSES, generator=generator).to(case.device)
 
@@ -210,10 +199,10 @@ CHECKS: dict[str, Callable[[Case], list[Outcome]]] = {
 }
 
 
-def cases(device: torch.device, quick: bool) -> list[Case]:
-    """All checks, those that take long to compile early; quickly, for one small model of each family."""
+def cases(device: torch.device) -> list[Case]:
+    """All checks, those that take long to compile early."""
     half, graphs = HALF[device.type], TINY if device.type == "cuda" else ()
-    more = [] if quick else [name for name in RELEASED if name not in TINY]
+    more = [name for name in RELEASED if name not in TINY]
     wanted = [
         ("forward and backward", TINY, ("fp32", half)),
         ("torch.compile", TINY, (half,)),
@@ -224,7 +213,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
         ("another GPU than the current one", TINY if torch.cuda.device_count() > 1 else (), (half,)),
     ]
     return [
-        Case(check, variant, precision, device, quick)
+        Case(check, variant, precision, device)
         for check, variants, precisions in wanted
         for variant in variants
         for precision in precisions

@@ -16,7 +16,6 @@ DeiT, ViT and Swin are timm's, ViL is in vil.py, PVT and CvT are those of transf
 import argparse
 import logging
 import sys
-import time
 from collections.abc import Sequence
 from functools import partial
 from itertools import product
@@ -163,8 +162,6 @@ def run_group(args: argparse.Namespace, size: str, resolution: int) -> list[Row]
 def run_in_process(device: torch.device, threads: int, *job: Any) -> list[Row]:
     """`models.run_group(*job)`; on a CPU, a model that needs more memory than is free now fails alone."""
     torch.set_num_threads(threads)
-    if device.type == "cpu" and threads == 1:
-        common.clock = time.process_time
     if device.type == "cpu" and sys.platform == "linux":
         import resource
 
@@ -236,8 +233,7 @@ def measure(args: argparse.Namespace) -> int:
         "the same size that the release reports, for a GPU that it does not name. Reported parameters are "
         "those of each model's paper, reported GMACs those of the release, both at 224 pixels. The models of "
         "timm and ViL use PyTorch's fused attention; PVT and CvT, of transformers, do not. ViT-Base/16 and "
-        "DeiT-Base/16 are the same network: the difference between their rows is noise. One thread on a CPU "
-        "is timed by the processor time that it gets, so other work on the machine counts less."
+        "DeiT-Base/16 are the same network: the difference between their rows is noise."
     ]
     sizes = [size for size in SIZES if any(MODELS[label].size == size for label in args.models)]
     for resolution, size in product(sorted(args.sizes), sizes):
