@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 import psutil
 import torch
-from torch import Tensor
 
 import utils
 
@@ -118,30 +117,6 @@ def alternate(timers: dict[Key, Callable[[], float]], rounds: int) -> dict[Key, 
 def speed_ratio(times: Sequence[float], base: Sequence[float]) -> Spread:
     """How many times as fast as `base`: the spread over the rounds that both were timed in."""
     return Spread.of([theirs / ours for ours, theirs in zip(times, base, strict=True)])
-
-
-def training_step(
-    loss: Callable[[], Tensor],
-    optimizer: torch.optim.Optimizer,
-    precision: utils.Precision,
-    device: torch.device,
-) -> Callable[[], Tensor]:
-    """A step of training on a device: loss under autocast, backward with loss scaling, update.
-
-    It waits for the device only where training does, and returns the loss.
-    """
-    scaler = precision.scaler(device)
-
-    def step() -> Tensor:
-        with precision.autocast(device):
-            value = loss()
-        scaler.scale(value).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        return value.detach()
-
-    return step
 
 
 # --- Other processes ----------------------------------------------------------------------------------------

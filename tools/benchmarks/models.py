@@ -105,8 +105,18 @@ def make_step(model: nn.Module, images: torch.Tensor, setting: Setting) -> Calla
     model.train()
     labels = torch.arange(len(images), device=device) % entries.CLASSES
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device.type == "cuda")
-    loss = lambda: F.cross_entropy(call(images), labels)  # noqa: E731
-    return common.training_step(loss, optimizer, precision, device)
+    scaler = precision.scaler(device)
+
+    def train() -> torch.Tensor:
+        with precision.autocast(device):
+            loss = F.cross_entropy(call(images), labels)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return train
 
 
 @contextmanager
