@@ -140,7 +140,7 @@ def test_other_devices_are_refused(
     assert "--device: expected cpu or cuda, got mps" in capsys.readouterr().err
 
 
-def test_backends_are_checked_and_timed(quick: None, nano: Path, tmp_path: Path) -> None:
+def test_backends_are_timed(quick: None, nano: Path, tmp_path: Path) -> None:
     out = tmp_path / "results"
     words = ["--cfg", str(nano), "--sizes", "64", "--precisions", "fp32", "bf16", "--out", str(out)]
     assert attention.main([*words, *TINY]) == 0
@@ -148,22 +148,9 @@ def test_backends_are_checked_and_timed(quick: None, nano: Path, tmp_path: Path)
     assert len(rows) == len(NANO["MODEL.FOCAL.DEPTHS"]) * 2 * 2 * len(BACKENDS)
     for row in rows:
         if row["backend"] in ("plain", "cpu"):
-            assert row["check"] == "ok" and float(row["ms"]) > 0 and float(row["times floor"]) > 0
+            assert row["note"] == "" and float(row["ms"]) > 0 and float(row["times floor"]) > 0
         else:
-            assert row["check"].startswith("cannot run: ") and not row["ms"]
-
-
-def test_a_wrong_backend_is_found(quick: None, nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = attention.Contender.results
-
-    def wrong(self: attention.Contender) -> list[torch.Tensor]:
-        out, d_qkv, d_bias = honest(self)
-        return [out, d_qkv * (1.01 if self.name == "cpu" else 1), d_bias]
-
-    monkeypatch.setattr(attention.Contender, "results", wrong)
-    assert attention.main(["--cfg", str(nano), "--sizes", "32", "--backends", "plain", "cpu", *TINY]) == 1
-    off = attention.verdict([0.0, float("nan"), 0.0], [0.0] * 3, torch.float32)
-    assert off == "WRONG: d_qkv"
+            assert row["note"].startswith("cannot run: ") and not row["ms"]
 
 
 def test_the_cost_of_an_index(quick: None, nano: Path, tmp_path: Path) -> None:

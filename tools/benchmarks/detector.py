@@ -37,7 +37,7 @@ COLUMNS = ("images", "attention", "img/s", f"vs {ONE_SIZE}")
 
 
 def new_timer(batches: Sequence[dict[str, list[Any]]], device: torch.device) -> tuple[common.Timer, str]:
-    """Of the steps of a round, after a warm-up, of a detector with fresh weights; and its attention operators.
+    """Of the steps of a round of a detector with fresh weights, after a warm-up; and its attention operators.
 
     Batches, as `make_batch` makes them, are taken in turn.
     """

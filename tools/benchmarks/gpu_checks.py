@@ -3,7 +3,7 @@
 The reference is the plain operator in float64, with random weights that are large enough for every part of a
 model to matter. The error of a result is its largest one, relative to its largest true value, or to the
 median gradient's if that is more, since some gradients are zero but for rounding. The limit is twice the
-error of the plain operator in the same precision, see `attention.limit`; for gradients twice the sum of that
+error of the plain operator in the same precision, see `limit`; for gradients twice the sum of that
 and of the median gradient's, since a gradient of one number may be exact by chance.
 """
 
@@ -21,13 +21,16 @@ from models.registry import VARIANTS
 from utils import Precision
 
 from . import common
-from .attention import CHECKED_IMAGES, errors, limit, randomise
+from .attention import randomise
 from .common import DTYPES
 from .entries import CLASSES, FAMILIES, OURS
 
 TINY = (FAMILIES["focal"]["tiny"], FAMILIES["focalv2"]["tiny"])
 RELEASED = tuple(FAMILIES[family][size] for size in ("tiny", "base", "small") for family in OURS)
 HALF = {"cuda": "bf16", "cpu": "fp16"}  # by device: Triton's interpreter has no products of bfloat16
+CHECKED_IMAGES = 2
+TOLERANCE = 2.0  # times the error of `plain` in the same precision
+LEAST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # always allowed
 OK, FAILED, NOT_RUN = "ok", "FAILED", "not run"
 COLUMNS = ("check", "part", "model", "precision", "result", "error", "limit", "note")
 
@@ -54,6 +57,19 @@ class Outcome(NamedTuple):
     error: float
     limit: float
     note: str = ""
+
+
+def errors(results: Sequence[Tensor], truth: Sequence[Tensor], least: float) -> list[float]:
+    """Largest error of each, relative to its largest true value, or to `least` if that is more."""
+    return [
+        float((x - y).abs().max() / y.abs().max().clamp_min(least))
+        for x, y in zip(results, truth, strict=True)
+    ]
+
+
+def limit(yardstick: float, dtype: torch.dtype) -> float:
+    """The largest error that is allowed where `plain` has the error `yardstick`."""
+    return max(TOLERANCE * yardstick, LEAST_ERROR[dtype])
 
 
 def run(case: Case) -> list[list[common.Cell]]:

@@ -9,7 +9,6 @@ photograph, of 500x375 pixels and about 110 kB each (the mean of ImageNet).
 import argparse
 import io
 import random
-import statistics
 import sys
 import tarfile
 import tempfile
@@ -53,16 +52,13 @@ def photograph(seed: int) -> Image.Image:
     return whole.crop((left, top, left + WIDTH, top + HEIGHT))
 
 
-def make_images(root: Path, training: int) -> float:
-    """Write training images, and one per class for validation; returns their mean size in kB."""
-    sizes = []
+def make_images(root: Path, training: int) -> None:
+    """Write training images, and one per class for validation."""
     for split, number in (("train", training), ("val", CLASSES)):
         for index in range(number):
             path = root / split / f"class{index % CLASSES}" / f"{index:05d}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             photograph(index + (split == "val") * 1_000_000).save(path, quality=QUALITY)
-            sizes.append(path.stat().st_size / 1000)
-    return statistics.mean(sizes)
 
 
 def pack_images(root: Path) -> None:
@@ -148,11 +144,11 @@ def measure(args: argparse.Namespace) -> int:
     facts, rows = common.describe_run(args.device), []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        kilobytes = make_images(root, args.images)
+        make_images(root, args.images)
         pack_images(root)
         facts["Images"] = (
-            f"{args.images} of {WIDTH}x{HEIGHT} pixels, JPEG quality {QUALITY}, {kilobytes:.0f} kB each; to "
-            f"{args.size}x{args.size}, batches of {args.batch_size}"
+            f"{args.images} of {WIDTH}x{HEIGHT} pixels, JPEG quality {QUALITY}; to {args.size}x{args.size}, "
+            f"batches of {args.batch_size}"
         )
         for workers in args.workers:
             timers = {name: timer_of(loaders_for(root, name, workers, args)) for name in CASES}
