@@ -463,7 +463,6 @@ def test_coco_config_is_the_papers_head() -> None:
     model = Config.fromfile(REPO / f"detection/configs/{CONFIG}.py").model
     head = MODELS.build(model.bbox_head | {"train_cfg": model.train_cfg, "test_cfg": model.test_cfg})
     assert (head.loss_corner.loss_weight, head.loss_corner_offset.loss_weight) == (0.25, 1.0)
-    assert head.foreground_weight == 0.1
     assert isinstance(head, RepPointsV2Head) and head.verifiers == {1: 0, 2: 0, 3: 1, 4: 1}
     assert head.top_left.direction1_conv.conv.out_channels == 64
     assert sum(p.numel() for p in head.parameters()) == 7_210_442

@@ -31,8 +31,6 @@ FAMILIES: dict[str, dict[str, str]] = {  # family -> size -> configuration, or m
     "convnext": {size: f"convnext_{size}" for size in SIZES},
     "deit": {"tiny": "deit_small_patch16_224", "base": "deit_base_patch16_224"},  # by parameters and MACs
     "focalnet": {size: f"focalnet_{size}_srf" for size in SIZES},
-    "pvt_v2": {"tiny": "pvt_v2_b2", "small": "pvt_v2_b3", "base": "pvt_v2_b5"},
-    "davit": {size: f"davit_{size}" for size in SIZES},
 }
 BUILDERS: dict[str, Callable[..., nn.Module]] = {}  # models of other sources by name; options are timm's
 OURS = ("focal", "useconv", "focalv2")
