@@ -63,16 +63,12 @@ def draw(args: argparse.Namespace) -> Iterator[tuple[str, "Figure"]]:
         mean, std = mean.mean(dim=0, keepdim=True), std.mean(dim=0, keepdim=True)
     pixels = (image[0].cpu() * std + mean).clamp(0, 1).expand(3, -1, -1)
     picture = pixels.permute(1, 2, 0).numpy()
-    model_name, name = trained.config.MODEL.NAME, Path(args.image).name
-
-    def title(text: str) -> str:
-        return f"{model_name}: {text},\n{name}, query at {at[0]}, {at[1]}"
-
+    title = f"{trained.config.MODEL.NAME}, {Path(args.image).name},\nquery at {at[0]}, {at[1]}"
     if "keys" in args.kinds:
-        yield "keys", drawing.keys_figure([("", maps)], picture, at, title("the keys of a query"))
+        yield "keys", drawing.keys_figure([("", maps)], picture, at, f"{title}: its keys")
     if "attention" in args.kinds:
         recorded = attention.record(model, image, maps)
-        yield "attention", drawing.attention_figure(maps, recorded, picture, at, title("mean over heads"))
+        yield "attention", drawing.attention_figure(maps, recorded, picture, at, f"{title}: mean over heads")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
