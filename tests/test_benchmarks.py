@@ -53,8 +53,7 @@ def test_the_table_of_models(quick: None, tmp_path: Path) -> None:
             assert row["note"].startswith("failed: ") and not row["img/s"]
             continue
         assert row["note"] == "" and float(row["img/s"]) > 0
-        assert float(row["vs swin lower"]) <= float(row["vs swin"]) <= float(row["vs swin upper"])
-        assert float(row["params M"]) > 0 and float(row["GMACs"]) > 0
+        assert float(row["vs swin"]) > 0 and float(row["params M"]) > 0 and float(row["GMACs"]) > 0
         assert row["attention"] == {"focal-tiny": "cpu", "focal-tiny:plain": "plain"}.get(row["model"], "")
         assert row["model"] != "swin-tiny" or float(row["vs swin"]) == 1
     text = next(out.glob("*.md")).read_text()

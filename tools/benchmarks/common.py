@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from importlib import metadata
-from itertools import chain
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -270,17 +269,12 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Cell]], align
 
 
 def csv_text(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """The rows with all digits; None is an empty cell, and a spread takes three columns."""
-    wide = {i for row in rows for i, cell in enumerate(row) if isinstance(cell, Spread)}
-    names = [
-        (name, f"{name} lower", f"{name} upper") if i in wide else (name,) for i, name in enumerate(columns)
-    ]
+    """The rows with all digits; None is an empty cell, and of a spread there is the median."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(chain(*names))
+    writer.writerow(columns)
     for row in rows:
-        cells = [(cell or (None,) * 3) if i in wide else (cell,) for i, cell in enumerate(row)]
-        writer.writerow(chain(*cells))
+        writer.writerow([cell.median if isinstance(cell, Spread) else cell for cell in row])
     return text.getvalue()
 
 
