@@ -95,19 +95,15 @@ def count(config: "Config", size: tuple[int, int]) -> Cost:
     import_module(f"{config.default_scope}.models")
     from mmengine.registry import MODELS, DefaultScope
 
-    plain = (
-        {"attention_backend": "plain", "with_cp": False}
-        if config.model.backbone.type == "FocalBackbone"
-        else {}
-    )
-    model = type(config.model)(
-        {**config.model, "backbone": {**config.model.backbone, **plain, "init_cfg": None}}
-    )
+    backbone = {**config.model.backbone, "init_cfg": None}
+    if backbone["type"] == "FocalBackbone":
+        backbone |= {"attention_backend": "plain", "with_cp": False}
+    model = type(config.model)({**config.model, "backbone": backbone})
     samples = [detectors_sample(size)] if config.default_scope == "mmdet" else None
     with DefaultScope.overwrite_default_scope(config.default_scope), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the packages' own deprecated calls
         built = MODELS.build(model)
-    built.eval()  # not chained: eval() of mmdet's backbones returns None
+    built.eval()
     with ZeroProducts(), counter() as seen, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         built(torch.zeros(1, 3, *size), samples, mode="tensor")
     parts = {name: sum(operators.values()) for name, operators in seen.get_flop_counts().items()}
