@@ -95,8 +95,7 @@ def explained_by_config(config: "Config") -> Iterator[None]:
     Looking alone would refuse configs that run, since some code reads a part in its own way.
 
     Raises:
-        UserError: building failed, and there are some, or a package is missing. Other errors pass, and
-            OSErrors always do.
+        UserError: building failed, and there are some. Without any, the error passes, and OSErrors always do.
     """
     try:
         yield
@@ -105,8 +104,6 @@ def explained_by_config(config: "Config") -> Iterator[None]:
     except Exception as error:
         if found := mistakes(config):
             raise UserError("\n".join(found)) from error
-        if isinstance(error, ImportError):  # of a package that only some parts need
-            raise UserError(str(error)) from error
         raise
 
 

@@ -4,7 +4,6 @@ import copy
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -90,15 +89,6 @@ def test_mistakes_in_options(
 ) -> None:
     assert runner.train(command(DETECTION, tmp_path, option)) == 2
     assert message in last_error(capsys)
-
-
-def test_a_step_whose_package_is_missing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "instaboostfast", None)
-    option = "train_dataloader.dataset.pipeline.3.type=InstaBoost"
-    assert runner.train(command(DETECTION, tmp_path, option)) == 2
-    assert "pip install instaboostfast" in last_error(capsys)
 
 
 def test_options_that_something_reads() -> None:
