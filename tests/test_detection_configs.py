@@ -133,8 +133,7 @@ def dataset_of(loader: ConfigDict, scenes: Path, change: Callable[[str, Any], An
     """The config's own data set on the scenes, with its own pipeline or a changed one."""
     own = {"data_root": f"{scenes}/detection/", "metainfo": {"classes": DETECTION_CLASSES}}
     told = dict(loader.dataset, **own)
-    steps = [step for step in told["pipeline"] if step.type != "InstaBoost"]  # its package may be missing
-    told["pipeline"] = edit(steps, change) if change else steps
+    told["pipeline"] = edit(told["pipeline"], change) if change else told["pipeline"]
     return DATASETS.build(told)
 
 

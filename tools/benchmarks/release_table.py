@@ -184,6 +184,27 @@ def cells(row: Row) -> list[common.Cell]:
     return [model, row.entry.size, resolution, row.setting.precision, *speed, *reported, *counts, row.note]
 
 
+def table(rows: Sequence[Row]) -> str:
+    """A line per model, and for each resolution images per second, ratio to Swin, and that of the release."""
+    found = {(row.entry.label, row.setting.resolution): row for row in rows}
+    resolutions = sorted({resolution for _, resolution in found})
+    columns = ["Model", "params M", "reported", "GMACs", "reported"]
+    for resolution in resolutions:
+        columns += [f"img/s at {resolution}", "vs Swin", "release"]
+    lines = []
+    for model in (label for label in MODELS if (label, resolutions[0]) in found):
+        line = [model, *cells(found[model, resolutions[0]])[-5:-1]]
+        for resolution in resolutions:
+            row = found.get((model, resolution))
+            if row is None:  # not yet measured
+                line += [None] * 3
+                continue
+            rate = row.rate.median if row.rate else row.note
+            line += [rate, row.ratio and row.ratio.median, reported_ratio(model, resolution)]
+        lines.append(line)
+    return common.markdown_table(columns, lines)
+
+
 def draw(rows: Sequence[Row]) -> "Figure":
     """Images per second against resolution: a panel per size of models."""
     from matplotlib.ticker import NullLocator
@@ -229,9 +250,10 @@ def measure(args: argparse.Namespace) -> int:
     facts, rows = common.describe_run(args.device), []
     facts["Versions"] += f", transformers {common.version('transformers')}"
     notes = [
-        "Inference, medians and quartiles of alternating rounds. `reported vs swin` is the ratio to Swin of "
-        "the same size that the release reports, for a GPU that it does not name. Reported parameters are "
-        "those of each model's paper, reported GMACs those of the release, both at 224 pixels. The models of "
+        f"Inference in {PRECISION[args.device.type]}, medians of alternating rounds; the .csv file has "
+        "batches and rounds. `release` is the ratio to Swin of the same size that the release reports, for a "
+        "GPU that it does not name. Reported parameters are those of each model's paper, reported GMACs those "
+        "of the release, both at 224 pixels. The models of "
         "timm and ViL use PyTorch's fused attention; PVT and CvT, of transformers, do not. ViT-Base/16 and "
         "DeiT-Base/16 are the same network: the difference between their rows is noise."
     ]
@@ -239,7 +261,7 @@ def measure(args: argparse.Namespace) -> int:
     for resolution, size in product(sorted(args.sizes), sizes):
         rows += run_group(args, size, resolution)
         title, lines, figure = "The release's table of throughput", [cells(row) for row in rows], draw(rows)
-        common.publish(args, title, facts, notes, COLUMNS, lines, figure=figure)
+        common.publish(args, title, facts, notes, COLUMNS, lines, [table(rows)], figure)
     return 0
 
 
