@@ -54,9 +54,7 @@ def corner_radii(boxes: Tensor, min_overlap: float = 0.7) -> Tensor:
     return (width + height - discriminant.sqrt()) / 4
 
 
-def corner_targets(
-    boxes: Tensor, size: tuple[int, int], stride: int, min_overlap: float = 0.7
-) -> tuple[Tensor, Tensor, Tensor]:
+def corner_targets(boxes: Tensor, size: tuple[int, int], stride: int) -> tuple[Tensor, Tensor, Tensor]:
     """Heatmap (2, H, W), is_corner (2, H, W) and offsets (4, H, W) of `LevelTargets`.
 
     The heatmap falls off as a Gaussian of a sixth of 2r + 1 pixels, and ends at r of `corner_radii`.
@@ -65,7 +63,6 @@ def corner_targets(
         boxes: (G, 4) in pixels; they may reach beyond the level's last cell.
         size: (H, W).
         stride: pixels per cell.
-        min_overlap: as for `corner_radii`.
     """
     height, width = size
     boxes = pad(boxes, (0, 0, 1, 0), value=NOWHERE)
@@ -76,7 +73,7 @@ def corner_targets(
     from_row = corners[..., 1, None] - rows * stride  # G + 1, 2, H
     squared = from_row.square()[..., None] + from_column.square()[..., None, :]  # G + 1, 2, H, W
 
-    radii = corner_radii(boxes, min_overlap)[:, None, None, None]
+    radii = corner_radii(boxes)[:, None, None, None]
     sigma = (2 * radii + 1) / 6
     heatmap = (torch.exp(-squared / (2 * sigma.square())) * (squared < radii.square())).amax(dim=0)
 
@@ -136,7 +133,6 @@ def level_targets(
     size: tuple[int, int],
     image_size: tuple[int, int],
     strides: tuple[int, int],
-    min_overlap: float = 0.7,
 ) -> LevelTargets:
     """Targets of one image on one level; cells beyond the image have no targets and are not valid.
 
@@ -147,12 +143,11 @@ def level_targets(
         size: (H, W) of the level, of the whole batch.
         image_size: height and width of this image with its own padding, pixels.
         strides: of this level and of the finest level.
-        min_overlap: as for `corner_radii`.
     """
     stride, finest = strides
     height, width = (min(math.ceil(image_size[axis] / stride), size[axis]) for axis in range(2))
     own = (height, width)
-    heatmap, is_corner, offsets = corner_targets(boxes, own, stride, min_overlap)
+    heatmap, is_corner, offsets = corner_targets(boxes, own, stride)
     foreground = foreground_targets(boxes, labels, num_classes, own, stride, finest)
     valid = torch.ones((1, *own), dtype=torch.bool, device=boxes.device)
     margin = (0, size[1] - width, 0, size[0] - height)

@@ -52,6 +52,7 @@ FIXED = {  # options of RepPointsHead that have one value here
 
 LOSS_CORNER = {"type": "GaussianFocalLoss", "alpha": 2.0, "gamma": 4.0, "loss_weight": 0.25}
 LOSS_OFFSET = {"type": "SmoothL1Loss", "beta": 1 / 9, "loss_weight": 1.0}
+FOREGROUND_WEIGHT = 0.1  # factor of `foreground_loss`
 PRIOR = {"type": "Normal", "std": 0.01, "bias_prob": 0.01}
 INIT = {
     "type": "Normal",
@@ -98,13 +99,8 @@ class RepPointsV2Head(RepPointsHead):
         num_classes: C, without background.
         in_channels: of the neck's maps.
         corner_channels: of the maps that corner pooling runs on.
-        shared_convs: 3x3 convolutions between the regression features and the verification branches.
         verifying_levels: for each level, the level whose corner maps its boxes are snapped to at inference,
             or -1 to leave them as regressed.
-        corner_overlap: overlap that sets the size of heatmap peaks, see `corner_targets.corner_radii`.
-        loss_corner: loss of the corner heatmaps.
-        loss_corner_offset: loss of the offsets at corners.
-        foreground_weight: factor of `foreground_loss`.
         init_cfg: initialization.
         options: those of RepPointsHead, except that those of FIXED have one value. MMDetection's
             QualityFocalLoss as `loss_cls` learns how well the refined boxes fit.
@@ -118,22 +114,14 @@ class RepPointsV2Head(RepPointsHead):
         num_classes: int,
         in_channels: int,
         corner_channels: int = 64,
-        shared_convs: int = 1,
         verifying_levels: Sequence[int] = (REGRESSED_ONLY, 0, 0, 1, 1),
-        corner_overlap: float = 0.7,
-        loss_corner: dict[str, Any] = LOSS_CORNER,
-        loss_corner_offset: dict[str, Any] = LOSS_OFFSET,
-        foreground_weight: float = 0.1,
         init_cfg: dict[str, Any] = INIT,
         **options: Any,
     ) -> None:
         for name, value in FIXED.items():
             if options.setdefault(name, value) != value:
                 raise ValueError(f"{name} must be {value!r} in RepPointsV2Head, got {options[name]!r}")
-        if not 0 < corner_overlap < 1:
-            raise ValueError(f"corner_overlap must be between 0 and 1, got {corner_overlap}")
         self.corner_channels = corner_channels
-        self.num_shared_convs = shared_convs
         super().__init__(num_classes, in_channels, init_cfg=init_cfg, **options)
         levels = len(self.point_strides)
         if len(verifying_levels) != levels or not {*verifying_levels} <= {REGRESSED_ONLY, *range(levels)}:
@@ -152,10 +140,8 @@ class RepPointsV2Head(RepPointsHead):
             level: verifier for level, verifier in enumerate(verifying_levels) if verifier != REGRESSED_ONLY
         }
         self.register_buffer("points_start", self._points_start(), persistent=False)
-        self.corner_overlap = corner_overlap
-        self.loss_corner = MODELS.build(loss_corner)
-        self.loss_corner_offset = MODELS.build(loss_corner_offset)
-        self.foreground_weight = foreground_weight
+        self.loss_corner = MODELS.build(LOSS_CORNER)
+        self.loss_corner_offset = MODELS.build(LOSS_OFFSET)
 
     def _init_layers(self) -> None:
         """RepPoints' layers, with more input channels for the corner maps, and the verification branches."""
@@ -166,9 +152,7 @@ class RepPointsV2Head(RepPointsHead):
             wider = type(old)(width + CORNER_MAPS, self.point_feat_channels, self.dcn_kernel, 1, self.dcn_pad)
             setattr(self, name, wider)
         norm = self.norm_cfg
-        self.shared_convs = nn.Sequential(
-            *(ConvModule(width, width, 3, padding=1, norm_cfg=norm) for _ in range(self.num_shared_convs))
-        )
+        self.shared_conv = ConvModule(width, width, 3, padding=1, norm_cfg=norm)
         self.foreground_out = nn.Conv2d(width, self.num_classes, 1)
         self.foreground_embedding = ConvModule(width, width, 1, norm_cfg=norm)
         self.top_left = CornerFeatures(width, ("top", "left"), self.corner_channels, norm)
@@ -203,7 +187,7 @@ class RepPointsV2Head(RepPointsHead):
         cls_feat = pts_feat = x
         for cls_conv, reg_conv in zip(self.cls_convs, self.reg_convs, strict=True):
             cls_feat, pts_feat = cls_conv(cls_feat), reg_conv(pts_feat)
-        shared = self.shared_convs(pts_feat)
+        shared = self.shared_conv(pts_feat)
         foreground = self.foreground_out(shared)
         context = self.foreground_embedding(shared)
         corner_scores, corner_offsets = self._verify(shared + context)
@@ -264,7 +248,7 @@ class RepPointsV2Head(RepPointsHead):
         losses["loss_corner"], losses["loss_corner_offset"] = multi_apply(
             self._corner_losses, corner_scores, corner_offsets, targets, average=corners
         )
-        losses["loss_foreground"] = self.foreground_weight * foreground_loss(
+        losses["loss_foreground"] = FOREGROUND_WEIGHT * foreground_loss(
             _flat(foregrounds),
             _flat([level.foreground for level in targets]),
             _flat([level.valid.expand_as(level.foreground) for level in targets]),
@@ -333,7 +317,7 @@ class RepPointsV2Head(RepPointsHead):
             images = [
                 level_targets(
                     *(truth.bboxes, truth.labels, self.num_classes),
-                    *(size, meta["pad_shape"][:2], strides, self.corner_overlap),
+                    *(size, meta["pad_shape"][:2], strides),
                 )
                 for truth, meta in zip(batch_gt_instances, batch_img_metas, strict=True)
             ]

@@ -1,9 +1,11 @@
 """What the tests of detectors' and segmenters' configs share."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from conftest import REPO
 from mmengine.config import Config, ConfigDict
 
 SMALL = {"embed_dim": 8, "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 4], "drop_path_rate": 0.0}
@@ -11,11 +13,15 @@ SMALL = {"embed_dim": 8, "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 4], "dro
 
 
 def variant_of(name: str) -> str:
-    """'mask-rcnn_focal-fast-tiny_fpn_1x_coco' -> 'focalv2_tiny_useconv_patch4_window7_224'."""
-    _, *kind = name.split("_")[1].split("-")
-    conv = "_useconv" if {"fast", "conv"} & {*kind} else ""
-    (size,) = {*kind} - {"fast", "conv"}
-    return f"{'focalv2' if 'fast' in kind else 'focal'}_{size}{conv}_patch4_window7_224"
+    """'mask-rcnn_focal-tiny_fpn_1x_coco' -> 'focal_tiny_patch4_window7_224'."""
+    return f"{name.split('_')[1].replace('-', '_')}_patch4_window7_224"
+
+
+def quoted_in_zoo(config: str) -> int | None:
+    """Millions of parameters that MODEL_ZOO.md quotes for a config, named by its path; None if none are."""
+    (row,) = (line for line in (REPO / "MODEL_ZOO.md").read_text().splitlines() if f"]({config}) |" in line)
+    found = re.search(r"\| [\d.]+ \((\d+)\) \|", row)
+    return int(found[1]) if found else None
 
 
 def edit(node: Any, change: Callable[[str, Any], Any]) -> Any:

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import NANO, NANO_WORDS, REPO, csv_rows
+from conftest import NANO, NANO_WORDS, csv_rows
 from torch import nn
 
 from config import load_config
-from models import VARIANTS
 from models.focal_transformer import BACKENDS
 from tools.benchmarks import attention, common, entries, loader, models
 
@@ -54,8 +53,7 @@ def test_the_table_of_models(quick: None, tmp_path: Path) -> None:
             assert row["note"].startswith("failed: ") and not row["img/s"]
             continue
         assert row["note"] == "" and float(row["img/s"]) > 0
-        assert float(row["vs swin lower"]) <= float(row["vs swin"]) <= float(row["vs swin upper"])
-        assert float(row["params M"]) > 0 and float(row["GMACs"]) > 0
+        assert float(row["vs swin"]) > 0 and float(row["params M"]) > 0 and float(row["GMACs"]) > 0
         assert row["attention"] == {"focal-tiny": "cpu", "focal-tiny:plain": "plain"}.get(row["model"], "")
         assert row["model"] != "swin-tiny" or float(row["vs swin"]) == 1
     text = next(out.glob("*.md")).read_text()
@@ -95,17 +93,6 @@ def test_the_batch_is_halved_for_all(quick: None, monkeypatch: pytest.MonkeyPatc
     assert rows[0].rate is not None
 
 
-def test_a_group_stops_in_time(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first round is finished; models that are not ready at the deadline are left out."""
-    builders = {"test_convnext": nn.Identity, "more": nn.Identity}
-    clock = iter(range(100))  # one look per model before the first round
-    monkeypatch.setattr(models.time, "monotonic", lambda: next(clock))
-    rows = run_group(monkeypatch, builders, 1, 3, deadline=1.5)
-    assert [(row.note, len(row.seconds)) for row in rows] == [("", 1)] * 2
-    rows = run_group(monkeypatch, builders, 1, 3, deadline=0)
-    assert [(row.note, len(row.seconds)) for row in rows] == [(models.NO_TIME, 0)] * 2
-
-
 def test_models_by_name() -> None:
     labels = [entry.label for entry in entries.entries(["swin", "focal-base:plain", "swin-tiny"])]
     assert labels == ["swin-tiny", "swin-small", "swin-base", "focal-base:plain"]
@@ -116,18 +103,6 @@ def test_models_by_name() -> None:
     for family, by_size in entries.FAMILIES.items():
         for name in by_size.values():
             assert entries.config_file(name) if family in entries.OURS else timm.is_model(name)
-
-
-def test_a_model_of_another_checkout() -> None:
-    (entry,) = entries.entries([f"{REPO}@focal-tiny:plain"])
-    with torch.device("meta"):
-        model = entries.build(entry, 224)
-    assert type(model).__name__ == "FocalTransformer" and type(model).__module__.startswith("checkout_")
-    assert entries.attention_backends(model, torch.float32) == "plain"
-    for name in VARIANTS:
-        assert timm.models.model_entrypoint(name).__module__ == "models.registry"
-    with pytest.raises(ValueError, match="expected a checkout of this repository"):
-        entries.models_of(REPO / "tools")
 
 
 def test_rounds_alternate_and_ratios_pair_them() -> None:
@@ -164,7 +139,7 @@ def test_other_devices_are_refused(
     assert "--device: expected cpu or cuda, got mps" in capsys.readouterr().err
 
 
-def test_backends_are_checked_and_timed(quick: None, nano: Path, tmp_path: Path) -> None:
+def test_backends_are_timed(quick: None, nano: Path, tmp_path: Path) -> None:
     out = tmp_path / "results"
     words = ["--cfg", str(nano), "--sizes", "64", "--precisions", "fp32", "bf16", "--out", str(out)]
     assert attention.main([*words, *TINY]) == 0
@@ -172,28 +147,15 @@ def test_backends_are_checked_and_timed(quick: None, nano: Path, tmp_path: Path)
     assert len(rows) == len(NANO["MODEL.FOCAL.DEPTHS"]) * 2 * 2 * len(BACKENDS)
     for row in rows:
         if row["backend"] in ("plain", "cpu"):
-            assert row["check"] == "ok" and float(row["ms"]) > 0 and float(row["times floor"]) > 0
+            assert row["note"] == "" and float(row["ms"]) > 0 and float(row["times floor"]) > 0
         else:
-            assert row["check"].startswith("cannot run: ") and not row["ms"]
-
-
-def test_a_wrong_backend_is_found(quick: None, nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = attention.Contender.results
-
-    def wrong(self: attention.Contender) -> list[torch.Tensor]:
-        out, d_qkv, d_bias = honest(self)
-        return [out, d_qkv * (1.01 if self.name == "cpu" else 1), d_bias]
-
-    monkeypatch.setattr(attention.Contender, "results", wrong)
-    assert attention.main(["--cfg", str(nano), "--sizes", "32", "--backends", "plain", "cpu", *TINY]) == 1
-    off = attention.verdict([0.0, float("nan"), 0.0], [0.0] * 3, torch.float32)
-    assert off == "WRONG: d_qkv"
+            assert row["note"].startswith("cannot run: ") and not row["ms"]
 
 
 def test_the_cost_of_an_index(quick: None, nano: Path, tmp_path: Path) -> None:
     assert attention.main(["--index", "--cfg", str(nano), "--out", str(tmp_path / "out"), *TINY]) == 0
     rows = csv_rows(tmp_path / "out")
-    assert [row["part"] for row in rows][:2] == ["index", "cpu, forward"]
+    assert [row["part"] for row in rows] == ["index", "triton", "cpu"]
     assert all(float(row["ms"]) > 0 for row in rows)
 
 

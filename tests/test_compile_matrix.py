@@ -84,7 +84,7 @@ def test_models_train_on_every_gpu() -> None:
         assert {f.kernel for f in figures} >= set(ATTENTION), case
         assert [f for f in figures if f.verdict != "ok"] == [], case
         attention = [f for f in figures if f.kernel in ATTENTION]
-        assert all(f.instructions and f.blocks for f in attention), case
+        assert all(f.blocks and (f.instructions or card.startswith("gfx")) for f in attention), case
         if card == "sm_90" and dtype != "fp32":
             assert all("wgmma" in f.units for f in attention), case
 

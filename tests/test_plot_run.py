@@ -57,10 +57,6 @@ def test_several_runs(tmp_path: Path) -> None:
     out = tmp_path / "new" / "all.png"
     assert plot_run.main([*map(str, folders), "--out", str(out)]) == 0
     Image.open(out).verify()
-    assert plot_run.names_of(folders) == ["a/default", "b/default", "c/default"]
-    assert plot_run.names_of([folders[0], folders[0]]) == ["a/default", "a/default"]
-    others = [Path("/x/a/default"), Path("/y/a/default")]
-    assert plot_run.names_of(others) == [str(path.resolve()) for path in others]
 
 
 def test_the_best_accuracies_are_in_the_legend() -> None:

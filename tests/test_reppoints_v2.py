@@ -155,19 +155,26 @@ def test_corners_snap_to_the_best_of_the_four_cells_around_them() -> None:
 
 
 @lru_cache
-def demo() -> ConfigDict:
-    """The demo's detector."""
-    return Config.fromfile(REPO / "detection/configs/demo_reppoints_v2.py").model
+def small() -> ConfigDict:
+    """The config's detector with three levels and few channels."""
+    model = Config.fromfile(REPO / f"detection/configs/{CONFIG}.py").model
+    norm = {"type": "GN", "num_groups": 16}
+    model.backbone.update(embed_dim=32, depths=[1, 1, 2, 1], num_heads=[1, 2, 4, 8], drop_path_rate=0.0)
+    model.neck.update(in_channels=[64, 128, 256], out_channels=64, num_outs=3, norm_cfg=norm)
+    width = dict.fromkeys(("in_channels", "feat_channels", "point_feat_channels"), 64)
+    levels = {"point_strides": STRIDES, "verifying_levels": [-1, 0, 0]}
+    model.bbox_head.update(num_classes=10, corner_channels=32, norm_cfg=norm, **width, **levels)
+    return model
 
 
 def make_head(**options: Any) -> RepPointsV2Head:
-    """The demo's head, of three levels, with few channels."""
+    """The small detector's head, with even fewer channels."""
     torch.manual_seed(0)
     few = dict.fromkeys(("in_channels", "feat_channels", "point_feat_channels"), 16)
     few |= {"num_classes": CLASSES, "corner_channels": 8, "stacked_convs": 1}
     few |= {"norm_cfg": {"type": "GN", "num_groups": 4}}
-    configs = {"train_cfg": demo().train_cfg, "test_cfg": demo().test_cfg}
-    head = MODELS.build({**demo().bbox_head, **configs, **few, **options})
+    configs = {"train_cfg": small().train_cfg, "test_cfg": small().test_cfg}
+    head = MODELS.build({**small().bbox_head, **configs, **few, **options})
     head.init_weights()
     return head
 
@@ -433,9 +440,9 @@ def rectangle() -> dict[str, Any]:
 
 
 def test_detector_learns_one_scene() -> None:
-    """The demo's; the loss falls to a third and the box is found, with its class and both corners."""
+    """The loss falls to a third and the box is found, with its class and both corners."""
     torch.manual_seed(0)
-    detector = MODELS.build(demo())
+    detector = MODELS.build(small())
     detector.init_weights()
     optimizer = torch.optim.AdamW(detector.parameters(), lr=2e-3)
     data = detector.data_preprocessor(rectangle(), training=True)
@@ -456,7 +463,6 @@ def test_coco_config_is_the_papers_head() -> None:
     model = Config.fromfile(REPO / f"detection/configs/{CONFIG}.py").model
     head = MODELS.build(model.bbox_head | {"train_cfg": model.train_cfg, "test_cfg": model.test_cfg})
     assert (head.loss_corner.loss_weight, head.loss_corner_offset.loss_weight) == (0.25, 1.0)
-    assert head.foreground_weight == 0.1
     assert isinstance(head, RepPointsV2Head) and head.verifiers == {1: 0, 2: 0, 3: 1, 4: 1}
     assert head.top_left.direction1_conv.conv.out_channels == 64
     assert sum(p.numel() for p in head.parameters()) == 7_210_442

@@ -130,7 +130,7 @@ def test_the_pages_training_and_evaluation_run() -> None:
 
 def test_what_is_true_gets_full_marks() -> None:
     """The config's evaluator, given what the config's own test set says is there; and given another class."""
-    config = runner.read_config(f"{CONFIGS}/upernet_focal-small-conv_8xb2-160k_ade20k-512x512.py")
+    config = runner.read_config(f"{CONFIGS}/upernet_focal-small_8xb2-160k_ade20k-512x512.py")
     dataset = DATASETS.build(config.test_dataloader.dataset)
     sample = dataset[0]["data_samples"]
     truth = sample.gt_sem_seg.data

@@ -1,5 +1,6 @@
 """tools/visualize.py and tools/figures: weights reproduce the layers' output, maps show the right tokens."""
 
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ VARIANTS = {
 }
 
 
-Seen = tuple[list[attention.BlockAttention], list[torch.Tensor]]
+Seen = list[tuple[attention.TokenMap, torch.Tensor, torch.Tensor]]
 
 
 def make(name: str) -> tuple[FocalTransformer, torch.Tensor]:
@@ -42,37 +43,33 @@ def make(name: str) -> tuple[FocalTransformer, torch.Tensor]:
 
 @pytest.fixture(scope="module", params=list(VARIANTS))
 def seen(request: pytest.FixtureRequest) -> Seen:
-    """The attention of all blocks, and what each one gave to its projection, [1, H, W, C]."""
+    """Of all blocks: the map, queries, keys and values, and what went to the projection, [1, H, W, C]."""
     model, image = make(request.param)
     maps = [tokens for stage in attention.token_maps(model, *image.shape[2:]) for tokens in stage]
     given: list[torch.Tensor] = []
     for tokens in maps:
         tokens.layer.proj.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
-    return attention.record(model, image, maps), given
+    return [*zip(maps, attention.record(model, image, maps), given, strict=True)]
 
 
 def test_weights_reproduce_the_output(seen: Seen) -> None:
     """Of the fast operator, in every block: weights @ values is what it returned."""
-    for block, output in zip(*seen, strict=True):
-        weights, tokens = block.weights(), block.tokens
-        torch.testing.assert_close(weights.sum(dim=-1), torch.ones_like(weights[..., 0]))
-        v = block.qkv[:, :, 2].transpose(1, 2)[:, :, tokens.index.keys]  # [B, N, P, K, D]
-        mixed = (weights @ v)[0].permute(1, 2, 0, 3).flatten(2).flatten(0, 1)  # [P * Q, C]
-        places = attention.window_tokens(tokens.index).flatten()
-        merged = torch.empty_like(mixed).index_copy(0, places, mixed).view(1, *tokens.padded, -1)
-        again = tokens.layer.unroll_and_crop(merged, tokens.height, tokens.width)
-        torch.testing.assert_close(again, output, atol=1e-5, rtol=1e-5)
+    for tokens, qkv, output in seen:
+        for row, column in product((0, tokens.height // 2, tokens.height - 1), (0, tokens.width - 1)):
+            weights = attention.weights_of_query(tokens, qkv, row, column)
+            torch.testing.assert_close(weights.sum(dim=1), torch.ones(len(weights)))
+            again = torch.einsum("ns,snd->nd", weights, qkv[0, :, 2]).flatten()
+            torch.testing.assert_close(again, output[0, row, column], atol=1e-5, rtol=1e-5)
 
 
 def test_weights_lie_on_what_is_seen(seen: Seen) -> None:
     """All of a query's weight falls on its grains, but for padding, which has no place on the map."""
-    for block in seen[0]:
-        tokens = block.tokens
+    for tokens, qkv, _ in seen:
         for place in ((0, 0), (tokens.height - 1, tokens.width // 2)):
             grains = tokens.seen_from(*place)
             cells = torch.cat([grain.tokens for grain in grains])
             assert len(cells) == len(cells.unique()), "a token in two grains"
-            weights = block.of_query(*place)
+            weights = attention.weights_of_query(tokens, qkv, *place)
             shares = weights[:, cells].sum(dim=1)
             assert (shares < 1.0001).all()
             if tokens.padded == (tokens.height, tokens.width):
@@ -158,7 +155,6 @@ def test_keys_need_no_weights(image: Path, tmp_path: Path) -> None:
             "--resume: expected a checkpoint",
         ),
         (["--at", "64", "0"], "--at: expected a pixel"),
-        (["--block", "1"], "--block: stage 1 has 1 blocks"),
     ],
 )
 def test_mistakes_are_one_sentence(

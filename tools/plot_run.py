@@ -36,7 +36,7 @@ class RunMetrics:
     """What one run recorded.
 
     Attributes:
-        name: for the legend.
+        name: the output folder, for the legend.
         train: one record per logging interval, in order.
         epochs: one record per epoch, in order.
     """
@@ -71,7 +71,7 @@ def read_metrics(folder: Path) -> RunMetrics:
             f"{folder}: expected the output folder of a training run, with {METRICS_NAME}, got {found}; "
             "name <output>/<model name>/<tag>"
         )
-    metrics = RunMetrics(folder.name)
+    metrics = RunMetrics(str(folder))
     lists = {"train": metrics.train, "epoch": metrics.epochs}
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
@@ -93,13 +93,6 @@ def finite(values: np.ndarray) -> np.ndarray:
     """The values that are not nan; [nan] if there are none."""
     some = values[~np.isnan(values)]
     return some if len(some) else np.array([np.nan])
-
-
-def names_of(folders: Sequence[Path]) -> list[str]:
-    """Model and tag, which are the last two folders; whole paths where these are not enough."""
-    paths = [folder.resolve() for folder in folders]
-    names = ["/".join(path.parts[-2:]) for path in paths]
-    return names if len(set(names)) == len(set(paths)) else [str(path) for path in paths]
 
 
 def draw(runs: Sequence[RunMetrics]) -> "Figure":
@@ -165,10 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = Path(args.out or folders[0] / "plot.png")
 
     def plot() -> None:
-        runs = [read_metrics(folder) for folder in folders]
-        for run, name in zip(runs, names_of(folders), strict=True):
-            run.name = name
-        figure = draw(runs)
+        figure = draw([read_metrics(folder) for folder in folders])
         out.parent.mkdir(parents=True, exist_ok=True)
         with user_input("--out"):  # the ending may be none that matplotlib knows
             figure.savefig(out, dpi=120)

@@ -3,7 +3,7 @@
     python -m tools.visualize IMAGE --cfg FILE --kinds keys
     python -m tools.visualize IMAGE --resume CHECKPOINT [--cfg FILE] [--at X Y] [--out DIR]
 
-keys       which tokens a query sees in each stage, at each granularity; needs no weights
+keys       which tokens a query sees in the last block of each stage; needs no weights
 attention  how its attention is divided among them, mean over heads
 
 The image is resized and cropped as in evaluation; the query is a pixel of the result.
@@ -57,22 +57,18 @@ def draw(args: argparse.Namespace) -> Iterator[tuple[str, "Figure"]]:
             f"--at: expected a pixel of the model's input, X below {width} and Y below {height}, got "
             f"{at[0]} {at[1]}"
         )
-    maps = attention.stage_maps(model, height, width, args.block)
+    maps = attention.stage_maps(model, height, width)
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.MEAN, data.STD))
     if image.shape[1] == 1:
         mean, std = mean.mean(dim=0, keepdim=True), std.mean(dim=0, keepdim=True)
     pixels = (image[0].cpu() * std + mean).clamp(0, 1).expand(3, -1, -1)
     picture = pixels.permute(1, 2, 0).numpy()
-    model_name, name = trained.config.MODEL.NAME, Path(args.image).name
-
-    def title(text: str) -> str:
-        return f"{model_name}: {text},\n{name}, query at {at[0]}, {at[1]}"
-
+    title = f"{trained.config.MODEL.NAME}, {Path(args.image).name},\nquery at {at[0]}, {at[1]}"
     if "keys" in args.kinds:
-        yield "keys", drawing.keys_figure([("", maps)], picture, at, title("the keys of a query"))
+        yield "keys", drawing.keys_figure([("", maps)], picture, at, f"{title}: its keys")
     if "attention" in args.kinds:
-        records = attention.record(model, image, maps)
-        yield "attention", drawing.attention_figure(records, picture, at, title("mean over heads"))
+        recorded = attention.record(model, image, maps)
+        yield "attention", drawing.attention_figure(maps, recorded, picture, at, f"{title}: mean over heads")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,7 +80,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     predict.add_model_arguments(parser)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="pictures (all)")
     parser.add_argument("--at", nargs=2, type=int, metavar=("X", "Y"), help="query's pixel (the centre)")
-    parser.add_argument("--block", type=int, default=-1, help="block of each stage, from 0 (the last)")
     parser.add_argument(
         "--out", type=utils.path_argument, default="pictures", metavar="DIR", help="folder (pictures)"
     )

@@ -53,4 +53,3 @@ optim_wrapper = dict(
     _delete_=True,
     **dict(_base_.adamw, type="AmpOptimWrapper", optimizer=dict(_base_.adamw.optimizer, lr=5e-5)),
 )
-reported = dict(box_ap=58.7, params_m=229)

@@ -5,4 +5,3 @@ model = dict(
     backbone=dict(variant="focal_base_patch4_window7_224", drop_path_rate=0.3),
     neck=dict(in_channels=[128, 256, 512, 1024]),
 )
-reported = dict(box_ap=47.8, mask_ap=43.2, params_m=110, flops_g=533)

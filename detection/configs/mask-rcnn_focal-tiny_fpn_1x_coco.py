@@ -10,4 +10,3 @@ model = dict(
 )
 optim_wrapper = dict(_delete_=True, **_base_.adamw)
 param_scheduler = _base_.steps_1x
-reported = dict(box_ap=44.8, mask_ap=41.0, params_m=49, flops_g=291)

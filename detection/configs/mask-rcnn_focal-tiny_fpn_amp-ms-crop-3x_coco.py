@@ -6,4 +6,3 @@ train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 train_cfg = dict(max_epochs=36)
 param_scheduler = _base_.steps_3x
 optim_wrapper = dict(type="AmpOptimWrapper")
-reported = dict(box_ap=47.2, mask_ap=42.7, params_m=49, flops_g=291)

@@ -43,4 +43,3 @@ train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 train_cfg = dict(max_epochs=36)
 param_scheduler = _base_.steps_3x
 optim_wrapper = dict(_delete_=True, **dict(_base_.adamw, type="AmpOptimWrapper"))
-reported = dict(box_ap=51.2, params_m=45, flops_g=491)

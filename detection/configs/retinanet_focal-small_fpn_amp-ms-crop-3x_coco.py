@@ -2,4 +2,3 @@
 
 _base_ = "retinanet_focal-tiny_fpn_amp-ms-crop-3x_coco.py"
 model = dict(backbone=dict(variant="focal_small_patch4_window7_224"))
-reported = dict(box_ap=47.3, params_m=62, flops_g=367)

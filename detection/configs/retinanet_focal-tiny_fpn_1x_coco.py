@@ -13,4 +13,3 @@ model = dict(
 )
 optim_wrapper = dict(_delete_=True, **_base_.adamw)
 param_scheduler = _base_.steps_1x
-reported = dict(box_ap=43.7, params_m=39, flops_g=265)

@@ -6,4 +6,3 @@ train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 train_cfg = dict(max_epochs=36)
 param_scheduler = _base_.steps_3x
 optim_wrapper = dict(type="AmpOptimWrapper")
-reported = dict(box_ap=45.5, params_m=39, flops_g=265)

@@ -24,4 +24,3 @@ optim_wrapper = dict(
     **dict(_base_.adamw, type="AmpOptimWrapper"),
     clip_grad=dict(max_norm=1, norm_type=2),
 )
-reported = dict(box_ap=49.0, params_m=111, flops_g=196)

@@ -6,4 +6,3 @@ model = dict(
     decode_head=dict(in_channels=[128, 256, 512, 1024]),
     auxiliary_head=dict(in_channels=512),
 )
-reported = dict(miou=49.0, miou_ms=50.5, params_m=126, flops_g=1354)

@@ -13,4 +13,3 @@ model = dict(
     decode_head=dict(in_channels=[192, 384, 768, 1536]),
     auxiliary_head=dict(in_channels=768),
 )
-reported = dict(miou=54.0, miou_ms=55.4, params_m=240, flops_g=3376)

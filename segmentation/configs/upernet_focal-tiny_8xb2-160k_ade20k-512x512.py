@@ -10,4 +10,3 @@ model = dict(
     decode_head=dict(in_channels=[96, 192, 384, 768]),
     auxiliary_head=dict(in_channels=384),
 )
-reported = dict(miou=45.8, miou_ms=47.0, params_m=62, flops_g=998)

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from importlib import metadata
-from itertools import chain
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -26,7 +25,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 import psutil
 import torch
-from torch import Tensor
 
 import utils
 
@@ -43,7 +41,6 @@ MAX_CALLS = 1000  # of an action in one round
 NO_TIME = "left out: no time"
 DIED = "failed: its process ended, for lack of memory or with the error above"
 EXIT_SECONDS = 10.0  # that a process may take to end after its result
-clock = time.perf_counter  # a tool may set time.process_time: other work on the machine then counts less
 
 
 # --- Timing -------------------------------------------------------------------------------------------------
@@ -69,11 +66,11 @@ Key = TypeVar("Key")
 def seconds_of(action: Callable[[], object], calls: int, device: torch.device) -> float:
     """Seconds per call of `action`, over several calls, including the device's work."""
     utils.synchronize(device)
-    start = clock()
+    start = time.perf_counter()
     for _ in range(calls):
         action()
     utils.synchronize(device)
-    return (clock() - start) / calls
+    return (time.perf_counter() - start) / calls
 
 
 class Timer:
@@ -119,30 +116,6 @@ def alternate(timers: dict[Key, Callable[[], float]], rounds: int) -> dict[Key, 
 def speed_ratio(times: Sequence[float], base: Sequence[float]) -> Spread:
     """How many times as fast as `base`: the spread over the rounds that both were timed in."""
     return Spread.of([theirs / ours for ours, theirs in zip(times, base, strict=True)])
-
-
-def training_step(
-    loss: Callable[[], Tensor],
-    optimizer: torch.optim.Optimizer,
-    precision: utils.Precision,
-    device: torch.device,
-) -> Callable[[], Tensor]:
-    """A step of training on a device: loss under autocast, backward with loss scaling, update.
-
-    It waits for the device only where training does, and returns the loss.
-    """
-    scaler = precision.scaler(device)
-
-    def step() -> Tensor:
-        with precision.autocast(device):
-            value = loss()
-        scaler.scale(value).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        return value.detach()
-
-    return step
 
 
 # --- Other processes ----------------------------------------------------------------------------------------
@@ -296,17 +269,12 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Cell]], align
 
 
 def csv_text(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """The rows with all digits; None is an empty cell, and a spread takes three columns."""
-    wide = {i for row in rows for i, cell in enumerate(row) if isinstance(cell, Spread)}
-    names = [
-        (name, f"{name} lower", f"{name} upper") if i in wide else (name,) for i, name in enumerate(columns)
-    ]
+    """The rows with all digits; None is an empty cell, and of a spread there is the median."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(chain(*names))
+    writer.writerow(columns)
     for row in rows:
-        cells = [(cell or (None,) * 3) if i in wide else (cell,) for i, cell in enumerate(row)]
-        writer.writerow(chain(*cells))
+        writer.writerow([cell.median if isinstance(cell, Spread) else cell for cell in row])
     return text.getvalue()
 
 

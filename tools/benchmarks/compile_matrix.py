@@ -163,8 +163,9 @@ NOTES = [
     "Shared memory in bytes of a block; registers, stack and local memory (bytes) of a thread, on AMD "
     "scratch and spilled vector registers; tensor memory in columns; blocks that fit into an SM (on AMD a "
     "compute unit) by registers, shared memory, tensor memory and warps.",
-    "Instructions: of the largest loop's body, per warp: over items (windows of images) in forward and query "
-    "gradient, over pairs of window and block of queries in the key gradient. A loop inside counts once.",
+    "Instructions (NVIDIA): of the largest loop's body, per warp: over items (windows of images) in forward "
+    "and query gradient, over pairs of window and block of queries in the key gradient. A loop inside counts "
+    "once.",
     "A layer that several models share is listed under the first of them.",
     f"Launches and activations: as on {COUNTED_ON}, in training under autocast to bf16, with a batch of "
     f"{BATCH}. Launches are operations of ATen that start a kernel on CUDA, plus Triton's, from the output "

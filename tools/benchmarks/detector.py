@@ -4,10 +4,9 @@
     python -m tools.benchmarks.detector --device cpu --size 320 512 --rounds 3
 
 Both detectors are on the device together and are timed in alternating rounds. A round is four steps; those
-that change have the mean area of the one size, and no size comes twice. A step is forward, losses, backward
-and AdamW with the config's own weight decay; on CUDA under autocast to fp16 with loss scaling, as mmdet's
-mixed precision. Images are noise with random objects, normalized and padded, on the device; weights are
-random.
+that change have the mean area of the one size, and no size comes twice. A step is mmengine's `train_step`
+with the config's optimizer: batches are moved, normalized and padded, then forward, losses, backward and
+AdamW; on CUDA in mixed precision (fp16). Images are noise with random objects; weights are random.
 """
 
 import argparse
@@ -18,10 +17,9 @@ from itertools import cycle, product
 from typing import Any
 
 import torch
-from torch import nn
 
 from openmmlab.runner import import_mmengine
-from utils import Precision, UserError, user_input
+from utils import UserError, user_input
 
 from . import common
 from .common import DTYPES
@@ -38,8 +36,11 @@ STRIDE = 32  # batches are padded to multiples
 COLUMNS = ("images", "attention", "img/s", f"vs {ONE_SIZE}")
 
 
-def new_detector(device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """The detector with fresh weights, in training, and its optimizer."""
+def new_timer(batches: Sequence[dict[str, list[Any]]], device: torch.device) -> tuple[common.Timer, str]:
+    """Of the steps of a round of a detector with fresh weights, after a warm-up; and its attention operators.
+
+    Batches, as `make_batch` makes them, are taken in turn.
+    """
     from mmdet.registry import MODELS
     from mmengine.config import Config
     from mmengine.optim import build_optim_wrapper
@@ -53,30 +54,16 @@ def new_detector(device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer
         model = MODELS.build(config.model)
         model.init_weights()
         model.to(device).train()
-        optimizer = build_optim_wrapper(model, {**config.optim_wrapper, "type": "OptimWrapper"}).optimizer
-    return model, optimizer
-
-
-def new_timer(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: Sequence[dict[str, list[Any]]],
-    precision: Precision,
-    device: torch.device,
-) -> common.Timer:
-    """Of the steps of a round, after a warm-up; batches, as `make_batch` makes them, are taken in turn."""
-    turn = cycle([model.data_preprocessor(batch, training=True) for batch in batches])
-
-    def loss() -> torch.Tensor:
-        return model.parse_losses(model(**next(turn), mode="loss"))[0]
-
-    step = common.training_step(loss, optimizer, precision, device)
+        kind = "AmpOptimWrapper" if device.type == "cuda" else "OptimWrapper"
+        wrapper = build_optim_wrapper(model, {**config.optim_wrapper, "type": kind})
+    turn = cycle(batches)
 
     def run() -> None:
         for _ in range(STEPS):
-            step()
+            model.train_step(next(turn), wrapper)
 
-    return common.Timer(run, device, warm_up=WARM_UP_ROUNDS[device.type])
+    timer = common.Timer(run, device, warm_up=WARM_UP_ROUNDS[device.type])
+    return timer, attention_backends(model.backbone, DTYPES[PRECISION[device.type]])
 
 
 def silence_mmengine() -> None:
@@ -143,13 +130,11 @@ def measure(args: argparse.Namespace) -> int:
         f"Mask R-CNN on Focal-T, {size[0]} x {size[1]}, batch {args.batch_size}, {dtype}, {REGIONS} regions "
         "of an image"
     )
-    precision, timers, attention = Precision(DTYPES[dtype]), {}, {}
+    timers, attention = {}, {}
     sizes = {CHANGING: changing_sizes(size, warm_up + 1 + args.rounds), ONE_SIZE: [size]}
     for name in sizes:
-        model, optimizer = new_detector(args.device)
         batches = [make_batch(args.batch_size, each) for each in sizes[name]]
-        timers[name] = new_timer(model, optimizer, batches, precision, args.device)
-        attention[name] = attention_backends(model.backbone, precision.dtype)
+        timers[name], attention[name] = new_timer(batches, args.device)
     times, rows = common.alternate(timers, args.rounds), []
     for name, seconds in times.items():
         rate = common.Spread.of([STEPS * args.batch_size / value for value in seconds])

@@ -1,17 +1,13 @@
-"""The models that can be compared: ours, those of another checkout of this repository, and timm's.
+"""The models that can be compared: ours, timm's, and those of BUILDERS.
 
 Every model has 1000 classes and the same stochastic depth, and is built for the resolution that it is
 measured at where its library allows it.
 """
 
-import importlib.util
-import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
 
 import timm
 import torch
@@ -19,7 +15,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import load_config
-from models import build_model, registry
+from models import build_model
 from utils import UserError
 
 from .common import REPO
@@ -35,8 +31,6 @@ FAMILIES: dict[str, dict[str, str]] = {  # family -> size -> configuration, or m
     "convnext": {size: f"convnext_{size}" for size in SIZES},
     "deit": {"tiny": "deit_small_patch16_224", "base": "deit_base_patch16_224"},  # by parameters and MACs
     "focalnet": {size: f"focalnet_{size}_srf" for size in SIZES},
-    "pvt_v2": {"tiny": "pvt_v2_b2", "small": "pvt_v2_b3", "base": "pvt_v2_b5"},
-    "davit": {size: f"davit_{size}" for size in SIZES},
 }
 BUILDERS: dict[str, Callable[..., nn.Module]] = {}  # models of other sources by name; options are timm's
 OURS = ("focal", "useconv", "focalv2")
@@ -50,7 +44,6 @@ class Entry:
     name: str  # a configuration, or a model of timm
     size: str  # one of SIZES, or ''; models are compared with the baseline of their size
     backend: str = "auto"  # of attention
-    checkout: Path | None = None  # another checkout of this repository
 
 
 def entries(words: list[str]) -> list[Entry]:
@@ -58,16 +51,14 @@ def entries(words: list[str]) -> list[Entry]:
 
     Args:
         words: each a family ("swin", all sizes), family and size ("swin-tiny"), a file or name in configs/,
-            or a model of timm; "focal-tiny:plain" names an attention backend, "../before@focal-tiny" takes
-            the model from another checkout.
+            or a model of timm; "focal-tiny:plain" names an attention backend.
 
     Raises:
         UserError: a word is none of them.
     """
     found: dict[str, Entry] = {}
     for word in words:
-        folder, _, model = word.rpartition("@")
-        model, _, backend = model.partition(":")
+        model, _, backend = word.partition(":")
         family, _, size = model.rpartition("-")
         if model in FAMILIES:
             named = {f"{model}-{size}": (name, size) for size, name in FAMILIES[model].items()}
@@ -81,8 +72,8 @@ def entries(words: list[str]) -> list[Entry]:
                 f"configuration, or a model of timm, got {word!r}; choose among them"
             )
         for label, (name, size) in named.items():
-            label = f"{folder}@" * bool(folder) + label + f":{backend}" * bool(backend)
-            found[label] = Entry(label, name, size, backend or "auto", Path(folder) if folder else None)
+            label += f":{backend}" * bool(backend)
+            found[label] = Entry(label, name, size, backend or "auto")
     return list(found.values())
 
 
@@ -99,10 +90,6 @@ def build(entry: Entry, resolution: int) -> nn.Module:
         ValueError, RuntimeError, AssertionError: its library refuses the resolution.
     """
     options = {"num_classes": CLASSES, "drop_path_rate": DROP_PATH, "img_size": resolution}
-    if entry.checkout is not None:
-        package = models_of(entry.checkout)
-        options["attention_backend"] = entry.backend
-        return package.FocalTransformer(**package.VARIANTS[entry.name] | options)
     if path := config_file(entry.name):
         opts = ["MODEL.NUM_CLASSES", CLASSES, "MODEL.DROP_PATH_RATE", DROP_PATH]
         opts += ["DATA.IMG_SIZE", resolution, "MODEL.ATTENTION_BACKEND", entry.backend]
@@ -116,28 +103,6 @@ def build(entry: Entry, resolution: int) -> nn.Module:
             raise
         del options["img_size"]
         return timm.create_model(entry.name, **options)
-
-
-@lru_cache
-def models_of(checkout: Path) -> ModuleType:
-    """The package `models` of another checkout, imported under a name of its own.
-
-    Raises:
-        UserError: the folder is no checkout of this repository.
-    """
-    file = checkout.resolve() / "models" / "__init__.py"
-    if not file.is_file():
-        raise UserError(f"{checkout}: expected a checkout of this repository, found no models/ in it")
-    name = f"checkout_{abs(hash(file))}_models"
-    spec = importlib.util.spec_from_file_location(name, file)
-    package = importlib.util.module_from_spec(spec)
-    sys.modules[name] = package
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # timm warns that it knows these names
-        spec.loader.exec_module(package)
-        for variant in registry.VARIANTS:  # the import took timm's names: `create_model` is to build ours
-            timm.models.register_model(getattr(registry, variant))
-    return package
 
 
 @lru_cache

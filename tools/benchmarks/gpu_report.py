@@ -1,15 +1,14 @@
 """One command for a machine with a GPU: does everything work there, and how fast is it?
 
     python -m tools.benchmarks.gpu_report
-    TRITON_INTERPRET=1 python -m tools.benchmarks.gpu_report --device cpu --quick
 
 1. Checks (gpu_checks.py): the released models with the Triton operator against the plain one, forward and
    backward, and under torch.compile and CUDA graphs; each in a process of its own, several at a time.
 2. tools.benchmarks.attention: the kernels alone against the limits of the device.
 3. tools.benchmarks.models: inference and training against Swin and others.
 
-Every part ends when its share of the time is over, and writes files <date>_gpu_* after each step, so that a
-run that is cut short leaves what it found. Neither a kernel that crashes its process nor a compiler that
+Every part is stopped when its share of the time is over. It writes files <date>_gpu_* after each step, so it
+leaves what it found. Neither a kernel that crashes its process nor a compiler that
 hangs stops the other parts. Exit status 1: a result is wrong, or a part failed.
 """
 
@@ -36,7 +35,6 @@ logger = logging.getLogger("benchmarks.gpu_report")
 CHECKERS = 6  # most processes for checks, which do not need a quiet machine
 CHECKER_BYTES = 12 * 2**30  # of GPU memory for one
 CHECKS_END = 0.45  # of the time
-GRACE = 20.0  # seconds to start a part, and to end what it has begun
 SMALL, LARGE = "128", "32"  # images of a step, at 224 and at 448 pixels
 FEW = ("focal", "focalv2", "swin")
 BACKENDS = ("--backends", "plain", "triton")
@@ -51,7 +49,7 @@ def run_checks(args: argparse.Namespace, end: float) -> bool:
         workers = min(workers, memory // CHECKER_BYTES)
     output = argparse.Namespace(out=args.out, name="gpu_checks")
     facts, columns, names = common.describe_run(args.device), gpu_checks.COLUMNS, list(gpu_checks.CHECKS)
-    cases, rows = gpu_checks.cases(args.device, args.quick), []
+    cases, rows = gpu_checks.cases(args.device), []
 
     def run(case: gpu_checks.Case) -> list[list[common.Cell]]:
         found, reason = common.in_process(end - time.monotonic(), gpu_checks.run, case)
@@ -70,14 +68,8 @@ def run_checks(args: argparse.Namespace, end: float) -> bool:
     return all(FAILED not in row for row in rows)
 
 
-def commands(quick: bool) -> list[tuple[str, float, list[str]]]:
+def commands() -> list[tuple[str, float, list[str]]]:
     """Parts 2 and 3, the most important first: name, end as a share of the time, and command."""
-    if quick:
-        small = ["--rounds", "1", "--sizes", "32", "--batch-size", "1"]
-        return [
-            ("kernels", 0.7, ["attention", *small, *BACKENDS, "--cfg", "configs/demo.yaml"]),
-            ("models", 0.95, ["models", *small, "--models", "demo", "test_convnext"]),
-        ]
     kernels = ["attention", "--rounds", "10", "--batch-size", SMALL, "--precisions", HALF["cuda"], "fp32"]
     models = ["models", "--rounds", "7", "--precisions", "bf16", "--models"]
     many = [*entries.OURS, "swin", "convnext", "focalnet"]
@@ -95,7 +87,6 @@ def run_part(args: argparse.Namespace, name: str, words: Sequence[str], end: flo
     seconds = end - time.monotonic()
     tool, *options = words
     options += ["--device", str(args.device), "--out", os.path.abspath(args.out), "--name", f"gpu_{name}"]
-    options += ["--minutes", f"{max(0, seconds - GRACE) / 60:.2f}"]
     try:
         command = [sys.executable, "-m", f"tools.benchmarks.{tool}", *options]
         done = subprocess.run(command, cwd=common.REPO, timeout=max(0, seconds), check=False)
@@ -115,7 +106,7 @@ def measure(args: argparse.Namespace) -> int:
     with user_input():
         layer.index(14, 14, torch.empty(0, device=args.device))  # says why the kernels cannot run here
     good = [run_checks(args, start + 60 * CHECKS_END * args.minutes)]
-    for name, share, words in commands(args.quick):
+    for name, share, words in commands():
         good.append(run_part(args, name, words, start + 60 * share * args.minutes))
     logger.info(f"wrote the results to {args.out}")
     return int(not all(good))
@@ -126,7 +117,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Check and time everything on a GPU.", allow_abbrev=False)
     parser.add_argument("--minutes", type=float, default=12.0, help="that it may take (default: 12)")
     parser.add_argument("--device", default="", help="cpu, cuda or cuda:N (default: cuda if there is one)")
-    parser.add_argument("--quick", action="store_true", help="tiny models, to try the report itself")
     parser.add_argument(
         "--out", type=path_argument, default=common.RESULTS, help="folder (default: tools/results)"
     )

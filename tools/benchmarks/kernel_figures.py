@@ -41,7 +41,7 @@ class Figures(NamedTuple):
     tensor: int | None = None  # columns of tensor memory
     blocks: int | None = None  # that fit into an SM
     units: str = ""  # which of UNITS it uses
-    instructions: int | None = None  # of the largest loop's body, per warp; a loop inside it counts once
+    instructions: int | None = None  # NVIDIA: of the largest loop's body, per warp; one inside counts once
     hash: str = ""  # of the compiled kernel
 
 
@@ -56,7 +56,7 @@ def figures(kernel: Kernel, card_name: str) -> Figures:
         usage = _cuobjdump(asm["cubin"], "--dump-resource-usage")
         found = {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
         loop = main_loop(*parse_sass(_cuobjdump(asm["cubin"], "-sass")))
-        spilled, text = None, asm["ptx"]
+        spilled, instructions, text = None, len(loop) or None, asm["ptx"]
         part_warps = PART_REGISTERS // (ceil(found["reg"] * 32 / REGISTER_UNIT) * REGISTER_UNIT)
     else:
         text = asm["amdgcn"]
@@ -65,8 +65,8 @@ def figures(kernel: Kernel, card_name: str) -> Figures:
             return int(re.search(rf"{name}:\s+(\d+)", text)[1])  # type: ignore[index]
 
         found = {"reg": number(r"\.vgpr_count"), "stack": number(r"\.private_segment_fixed_size")}
-        spilled, part_warps = number(r"\.vgpr_spill_count"), number("; Occupancy")
-        loop = main_loop(*parse_amdgcn(text))
+        spilled, instructions = number(r"\.vgpr_spill_count"), None
+        part_warps = number("; Occupancy")
     spills = bool(found["stack"] or found.get("local") or spilled)
     verdict = "out of resource" if kernel.error else "spills" if spills else "ok"
     return Figures(
@@ -83,7 +83,7 @@ def figures(kernel: Kernel, card_name: str) -> Figures:
         tensor=tensor,
         blocks=blocks_per_sm(card, warps, min(part_warps, card.part_warps), shared, tensor),
         units=" ".join(name for name in UNITS if re.search(rf"{re.escape(name)}(?!\.bulk)", text)),
-        instructions=len(loop) or None,
+        instructions=instructions,
         hash=kernel.compiled.hash,
     )
 
@@ -136,25 +136,6 @@ def parse_sass(text: str) -> tuple[list[str], Edges]:
         if target:
             edges[i].append(number[int(target[1], 16)])
     return [opcode for _, _, opcode, _ in found], edges
-
-
-def parse_amdgcn(text: str) -> tuple[list[str], Edges]:
-    """Opcodes of LLVM's assembly for AMD, and which may follow which."""
-    opcodes: list[str] = []
-    labels: dict[str, int] = {}
-    targets: dict[int, str] = {}
-    for line in text.partition("s_endpgm")[0].splitlines():
-        if label := re.match(r"(\.LBB\w+):", line):
-            labels[label[1]] = len(opcodes)
-        elif instruction := re.match(r"\t([a-z]\w*)(?:\s+(\.LBB\w+))?", line):
-            if instruction[2]:
-                targets[len(opcodes)] = instruction[2]
-            opcodes.append(instruction[1])
-    edges = {i: [] if opcode == "s_branch" else [i + 1] for i, opcode in enumerate(opcodes)}
-    for i, label in targets.items():
-        if label in labels:  # not one after the end of the program
-            edges[i].append(labels[label])
-    return opcodes, edges
 
 
 def main_loop(opcodes: list[str], edges: Edges) -> list[str]:

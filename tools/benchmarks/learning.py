@@ -7,9 +7,8 @@ to show it; this set of 60,000 training and 10,000 test images (Xiao et al., 201
 three models have the same width, depth, windows, recipe (learning.yaml) and seeds, and nearly the same
 parameters; they go through the training of main.py. Swin is timm's.
 
-The images come from `--data`, a folder with the four files `*-ubyte.gz` of the set; else from Debian's
-package dataset-fashion-mnist; else torchvision downloads them. A run that was interrupted continues with the
-same command. Writes <date>_<name>.md, .csv and .png.
+The images come from Debian's package dataset-fashion-mnist, or torchvision downloads them. A run that was
+interrupted continues with the same command. Writes <date>_<name>.md, .csv and .png.
 """
 
 import argparse
@@ -27,10 +26,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.datasets import FashionMNIST
 from yacs.config import CfgNode
 
 from config import load_config
@@ -52,46 +51,31 @@ logger = logging.getLogger("benchmarks.learning")
 
 RECIPE = Path(__file__).with_name("learning.yaml")
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
-SPLITS = {"train": "train", "val": "t10k"}
 MODELS = {"Focal": "focal", "Focal-fast": "focalv2", "Swin": "swin"}
 
 
 # --- Data ---------------------------------------------------------------------------------------------------
 
 
-def find_data(folder: str | None, download_to: str) -> Path:
-    """The folder with the set's four files; downloads them if there is none."""
-    if folder is not None or DEBIAN.is_dir():
-        return Path(folder or DEBIAN)
-    from torchvision.datasets import FashionMNIST
+def write_images(output: Path) -> None:
+    """Write both splits as main.py reads them with --zip: data/<split>.zip of PNG files, and <split>_map.txt.
 
-    return Path(FashionMNIST(download_to, download=True).raw_folder)
-
-
-def read_split(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images [N, 28, 28] and labels [N] of uint8; name is train or t10k.
-
-    Raises:
-        FileNotFoundError: the folder lacks the files.
+    torchvision reads the set's files from FashionMNIST/raw, and downloads them if they are not there.
     """
-    with gzip.open(folder / f"{name}-images-idx3-ubyte.gz") as file:
-        images = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 28, 28)
-    with gzip.open(folder / f"{name}-labels-idx1-ubyte.gz") as file:
-        return images, np.frombuffer(file.read(), np.uint8, offset=8)
-
-
-def write_images(source: Path, folder: Path) -> None:
-    """Write both splits as main.py reads them with --zip: <split>.zip of PNG files, and <split>_map.txt."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, name in SPLITS.items():
-        images, labels = read_split(source, name)
-        names = [f"{number:05}.png" for number in range(len(images))]
+    raw, folder = output / "FashionMNIST" / "raw", output / "data"
+    if not raw.is_dir():
+        raw.mkdir(parents=True)
+        for file in DEBIAN.glob("*.gz"):
+            (raw / file.stem).write_bytes(gzip.decompress(file.read_bytes()))
+    folder.mkdir(exist_ok=True)
+    for split in ("train", "val"):
+        lines = []
         with zipfile.ZipFile(folder / f"{split}.zip", "w") as archive:
-            for file_name, image in zip(names, images, strict=True):
+            for number, (image, label) in enumerate(FashionMNIST(output, split == "train", download=True)):
                 png = io.BytesIO()
-                Image.fromarray(image).save(png, "png")
-                archive.writestr(file_name, png.getvalue())
-        lines = [f"{file_name}\t{label}\n" for file_name, label in zip(names, labels, strict=True)]
+                image.save(png, "png")
+                archive.writestr(f"{number:05}.png", png.getvalue())
+                lines.append(f"{number:05}.png\t{label}\n")
         (folder / f"{split}_map.txt").write_text("".join(lines), encoding="utf-8")
 
 
@@ -217,7 +201,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "Train Focal, Focal-fast and Swin on Fashion-MNIST; a round trains each one, from a seed of its own."
     )
     parser = common.new_parser(text, "learning")
-    parser.add_argument("--data", type=path_argument, metavar="FOLDER", help="with the set's four files")
     parser.add_argument("--output", type=path_argument, default="output/learning", help="folder of the runs")
     parser.add_argument("--processes", type=common.positive, default=1, help="runs at a time (default: 1)")
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="any option of config.py")
@@ -229,9 +212,8 @@ def measure(args: argparse.Namespace) -> int:
     """Train all models from all seeds, then write the results."""
     blank_figure()  # says that matplotlib is missing before, not after training
     facts = common.describe_run(args.device)
-    data = Path(args.output, "data")
-    if not (data / "val_map.txt").is_file():
-        write_images(find_data(args.data, args.output), data)
+    if not Path(args.output, "data", "val_map.txt").is_file():
+        write_images(Path(args.output))
     configs = {(model, seed): configure(args, model, seed) for seed in range(args.rounds) for model in MODELS}
     with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
         runs = [pool.submit(train_one, config, args.device, args.threads) for config in configs.values()]

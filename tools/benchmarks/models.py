@@ -1,7 +1,7 @@
 """Compares the speed of models by resolution, mode, precision and compilation.
 
     python -m tools.benchmarks.models --device cuda --precisions bf16 --batch-size 128 --sizes 224 448 896
-    python -m tools.benchmarks.models --models focal-tiny focal-tiny:plain ../before@focal-tiny swin-tiny
+    python -m tools.benchmarks.models --models focal-tiny focal-tiny:plain swin-tiny
 
 Modes: `infer` is the forward pass without gradients; `train` is a training step: forward, cross entropy,
 backward and AdamW. Inputs are on the device; precisions other than fp32 use autocast, fp16 also loss scaling.
@@ -14,9 +14,7 @@ run gets a row with the reason. Writes <date>_<name>.md, .csv and .png after eve
 import argparse
 import gc
 import logging
-import math
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,7 +29,7 @@ from tools.figures.drawing import blank_figure
 from utils import Precision
 
 from . import common, entries
-from .common import DTYPES, NO_TIME, RESULTS, Spread, Timer
+from .common import DTYPES, RESULTS, Spread, Timer
 from .entries import Entry
 
 if TYPE_CHECKING:
@@ -107,8 +105,18 @@ def make_step(model: nn.Module, images: torch.Tensor, setting: Setting) -> Calla
     model.train()
     labels = torch.arange(len(images), device=device) % entries.CLASSES
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device.type == "cuda")
-    loss = lambda: F.cross_entropy(call(images), labels)  # noqa: E731
-    return common.training_step(loss, optimizer, precision, device)
+    scaler = precision.scaler(device)
+
+    def train() -> torch.Tensor:
+        with precision.autocast(device):
+            loss = F.cross_entropy(call(images), labels)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return train
 
 
 @contextmanager
@@ -137,7 +145,6 @@ def run_group(
     batch: int,
     rounds: int,
     device: torch.device,
-    deadline: float = math.inf,
 ) -> list[Row]:
     """Measure models that are on the device together.
 
@@ -145,7 +152,6 @@ def run_group(
         setting, group: of which models.
         batch: images of a step; halved, HALVINGS times at most, until all models have enough memory.
         rounds, device: of measuring.
-        deadline: on the clock `time.monotonic`; no model is begun after it, and no round but the first.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -155,10 +161,9 @@ def run_group(
     while True:
         images = torch.randn(batch, 3, setting.resolution, setting.resolution, device=device)
         for row in rows:
-            row.batch, row.note = batch, "" if time.monotonic() <= deadline else NO_TIME
-            if not row.note:
-                with errors_noted(row, timers):
-                    timers[row.entry.label] = warmed_up(row, images)
+            row.batch, row.note = batch, ""
+            with errors_noted(row, timers):
+                timers[row.entry.label] = warmed_up(row, images)
             if row.note == NO_MEMORY and batch > least:
                 break
         else:
@@ -168,8 +173,6 @@ def run_group(
         timers.clear()
         free_memory()
     for number in range(rounds):
-        if number and time.monotonic() > deadline:
-            break
         for row in rows if number % 2 == 0 else reversed(rows):
             if row.entry.label in timers:
                 with errors_noted(row, timers):
@@ -240,7 +243,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=["fp32"])
     parser.add_argument("--compile", nargs="+", choices=COMPILE, default=["eager"])
     parser.add_argument("--batch-size", type=common.positive, default=8, help="halved when memory runs out")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this time")
     parser.set_defaults(out=RESULTS)
     return parser.parse_args(argv)
 
@@ -248,7 +250,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def measure(args: argparse.Namespace) -> int:
     """Run all groups; the files are written after each."""
     blank_figure()  # says that matplotlib is missing before, not after measuring
-    deadline = time.monotonic() + 60 * args.minutes
     chosen = entries.entries(args.models)
     facts, rows = common.describe_run(args.device), []
     notes = [
@@ -263,7 +264,7 @@ def measure(args: argparse.Namespace) -> int:
         setting = Setting(size, resolution, mode, precision, compiled)
         group = [entry for entry in chosen if entry.size == size]
         logger.info(f"{setting}: {', '.join(entry.label for entry in group)}")
-        rows += run_group(setting, group, args.batch_size, args.rounds, args.device, deadline)
+        rows += run_group(setting, group, args.batch_size, args.rounds, args.device)
         cells, figure = [row.cells() for row in rows], draw(rows)
         common.publish(args, "Speed", facts, notes, COLUMNS, cells, figure=figure)
     return 0

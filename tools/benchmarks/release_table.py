@@ -1,6 +1,6 @@
 """Measures the release's table of throughput again, side by side on one machine.
 
-    python -m tools.benchmarks.release_table --minutes 25
+    python -m tools.benchmarks.release_table
     python -m tools.benchmarks.release_table --device cuda
 
 All 17 rows of the table, with Focal-fast beside them, at 224, 448 and 896 pixels: inference, float32 on a CPU
@@ -15,9 +15,7 @@ DeiT, ViT and Swin are timm's, ViL is in vil.py, PVT and CvT are those of transf
 
 import argparse
 import logging
-import math
 import sys
-import time
 from collections.abc import Sequence
 from functools import partial
 from itertools import product
@@ -27,7 +25,6 @@ import torch
 from torch import nn
 
 from tools.figures.drawing import blank_figure
-from tools.release_numbers import CLASSIFIERS, SPEEDS
 from utils import UserError
 
 from . import common, entries, models
@@ -94,40 +91,49 @@ entries.BUILDERS |= {
 
 
 class Model(NamedTuple):
-    """How a row of the release is built; `params_m` are those that the model's own paper reports."""
+    """A row of the release's table: how it is built, and what is reported of it, None where nothing is."""
 
+    family: str
     size: str
-    name: str
-    params_m: float | None
+    name: str  # a key of entries.BUILDERS, a configuration, or a model of timm
+    params_m: float  # millions of parameters, in the model's own paper
+    macs_g: float  # G multiply-adds, which the release calls FLOPs, at 224 pixels
+    rates: tuple[int | None, ...]  # images per second at RESOLUTIONS, on a GPU that the release does not name
 
 
 MODELS: dict[str, Model] = {
-    "DeiT-Small/16": Model("tiny", "deit_small_patch16_224", 22),
-    "PVT-Small": Model("tiny", "pvt_small", 24.5),
-    "CvT-13": Model("tiny", "cvt_13", 20),
-    "ViL-Small": Model("tiny", "vil_small", 24.6),
-    "Swin-Tiny": Model("tiny", FAMILIES["swin"]["tiny"], 29),
-    "PVT-Medium": Model("small", "pvt_medium", 44.2),
-    "CvT-21": Model("small", "cvt_21", 32),
-    "ViL-Medium": Model("small", "vil_medium", 39.7),
-    "Swin-Small": Model("small", FAMILIES["swin"]["small"], 50),
-    "ViT-Base/16": Model("base", "vit_base_patch16_224", 86),
-    "DeiT-Base/16": Model("base", "deit_base_patch16_224", 86),
-    "PVT-Large": Model("base", "pvt_large", 61.4),
-    "ViL-Base": Model("base", "vil_base", 55.7),
-    "Swin-Base": Model("base", FAMILIES["swin"]["base"], 88),
+    "DeiT-Small/16": Model("DeiT", "tiny", "deit_small_patch16_224", 22, 4.6, (939, 101, 20)),
+    "PVT-Small": Model("PVT", "tiny", "pvt_small", 24.5, 3.8, (794, 172, 31)),
+    "CvT-13": Model("CvT", "tiny", "cvt_13", 20, 4.5, (746, 125, 14)),
+    "ViL-Small": Model("ViL", "tiny", "vil_small", 24.6, 5.1, (397, 87, 17)),
+    "Swin-Tiny": Model("Swin", "tiny", FAMILIES["swin"]["tiny"], 29, 4.5, (760, 189, 48)),
+    "Focal-Tiny": Model("Focal", "tiny", FAMILIES["focal"]["tiny"], 28.9, 4.9, (319, 105, 27)),
+    "PVT-Medium": Model("PVT", "small", "pvt_medium", 44.2, 6.7, (517, 111, 20)),
+    "CvT-21": Model("CvT", "small", "cvt_21", 32, 7.1, (480, 85, 10)),
+    "ViL-Medium": Model("ViL", "small", "vil_medium", 39.7, 9.1, (251, 53, 8)),
+    "Swin-Small": Model("Swin", "small", FAMILIES["swin"]["small"], 50, 8.7, (435, 111, 28)),
+    "Focal-Small": Model("Focal", "small", FAMILIES["focal"]["small"], 51.1, 9.4, (192, 63, 17)),
+    "ViT-Base/16": Model("ViT", "base", "vit_base_patch16_224", 86, 17.6, (291, 57, 8)),
+    "DeiT-Base/16": Model("DeiT", "base", "deit_base_patch16_224", 86, 17.6, (291, 57, 8)),
+    "PVT-Large": Model("PVT", "base", "pvt_large", 61.4, 9.8, (352, 77, 14)),
+    "ViL-Base": Model("ViL", "base", "vil_base", 55.7, 13.4, (145, 35, 5)),
+    "Swin-Base": Model("Swin", "base", FAMILIES["swin"]["base"], 88, 15.4, (291, 70, 17)),
+    "Focal-Base": Model("Focal", "base", FAMILIES["focal"]["base"], 89.8, 16.4, (138, 44, 11)),
+    "Focal-fast-Tiny, conv": Model(
+        "Focal-fast", "tiny", FAMILIES["focalv2"]["tiny"], 30.2, 5.0, (483, None, None)
+    ),
+    "Focal-fast-Small, conv": Model(
+        "Focal-fast", "small", FAMILIES["focalv2"]["small"], 51.5, 9.4, (293, None, None)
+    ),
+    "Focal-fast-Base, conv": Model(
+        "Focal-fast", "base", FAMILIES["focalv2"]["base"], 91.2, 16.4, (203, None, None)
+    ),
 }
-for size in SIZES:
-    for label, family in (("Focal-{}", "focal"), ("Focal-fast-{}, conv", "focalv2")):
-        name = FAMILIES[family][size]
-        (params_m,) = (classifier.params_m for classifier in CLASSIFIERS if classifier.config == name)
-        MODELS[label.format(size.capitalize())] = Model(size, name, params_m)
-REPORTED = {speed.model: speed for speed in SPEEDS}
 
 
 def reported_rate(model: str, resolution: int) -> int | None:
     """Images per second in the release's table."""
-    return getattr(REPORTED[model], f"at_{resolution}", None)
+    return dict(zip(RESOLUTIONS, MODELS[model].rates, strict=True)).get(resolution)
 
 
 def reported_ratio(model: str, resolution: int) -> float | None:
@@ -140,7 +146,7 @@ def reported_ratio(model: str, resolution: int) -> float | None:
 # --- Measuring ----------------------------------------------------------------------------------------------
 
 
-def run_group(args: argparse.Namespace, size: str, resolution: int, deadline: float) -> list[Row]:
+def run_group(args: argparse.Namespace, size: str, resolution: int) -> list[Row]:
     """Time the chosen models of a size at a resolution; above 224, batch and rounds are smaller."""
     group = [Entry(label, MODELS[label].name, size) for label in args.models if MODELS[label].size == size]
     scale = min(1.0, 224 / resolution)
@@ -148,7 +154,7 @@ def run_group(args: argparse.Namespace, size: str, resolution: int, deadline: fl
     batch = max(1, round((args.batch_size or BATCH[args.device.type]) * scale**2))
     rounds = max(1, round(args.rounds * scale))
     logger.info(f"{setting}, batch {batch}: {', '.join(entry.label for entry in group)}")
-    job = (setting, group, batch, rounds, args.device, deadline)
+    job = (setting, group, batch, rounds, args.device)
     rows, reason = common.in_process(None, run_in_process, args.device, torch.get_num_threads(), *job)
     return rows or [Row(entry, setting, batch, note=reason) for entry in group]
 
@@ -156,8 +162,6 @@ def run_group(args: argparse.Namespace, size: str, resolution: int, deadline: fl
 def run_in_process(device: torch.device, threads: int, *job: Any) -> list[Row]:
     """`models.run_group(*job)`; on a CPU, a model that needs more memory than is free now fails alone."""
     torch.set_num_threads(threads)
-    if device.type == "cpu" and threads == 1:
-        common.clock = time.process_time
     if device.type == "cpu" and sys.platform == "linux":
         import resource
 
@@ -176,7 +180,7 @@ def cells(row: Row) -> list[common.Cell]:
     speed = (row.batch, len(row.seconds), row.rate, row.ratio)
     reported = (reported_rate(model, resolution), reported_ratio(model, resolution))
     params, macs = row.params and row.params / 1e6, row.macs and row.macs / 1e9
-    counts = (params, MODELS[model].params_m, macs, REPORTED[model].flops_g)
+    counts = (params, MODELS[model].params_m, macs, MODELS[model].macs_g)
     return [model, row.entry.size, resolution, row.setting.precision, *speed, *reported, *counts, row.note]
 
 
@@ -188,7 +192,7 @@ def table(rows: Sequence[Row]) -> str:
     for resolution in resolutions:
         columns += [f"img/s at {resolution}", "vs Swin", "release"]
     lines = []
-    for model in (label for label in REPORTED if (label, resolutions[0]) in found):
+    for model in (label for label in MODELS if (label, resolutions[0]) in found):
         line = [model, *cells(found[model, resolutions[0]])[-5:-1]]
         for resolution in resolutions:
             row = found.get((model, resolution))
@@ -202,27 +206,22 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row]) -> "Figure":
-    """Images per second against resolution: above measured, below reported; a panel per size of models."""
+    """Images per second against resolution: a panel per size of models."""
     from matplotlib.ticker import NullLocator
 
     sizes = [size for size in SIZES if any(row.entry.size == size for row in rows)]
     resolutions = sorted({row.setting.resolution for row in rows})
-    families = list(dict.fromkeys(speed.family for speed in SPEEDS))
-    figure, handles = blank_figure(figsize=(4 * len(sizes), 8)), {}
-    panels = figure.subplots(2, len(sizes), sharex=True, sharey="row", squeeze=False)
-    for (above, below), size in zip(panels.T, sizes, strict=True):
-        for model in (label for label in REPORTED if MODELS[label].size == size):
-            measured = [row for row in rows if row.entry.label == model and row.rate]
-            reported = [at for at in resolutions if reported_rate(model, at)]
-            family = REPORTED[model].family
-            style = {"color": f"C{families.index(family)}", "linewidth": 1 + 1.5 * family.startswith("Focal")}
+    families = list(dict.fromkeys(model.family for model in MODELS.values()))
+    figure, handles = blank_figure(figsize=(4 * len(sizes), 4.5)), {}
+    panels = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
+    for axes, size in zip(panels, sizes, strict=True):
+        for label, model in MODELS.items():
+            measured = [row for row in rows if row.entry.label == label and row.rate and model.size == size]
+            width, colour = 1 + 1.5 * model.family.startswith("Focal"), f"C{families.index(model.family)}"
+            places = [row.setting.resolution for row in measured]
             rates = [row.rate.median for row in measured]
-            above.loglog([row.setting.resolution for row in measured], rates, ".-", **style)
-            rates = [reported_rate(model, at) for at in reported]
-            (handles[family],) = below.loglog(reported, rates, ".-", **style)
-        above.set_title(f"{size}, measured")
-        below.set_title(f"{size}, reported by the release")
-    for axes in panels.flat:
+            (handles[model.family],) = axes.loglog(places, rates, ".-", color=colour, linewidth=width)
+        axes.set_title(size)
         axes.set_xticks(resolutions, labels=map(str, resolutions))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.3, which="both")
@@ -241,7 +240,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
     parser.add_argument("--sizes", type=common.positive, nargs="+", default=RESOLUTIONS, help="of the images")
     parser.add_argument("--batch-size", type=common.positive, help=f"at 224 pixels (default: {BATCH})")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="after these, begin no other model")
     parser.set_defaults(out=RESULTS)
     return parser.parse_args(argv)
 
@@ -249,21 +247,19 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def measure(args: argparse.Namespace) -> int:
     """Run all groups; the files are written after each."""
     blank_figure()  # says that matplotlib is missing before, not after measuring
-    deadline = time.monotonic() + 60 * args.minutes
     facts, rows = common.describe_run(args.device), []
     facts["Versions"] += f", transformers {common.version('transformers')}"
     notes = [
         f"Inference in {PRECISION[args.device.type]}, medians of alternating rounds; the .csv file has "
-        "quartiles, batches and rounds. `release` is the ratio to Swin of the same size that the release "
-        "reports, for a GPU that it does not name. Reported parameters are those of each model's paper, "
-        "reported GMACs those of the release, both at 224 pixels. The models of timm and ViL use PyTorch's "
-        "fused attention; PVT and CvT, of transformers, do not. ViT-Base/16 and DeiT-Base/16 are the same "
-        "network: the difference between their rows is noise. One thread on a CPU is timed by the processor "
-        "time that it gets, so other work on the machine counts less."
+        "batches and rounds. `release` is the ratio to Swin of the same size that the release reports, for a "
+        "GPU that it does not name. Reported parameters are those of each model's paper, reported GMACs those "
+        "of the release, both at 224 pixels. The models of "
+        "timm and ViL use PyTorch's fused attention; PVT and CvT, of transformers, do not. ViT-Base/16 and "
+        "DeiT-Base/16 are the same network: the difference between their rows is noise."
     ]
     sizes = [size for size in SIZES if any(MODELS[label].size == size for label in args.models)]
     for resolution, size in product(sorted(args.sizes), sizes):
-        rows += run_group(args, size, resolution, deadline)
+        rows += run_group(args, size, resolution)
         title, lines, figure = "The release's table of throughput", [cells(row) for row in rows], draw(rows)
         common.publish(args, title, facts, notes, COLUMNS, lines, [table(rows)], figure)
     return 0

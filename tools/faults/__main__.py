@@ -137,7 +137,7 @@ FAULTS: dict[str, Callable[[TrainingRun, int, random.Random], str]] = {
     **{"rank": kill_rank, "hang": hang},
 }
 FOR_MORE = ("rank", "hang")  # processes than one; the others are for both
-COLUMNS = ("fault", "processes", "what happened", "launches", "steps repeated", "result")
+COLUMNS = ("fault", "processes", "what happened", "launches", "result")
 OPTIONS = {
     "disk": {"SAVE_FAILURES_MAX": 1000},
     "hang": {"DIST_TIMEOUT_MINUTES": HANG_MINUTES},
@@ -185,7 +185,7 @@ class Lab:
             finally:
                 if run.is_running:
                     run.kill()
-        return [", ".join({*faults}), count, "; ".join(happened), run.launches, run.redone, result]
+        return [", ".join({*faults}), count, "; ".join(happened), run.launches, result]
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 row = lab.survive([fault] * args.times, count)
             except (FaultError, psutil.Error, subprocess.SubprocessError) as error:  # the others go on
                 lost += 1
-                row = [fault, count, None, None, None, f"**LOST**: {common.short_reason(error, 400)}"]
+                row = [fault, count, None, None, f"**LOST**: {common.short_reason(error, 400)}"]
             logger.info(" | ".join(map(common.show, row)))
             rows.append(row)
     note = f"Each run: {lab.epochs} epochs of 160 digits, a checkpoint every {SAVE_EVERY} steps."

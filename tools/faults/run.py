@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -138,12 +137,6 @@ class TrainingRun:
     def last_step(self) -> int:
         """The last step that this launch logged, counted from 1 over the whole run; 0 before the first."""
         return [0, *steps_of(self.text())][-1]
-
-    @property
-    def redone(self) -> int:
-        """Steps that were logged and then repeated by a later launch."""
-        steps = steps_of(self.console.read_text(errors="replace"))
-        return sum(max(0, last - step + 1) for last, step in pairwise(steps))
 
     def text(self) -> str:
         """Console output of this launch."""

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from models import FocalTransformer
 from models.focal_transformer import AttentionIndex, FocalAttention, padded_size
-from utils import UserError
 
 OWN_WINDOW, AROUND = "own window", "fine tokens around"
 
@@ -124,35 +123,26 @@ def window_tokens(index: AttentionIndex) -> Tensor:
     return tokens.view(index.height // s, s, index.width // s, s).transpose(1, 2).reshape(-1, s * s)
 
 
-@dataclass(frozen=True)
-class BlockAttention:
-    """The queries, keys and values of an attention layer in one forward pass.
+@torch.no_grad()
+def weights_of_query(tokens: TokenMap, qkv: Tensor, row: int, column: int) -> Tensor:
+    """softmax(q k^T * scale + bias) of the query at a place of the first image's map, by token: [N, S].
 
-    Attributes:
+    Args:
         tokens: the layer and its map.
-        qkv: [B, S, 3, N, D].
+        qkv: what the layer computed in a forward pass, [B, S, 3, N, D].
+        row, column: of the query.
     """
-
-    tokens: TokenMap
-    qkv: Tensor
-
-    @torch.no_grad()
-    def weights(self) -> Tensor:
-        """softmax(q k^T * scale + bias) over a window's keys: [B, N, P, Q, K]."""
-        layer, index = self.tokens.layer, self.tokens.index
-        q, k, _ = self.qkv.permute(2, 0, 3, 1, 4)  # [B, N, S, D]
-        q, k = q[:, :, window_tokens(index)], k[:, :, index.keys]  # [B, N, P, Q or K, D]
-        scores = layer.scale * (q @ k.transpose(-2, -1)) + layer.bias(index, self.qkv.dtype)
-        if index.visible is not None:
-            scores = scores.masked_fill(~index.visible, float("-inf"))
-        return scores.softmax(dim=-1)
-
-    def of_query(self, row: int, column: int) -> Tensor:
-        """Weights of the query at a place of the first image's map, by token: [N, S]."""
-        window, query = self.tokens.place_of(row, column)
-        weights = self.weights()[0, :, window, query]
-        total = weights.new_zeros(len(weights), self.qkv.shape[1])
-        return total.index_add(1, self.tokens.index.keys[window], weights).cpu()
+    layer, index, (window, query) = tokens.layer, tokens.index, tokens.place_of(row, column)
+    keys = index.keys[window]
+    q = qkv[0, window_tokens(index)[window, query], 0]  # [N, D]
+    bias = layer.bias(index, qkv.dtype)  # [N, P or 1, Q, K]
+    scores = layer.scale * torch.einsum("nd,knd->nk", q, qkv[0, keys, 1])
+    scores = scores + bias[:, window if bias.shape[1] > 1 else 0, query]
+    if index.visible is not None:
+        visible = index.visible[window].expand(index.window**2, -1)[query]
+        scores = scores.masked_fill(~visible, float("-inf"))
+    total = scores.new_zeros(len(scores), qkv.shape[1])
+    return total.index_add(1, keys, scores.softmax(dim=-1)).cpu()
 
 
 # --- Of a model ---------------------------------------------------------------------------------------------
@@ -169,20 +159,12 @@ def token_maps(model: FocalTransformer, height: int, width: int) -> list[list[To
 
 
 def stage_maps(model: FocalTransformer, height: int, width: int, block: int = -1) -> list[TokenMap]:
-    """The map of one block of each stage.
-
-    Raises:
-        UserError: a stage has no such block.
-    """
-    maps = token_maps(model, height, width)
-    for number, blocks in enumerate(maps, start=1):
-        if not -len(blocks) <= block < len(blocks):
-            raise UserError(f"--block: stage {number} has {len(blocks)} blocks, got {block}")
-    return [blocks[block] for blocks in maps]
+    """The map of one block of each stage, of the last one if none is named."""
+    return [blocks[block] for blocks in token_maps(model, height, width)]
 
 
-def record(model: FocalTransformer, image: Tensor, maps: Sequence[TokenMap]) -> list[BlockAttention]:
-    """The attention of some blocks in a forward pass of an image [1, C, H, W]."""
+def record(model: FocalTransformer, image: Tensor, maps: Sequence[TokenMap]) -> list[Tensor]:
+    """Queries, keys and values [1, S, 3, N, D] of some layers in a forward pass of an image [1, C, H, W]."""
     outputs: list[Tensor] = []
     handles = [
         tokens.layer.qkv.register_forward_hook(lambda _, __, qkv: outputs.append(qkv)) for tokens in maps
@@ -194,6 +176,5 @@ def record(model: FocalTransformer, image: Tensor, maps: Sequence[TokenMap]) -> 
         for handle in handles:
             handle.remove()
     return [
-        BlockAttention(tokens, qkv.unflatten(-1, (3, tokens.layer.num_heads, -1)))
-        for tokens, qkv in zip(maps, outputs, strict=True)
+        qkv.unflatten(-1, (3, tokens.layer.num_heads, -1)) for tokens, qkv in zip(maps, outputs, strict=True)
     ]

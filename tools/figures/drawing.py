@@ -5,19 +5,17 @@ window 28 x 28. What a query does not see is dark. In all functions `picture` is
 are x and y of the query in pixels.
 """
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from utils import UserError
 
-from .attention import AROUND, OWN_WINDOW, BlockAttention, TokenMap
+from .attention import AROUND, OWN_WINDOW, TokenMap, weights_of_query
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,12 +52,9 @@ def new_figure(down: int, across: int, title: str) -> tuple["Figure", np.ndarray
 
 
 def save(figure: "Figure", path: Path) -> None:
-    """Write a PNG file of 256 colours, a third as large as one of all colours."""
+    """Write a PNG file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=170, format="png")
-    picture = Image.open(drawn).convert("RGB")
-    picture.quantize(256, dither=Image.Dither.NONE).save(path, format="PNG", optimize=True)
+    figure.savefig(path, dpi=170)
     print(f"wrote {path}")
 
 
@@ -161,15 +156,16 @@ def draw_heat(axes: "Axes", picture: np.ndarray, heat: np.ndarray) -> None:
 
 
 def attention_figure(
-    records: Sequence[BlockAttention], picture: np.ndarray, at: tuple[int, int], title: str
+    maps: Sequence[TokenMap], recorded: Sequence[Tensor], picture: np.ndarray, at: tuple[int, int], title: str
 ) -> "Figure":
     """Mean over heads: per stage what a pixel gets in all, coarse tokens divided over their pixels, and the
-    share of each granularity."""
-    places = [record.tokens.at_pixel(*at) for record in records]
-    seen = [record.tokens.seen_from(*place) for record, place in zip(records, places, strict=True)]
-    figure, panels = new_figure(len(records), 1 + max(map(len, seen)), title)
-    for number, (record, place, grains) in enumerate(zip(records, places, seen, strict=True)):
-        tokens, size, values = record.tokens, picture.shape[:2], record.of_query(*place).mean(dim=0)
+    share of each granularity. `recorded` are queries, keys and values of the maps' layers."""
+    places = [tokens.at_pixel(*at) for tokens in maps]
+    seen = [tokens.seen_from(*place) for tokens, place in zip(maps, places, strict=True)]
+    figure, panels = new_figure(len(maps), 1 + max(map(len, seen)), title)
+    rows = zip(maps, recorded, places, seen, strict=True)
+    for number, (tokens, qkv, place, grains) in enumerate(rows):
+        size, values = picture.shape[:2], weights_of_query(tokens, qkv, *place).mean(dim=0)
         total = tokens.evenly(values)
         total = torch.where(total > 0, total, float("nan"))
         draw_heat(panels[number, 0], picture, at_pixels(total, tokens.stride, size, np.nan))

@@ -1,8 +1,7 @@
 """Schedules and training pipelines on COCO, those of Swin Transformer's detectors, which Focal Transformer's
 follow; each config picks from them.
 
-A config's `reported` quotes the release's README: box and mask AP on val2017 in percent, parameters in
-millions, FLOPs in G. Nothing of it was reproduced here, and the README does not give the recipe.
+MODEL_ZOO.md quotes what the release reports for each. Its README does not give the recipe.
 
 Backbones start from fresh weights unless a classifier's are named, which the reported figures need:
 `--pretrained FILE`, or `init_cfg=dict(type="Pretrained", checkpoint=FILE)` of the backbone.

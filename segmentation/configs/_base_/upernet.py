@@ -1,9 +1,8 @@
 """UPerNet with an auxiliary FCN head, and its 160k schedule: those of Swin Transformer's segmenters, which
 Focal Transformer's follow.
 
-A config's `reported` quotes the release's README: single- and multi-scale mIoU on ADE20K's validation set in
-percent, parameters in millions, FLOPs in G. Nothing of it was reproduced here. The README does not give the
-recipe; stochastic depth of 0.3 in every size is that of MMSegmentation's Swin configs.
+MODEL_ZOO.md quotes what the release reports for each. Its README does not give the recipe; stochastic depth
+of 0.3 in every size is that of MMSegmentation's Swin configs.
 
 Backbones start from fresh weights unless `--pretrained FILE` names a classifier's, which the reported figures
 need.
