@@ -251,11 +251,11 @@ def measure(args: argparse.Namespace) -> int:
     facts["Versions"] += f", transformers {common.version('transformers')}"
     notes = [
         f"Inference in {PRECISION[args.device.type]}, medians of alternating rounds; the .csv file has "
-        "batches and rounds. `release` is the ratio to Swin of the same size that the release reports, for a "
-        "GPU that it does not name. Reported parameters are those of each model's paper, reported GMACs those "
-        "of the release, both at 224 pixels. The models of "
-        "timm and ViL use PyTorch's fused attention; PVT and CvT, of transformers, do not. ViT-Base/16 and "
-        "DeiT-Base/16 are the same network: the difference between their rows is noise."
+        "batches and rounds. `release` is the ratio to Swin of the same size that the release reports, for "
+        "a GPU that it does not name. Reported parameters are those of each model's paper, reported GMACs "
+        "those of the release, both at 224 pixels. The models of timm and ViL use PyTorch's fused "
+        "attention; PVT and CvT, of transformers, do not. ViT-Base/16 and DeiT-Base/16 are the same "
+        "network: the difference between their rows is noise."
     ]
     sizes = [size for size in SIZES if any(MODELS[label].size == size for label in args.models)]
     for resolution, size in product(sorted(args.sizes), sizes):
