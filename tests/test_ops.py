@@ -12,12 +12,9 @@ from torch import Tensor
 
 from models.focal_transformer import (
     BACKENDS,
-    FAMILIES,
     AttentionIndex,
-    FocalBlock,
     Request,
     choose_backend,
-    is_traced,
     nearest_cells,
     nearest_index,
     ring_index,
@@ -252,42 +249,3 @@ def test_operators_are_registered_as_pytorch_wants_it() -> None:
     slopes = torch.randn(2, 196, 16, dtype=torch.bfloat16)
     for turned in (bias, bias.mT.contiguous().mT):
         torch.library.opcheck(cpu.attention_backward, (slopes, qkv.detach(), turned.detach(), *rest))
-
-
-def block(kind: str, backend: str) -> FocalBlock:
-    torch.manual_seed(0)
-    family = (
-        {"expand_size": 3, "focal_window": 3}
-        if kind == "focal"
-        else {"topk": 40, "train_resolution": (14, 14)}
-    )
-    attn = FAMILIES[kind](16, 2, 7, pool="fc", pooled_levels=1, backend=backend, **family)
-    return FocalBlock(attn, 16).double()
-
-
-def maps(*size: int) -> Tensor:
-    return torch.randn(2, *size, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-
-
-def test_functional_gradients_are_compiled() -> None:
-    """`torch.func` inside of torch.compile."""
-    layer, plain, x = block("focal", "cpu"), block("focal", "plain"), maps(14, 9)
-    plain(x).square().sum().backward()
-    expected = {name: p.grad for name, p in plain.named_parameters()}
-    weights = {name: p.detach() for name, p in layer.named_parameters()}
-
-    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
-        return torch.func.functional_call(layer, weights, (x,)).square().sum()
-
-    torch.compiler.reset()
-    function = torch.compile(torch.func.grad(loss), backend="aot_eager", dynamic=False)
-    torch.testing.assert_close(function(weights, x), expected)
-
-
-def test_subclasses_of_tensors_are_computed_plainly() -> None:
-    class Tagged(Tensor):
-        pass
-
-    assert is_traced(torch.ones(2).as_subclass(Tagged)) and not is_traced(torch.ones(2))
-    layer, x = block("focal", "cpu"), maps(14, 14)
-    torch.testing.assert_close(layer(x.as_subclass(Tagged)).as_subclass(Tensor), layer(x))
