@@ -1,5 +1,6 @@
-"""tools/visualize.py and tools/figures: weights reproduce the layers' output, maps show the right tokens."""
+"""tools/visualize.py, tools/figures: weights reproduce what layers answer, maps show the right tokens."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from config import load_config
 from models import FocalTransformer, build_model
 from tools import visualize
+from tools.figures import __main__ as make_figures
 from tools.figures import attention
 
 VARIANTS = {
@@ -174,3 +176,20 @@ def test_mistakes_are_one_sentence(
     assert visualize.main([str(image), *words, *given, *out]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_teaser_is_drawn_again(tmp_path: Path) -> None:
+    assert make_figures.main(["--out", str(tmp_path)]) == 0
+    drawn, there = (
+        Image.open(folder / "teaser.png").convert("RGB") for folder in (tmp_path, REPO / "figures")
+    )
+    assert drawn.size == there.size
+    assert len(set(drawn.resize((50, 50)).getdata())) > 20  # not blank
+
+
+def test_a_missing_package_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert make_figures.main([]) == 2
+    assert "pip install -r requirements-dev.txt" in capsys.readouterr().err
