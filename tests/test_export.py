@@ -3,10 +3,12 @@
 import dataclasses
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import small_models
 import torch
 from conftest import REPO
 from torch import Tensor, nn
@@ -14,20 +16,18 @@ from torch import Tensor, nn
 from classification import export
 from classification.export import FORMATS, ExportError, export_model
 from config import load_config
-from models import FocalTransformer, build_model
+from models import build_model
 
-NANO = {
-    "img_size": 32,
-    "num_classes": 5,
-    "embed_dim": 8,
-    "depths": [1, 1],
-    "num_heads": [1, 2],
-    "window_size": 4,
-    "focal_pool": "fc",
-    "focal_levels": [2, 2],
-    "focal_windows": [3, 1],
-    "expand_sizes": [2, 2],
-}
+build = partial(
+    small_models.build,
+    img_size=32,
+    depths=[1, 1],
+    num_heads=[1, 2],
+    window_size=4,
+    focal_levels=[2, 2],
+    focal_windows=[3, 1],
+    expand_sizes=[2, 2],
+)
 FAMILIES = {
     "focal": {"kind": "focal"},
     "focal_fast": {"kind": "focalv2", "use_conv_embed": True, "focal_topk": 20},
@@ -35,11 +35,6 @@ FAMILIES = {
 ODD = (3, 40, 52)  # neither square, nor what the models are built for, nor whole windows
 SQUARE = (3, 32, 32)
 DEMO = ["--cfg", str(REPO / "configs/demo.yaml")]
-
-
-def build(**options) -> FocalTransformer:
-    torch.manual_seed(0)
-    return FocalTransformer(**{**NANO, **options}).eval()
 
 
 def images(batch: int, shape: tuple[int, ...]) -> Tensor:

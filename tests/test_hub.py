@@ -10,6 +10,7 @@ import small_models
 import torch
 from conftest import REPO
 from small_models import SMALL, image
+from test_checkpoint import Call
 
 import hubconf
 from config import load_config
@@ -201,14 +202,9 @@ def test_a_repository_without_safetensors(tmp_path) -> None:
     assert not any(module.training for module in again.modules())
     same(again, model)
     with pytest.raises(ValueError, match=r"pytorch_model\.bin: refused, because reading it would execute"):
-        FocalTransformerOnHub.from_pretrained("somebody/digits", **repository(tmp_path / "code", Running()))
-
-
-class Running:
-    """Unpickles into a call."""
-
-    def __reduce__(self):
-        return os.getcwd, ()
+        FocalTransformerOnHub.from_pretrained(
+            "somebody/digits", **repository(tmp_path / "code", Call(os.getcwd))
+        )
 
 
 @pytest.mark.parametrize("changes", [(7, "avg"), (3, "max"), (0, "")])

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPO
+from conftest import NANO_WORDS, REPO
 from small_models import build, every_kind, image, same
 from test_checkpoint import edited
 from test_checkpoint import saved as stored
@@ -258,15 +258,17 @@ def test_channels_head_and_setting_at_once(tmp_path: Path) -> None:
     assert report.adapted == [STEM] and report.reset == ["head.bias", "head.weight"] and report.resized
 
 
-def test_evaluation_does_not_adapt(
-    few_images: Path, nano_opts: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_training_adapts_and_evaluation_does_not(
+    few_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It measures the weights as they are; what training does stands in test_machines.py."""
+    """Evaluation measures the weights as they are."""
     yaml = str(REPO / "configs/focal_tiny_patch4_window7_224.yaml")
-    path = saved({"model": build_model(load_config(yaml, nano_opts)).state_dict()}, tmp_path)
+    path = str(saved({"model": build_model(load_config(yaml, NANO_WORDS)).state_dict()}, tmp_path))
     command = ["--cfg", yaml, "--dataset", "folder", "--data-path", str(few_images), "--device", "cpu"]
-    command += ["--output", str(tmp_path / "out"), "--eval"]
-    opts = ["--opts", *map(str, nano_opts), "MODEL.FOCAL.IN_CHANS", "1"]
+    command += ["--output", str(tmp_path / "out"), "--batch-size", "64"]
+    opts = ["--opts", *map(str, NANO_WORDS), "MODEL.FOCAL.IN_CHANS", "1", "TRAIN.EPOCHS", "1"]
     for flag in ("--pretrained", "--resume"):
-        assert main.main([*command, flag, str(path), *opts]) == 2
+        assert main.main([*command, "--eval", flag, path, *opts]) == 2
         assert "set MODEL.FOCAL.IN_CHANS (in_chans) to 3" in capsys.readouterr().err
+    assert main.main([*command, "--pretrained", path, *opts]) == 0
+    assert f"adapted to the model's number: 1: {STEM}" in capsys.readouterr().out
