@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_models
 import timm
 import torch
 from torch import Tensor, nn
@@ -27,15 +28,12 @@ from models import focal_transformer
 
 FAMILIES = ("focal_tiny_patch4_window7_224", "focalv2_tiny_useconv_patch4_window7_224")
 SMALL: dict[str, Any] = {
-    "img_size": 64,
     "embed_dim": 16,
     "depths": (1, 1, 1),
     "num_heads": (1, 1, 2),
     "focal_levels": (2, 2, 2),
     "focal_windows": (7, 5, 3),
     "expand_sizes": (3, 3, 3),
-    "num_classes": 5,
-    "drop_path_rate": 0.0,
 }
 New = Callable[..., models.FocalTransformer]
 since_2_7 = pytest.mark.skipif(
@@ -47,13 +45,8 @@ OTHER_BATCH = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(
 
 
 def build(variant: str, seed: int = 0, **options: Any) -> models.FocalTransformer:
-    """A small model; the same weights every time, unless a seed is given."""
-    torch.manual_seed(seed)
-    model = timm.create_model(variant, **{**SMALL, **options})
-    for name, parameter in model.named_parameters():
-        if "bias_table" in name or name.startswith("head"):
-            nn.init.normal_(parameter, std=0.5)  # so that no part of the model can go unnoticed
-    return model
+    """A small model in training mode; the same weights every time, unless a seed is given."""
+    return small_models.build(seed, variant, **SMALL | options).train()
 
 
 @pytest.fixture(params=FAMILIES, ids=["focal", "focal-fast"])
