@@ -209,13 +209,6 @@ def test_contradictions_are_refused(options, message) -> None:
     assert message in str(error.value)
 
 
-def test_all_contradictions_in_one_error() -> None:
-    with pytest.raises(ValueError) as error:
-        build(kind="swin", focal_pool="avg", drop_rate=2.0)
-    found = [line.split()[0] for line in str(error.value).splitlines()[1:]]
-    assert found == ["kind", "focal_pool", "drop_rate"]
-
-
 def test_images_that_cannot_run() -> None:
     with pytest.raises(ValueError, match="at least 32 x 32 pixels, got 31 x 64"):
         build()(image(31, 64))
