@@ -218,39 +218,30 @@ def test_choices_of_another_map_are_noticed_in_the_same_shape(tmp_path: Path) ->
 # --- Refused ------------------------------------------------------------------------------------------------
 
 
-REFUSED = {
-    "other heads": (OWN, torch.zeros(169, 5), "another shape"),
-    "no square": (OWN, torch.zeros(170, 2), "another shape"),
-    "empty": (OWN, torch.zeros(0, 2), "another shape"),
-    "whole numbers": (OWN, torch.zeros(121, 2, dtype=torch.long), "another shape"),
-    "nan": (OWN, torch.full((121, 2), float("nan")), "nan or inf"),
-    "ring of no window": (RING, torch.zeros(1, 2, 50, 132), "another shape"),
-    "ring of no expand size": (RING, torch.zeros(1, 2, 36, 131), "another shape"),
-    "pooled, no square": (POOLED, torch.zeros(2, 122), "another shape"),
-    "pool of another kind": (CELL, torch.zeros(16, 1, 7, 7), "another shape"),
-    "channels": ("layers.1.blocks.0.norm1.weight", torch.zeros(4), "another shape"),
+NORM = "layers.1.blocks.0.norm1.weight"
+REFUSED = {  # other options of the model, other entries of the file, what is said
+    "other heads": ({}, {OWN: torch.zeros(169, 5)}, f"another shape: {OWN}"),
+    "no square": ({}, {OWN: torch.zeros(170, 2)}, f"another shape: {OWN}"),
+    "empty": ({}, {OWN: torch.zeros(0, 2)}, f"another shape: {OWN}"),
+    "whole numbers": ({}, {OWN: torch.zeros(121, 2, dtype=torch.long)}, f"another shape: {OWN}"),
+    "nan": ({}, {OWN: torch.full((121, 2), float("nan"))}, f"nan or inf: {OWN}"),
+    "ring of no window": ({}, {RING: torch.zeros(1, 2, 50, 132)}, f"another shape: {RING}"),
+    "ring of no expand size": ({}, {RING: torch.zeros(1, 2, 36, 131)}, f"another shape: {RING}"),
+    "pooled, no square": ({}, {POOLED: torch.zeros(2, 122)}, f"another shape: {POOLED}"),
+    "pool of another kind": ({}, {CELL: torch.zeros(16, 1, 7, 7)}, f"another shape: {CELL}"),
+    "channels": ({}, {NORM: torch.zeros(4)}, f"another shape: {NORM}"),
+    "another model: levels": ({"focal_levels": [3, 3, 3, 3]}, {}, "Use the config.*missing: layers"),
+    "another model: width": ({"embed_dim": 16}, {}, "Use the config.*another shape"),
+    "another model: blocks": ({"depths": [1] * 4}, {}, "Use the config.*unexpected: layers.0.blocks.1"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_resized_is_refused(case: str, tmp_path: Path) -> None:
     """With the error of a load that does not resize; nothing is loaded."""
-    name, value, reason = REFUSED[case]
-    model = build(2)
+    options, changes, reason = REFUSED[case]
+    model = build(2, **options)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError, match=rf"(?s)given.pth does not fit.*{reason}: {name}"):
-        load_checkpoint(model, saved(build(1), tmp_path, **{name: value}), resize=True)
+    with pytest.raises(ValueError, match=rf"(?s)given.pth does not fit.*{reason}"):
+        load_checkpoint(model, saved(build(1), tmp_path, **changes), resize=True)
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"focal_levels": [3, 3, 3, 3]}, "missing: layers"),
-        ({"embed_dim": 16}, "another shape"),
-        ({"depths": [1, 1, 1, 1]}, "unexpected: layers.0.blocks.1"),
-    ],
-)
-def test_another_model_is_refused(options: dict[str, Any], reason: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"(?s)Use the config.*{reason}"):
-        load_checkpoint(build(**options), saved(build(), tmp_path), resize=True)
