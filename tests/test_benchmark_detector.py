@@ -1,9 +1,9 @@
 """The tool that times a detector in training: on a narrow one, on the CPU."""
 
-import csv
 from pathlib import Path
 
 import pytest
+from conftest import csv_rows
 
 pytest.importorskip("mmdet", reason="needs OpenMMLab's packages: make setup-openmmlab")
 from tools.benchmarks import detector as tool  # noqa: E402
@@ -27,14 +27,12 @@ def test_sizes_that_change_against_one(narrow: None, tmp_path: Path) -> None:
     out = tmp_path / "results"
     words = ["--size", "128", "352", "--batch-size", "1", "--rounds", "1", "--device", "cpu"]
     assert tool.main([*words, "--out", str(out), "--name", "try"]) == 0
-    (path,) = out.glob("*_try.csv")
-    with path.open() as file:
-        changing, fixed = csv.DictReader(file)
+    changing, fixed = csv_rows(out, "_try")
     assert (changing["images"], fixed["images"]) == (tool.CHANGING, tool.ONE_SIZE)
     assert float(fixed["vs one size"]) == 1 != float(changing["vs one size"]) > 0
     for row in (changing, fixed):
         assert float(row["img/s"]) > 0 and row["attention"]
-    assert "128 x 352, batch 1, fp32" in path.with_suffix(".md").read_text()
+    assert "128 x 352, batch 1, fp32" in next(out.glob("*_try.md")).read_text()
 
 
 def test_changing_sizes() -> None:

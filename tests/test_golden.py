@@ -1,13 +1,23 @@
 """Parity with the original release on 38 recorded runs: nine shipped models and one variant for every
-option."""
+option.
+
+The fused kernels run all of them on a GPU. Elsewhere test_triton.py runs them in the interpreter, for a model
+of each family; all models take hours:
+
+    ALL_GOLDENS=1 TRITON_INTERPRET=1 python -m pytest tests/test_golden.py -k kernels
+"""
 
 import json
+import os
 from itertools import product
 
 import pytest
 import torch
-from golden_files import ALL, FILES, SMALL, Golden
+from golden_files import ALL, FILES, SMALL, Golden, relative
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+FEW = [path for path in FILES if path.stem in ("v1_shift", "v2_shift")]
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-9}
 RUNS = [(torch.float64, "plain"), (torch.float32, "cpu")]
 if ALL:
@@ -63,3 +73,23 @@ def test_other_size_equals_the_original_built_at_that_size(name, img_size) -> No
     with torch.no_grad():
         maps = model.forward_intermediates(golden.input(), intermediates_only=True)
         golden.check_forward(model(golden.input()), maps, 1e-9)
+
+
+@pytest.mark.skipif(
+    not (INTERPRETED or HAS_GPU), reason="needs a GPU that runs the kernels, or the interpreter"
+)
+@pytest.mark.parametrize("path", FEW if INTERPRETED and not ALL else FILES, ids=lambda path: path.stem)
+def test_kernels_give_the_same_results(path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits and gradients in float32; in the interpreter Focal answers one image, without gradients."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    golden, device = Golden(path), "cpu" if INTERPRETED else "cuda"
+    model = golden.build(attention_backend="triton").float().train().to(device)
+    images, expected = golden.input().float().to(device), torch.from_numpy(golden.data["logits"])
+    if INTERPRETED and not ALL and golden.kind == "focal":
+        with torch.no_grad():
+            assert relative(model(images[:1]).cpu(), expected[:1]) < 5e-6
+        return
+    logits = model(images)
+    assert relative(logits.cpu(), expected) < 5e-6
+    logits.backward(golden.tensor("cotangent", expected.shape).float().to(device))
+    golden.check_gradients(model.cpu(), 1e-4, floor=1e-2)  # for sums that rounding in float32 spoils

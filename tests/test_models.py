@@ -1,27 +1,17 @@
 """Properties of the model over families, options and sizes."""
 
 import copy
-import gc
 import pickle
 from weakref import WeakSet
 
 import pytest
 import torch
+from small_models import build, every_kind, image
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from models import FocalTransformer, focal_transformer
+from models import FocalTransformer
 from models.focal_transformer import CACHED_INDEXES, AttentionIndex
 
-NANO = {
-    "img_size": 64,
-    "num_classes": 5,
-    "embed_dim": 8,
-    "depths": [2, 1, 1, 1],
-    "num_heads": [1, 2, 2, 4],
-    "focal_pool": "fc",
-    "focal_levels": [2, 2, 2, 2],
-    "drop_path_rate": 0.0,
-}
 ONE_BLOCK = {
     "depths": [1],
     "num_heads": [1],
@@ -29,7 +19,6 @@ ONE_BLOCK = {
     "focal_windows": [3],
     "expand_sizes": [3],
 }
-KINDS = ("focal", "focalv2")
 VARIANTS = {
     "focal": {"kind": "focal"},
     "focal_shift_conv": {"kind": "focal", "use_shift": True, "use_conv_embed": True},
@@ -48,24 +37,13 @@ VARIANTS = {
     },
 }
 SIZES = [(32, 32), (33, 47), (64, 64), (50, 130), (224, 96)]
-every_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-def build(seed: int = 0, **options) -> FocalTransformer:
-    torch.manual_seed(seed)
-    return FocalTransformer(**{**NANO, **options})
-
-
-def image(*size: int, batch: int = 2) -> torch.Tensor:
-    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1))
-
 
 # --- What the model computes --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("variant", "size"),
-    [(name, size) for name in VARIANTS for size in (SIZES if name in KINDS else SIZES[1:2])],
+    [(name, size) for name in VARIANTS for size in (SIZES if name in ("focal", "focalv2") else SIZES[1:2])],
     ids=str,
 )
 def test_any_size_trains_and_evaluates_and_operators_agree(variant, size) -> None:
@@ -123,10 +101,10 @@ def test_initialisation() -> None:
 @every_kind
 def test_inference_mode_leaves_nothing_behind(kind) -> None:
     """What is made there serves training at sizes first seen there."""
-    model, sizes = build(kind=kind).eval(), [(64, 64), (132, 236)]
+    model, sizes = build(kind=kind), [(64, 64), (132, 236)]
     with torch.inference_mode():
         inside = [model(image(*size)) for size in sizes]
-        build(kind=kind).eval()(image(64, 64))
+        build(kind=kind)(image(64, 64))
     for size, expected in zip(sizes, inside, strict=True):
         with torch.no_grad():
             assert torch.equal(model(image(*size)), expected)
@@ -134,22 +112,6 @@ def test_inference_mode_leaves_nothing_behind(kind) -> None:
         torch.testing.assert_close(logits, expected.clone())
         logits.sum().backward()
     assert all(p.grad is not None for p in model.parameters())
-
-
-@pytest.fixture
-def indexes(monkeypatch) -> WeakSet:
-    """Every index that is made from here on and still exists, and be it in caches, which are empty."""
-    made: WeakSet = WeakSet()
-    choose = focal_transformer.choose_backend
-
-    def keep(*arguments) -> AttentionIndex:
-        made.add(index := choose(*arguments))
-        return index
-
-    monkeypatch.setattr(focal_transformer, "choose_backend", keep)
-    for cached in (focal_transformer.ring_index, focal_transformer.nearest_index):
-        cached.cache_clear()
-    return made
 
 
 @every_kind
@@ -163,39 +125,18 @@ def test_caches_are_bounded(kind) -> None:
     assert attention.index(7, columns, like) is index
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-@every_kind
-@pytest.mark.parametrize("way", ["export", "trace", "func", "dual"])
-def test_traced_calls_keep_nothing(kind, way, indexes) -> None:
-    """Indexes made while somebody traces may hold that trace's tensors, and are gone with it."""
-    model, x = build(kind=kind, **ONE_BLOCK).eval(), image(40, 36)
-    if way == "export":
-        torch.export.export(model, (x,), strict=False)
-    elif way == "trace":
-        torch.jit.trace(model, x, check_trace=False)
-    elif way == "func":
-        torch.func.grad(lambda x: model(x).sum())(x)
-    else:
-        with torch.autograd.forward_ad.dual_level():
-            model(torch.autograd.forward_ad.make_dual(x, x))
-    gc.collect()
-    assert len(indexes) == 0
-    model(x)
-    assert len(indexes) == 1  # as every other call does
-
-
 @every_kind
 def test_copies_and_pickles(kind) -> None:
     """They compute the same, have a stored choice of their own, and go on by themselves; so does a model
     without memory that is given some and loads the state afterwards."""
-    model, x = build(kind=kind).eval(), image(64, 64)
+    model, x = build(kind=kind), image(64, 64)
     for buffer in model.buffers():
         buffer.copy_(buffer.flip(0))
     with torch.no_grad():
         expected = model(x)
         twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
         with torch.device("meta"):
-            empty = build(kind=kind).eval()
+            empty = build(kind=kind)
         empty = empty.to_empty(device="cpu")
         empty.load_state_dict(model.state_dict())
         twins.append(empty)
@@ -266,13 +207,6 @@ def test_contradictions_are_refused(options, message) -> None:
     with pytest.raises(ValueError, match="do not fit together") as error:
         build(**options)
     assert message in str(error.value)
-
-
-def test_all_contradictions_in_one_error() -> None:
-    with pytest.raises(ValueError) as error:
-        build(kind="swin", focal_pool="avg", drop_rate=2.0)
-    found = [line.split()[0] for line in str(error.value).splitlines()[1:]]
-    assert found == ["kind", "focal_pool", "drop_rate"]
 
 
 def test_images_that_cannot_run() -> None:

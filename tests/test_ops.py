@@ -1,68 +1,43 @@
 """Attention operators against the definition, and which keys a window sees."""
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
-import attention_definition as definition
 import numpy as np
 import pytest
 import torch
+from attention_definition import Problem, defined_attention, request
 from torch import Tensor
 
 from models.focal_transformer import (
     BACKENDS,
-    FAMILIES,
     AttentionIndex,
-    FocalBlock,
-    Request,
     choose_backend,
-    is_traced,
     nearest_cells,
     nearest_index,
     ring_index,
 )
 from models.ops import cpu
 
-CPU, META = torch.device("cpu"), torch.device("meta")
+META = torch.device("meta")
 MAPS = [(7, 7), (14, 14), (15, 9), (28, 21), (3, 30)]
 RINGS = [(3, 3, 1, 0), (0, 5, 2, 0), (2, 1, 0, 0), (4, 3, 1, 3), (7, 7, 1, 0), (1, 3, 1, 0)]
-Attend = Callable[[Tensor, AttentionIndex, Tensor, float], Tensor]
-
-
-def request(backend: str = "cpu", device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> Request:
-    """For two heads of width 32, in training."""
-    return Request(backend, device, dtype, 2, 32, True)
 
 
 def ring(size: tuple[int, int], numbers: tuple[int, ...]) -> AttentionIndex:
     """Keys of windows of 7; numbers: expand size, region, pooled levels, shift."""
-    return ring_index(True, *size, (7, *numbers), request())
+    return ring_index(True, *size, (7, *numbers), request("cpu"))
 
 
 def nearest(size: tuple[int, int], topk: int, levels: int) -> AttentionIndex:
-    return nearest_index(True, *size, (7, topk, levels, None), request())
+    return nearest_index(True, *size, (7, topk, levels, None), request("cpu"))
 
 
-def problem(index: AttentionIndex, dtype: torch.dtype = torch.float64, images: int = 2, dim: int = 8):
-    """Queries, keys and values of two heads, and a bias."""
-    generator = torch.Generator().manual_seed(0)
-    differs = len(index.keys) if index.visible is None else 1
-    shapes = (images, index.tokens, 3, 2, dim), (2, differs, index.window**2, index.keys.shape[1])
-    made = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
-    return [x.to(dtype).requires_grad_() for x in made]
-
-
-def results(attend: Attend, index: AttentionIndex, qkv: Tensor, bias: Tensor) -> list[Tensor]:
-    """Output and gradients."""
-    out = attend(qkv, index, bias, 0.4)
-    return [out, *torch.autograd.grad(out.square().sum(), (qkv, bias))]
-
-
-def agree(index: AttentionIndex, qkv: Tensor, bias: Tensor) -> None:
-    expected = results(definition.attend, index, qkv, bias)
+def agree(index: AttentionIndex, images: int = 2) -> None:
+    problem = Problem(index, 8, torch.float64, batch=images)
+    expected = problem.run(defined_attention)
     for name in ("plain", "cpu"):
-        found = results(BACKENDS[name].attend, index, qkv, bias)
+        found = problem.run(BACKENDS[name].attend)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12, msg=lambda m, name=name: name + m)
 
 
@@ -87,7 +62,7 @@ def prepared(index: AttentionIndex, bias: Tensor) -> Tensor:
 @pytest.mark.parametrize("size", MAPS, ids=str)
 def test_ring_and_pooled_keys(size, numbers) -> None:
     index = ring(size, numbers)
-    agree(index, *problem(index))
+    agree(index)
 
 
 @pytest.mark.parametrize(("topk", "levels"), [(40, 1), (128, 1), (1000, 0)])
@@ -95,7 +70,7 @@ def test_ring_and_pooled_keys(size, numbers) -> None:
 def test_nearest_keys(size, topk, levels) -> None:
     index = nearest(size, topk, levels)
     assert index.visible is None
-    agree(index, *problem(index))
+    agree(index)
 
 
 @pytest.mark.parametrize("at_once", [1, 7, 24])
@@ -104,32 +79,23 @@ def test_pieces_change_nothing(at_once, monkeypatch) -> None:
     monkeypatch.setattr(cpu, "_at_once", lambda _: at_once)
     index = ring((28, 21), (3, 3, 1, 0))
     assert len(index.keys) * 2 == 24
-    agree(index, *problem(index, images=3))
+    agree(index, images=3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("side", [14, 28])
 def test_half_precision_is_no_worse_than_the_definition(dtype, side) -> None:
-    index = ring((side, side), (3, 5, 1, 0))
-    exact = results(definition.attend, index, *problem(index))
-    rough = [x.detach().to(dtype).requires_grad_() for x in problem(index)]
-
-    def errors(attend: Attend) -> list[float]:
-        pairs = zip(results(attend, index, *rough), exact, strict=True)
-        return [float((a - b).detach().abs().max() / b.detach().abs().max()) for a, b in pairs]
-
-    allowed = errors(definition.attend)
+    problem = Problem(ring((side, side), (3, 5, 1, 0)), 8, dtype, batch=2)
     for name in ("plain", "cpu"):
-        found = errors(BACKENDS[name].attend)
-        assert all(ours <= 2 * its + 1e-3 for ours, its in zip(found, allowed, strict=True)), (name, found)
+        problem.check_as_exact(BACKENDS[name].attend)
 
 
 @pytest.mark.parametrize("side", [14, 28])
 def test_strides_of_inputs_do_not_matter(side) -> None:
     index, found = ring((side, side), (3, 5, 1, 0)), []
-    qkv, bias = problem(index, dim=16)
+    qkv, bias = Problem(index, 16, torch.float64, batch=2).inputs(torch.float64)
     slopes = torch.randn(2, side**2, 32, dtype=torch.float64)[..., ::2]
-    for attend in (definition.attend, cpu.attend):
+    for attend in (defined_attention, cpu.attend):
         out = attend(qkv[..., ::2], index, bias.mT.contiguous().mT, 0.4)
         found.append(torch.autograd.grad(out, (qkv, bias), slopes))
     torch.testing.assert_close(*found)
@@ -139,7 +105,7 @@ def test_strides_of_inputs_do_not_matter(side) -> None:
 def test_training_keeps_no_gathered_keys(compiled) -> None:
     """What is saved for the backward pass is qkv, the bias of every window, and little more."""
     index = ring((28, 28), (3, 7, 1, 0))
-    qkv, bias = problem(index, torch.float32, images=8)
+    qkv, bias = Problem(index, 8, torch.float32, batch=8).inputs(torch.float32)
     saved = {}
 
     def keep(x: Tensor) -> Tensor:
@@ -215,10 +181,10 @@ def test_focal_fast_never_sees_padding(size) -> None:
 def test_which_keys_are_merged(keys, visible, merged) -> None:
     """Two of the same token, if their columns are alike in every window and always visible."""
     seen = None if visible is None else torch.tensor(visible).view(1, 1, -1)
-    index = AttentionIndex(1, len(keys), 1, 6, torch.tensor(keys), seen, ())
-    index = choose_backend(index, request())
+    index = AttentionIndex(1, len(keys), 1, 6, torch.tensor(keys), seen, ((),))
+    index = choose_backend(index, request("cpu"))
     assert index.tables.merged.keys.shape[1] == merged
-    agree(index, *problem(index))
+    agree(index)
 
 
 # --- Who runs which operator --------------------------------------------------------------------------------
@@ -227,17 +193,17 @@ def test_which_keys_are_merged(keys, visible, merged) -> None:
 def test_the_choice_of_an_operator() -> None:
     index = ring((7, 7), (0, 1, 0, 0))
 
-    def choose(*wanted: Any) -> tuple[str, str]:
-        chosen = choose_backend(index, request(*wanted))
+    def choose(*wanted: Any, **more: Any) -> tuple[str, str]:
+        chosen = choose_backend(index, request(*wanted, **more))
         return chosen.backend, chosen.fallback_reason
 
     assert choose("plain") == ("plain", "")
-    assert choose("cpu") == choose("auto", CPU, torch.bfloat16) == ("cpu", "")
-    assert choose("auto", CPU, torch.int8)[0] == choose("auto", META)[0] == "plain"
-    why = choose("auto", META)[1]
+    assert choose("cpu") == choose("auto", torch.bfloat16) == ("cpu", "")
+    assert choose("auto", torch.int8)[0] == choose("auto", device=META)[0] == "plain"
+    why = choose("auto", device=META)[1]
     assert "cpu: needs tensors on the CPU, got meta" in why and "triton: needs a CUDA device, got meta" in why
     with pytest.raises(ValueError, match="attention_backend cpu: .*, got meta; use auto, or one of plain"):
-        choose("cpu", META)
+        choose("cpu", device=META)
     with pytest.raises(ValueError, match="must be one of auto, plain, triton, cpu, got 'flash'"):
         choose("flash")
 
@@ -245,49 +211,10 @@ def test_the_choice_of_an_operator() -> None:
 def test_operators_are_registered_as_pytorch_wants_it() -> None:
     """Schema, fake tensors, autograd and compilation; outputs are contiguous, however inputs lie."""
     index = ring((14, 14), (3, 5, 1, 0))
-    qkv, bias = problem(index, torch.bfloat16)
+    qkv, bias = Problem(index, 8, torch.bfloat16, batch=2).inputs(torch.bfloat16)
     bias = prepared(index, bias)
     rest = (index.tables.keys, index.tables.rows, 14, 14, 7, 0.4)
     torch.library.opcheck(cpu.attention, (qkv, bias.requires_grad_(), *rest))
     slopes = torch.randn(2, 196, 16, dtype=torch.bfloat16)
     for turned in (bias, bias.mT.contiguous().mT):
         torch.library.opcheck(cpu.attention_backward, (slopes, qkv.detach(), turned.detach(), *rest))
-
-
-def block(kind: str, backend: str) -> FocalBlock:
-    torch.manual_seed(0)
-    family = (
-        {"expand_size": 3, "focal_window": 3}
-        if kind == "focal"
-        else {"topk": 40, "train_resolution": (14, 14)}
-    )
-    attn = FAMILIES[kind](16, 2, 7, pool="fc", pooled_levels=1, backend=backend, **family)
-    return FocalBlock(attn, 16).double()
-
-
-def maps(*size: int) -> Tensor:
-    return torch.randn(2, *size, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-
-
-def test_functional_gradients_are_compiled() -> None:
-    """`torch.func` inside of torch.compile."""
-    layer, plain, x = block("focal", "cpu"), block("focal", "plain"), maps(14, 9)
-    plain(x).square().sum().backward()
-    expected = {name: p.grad for name, p in plain.named_parameters()}
-    weights = {name: p.detach() for name, p in layer.named_parameters()}
-
-    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
-        return torch.func.functional_call(layer, weights, (x,)).square().sum()
-
-    torch.compiler.reset()
-    function = torch.compile(torch.func.grad(loss), backend="aot_eager", dynamic=False)
-    torch.testing.assert_close(function(weights, x), expected)
-
-
-def test_subclasses_of_tensors_are_computed_plainly() -> None:
-    class Tagged(Tensor):
-        pass
-
-    assert is_traced(torch.ones(2).as_subclass(Tagged)) and not is_traced(torch.ones(2))
-    layer, x = block("focal", "cpu"), maps(14, 14)
-    torch.testing.assert_close(layer(x.as_subclass(Tagged)).as_subclass(Tensor), layer(x))

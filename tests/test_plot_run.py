@@ -45,14 +45,9 @@ def test_a_damaged_line_is_named_and_skipped(tmp_path: Path, caplog: pytest.LogC
         assert f"{tmp_path / 'metrics.jsonl'}:{line}: skipped" in caplog.text
 
 
-def test_one_run(tmp_path: Path) -> None:
-    folder = write(tmp_path / "demo" / "first", [*RUN, train(2, 4, None)])
-    assert plot_run.main([str(folder)]) == 0
-    Image.open(folder / "plot.png").verify()
-
-
 def test_several_runs(tmp_path: Path) -> None:
-    folders = [write(tmp_path / name / "default", RUN) for name in ("a", "b")]
+    lines = [*RUN, train(2, 4, None)]
+    folders = [write(tmp_path / name / "default", lines) for name in ("a", "b")]
     folders.append(write(tmp_path / "c" / "default", RUN[:1]))  # not one epoch yet
     out = tmp_path / "new" / "all.png"
     assert plot_run.main([*map(str, folders), "--out", str(out)]) == 0

@@ -1,13 +1,16 @@
 """Checkpoints of one window, ring, pooled region or input size that initialise models of another."""
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import small_models
 import torch
 from golden_files import SMALL as SMALL_FILES
 from golden_files import Golden
+from small_models import image
 from timm.layers import to_2tuple
 from torch import Tensor
 
@@ -15,15 +18,6 @@ from models import FocalTransformer, load_checkpoint
 from models.focal_transformer import grid, ring_offsets
 from models.resize import resize_state, stale_stored_keys
 
-SMALL: dict[str, Any] = {
-    "embed_dim": 8,
-    "depths": [1, 1, 2, 1],
-    "num_heads": [1, 2, 2, 4],
-    "num_classes": 3,
-    "focal_pool": "fc",
-    "focal_levels": [2, 2, 2, 2],
-    "drop_path_rate": 0.0,
-}
 VARIANTS = {
     "focal": {"kind": "focal"},
     "focal_conv": {"kind": "focal", "use_conv_embed": True},
@@ -43,24 +37,12 @@ POOLED, CELL = f"{PREFIX}relative_position_bias_table_to_windows.0", "layers.1.b
 LAST_RING = "layers.3.blocks.0.attn.relative_position_bias_table_to_neighbors"
 
 
-def build(seed: int = 0, **options: Any) -> FocalTransformer:
-    """A small model with large biases."""
-    torch.manual_seed(seed)
-    model = FocalTransformer(**{**SMALL, **options}).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "bias_table" in name:
-                parameter.normal_()
-    return model
+build = partial(small_models.build, img_size=224)
 
 
 def saved(model: FocalTransformer, folder: Path, **changes: Tensor) -> Path:
     torch.save({"model": model.state_dict() | changes}, folder / "given.pth")
     return folder / "given.pth"
-
-
-def image(*size: int) -> Tensor:
-    return torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1))
 
 
 def resized(value: Tensor, shape: tuple[int, ...], name: str, map_size: Any = None) -> Tensor:
@@ -94,11 +76,14 @@ def test_a_model_of_another_setting(variant: str, setting: str, tmp_path: Path, 
     path = saved(given, tmp_path)
     model = build(2, **options, **SETTINGS[setting])
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    unlike = [k for k, v in given.state_dict().items() if k not in before or before[k].shape != v.shape]
+    shapes, wanted = ({k: v.shape for k, v in state.items()} for state in (given.state_dict(), before))
+    unlike = [key for key in shapes | wanted if shapes.get(key) != wanted.get(key)]
     if any("topk" not in name for name in unlike):
         with pytest.raises(ValueError, match=r"Only what depends on windows or the input .*\(resize;"):
             load_checkpoint(model, path)
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    else:  # nearest keys are chosen anew in any case
+        assert load_checkpoint(model, path).recomputed == unlike
     with caplog.at_level(logging.INFO):
         report = load_checkpoint(model, path, resize=True)
     told = [*report.resized, *report.continued, *report.dropped, *report.recomputed]
@@ -233,39 +218,30 @@ def test_choices_of_another_map_are_noticed_in_the_same_shape(tmp_path: Path) ->
 # --- Refused ------------------------------------------------------------------------------------------------
 
 
-REFUSED = {
-    "other heads": (OWN, torch.zeros(169, 5), "another shape"),
-    "no square": (OWN, torch.zeros(170, 2), "another shape"),
-    "empty": (OWN, torch.zeros(0, 2), "another shape"),
-    "whole numbers": (OWN, torch.zeros(121, 2, dtype=torch.long), "another shape"),
-    "nan": (OWN, torch.full((121, 2), float("nan")), "nan or inf"),
-    "ring of no window": (RING, torch.zeros(1, 2, 50, 132), "another shape"),
-    "ring of no expand size": (RING, torch.zeros(1, 2, 36, 131), "another shape"),
-    "pooled, no square": (POOLED, torch.zeros(2, 122), "another shape"),
-    "pool of another kind": (CELL, torch.zeros(16, 1, 7, 7), "another shape"),
-    "channels": ("layers.1.blocks.0.norm1.weight", torch.zeros(4), "another shape"),
+NORM = "layers.1.blocks.0.norm1.weight"
+REFUSED = {  # other options of the model, other entries of the file, what is said
+    "other heads": ({}, {OWN: torch.zeros(169, 5)}, f"another shape: {OWN}"),
+    "no square": ({}, {OWN: torch.zeros(170, 2)}, f"another shape: {OWN}"),
+    "empty": ({}, {OWN: torch.zeros(0, 2)}, f"another shape: {OWN}"),
+    "whole numbers": ({}, {OWN: torch.zeros(121, 2, dtype=torch.long)}, f"another shape: {OWN}"),
+    "nan": ({}, {OWN: torch.full((121, 2), float("nan"))}, f"nan or inf: {OWN}"),
+    "ring of no window": ({}, {RING: torch.zeros(1, 2, 50, 132)}, f"another shape: {RING}"),
+    "ring of no expand size": ({}, {RING: torch.zeros(1, 2, 36, 131)}, f"another shape: {RING}"),
+    "pooled, no square": ({}, {POOLED: torch.zeros(2, 122)}, f"another shape: {POOLED}"),
+    "pool of another kind": ({}, {CELL: torch.zeros(16, 1, 7, 7)}, f"another shape: {CELL}"),
+    "channels": ({}, {NORM: torch.zeros(4)}, f"another shape: {NORM}"),
+    "another model: levels": ({"focal_levels": [3, 3, 3, 3]}, {}, "Use the config.*missing: layers"),
+    "another model: width": ({"embed_dim": 16}, {}, "Use the config.*another shape"),
+    "another model: blocks": ({"depths": [1] * 4}, {}, "Use the config.*unexpected: layers.0.blocks.1"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_resized_is_refused(case: str, tmp_path: Path) -> None:
     """With the error of a load that does not resize; nothing is loaded."""
-    name, value, reason = REFUSED[case]
-    model = build(2)
+    options, changes, reason = REFUSED[case]
+    model = build(2, **options)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError, match=rf"(?s)given.pth does not fit.*{reason}: {name}"):
-        load_checkpoint(model, saved(build(1), tmp_path, **{name: value}), resize=True)
+    with pytest.raises(ValueError, match=rf"(?s)given.pth does not fit.*{reason}"):
+        load_checkpoint(model, saved(build(1), tmp_path, **changes), resize=True)
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"focal_levels": [3, 3, 3, 3]}, "missing: layers"),
-        ({"embed_dim": 16}, "another shape"),
-        ({"depths": [1, 1, 1, 1]}, "unexpected: layers.2.blocks.1"),
-    ],
-)
-def test_another_model_is_refused(options: dict[str, Any], reason: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"(?s)Use the config.*{reason}"):
-        load_checkpoint(build(**options), saved(build(), tmp_path), resize=True)

@@ -11,14 +11,13 @@ import pytest
 import timm
 import torch
 from conftest import REPO
+from small_models import SMALL, image
 from timm.models import FeatureInfo
-from timm.optim import create_optimizer_v2
 
 from config import load_config
 from models import VARIANTS, FocalTransformer, build, build_model
 from models.registry import checkpoint_filter_fn
 
-NANO = {"img_size": 64, "embed_dim": 8, "depths": (2, 1, 1, 1), "num_heads": (1, 1, 2, 2), "num_classes": 5}
 FAMILIES = (
     "focal_tiny_patch4_window7_224",
     "focal_small_useconv_patch4_window7_224",
@@ -30,11 +29,7 @@ every_family = pytest.mark.parametrize("name", FAMILIES)
 
 def create(name: str, seed: int = 0, **options) -> FocalTransformer:
     torch.manual_seed(seed)
-    return timm.create_model(name, **{**NANO, **options})
-
-
-def image(*size: int, batch: int = 2, channels: int = 3) -> torch.Tensor:
-    return torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(1))
+    return timm.create_model(name, **{**SMALL, **options})
 
 
 # --- Names and options --------------------------------------------------------------------------------------
@@ -132,7 +127,7 @@ def test_features_only(name) -> None:
     backbone = create(name, features_only=True, out_indices=(1, -1)).eval()
     assert backbone.feature_info.channels() == [16, 64]
     assert backbone.feature_info.reduction() == [8, 32]
-    plain = FocalTransformer(**{**VARIANTS[name], **NANO, "num_classes": 0}).eval()
+    plain = FocalTransformer(**{**VARIANTS[name], **SMALL, "num_classes": 0}).eval()
     plain.load_state_dict(
         {k.removeprefix("model."): v for k, v in backbone.state_dict().items()}, strict=False
     )
@@ -207,32 +202,6 @@ def test_set_input_size(name, size) -> None:
     made = create(name, **options, img_size=size)
     torch.testing.assert_close(dict(made.named_buffers()), dict(model.named_buffers()))
     assert made.absolute_pos_embed.shape == model.absolute_pos_embed.shape
-
-
-# --- Optimizers ---------------------------------------------------------------------------------------------
-
-
-@every_name
-def test_layer_decay(name) -> None:
-    """Learning rates rise from the stem to the classifier, block by block."""
-    model = create(name, ape=True)
-    optimizer = create_optimizer_v2(model, opt="adamw", lr=1.0, weight_decay=0.1, layer_decay=0.5)
-    names = {id(p): key for key, p in model.named_parameters()}
-    groups = {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
-    assert groups.keys() == dict(model.named_parameters()).keys()
-    from_the_top = [
-        ["head.weight"],
-        ["norm.weight", "layers.3.blocks.0.mlp.fc1.weight"],
-        ["layers.2.blocks.0.mlp.fc1.weight"],
-        ["layers.1.blocks.0.mlp.fc1.weight"],
-        ["layers.0.downsample.proj.weight", "layers.0.blocks.1.norm1.bias"],
-        ["layers.0.blocks.0.attn.qkv.weight"],
-        ["patch_embed.norm.bias", "absolute_pos_embed"],
-    ]
-    for depth, keys in enumerate(from_the_top):
-        assert [groups[key]["lr_scale"] for key in keys] == [0.5**depth] * len(keys)
-    assert {key for key in model.no_weight_decay() if groups[key]["weight_decay"] != 0} == set()
-    assert groups["layers.0.blocks.0.attn.qkv.weight"]["weight_decay"] == 0.1
 
 
 # --- Weights, and scripts -----------------------------------------------------------------------------------

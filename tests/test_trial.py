@@ -21,8 +21,9 @@ from torch import distributed as dist
 pytest.importorskip("triton")
 
 import triton
+from attention_definition import request
 from conftest import REPO
-from test_triton import CPU, compiled, interpreted
+from test_triton import compiled, interpreted
 
 from config import load_config
 from models import FocalTransformer, agree_on_backends, build_model, focal_transformer
@@ -48,8 +49,7 @@ NANO: dict[str, Any] = {
 
 def case(dtype: torch.dtype = torch.float32, **changes: Any) -> trial.Case:
     exact = dtype == torch.float32
-    request = Request("triton", CPU, dtype, 2, 16, True)
-    return trial.Case(request, 4, 20, 12, False, False, exact)._replace(**changes)
+    return trial.Case(request("triton", dtype, 16), 4, 20, 12, False, False, exact)._replace(**changes)
 
 
 @interpreted

@@ -9,15 +9,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import attention_definition as definition
 import pytest
 import torch
+from attention_definition import Problem, defined_attention, request
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,7 +31,6 @@ from models import FocalTransformer
 from models.focal_transformer import (
     BACKENDS,
     AttentionIndex,
-    Request,
     choose_backend,
     nearest_index,
     plain_attention,
@@ -46,9 +45,10 @@ compiled = pytest.mark.skipif(INTERPRETED, reason="compiles, so not in the inter
 
 @compiled
 def test_in_interpreter() -> None:
-    """All tests that need the interpreter: those of this file, test_trial.py and test_triton_golden.py."""
+    """All tests that need the interpreter, of this file and two others."""
     folder = Path(__file__).parent
-    files = [str(folder / f"test_{name}.py") for name in ("triton", "trial", "triton_golden")]
+    names = ("triton.py", "trial.py", "golden.py::test_kernels_give_the_same_results")
+    files = [str(folder / f"test_{name}") for name in names]
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *files]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, cwd=folder.parent, capture_output=True, text=True)
@@ -85,84 +85,20 @@ def _widened(operand: Any) -> Any:
     return TensorHandle((operand.data.astype("uint32") << 16).view("float32"), tl.float32)
 
 
-CPU = torch.device("cpu")
-
-
-def request(backend: str = "triton", dtype: torch.dtype = torch.float32, head_dim: int = 16) -> Request:
-    """For two heads, in training."""
-    return Request(backend, CPU, dtype, 2, head_dim, True)
-
-
 def for_triton(index: AttentionIndex) -> AttentionIndex:
     """With the kernels' tables, whether or not they can run."""
     return replace(index, backend="triton", tables=tables.build_tables(index, trains=True))
 
 
 def ring(window: int, expand: int, focal_window: int, levels: int, *size: int, shift: int = 0) -> Any:
-    """Arguments of `Problem`: an index of Focal attention, and its pooled levels."""
+    """An index of Focal attention."""
     numbers = (window, expand, focal_window, levels, shift)
-    return for_triton(ring_index(False, *size, numbers, request("plain"))), levels
+    return for_triton(ring_index(False, *size, numbers, request("plain")))
 
 
 def nearest(window: int, topk: int, levels: int, *size: int) -> Any:
-    """Arguments of `Problem`: an index of Focal-fast, and its pooled levels."""
-    return for_triton(nearest_index(False, *size, (window, topk, levels, None), request("plain"))), levels
-
-
-Attend = Callable[[Tensor, AttentionIndex, Tensor, float], Tensor]
-
-
-class Problem:
-    """Random inputs of one index, and what an operator makes of them."""
-
-    def __init__(
-        self,
-        index: tuple[AttentionIndex, int],
-        head_dim: int,
-        dtype: torch.dtype,
-        heads: int = 2,
-        batch: int = 1,
-    ) -> None:
-        torch.manual_seed(0)
-        (self.index, levels), self.dtype, self.scale = index, dtype, head_dim**-0.5
-        windows, keys = self.index.keys.shape
-        self.tokens = self.index.height * self.index.width
-        coarse = sum(windows * 4**level for level in range(levels))
-        self.qkv = torch.randn(batch, self.tokens + coarse, 3, heads, head_dim).to(dtype)
-        groups = windows if len(self.index.bias_index[0]) > 1 else 1  # Focal-fast has a bias for each window
-        # Rounded as the kernels take it, in `dtype` and divided by the scale.
-        bias = torch.randn(heads, groups, self.index.window**2, keys) / self.scale / 2
-        self.bias = bias.to(dtype).float() * self.scale
-        self.cotangent = torch.randn(batch, self.tokens, heads * head_dim).to(dtype)
-
-    def run(self, attend: Attend, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """Output and gradients of queries, keys, values and bias."""
-        dtype = dtype or self.dtype
-        qkv = self.qkv.detach().to(dtype, copy=True).requires_grad_()
-        # Focal-fast's MLPs make a bias of `dtype`, Focal's tables are float32.
-        wide = dtype if self.bias.shape[1] > 1 else torch.promote_types(dtype, torch.float32)
-        bias = self.bias.to(wide, copy=True).requires_grad_()
-        out = attend(qkv, self.index, bias, self.scale)
-        out.backward(self.cotangent.to(dtype))
-        return [out.detach(), *qkv.grad.unbind(2), bias.grad]
-
-    def errors(self, results: list[Tensor]) -> list[float]:
-        """Error of each result against float64, relative to its norm."""
-        exact = self.run(definition.attend, torch.float64)
-        return [float((x.double() - y).norm() / y.norm()) for x, y in zip(results, exact, strict=True)]
-
-    def is_as_exact_as_definition(self) -> None:
-        """Check that errors are at most twice those of the definition in the same precision."""
-        errors, allowed = (self.errors(self.run(attend)) for attend in (attention.attend, definition.attend))
-        assert all(mine <= 2 * its for mine, its in zip(errors, allowed, strict=True)), (errors, allowed)
-
-    def inputs(self) -> tuple[Any, ...]:
-        """Arguments of `attention.attention`."""
-        index, made = self.index, self.index.tables
-        size = (index.height, index.width, index.window)
-        qkv, bias = self.qkv.clone().requires_grad_(), self.bias.clone().requires_grad_()
-        arrays = [index.keys, made.columns, made.keys, made.first, *made.blocks]
-        return qkv, bias, index.visible, arrays, made.always_seen, *size, 0.25
+    """An index of Focal-fast."""
+    return for_triton(nearest_index(False, *size, (window, topk, levels, None), request("plain")))
 
 
 BORDER = "border, padding, two pooled levels"
@@ -192,7 +128,7 @@ SHORT = [case for case in RING | NEAREST if case not in ("shipped window", "seve
 def test_equals_definition(case: str) -> None:
     """float32: output and every gradient."""
     problem = Problem(*CASES[case], torch.float32, heads=2 if "small" in case else 1)
-    errors = problem.errors(problem.run(attention.attend))
+    errors = problem.errors(attention.attend)
     assert max(errors) < 2e-6, errors
 
 
@@ -214,7 +150,7 @@ def test_as_exact_as_definition(
     are few, so that the softmax is online and the gradient of queries a sum over launches."""
     monkeypatch.setattr(launch, "device_family", lambda device: family)
     problem = Problem(*CASES[case], dtype, heads=1)
-    problem.is_as_exact_as_definition()
+    problem.check_as_exact(attention.attend)
 
 
 @interpreted
@@ -224,7 +160,7 @@ def test_one_key_outweighs_all_others(case: str, dtype: torch.dtype) -> None:
     problem = Problem(*CASES[case], dtype, heads=1)
     query = torch.arange(problem.index.window**2)
     problem.bias[:, :, query, query * 4 % problem.bias.shape[3]] += 300
-    found, expected = problem.run(attention.attend), problem.run(definition.attend, torch.float64)
+    found, expected = problem.run(attention.attend), problem.run(defined_attention, torch.float64)
     assert all(x.isfinite().all() for x in found)
     for x, y in ((found[0], expected[0]), (found[3], expected[3])):  # the other gradients are almost zero
         assert (x.double() - y).norm() <= (1e-3 if dtype == torch.float16 else 1e-5) * y.norm()
@@ -243,14 +179,14 @@ def test_a_tile_without_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     before the exponential are rounded once, as on a GPU."""
     monkeypatch.setattr(kernels, "_weight", fused_weight)
     problem = Problem(ring(11, 0, 1, 0, 22, 11, shift=5), 16, torch.float16, heads=1)
-    problem.is_as_exact_as_definition()
+    problem.check_as_exact(attention.attend)
 
 
 @interpreted
 def test_a_scale_that_a_bias_cannot_be_divided_by() -> None:
     problem = Problem(*CASES["tiny"], torch.bfloat16, heads=1)
     problem.scale = 1e-3
-    assert max(problem.errors(problem.run(attention.attend))) < 5e-2
+    assert max(problem.errors(attention.attend)) < 5e-2
 
 
 @interpreted
@@ -259,7 +195,7 @@ def test_a_bias_that_is_not_a_number_shows() -> None:
     problem = Problem(*CASES["tiny"], torch.float16, heads=1)
     problem.bias[0, 0, 3, 0], problem.bias[0, 0, 1, 0] = torch.nan, -torch.inf
     out = problem.run(attention.attend)[0].isnan().any(dim=-1)
-    expected = problem.run(definition.attend)[0].isnan().any(dim=-1)
+    expected = problem.run(defined_attention)[0].isnan().any(dim=-1)
     assert out.any() and torch.equal(out, expected)
 
 
@@ -280,8 +216,11 @@ def test_slices_and_determinism(case: str, monkeypatch: pytest.MonkeyPatch) -> N
 def test_operator_contract() -> None:
     """Schema, fake and gradient agree with what runs."""
     problem = Problem(*CASES["tiny"], torch.float32, heads=1)
-    inputs = problem.inputs()
-    torch.library.opcheck(attention.attention, inputs)
+    index, made = problem.index, problem.index.tables
+    arrays = [index.keys, made.columns, made.keys, made.first, *made.blocks]
+    sizes = (index.height, index.width, index.window)
+    inputs = [*problem.inputs(torch.float32), index.visible, arrays, made.always_seen, *sizes, 0.25]
+    torch.library.opcheck(attention.attention, tuple(inputs))
     inputs = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
     found = attention.attention(*inputs)
     torch.library.opcheck(attention.attention_backward, (problem.cotangent, *found, *inputs))
@@ -298,7 +237,7 @@ def test_an_empty_batch() -> None:
 def test_what_training_keeps() -> None:
     """The input, the bias, the output and a number per query."""
     problem = Problem(*CASES["tiny nearest"], torch.bfloat16, heads=1)
-    qkv, bias = problem.qkv.requires_grad_(), problem.bias.requires_grad_()
+    qkv, bias = problem.inputs(torch.bfloat16)
     kept: dict[int, int] = {}
 
     def keep(x: Tensor) -> Tensor:
@@ -369,16 +308,12 @@ SMALL = AttentionIndex(4, 4, 4, 16, torch.arange(16)[None], None, ((torch.arange
 
 @interpreted
 def test_refuses() -> None:
-    """What the kernels cannot do is said."""
+    """What the kernels cannot do is said; what is slow is not chosen."""
     for dtype, head_dim, window in ((torch.float32, 12, 4), (torch.float64, 16, 4), (torch.float32, 16, 13)):
         with pytest.raises(ValueError, match="attention_backend triton: needs .* use auto"):
             choose_backend(replace(SMALL, window=window), request("triton", dtype, head_dim))
-    assert choose_backend(SMALL, request()).backend == "triton"
-
-
-def test_auto_is_never_the_interpreter() -> None:
-    """Without a GPU, whether or not the interpreter could run."""
-    assert choose_backend(SMALL, request("auto")).backend == "cpu"
+    assert choose_backend(SMALL, request("triton")).backend == "triton"
+    assert choose_backend(SMALL, request("auto")).backend == "cpu"  # never the interpreter
 
 
 @interpreted
@@ -388,7 +323,7 @@ def test_second_derivative(case: str) -> None:
     found = []
     problem = Problem(*CASES[case], torch.float32, heads=1)
     for attend in (attention.attend, lambda *inputs: plain_attention(*inputs, fused=False)):
-        qkv, bias = problem.qkv.clone().requires_grad_(), problem.bias.clone().requires_grad_()
+        qkv, bias = problem.inputs(torch.float32)
         out = attend(qkv, problem.index, bias, 0.25)
         d_qkv, d_bias = torch.autograd.grad(out, (qkv, bias), problem.cotangent, create_graph=True)
         loss = d_qkv.square().sum() + d_bias.square().sum()

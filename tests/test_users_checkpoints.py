@@ -6,12 +6,12 @@ import pathlib
 import warnings
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPO
+from conftest import NANO_WORDS, REPO
+from small_models import build, every_kind, image, same
 from test_checkpoint import edited
 from test_checkpoint import saved as stored
 from timm.models import adapt_input_conv
@@ -20,30 +20,9 @@ from torch import Tensor, nn
 
 import main
 from config import load_config
-from models import FocalTransformer, build_model, load_checkpoint, read_checkpoint
+from models import build_model, load_checkpoint, read_checkpoint
 from models.checkpoint import STEM
 from models.registry import checkpoint_filter_fn
-
-SMALL: dict[str, Any] = {
-    "embed_dim": 8,
-    "depths": [1, 1],
-    "num_heads": [1, 2],
-    "num_classes": 3,
-    "img_size": 56,
-    "focal_pool": "fc",
-    "focal_levels": [2, 2],
-    "focal_windows": [3, 3],
-    "expand_sizes": [3, 3],
-}
-every_family = pytest.mark.parametrize("kind", ["focal", "focalv2"])
-
-
-def build(kind: str, seed: int = 0, **options: Any) -> FocalTransformer:
-    torch.manual_seed(seed)
-    model = FocalTransformer(kind=kind, **SMALL | options).eval()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.02)
-    return model
 
 
 def saved(content: object, folder: Path) -> Path:
@@ -55,18 +34,13 @@ def prefixed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {prefix + key: value for key, value in state.items()}
 
 
-def same(model: nn.Module, other: nn.Module) -> bool:
-    pairs = zip(model.state_dict().values(), other.state_dict().values(), strict=True)
-    return all(torch.equal(a, b) for a, b in pairs)
-
-
 # --- Objects beside the weights -----------------------------------------------------------------------------
 
 
-@every_family
+@every_kind
 def test_a_checkpoint_of_timms_saver(kind: str, tmp_path: Path) -> None:
     """It holds the arguments of the command line under "args", and an average that is not used."""
-    model, average = build(kind), build(kind, seed=1)
+    model, average = build(kind=kind), build(kind=kind, seed=1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     args = Namespace(model="focal", lr=0.1, data_dir=Path("/data"), mean=(0.5, 0.5), std=np.float64(0.2))
     saver = CheckpointSaver(model, optimizer, args, model_ema=average, checkpoint_dir=str(tmp_path))
@@ -77,7 +51,7 @@ def test_a_checkpoint_of_timms_saver(kind: str, tmp_path: Path) -> None:
     content = read_checkpoint(path)
     assert content["metric"] == 71.5 and content["args"].data_dir == pathlib.PurePosixPath("/data")
     assert content["args"].lr == 0.1 and content["args"].std == 0.2
-    fresh = build(kind, seed=2)
+    fresh = build(kind=kind, seed=2)
     load_checkpoint(fresh, path)
     assert same(fresh, model) and not same(fresh, average)
 
@@ -161,9 +135,9 @@ PREFIXES = [
 ]
 
 
-@every_family
+@every_kind
 def test_prefixes_are_removed(kind: str, tmp_path: Path) -> None:
-    model, fresh = build(kind), build(kind, seed=1)
+    model, fresh = build(kind=kind), build(kind=kind, seed=1)
     for prefix in PREFIXES:
         fresh.load_state_dict({name: torch.zeros_like(value) for name, value in fresh.state_dict().items()})
         report = load_checkpoint(fresh, saved({"state_dict": prefixed(model.state_dict(), prefix)}, tmp_path))
@@ -173,7 +147,7 @@ def test_prefixes_are_removed(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("container", [None, "model", "state_dict", "model_state_dict"])
 def test_the_backbone_of_a_larger_model(container: str | None, tmp_path: Path, caplog) -> None:
     """What is beside it is left out, and told; others may have names of this model's under theirs."""
-    model, fresh = build("focalv2"), build("focalv2", seed=1)
+    model, fresh = build(kind="focalv2"), build(kind="focalv2", seed=1)
     beside = ["neck.lateral.weight", "decode_head.conv.bias", "encoder.norm.weight", "backbone_ema.norm.bias"]
     state = prefixed(model.state_dict(), "backbone.") | {key: torch.zeros(2) for key in beside}
     path = saved({container: state, "meta": {"epoch": 3}} if container else state, tmp_path)
@@ -186,16 +160,16 @@ def test_the_backbone_of_a_larger_model(container: str | None, tmp_path: Path, c
 
 @pytest.mark.parametrize("name", ["norm.weight", STEM])
 def test_a_name_that_occurs_twice_is_refused(name: str, tmp_path: Path) -> None:
-    state = build("focal").state_dict()
+    state = build(kind="focal").state_dict()
     for prefix, second in (("", "module."), ("_orig_mod.", "module."), ("backbone.", "")):
         path = saved(prefixed(state, prefix) | {second + name: torch.zeros(2)}, tmp_path)
         with pytest.raises(ValueError, match=rf"expected every name once.*: {name}"):
-            load_checkpoint(build("focal"), path)
+            load_checkpoint(build(kind="focal"), path)
 
 
 def test_what_else_has_a_prefix_stays_an_error(tmp_path: Path) -> None:
     """Beside names without one it belongs to no larger model."""
-    model = build("focal")
+    model = build(kind="focal")
     state = model.state_dict() | {"encoder.extra": torch.zeros(2)}
     with pytest.raises(ValueError, match=r"1 unexpected: encoder\.extra"):
         load_checkpoint(model, saved(state, tmp_path))
@@ -206,7 +180,7 @@ def test_what_else_has_a_prefix_stays_an_error(tmp_path: Path) -> None:
 
 
 def test_timm_reads_prefixes_too() -> None:
-    model, fresh = build("focalv2"), build("focalv2", seed=1)
+    model, fresh = build(kind="focalv2"), build(kind="focalv2", seed=1)
     state = prefixed(model.state_dict(), "backbone.") | {"neck.w": torch.zeros(1)}
     fresh.load_state_dict(checkpoint_filter_fn(state, fresh))
     assert same(fresh, model)
@@ -225,8 +199,8 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_wrapped_models_load_and_their_files_are_read(wrapper: str, tmp_path: Path, one_process) -> None:
-    model, fresh = build("focalv2"), build("focalv2", seed=1)
-    smaller = build("focalv2", seed=2, img_size=84, num_classes=5)
+    model, fresh = build(kind="focalv2"), build(kind="focalv2", seed=1)
+    smaller = build(kind="focalv2", seed=2, img_size=96, num_classes=7)
     wrapped = WRAPPERS[wrapper](fresh)
     path = saved({"model": WRAPPERS[wrapper](model).state_dict()}, tmp_path)
     assert not any(key.startswith("patch_embed") for key in read_checkpoint(path)["model"])
@@ -241,15 +215,15 @@ def test_wrapped_models_load_and_their_files_are_read(wrapper: str, tmp_path: Pa
 # --- Input channels -----------------------------------------------------------------------------------------
 
 
-@every_family
+@every_kind
 @pytest.mark.parametrize(("channels", "conv"), [(1, True), (9, False)])
 def test_the_first_convolution_takes_other_channels(
     kind: str, channels: int, conv: bool, tmp_path: Path, caplog
 ) -> None:
     """As timm adapts it; a grey image gives what it gave as RGB."""
-    model = build(kind, use_conv_embed=conv)
+    model = build(kind=kind, use_conv_embed=conv)
     path = saved(model.state_dict(), tmp_path)
-    other = build(kind, seed=1, use_conv_embed=conv, in_chans=channels)
+    other = build(kind=kind, seed=1, use_conv_embed=conv, in_chans=channels)
     before = {key: value.clone() for key, value in other.state_dict().items()}
     with pytest.raises(ValueError, match=r"Only the number of input channels differs: .* to 3, .*\(resize"):
         load_checkpoint(other, path)
@@ -261,22 +235,22 @@ def test_the_first_convolution_takes_other_channels(
     expected = given | {STEM: adapt_input_conv(channels, given[STEM])}
     assert all(torch.equal(value, expected[key]) for key, value in other.state_dict().items())
     if channels == 1:
-        grey = torch.randn(2, 1, 56, 56)
+        grey = image(64, 64, channels=1)
         with torch.no_grad():
             torch.testing.assert_close(other(grey), model(grey.expand(-1, 3, -1, -1)))
 
 
 def test_other_channels_than_three_are_not_adapted(tmp_path: Path) -> None:
-    path = saved(build("focal", in_chans=4).state_dict(), tmp_path)
-    model = build("focal", seed=1)
+    path = saved(build(kind="focal", in_chans=4).state_dict(), tmp_path)
+    model = build(kind="focal", seed=1)
     for resize in (False, True):
         with pytest.raises(ValueError, match=r"\(in_chans\) to 4, or use weights of 3 channels"):
             load_checkpoint(model, path, resize=resize)
 
 
 def test_channels_head_and_setting_at_once(tmp_path: Path) -> None:
-    path = saved(build("focal").state_dict(), tmp_path)
-    model = build("focal", seed=1, in_chans=1, num_classes=5, focal_windows=[5, 5])
+    path = saved(build(kind="focal").state_dict(), tmp_path)
+    model = build(kind="focal", seed=1, in_chans=1, num_classes=7, focal_windows=[5] * 4)
     what = "the classifier and what depends on windows or the input size and the number of input channels"
     with pytest.raises(ValueError, match=rf"Only {what} differ: .*reset_head.*resize"):
         load_checkpoint(model, path)
@@ -284,15 +258,17 @@ def test_channels_head_and_setting_at_once(tmp_path: Path) -> None:
     assert report.adapted == [STEM] and report.reset == ["head.bias", "head.weight"] and report.resized
 
 
-def test_evaluation_does_not_adapt(
-    few_images: Path, nano_opts: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_training_adapts_and_evaluation_does_not(
+    few_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It measures the weights as they are; what training does stands in test_machines.py."""
+    """Evaluation measures the weights as they are."""
     yaml = str(REPO / "configs/focal_tiny_patch4_window7_224.yaml")
-    path = saved({"model": build_model(load_config(yaml, nano_opts)).state_dict()}, tmp_path)
+    path = str(saved({"model": build_model(load_config(yaml, NANO_WORDS)).state_dict()}, tmp_path))
     command = ["--cfg", yaml, "--dataset", "folder", "--data-path", str(few_images), "--device", "cpu"]
-    command += ["--output", str(tmp_path / "out"), "--eval"]
-    opts = ["--opts", *map(str, nano_opts), "MODEL.FOCAL.IN_CHANS", "1"]
+    command += ["--output", str(tmp_path / "out"), "--batch-size", "64"]
+    opts = ["--opts", *map(str, NANO_WORDS), "MODEL.FOCAL.IN_CHANS", "1", "TRAIN.EPOCHS", "1"]
     for flag in ("--pretrained", "--resume"):
-        assert main.main([*command, flag, str(path), *opts]) == 2
+        assert main.main([*command, "--eval", flag, path, *opts]) == 2
         assert "set MODEL.FOCAL.IN_CHANS (in_chans) to 3" in capsys.readouterr().err
+    assert main.main([*command, "--pretrained", path, *opts]) == 0
+    assert f"adapted to the model's number: 1: {STEM}" in capsys.readouterr().out

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_models
 import timm
 import torch
 from torch import Tensor, nn
@@ -27,15 +28,12 @@ from models import focal_transformer
 
 FAMILIES = ("focal_tiny_patch4_window7_224", "focalv2_tiny_useconv_patch4_window7_224")
 SMALL: dict[str, Any] = {
-    "img_size": 64,
     "embed_dim": 16,
     "depths": (1, 1, 1),
     "num_heads": (1, 1, 2),
     "focal_levels": (2, 2, 2),
     "focal_windows": (7, 5, 3),
     "expand_sizes": (3, 3, 3),
-    "num_classes": 5,
-    "drop_path_rate": 0.0,
 }
 New = Callable[..., models.FocalTransformer]
 since_2_7 = pytest.mark.skipif(
@@ -47,13 +45,8 @@ OTHER_BATCH = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(
 
 
 def build(variant: str, seed: int = 0, **options: Any) -> models.FocalTransformer:
-    """A small model; the same weights every time, unless a seed is given."""
-    torch.manual_seed(seed)
-    model = timm.create_model(variant, **{**SMALL, **options})
-    for name, parameter in model.named_parameters():
-        if "bias_table" in name or name.startswith("head"):
-            nn.init.normal_(parameter, std=0.5)  # so that no part of the model can go unnoticed
-    return model
+    """A small model in training mode; the same weights every time, unless a seed is given."""
+    return small_models.build(seed, variant, **SMALL | options).train()
 
 
 @pytest.fixture(params=FAMILIES, ids=["focal", "focal-fast"])
@@ -119,7 +112,8 @@ def test_strict_export_with_any_batch(new: New) -> None:
     trains_with_real_tensors(new(), images)
 
 
-def test_an_export_that_fails(new: New) -> None:
+@pytest.mark.parametrize("backend", ["auto", "plain"])  # exporters use the plain one in any case
+def test_an_export_that_fails(new: New, backend: str) -> None:
     class Broken(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -132,14 +126,15 @@ def test_an_export_that_fails(new: New) -> None:
     images = torch.randn(1, 3, 64, 96)
     with pytest.raises(Exception):  # noqa: B017
         torch.export.export(Broken(), (images,))
-    trains_with_real_tensors(new(), images)
+    trains_with_real_tensors(new(attention_backend=backend), images)
 
 
-def test_fake_tensors(new: New) -> None:
+@pytest.mark.parametrize("backend", ["auto", "plain"])
+def test_fake_tensors(new: New, backend: str) -> None:
     images = torch.randn(1, 3, 96, 128)
     with FakeTensorMode():
         new(img_size=96)(torch.randn(1, 3, 96, 128)).sum().backward()
-    trains_with_real_tensors(new(img_size=96), images)
+    trains_with_real_tensors(new(img_size=96, attention_backend=backend), images)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -425,6 +420,9 @@ def test_transforms_of_torch_func(new: New) -> None:
     total = torch.func.grad(loss)(weights, images)
     model(images).square().sum().backward()
     per_image = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, images[:, None])
+    torch.compiler.reset()
+    compiled = torch.compile(torch.func.grad(loss), backend="aot_eager", dynamic=False)
+    torch.testing.assert_close(compiled(weights, images), total)
     for name, p in model.named_parameters():
         torch.testing.assert_close(total[name], p.grad, msg=name)
         torch.testing.assert_close(per_image[name].sum(0), p.grad, msg=name)
@@ -463,6 +461,15 @@ def test_private_names_that_the_model_asks_for_exist() -> None:
     with FakeTensorMode():
         look(torch.zeros(2))
     assert all(seen) and len(seen) >= 6
+
+
+def test_subclasses_of_tensors(new: New) -> None:
+    class Tagged(Tensor):
+        pass
+
+    model, images = new().eval(), IMAGES.as_subclass(Tagged)
+    assert focal_transformer.is_traced(images)
+    torch.testing.assert_close(logits(model, images).as_subclass(Tensor), logits(model))
 
 
 @pytest.mark.parametrize("backend", ["auto", "plain"])

@@ -1,4 +1,4 @@
-"""tools/visualize.py and tools/figures: weights reproduce the layers' output, maps show the right tokens."""
+"""tools/visualize.py, tools/figures: weights reproduce what layers answer, maps show the right tokens."""
 
 from itertools import product
 from pathlib import Path
@@ -12,7 +12,9 @@ from PIL import Image
 from config import load_config
 from models import FocalTransformer, build_model
 from tools import visualize
+from tools.figures import __main__ as make_figures
 from tools.figures import attention
+from tools.figures.drawing import save
 
 VARIANTS = {
     "plain": ["DATA.IMG_SIZE", 112],
@@ -170,3 +172,12 @@ def test_mistakes_are_one_sentence(
     assert visualize.main([str(image), *words, *given, *out]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_teaser_is_drawn_again(tmp_path: Path) -> None:
+    save(make_figures.draw_teaser(), tmp_path / "teaser.png")
+    drawn, there = (
+        Image.open(folder / "teaser.png").convert("RGB") for folder in (tmp_path, REPO / "figures")
+    )
+    assert drawn.size == there.size
+    assert len(set(drawn.resize((50, 50)).getdata())) > 20  # not blank
