@@ -30,6 +30,7 @@ from detection.corner_targets import (  # noqa: E402
 )
 from detection.reppoints_v2 import RepPointsV2Head, foreground_loss  # noqa: E402
 
+CONFIG = "reppointsv2_focal-tiny_bifpn_amp-ms-crop-3x_coco"
 CLASSES = 3
 STRIDES = [8, 16, 32]
 SURE = 30.0  # a logit whose loss rounds to zero
