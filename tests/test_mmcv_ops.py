@@ -277,8 +277,6 @@ def test_modulated_deform_conv(name: str, bias: bool, larger: int) -> None:
 def test_offsets_and_masks_of_another_size() -> None:
     x = deformable_inputs(GEOMETRIES["plain"])
     larger = deformable_inputs(GEOMETRIES["plain"], 1)
-    with pytest.raises(RuntimeError, match="offset output dims"):  # mmcv refuses as well
-        mmcv_ops.deform_conv2d(x["input"], larger["offset"], x["weight"], 1, 1)
     for name in ("offset", "mask"):
         inputs = {**larger, name: x[name][..., :-1]}
         with pytest.raises(
