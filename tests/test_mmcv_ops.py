@@ -347,8 +347,6 @@ def test_what_is_not_covered_says_so() -> None:
     calls = {
         "nms_match": lambda: mmcv_ops.nms_match(dets, 0.5),
         "roi_align with pool_mode='max'": lambda: RoIAlign(3, pool_mode="max")(rand(2, 3, 12, 16), ROIS),
-        "roi_pool_forward": lambda: mmcv_ops.RoIPool(3)(rand(2, 3, 12, 16), ROIS),
-        "carafe_forward": lambda: mmcv_ops.carafe(rand(1, 4, 4, 4), rand(1, 9, 8, 8), 3, 1, 2),
         "sigmoid_focal_loss with a weight per class": lambda: mmcv_ops.sigmoid_focal_loss(
             rand(2, 3), torch.tensor([0, 1]), 2.0, 0.25, torch.ones(3), "none"
         ),
