@@ -63,14 +63,12 @@ def test_neck_is_the_papers(widths: tuple[int, ...]) -> None:
     [
         ({"num_outs": 2}, "num_outs must be at least 2 and the number of in_channels, got 2"),
         ({"num_repeat": 0}, "num_repeat must be 1 or more, got 0"),
+        ({}, "expected 3 maps, as in_channels names, got 2"),
     ],
 )
 def test_levels_that_cannot_be_are_refused(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        BiFPN(**{"in_channels": (8, 12, 20), "out_channels": 16, "num_outs": 5, **options})
-
-
-def test_another_number_of_maps_is_refused() -> None:
-    neck = BiFPN((8, 12, 20), 16, 5, norm_cfg=NORM)
-    with pytest.raises(ValueError, match="expected 3 maps, as in_channels names, got 2"):
+        neck = BiFPN(
+            **{"in_channels": (8, 12, 20), "out_channels": 16, "num_outs": 5, "norm_cfg": NORM, **options}
+        )
         neck([torch.zeros(1, 8, 8, 8), torch.zeros(1, 12, 4, 4)])

@@ -75,15 +75,6 @@ def test_training_learns_and_evaluation_repeats_what_it_saw(trained: Path, teste
     assert {key: report_of(tested)[key] for key in seen} == seen
 
 
-def test_resuming_goes_on(trained: Path, tmp_path: Path) -> None:
-    """From a named file in another folder, and from the newest of its own."""
-    command = [CONFIG, "--work-dir", str(tmp_path)]
-    assert runner.train([*command, "--resume", str(trained / "epoch_8.pth"), *options(9)]) == 0
-    assert [line["epoch"] for line in scalars(tmp_path) if "loss" in line] == [9, 9]
-    assert runner.train([*command, "--resume", *options(10)]) == 0
-    assert [line["epoch"] for line in scalars(tmp_path) if "loss" in line] == [10, 10]
-
-
 def test_a_checkpoint_of_another_model_is_refused(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -98,7 +89,10 @@ def test_a_checkpoint_of_another_model_is_refused(
 
 
 def test_two_processes_train_and_evaluate_all_images(trained: Path, tmp_path: Path) -> None:
-    """Through torchrun, which is noticed. One process finds the same AP for what the two have written."""
+    """Through torchrun, which is noticed, on from a checkpoint of one process in another folder.
+
+    One process finds the same AP for what the two have written.
+    """
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, str(REPO / "detection/train.py"), CONFIG, "--work-dir", str(tmp_path / "two")]
     done = subprocess.run(

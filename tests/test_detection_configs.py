@@ -17,13 +17,15 @@ from conftest import REPO
 pytest.importorskip("mmdet", reason="needs OpenMMLab's packages: make setup-openmmlab")
 
 from mmengine.config import Config, ConfigDict
+from mmengine.evaluator import Evaluator
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, TASK_UTILS
 from mmengine.structures import InstanceData
 from openmmlab_configs import SMALL, batch, check_backbone, check_weight_decay, edit, quoted_in_zoo
+from openmmlab_runs import ONE_PROCESS, scalars
+from test_detection import evaluated
 
 from data.demo_scenes import DETECTION_CLASSES
-from models import VARIANTS, FocalTransformer
 from openmmlab import runner
 
 CONFIGS = REPO / "detection" / "configs"
@@ -190,19 +192,69 @@ def check_detections(found: Any, masks: bool, clipped: bool) -> None:
     assert not masks or found.masks.shape == (len(found), 90, 122)
 
 
+# --- The Runner ---------------------------------------------------------------------------------------------
+
+
+def small(method: str, scenes: Path) -> Config:
+    """A method's config with few channels, for the scenes in small."""
+    config = runner.read_config(str(CONFIGS / f"{name_of(method)}.py"))
+    config.model = shrunken(config)
+    for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
+        loader.dataset = edit(loader.dataset, small_scale)
+        loader.dataset.update(data_root=f"{scenes}/detection/", metainfo={"classes": DETECTION_CLASSES})
+    for evaluator in (config.val_evaluator, config.test_evaluator):
+        evaluator.ann_file = f"{scenes}/detection/annotations/instances_val2017.json"
+    config.merge_from_dict(ONE_PROCESS | {"default_hooks.logger.interval": 1, "train_cfg.max_epochs": 1})
+    return config
+
+
+@pytest.mark.parametrize("method", ["cascade-mask-rcnn", "sparse-rcnn", "reppointsv2"])
+def test_a_method_trains_and_evaluates(method: str, scenes: Path, tmp_path: Path) -> None:
+    """Evaluation at the end of training, and that of the checkpoint, find boxes, masks, and the same AP.
+
+    The others differ in no option that the Runner reads.
+    """
+    config = small(method, scenes)
+    config.dump(tmp_path / "small.py")
+    command = [str(tmp_path / "small.py"), "--work-dir", str(tmp_path)]
+    assert runner.train([*command, "--no-amp"]) == 0
+    lines = scalars(tmp_path)
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2]
+    assert runner.test([command[0], str(tmp_path / "epoch_1.pth"), *command[1:]]) == 0
+    found = evaluated(scalars(tmp_path))
+    assert found == evaluated(lines)
+    masks = "mask_head" in config.model.get("roi_head", {})
+    assert [f"coco/{kind}_mAP" in found for kind in ("bbox", "segm")] == [True, masks]
+
+
+@pytest.mark.parametrize("method", ["mask-rcnn", "retinanet"])
+def test_what_is_true_gets_full_marks(method: str, scenes: Path) -> None:
+    """The config's evaluator, given what the config's own test set says is there."""
+    config = small(method, scenes)
+    dataset = DATASETS.build(config.test_dataloader.dataset)
+    evaluator = Evaluator(config.test_evaluator)
+    evaluator.dataset_meta = dataset.metainfo
+    for item in dataset:
+        truth = item["data_samples"].gt_instances
+        boxes = truth.bboxes.tensor
+        found = InstanceData(bboxes=boxes, labels=truth.labels, scores=boxes.new_ones(len(truth)))
+        if "masks" in truth:
+            found.masks = truth.masks.to_tensor(bool, "cpu")
+        item["data_samples"].pred_instances = found
+        evaluator.process([item["data_samples"]])
+    marks = evaluator.evaluate(len(dataset))
+    kinds = ("bbox", "segm") if method == "mask-rcnn" else ("bbox",)
+    assert {key: mark for key, mark in marks.items() if key.endswith("_mAP")} == {
+        f"coco/{kind}_mAP": 1 for kind in kinds
+    }
+
+
 @pytest.mark.parametrize("method", ["atss-dyhead", "htc"])
 def test_detections_of_scales_and_flips_are_merged(method: str, scenes: Path, tmp_path: Path) -> None:
     """The command with `--tta`: at most 100 objects of an image, in its own coordinates."""
-    config = copy.deepcopy(read(name_of(method)))
+    config = small(method, scenes)
     masks = "segm" in config.val_evaluator.metric
-    config.model = shrunken(config)
-    test_set = {"data_root": f"{scenes}/detection/", "metainfo": {"classes": DETECTION_CLASSES}}
-    config.test_dataloader.dataset.pipeline = edit(config.test_dataloader.dataset.pipeline, small_scale)
-    for split in ("train", "val", "test"):
-        config[f"{split}_dataloader"].dataset.update(test_set)
-    config.test_dataloader.update(num_workers=0, persistent_workers=False)
-    found = {"outfile_prefix": str(tmp_path / "found")}
-    config.test_evaluator.update(found, ann_file=str(scenes / "detection/annotations/instances_val2017.json"))
+    config.test_evaluator.outfile_prefix = str(tmp_path / "found")
     views = config.tta_pipeline[1].transforms
     views[0] = [dict(views[0][0], scale=scale) for scale in ((128, 80), (160, 112))]
     config.dump(tmp_path / "small.py")
@@ -264,23 +316,6 @@ def test_masks_of_views_are_averaged(method: str, scenes: Path) -> None:
     torch.testing.assert_close(here.scores, there.scores)
     torch.testing.assert_close(here.bboxes[:, 0], 122 - there.bboxes[:, 2], atol=1e-2, rtol=0)
     assert (here.masks != there.masks.flip(-1)).float().mean() < 0.01
-
-
-def test_a_detector_starts_from_the_classifiers_weights(tmp_path: Path) -> None:
-    """Pooled levels reach farther here, for which their tables are resized."""
-    model = shrunken(read(name_of("mask-rcnn")))
-    options = {**VARIANTS[model.backbone.variant], **SMALL}
-    weights = FocalTransformer(**options, num_classes=3).state_dict()
-    torch.save({"model": weights}, tmp_path / "classifier.pth")
-    model.backbone.init_cfg = {"type": "Pretrained", "checkpoint": str(tmp_path / "classifier.pth")}
-    detector = MODELS.build(model)
-    fresh = {key: value.clone() for key, value in detector.backbone.state_dict().items()}
-    detector.init_weights()
-    shared = {k: v for k, v in detector.backbone.state_dict().items() if not k.startswith("norm")}
-    wider = {key for key, value in shared.items() if value.shape != weights[key].shape}
-    assert len(shared) > 50 and wider == {key for key in shared if "table_to_windows" in key}
-    assert all(torch.equal(value, weights[key]) for key, value in shared.items() if key not in wider)
-    assert not any(torch.equal(shared[key], fresh[key]) for key in wider)
 
 
 def test_matching_survives_half_precision() -> None:

@@ -6,13 +6,11 @@ import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import REPO, VAL_IMAGES
 from test_main import OPTS, PLAIN, checkpoint, command, difference, folder_of, metrics_of
 from test_resume import RANDOM, assert_same_end
@@ -21,7 +19,6 @@ import main
 from config import load_config
 from models import build_model
 from training.loop import evaluate
-from utils import UserError, check_same_device
 
 PROGRAM = """
 import json, os, shutil, signal, sys
@@ -215,16 +212,3 @@ def test_a_compiled_model_trains_and_evaluates(launched: tuple[Path, str, str]) 
     plain, ours = results_in(launched[1])[-2:]
     assert plain["graphs"] == 0 < ours["graphs"]
     assert float.fromhex(ours["loss"]) == pytest.approx(float.fromhex(plain["loss"]), rel=1e-5)
-
-
-def test_all_ranks_hear_of_another_type_of_device() -> None:
-    types = ("meta", "cpu", "meta")
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    with ThreadPoolExecutor(len(types)) as pool:
-        calls = []
-        for rank, kind in enumerate(types):
-            own_store = dist.TCPStore("127.0.0.1", store.port)
-            calls.append(pool.submit(check_same_device, own_store, rank, len(types), torch.device(kind)))
-    for call in calls:
-        error = call.exception()
-        assert isinstance(error, UserError) and re.search("got meta on .* and cpu on ", str(error))

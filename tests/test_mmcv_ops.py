@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torchvision
 from torch import Tensor
 
 from openmmlab import mmcv_ops as bridge
@@ -120,22 +119,6 @@ def test_soft_nms_of_nothing_of_one_and_of_points() -> None:
     assert dets.shape == (3, 5)
 
 
-def test_soft_nms_class_by_class_is_soft_nms_of_all() -> None:
-    """HTC's config asks for it: from one box on, classes go into calls of their own."""
-    boxes, scores, classes = random_boxes(300), rand(300).sigmoid(), torch.arange(300) % 7
-    together, apart = (
-        mmcv_ops.batched_nms(
-            boxes, scores, classes, {"type": "soft_nms", "iou_threshold": 0.5, "split_thr": split}
-        )
-        for split in (1000, 1)
-    )
-    assert torch.equal(together[0], apart[0]) and torch.equal(together[1], apart[1])
-    ignoring = mmcv_ops.batched_nms(
-        boxes, scores, torch.zeros_like(classes), {"type": "soft_nms", "iou_threshold": 0.5}
-    )
-    assert not torch.equal(together[0][:, 4], ignoring[0][:, 4]), "classes did not matter"
-
-
 # --- Regions ------------------------------------------------------------------------------------------------
 
 
@@ -147,23 +130,13 @@ ROIS = torch.tensor(
 
 @pytest.mark.parametrize(("aligned", "ratio"), product((True, False), (0, 2)))
 def test_roi_align(aligned: bool, ratio: int) -> None:
-    """torchvision's, which has the same definition; its arguments come in another order."""
+    """The average of a ramp over a cell is the value at its centre, for an aligned one half a pixel less."""
     layer = RoIAlign((3, 2), 0.5, ratio, aligned=aligned)
-    grid = dict(output_size=(3, 2), spatial_scale=0.5, sampling_ratio=ratio, aligned=aligned)
-    agree(
-        lambda maps: layer(maps, ROIS),
-        lambda maps: torchvision.ops.roi_align(maps, ROIS, **grid),
-        rand(2, 3, 12, 16),
-    )
-
-
-@pytest.mark.parametrize(("aligned", "ratio"), product((True, False), (0, 2)))
-def test_roi_align_of_a_ramp(aligned: bool, ratio: int) -> None:
-    """The average over a cell is the value at its centre, for an aligned one half a pixel less."""
     ramp = torch.arange(16.0) + 10 * torch.arange(12.0)[:, None]
-    got = RoIAlign((3, 2), 0.5, ratio, aligned=aligned)(ramp[None, None], torch.tensor([[0.0, 4, 2, 20, 14]]))
+    got = layer(ramp[None, None], torch.tensor([[0.0, 4, 2, 20, 14]]))
     expected = torch.tensor([[24.0, 28], [44, 48], [64, 68]]) - (5.5 if aligned else 0)
     torch.testing.assert_close(got[0, 0], expected)
+    assert torch.autograd.gradcheck(lambda maps: layer(maps, ROIS), rand(2, 2, 12, 16).requires_grad_())
 
 
 def test_roi_align_of_no_region_has_a_gradient_of_zeros() -> None:
@@ -304,8 +277,6 @@ def test_modulated_deform_conv(name: str, bias: bool, larger: int) -> None:
 def test_offsets_and_masks_of_another_size() -> None:
     x = deformable_inputs(GEOMETRIES["plain"])
     larger = deformable_inputs(GEOMETRIES["plain"], 1)
-    with pytest.raises(RuntimeError, match="offset output dims"):  # mmcv refuses as well
-        mmcv_ops.deform_conv2d(x["input"], larger["offset"], x["weight"], 1, 1)
     for name in ("offset", "mask"):
         inputs = {**larger, name: x[name][..., :-1]}
         with pytest.raises(
@@ -376,8 +347,6 @@ def test_what_is_not_covered_says_so() -> None:
     calls = {
         "nms_match": lambda: mmcv_ops.nms_match(dets, 0.5),
         "roi_align with pool_mode='max'": lambda: RoIAlign(3, pool_mode="max")(rand(2, 3, 12, 16), ROIS),
-        "roi_pool_forward": lambda: mmcv_ops.RoIPool(3)(rand(2, 3, 12, 16), ROIS),
-        "carafe_forward": lambda: mmcv_ops.carafe(rand(1, 4, 4, 4), rand(1, 9, 8, 8), 3, 1, 2),
         "sigmoid_focal_loss with a weight per class": lambda: mmcv_ops.sigmoid_focal_loss(
             rand(2, 3), torch.tensor([0, 1]), 2.0, 0.25, torch.ones(3), "none"
         ),

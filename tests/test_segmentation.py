@@ -40,14 +40,9 @@ def options(epochs: int) -> list[str]:
     return ["--cfg-options", f"train_cfg.max_epochs={epochs}", *(f"{k}={v}" for k, v in FEW.items())]
 
 
-def found_in(line: dict[str, float]) -> dict[str, float]:
-    """The figures of an evaluation."""
-    return {key: line[key] for key in ("aAcc", "mIoU", "mAcc")}
-
-
 def report_of(folder: Path) -> dict[str, float]:
     """What the only evaluation in a folder found."""
-    return found_in(json.loads(next(folder.glob("*/*.json")).read_text()))
+    return json.loads(next(folder.glob("*/*.json")).read_text())
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +79,6 @@ def runs(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     return folders
 
 
-def test_evaluation_repeats_what_training_saw(runs: dict[str, Path]) -> None:
-    """At several scales it finds something else."""
-    (seen,) = (line for line in scalars(runs["train"]) if "mIoU" in line)
-    assert report_of(runs["test"]) == found_in(seen)
-    assert report_of(runs["test-multi-scale"]) != found_in(seen) and seen["aAcc"] > 0
-
-
 def test_the_demo_judges(scenes: Path, runs: dict[str, Path]) -> None:
     """`make demo-segmentation` reads its figures from the logs of real evaluations; a low one is an error."""
     done, commands = make_demo("segmentation", scenes, runs, "SEGMENTATION_LEAST=100")
@@ -102,7 +90,7 @@ def test_the_demo_judges(scenes: Path, runs: dict[str, Path]) -> None:
     assert f"checkpoint  {best}" in done.stdout
     figures = re.search(r"mIoU +([\d.]+) %, at several scales ([\d.]+) %\n", done.stdout)
     expected = [round(report_of(runs[name])["mIoU"], 2) for name in ("test", "test-multi-scale")]
-    assert figures and [float(text) for text in figures.groups()] == expected
+    assert figures and [float(text) for text in figures.groups()] == expected and len({*expected}) == 2
     runner.parse_train(commands[1][1:])
     assert [runner.parse_test(words[1:]).tta for words in commands[2:4]] == [False, True]
     drawn = predict.parse(commands[4][1:])
@@ -130,14 +118,3 @@ def test_pictures(scenes: Path, trained: Path, tmp_path: Path, capsys: pytest.Ca
     grey = (1 - predict.OPACITY) * bare + predict.OPACITY * 40
     assert (np.abs(full - grey).max(axis=2) <= 1).mean() > 0.5, "most of it is background, in its own colour"
     assert (drawn[0][:, 640:] == 40).all(axis=2).sum() > 200 and (drawn[1][:, 640:] == 255).all()
-
-
-def test_legends_show_every_class() -> None:
-    """Each colour once, at full size, with dark letters beside it."""
-    colours = np.array([[i % 16 * 10 + 20, i // 16 * 20 + 20, 90] for i in range(40)], dtype=np.uint8)
-    canvas = predict.legend([f"traffic light {i}  {i}.5%" for i in range(40)], colours, 200)
-    for colour in colours:
-        rows, columns = np.nonzero((canvas == colour).all(axis=2))
-        assert len(rows) == (predict.SWATCH - 1) ** 2
-        beside = canvas[rows.min() : rows.max(), columns.max() + 4 : columns.max() + 60]
-        assert beside.min() < 50

@@ -2,6 +2,8 @@
 
 # ruff: noqa: E402
 import copy
+import json
+import shutil
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -17,14 +19,21 @@ pytest.importorskip("mmseg", reason="needs OpenMMLab's packages: make setup-open
 import openmmlab.mmcv_ops  # noqa: F401, I001  (before mmseg.models: makes its operators importable)
 import mmseg.models  # noqa: F401
 from mmengine.config import Config, ConfigDict
+from mmengine.evaluator import Evaluator
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS
+from mmengine.structures import PixelData
 from openmmlab_configs import SMALL, batch, check_backbone, check_weight_decay, edit, quoted_in_zoo
+from openmmlab_runs import ONE_PROCESS, scalars
+from PIL import Image
+from test_docs import blocks
 
 from data.demo_scenes import SEGMENTATION_CLASSES
-from openmmlab import flops
+from models import VARIANTS, FocalTransformer
+from openmmlab import flops, runner
 
 CONFIGS = REPO / "segmentation" / "configs"
+PAGE = REPO / "segmentation" / "get_started.md"
 NAMES = [path.stem for path in sorted(CONFIGS.glob("*_ade20k-*.py"))]
 TINY = "upernet_focal-tiny_8xb2-160k_ade20k-512x512"
 FAST = "focalv2_tiny_useconv_patch4_window7_224"
@@ -148,6 +157,112 @@ def test_trains_and_segments(variant: str, scenes: Path) -> None:
     found = model.eval().test_step(data)[0]
     assert found.pred_sem_seg.data.shape == (1, HEIGHT, WIDTH)
     assert found.seg_logits.data.shape == (11, HEIGHT, WIDTH) and found.seg_logits.data.isfinite().all()
+
+
+# --- The Runner ---------------------------------------------------------------------------------------------
+
+
+def shrink(config: Config) -> None:
+    """Make a config one for few channels, small images, and an evaluation after each step of training."""
+    classes = config.model.decode_head.num_classes
+    config.model = shrunken(config)
+    for head in (config.model.decode_head, config.model.auxiliary_head):
+        head.num_classes = classes
+    for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
+        loader.dataset = edit(loader.dataset, small_scale)
+    config.tta_pipeline[1].transforms[0] = [dict(type="Resize", scale=(600, size)) for size in (60, 120)]
+    intervals = (
+        "train_cfg.val_interval",
+        "default_hooks.logger.interval",
+        "default_hooks.checkpoint.interval",
+    )
+    config.merge_from_dict(ONE_PROCESS | dict.fromkeys(intervals, 1))
+
+
+def in_small(scenes: Path) -> Config:
+    """The smallest model's config, shrunken, which takes the scenes for ADE20K: they have its file names."""
+    config = runner.read_config(str(CONFIGS / f"{TINY}.py"))
+    shrink(config)
+    for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
+        loader.dataset.data_root = f"{scenes}/segmentation"
+    return config
+
+
+def figures(lines: list[dict[str, float]]) -> list[float]:
+    """The mIoU of every evaluation in a log."""
+    return [line["mIoU"] for line in lines if "mIoU" in line]
+
+
+def test_a_config_trains_continues_and_evaluates(scenes: Path, tmp_path: Path) -> None:
+    """From a classifier's weights; the evaluation of a checkpoint finds what training saw."""
+    config, work_dir = in_small(scenes), tmp_path / "out"
+    config.dump(tmp_path / "small.py")
+    classifier = FocalTransformer(**{**VARIANTS[config.model.backbone.variant], **SMALL}, num_classes=3)
+    torch.save({"model": classifier.state_dict()}, tmp_path / "classifier.pth")
+    command = [str(tmp_path / "small.py"), "--work-dir", str(work_dir)]
+    starts = (["--pretrained", str(tmp_path / "classifier.pth")], ["--resume"])
+    for step, start in enumerate(starts, start=1):
+        assert runner.train([*command, *start, "--cfg-options", f"train_cfg.max_iters={step}"]) == 0
+        lines = scalars(work_dir)
+        assert [line["step"] for line in lines if "loss" in line] == [step]
+        assert len(figures(lines)) == 1
+    first, second = (path.read_text() for path in sorted(work_dir.glob("*/*.log")))
+    assert "classifier.pth: loaded" in first and "iter_1.pth" in second
+    found = []
+    for flags in ([], ["--multi-scale"]):
+        command[-1] = str(tmp_path / f"test{len(flags)}")
+        assert runner.test([command[0], str(work_dir / "iter_2.pth"), *command[1:], *flags]) == 0
+        (report,) = Path(command[-1]).glob("*/*.json")
+        found.append(json.loads(report.read_text())["mIoU"])
+    assert found[0] == figures(lines)[0] and 0 <= found[1] <= 100
+
+
+def test_what_is_true_gets_full_marks(scenes: Path) -> None:
+    """The config's evaluator, given what the config's own test set says is there; and given another class."""
+    config = in_small(scenes)
+    dataset = DATASETS.build(config.test_dataloader.dataset)
+    sample = dataset[0]["data_samples"]
+    truth = sample.gt_sem_seg.data
+    for labels, least, most in ((truth, 100, 100), (torch.where(truth == 0, 149, truth), 30, 95)):
+        sample.pred_sem_seg = PixelData(data=labels)
+        evaluator = Evaluator(config.test_evaluator)
+        evaluator.dataset_meta = dataset.metainfo
+        evaluator.process([sample])
+        assert least <= evaluator.evaluate(1)["mIoU"] <= most
+    assert len(truth.unique()) > 3 and truth.max() < 11
+
+
+@pytest.mark.parametrize("zero_is_nothing", [False, True])
+def test_the_pages_own_data_set(
+    zero_is_nothing: bool, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The config of get_started.md for one's own data has the labels of the files, and trains.
+
+    The scenes with three classes: background, low digits, high ones; some pixels are nothing.
+    """
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(scenes / "segmentation/images", "streets/images")
+    for file in scenes.glob("segmentation/annotations/*/*.png"):
+        old = np.asarray(Image.open(file))
+        given = np.select([old == 1, old < 7], [0, 1], 2).astype(np.uint8)
+        given[:5] = 255
+        target = Path("streets", file.relative_to(scenes / "segmentation"))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(given + np.uint8(zero_is_nothing)).save(target)  # 255 becomes 0
+    (own,) = (block for block in blocks(PAGE, "python") if "reduce_zero_label" in block.text)
+    names: dict[str, str] = {}
+    exec(own.text, names)
+    said = names["config"].replace("reduce_zero_label=False", f"reduce_zero_label={zero_is_nothing}")
+    Path("own.py").write_text(said.replace('"upernet', f'"{CONFIGS}/upernet'))
+    config = runner.read_config("own.py")
+    labels = DATASETS.build(config.test_dataloader.dataset)[0]["data_samples"].gt_sem_seg.data[0].numpy()
+    file = np.asarray(Image.open("streets/annotations/validation/00000001.png"))
+    assert np.array_equal(labels, file - np.uint8(zero_is_nothing))
+    assert {*np.unique(labels)} == {0, 1, 2, 255}
+    shrink(config)
+    config.dump("small.py")
+    assert runner.train(["small.py", "--work-dir", "out", "--cfg-options", "train_cfg.max_iters=1"]) == 0
+    assert len(figures(scalars(Path("out")))) == 1
 
 
 # --- Counting -----------------------------------------------------------------------------------------------
