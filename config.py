@@ -93,7 +93,7 @@ _C.TRAIN.BASE_LR = 5e-4  # this and the next two: for 512 images per update; sca
 _C.TRAIN.WARMUP_LR = 5e-7
 _C.TRAIN.MIN_LR = 5e-6
 _C.TRAIN.CLIP_GRAD = 5.0  # largest gradient norm; 0 measures it without clipping
-_C.TRAIN.AUTO_RESUME = True  # continue from the newest checkpoint in the output folder
+_C.TRAIN.AUTO_RESUME = True  # continue from the newest checkpoint in the output folder; else refuse it
 _C.TRAIN.ACCUMULATION_STEPS = 0  # batches per optimizer update; 0 and 1 mean one; --accumulation-steps
 _C.TRAIN.USE_CHECKPOINT = False  # recompute activations in the backward pass to save memory; --use-checkpoint
 
@@ -153,7 +153,6 @@ _C.TAG = "default"  # --tag
 # or hangs.
 _C.SAVE_FREQ = 1  # epochs between checkpoints; the last epoch is always saved
 _C.SAVE_STEPS = 0  # also save every so many steps, after the next update; 0 for never
-_C.SAVE_MINUTES = 0.0  # also save after so many minutes without a checkpoint; 0 for never
 _C.SAVE_KEEP = 0  # newest checkpoints to keep besides best.pth; 0 keeps those of all whole epochs
 _C.SAVE_FAILURES_MAX = 3  # failed saves in a row, of checkpoints or of best.pth, that end the run
 _C.DIST_TIMEOUT_MINUTES = 30.0  # how long a process waits for one that hangs, before it ends the job
@@ -161,7 +160,6 @@ _C.DETERMINISTIC = False  # use deterministic algorithms only, or raise an error
 _C.PRINT_FREQ = 100  # steps between log lines
 _C.SEED = 0  # --seed
 _C.EVAL_MODE = False  # --eval
-_C.EVAL_EMA = False  # with EVAL_MODE: the moving average of a training checkpoint instead of its weights
 _C.THROUGHPUT_MODE = False  # --throughput
 _C.DEBUG_MODE = False  # --debug
 
@@ -251,8 +249,7 @@ AT_LEAST_1 = ["DATA.BATCH_SIZE", "MODEL.NUM_CLASSES", "TRAIN.EPOCHS", "TRAIN.BAD
 AT_LEAST_1 += ["TRAIN.LR_SCHEDULER.DECAY_EPOCHS", "SAVE_FREQ", "SAVE_FAILURES_MAX", "PRINT_FREQ"]
 AT_LEAST_0 = ["DATA.NUM_WORKERS", "TRAIN.START_EPOCH", "TRAIN.WARMUP_EPOCHS", "TRAIN.WARMUP_LR"]
 AT_LEAST_0 += ["TRAIN.MIN_LR", "TRAIN.WEIGHT_DECAY", "TRAIN.CLIP_GRAD", "TRAIN.ACCUMULATION_STEPS"]
-AT_LEAST_0 += ["AUG.COLOR_JITTER", "AUG.MIXUP", "AUG.CUTMIX", "SEED"]
-AT_LEAST_0 += ["SAVE_STEPS", "SAVE_MINUTES", "SAVE_KEEP"]
+AT_LEAST_0 += ["AUG.COLOR_JITTER", "AUG.MIXUP", "AUG.CUTMIX", "SEED", "SAVE_STEPS", "SAVE_KEEP"]
 POSITIVE = ["DATA.STD", "TRAIN.BASE_LR", "TRAIN.OPTIMIZER.EPS", "AUG.RATIO"]
 FROM_0_TO_1 = ["AUG.HFLIP", "AUG.REPROB", "AUG.CUTMIX_MINMAX", "AUG.MIXUP_PROB", "AUG.MIXUP_SWITCH_PROB"]
 FROM_0_TO_1 += ["DATA.MEAN"]

@@ -33,7 +33,6 @@ from data.images import decode_rgb, is_image_name, log_left_out  # noqa: E402
 from data.source import FileSource  # noqa: E402
 from data.transforms import Transform  # noqa: E402
 from models import FocalTransformer, build_model, load_checkpoint, read_checkpoint  # noqa: E402
-from training.state import load_ema  # noqa: E402
 
 logger = logging.getLogger("predict")
 
@@ -111,7 +110,7 @@ def load_config_of(args: argparse.Namespace) -> CfgNode:
 
 
 def load_model(config: CfgNode) -> FocalTransformer:
-    """The model of a configuration, with the weights of MODEL.RESUME (with EVAL_EMA, their moving average).
+    """The model of a configuration, with the weights of MODEL.RESUME.
 
     Raises:
         UserError: no such checkpoint, or it does not fit the configuration.
@@ -119,8 +118,7 @@ def load_model(config: CfgNode) -> FocalTransformer:
     with utils.user_input():
         model = build_model(config)
     with utils.user_input("MODEL.RESUME (--resume)"):
-        load = load_ema if config.EVAL_EMA else load_checkpoint
-        load(model, config.MODEL.RESUME)
+        load_checkpoint(model, config.MODEL.RESUME)
     return model
 
 

@@ -19,11 +19,10 @@ from training.checkpoints import (
     find_newest,
     read_best,
     remove_temporary_files,
-    set_aside,
 )
 from training.loop import Run, evaluate, train_one_epoch
 from training.preemption import EXIT_STOPPED, StopRequested, handle_stop_signals
-from training.state import TrainState, build_train_state, load_ema, read_training_checkpoint
+from training.state import TrainState, build_train_state, read_training_checkpoint
 from utils import UserError, user_input
 
 logger = logging.getLogger(__name__)
@@ -106,19 +105,23 @@ def choose_checkpoint(run: Run) -> tuple[Path | str, str]:
     """The checkpoint to continue from, '' for none, and the option that chose it, for messages. Collective.
 
     Raises:
-        UserError: a file of the output folder cannot be read.
+        UserError: a file of the output folder cannot be read, or it has a checkpoint without AUTO_RESUME.
     """
     named, newest = run.config.MODEL.RESUME, None
     with utils.raise_on_all_ranks():
-        if utils.is_main_process() and run.config.TRAIN.AUTO_RESUME:
-            newest = find_newest(run.output)
+        newest = find_newest(run.output) if utils.is_main_process() else None
+        if newest and not run.config.TRAIN.AUTO_RESUME:
+            raise UserError(
+                f"TRAIN.AUTO_RESUME: expected True, or an output folder without checkpoints, got {newest}; "
+                "choose another --tag"
+            )
     newest = utils.broadcast(newest)
     if newest is None:
         return named, "MODEL.RESUME (--resume)"
     if named and newest.resolve() != Path(named).resolve():
         logger.warning(
             f"continuing from {newest}, the newest in the output folder, instead of {named}; choose another "
-            "--tag or set TRAIN.AUTO_RESUME False to prevent this"
+            "--tag to prevent this"
         )
     return newest, "TRAIN.AUTO_RESUME (choose another --tag to start a new run)"
 
@@ -175,20 +178,16 @@ def prepare_folder(run: Run, state: TrainState, source: Path | str, content: dic
         The accuracy (percent) of best.pth.
 
     Raises:
-        UserError, OSError: a file cannot be read, moved or written.
+        UserError, OSError: a file cannot be read or written.
     """
     continues = content is not None and Path(source).resolve().parent == run.output.resolve()
     remove_temporary_files(run.output)
     record_config(run)
     if continues:
-        position = content["position"]
-        if not run.config.TRAIN.AUTO_RESUME:  # back to an older checkpoint: the newer ones would win
-            set_aside(run.output, later_than=(position["epoch"], position["step"]))
-        run.metrics.truncate(content["metrics_size"], state.position.epoch_step)
+        position = state.position
+        run.metrics.truncate(position.epoch_step, epochs=position.epoch - (not state.evaluated))
     else:
-        run.metrics.close_file()  # Windows moves no open files
-        set_aside(run.output, later_than=None)
-        run.metrics.open()
+        run.metrics.truncate((0, 0), epochs=0)
     run.metrics.start_tensorboard()
     if project := run.config.LOG.WANDB:
         name = f"{run.config.MODEL.NAME}/{run.config.TAG}"
@@ -247,8 +246,6 @@ def check_options(config: CfgNode) -> None:
     other modes use no weights. So any run's config.yaml can be given to --eval, --throughput and --debug.
     """
     problems = []
-    if config.EVAL_EMA and not config.EVAL_MODE:
-        problems.append("EVAL_EMA: expected EVAL_MODE (--eval) along with it, got only this; add or drop it")
     if config.EVAL_MODE and not (config.MODEL.RESUME or config.MODEL.PRETRAINED):
         problems.append(
             "EVAL_MODE: expected weights to evaluate, got none; name them with --resume or --pretrained"
@@ -285,7 +282,7 @@ def training_problems(config: CfgNode) -> list[str]:
 
 
 def load_weights(model: FocalTransformer, config: CfgNode, key: str) -> None:
-    """Load the weights of MODEL.RESUME or MODEL.PRETRAINED (`key`); with EVAL_EMA, their moving average.
+    """Load the weights of MODEL.RESUME or MODEL.PRETRAINED (`key`).
 
     Training takes weights of another image size or other classes, too.
 
@@ -297,7 +294,4 @@ def load_weights(model: FocalTransformer, config: CfgNode, key: str) -> None:
         with user_input("MODEL.HEAD_CLASS_MAP"):
             class_map = read_class_map(config.MODEL.HEAD_CLASS_MAP, config.MODEL.NUM_CLASSES)
     with user_input(f"MODEL.{key} (--{key.lower()})"):
-        if config.EVAL_EMA:
-            load_ema(model, path)
-            return
         load_checkpoint(model, path, trains and config.MODEL.RESET_HEAD, trains, class_map)

@@ -39,7 +39,6 @@ CHECKPOINT_SCHEMA: dict[str, type | tuple[type, ...]] = {
     "meter": dict,
     "max_accuracy": (int, float),
     "evaluated": bool,
-    "metrics_size": int,
     "config": str,
 }
 """What every training checkpoint holds; one with TRAIN.EMA also has `model_ema`, and best.pth `accuracy`.
@@ -107,8 +106,7 @@ class TrainState:
     evaluated: bool = True  # whether the model was evaluated after the last finished epoch
 
     def state_dict(self) -> dict[str, Any]:
-        """The content of a checkpoint; tensors are not copied. `Checkpoints` adds `metrics_size`, and to
-        best.pth `accuracy`."""
+        """The content of a checkpoint; tensors are not copied. `Checkpoints` adds `accuracy` to best.pth."""
         content = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -241,21 +239,3 @@ def _compare_config(saved_text: str, config: CfgNode, origin: str) -> None:
             )
         if key.startswith(RECIPE) and key not in NOT_RECIPE:
             logger.warning(f"{origin} was written with {key} {old!r}; this run continues with {value!r}")
-
-
-def load_ema(model: nn.Module, path: str | Path) -> None:
-    """Load the moving average of a checkpoint into a model (EVAL_EMA).
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the checkpoint has no moving average, or one of another model.
-    """
-    content = read_checkpoint(path)
-    if not isinstance(content.get("model_ema"), dict):
-        raise UserError(
-            f"{path}: expected a checkpoint with a moving average, got one without; train with "
-            "TRAIN.EMA.ENABLED True, or do not set EVAL_EMA"
-        )
-    weights = dict(content.get("model", {})) | content["model_ema"]
-    check_state(weights, model.state_dict(), str(path))
-    model.load_state_dict(weights)
