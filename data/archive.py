@@ -13,7 +13,6 @@ import os
 import struct
 import zipfile
 import zlib
-from collections import Counter
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,9 +20,9 @@ import numpy as np
 import psutil
 import torch
 
-from data.images import MAX_BYTES, UndecodableImageError
-from data.maps import ImageMap, read_map
-from data.source import PackedSource
+from data.images import UndecodableImageError
+from data.maps import read_map
+from data.source import PackedSource, check_size
 
 _LOCAL_HEADER = struct.Struct("<4s22x2H")  # signature, ..., lengths of the name and of the extra field
 _LOCAL_SIGNATURE = b"PK\x03\x04"
@@ -55,9 +54,11 @@ class ArchiveSource(PackedSource):
         """The content of the image file.
 
         Raises:
-            UndecodableImageError: the archive's bytes do not match their checksum or cannot be unpacked.
+            UndecodableImageError: the archive's bytes do not match their checksum or cannot be unpacked, or
+                the file is larger than any image.
         """
         number, offset, stored_size, size, crc, method = self._members[index].tolist()
+        check_size(self.name(index), size)
         file = self._file(number)
         file.seek(offset)
         header = file.read(_LOCAL_HEADER.size)
@@ -146,13 +147,12 @@ class CachedSource:
         return self._blob[self._ends[slot] : self._ends[slot + 1]].numpy().tobytes()
 
 
-def open_archive_split(data_path: Path, split: str, num_classes: int) -> ArchiveSource:
+def open_archive_split(data_path: Path, split: str) -> ArchiveSource:
     """The images of a split kept in zip archives.
 
     Args:
         data_path: folder with the archives and maps.
         split: "train" or "val".
-        num_classes: labels must lie in [0, num_classes).
 
     Raises:
         FileNotFoundError: the map or an archive it refers to does not exist.
@@ -164,80 +164,49 @@ def open_archive_split(data_path: Path, split: str, num_classes: int) -> Archive
     if not map_path.is_file():
         found = f"only {archive_path.name}" if archive_path.is_file() else "neither of them"
         raise FileNotFoundError(
-            f"{map_path}: expected {archive_path.name} with its map {map_path.name} in {data_path}, got "
-            f"{found}; write the map with one 'path/in/archive.jpg<TAB>label' line per image, or set "
-            "DATA.DATA_PATH to the folder that holds both"
+            f"{map_path}: expected {archive_path.name} with its map, got {found}; set DATA.DATA_PATH to the "
+            "folder with both"
         )
-    image_map = read_map(map_path, num_classes)
-    archives: dict[Path, tuple[int, int, dict[str, zipfile.ZipInfo]]] = {}  # number, length, directory
-    names: list[str] = []
-    members = np.empty((len(image_map.names), 6), dtype=np.int64)
-    for entry, written in enumerate(image_map.names):
-        archive_name, member_name = _split_name(written, archive_path.name)
-        path = data_path / archive_name
-        if path not in archives:
-            directory = _read_directory(path, image_map, entry)
-            archives[path] = len(archives), path.stat().st_size, directory
-        number, length, directory = archives[path]
-        info = directory.get(member_name)
-        if info is None or info.is_dir():
+    written, labels = read_map(map_path)
+    numbers: dict[Path, int] = {}
+    directories: list[dict[str, zipfile.ZipInfo]] = []
+    names, members = [], np.empty((len(written), 6), dtype=np.int64)
+    for entry, text in enumerate(written):
+        archive_name, separator, name = text.partition(_SEPARATOR)
+        path = data_path / f"{archive_name}.zip" if separator else archive_path
+        name = name if separator else text.lstrip("/")
+        if path not in numbers:
+            numbers[path] = len(directories)
+            directories.append(_read_directory(path, where=f"{map_path}:{entry + 1}"))
+        info = directories[numbers[path]].get(name)
+        if info is None:
             raise ValueError(
-                f"{image_map.where(entry)}: expected an image {member_name} in {path}, got "
-                f"{'no such member' if info is None else 'a folder'}; correct the map, or add the image"
+                f"{map_path}:{entry + 1}: expected an image {name} in {path}, got no such member; correct "
+                "the map, or add the image"
             )
-        names.append(member_name)
-        members[entry] = (number, *_locate(info, f"{path}@/{member_name}", length))
-    return ArchiveSource(list(archives), names, members, image_map.labels)
+        if info.compress_type not in _METHODS or info.flag_bits & _ENCRYPTED:
+            raise ValueError(
+                f"{path}@/{name}: expected an archive member stored plainly or deflated, got compression "
+                f"method {info.compress_type}{' with encryption' if info.flag_bits & _ENCRYPTED else ''}; "
+                "make the archive with 'zip -0'"
+            )
+        names.append(name)
+        place = info.header_offset, info.compress_size, info.file_size, info.CRC, info.compress_type
+        members[entry] = numbers[path], *place
+    return ArchiveSource(list(numbers), names, members, labels)
 
 
-def _split_name(written: str, own_archive: str) -> tuple[str, str]:
-    """Archive and member of a path in a map; `own_archive` is the archive of paths that name none."""
-    archive, separator, member = written.partition(_SEPARATOR)
-    if separator:
-        return archive + ".zip", member
-    return own_archive, written.lstrip("/")
-
-
-def _read_directory(archive: Path, image_map: ImageMap, entry: int) -> dict[str, zipfile.ZipInfo]:
-    if archive.parent != image_map.path.parent:
-        raise ValueError(
-            f"{image_map.where(entry)}: expected an archive beside the map, got {archive}; correct the map"
-        )
+def _read_directory(archive: Path, where: str) -> dict[str, zipfile.ZipInfo]:
+    """The members of an archive by name; `where` is the entry of the map that names the archive."""
     if not archive.is_file():
         raise FileNotFoundError(
-            f"{image_map.where(entry)}: expected the archive {archive} beside the map, got nothing; add the "
-            "archive or correct the map"
+            f"{where}: expected the archive {archive} beside the map, got nothing; add the archive or "
+            "correct the map"
         )
     try:
         with zipfile.ZipFile(archive) as opened:
-            members = opened.infolist()
+            return opened.NameToInfo
     except Exception as error:  # zipfile raises many types on damaged archives
         raise ValueError(
             f"{archive}: expected a zip archive, got a damaged or other file ({error}); make it again"
         ) from error
-    directory = {info.filename: info for info in members}
-    if len(directory) < len(members):
-        counts = Counter(info.filename for info in members)
-        twice = next(name for name, count in counts.items() if count > 1)
-        raise ValueError(
-            f"{archive}: expected every name once, got {twice!r} {counts[twice]} times; make it again"
-        )
-    return directory
-
-
-def _locate(info: zipfile.ZipInfo, name: str, archive_length: int) -> tuple[int, int, int, int, int]:
-    """Offset, stored size, size, CRC and method of a member; ValueError if it cannot be read."""
-    if info.compress_type not in _METHODS or info.flag_bits & _ENCRYPTED:
-        raise ValueError(
-            f"{name}: expected an archive member stored plainly or deflated, got compression method "
-            f"{info.compress_type}{' with encryption' if info.flag_bits & _ENCRYPTED else ''}; make the "
-            "archive with 'zip -0'"
-        )
-    inside = 0 <= info.header_offset <= archive_length - _LOCAL_HEADER.size - info.compress_size
-    if not inside or info.file_size > MAX_BYTES:
-        raise ValueError(
-            f"{name}: expected an archive member inside its archive, of at most {MAX_BYTES >> 20} MiB, got "
-            f"{info.file_size} bytes, packed to {info.compress_size} at {info.header_offset}, in an archive "
-            f"of {archive_length}; make it again"
-        )
-    return info.header_offset, info.compress_size, info.file_size, info.CRC, info.compress_type

@@ -219,8 +219,8 @@ def _open(config: CfgNode, splits: tuple[str, ...]) -> dict[str, Any]:
     names, maps = data.HF, "ILSVRC2011fall_whole_map_{}.txt"
     load = cache(load_splits)  # once for both splits
     openers: dict[str, Callable[[str], ImageSource]] = {
-        "zip": lambda split: open_archive_split(root, split, num_classes),
-        "imagenet22k": lambda split: folder.read_map_of_files(root, maps.format(split), num_classes),
+        "zip": lambda split: open_archive_split(root, split),
+        "imagenet22k": lambda split: folder.read_map_of_files(root, maps.format(split)),
         "wds": lambda split: open_shards(root, split, Path(config.OUTPUT or "output")),
         "hf": lambda split: open_rows(
             load(data.DATA_PATH),

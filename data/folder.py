@@ -158,7 +158,7 @@ def read_solution(path: Path, image_dir: Path) -> FileSource:
     return FileSource(image_dir, [file for _, file in images], [label for label, _ in images], classes)
 
 
-def read_map_of_files(root: Path, map_name: str, num_classes: int) -> FileSource:
+def read_map_of_files(root: Path, map_name: str) -> FileSource:
     """The images that a map file names by paths relative to a folder.
 
     A sample of the files, spread evenly over the map, is checked to exist; all of ImageNet-22K's would take
@@ -167,23 +167,17 @@ def read_map_of_files(root: Path, map_name: str, num_classes: int) -> FileSource
     Args:
         root: folder with the map and the images.
         map_name: file name of the map.
-        num_classes: labels must lie in [0, num_classes).
 
     Raises:
         FileNotFoundError: the map or an image does not exist.
-        ValueError: the map is malformed, or a path is absolute.
+        ValueError: the map is malformed.
     """
-    image_map = read_map(root / map_name, num_classes)
-    for entry, name in enumerate(image_map.names):
-        if os.path.isabs(name):
-            raise ValueError(
-                f"{image_map.where(entry)}: expected a path relative to {root}, got {name}; correct the map"
-            )
-    probes = np.linspace(0, len(image_map.names) - 1, min(_MAX_PROBES, len(image_map.names)))
+    names, labels = read_map(root / map_name)
+    probes = np.linspace(0, len(names) - 1, min(_MAX_PROBES, len(names)))
     for entry in probes.astype(int).tolist():
-        if not os.path.isfile(root / image_map.names[entry]):
+        if not os.path.isfile(root / names[entry]):
             raise FileNotFoundError(
-                f"{image_map.where(entry)}: expected an image at {root / image_map.names[entry]}, got "
-                "nothing; paths in the map are relative to DATA.DATA_PATH: correct the map or the path"
+                f"{root / map_name}:{entry + 1}: expected an image at {root / names[entry]}, got nothing; "
+                "paths in the map are relative to DATA.DATA_PATH: correct the map or the path"
             )
-    return FileSource(root, image_map.names, image_map.labels)
+    return FileSource(root, names, labels)

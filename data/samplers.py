@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import Sampler
 
-from data.seeding import Stream, derive_seed
+from data.seeding import SHUFFLE, derive_seed
 
 SampleKey = tuple[int, int]
 """(epoch, index in the data set)"""
@@ -72,7 +72,7 @@ class TrainSampler(Sampler[SampleKey]):
         return used.view(steps, self.world_size, self.batch_size)[:, rank]
 
     def _permutation(self, length: int, *position: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, Stream.SHUFFLE, *position))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, SHUFFLE, *position))
         return torch.randperm(length, generator=generator)
 
 

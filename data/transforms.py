@@ -82,20 +82,6 @@ class ResizeToCover:
         return functional.resize(image, new_size, self.interpolation)
 
 
-class ToNormalizedTensor:
-    """An image [H, W, C], or [H, W], as a normalised tensor [C, H, W]: ToTensor and Normalize, to the bit."""
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.mean = torch.tensor(mean).view(-1, 1, 1)
-        self.std = torch.tensor(std).view(-1, 1, 1)
-
-    def __call__(self, image: Pixels) -> torch.Tensor:
-        array = np.array(image) if isinstance(image, Image.Image) else image
-        pixels = torch.from_numpy(array).view(*array.shape[:2], -1).permute(2, 0, 1)
-        values = pixels.to(torch.float32, memory_format=torch.contiguous_format)
-        return values.div_(255).sub_(self.mean).div_(self.std)
-
-
 class OpencvCrop:
     """A decoder that includes the first step of a training transform, a random crop or a resize.
 
@@ -162,7 +148,8 @@ def _on_arrays(step: Any) -> Callable:
     if isinstance(step, auto_augment.RandAugment | auto_augment.AutoAugment):
         use_array_operations(_operations(step))
         return step
-    return step if isinstance(step, ToNormalizedTensor | RandomErasing) else ThroughPillow(step)
+    stays = isinstance(step, transforms.ToTensor | transforms.Normalize | RandomErasing)
+    return step if stays else ThroughPillow(step)
 
 
 def train_transform(
@@ -209,8 +196,8 @@ def train_transform(
     if channels == 1:
         augment.transforms.append(transforms.Grayscale())
     erasing = [step for step in to_tensor.transforms if isinstance(step, RandomErasing)]
-    last = [ToNormalizedTensor(mean, std), *erasing]
-    return transforms.Compose([*crop.transforms, *augment.transforms, *last])
+    normalize = [transforms.ToTensor(), transforms.Normalize(mean, std, inplace=True)]
+    return transforms.Compose([*crop.transforms, *augment.transforms, *normalize, *erasing])
 
 
 def eval_transform(
@@ -232,7 +219,7 @@ def eval_transform(
         steps = [transforms.Resize(size, mode)]
     if channels == 1:
         steps.append(transforms.Grayscale())
-    return transforms.Compose([*steps, ToNormalizedTensor(mean, std)])
+    return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(mean, std, inplace=True)])
 
 
 def channel_stats(

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import re
 import signal
 import subprocess
@@ -24,7 +23,6 @@ from yacs.config import CfgNode
 from config import load_config
 from data import EvalSampler, Loaders, ShardSampler, TrainSampler, build_loaders
 from data.images import UndecodableImageError, decode_rgb
-from data.seeding import seeded_rngs
 from data.transforms import Recipe, eval_transform, train_transform
 
 CLASSES = ("ant", "bee", "cat")
@@ -182,25 +180,6 @@ def test_small_images_are_padded_and_cropped() -> None:
     crops = torch.stack([transform(image) for _ in range(20)])
     assert set(crops.unique().tolist()) == {0.0, 1.0}
     assert crops.mean() > 0.7
-
-
-def test_seeded_generators_are_restored() -> None:
-    """Inside, the seed determines what each of the three draws; then it continues as if nothing was drawn."""
-
-    def draw() -> tuple[float, float, float]:
-        return random.random(), np.random.rand(), torch.rand(1).item()
-
-    random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    expected = [draw(), draw(), draw()]
-    random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    outside, inside = [draw()], []
-    for _ in range(2):
-        with pytest.raises(KeyError), seeded_rngs(2**40 + 5):
-            inside.append(draw())
-            raise KeyError
-        outside.append(draw())
-    assert inside[0] == inside[1]
-    assert outside == expected
 
 
 def test_colours_survive_other_modes() -> None:
@@ -408,11 +387,8 @@ def test_missing_half_of_a_zip_split(zips: Path, tmp_path: Path) -> None:
     ("line", "parts"),
     [
         ("ant/0.png 0", ("expected a path and an integer label", "ant/0.png 0")),
-        ("ant/0.png\t3", ("expected a label in [0, 3), got 3", "MODEL.NUM_CLASSES")),
         ("ant/9.png\t0", ("expected an image ant/9.png", "train.zip")),
         ("other.zip@/ant/0.png\t0", ("expected the archive", "other.zip")),
-        ("/etc/other.zip@/ant/0.png\t0", ("expected an archive beside the map",)),
-        ("../../etc/passwd\t0", ("expected a path inside the data set",)),
     ],
 )
 def test_bad_map_line_is_named(zips: Path, line: str, parts: tuple[str, ...]) -> None:
@@ -425,7 +401,7 @@ def test_bad_map_line_is_named(zips: Path, line: str, parts: tuple[str, ...]) ->
 
 def test_empty_map_and_damaged_archives(zips: Path) -> None:
     (zips / "val_map.txt").write_text("\n")
-    with raises(ValueError, zips / "val_map.txt", "got an empty map"):
+    with raises(ValueError, zips / "val_map.txt", ":1: expected a path and an integer label"):
         build_loaders(zip_config(zips))
     (zips / "train.zip").write_bytes(b"no archive")
     with raises(ValueError, zips / "train.zip", "expected a zip archive, got a damaged"):
@@ -442,17 +418,23 @@ def test_bad_imagenet22k(folder: Path) -> None:
         build_loaders(in22k_config(folder))
     write_in22k(folder, as_json=True)
     (folder / "val" / "bee" / "1.png").unlink()
-    with raises(FileNotFoundError, IN22K_MAP.format("val"), "entry 4: expected an image at"):
+    with raises(FileNotFoundError, IN22K_MAP.format("val"), ":5: expected an image at"):
         build_loaders(in22k_config(folder))
-    for content, problem in (('["a.png"', "invalid JSON"), ("/etc/passwd\t0", "expected a path relative to")):
-        (folder / IN22K_MAP.format("train")).write_text(content)
-        with raises(ValueError, IN22K_MAP.format("train"), problem):
-            build_loaders(in22k_config(folder))
+    (folder / IN22K_MAP.format("train")).write_text('["a.png"')
+    with raises(ValueError, IN22K_MAP.format("train"), "a JSON list of [path, label], in UTF-8, got: "):
+        build_loaders(in22k_config(folder))
 
 
 def test_links_in_a_circle_list_images_once(folder: Path) -> None:
     (folder / "val" / "ant" / "loop").symlink_to(folder / "val" / "ant")
     assert len(build_loaders(make_config(folder)).val_dataset) == 9
+
+
+def test_labels_beyond_the_classes(zips: Path) -> None:
+    with (zips / "train_map.txt").open("a") as file:
+        file.write("ant/0.png\t3\n")
+    with raises(ValueError, "train.zip@/ant/0.png: expected a label in [0, 3), got 3", "MODEL.NUM_CLASSES"):
+        build_loaders(zip_config(zips))
 
 
 def test_too_few_training_images(folder: Path) -> None:

@@ -15,7 +15,7 @@ from test_data import make_config, val_set
 from data import Loaders, build_loaders
 from data.images import EncodedImage, decode_rgb
 from data.opencv_ops import OPERATIONS
-from data.seeding import seeded_rngs
+from data.seeding import seed_transforms
 from data.transforms import Recipe, train_transform, with_decoder
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -34,8 +34,8 @@ def transformed(
 ) -> torch.Tensor:
     """A training image from the content of a file."""
     decode, transform = with_decoder(decoder, train_transform(size, channels, MEAN, STD, "bicubic", recipe))
-    with seeded_rngs(seed):
-        return transform(decode(content, "image"))
+    seed_transforms(seed)
+    return transform(decode(content, "image"))
 
 
 def difference(content: bytes, **options: object) -> float:
@@ -90,7 +90,6 @@ def test_decoders_draw_the_same(policy: str, interpolation: str) -> None:
 
 
 LEVELS: dict[str, list[float]] = {
-    "sharpness": [0.0, 0.3, 1.0, 1.9],
     **{name: [0.0, 0.2, -0.3] for name in ("shear_x", "shear_y")},
     **{name: [20.4, -17.7, 500.0] for name in ("translate_x_abs", "translate_y_abs")},
     **{name: [0.3, -0.45] for name in ("translate_x_rel", "translate_y_rel")},

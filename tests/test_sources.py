@@ -302,12 +302,6 @@ def test_bad_shards(name: str, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.npz"))
 
 
-def test_a_key_may_come_back_in_another_shard_but_not_a_whole_shard(tmp_path: Path) -> None:
-    open_shard(tmp_path / "keys", WHOLE, shard_of(("a/0.jpg", b"another"), LABEL))
-    with raises(ValueError, "1.tar: expected another content than", "0.tar"):
-        open_shard(tmp_path / "copies", WHOLE, WHOLE)
-
-
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """The tar files that are opened from now on; each takes a moment."""
