@@ -52,7 +52,6 @@ _C.MODEL.NAME = "focal_tiny_patch4_window7_224"  # names the output folder
 _C.MODEL.RESUME = ""  # training checkpoint to continue from; with EVAL_MODE, any checkpoint; --resume
 _C.MODEL.PRETRAINED = ""  # weights (file or address) to start from; --pretrained
 _C.MODEL.RESET_HEAD = False  # with PRETRAINED: start with a new classifier, for another set of classes
-_C.MODEL.HEAD_CLASS_MAP = ""  # with PRETRAINED: file with the index of each class in those weights
 _C.MODEL.NUM_CLASSES = 1000
 _C.MODEL.DROP_RATE = 0.0  # dropout
 _C.MODEL.DROP_PATH_RATE = 0.1  # stochastic depth of the last block; rises linearly from 0
@@ -212,7 +211,7 @@ TYPES: dict[type, tuple[str, Callable[[Any], Any]]] = {  # by the default's type
     str: ("text", lambda value: "" if value is None else _text(value)),
     list: ("a list of integers", _list_of(_int)),
 }
-PATHS = ("DATA.DATA_PATH", "MODEL.RESUME", "MODEL.PRETRAINED", "MODEL.HEAD_CLASS_MAP", "OUTPUT")
+PATHS = ("DATA.DATA_PATH", "MODEL.RESUME", "MODEL.PRETRAINED", "OUTPUT")
 NAMES = ("TRAIN.OPTIMIZER.NAME", "TRAIN.LR_SCHEDULER.NAME")
 SPECIAL_TYPES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     **dict.fromkeys(PATHS, ("a path", lambda value: "" if value is None else expand_path(_text(value)))),

@@ -150,12 +150,12 @@ def test_home_and_variables_are_replaced_in_every_path(
     monkeypatch.setenv("WHERE", str(tmp_path / "there"))
     monkeypatch.setenv("PT_OUTPUT_DIR", "~/runs")
     (tmp_path / "base.yaml").write_text("{OUTPUT: ~/other, DATA: {DATA_PATH: '${WHERE}/data'}}")
-    (tmp_path / "own.yaml").write_text("{BASE: [~/base.yaml], MODEL: {HEAD_CLASS_MAP: $WHERE/map}}")
+    (tmp_path / "own.yaml").write_text("{BASE: [~/base.yaml], MODEL: {RESUME: $WHERE/map}}")
     words = ["--cfg", "~/own.yaml", "--pretrained", "$WHERE/a.pth"]
     config = main.read_config(words)
     there = str(tmp_path / "there")
     assert (str(tmp_path / "runs"), f"{there}/data") == (config.OUTPUT, config.DATA.DATA_PATH)
-    assert (f"{there}/a.pth", f"{there}/map") == (config.MODEL.PRETRAINED, config.MODEL.HEAD_CLASS_MAP)
+    assert (f"{there}/a.pth", f"{there}/map") == (config.MODEL.PRETRAINED, config.MODEL.RESUME)
     monkeypatch.delenv("PT_OUTPUT_DIR")
     assert main.main([*words, "--output", "$NOWHERE/x"]) == 2
     assert "OUTPUT: $NOWHERE/x: expected a path whose variables are set" in capsys.readouterr().err

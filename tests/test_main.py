@@ -243,7 +243,6 @@ def test_mistakes_are_explained(flags: list[str], words: str, call: Call) -> Non
         (["MODEL.RESUME", "a", "MODEL.PRETRAINED", "b"], "MODEL.PRETRAINED: expected either this or"),
         (["TRAIN.EPOCHS", 10], "TRAIN.WARMUP_EPOCHS: expected at most TRAIN.EPOCHS = 10, got 20"),
         (["MODEL.RESET_HEAD", True], "MODEL.RESET_HEAD: expected MODEL.PRETRAINED"),
-        (["MODEL.HEAD_CLASS_MAP", "a"], "MODEL.HEAD_CLASS_MAP: expected MODEL.PRETRAINED"),
     ],
 )
 def test_options_that_contradict_each_other(opts: list[object], begin: str) -> None:

@@ -12,7 +12,6 @@ import utils
 from config import flatten
 from data import Loaders, build_loaders, check_same_data
 from models import FocalTransformer, load_checkpoint
-from models.checkpoint import read_class_map
 from training.checkpoints import (
     BEST_NAME,
     Checkpoints,
@@ -242,8 +241,8 @@ def finish_epoch(run: Run, state: TrainState, loaders: Loaders, checkpoints: Che
 def check_options(config: CfgNode) -> None:
     """Raise UserError for options that contradict each other, or the mode, before anything large is read.
 
-    Evaluation takes MODEL.RESUME if both weights are given, and ignores RESET_HEAD and HEAD_CLASS_MAP; the
-    other modes use no weights. So any run's config.yaml can be given to --eval, --throughput and --debug.
+    Evaluation takes MODEL.RESUME if both weights are given, and ignores RESET_HEAD; the other modes use no
+    weights. So any run's config.yaml can be given to --eval, --throughput and --debug.
     """
     problems = []
     if config.EVAL_MODE and not (config.MODEL.RESUME or config.MODEL.PRETRAINED):
@@ -266,11 +265,6 @@ def training_problems(config: CfgNode) -> list[str]:
         )
     if model.RESET_HEAD and not model.PRETRAINED:
         problems.append("MODEL.RESET_HEAD: expected MODEL.PRETRAINED, got none; name it or drop this")
-    if model.HEAD_CLASS_MAP and (model.RESET_HEAD or not model.PRETRAINED):
-        problems.append(
-            "MODEL.HEAD_CLASS_MAP: expected MODEL.PRETRAINED without MODEL.RESET_HEAD, got "
-            f"{model.HEAD_CLASS_MAP!r} otherwise; name the weights, or drop one of the two"
-        )
     for key in ("WARMUP_EPOCHS", "START_EPOCH"):
         if train[key] > train.EPOCHS:
             problems.append(
@@ -289,9 +283,6 @@ def load_weights(model: FocalTransformer, config: CfgNode, key: str) -> None:
     Raises:
         UserError: a file cannot be read or does not fit; the message begins with the option.
     """
-    path, trains, class_map = config.MODEL[key], not config.EVAL_MODE, None
-    if trains and config.MODEL.HEAD_CLASS_MAP:
-        with user_input("MODEL.HEAD_CLASS_MAP"):
-            class_map = read_class_map(config.MODEL.HEAD_CLASS_MAP, config.MODEL.NUM_CLASSES)
+    trains = not config.EVAL_MODE
     with user_input(f"MODEL.{key} (--{key.lower()})"):
-        load_checkpoint(model, path, trains and config.MODEL.RESET_HEAD, trains, class_map)
+        load_checkpoint(model, config.MODEL[key], trains and config.MODEL.RESET_HEAD, resize=trains)

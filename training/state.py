@@ -48,8 +48,8 @@ RECIPE = ("DATA.BATCH_SIZE", "DATA.IMG_SIZE", "MODEL.", "TRAIN.", "AUG.", "SEED"
 """Options (or prefixes of options) that change the result of training."""
 
 NOT_RECIPE = (
-    *("MODEL.RESUME", "MODEL.PRETRAINED", "MODEL.RESET_HEAD", "MODEL.HEAD_CLASS_MAP"),
-    *("MODEL.ATTENTION_BACKEND", "MODEL.NAME", "TRAIN.AUTO_RESUME"),
+    *("MODEL.RESUME", "MODEL.PRETRAINED", "MODEL.RESET_HEAD", "MODEL.ATTENTION_BACKEND", "MODEL.NAME"),
+    "TRAIN.AUTO_RESUME",
 )
 
 EpochStep = tuple[int, int]
