@@ -10,11 +10,10 @@ cannot be read an error is printed; the others are predicted, and the exit statu
 import argparse
 import json
 import logging
-import os
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
@@ -27,7 +26,7 @@ from torch import Tensor  # noqa: E402
 from yacs.config import CfgNode  # noqa: E402
 
 import utils  # noqa: E402
-from config import load_config  # noqa: E402
+from config import flatten, load_config  # noqa: E402
 from data.build import evaluation_transform  # noqa: E402
 from data.images import decode_rgb, is_image_name, log_left_out  # noqa: E402
 from data.source import FileSource  # noqa: E402
@@ -89,24 +88,16 @@ def load_config_of(args: argparse.Namespace) -> CfgNode:
         UserError: neither of them has one, or it has problems.
     """
     flags = {"MODEL.RESUME": args.resume, "DATA.DATA_PATH": args.data_path, "DEVICE": args.device}
-    opts = [*args.opts, *(word for key, value in flags.items() if value for word in (key, value))]
-    if args.cfg:
-        with utils.user_input():
-            return load_config(args.cfg, opts)
+    flags = {key: value for key, value in flags.items() if value}
     with utils.user_input():
-        content = read_checkpoint(args.resume) if args.resume else {}
-    text = content.get("config")
-    if not isinstance(text, str):
-        where = f"{args.resume} holds no configuration" if args.resume else "no --resume was given either"
-        raise utils.UserError(f"--cfg: expected a yaml file, as {where}; name the config of the model")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.yaml"
-        path.write_text(text, encoding="utf-8")
-        try:
-            return load_config(path, opts)
-        except ValueError as error:
-            message = str(error).replace(os.path.realpath(path), args.resume).replace(str(path), args.resume)
-            raise utils.UserError(message) from error
+        if args.cfg:
+            return load_config(args.cfg, args.opts, flags)
+        text = read_checkpoint(args.resume).get("config") if args.resume else None
+        if not isinstance(text, str):
+            where = f"{args.resume} holds no configuration" if args.resume else "no --resume was given either"
+            raise utils.UserError(f"--cfg: expected a yaml file, as {where}; name the config of the model")
+        saved = chain.from_iterable(flatten(CfgNode.load_cfg(text)).items())
+        return load_config(None, [*saved, *args.opts], flags)
 
 
 def load_model(config: CfgNode) -> FocalTransformer:
