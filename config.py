@@ -31,7 +31,6 @@ _C.DATA.DATASET = "imagenet"  # imagenet | imagenet22k | imagewoof | folder | wd
 _C.DATA.IMG_SIZE = 224  # one number, or [height, width]
 _C.DATA.INTERPOLATION = "bicubic"  # random | bilinear | bicubic; 'random' concerns training only
 _C.DATA.ZIP_MODE = False  # read from zip files with map files instead of folders; --zip
-_C.DATA.CACHE_MODE = "part"  # with ZIP_MODE: no | part (each process its share) | full; --cache-mode
 _C.DATA.PIN_MEMORY = True  # page-locked host memory for faster copies to the GPU
 _C.DATA.NUM_WORKERS = 8  # loader processes per training process; no more than there are cores
 _C.DATA.WORKER_START_METHOD = ""  # '' (the platform's default) | fork | spawn | forkserver
@@ -162,7 +161,7 @@ _C.EVAL_MODE = False  # --eval
 _C.THROUGHPUT_MODE = False  # --throughput
 _C.DEBUG_MODE = False  # --debug
 
-NO_EFFECT = ("MODEL.FOCAL.EXPAND_STAGES", "MODEL.SPEC", "LOCAL_RANK")
+NO_EFFECT = ("MODEL.FOCAL.EXPAND_STAGES", "MODEL.SPEC", "LOCAL_RANK", "DATA.CACHE_MODE")
 
 
 # --- Types, choices and ranges ------------------------------------------------------------------------------
@@ -233,7 +232,6 @@ SPECIAL_TYPES: dict[str, tuple[str, Callable[[Any], Any]]] = {
 CHOICES: dict[str, tuple[str, ...]] = {
     "DATA.DATASET": ("imagenet", "imagenet22k", "imagewoof", "folder", "wds", "hf"),
     "DATA.INTERPOLATION": ("random", "bilinear", "bicubic"),
-    "DATA.CACHE_MODE": ("no", "part", "full"),
     "DATA.WORKER_START_METHOD": ("", "fork", "spawn", "forkserver"),
     "DATA.DECODER": ("pil", "opencv"),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step"),

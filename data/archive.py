@@ -8,7 +8,6 @@ The directory of an archive is parsed once, into arrays; workers then read a mem
 file. The original parses it again in every worker, which costs seconds and memory for each.
 """
 
-import logging
 import os
 import struct
 import zipfile
@@ -17,8 +16,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import psutil
-import torch
 
 from data.images import UndecodableImageError
 from data.maps import read_map
@@ -29,8 +26,6 @@ _LOCAL_SIGNATURE = b"PK\x03\x04"
 _SEPARATOR = ".zip@/"
 _ENCRYPTED = 0x1
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-
-logger = logging.getLogger(__name__)
 
 
 class ArchiveSource(PackedSource):
@@ -45,10 +40,6 @@ class ArchiveSource(PackedSource):
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_files": {}}
-
-    def num_bytes(self, index: int) -> int:
-        """Size of the image file once unpacked."""
-        return int(self._members[index, 3])
 
     def read(self, index: int) -> bytes:
         """The content of the image file.
@@ -88,63 +79,6 @@ class ArchiveSource(PackedSource):
             f"{self.name(index)}: expected an intact archive member, got damaged data ({reason}); make the "
             "archive again"
         )
-
-
-class CachedSource:
-    """An archive whose encoded images, all or a shard, are cached in memory; the rest is read on demand.
-
-    The bytes lie in one torch tensor: forked workers share it as it is, spawned workers through shared
-    memory.
-    """
-
-    def __init__(self, source: ArchiveSource, shard: range) -> None:
-        """Read the images of a shard.
-
-        Args:
-            source: where to read from.
-            shard: the indices to cache.
-
-        Raises:
-            ValueError: they do not fit into memory.
-        """
-        self._source = source
-        self._shard = shard
-        self.origin, self.labels, self.classes = source.origin, source.labels, source.classes
-        ends = np.cumsum([0, *(source.num_bytes(index) for index in shard)], dtype=np.int64)
-        self._ends = torch.from_numpy(ends)
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of this machine
-        memory_size = psutil.virtual_memory().total
-        if ends[-1] * processes > memory_size:
-            raise ValueError(
-                f"DATA.CACHE_MODE: expected images that fit into the {memory_size >> 20} MiB of memory, got "
-                f"{ends[-1] >> 20} MiB from {source.name(0)} on in each of {processes} process(es); set it "
-                "to 'no' (--cache-mode no)"
-            )
-        self._blob = torch.empty(int(ends[-1]), dtype=torch.uint8)
-        self._damaged: set[int] = set()
-        memory = self._blob.numpy()
-        for slot, index in enumerate(shard):
-            try:
-                encoded = source.read(index)
-            except UndecodableImageError:
-                self._damaged.add(index)
-            else:
-                memory[ends[slot] : ends[slot + 1]] = np.frombuffer(encoded, dtype=np.uint8)
-        logger.info("cached %d of %d images, %.1f MiB", len(shard), len(source), ends[-1] / 2**20)
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def name(self, index: int) -> str:
-        """Path of the image, for messages."""
-        return self._source.name(index)
-
-    def read(self, index: int) -> bytes:
-        """The content of the image file, from memory if it is in the shard."""
-        if index not in self._shard or index in self._damaged:
-            return self._source.read(index)
-        slot = self._shard.index(index)
-        return self._blob[self._ends[slot] : self._ends[slot + 1]].numpy().tobytes()
 
 
 def open_archive_split(data_path: Path, split: str) -> ArchiveSource:

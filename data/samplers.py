@@ -76,25 +76,6 @@ class TrainSampler(Sampler[SampleKey]):
         return torch.randperm(length, generator=generator)
 
 
-class ShardSampler(TrainSampler):
-    """Shuffles, in every epoch, the shard that this process caches in memory (`shard_of`).
-
-    Every process runs the same number of full batches. The order depends on the number of processes, so an
-    epoch cannot be resumed under another one.
-    """
-
-    @property
-    def order(self) -> str:
-        return f"{super().order} in shards of {self.world_size} processes"
-
-    def _batches(self, epoch: int, samples_seen: int, rank: int) -> torch.Tensor:
-        shard = torch.tensor(shard_of(self.num_images, rank, self.world_size))
-        smallest = self.num_images // self.world_size
-        order = shard[self._permutation(len(shard), epoch, rank)][samples_seen // self.world_size : smallest]
-        steps = len(order) // self.batch_size
-        return order[: steps * self.batch_size].view(steps, self.batch_size)
-
-
 class EvalSampler(Sampler[int]):
     """Every image exactly once, in order; processes may get different numbers of images."""
 

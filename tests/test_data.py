@@ -21,7 +21,7 @@ from timm.data import create_transform
 from yacs.config import CfgNode
 
 from config import load_config
-from data import EvalSampler, Loaders, ShardSampler, TrainSampler, build_loaders
+from data import EvalSampler, Loaders, TrainSampler, build_loaders
 from data.images import UndecodableImageError, decode_rgb
 from data.transforms import Recipe, eval_transform, train_transform
 
@@ -91,7 +91,7 @@ def write_in22k(root: Path, as_json: bool) -> Path:
 
 
 def zip_config(root: Path, **overrides: object) -> CfgNode:
-    return make_config(root, **{"DATA__ZIP_MODE": True, "DATA__CACHE_MODE": "no"} | overrides)
+    return make_config(root, **{"DATA__ZIP_MODE": True} | overrides)
 
 
 def in22k_config(root: Path, **overrides: object) -> CfgNode:
@@ -124,18 +124,6 @@ def test_folder_classes_follow_the_sorted_names(folder: Path) -> None:
     assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert len(loaders.train_dataset) == 18
     assert loaders.steps_per_epoch == len(loaders.train_loader) == 4
-
-
-def test_zip_part_cache_keeps_each_ranks_shard_in_memory(folder: Path, tmp_path: Path) -> None:
-    root = write_zip(folder, tmp_path / "zip")
-    config = make_config(root, DATA__ZIP_MODE=True, DATA__CACHE_MODE="part")
-    ranks = [build_loaders(config, rank, world_size=2) for rank in (0, 1)]
-    (root / "train.zip").write_bytes(b"")
-    for rank, loaders in enumerate(ranks):
-        assert len(draw_epoch(loaders)[0]) == 8
-        assert loaders.train_dataset.undecodable == 0
-        assert {index % 2 for _, index in loaders.train_sampler} == {rank}
-    assert len(torch.cat([val_set(loaders)[0] for loaders in ranks])) == 9
 
 
 def test_eval_mode_needs_no_training_split(folder: Path) -> None:
@@ -303,17 +291,6 @@ def test_processes_together_see_what_one_sees(images: int, batch: int, world: in
     assert indices(TrainSampler(images, batch * world, 0, 1, seed=6), 0) != indices(whole, 0)
 
 
-@pytest.mark.parametrize(("images", "batch", "world"), [(24, 2, 1), (37, 5, 2), (101, 5, 4)])
-def test_shards_are_disjoint_and_equally_long(images: int, batch: int, world: int) -> None:
-    samplers = [ShardSampler(images, batch, rank, world, seed=5) for rank in range(world)]
-    for rank, sampler in enumerate(samplers):
-        mine = indices(sampler, 1)
-        assert len(mine) == len(set(mine)) == images // (batch * world) * batch
-        assert all(index % world == rank for index in mine)
-        assert indices(sampler, 1, batch * world) == mine[batch:]
-        assert indices(sampler, 2) != mine
-
-
 def test_another_number_of_processes_continues_with_the_unseen_images() -> None:
     """2 processes, then 3, then 1 with another batch size: no image twice, few left out."""
     seen: list[int] = []
@@ -323,8 +300,6 @@ def test_another_number_of_processes_continues_with_the_unseen_images() -> None:
         ]
         seen += [index for part in parts for index in part[: steps * batch]]
     assert len(seen) == len(set(seen)) == 96
-    orders = {ShardSampler(101, 5, 0, world, seed=3).order for world in (1, 2)}
-    assert len(orders) == 2, "shards change with the number of processes"
 
 
 @pytest.mark.parametrize(("images", "world"), [(1, 3), (7, 2), (11, 3), (10, 4), (9, 8), (24, 1)])
@@ -446,7 +421,6 @@ def test_too_few_training_images(folder: Path) -> None:
     ("overrides", "parts"),
     [
         ({"DATA__DATA_PATH": ""}, ("DATA.DATA_PATH: expected", "got ''")),
-        ({"DATA__CACHE_MODE": "full"}, ("DATA.CACHE_MODE: expected DATA.ZIP_MODE (--zip)",)),
         ({"DATA__ZIP_MODE": True, "DATA__DATASET": "imagenet22k"}, ("DATA.ZIP_MODE: expected False",)),
         ({"DATA__BATCH_SIZE": 3}, ("DATA.BATCH_SIZE: expected an even number", "got 3")),
         ({"DATA__MEAN": [0.5, 0.5]}, ("DATA.MEAN: expected 3 values, got",)),
@@ -473,14 +447,13 @@ def test_a_damaged_validation_image_is_an_error_of_one_line(folder: Path, worker
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("cache", ["no", "full"])
-def test_damaged_archive_member_is_replaced(zips: Path, cache: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_archive_member_is_replaced(zips: Path, caplog: pytest.LogCaptureFixture) -> None:
     with zipfile.ZipFile(zips / "train.zip") as archive:
         middle = archive.getinfo("bee/2.png").header_offset + 500
     content = bytearray((zips / "train.zip").read_bytes())
     content[middle] ^= 0xFF
     (zips / "train.zip").write_bytes(content)
-    loaders = build_loaders(zip_config(zips, DATA__CACHE_MODE=cache, DATA__BATCH_SIZE=18))
+    loaders = build_loaders(zip_config(zips, DATA__BATCH_SIZE=18))
     draw_epoch(loaders)
     assert loaders.train_dataset.undecodable == 1
     assert "train.zip@/bee/2.png" in caplog.text

@@ -16,7 +16,7 @@ from PIL import Image
 
 from config import load_config
 from data import EvalImages, TrainImages, UndecodableImageError
-from data.archive import CachedSource, open_archive_split
+from data.archive import open_archive_split
 from data.folder import read_map_of_files
 from data.images import MAX_PIXELS, decode_rgb
 from data.source import FileSource
@@ -120,8 +120,7 @@ def read_split(folder: Path, content: bytes, names: tuple[str, ...] = NAMES) -> 
     write(folder / "train_map.txt", "".join(f"{name}\t{label}\n" for label, name in enumerate(names)))
     source = open_archive_split(folder, "train")
     for index in range(len(source)):
-        assert len(source.read(index)) == source.num_bytes(index)
-    CachedSource(source, range(len(source)))
+        assert source.read(index)
 
 
 ENTRY, END = b"PK\x01\x02", b"PK\x05\x06"
