@@ -167,22 +167,12 @@ NO_EFFECT = ("MODEL.FOCAL.EXPAND_STAGES", "MODEL.SPEC", "LOCAL_RANK", "DATA.CACH
 # --- Types, choices and ranges ------------------------------------------------------------------------------
 
 
-LARGEST = {int: 2**63 - 1, float: 3.4e38}  # what integers of 64 bits and floats of 32 bits can hold
-
-
 def _scalar(kind: type, *accepted: type) -> Callable[[Any], Any]:
-    """A function that converts values of exactly the accepted types to ``kind``.
-
-    It raises a TypeError for other types and nan, and a ValueError for numbers that are too large.
-    """
+    """A function that converts values of the accepted types to ``kind``; TypeError for others and nan."""
 
     def convert(value: Any) -> Any:
         if type(value) not in accepted or value != value:
             raise TypeError
-        if kind in LARGEST and abs(value) > LARGEST[kind]:
-            raise ValueError(
-                f"expected a magnitude up to {LARGEST[kind]:.2g}, got {value!r}; correct the value"
-            )
         return kind(value)
 
     return convert

@@ -31,32 +31,25 @@ def create_logger(output: Path, rank: int) -> None:
         old = _handlers.pop()
         root.removeHandler(old)
         old.close()
-    file = _LogFile(output / f"log_rank{rank}.txt", encoding="utf-8", errors="backslashreplace")
+    file = logging.FileHandler(output / f"log_rank{rank}.txt", encoding="utf-8", errors="backslashreplace")
     _handlers.append(file)
     if rank == 0:
-        console = _Console(sys.stdout)
+        console = logging.StreamHandler(sys.stdout)
         console.setLevel(logging.INFO)
         _handlers.append(console)
     line = "[%(asctime)s] (%(filename)s %(lineno)d): %(levelname)s %(message)s"
     for handler in _handlers:
         handler.setFormatter(logging.Formatter(line, datefmt="%Y-%m-%d %H:%M:%S"))
+        handler.handleError = _handle_error  # type: ignore[method-assign]
         root.addHandler(handler)
     for name in OWN_LOGGERS:
         logging.getLogger(name).setLevel(logging.DEBUG)
 
 
-class _LosesLines:
-    """Of a handler: what cannot be written, as on a full disk, is lost, without a traceback for each line."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        if not isinstance(sys.exc_info()[1], OSError):
-            super().handleError(record)  # type: ignore[misc]
-
-
-class _LogFile(_LosesLines, logging.FileHandler): ...
-
-
-class _Console(_LosesLines, logging.StreamHandler): ...
+def _handle_error(record: logging.LogRecord) -> None:
+    """What cannot be written, as on a full disk, is lost, without a traceback for each line."""
+    if not isinstance(sys.exc_info()[1], OSError):
+        logging.Handler().handleError(record)
 
 
 class TensorBoard:

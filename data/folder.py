@@ -135,26 +135,19 @@ def read_solution(path: Path, image_dir: Path) -> FileSource:
     lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     for number, line in enumerate(lines[1:], start=2):
         image, _, boxes = line.partition(",")
-        where, name = f"{path}:{number}", boxes.split()[:1]
-        if not image or not name:
+        if not image or not boxes.split():
             raise ValueError(
-                f"{where}: expected '<image>,<class> <box>', got {line[:100]!r}; copy the file again"
+                f"{path}:{number}: expected '<image>,<class> <box>', got {line[:100]!r}; copy the file again"
             )
-        if image not in files or files[image] in found:
-            got = "a second line for it" if image in files else "no such file"
-            raise ValueError(
-                f"{where}: expected one line for every image in {image_dir}, got {image!r}: {got}; copy the "
-                "file or the images again"
-            )
-        found[files[image]] = name[0]
-    if missing := sorted(set(files.values()) - set(found)):
+        found[image] = boxes.split()[0]
+    if different := sorted(found.keys() ^ files.keys()):
         raise ValueError(
-            f"{path}: expected a line for every image in {image_dir}, got none for {some(missing)}; copy the "
-            "file again"
+            f"{path}: expected a line for every image in {image_dir}, and no other, got a difference in "
+            f"{some(different)}; copy the file or the images again"
         )
     classes = sorted(set(found.values()))
     label_of = {name: label for label, name in enumerate(classes)}
-    images = sorted((label_of[name], file) for file, name in found.items())
+    images = sorted((label_of[name], files[image]) for image, name in found.items())
     return FileSource(image_dir, [file for _, file in images], [label for label, _ in images], classes)
 
 

@@ -6,7 +6,6 @@ before the conversion to a tensor.
 """
 
 import itertools
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from PIL import Image
 from timm.data import RandomResizedCropAndInterpolation, auto_augment, create_transform
 from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import ResizeKeepRatio
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode, functional
 
@@ -40,7 +40,6 @@ DEFAULT_RATIO = (0.75, 1.3333)
 SMALL_SIZE = 32
 """Side in pixels up to which images are padded and cropped for training, and not cropped in evaluation."""
 _SMALL_PADDING = 4
-_MAX_STRETCH = 32
 _EVAL_RATIO = 256 / 224
 
 
@@ -56,30 +55,6 @@ class Recipe:
     hflip: float = 0.5
     scale: Sequence[float] = DEFAULT_SCALE
     ratio: Sequence[float] = DEFAULT_RATIO
-
-
-class ResizeToCover:
-    """Resize, keeping the aspect ratio, to the smallest image that covers a target size.
-
-    An image more than `_MAX_STRETCH` times as long as wide, compared with the target, is cropped to that
-    first, which a centre crop never shows: a line of pixels would otherwise be resized to gigabytes.
-    """
-
-    def __init__(self, size: Size, interpolation: InterpolationMode) -> None:
-        self.size = size
-        self.interpolation = interpolation
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        height, width = self.size
-        longest = math.ceil(_MAX_STRETCH * image.width * height / width)
-        widest = math.ceil(_MAX_STRETCH * image.height * width / height)
-        if image.height > longest or image.width > widest:
-            image = functional.center_crop(image, [min(image.height, longest), min(image.width, widest)])
-        if width * image.height >= height * image.width:
-            new_size = [max(height, int(width * image.height / image.width)), width]
-        else:
-            new_size = [height, max(width, int(height * image.width / image.height))]
-        return functional.resize(image, new_size, self.interpolation)
 
 
 class OpencvCrop:
@@ -214,7 +189,9 @@ def eval_transform(
     mode = INTERPOLATIONS[interpolation]
     if crop and max(size) > SMALL_SIZE:
         larger = (int(_EVAL_RATIO * size[0]), int(_EVAL_RATIO * size[1]))
-        steps: list[Callable] = [ResizeToCover(larger, mode), transforms.CenterCrop(size)]
+        is_square = size[0] == size[1]
+        cover = transforms.Resize(larger[0], mode) if is_square else ResizeKeepRatio(larger, 0.0, mode.value)
+        steps: list[Callable] = [cover, transforms.CenterCrop(size)]
     else:
         steps = [transforms.Resize(size, mode)]
     if channels == 1:

@@ -46,9 +46,6 @@ RGB = 3
 PREFIXES = re.compile(r"(?:(?:module|_orig_mod|model|backbone|encoder)\.)*")
 """What wrappers and larger models put before the names of this one."""
 
-WRAPPERS = re.compile(r"(?:module|_orig_mod)\.")
-"""The prefixes of DataParallel, DistributedDataParallel and torch.compile."""
-
 ADVICE = (
     "Use an undamaged copy, and the config that the checkpoint was trained with: MODEL.NUM_CLASSES, "
     "MODEL.FOCAL.IN_CHANS, windows and input size. Or adapt the checkpoint: training with --pretrained "
@@ -119,7 +116,7 @@ def state_dict_of(checkpoint: Mapping[str, Any], origin: str = "checkpoint") -> 
     in any order. What a larger model has beside this one is left out, and logged.
 
     Raises:
-        ValueError: there are none, an entry is no tensor, or a name is none or occurs twice.
+        ValueError: there are none, or those of several models, or an entry is no tensor.
     """
     state, left_out = _own_state(checkpoint, origin)
     _log(LoadReport(origin, left_out=left_out))
@@ -139,37 +136,24 @@ def _own_state(checkpoint: Mapping[str, Any], origin: str) -> tuple[dict[str, Te
             f"{origin}: expected a state dict, bare or under one of {', '.join(STATE_KEYS)}; found "
             f"{'no entries' if not state else 'entries that are no tensors: ' + _listed(not_tensors)}"
         )
-    own, left_out = _without_prefixes(state, origin)
+    own, left_out = _without_prefix(state, origin)
     return {key: value for key, value in own.items() if not DERIVED_BUFFERS.search(key)}, left_out
 
 
-def _without_prefixes(state: Mapping[str, Tensor], origin: str) -> tuple[dict[str, Tensor], list[str]]:
-    """The entries beside the first convolution, under bare names, and the names of all others.
+def _without_prefix(state: Mapping[str, Tensor], origin: str) -> tuple[dict[str, Tensor], list[str]]:
+    """The entries that have the prefix of the first convolution, without it, and the names of all others.
 
     {module.backbone.patch_embed.proj.weight: a, module.neck.weight: b} -> {patch_embed.proj.weight: a},
-    [neck.weight]. Without prefix, nothing is left out: what else is there is unexpected.
+    [module.neck.weight].
     """
-    places: dict[str, dict[str, Tensor]] = {}  # prefix without wrappers -> bare name -> entry
-    twice: set[str] = set()
-    for key, value in state.items():
-        name = PREFIXES.sub("", key, count=1)
-        place = places.setdefault(WRAPPERS.sub("", key.removesuffix(name)), {})
-        twice |= {name} & place.keys()
-        place[name] = value
-    homes = [place for place, entries in places.items() if STEM in entries]
-    home = homes[0] if homes else "" if len(places) > 1 else next(iter(places))
-    own = places.pop(home, {})
-    rest = {place + name: value for place, entries in places.items() for name, value in entries.items()}
-    twice |= own.keys() & rest.keys() | ({STEM} if len(homes) > 1 else set())
-    if twice:
-        raise ValueError(
-            f"{origin}: expected every name once, found these with different prefixes or with and without "
-            f"one: {_listed(sorted(twice))}"
-        )
-    removed = sorted({key.removesuffix(PREFIXES.sub("", key, count=1)) for key in state} - {""})
-    if removed:
-        logger.info("%s: the prefix %s is removed from the names", origin, " and ".join(removed))
-    return (own, sorted(rest)) if home else (own | rest, [])
+    stems = [key for key in state if PREFIXES.sub("", key, count=1) == STEM]
+    if len(stems) > 1:
+        raise ValueError(f"{origin}: expected the weights of one model, found several: {_listed(stems)}")
+    prefix = stems[0].removesuffix(STEM) if stems else ""
+    if prefix:
+        logger.info("%s: the prefix %s is removed from the names", origin, prefix)
+    own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return own, sorted(key for key in state if not key.startswith(prefix))
 
 
 def load_checkpoint(

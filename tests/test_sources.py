@@ -237,10 +237,10 @@ def test_val_comes_before_test(plain: Path, tmp_path: Path, expected: tuple[torc
     ("change", "parts"),
     [
         (lambda lines: lines.pop(3), ("csv: expected a line for every image", "ILSVRC2012_val")),
-        (lambda lines: lines.append(lines[1]), ("csv:11: expected one line", "a second line")),
+        (lambda lines: lines.append("other,ant 1 2"), ("csv: expected a line for every image", "other")),
         (lambda lines: lines.insert(2, "x,"), ("csv:3: expected '<image>,<class> <box>'", "'x,'")),
     ],
-    ids=["missing line", "second line", "no class"],
+    ids=["missing line", "missing image", "no class"],
 )
 def test_bad_solutions_of_kaggle(
     change: Callable[[list[str]], object], parts: tuple[str, ...], plain: Path, tmp_path: Path

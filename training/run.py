@@ -13,7 +13,6 @@ from config import flatten
 from data import Loaders, build_loaders, check_same_data
 from models import FocalTransformer, load_checkpoint
 from training.checkpoints import (
-    BEST_NAME,
     Checkpoints,
     find_newest,
     read_best,
@@ -181,7 +180,8 @@ def prepare_folder(run: Run, state: TrainState, source: Path | str, content: dic
     """
     continues = content is not None and Path(source).resolve().parent == run.output.resolve()
     remove_temporary_files(run.output)
-    record_config(run)
+    with utils.atomic_write(run.output / "config.yaml") as temporary:
+        temporary.write_text(run.config.dump(), encoding="utf-8")
     if continues:
         position = state.position
         run.metrics.truncate(position.epoch_step, epochs=position.epoch - (not state.evaluated))
@@ -191,26 +191,7 @@ def prepare_folder(run: Run, state: TrainState, source: Path | str, content: dic
     if project := run.config.LOG.WANDB:
         name = f"{run.config.MODEL.NAME}/{run.config.TAG}"
         run.metrics.start_wandb(continues, project=project, name=name, config=flatten(run.config))
-    _, best = read_best(run.output)
-    if best < state.max_accuracy:
-        logger.warning(
-            f"{run.output / BEST_NAME} holds {best:.2f}%, not the best so far: it is written after the "
-            "next epoch that is better than what it holds"
-        )
-    return best
-
-
-def record_config(run: Run) -> None:
-    """Write the whole configuration to config.yaml; UserError if that fails."""
-    path = run.output / "config.yaml"
-    try:
-        with utils.atomic_write(path) as temporary:
-            temporary.write_text(run.config.dump(), encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"{path}: expected to write the configuration, got: {error.strerror}; make space, or choose "
-            "another --output"
-        ) from error
+    return read_best(run.output)[1]
 
 
 def finish_epoch(run: Run, state: TrainState, loaders: Loaders, checkpoints: Checkpoints) -> None:
