@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import importlib.util
 import json
 import logging
 import math
@@ -130,16 +129,8 @@ class Metrics:
         self.mirrors: list[TensorBoard | WeightsAndBiases] = []
         self.unwritten = b""  # records that a full disk did not take
 
-    def start_tensorboard(self) -> None:
-        """Mirror to TensorBoard from now on, if it is installed."""
-        if importlib.util.find_spec("tensorboard"):
-            self._start(TensorBoard)
-
-    def start_wandb(self, continues: bool, **options: Any) -> None:
-        """Mirror to Weights & Biases from now on, see ``WeightsAndBiases``."""
-        self._start(WeightsAndBiases, continues, **options)
-
-    def _start(self, kind: type[TensorBoard] | type[WeightsAndBiases], *args: Any, **options: Any) -> None:
+    def start(self, kind: type[TensorBoard] | type[WeightsAndBiases], *args: Any, **options: Any) -> None:
+        """Mirror to a tool from now on; the arguments are those of its class, after the folder."""
         if self.output is None:
             return
         try:

@@ -58,9 +58,10 @@ class Prediction:
 
     def as_json(self) -> dict[str, object]:
         """As a dict for JSON."""
-        keys = ("class", "name", "probability")
-        top = [dict(zip(keys, entry, strict=True)) for entry in self.top]
-        return {"image": self.image, "error": self.error} if self.error else {"image": self.image, "top": top}
+        if self.error:
+            return {"image": self.image, "error": self.error}
+        top = [{"class": number, "name": name, "probability": share} for number, name, share in self.top]
+        return {"image": self.image, "top": top}
 
     def as_text(self) -> str:
         """The image's name and one line per class."""
@@ -249,20 +250,15 @@ def predict(
             except ValueError as error:
                 prediction.error = str(error)
         if inputs:
-            best = _best_of(trained, torch.stack(inputs), min(top, len(names)))
-            for prediction in (each for each in predictions if not each.error):
-                prediction.top = [(number, names[number], share) for number, share in next(best)]
+            with torch.no_grad(), trained.precision.autocast(trained.device):
+                logits = trained.model(torch.stack(inputs).to(trained.device))
+            shares, classes = logits.float().cpu().softmax(dim=-1).topk(min(top, len(names)))
+            readable = [prediction for prediction in predictions if not prediction.error]
+            for prediction, *found in zip(readable, classes.tolist(), shares.tolist(), strict=True):
+                prediction.top = [
+                    (number, names[number], share) for number, share in zip(*found, strict=True)
+                ]
         yield from predictions
-
-
-@torch.no_grad()
-def _best_of(trained: Trained, inputs: Tensor, top: int) -> Iterator[list[tuple[int, float]]]:
-    """Per image [B, C, H, W] the likeliest classes with their probabilities."""
-    with trained.precision.autocast(trained.device):
-        logits = trained.model(inputs.to(trained.device))
-    shares, classes = logits.float().cpu().softmax(dim=-1).topk(top, dim=-1)
-    pairs = zip(classes.tolist(), shares.tolist(), strict=True)
-    return iter([list(zip(numbers, values, strict=True)) for numbers, values in pairs])
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

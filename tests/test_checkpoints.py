@@ -11,11 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from test_train_state import make_state
 
-import utils
-from logger import Metrics, create_logger
+from logger import Metrics, TensorBoard, create_logger
 from training.checkpoints import (
     BEST_NAME,
     AsyncCheckpointWriter,
@@ -69,16 +67,6 @@ def full_disk() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-@pytest.fixture
-def group() -> Iterator[None]:
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    utils._cpu_group.append(dist.new_group(backend="gloo"))
-    yield
-    utils._cpu_group.clear()
-    dist.destroy_process_group()
 
 
 # --- Files --------------------------------------------------------------------------------------------------
@@ -400,7 +388,7 @@ def test_a_full_disk_under_tensorboard_ends_nothing(
 ) -> None:
     pytest.importorskip("tensorboard")
     metrics = Metrics(tmp_path)
-    metrics.start_tensorboard()
+    metrics.start(TensorBoard)
     for step in range(1000):
         metrics.write("train", step, loss=1.0)
     request.getfixturevalue("full_disk")

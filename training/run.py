@@ -11,6 +11,7 @@ from yacs.config import CfgNode
 import utils
 from config import flatten
 from data import Loaders, build_loaders, check_same_data
+from logger import TensorBoard, WeightsAndBiases
 from models import FocalTransformer, load_checkpoint
 from training.checkpoints import (
     Checkpoints,
@@ -187,10 +188,11 @@ def prepare_folder(run: Run, state: TrainState, source: Path | str, content: dic
         run.metrics.truncate(position.epoch_step, epochs=position.epoch - (not state.evaluated))
     else:
         run.metrics.truncate((0, 0), epochs=0)
-    run.metrics.start_tensorboard()
+    if importlib.util.find_spec("tensorboard"):
+        run.metrics.start(TensorBoard)
     if project := run.config.LOG.WANDB:
         name = f"{run.config.MODEL.NAME}/{run.config.TAG}"
-        run.metrics.start_wandb(continues, project=project, name=name, config=flatten(run.config))
+        run.metrics.start(WeightsAndBiases, continues, project=project, name=name, config=flatten(run.config))
     return read_best(run.output)[1]
 
 
