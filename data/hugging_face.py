@@ -86,6 +86,8 @@ def open_rows(
     Raises:
         ValueError: there is no such split or column, or a label is no whole number.
     """
+    import datasets
+
     names = [split_name] if split_name else list(SPLITS[split])
     found = next((name for name in names if name in splits), None)
     if found is None:
@@ -94,8 +96,8 @@ def open_rows(
             f"DATA.HF.{split.upper()}_SPLIT"
         )
     rows, origin = splits[found], f"{source}, {found}"
-    image = _column(rows, image, "Image", ("image", "img"), "IMAGE_COLUMN", origin)
-    label = _column(rows, label, "ClassLabel", ("label", "labels"), "LABEL_COLUMN", origin)
+    image = _column(rows, image, datasets.Image, ("image", "img"), "IMAGE_COLUMN", origin)
+    label = _column(rows, label, datasets.ClassLabel, ("label", "labels"), "LABEL_COLUMN", origin)
     return RowSource(rows, image, label, origin)
 
 
@@ -135,13 +137,13 @@ def load_splits(source: str) -> dict[str, Any]:
         ) from error
 
 
-def _column(rows: Any, wanted: str, kind: str, usual: tuple[str, str], option: str, origin: str) -> str:
+def _column(rows: Any, wanted: str, kind: type, usual: tuple[str, str], option: str, origin: str) -> str:
     """The wanted column; else one with a usual name, or the only one of a kind.
 
     Args:
         rows: a `datasets.Dataset`.
         wanted: its name; '' to find it.
-        kind: class in the library `datasets`. If no column is of the kind, all can have a usual name.
+        kind: of its feature. If no column is of the kind, all can have a usual name.
         usual: names.
         option: under DATA.HF, for the message.
         origin: name of the split, for the message.
@@ -149,7 +151,7 @@ def _column(rows: Any, wanted: str, kind: str, usual: tuple[str, str], option: s
     Raises:
         ValueError: there is none, or it is not clear which.
     """
-    declared = [name for name, feature in rows.features.items() if type(feature).__name__ == kind]
+    declared = [name for name, feature in rows.features.items() if isinstance(feature, kind)]
     found = [name for name in usual if name in (declared or rows.column_names)] or declared
     if wanted in rows.features:
         return wanted

@@ -80,15 +80,10 @@ class EvalSampler(Sampler[int]):
     """Every image exactly once, in order; processes may get different numbers of images."""
 
     def __init__(self, num_images: int, rank: int, world_size: int) -> None:
-        self._shard = shard_of(num_images, rank, world_size)
+        self._shard = range(rank, num_images, world_size)
 
     def __len__(self) -> int:
         return len(self._shard)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._shard)
-
-
-def shard_of(num_images: int, rank: int, world_size: int) -> range:
-    """The indices that belong to a process: every `world_size`-th, from its rank on."""
-    return range(rank, num_images, world_size)

@@ -142,11 +142,7 @@ def prune(folder: Path, newest: EpochStep, keep: int) -> None:
         newest: the one that was just written; later epochs are not touched.
         keep: how many stay at most; 0 for all those of whole epochs.
     """
-    try:
-        found = checkpoints_in(folder)
-    except OSError as error:
-        logger.warning(f"{folder}: superseded checkpoints stay: {error}")
-        return
+    found = checkpoints_in(folder)
     known = [(place, path) for place, path in found if place <= newest]
     last_whole = max((place for place, _ in known if not place[1]), default=(0, 0))
     current = [path for place, path in known if place[1] and place > last_whole][-KEPT_IN_EPOCH:]
@@ -175,8 +171,8 @@ def remove_temporary_files(folder: Path) -> None:
 class AsyncCheckpointWriter:
     """Copies a checkpoint to host memory and writes it in a thread, one at a time, while training goes on.
 
-    A failed write is logged and training goes on. After too many in a row, or a UserError of `write`,
-    `failure` is set, and training must stop. Failures of best.pth are counted apart from the others.
+    A failed write is logged and training goes on. After too many in a row, `failure` is set, and training
+    must stop. Failures of best.pth are counted apart from the others.
     """
 
     def __init__(self, max_failures: int) -> None:
@@ -193,7 +189,7 @@ class AsyncCheckpointWriter:
         Args:
             content: plain data; it may change as soon as this returns.
             path: the file that `write` writes, for messages.
-            write: may raise OSError, or UserError if training cannot go on.
+            write: may raise OSError.
         """
         self.wait()
         self._running = self._executor.submit(self._run, copied(content), path, write)
@@ -213,8 +209,6 @@ class AsyncCheckpointWriter:
         try:
             write(content)
             errors.clear()
-        except UserError as error:
-            self.failure = str(error)
         except OSError as error:
             message = f"{path}: expected to write a checkpoint, got: {error.strerror or error}"
             with contextlib.suppress(OSError):
@@ -237,13 +231,6 @@ def copied(item: Any) -> Any:
     if isinstance(item, list | tuple):
         return type(item)(map(copied, item))
     return item.detach().to("cpu", copy=True) if torch.is_tensor(item) else item
-
-
-def all_finite(item: Any) -> bool:
-    """Whether all floating point tensors in nested data are finite."""
-    if isinstance(item, dict | list | tuple):
-        return all(map(all_finite, item.values() if isinstance(item, dict) else item))
-    return not (torch.is_tensor(item) and item.is_floating_point()) or bool(torch.isfinite(item).all())
 
 
 # --- When a run saves ---------------------------------------------------------------------------------------
@@ -315,11 +302,6 @@ class Checkpoints:
         newest, path = state.position.epoch_step, self.folder / name
 
         def write(saved: dict[str, Any]) -> None:
-            if not all_finite([saved.get(key) for key in ("model", "model_ema", "optimizer")]):
-                raise UserError(
-                    f"{path}: expected finite weights and optimizer moments, got nan or inf; nothing was "
-                    "saved; lower the learning rate, or train in bf16 or full precision"
-                )
             self.metrics.sync()
             write_checkpoint(saved, path)
             logger.debug(f"saved {path}")

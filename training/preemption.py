@@ -6,7 +6,6 @@ and one update late, so that no rank waits for the device or the network.
 
 import contextlib
 import signal
-import threading
 from collections.abc import Iterator
 from types import FrameType
 
@@ -29,9 +28,6 @@ class StopRequested(Exception):
 def handle_stop_signals() -> Iterator[None]:
     """Inside, a stop signal is recorded instead of ending the process."""
     _received.clear()
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python allows signal handlers in the main thread only
-        return
     before = {number: signal.signal(number, _record) for number in utils.STOP_SIGNALS}
     try:
         yield
