@@ -33,7 +33,6 @@ _C.DATA.INTERPOLATION = "bicubic"  # random | bilinear | bicubic; 'random' conce
 _C.DATA.ZIP_MODE = False  # read from zip files with map files instead of folders; --zip
 _C.DATA.PIN_MEMORY = True  # page-locked host memory for faster copies to the GPU
 _C.DATA.NUM_WORKERS = 8  # loader processes per training process; no more than there are cores
-_C.DATA.WORKER_START_METHOD = ""  # '' (the platform's default) | fork | spawn | forkserver
 _C.DATA.DECODER = "pil"  # pil | opencv (faster); concerns training only, evaluation always decodes with pil
 _C.DATA.EXIF_ORIENTATION = False  # turn photographs upright as their EXIF data say; the original does not
 _C.DATA.MEAN = [0.485, 0.456, 0.406]  # per channel, of images in [0, 1]
@@ -222,7 +221,6 @@ SPECIAL_TYPES: dict[str, tuple[str, Callable[[Any], Any]]] = {
 CHOICES: dict[str, tuple[str, ...]] = {
     "DATA.DATASET": ("imagenet", "imagenet22k", "imagewoof", "folder", "wds", "hf"),
     "DATA.INTERPOLATION": ("random", "bilinear", "bicubic"),
-    "DATA.WORKER_START_METHOD": ("", "fork", "spawn", "forkserver"),
     "DATA.DECODER": ("pil", "opencv"),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step"),
     "TRAIN.OPTIMIZER.NAME": ("adamw", "sgd"),

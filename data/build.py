@@ -302,5 +302,4 @@ def _loader(config: CfgNode, images: TrainImages | EvalImages, sampler: Any, wor
         drop_last=is_training,
         worker_init_fn=leave_signals_to_parent,
         persistent_workers=workers > 0,
-        multiprocessing_context=(data.WORKER_START_METHOD or None) if workers else None,
     )

@@ -216,7 +216,7 @@ def test_a_source_equals_class_folders(config: CfgNode, expected: tuple[torch.Te
     assert len(shares) == len(expected[2])
 
     config.defrost()
-    config.DATA.NUM_WORKERS, config.DATA.WORKER_START_METHOD = 1, "fork"
+    config.DATA.NUM_WORKERS = 1
     forked = build_loaders(config)
     forked.val_dataset[0]  # whatever a source opens is open before the worker starts
     torch.testing.assert_close(val_set(forked)[0], expected[2], rtol=0, atol=0)
