@@ -123,7 +123,7 @@ def check_same_data(loaders: Loaders) -> None:
     ranks = all_gather(torch.tensor(facts))
     different = (ranks != ranks[0]).any(dim=1).nonzero().flatten().tolist()
     if different:
-        counts = [f"{ranks[n][0]} and {ranks[n][2]} images in process {n}" for n in (0, different[0])]
+        counts = [f"{ranks[n][0]} and {ranks[n][2]} in process {n}" for n in (0, different[0])]
         raise UserError(
             "DATA.DATA_PATH: expected the same images and labels in all processes, got for training and "
             f"validation {', but '.join(counts)}; copy the data to all machines again"

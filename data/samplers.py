@@ -57,23 +57,20 @@ class TrainSampler(Sampler[SampleKey]):
 
     def __len__(self) -> int:
         """Number of images this process sees from the position on."""
-        return len(self._batches(self.epoch, self.samples_seen, self.rank)) * self.batch_size
+        return self._batches().numel()
 
     def __iter__(self) -> Iterator[SampleKey]:
         epoch = self.epoch
-        for index in self._batches(epoch, self.samples_seen, self.rank).flatten().tolist():
+        for index in self._batches().flatten().tolist():
             yield epoch, index
 
-    def _batches(self, epoch: int, samples_seen: int, rank: int) -> torch.Tensor:
-        """The indices of a process from a position on, [steps, batch size]."""
-        order = self._permutation(self.num_images, epoch)[samples_seen:]
+    def _batches(self) -> torch.Tensor:
+        """The indices of this process from the position on, [steps, batch size]."""
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, SHUFFLE, self.epoch))
+        order = torch.randperm(self.num_images, generator=generator)[self.samples_seen :]
         steps = len(order) // (self.batch_size * self.world_size)
         used = order[: steps * self.batch_size * self.world_size]
-        return used.view(steps, self.world_size, self.batch_size)[:, rank]
-
-    def _permutation(self, length: int, *position: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, SHUFFLE, *position))
-        return torch.randperm(length, generator=generator)
+        return used.view(steps, self.world_size, self.batch_size)[:, self.rank]
 
 
 class EvalSampler(Sampler[int]):

@@ -123,11 +123,9 @@ def read_best(folder: Path) -> tuple[EpochStep, float]:
     path = folder / BEST_NAME
     with user_input():
         content = read_checkpoint(path) if is_valid(path) else {}
-    position, accuracy = content.get("position"), content.get("accuracy")
-    place = tuple(position.get(key) for key in ("epoch", "step")) if isinstance(position, dict) else ()
-    if [*map(type, place), type(accuracy)] != [int, int, float]:
+    if "accuracy" not in content:
         return (0, 0), 0.0
-    return place, accuracy
+    return (content["position"]["epoch"], content["position"]["step"]), content["accuracy"]
 
 
 def prune(folder: Path, newest: EpochStep, keep: int) -> None:

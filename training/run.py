@@ -96,7 +96,7 @@ def setup(run: Run, model: FocalTransformer) -> tuple[TrainState, Loaders, Check
     best = 0.0
     with utils.raise_on_all_ranks():
         if utils.is_main_process():
-            best = prepare_folder(run, state, source, content)
+            best = prepare_folder(run, state, source)
     return state, loaders, Checkpoints(config, run.output, run.metrics, position, best)
 
 
@@ -170,7 +170,7 @@ def resume(state: TrainState, content: dict[str, Any], source: str, image_order:
     logger.info(f"resumed {source}: {position.epoch} epochs{inside}, best {state.max_accuracy:.2f}%")
 
 
-def prepare_folder(run: Run, state: TrainState, source: Path | str, content: dict[str, Any] | None) -> float:
+def prepare_folder(run: Run, state: TrainState, source: Path | str) -> float:
     """Bring the files of the run's folder in line with where training starts; for the main rank.
 
     Returns:
@@ -179,7 +179,7 @@ def prepare_folder(run: Run, state: TrainState, source: Path | str, content: dic
     Raises:
         UserError, OSError: a file cannot be read or written.
     """
-    continues = content is not None and Path(source).resolve().parent == run.output.resolve()
+    continues = bool(source) and Path(source).resolve().parent == run.output.resolve()
     remove_temporary_files(run.output)
     with utils.atomic_write(run.output / "config.yaml") as temporary:
         temporary.write_text(run.config.dump(), encoding="utf-8")
