@@ -39,7 +39,7 @@ def create_logger(output: Path, rank: int) -> None:
     line = "[%(asctime)s] (%(filename)s %(lineno)d): %(levelname)s %(message)s"
     for handler in _handlers:
         handler.setFormatter(logging.Formatter(line, datefmt="%Y-%m-%d %H:%M:%S"))
-        handler.handleError = _handle_error  # type: ignore[method-assign]
+        handler.handleError = _handle_error
         root.addHandler(handler)
     for name in OWN_LOGGERS:
         logging.getLogger(name).setLevel(logging.DEBUG)
