@@ -31,10 +31,8 @@ _C.DATA.DATASET = "imagenet"  # imagenet | imagenet22k | imagewoof | folder | wd
 _C.DATA.IMG_SIZE = 224  # one number, or [height, width]
 _C.DATA.INTERPOLATION = "bicubic"  # random | bilinear | bicubic; 'random' concerns training only
 _C.DATA.ZIP_MODE = False  # read from zip files with map files instead of folders; --zip
-_C.DATA.CACHE_MODE = "part"  # with ZIP_MODE: no | part (each process its share) | full; --cache-mode
 _C.DATA.PIN_MEMORY = True  # page-locked host memory for faster copies to the GPU
 _C.DATA.NUM_WORKERS = 8  # loader processes per training process; no more than there are cores
-_C.DATA.WORKER_START_METHOD = ""  # '' (the platform's default) | fork | spawn | forkserver
 _C.DATA.DECODER = "pil"  # pil | opencv (faster); concerns training only, evaluation always decodes with pil
 _C.DATA.EXIF_ORIENTATION = False  # turn photographs upright as their EXIF data say; the original does not
 _C.DATA.MEAN = [0.485, 0.456, 0.406]  # per channel, of images in [0, 1]
@@ -52,7 +50,6 @@ _C.MODEL.NAME = "focal_tiny_patch4_window7_224"  # names the output folder
 _C.MODEL.RESUME = ""  # training checkpoint to continue from; with EVAL_MODE, any checkpoint; --resume
 _C.MODEL.PRETRAINED = ""  # weights (file or address) to start from; --pretrained
 _C.MODEL.RESET_HEAD = False  # with PRETRAINED: start with a new classifier, for another set of classes
-_C.MODEL.HEAD_CLASS_MAP = ""  # with PRETRAINED: file with the index of each class in those weights
 _C.MODEL.NUM_CLASSES = 1000
 _C.MODEL.DROP_RATE = 0.0  # dropout
 _C.MODEL.DROP_PATH_RATE = 0.1  # stochastic depth of the last block; rises linearly from 0
@@ -93,7 +90,7 @@ _C.TRAIN.BASE_LR = 5e-4  # this and the next two: for 512 images per update; sca
 _C.TRAIN.WARMUP_LR = 5e-7
 _C.TRAIN.MIN_LR = 5e-6
 _C.TRAIN.CLIP_GRAD = 5.0  # largest gradient norm; 0 measures it without clipping
-_C.TRAIN.AUTO_RESUME = True  # continue from the newest checkpoint in the output folder
+_C.TRAIN.AUTO_RESUME = True  # continue from the newest checkpoint in the output folder; else refuse it
 _C.TRAIN.ACCUMULATION_STEPS = 0  # batches per optimizer update; 0 and 1 mean one; --accumulation-steps
 _C.TRAIN.USE_CHECKPOINT = False  # recompute activations in the backward pass to save memory; --use-checkpoint
 
@@ -153,7 +150,6 @@ _C.TAG = "default"  # --tag
 # or hangs.
 _C.SAVE_FREQ = 1  # epochs between checkpoints; the last epoch is always saved
 _C.SAVE_STEPS = 0  # also save every so many steps, after the next update; 0 for never
-_C.SAVE_MINUTES = 0.0  # also save after so many minutes without a checkpoint; 0 for never
 _C.SAVE_KEEP = 0  # newest checkpoints to keep besides best.pth; 0 keeps those of all whole epochs
 _C.SAVE_FAILURES_MAX = 3  # failed saves in a row, of checkpoints or of best.pth, that end the run
 _C.DIST_TIMEOUT_MINUTES = 30.0  # how long a process waits for one that hangs, before it ends the job
@@ -161,32 +157,21 @@ _C.DETERMINISTIC = False  # use deterministic algorithms only, or raise an error
 _C.PRINT_FREQ = 100  # steps between log lines
 _C.SEED = 0  # --seed
 _C.EVAL_MODE = False  # --eval
-_C.EVAL_EMA = False  # with EVAL_MODE: the moving average of a training checkpoint instead of its weights
 _C.THROUGHPUT_MODE = False  # --throughput
 _C.DEBUG_MODE = False  # --debug
 
-NO_EFFECT = ("MODEL.FOCAL.EXPAND_STAGES", "MODEL.SPEC", "LOCAL_RANK")
+NO_EFFECT = ("MODEL.FOCAL.EXPAND_STAGES", "MODEL.SPEC", "LOCAL_RANK", "DATA.CACHE_MODE")
 
 
 # --- Types, choices and ranges ------------------------------------------------------------------------------
 
 
-LARGEST = {int: 2**63 - 1, float: 3.4e38}  # what integers of 64 bits and floats of 32 bits can hold
-
-
 def _scalar(kind: type, *accepted: type) -> Callable[[Any], Any]:
-    """A function that converts values of exactly the accepted types to ``kind``.
-
-    It raises a TypeError for other types and nan, and a ValueError for numbers that are too large.
-    """
+    """A function that converts values of the accepted types to ``kind``; TypeError for others and nan."""
 
     def convert(value: Any) -> Any:
         if type(value) not in accepted or value != value:
             raise TypeError
-        if kind in LARGEST and abs(value) > LARGEST[kind]:
-            raise ValueError(
-                f"expected a magnitude up to {LARGEST[kind]:.2g}, got {value!r}; correct the value"
-            )
         return kind(value)
 
     return convert
@@ -214,7 +199,7 @@ TYPES: dict[type, tuple[str, Callable[[Any], Any]]] = {  # by the default's type
     str: ("text", lambda value: "" if value is None else _text(value)),
     list: ("a list of integers", _list_of(_int)),
 }
-PATHS = ("DATA.DATA_PATH", "MODEL.RESUME", "MODEL.PRETRAINED", "MODEL.HEAD_CLASS_MAP", "OUTPUT")
+PATHS = ("DATA.DATA_PATH", "MODEL.RESUME", "MODEL.PRETRAINED", "OUTPUT")
 NAMES = ("TRAIN.OPTIMIZER.NAME", "TRAIN.LR_SCHEDULER.NAME")
 SPECIAL_TYPES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     **dict.fromkeys(PATHS, ("a path", lambda value: "" if value is None else expand_path(_text(value)))),
@@ -236,8 +221,6 @@ SPECIAL_TYPES: dict[str, tuple[str, Callable[[Any], Any]]] = {
 CHOICES: dict[str, tuple[str, ...]] = {
     "DATA.DATASET": ("imagenet", "imagenet22k", "imagewoof", "folder", "wds", "hf"),
     "DATA.INTERPOLATION": ("random", "bilinear", "bicubic"),
-    "DATA.CACHE_MODE": ("no", "part", "full"),
-    "DATA.WORKER_START_METHOD": ("", "fork", "spawn", "forkserver"),
     "DATA.DECODER": ("pil", "opencv"),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step"),
     "TRAIN.OPTIMIZER.NAME": ("adamw", "sgd"),
@@ -251,8 +234,7 @@ AT_LEAST_1 = ["DATA.BATCH_SIZE", "MODEL.NUM_CLASSES", "TRAIN.EPOCHS", "TRAIN.BAD
 AT_LEAST_1 += ["TRAIN.LR_SCHEDULER.DECAY_EPOCHS", "SAVE_FREQ", "SAVE_FAILURES_MAX", "PRINT_FREQ"]
 AT_LEAST_0 = ["DATA.NUM_WORKERS", "TRAIN.START_EPOCH", "TRAIN.WARMUP_EPOCHS", "TRAIN.WARMUP_LR"]
 AT_LEAST_0 += ["TRAIN.MIN_LR", "TRAIN.WEIGHT_DECAY", "TRAIN.CLIP_GRAD", "TRAIN.ACCUMULATION_STEPS"]
-AT_LEAST_0 += ["AUG.COLOR_JITTER", "AUG.MIXUP", "AUG.CUTMIX", "SEED"]
-AT_LEAST_0 += ["SAVE_STEPS", "SAVE_MINUTES", "SAVE_KEEP"]
+AT_LEAST_0 += ["AUG.COLOR_JITTER", "AUG.MIXUP", "AUG.CUTMIX", "SEED", "SAVE_STEPS", "SAVE_KEEP"]
 POSITIVE = ["DATA.STD", "TRAIN.BASE_LR", "TRAIN.OPTIMIZER.EPS", "AUG.RATIO"]
 FROM_0_TO_1 = ["AUG.HFLIP", "AUG.REPROB", "AUG.CUTMIX_MINMAX", "AUG.MIXUP_PROB", "AUG.MIXUP_SWITCH_PROB"]
 FROM_0_TO_1 += ["DATA.MEAN"]

@@ -2,12 +2,10 @@
 
 import contextlib
 import errno
-import importlib.util
 import json
 import logging
 import math
 import os
-import re
 import sys
 from pathlib import Path
 from typing import IO, Any
@@ -15,7 +13,6 @@ from typing import IO, Any
 OWN_LOGGERS = ("main", "training", "lr_scheduler", "models", "data")  # log at every level
 logger = logging.getLogger("main")
 
-_TRAIN_LINE = re.compile(rb'\{"kind": "train", "epoch": (\d+), "step": (\d+)')
 _handlers: list[logging.Handler] = []  # installed by create_logger
 
 
@@ -33,44 +30,36 @@ def create_logger(output: Path, rank: int) -> None:
         old = _handlers.pop()
         root.removeHandler(old)
         old.close()
-    file = _LogFile(output / f"log_rank{rank}.txt", encoding="utf-8", errors="backslashreplace")
+    file = logging.FileHandler(output / f"log_rank{rank}.txt", encoding="utf-8", errors="backslashreplace")
     _handlers.append(file)
     if rank == 0:
-        console = _Console(sys.stdout)
+        console = logging.StreamHandler(sys.stdout)
         console.setLevel(logging.INFO)
         _handlers.append(console)
     line = "[%(asctime)s] (%(filename)s %(lineno)d): %(levelname)s %(message)s"
     for handler in _handlers:
         handler.setFormatter(logging.Formatter(line, datefmt="%Y-%m-%d %H:%M:%S"))
+        handler.handleError = _handle_error
         root.addHandler(handler)
     for name in OWN_LOGGERS:
         logging.getLogger(name).setLevel(logging.DEBUG)
 
 
-class _LosesLines:
-    """Of a handler: what cannot be written, as on a full disk, is lost, without a traceback for each line."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        if not isinstance(sys.exc_info()[1], OSError):
-            super().handleError(record)  # type: ignore[misc]
-
-
-class _LogFile(_LosesLines, logging.FileHandler): ...
-
-
-class _Console(_LosesLines, logging.StreamHandler): ...
+def _handle_error(record: logging.LogRecord) -> None:
+    """What cannot be written, as on a full disk, is lost, without a traceback for each line."""
+    if not isinstance(sys.exc_info()[1], OSError):
+        logging.Handler().handleError(record)
 
 
 class TensorBoard:
     """Numbers for TensorBoard, in a folder of its own."""
 
     name = "TensorBoard"
-    FOLDER = "tensorboard"
 
     def __init__(self, output: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(output / self.FOLDER))
+        self.writer = SummaryWriter(str(output / "tensorboard"))
 
     def add(self, kind: str, position: int, values: dict[str, float | int]) -> None:
         for name, value in values.items():
@@ -135,36 +124,19 @@ class Metrics:
     def __init__(self, output: Path | None) -> None:
         self.output = output
         self.file: IO[bytes] | None = None
+        if output is not None:
+            self.file = (output / self.NAME).open("ab", buffering=0)
         self.mirrors: list[TensorBoard | WeightsAndBiases] = []
-        self.size = 0  # bytes in the file
         self.unwritten = b""  # records that a full disk did not take
-        self.open()
 
-    def start_tensorboard(self) -> None:
-        """Mirror to TensorBoard from now on, if it is installed."""
-        if importlib.util.find_spec("tensorboard"):
-            self._start(TensorBoard)
-
-    def start_wandb(self, continues: bool, **options: Any) -> None:
-        """Mirror to Weights & Biases from now on, see ``WeightsAndBiases``."""
-        self._start(WeightsAndBiases, continues, **options)
-
-    def _start(self, kind: type[TensorBoard] | type[WeightsAndBiases], *args: Any, **options: Any) -> None:
+    def start(self, kind: type[TensorBoard] | type[WeightsAndBiases], *args: Any, **options: Any) -> None:
+        """Mirror to a tool from now on; the arguments are those of its class, after the folder."""
         if self.output is None:
             return
         try:
             self.mirrors.append(kind(self.output, *args, **options))
         except Exception as error:  # a failure of its own must not stop training
             logger.warning(f"{kind.name} records nothing: {error}")
-
-    def open(self) -> None:
-        """Open the file, or open it again after it was moved away."""
-        self.close_file()
-        if self.output is not None:
-            path = self.output / self.NAME
-            _drop_partial_line(path)
-            self.file = path.open("ab", buffering=0)
-            self.size = self.file.seek(0, os.SEEK_END)
 
     def write(self, kind: str, position: int, **values: float | int) -> None:
         """Record one point. If the disk is full, it is written with the next one.
@@ -188,27 +160,24 @@ class Metrics:
                 with contextlib.suppress(Exception):
                     mirror.close()
 
-    def flush(self) -> int:
-        """Write all records; returns the length of the file with all of them, in bytes."""
-        if self.file is None:
-            return 0
+    def flush(self) -> None:
+        """Write all records."""
+        if self.file is None or not self.unwritten:
+            return
         try:
-            if self.unwritten:
-                written = self.file.write(self.unwritten)
-                if written < len(self.unwritten):  # a full disk may take a part
-                    self.file.truncate(self.size)
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                self.size += written
-                self.unwritten = b""
+            size = self.file.seek(0, os.SEEK_END)
+            if self.file.write(self.unwritten) < len(self.unwritten):  # a full disk may take a part
+                self.file.truncate(size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.unwritten = b""
         except OSError as error:
             logger.error(
                 f"{self.file.name}: expected to write metrics, got: {error.strerror}; they are written "
                 "later, if there is space again"
             )
-        return self.size + len(self.unwritten)
 
     def sync(self) -> None:
-        """fsync the file, before a checkpoint is written that records its length."""
+        """fsync the file, before a checkpoint is written from which training would go on after its lines."""
         if self.file is None:
             return
         try:
@@ -216,33 +185,26 @@ class Metrics:
         except OSError as error:
             logger.error(f"{self.file.name}: expected to write metrics to the disk, got: {error.strerror}")
 
-    def truncate(self, size: int, next_step: tuple[int, int]) -> None:
-        """Drop what a resumed run records again.
+    def truncate(self, next_step: tuple[int, int], epochs: int) -> None:
+        """Drop what a resumed run records again, and an unfinished line that a killed process may have left.
 
         Args:
-            size: bytes that its checkpoint counts on; what was recorded after them goes.
-            next_step: epoch and step that training goes on with. The lines of later steps go, too: there are
-                such if the epoch starts again, or another batch size or number of processes makes it shorter.
+            next_step: epoch and step that training goes on with.
+            epochs: how many have been evaluated.
         """
         if self.file is None:
             return
-        if size > self.size:
-            logger.warning(
-                f"{self.file.name}: expected the {size:,} bytes that the checkpoint has recorded, got "
-                f"{self.size:,}: lines are missing (a power loss, or a full disk); training goes on"
-            )
-        self.size = 0
-        for line in Path(self.file.name).read_bytes()[:size].splitlines(keepends=True):
-            match = _TRAIN_LINE.match(line)
-            if match and (int(match[1]), int(match[2])) >= next_step:
+        size = 0
+        for line in Path(self.file.name).read_bytes().splitlines(keepends=True):
+            try:
+                record = json.loads(line)
+            except ValueError:
                 break
-            self.size += len(line)
-        self.file.truncate(self.size)
-
-    def close_file(self) -> None:
-        """Close metrics.jsonl."""
-        if self.file is not None:
-            self.file.close()
+            is_step = record["kind"] == "train"
+            if (record["epoch"], record["step"]) >= next_step if is_step else record["epoch"] >= epochs:
+                break
+            size += len(line)
+        self.file.truncate(size)
 
     def close(self, failed: bool = False, preempted: bool = False) -> None:
         """Close the file and the mirrors; errors of the mirrors are logged as warnings.
@@ -252,19 +214,10 @@ class Metrics:
             preempted: whether it is a signal, after which the run will be continued.
         """
         self.flush()
-        self.close_file()
+        if self.file is not None:
+            self.file.close()
         for mirror in self.mirrors:
             try:
                 mirror.close(failed, preempted)
             except Exception as error:  # as above
                 logger.warning(f"{mirror.name} lacks what was recorded last: {error}")
-
-
-def _drop_partial_line(path: Path) -> None:
-    """Remove an unfinished last line, which a killed process may leave."""
-    if not path.exists():
-        return
-    content = path.read_bytes()
-    complete = content.rfind(b"\n") + 1
-    if complete < len(content):
-        os.truncate(path, complete)

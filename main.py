@@ -48,7 +48,6 @@ FLAGS = {  # flag -> (config key, help); a flag that is not given does not overr
     "batch-size": ("DATA.BATCH_SIZE", "images per process and step"),
     "dataset": ("DATA.DATASET", ", ".join(CHOICES["DATA.DATASET"])),
     "data-path": ("DATA.DATA_PATH", "root folder of the data set"),
-    "cache-mode": ("DATA.CACHE_MODE", "with --zip: no, part or full"),
     "resume": ("MODEL.RESUME", "checkpoint to continue from; with --eval, to evaluate"),
     "pretrained": ("MODEL.PRETRAINED", "weights to start from"),
     "accumulation-steps": ("TRAIN.ACCUMULATION_STEPS", "batches per optimizer update"),
@@ -82,6 +81,7 @@ def read_config(argv: list[str] | None) -> CfgNode:
         parser.add_argument(f"--{flag}", dest=key, metavar="X", help=text)
     for flag, (key, text) in SWITCHES.items():
         parser.add_argument(f"--{flag}", dest=key, action="store_const", const=True, help=text)
+    parser.add_argument("--cache-mode", help="ignored: the system keeps files in memory while there is room")
     parser.add_argument("--local_rank", "--local-rank", help="ignored: torchrun sets the environment")
     args = vars(parser.parse_args(argv))
     flags = {key: args[key] for key, _ in (*FLAGS.values(), *SWITCHES.values()) if args[key] is not None}

@@ -252,9 +252,6 @@ def check_same_device(store: dist.Store, rank: int, world_size: int, device: tor
     found = [value.decode() for value in store.multi_get(keys)]
     kinds = {value.split()[0]: value for value in found}  # the last machine of each
     if len(kinds) > 1:
-        store.set(f"read_{rank}", "")
-        if rank == 0:  # whose process may hold the store
-            store.wait([f"read_{number}" for number in range(world_size)])
         raise UserError(
             f"DEVICE: expected the same type of device in all processes, got {' and '.join(kinds.values())}; "
             "check the driver of the machine without one, or set DEVICE (--device)"

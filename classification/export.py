@@ -4,8 +4,8 @@
 
 PyTorch's exporters write the files. Each is loaded again and run on new images (ONNX by ONNX Runtime), and is
 kept if its logits agree with the model's to 1e-4 (of the largest logit, if that is more than 1). Batches may
-have any length unless --batch fixes it. A file has one input size, because the table of the tokens that a
-window attends to is a constant of the file.
+have any length. A file has one input size, because the table of the tokens that a window attends to is a
+constant of the file.
 
 ONNX needs onnx, onnxscript and onnxruntime.
 """
@@ -13,15 +13,13 @@ ONNX needs onnx, onnxscript and onnxruntime.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 REPO = Path(__file__).resolve().parent.parent
 if str(REPO) not in sys.path:
@@ -33,12 +31,13 @@ from torch import Tensor, nn  # noqa: E402
 
 import utils  # noqa: E402
 from classification.predict import load_config_of, load_model  # noqa: E402
-from models import build_model  # noqa: E402
 from models.focal_transformer import check_images  # noqa: E402
 
 TOLERANCE = 1e-4
 EXAMPLE_BATCH = 2  # with 1, exporters would treat the length as a constant
 CHECKED_BATCHES = (1, 3)  # other than the exporter's own
+ANY_LENGTH = ({0: torch.export.Dim.DYNAMIC},)
+"""`dynamic_shapes` of the exporters: batches of any length."""
 
 Program = Callable[[Tensor], Tensor]
 """Images [B, C, H, W] to logits."""
@@ -56,19 +55,14 @@ class Format:
     """A file format."""
 
     suffix: str
-    write: Callable[[nn.Module, Tensor, bool, Path], None]  # (model, images, any_length, file)
+    write: Callable[[nn.Module, Tensor, Path], None]  # (model, images, file)
     load: Callable[[Path], Program]
     packages: tuple[str, ...] = ()  # required besides PyTorch
 
 
-def shapes_of(any_length: bool) -> tuple[dict[int, Any]] | None:
-    """`dynamic_shapes` of the exporters: batches of any length, or None for the example's shape."""
-    return ({0: torch.export.Dim.DYNAMIC},) if any_length else None
-
-
-def write_program(model: nn.Module, images: Tensor, any_length: bool, path: Path) -> None:
+def write_program(model: nn.Module, images: Tensor, path: Path) -> None:
     """By torch.export."""
-    program = torch.export.export(model, (images,), dynamic_shapes=shapes_of(any_length), strict=False)
+    program = torch.export.export(model, (images,), dynamic_shapes=ANY_LENGTH, strict=False)
     with path.open("wb") as file:  # under a path, torch.export expects the ending .pt2
         torch.export.save(program, file)
 
@@ -79,24 +73,19 @@ def load_program(path: Path) -> Program:
         return torch.export.load(file).module()
 
 
-def write_onnx(model: nn.Module, images: Tensor, any_length: bool, path: Path) -> None:
+def write_onnx(model: nn.Module, images: Tensor, path: Path) -> None:
     """By torch.onnx, with the weights inside the file."""
     torch.onnx.export(
         model,
         (images,),
         path,
         dynamo=True,
-        dynamic_shapes=shapes_of(any_length),
+        dynamic_shapes=ANY_LENGTH,
         input_names=["images"],
         output_names=["logits"],
         external_data=False,
         verbose=False,
     )
-
-
-def write_torchscript(model: nn.Module, images: Tensor, any_length: bool, path: Path) -> None:
-    """By torch.jit.trace, which allows batches of any length."""
-    torch.jit.save(torch.jit.trace(model, images), path)
 
 
 def load_onnx(path: Path) -> Program:
@@ -105,6 +94,11 @@ def load_onnx(path: Path) -> Program:
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def write_torchscript(model: nn.Module, images: Tensor, path: Path) -> None:
+    """By torch.jit.trace."""
+    torch.jit.save(torch.jit.trace(model, images), path)
 
 
 FORMATS = {
@@ -118,9 +112,7 @@ FORMATS = {
 
 
 @torch.no_grad()
-def export_model(
-    model: nn.Module, name: str, shape: tuple[int, int, int], path: Path, batch: int | None = None
-) -> str:
+def export_model(model: nn.Module, name: str, shape: tuple[int, int, int], path: Path) -> str:
     """Write a model in one format; if the file does not agree with the model, write nothing.
 
     Args:
@@ -128,7 +120,6 @@ def export_model(
         name: a key of `FORMATS`.
         shape: channels, rows and columns of an image.
         path: of the new file; an existing file is replaced.
-        batch: the only length of batches; None for any.
 
     Returns:
         A line with the file's size and its largest difference from the model.
@@ -143,48 +134,35 @@ def export_model(
         raise ExportError(f"{name}: needs {', '.join(missing)}: pip install {' '.join(missing)}")
     generator = torch.Generator().manual_seed(0)
     example, *unseen = (
-        torch.randn(length, *shape, generator=generator)
-        for length in ((EXAMPLE_BATCH, *CHECKED_BATCHES) if batch is None else (batch, batch))
+        torch.randn(length, *shape, generator=generator) for length in (EXAMPLE_BATCH, *CHECKED_BATCHES)
     )
     with utils.atomic_write(path) as temporary:
-        with _explained(f"{name}: the exporter failed"):
-            chosen.write(model, example, batch is None, temporary)
-        with _explained(f"{name}: {path} does not load and run"):
-            program = chosen.load(temporary)
-            difference = max(_difference(model, program, images, name) for images in unseen)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the result is checked
+                chosen.write(model, example, temporary)
+                program = chosen.load(temporary)
+                difference = max(_difference(model, program, images) for images in unseen)
+        except OSError:
+            raise
+        except Exception as error:  # exporters raise nearly anything
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ExportError(f"{name}: {reason}; nothing was written to {path}") from error
     return f"{path}: {path.stat().st_size / 2**20:.1f} MiB, differs by at most {difference:.1e}"
 
 
-def _difference(model: nn.Module, program: Program, images: Tensor, name: str) -> float:
+def _difference(model: nn.Module, program: Program, images: Tensor) -> float:
     """Largest difference of logits; ExportError where it is too large."""
     expected, got = model(images), program(images)
     if got.shape != expected.shape:
         shapes = f"{list(got.shape)}, expected {list(expected.shape)}"
-        raise ExportError(f"{name}: for {len(images)} images it returns {shapes}; nothing was written")
+        raise ExportError(f"for {len(images)} images the exported model returns {shapes}")
     difference = (got - expected).abs().max().item()
     allowed = TOLERANCE * max(1.0, expected.abs().max().item())
     if not difference <= allowed:
         found = f"{difference:.1e} for {len(images)} images, allowed are {allowed:.1e}"
-        raise ExportError(f"{name}: differs from the model by {found}; nothing was written")
+        raise ExportError(f"the exported model differs by {found}")
     return difference
-
-
-@contextlib.contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """Raise any error inside as an ExportError of one line, and suppress warnings: the result is checked."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except (ExportError, OSError):
-        raise
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ExportError(f"{what}: {reason}; nothing was written") from error
-    finally:
-        logging.disable(level)
 
 
 # --- Command line -------------------------------------------------------------------------------------------
@@ -197,52 +175,40 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--cfg", type=path, metavar="FILE", help="yaml file (default: the one inside the checkpoint)"
     )
-    weights = parser.add_mutually_exclusive_group(required=True)
-    weights.add_argument("--resume", type=path, metavar="FILE", help="checkpoint, .pth or .safetensors")
-    weights.add_argument("--random", action="store_true", help="random weights, to try an exporter")
+    parser.add_argument(
+        "--resume", type=path, metavar="FILE", required=True, help="checkpoint, .pth or .safetensors"
+    )
     parser.add_argument("--out", metavar="DIR", type=path, required=True, help="folder of the new files")
     parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=list(FORMATS))
-    parser.add_argument(
-        "--size", nargs="+", metavar="PIXELS", help="side, or rows and columns (DATA.IMG_SIZE)"
-    )
-    parser.add_argument("--batch", type=int, metavar="N", help="the only length of batches (default: any)")
+    parser.add_argument("--size", nargs=2, type=int, metavar=("H", "W"), help="of the images (DATA.IMG_SIZE)")
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="any option of config.py")
     parser.set_defaults(data_path=None, device="cpu")
     return parser.parse_args(arguments)
-
-
-def size_of(words: Sequence[str] | None, default: int | Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of `--size`; UserError for something else than one or two numbers of pixels."""
-    if words and not (len(words) <= 2 and all(word.isdecimal() for word in words)):
-        raise utils.UserError(
-            f"--size: expected one or two numbers of pixels, got {' '.join(words)}. A file has one input "
-            "size, in every format; write a file for each"
-        )
-    sides = [int(word) for word in words] if words else to_2tuple(default)
-    return sides[0], sides[-1]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; 1 if a format could not be written, 2 for what the user can correct."""
     args = parse(arguments)
     utils.escape_output()
-    return utils.run_command(lambda: export_formats(args))
+    try:
+        return utils.run_command(lambda: export_formats(args))
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def export_formats(args: argparse.Namespace) -> int:
     """Run the parsed command; 1 if a format could not be written."""
     config = load_config_of(args)
-    size = size_of(args.size, config.DATA.IMG_SIZE)
-    if args.batch is not None and args.batch < 1:
-        raise utils.UserError(f"--batch: expected at least 1, got {args.batch}")
+    height, width = args.size or to_2tuple(config.DATA.IMG_SIZE)
+    model = load_model(config).eval()
     with utils.user_input():
-        model = (load_model(config) if config.MODEL.RESUME else build_model(config)).eval()
-        check_images(torch.empty(1, model.in_chans, *size), model.in_chans, model.smallest_side)
+        check_images(torch.empty(1, model.in_chans, height, width), model.in_chans, model.smallest_side)
+    logging.disable(logging.WARNING)  # of the exporters; `main` takes it back
     status = 0
     for name in args.formats:
-        path = Path(args.out) / f"{config.MODEL.NAME}_{size[0]}x{size[1]}{FORMATS[name].suffix}"
+        path = Path(args.out) / f"{config.MODEL.NAME}_{height}x{width}{FORMATS[name].suffix}"
         try:
-            print(export_model(model, name, (model.in_chans, *size), path, args.batch), flush=True)
+            print(export_model(model, name, (model.in_chans, height, width), path), flush=True)
         except (ExportError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             status = 1

@@ -10,11 +10,10 @@ cannot be read an error is printed; the others are predicted, and the exit statu
 import argparse
 import json
 import logging
-import os
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
@@ -27,13 +26,12 @@ from torch import Tensor  # noqa: E402
 from yacs.config import CfgNode  # noqa: E402
 
 import utils  # noqa: E402
-from config import load_config  # noqa: E402
+from config import flatten, load_config  # noqa: E402
 from data.build import evaluation_transform  # noqa: E402
 from data.images import decode_rgb, is_image_name, log_left_out  # noqa: E402
 from data.source import FileSource  # noqa: E402
 from data.transforms import Transform  # noqa: E402
 from models import FocalTransformer, build_model, load_checkpoint, read_checkpoint  # noqa: E402
-from training.state import load_ema  # noqa: E402
 
 logger = logging.getLogger("predict")
 
@@ -60,9 +58,10 @@ class Prediction:
 
     def as_json(self) -> dict[str, object]:
         """As a dict for JSON."""
-        keys = ("class", "name", "probability")
-        top = [dict(zip(keys, entry, strict=True)) for entry in self.top]
-        return {"image": self.image, "error": self.error} if self.error else {"image": self.image, "top": top}
+        if self.error:
+            return {"image": self.image, "error": self.error}
+        top = [{"class": number, "name": name, "probability": share} for number, name, share in self.top]
+        return {"image": self.image, "top": top}
 
     def as_text(self) -> str:
         """The image's name and one line per class."""
@@ -90,28 +89,20 @@ def load_config_of(args: argparse.Namespace) -> CfgNode:
         UserError: neither of them has one, or it has problems.
     """
     flags = {"MODEL.RESUME": args.resume, "DATA.DATA_PATH": args.data_path, "DEVICE": args.device}
-    opts = [*args.opts, *(word for key, value in flags.items() if value for word in (key, value))]
-    if args.cfg:
-        with utils.user_input():
-            return load_config(args.cfg, opts)
+    flags = {key: value for key, value in flags.items() if value}
     with utils.user_input():
-        content = read_checkpoint(args.resume) if args.resume else {}
-    text = content.get("config")
-    if not isinstance(text, str):
-        where = f"{args.resume} holds no configuration" if args.resume else "no --resume was given either"
-        raise utils.UserError(f"--cfg: expected a yaml file, as {where}; name the config of the model")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.yaml"
-        path.write_text(text, encoding="utf-8")
-        try:
-            return load_config(path, opts)
-        except ValueError as error:
-            message = str(error).replace(os.path.realpath(path), args.resume).replace(str(path), args.resume)
-            raise utils.UserError(message) from error
+        if args.cfg:
+            return load_config(args.cfg, args.opts, flags)
+        text = read_checkpoint(args.resume).get("config") if args.resume else None
+        if not isinstance(text, str):
+            where = f"{args.resume} holds no configuration" if args.resume else "no --resume was given either"
+            raise utils.UserError(f"--cfg: expected a yaml file, as {where}; name the config of the model")
+        saved = chain.from_iterable(flatten(CfgNode.load_cfg(text)).items())
+        return load_config(None, [*saved, *args.opts], flags)
 
 
 def load_model(config: CfgNode) -> FocalTransformer:
-    """The model of a configuration, with the weights of MODEL.RESUME (with EVAL_EMA, their moving average).
+    """The model of a configuration, with the weights of MODEL.RESUME.
 
     Raises:
         UserError: no such checkpoint, or it does not fit the configuration.
@@ -119,8 +110,7 @@ def load_model(config: CfgNode) -> FocalTransformer:
     with utils.user_input():
         model = build_model(config)
     with utils.user_input("MODEL.RESUME (--resume)"):
-        load = load_ema if config.EVAL_EMA else load_checkpoint
-        load(model, config.MODEL.RESUME)
+        load_checkpoint(model, config.MODEL.RESUME)
     return model
 
 
@@ -260,20 +250,15 @@ def predict(
             except ValueError as error:
                 prediction.error = str(error)
         if inputs:
-            best = _best_of(trained, torch.stack(inputs), min(top, len(names)))
-            for prediction in (each for each in predictions if not each.error):
-                prediction.top = [(number, names[number], share) for number, share in next(best)]
+            with torch.no_grad(), trained.precision.autocast(trained.device):
+                logits = trained.model(torch.stack(inputs).to(trained.device))
+            shares, classes = logits.float().cpu().softmax(dim=-1).topk(min(top, len(names)))
+            readable = [prediction for prediction in predictions if not prediction.error]
+            for prediction, *found in zip(readable, classes.tolist(), shares.tolist(), strict=True):
+                prediction.top = [
+                    (number, names[number], share) for number, share in zip(*found, strict=True)
+                ]
         yield from predictions
-
-
-@torch.no_grad()
-def _best_of(trained: Trained, inputs: Tensor, top: int) -> Iterator[list[tuple[int, float]]]:
-    """Per image [B, C, H, W] the likeliest classes with their probabilities."""
-    with trained.precision.autocast(trained.device):
-        logits = trained.model(inputs.to(trained.device))
-    shares, classes = logits.float().cpu().softmax(dim=-1).topk(top, dim=-1)
-    pairs = zip(classes.tolist(), shares.tolist(), strict=True)
-    return iter([list(zip(numbers, values, strict=True)) for numbers, values in pairs])
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -3,13 +3,12 @@
 from data.build import Loaders, build_loaders, check_same_data
 from data.datasets import EvalImages, TrainImages
 from data.images import UndecodableImageError
-from data.samplers import EvalSampler, ShardSampler, TrainSampler
+from data.samplers import EvalSampler, TrainSampler
 
 __all__ = [
     "EvalImages",
     "EvalSampler",
     "Loaders",
-    "ShardSampler",
     "TrainImages",
     "TrainSampler",
     "UndecodableImageError",

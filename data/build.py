@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from data import folder
-from data.archive import CachedSource, open_archive_split
+from data.archive import open_archive_split
 from data.datasets import EvalImages, ImageLoader, TrainImages
 from data.hugging_face import load_splits, open_rows
 from data.images import decode_rgb
-from data.samplers import EvalSampler, ShardSampler, TrainSampler, shard_of
+from data.samplers import EvalSampler, TrainSampler
 from data.shards import open_shards
 from data.source import ImageSource, some
 from data.transforms import (
@@ -95,13 +95,7 @@ def build_loaders(config: CfgNode, rank: int | None = None, world_size: int | No
     check_options(config)
     data = config.DATA
     splits = ("val",) if config.EVAL_MODE else ("train", "val")
-    cache_mode = data.CACHE_MODE if data.ZIP_MODE else "no"
     sources = _open(config, splits)
-    if cache_mode != "no":
-        for split, source in sources.items():
-            count = len(source)
-            shard = range(count) if cache_mode == "full" else shard_of(count, rank, world_size)
-            sources[split] = CachedSource(source, shard)
     workers = limit_workers(data.NUM_WORKERS)
     val_dataset = EvalImages(
         sources["val"], evaluation_transform(config), partial(decode_rgb, upright=data.EXIF_ORIENTATION)
@@ -111,8 +105,7 @@ def build_loaders(config: CfgNode, rank: int | None = None, world_size: int | No
         return Loaders(None, val_dataset, None, val_loader, None, None)
     decode, transform = with_decoder(data.DECODER, _train_transform(config), data.EXIF_ORIENTATION)
     train_dataset = TrainImages(sources["train"], transform, config.SEED, decode)
-    sampler_class = ShardSampler if cache_mode == "part" else TrainSampler
-    train_sampler = sampler_class(len(train_dataset), data.BATCH_SIZE, rank, world_size, config.SEED)
+    train_sampler = TrainSampler(len(train_dataset), data.BATCH_SIZE, rank, world_size, config.SEED)
     train_loader = _loader(config, train_dataset, train_sampler, workers)
     return Loaders(train_dataset, val_dataset, train_loader, val_loader, train_sampler, _mixup(config))
 
@@ -131,8 +124,6 @@ def check_same_data(loaders: Loaders) -> None:
     different = (ranks != ranks[0]).any(dim=1).nonzero().flatten().tolist()
     if different:
         counts = [f"{ranks[n][0]} and {ranks[n][2]} in process {n}" for n in (0, different[0])]
-        if ranks[0][::2].equal(ranks[different[0]][::2]):
-            counts[1] += " with other labels"
         raise UserError(
             "DATA.DATA_PATH: expected the same images and labels in all processes, got for training and "
             f"validation {', but '.join(counts)}; copy the data to all machines again"
@@ -150,11 +141,6 @@ def check_options(config: CfgNode) -> None:
     if data.ZIP_MODE and data.DATASET not in FOLDERS:
         problems.append(
             f"DATA.ZIP_MODE: expected False with DATA.DATASET {data.DATASET}, got True; drop --zip"
-        )
-    if data.CACHE_MODE == "full" and not data.ZIP_MODE:
-        problems.append(
-            "DATA.CACHE_MODE: expected DATA.ZIP_MODE (--zip) along with 'full', as only archives are cached; "
-            "add that or drop it"
         )
     try:
         channel_stats(config.MODEL.FOCAL.IN_CHANS, data.MEAN, data.STD)
@@ -219,8 +205,8 @@ def _open(config: CfgNode, splits: tuple[str, ...]) -> dict[str, Any]:
     names, maps = data.HF, "ILSVRC2011fall_whole_map_{}.txt"
     load = cache(load_splits)  # once for both splits
     openers: dict[str, Callable[[str], ImageSource]] = {
-        "zip": lambda split: open_archive_split(root, split, num_classes),
-        "imagenet22k": lambda split: folder.read_map_of_files(root, maps.format(split), num_classes),
+        "zip": lambda split: open_archive_split(root, split),
+        "imagenet22k": lambda split: folder.read_map_of_files(root, maps.format(split)),
         "wds": lambda split: open_shards(root, split, Path(config.OUTPUT or "output")),
         "hf": lambda split: open_rows(
             load(data.DATA_PATH),
@@ -316,5 +302,4 @@ def _loader(config: CfgNode, images: TrainImages | EvalImages, sampler: Any, wor
         drop_last=is_training,
         worker_init_fn=leave_signals_to_parent,
         persistent_workers=workers > 0,
-        multiprocessing_context=(data.WORKER_START_METHOD or None) if workers else None,
     )

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from data.images import UndecodableImageError, decode_rgb
 from data.samplers import SampleKey
-from data.seeding import Stream, derive_seed, seeded_rngs
+from data.seeding import AUGMENT, REPLACE, derive_seed, seeded_rngs
 from data.source import ImageSource
 from data.transforms import Decode, Transform
 from data.workers import stop_signals_blocked
@@ -61,12 +61,12 @@ class TrainImages(Dataset[Sample]):
             UndecodableImageError: too many images in a row do not decode, or cannot be read.
         """
         epoch, index = key
-        seed = derive_seed(self._seed, Stream.AUGMENT, epoch, index)
+        seed = derive_seed(self._seed, AUGMENT, epoch, index)
         try:
             return self._sample(index, seed)
         except UndecodableImageError as error:
             reason = str(error)
-        draw = np.random.default_rng(derive_seed(self._seed, Stream.REPLACE, epoch, index))
+        draw = np.random.default_rng(derive_seed(self._seed, REPLACE, epoch, index))
         for candidate in draw.integers(len(self), size=_MAX_REPLACEMENTS).tolist():
             try:
                 return self._sample(candidate, seed)._replace(replaced=reason)

@@ -12,17 +12,16 @@ folder of OUT:
 - segmentation: such scenes in the layout of ADE20K, with label images.
 
 About a fifth of the scans of every digit is held out, for the validation splits of all kinds. Equal
-options give equal bytes. A second call with the same options changes nothing.
+options give equal bytes. A folder that is there stays as it is.
 """
 
 import argparse
-import json
 import logging
 import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -33,8 +32,6 @@ from utils import path_argument
 
 logger = logging.getLogger(__name__)
 
-_STAMP = ".demo.json"
-"""File with the options that a folder was written with."""
 _HELD_OUT = 0.2
 _SIDE = 32  # of single digits, in pixels
 _ZIP_DATE = (2021, 1, 1, 0, 0, 0)
@@ -87,13 +84,12 @@ def load_digit_splits(seed: int) -> dict[str, DigitSplit]:
 
 
 def write_demo(out: Path, kinds: Sequence[str], options: DemoOptions) -> dict[str, Path]:
-    """Write demo data sets (keys of WRITERS) to `out`; one that is there with the same options stays.
+    """Write demo data sets (keys of WRITERS) to `out`; one that is there stays.
 
     Returns:
         The folder of each kind.
 
     Raises:
-        ValueError: a folder in the way was not written by this module.
         ImportError: scikit-learn is not installed.
     """
     for kind in kinds:
@@ -102,22 +98,13 @@ def write_demo(out: Path, kinds: Sequence[str], options: DemoOptions) -> dict[st
 
 
 def _write_kind(folder: Path, kind: str, options: DemoOptions) -> None:
-    stamp = json.dumps({"kind": kind, **asdict(options)}, indent=1)
-    if (folder / _STAMP).is_file():
-        if (folder / _STAMP).read_text(encoding="utf-8") == stamp:
-            logger.info("%s: already there", folder)
-            return
-    elif folder.exists():
-        raise ValueError(
-            f"{folder}: expected nothing or a demo data set to replace, got a folder with other content; "
-            "choose another output folder"
-        )
+    if folder.exists():
+        logger.info("%s: already there", folder)
+        return
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     WRITERS[kind](unfinished, options)
-    (unfinished / _STAMP).write_text(stamp, encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
     os.replace(unfinished, folder)
     logger.info("%s: written", folder)
 

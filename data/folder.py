@@ -135,30 +135,23 @@ def read_solution(path: Path, image_dir: Path) -> FileSource:
     lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     for number, line in enumerate(lines[1:], start=2):
         image, _, boxes = line.partition(",")
-        where, name = f"{path}:{number}", boxes.split()[:1]
-        if not image or not name:
+        if not image or not boxes.split():
             raise ValueError(
-                f"{where}: expected '<image>,<class> <box>', got {line[:100]!r}; copy the file again"
+                f"{path}:{number}: expected '<image>,<class> <box>', got {line[:100]!r}; copy the file again"
             )
-        if image not in files or files[image] in found:
-            got = "a second line for it" if image in files else "no such file"
-            raise ValueError(
-                f"{where}: expected one line for every image in {image_dir}, got {image!r}: {got}; copy the "
-                "file or the images again"
-            )
-        found[files[image]] = name[0]
-    if missing := sorted(set(files.values()) - set(found)):
+        found[image] = boxes.split()[0]
+    if different := sorted(found.keys() ^ files.keys()):
         raise ValueError(
-            f"{path}: expected a line for every image in {image_dir}, got none for {some(missing)}; copy the "
-            "file again"
+            f"{path}: expected a line for every image in {image_dir}, and no other, got a difference in "
+            f"{some(different)}; copy the file or the images again"
         )
     classes = sorted(set(found.values()))
     label_of = {name: label for label, name in enumerate(classes)}
-    images = sorted((label_of[name], file) for file, name in found.items())
+    images = sorted((label_of[name], files[image]) for image, name in found.items())
     return FileSource(image_dir, [file for _, file in images], [label for label, _ in images], classes)
 
 
-def read_map_of_files(root: Path, map_name: str, num_classes: int) -> FileSource:
+def read_map_of_files(root: Path, map_name: str) -> FileSource:
     """The images that a map file names by paths relative to a folder.
 
     A sample of the files, spread evenly over the map, is checked to exist; all of ImageNet-22K's would take
@@ -167,23 +160,17 @@ def read_map_of_files(root: Path, map_name: str, num_classes: int) -> FileSource
     Args:
         root: folder with the map and the images.
         map_name: file name of the map.
-        num_classes: labels must lie in [0, num_classes).
 
     Raises:
         FileNotFoundError: the map or an image does not exist.
-        ValueError: the map is malformed, or a path is absolute.
+        ValueError: the map is malformed.
     """
-    image_map = read_map(root / map_name, num_classes)
-    for entry, name in enumerate(image_map.names):
-        if os.path.isabs(name):
-            raise ValueError(
-                f"{image_map.where(entry)}: expected a path relative to {root}, got {name}; correct the map"
-            )
-    probes = np.linspace(0, len(image_map.names) - 1, min(_MAX_PROBES, len(image_map.names)))
+    names, labels = read_map(root / map_name)
+    probes = np.linspace(0, len(names) - 1, min(_MAX_PROBES, len(names)))
     for entry in probes.astype(int).tolist():
-        if not os.path.isfile(root / image_map.names[entry]):
+        if not os.path.isfile(root / names[entry]):
             raise FileNotFoundError(
-                f"{image_map.where(entry)}: expected an image at {root / image_map.names[entry]}, got "
-                "nothing; paths in the map are relative to DATA.DATA_PATH: correct the map or the path"
+                f"{root / map_name}:{entry + 1}: expected an image at {root / names[entry]}, got nothing; "
+                "paths in the map are relative to DATA.DATA_PATH: correct the map or the path"
             )
-    return FileSource(root, image_map.names, image_map.labels)
+    return FileSource(root, names, labels)

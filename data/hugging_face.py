@@ -1,7 +1,6 @@
 """Data sets in the formats of Hugging Face's library `datasets`, which is needed for this source only."""
 
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,6 @@ import numpy as np
 
 from data.images import UndecodableImageError
 from data.source import SPLITS, check_size, some
-
-_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 class RowSource:
@@ -89,6 +86,8 @@ def open_rows(
     Raises:
         ValueError: there is no such split or column, or a label is no whole number.
     """
+    import datasets
+
     names = [split_name] if split_name else list(SPLITS[split])
     found = next((name for name in names if name in splits), None)
     if found is None:
@@ -97,7 +96,9 @@ def open_rows(
             f"DATA.HF.{split.upper()}_SPLIT"
         )
     rows, origin = splits[found], f"{source}, {found}"
-    return RowSource(rows, _image_column(rows, image, origin), _label_column(rows, label, origin), origin)
+    image = _column(rows, image, datasets.Image, ("image", "img"), "IMAGE_COLUMN", origin)
+    label = _column(rows, label, datasets.ClassLabel, ("label", "labels"), "LABEL_COLUMN", origin)
+    return RowSource(rows, image, label, origin)
 
 
 def load_splits(source: str) -> dict[str, Any]:
@@ -108,8 +109,7 @@ def load_splits(source: str) -> dict[str, Any]:
 
     Raises:
         ImportError: the library is not installed.
-        OSError: there is no such data set, or it cannot be read.
-        ValueError: the data set is damaged.
+        ValueError: there is no such data set, or it cannot be read.
     """
     try:
         import datasets
@@ -127,8 +127,7 @@ def load_splits(source: str) -> dict[str, Any]:
             return {str(rows.split or "train"): rows}
         if path.is_file():
             return datasets.load_dataset("parquet", data_files=source)
-        if path.is_dir() or _HUB_NAME.fullmatch(source):
-            return datasets.load_dataset(source)
+        return datasets.load_dataset(source)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = error.__cause__ or error
         raise ValueError(
@@ -136,37 +135,24 @@ def load_splits(source: str) -> dict[str, Any]:
             f"parquet files, or a name on the hub), got: {' '.join(str(reason).split())}; correct "
             "DATA.DATA_PATH"
         ) from error
-    raise FileNotFoundError(
-        "DATA.DATA_PATH: expected a folder, a parquet file or a name on the hub with DATA.DATASET hf, got "
-        f"{source}; correct it"
-    )
 
 
-def _image_column(rows: Any, wanted: str, origin: str) -> str:
-    import datasets
+def _column(rows: Any, wanted: str, kind: type, usual: tuple[str, str], option: str, origin: str) -> str:
+    """The wanted column; else one with a usual name, or the only one of a kind.
 
-    declared = [name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)]
-    plain = [name for name, kind in rows.features.items() if _holds_bytes(kind)]
-    return _choose(wanted, declared or plain, rows, "IMAGE_COLUMN", origin)
+    Args:
+        rows: a `datasets.Dataset`.
+        wanted: its name; '' to find it.
+        kind: of its feature. If no column is of the kind, all can have a usual name.
+        usual: names.
+        option: under DATA.HF, for the message.
+        origin: name of the split, for the message.
 
-
-def _holds_bytes(kind: Any) -> bool:
-    """Whether a column has the content of files, undeclared: binary, or a structure with `bytes`."""
-    return "binary" in getattr(kind.get("bytes") if isinstance(kind, dict) else kind, "dtype", "")
-
-
-def _label_column(rows: Any, wanted: str, origin: str) -> str:
-    import datasets
-
-    declared = [name for name, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)]
-    integers = [name for name, kind in rows.features.items() if "int" in getattr(kind, "dtype", "")]
-    found = declared or integers
-    usual = [name for name in ("label", "labels") if name in found]
-    return _choose(wanted, usual[:1] or found, rows, "LABEL_COLUMN", origin)
-
-
-def _choose(wanted: str, found: list[str], rows: Any, option: str, origin: str) -> str:
-    """The wanted column, or the only one that was found; ValueError if there is none."""
+    Raises:
+        ValueError: there is none, or it is not clear which.
+    """
+    declared = [name for name, feature in rows.features.items() if isinstance(feature, kind)]
+    found = [name for name in usual if name in (declared or rows.column_names)] or declared
     if wanted in rows.features:
         return wanted
     if not wanted and len(found) == 1:

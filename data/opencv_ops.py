@@ -1,13 +1,14 @@
-"""Operations of timm's RandAugment and AutoAugment on arrays [height, width, 3] of bytes, with OpenCV.
+"""Operations of timm's RandAugment and AutoAugment on arrays [height, width, 3] of bytes.
 
-timm still draws the operations and their strengths; only the computation is replaced, where OpenCV is much
-faster. Moved images differ from Pillow's by OpenCV's cubic kernel and at their edge to the fill colour,
-sharpened ones by rounding. All other operations run through Pillow.
+timm still draws the operations and their strengths; only the computation is replaced. Those that move the
+image run in OpenCV, which is much faster; they differ from Pillow's by OpenCV's cubic kernel and at their
+edge to the fill colour. All others run through Pillow.
 """
 
 import math
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,28 +17,42 @@ from PIL import Image
 from timm.data import auto_augment
 
 Operation = Callable[..., np.ndarray]
-_SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], dtype=np.float32) / 13  # Pillow's ImageFilter.SMOOTH
+Matrix = tuple[float, float, float, float, float, float]
+"""As for PIL.Image.AFFINE: from points of the result to points of the image, about corners of pixels."""
 
 
-def sharpness(pixels: np.ndarray, factor: float, **_: Any) -> np.ndarray:
-    """Towards a smoothed image, or away from it; the outermost pixels stay."""
-    import cv2
-
-    result = pixels.copy()
-    smooth = cv2.filter2D(pixels, -1, _SMOOTH)[1:-1, 1:-1]
-    inner = np.s_[1:-1, 1:-1]
-    result[inner] = cv2.addWeighted(pixels[inner], factor, smooth, 1 - factor, 0)
-    return result
+def _rotation(pixels: np.ndarray, degrees: float) -> Matrix:
+    """Counter-clockwise about the centre."""
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    y, x = pixels.shape[0] / 2, pixels.shape[1] / 2
+    return cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y
 
 
-def _moved(
-    pixels: np.ndarray, matrix: Sequence[float], fillcolor: Any = 0, resample: Any = None
+MATRICES: dict[Callable[..., Image.Image], Callable[[np.ndarray, float], Matrix]] = {
+    auto_augment.shear_x: lambda _, factor: (1, factor, 0, 0, 1, 0),
+    auto_augment.shear_y: lambda _, factor: (1, 0, 0, factor, 1, 0),
+    auto_augment.translate_x_abs: lambda _, shift: (1, 0, shift, 0, 1, 0),
+    auto_augment.translate_y_abs: lambda _, shift: (1, 0, 0, 0, 1, shift),
+    auto_augment.translate_x_rel: lambda pixels, share: (1, 0, share * pixels.shape[1], 0, 1, 0),
+    auto_augment.translate_y_rel: lambda pixels, share: (1, 0, 0, 0, 1, share * pixels.shape[0]),
+    auto_augment.rotate: _rotation,
+}
+"""What timm's functions do to an image, by their strength."""
+
+
+def _move(
+    matrix_of: Callable[[np.ndarray, float], Matrix],
+    pixels: np.ndarray,
+    strength: float,
+    fillcolor: Any = 0,
+    resample: Any = None,
 ) -> np.ndarray:
-    """PIL's transform with an affine matrix from points of the result to points of the image.
+    """Move the pixels of an image.
 
     Args:
+        matrix_of: one of MATRICES.
         pixels: [height, width, 3].
-        matrix: a, b, c, d, e, f as for PIL.Image.AFFINE, about corners of pixels, not centres.
+        strength: as timm draws it.
         fillcolor: of what lies outside.
         resample: of PIL, or several to draw from.
     """
@@ -46,7 +61,7 @@ def _moved(
     if isinstance(resample, list | tuple):
         resample = random.choice(resample)  # as timm draws it
     method = cv2.INTER_CUBIC if resample == Image.Resampling.BICUBIC else cv2.INTER_LINEAR
-    a, b, c, d, e, f = matrix
+    a, b, c, d, e, f = matrix_of(pixels, strength)
     return cv2.warpAffine(
         pixels,
         np.array([[a, b, c + (a + b - 1) / 2], [d, e, f + (d + e - 1) / 2]]),  # about centres of pixels
@@ -57,51 +72,10 @@ def _moved(
     )
 
 
-def shear_x(pixels: np.ndarray, factor: float, **options: Any) -> np.ndarray:
-    """Shift rows by `factor` times their number."""
-    return _moved(pixels, (1, factor, 0, 0, 1, 0), **options)
-
-
-def shear_y(pixels: np.ndarray, factor: float, **options: Any) -> np.ndarray:
-    """Shift columns by `factor` times their number."""
-    return _moved(pixels, (1, 0, 0, factor, 1, 0), **options)
-
-
-def translate_x_abs(pixels: np.ndarray, shift: float, **options: Any) -> np.ndarray:
-    """Shift to the left, in pixels."""
-    return _moved(pixels, (1, 0, shift, 0, 1, 0), **options)
-
-
-def translate_y_abs(pixels: np.ndarray, shift: float, **options: Any) -> np.ndarray:
-    """Shift up, in pixels."""
-    return _moved(pixels, (1, 0, 0, 0, 1, shift), **options)
-
-
-def translate_x_rel(pixels: np.ndarray, share: float, **options: Any) -> np.ndarray:
-    """Shift to the left, as a share of the width."""
-    return translate_x_abs(pixels, share * pixels.shape[1], **options)
-
-
-def translate_y_rel(pixels: np.ndarray, share: float, **options: Any) -> np.ndarray:
-    """Shift up, as a share of the height."""
-    return translate_y_abs(pixels, share * pixels.shape[0], **options)
-
-
-def rotate(pixels: np.ndarray, degrees: float, **options: Any) -> np.ndarray:
-    """Turn counter-clockwise about the centre."""
-    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    y, x = pixels.shape[0] / 2, pixels.shape[1] / 2
-    return _moved(pixels, (cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y), **options)
-
-
 OPERATIONS: dict[Callable[..., Image.Image], Operation] = {
-    getattr(auto_augment, operation.__name__): operation
-    for operation in (
-        *(sharpness, shear_x, shear_y, rotate),
-        *(translate_x_abs, translate_y_abs, translate_x_rel, translate_y_rel),
-    )
+    function: partial(_move, matrix_of) for function, matrix_of in MATRICES.items()
 }
-"""By the function of timm that does the same on a PIL image."""
+"""By the function of timm that does the same to a PIL image."""
 
 
 def flip(pixels: np.ndarray, probability: float) -> np.ndarray:

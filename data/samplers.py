@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import Sampler
 
-from data.seeding import Stream, derive_seed
+from data.seeding import SHUFFLE, derive_seed
 
 SampleKey = tuple[int, int]
 """(epoch, index in the data set)"""
@@ -57,57 +57,30 @@ class TrainSampler(Sampler[SampleKey]):
 
     def __len__(self) -> int:
         """Number of images this process sees from the position on."""
-        return len(self._batches(self.epoch, self.samples_seen, self.rank)) * self.batch_size
+        return self._batches().numel()
 
     def __iter__(self) -> Iterator[SampleKey]:
         epoch = self.epoch
-        for index in self._batches(epoch, self.samples_seen, self.rank).flatten().tolist():
+        for index in self._batches().flatten().tolist():
             yield epoch, index
 
-    def _batches(self, epoch: int, samples_seen: int, rank: int) -> torch.Tensor:
-        """The indices of a process from a position on, [steps, batch size]."""
-        order = self._permutation(self.num_images, epoch)[samples_seen:]
+    def _batches(self) -> torch.Tensor:
+        """The indices of this process from the position on, [steps, batch size]."""
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, SHUFFLE, self.epoch))
+        order = torch.randperm(self.num_images, generator=generator)[self.samples_seen :]
         steps = len(order) // (self.batch_size * self.world_size)
         used = order[: steps * self.batch_size * self.world_size]
-        return used.view(steps, self.world_size, self.batch_size)[:, rank]
-
-    def _permutation(self, length: int, *position: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, Stream.SHUFFLE, *position))
-        return torch.randperm(length, generator=generator)
-
-
-class ShardSampler(TrainSampler):
-    """Shuffles, in every epoch, the shard that this process caches in memory (`shard_of`).
-
-    Every process runs the same number of full batches. The order depends on the number of processes, so an
-    epoch cannot be resumed under another one.
-    """
-
-    @property
-    def order(self) -> str:
-        return f"{super().order} in shards of {self.world_size} processes"
-
-    def _batches(self, epoch: int, samples_seen: int, rank: int) -> torch.Tensor:
-        shard = torch.tensor(shard_of(self.num_images, rank, self.world_size))
-        smallest = self.num_images // self.world_size
-        order = shard[self._permutation(len(shard), epoch, rank)][samples_seen // self.world_size : smallest]
-        steps = len(order) // self.batch_size
-        return order[: steps * self.batch_size].view(steps, self.batch_size)
+        return used.view(steps, self.world_size, self.batch_size)[:, self.rank]
 
 
 class EvalSampler(Sampler[int]):
     """Every image exactly once, in order; processes may get different numbers of images."""
 
     def __init__(self, num_images: int, rank: int, world_size: int) -> None:
-        self._shard = shard_of(num_images, rank, world_size)
+        self._shard = range(rank, num_images, world_size)
 
     def __len__(self) -> int:
         return len(self._shard)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._shard)
-
-
-def shard_of(num_images: int, rank: int, world_size: int) -> range:
-    """The indices that belong to a process: every `world_size`-th, from its rank on."""
-    return range(rank, num_images, world_size)

@@ -9,7 +9,6 @@ shards, or in the output folder where those cannot be written to, until a shard 
 """
 
 import contextlib
-import filecmp
 import itertools
 import json
 import logging
@@ -113,7 +112,6 @@ def _find_shards(root: Path, split: str) -> list[Path]:
 def _make_index(shards: list[Path]) -> Index:
     with ThreadPoolExecutor(_THREADS) as pool:
         parts = list(pool.map(_read_shard, shards))
-    _check_copies(shards, parts)
     rows = list(itertools.chain.from_iterable(parts))
     if not rows:
         raise ValueError(f"{shards[0]}: expected images ({', '.join(IMAGES)}) in the shards, got none")
@@ -203,17 +201,6 @@ def _read_label(files: dict[str, bytes], name: str) -> int:
             "the shard again"
         )
     return label
-
-
-def _check_copies(shards: list[Path], parts: list[list[Row]]) -> None:
-    """Raise ValueError if a shard is there twice under different names."""
-    seen: dict[int, Path] = {}
-    for shard, part in zip(shards, parts, strict=True):
-        other = seen.setdefault(hash(tuple(part)), shard)
-        if part and other is not shard and filecmp.cmp(shard, other, shallow=False):
-            raise ValueError(
-                f"{shard}: expected another content than {other}, got a copy; remove one of them"
-            )
 
 
 def _split_names(index: Index) -> list[str]:

@@ -6,7 +6,6 @@ before the conversion to a tensor.
 """
 
 import itertools
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from PIL import Image
 from timm.data import RandomResizedCropAndInterpolation, auto_augment, create_transform
 from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import ResizeKeepRatio
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode, functional
 
@@ -40,7 +40,6 @@ DEFAULT_RATIO = (0.75, 1.3333)
 SMALL_SIZE = 32
 """Side in pixels up to which images are padded and cropped for training, and not cropped in evaluation."""
 _SMALL_PADDING = 4
-_MAX_STRETCH = 32
 _EVAL_RATIO = 256 / 224
 
 
@@ -56,44 +55,6 @@ class Recipe:
     hflip: float = 0.5
     scale: Sequence[float] = DEFAULT_SCALE
     ratio: Sequence[float] = DEFAULT_RATIO
-
-
-class ResizeToCover:
-    """Resize, keeping the aspect ratio, to the smallest image that covers a target size.
-
-    An image more than `_MAX_STRETCH` times as long as wide, compared with the target, is cropped to that
-    first, which a centre crop never shows: a line of pixels would otherwise be resized to gigabytes.
-    """
-
-    def __init__(self, size: Size, interpolation: InterpolationMode) -> None:
-        self.size = size
-        self.interpolation = interpolation
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        height, width = self.size
-        longest = math.ceil(_MAX_STRETCH * image.width * height / width)
-        widest = math.ceil(_MAX_STRETCH * image.height * width / height)
-        if image.height > longest or image.width > widest:
-            image = functional.center_crop(image, [min(image.height, longest), min(image.width, widest)])
-        if width * image.height >= height * image.width:
-            new_size = [max(height, int(width * image.height / image.width)), width]
-        else:
-            new_size = [height, max(width, int(height * image.width / image.height))]
-        return functional.resize(image, new_size, self.interpolation)
-
-
-class ToNormalizedTensor:
-    """An image [H, W, C], or [H, W], as a normalised tensor [C, H, W]: ToTensor and Normalize, to the bit."""
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.mean = torch.tensor(mean).view(-1, 1, 1)
-        self.std = torch.tensor(std).view(-1, 1, 1)
-
-    def __call__(self, image: Pixels) -> torch.Tensor:
-        array = np.array(image) if isinstance(image, Image.Image) else image
-        pixels = torch.from_numpy(array).view(*array.shape[:2], -1).permute(2, 0, 1)
-        values = pixels.to(torch.float32, memory_format=torch.contiguous_format)
-        return values.div_(255).sub_(self.mean).div_(self.std)
 
 
 class OpencvCrop:
@@ -162,7 +123,8 @@ def _on_arrays(step: Any) -> Callable:
     if isinstance(step, auto_augment.RandAugment | auto_augment.AutoAugment):
         use_array_operations(_operations(step))
         return step
-    return step if isinstance(step, ToNormalizedTensor | RandomErasing) else ThroughPillow(step)
+    stays = isinstance(step, transforms.ToTensor | transforms.Normalize | RandomErasing)
+    return step if stays else ThroughPillow(step)
 
 
 def train_transform(
@@ -209,8 +171,8 @@ def train_transform(
     if channels == 1:
         augment.transforms.append(transforms.Grayscale())
     erasing = [step for step in to_tensor.transforms if isinstance(step, RandomErasing)]
-    last = [ToNormalizedTensor(mean, std), *erasing]
-    return transforms.Compose([*crop.transforms, *augment.transforms, *last])
+    normalize = [transforms.ToTensor(), transforms.Normalize(mean, std, inplace=True)]
+    return transforms.Compose([*crop.transforms, *augment.transforms, *normalize, *erasing])
 
 
 def eval_transform(
@@ -227,12 +189,14 @@ def eval_transform(
     mode = INTERPOLATIONS[interpolation]
     if crop and max(size) > SMALL_SIZE:
         larger = (int(_EVAL_RATIO * size[0]), int(_EVAL_RATIO * size[1]))
-        steps: list[Callable] = [ResizeToCover(larger, mode), transforms.CenterCrop(size)]
+        is_square = size[0] == size[1]
+        cover = transforms.Resize(larger[0], mode) if is_square else ResizeKeepRatio(larger, 0.0, mode.value)
+        steps: list[Callable] = [cover, transforms.CenterCrop(size)]
     else:
         steps = [transforms.Resize(size, mode)]
     if channels == 1:
         steps.append(transforms.Grayscale())
-    return transforms.Compose([*steps, ToNormalizedTensor(mean, std)])
+    return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(mean, std, inplace=True)])
 
 
 def channel_stats(

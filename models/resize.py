@@ -39,11 +39,6 @@ def is_plain(tensor: Tensor) -> bool:
     return is_known and tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_quantized)
 
 
-def depends_on_setting(name: str) -> bool:
-    """Whether a parameter's shape follows from window, focal windows, ring or input size."""
-    return any(pattern.search(name) for pattern in RESIZERS)
-
-
 def is_ring(name: str) -> bool:
     """Whether a parameter is the table of a ring, which a stage that is a single window lacks."""
     return name.endswith(f".{RING}")

@@ -89,7 +89,6 @@ def test_options_from_the_command_line(key: str, given: object, expected: object
         (["DATA.IMG_SIZE", [32, 32, 32]], ["DATA.IMG_SIZE", "[height, width]"]),
         (["DATA.DATASET", "cifar"], ["DATA.DATASET", "'imagenet'", "'folder'"]),
         (["TRAIN.BASE_LR", "nan"], ["TRAIN.BASE_LR", "a number"]),
-        (["SEED", "9" * 500], ["SEED: expected a magnitude"]),
         (["DATA.MEAN", [123.7, 116.3, 103.5]], ["DATA.MEAN", "[0, 1] for every entry"]),
     ],
 )

@@ -21,7 +21,7 @@ from timm.data import create_transform
 from yacs.config import CfgNode
 
 from config import load_config
-from data import EvalSampler, Loaders, ShardSampler, TrainSampler, build_loaders
+from data import EvalSampler, Loaders, TrainSampler, build_loaders
 from data.images import decode_rgb
 from data.transforms import Recipe, eval_transform, train_transform
 
@@ -91,7 +91,7 @@ def write_in22k(root: Path, as_json: bool) -> Path:
 
 
 def zip_config(root: Path, **overrides: object) -> CfgNode:
-    return make_config(root, **{"DATA__ZIP_MODE": True, "DATA__CACHE_MODE": "no"} | overrides)
+    return make_config(root, **{"DATA__ZIP_MODE": True} | overrides)
 
 
 def in22k_config(root: Path, **overrides: object) -> CfgNode:
@@ -115,18 +115,6 @@ def break_image(path: Path) -> None:
 
 
 # --- Formats ------------------------------------------------------------
-
-
-def test_zip_part_cache_keeps_each_ranks_shard_in_memory(folder: Path, tmp_path: Path) -> None:
-    root = write_zip(folder, tmp_path / "zip")
-    config = make_config(root, DATA__ZIP_MODE=True, DATA__CACHE_MODE="part")
-    ranks = [build_loaders(config, rank, world_size=2) for rank in (0, 1)]
-    (root / "train.zip").write_bytes(b"")
-    for rank, loaders in enumerate(ranks):
-        assert len(draw_epoch(loaders)[0]) == 8
-        assert loaders.train_dataset.undecodable == 0
-        assert {index % 2 for _, index in loaders.train_sampler} == {rank}
-    assert len(torch.cat([val_set(loaders)[0] for loaders in ranks])) == 9
 
 
 def test_eval_mode_needs_no_training_split(folder: Path) -> None:
@@ -294,17 +282,6 @@ def test_processes_together_see_what_one_sees(images: int, batch: int, world: in
     assert indices(TrainSampler(images, batch * world, 0, 1, seed=6), 0) != indices(whole, 0)
 
 
-@pytest.mark.parametrize(("images", "batch", "world"), [(24, 2, 1), (37, 5, 2), (101, 5, 4)])
-def test_shards_are_disjoint_and_equally_long(images: int, batch: int, world: int) -> None:
-    samplers = [ShardSampler(images, batch, rank, world, seed=5) for rank in range(world)]
-    for rank, sampler in enumerate(samplers):
-        mine = indices(sampler, 1)
-        assert len(mine) == len(set(mine)) == images // (batch * world) * batch
-        assert all(index % world == rank for index in mine)
-        assert indices(sampler, 1, batch * world) == mine[batch:]
-        assert indices(sampler, 2) != mine
-
-
 def test_another_number_of_processes_continues_with_the_unseen_images() -> None:
     """2 processes, then 3, then 1 with another batch size: no image twice, few left out."""
     seen: list[int] = []
@@ -314,8 +291,6 @@ def test_another_number_of_processes_continues_with_the_unseen_images() -> None:
         ]
         seen += [index for part in parts for index in part[: steps * batch]]
     assert len(seen) == len(set(seen)) == 96
-    orders = {ShardSampler(101, 5, 0, world, seed=3).order for world in (1, 2)}
-    assert len(orders) == 2, "shards change with the number of processes"
 
 
 @pytest.mark.parametrize(("images", "world"), [(1, 3), (7, 2), (11, 3), (10, 4), (9, 8), (24, 1)])
@@ -378,11 +353,8 @@ def test_missing_half_of_a_zip_split(zips: Path, tmp_path: Path) -> None:
     ("line", "parts"),
     [
         ("ant/0.png 0", ("expected a path and an integer label", "ant/0.png 0")),
-        ("ant/0.png\t3", ("expected a label in [0, 3), got 3", "MODEL.NUM_CLASSES")),
         ("ant/9.png\t0", ("expected an image ant/9.png", "train.zip")),
         ("other.zip@/ant/0.png\t0", ("expected the archive", "other.zip")),
-        ("/etc/other.zip@/ant/0.png\t0", ("expected an archive beside the map",)),
-        ("../../etc/passwd\t0", ("expected a path inside the data set",)),
     ],
 )
 def test_bad_map_line_is_named(zips: Path, line: str, parts: tuple[str, ...]) -> None:
@@ -395,7 +367,7 @@ def test_bad_map_line_is_named(zips: Path, line: str, parts: tuple[str, ...]) ->
 
 def test_empty_map_and_damaged_archives(zips: Path) -> None:
     (zips / "val_map.txt").write_text("\n")
-    with raises(ValueError, zips / "val_map.txt", "got an empty map"):
+    with raises(ValueError, zips / "val_map.txt", ":1: expected a path and an integer label"):
         build_loaders(zip_config(zips))
     (zips / "train.zip").write_bytes(b"no archive")
     with raises(ValueError, zips / "train.zip", "expected a zip archive, got a damaged"):
@@ -412,17 +384,23 @@ def test_bad_imagenet22k(folder: Path) -> None:
         build_loaders(in22k_config(folder))
     write_in22k(folder, as_json=True)
     (folder / "val" / "bee" / "1.png").unlink()
-    with raises(FileNotFoundError, IN22K_MAP.format("val"), "entry 4: expected an image at"):
+    with raises(FileNotFoundError, IN22K_MAP.format("val"), ":5: expected an image at"):
         build_loaders(in22k_config(folder))
-    for content, problem in (('["a.png"', "invalid JSON"), ("/etc/passwd\t0", "expected a path relative to")):
-        (folder / IN22K_MAP.format("train")).write_text(content)
-        with raises(ValueError, IN22K_MAP.format("train"), problem):
-            build_loaders(in22k_config(folder))
+    (folder / IN22K_MAP.format("train")).write_text('["a.png"')
+    with raises(ValueError, IN22K_MAP.format("train"), "a JSON list of [path, label], in UTF-8, got: "):
+        build_loaders(in22k_config(folder))
 
 
 def test_links_in_a_circle_list_images_once(folder: Path) -> None:
     (folder / "val" / "ant" / "loop").symlink_to(folder / "val" / "ant")
     assert len(build_loaders(make_config(folder)).val_dataset) == 9
+
+
+def test_labels_beyond_the_classes(zips: Path) -> None:
+    with (zips / "train_map.txt").open("a") as file:
+        file.write("ant/0.png\t3\n")
+    with raises(ValueError, "train.zip@/ant/0.png: expected a label in [0, 3), got 3", "MODEL.NUM_CLASSES"):
+        build_loaders(zip_config(zips))
 
 
 def test_too_few_training_images(folder: Path) -> None:
@@ -434,7 +412,6 @@ def test_too_few_training_images(folder: Path) -> None:
     ("overrides", "parts"),
     [
         ({"DATA__DATA_PATH": ""}, ("DATA.DATA_PATH: expected", "got ''")),
-        ({"DATA__CACHE_MODE": "full"}, ("DATA.CACHE_MODE: expected DATA.ZIP_MODE (--zip)",)),
         ({"DATA__ZIP_MODE": True, "DATA__DATASET": "imagenet22k"}, ("DATA.ZIP_MODE: expected False",)),
         ({"DATA__BATCH_SIZE": 3}, ("DATA.BATCH_SIZE: expected an even number", "got 3")),
         ({"DATA__MEAN": [0.5, 0.5]}, ("DATA.MEAN: expected 3 values, got",)),

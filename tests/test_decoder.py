@@ -90,7 +90,6 @@ def test_decoders_draw_the_same(policy: str, interpolation: str) -> None:
 
 
 LEVELS: dict[str, list[float]] = {
-    "sharpness": [0.0, 0.3, 1.0, 1.9],
     **{name: [0.0, 0.2, -0.3] for name in ("shear_x", "shear_y")},
     **{name: [20.4, -17.7, 500.0] for name in ("translate_x_abs", "translate_y_abs")},
     **{name: [0.3, -0.45] for name in ("translate_x_rel", "translate_y_rel")},

@@ -79,7 +79,7 @@ def test_a_model_of_another_setting(variant: str, setting: str, tmp_path: Path, 
     shapes, wanted = ({k: v.shape for k, v in state.items()} for state in (given.state_dict(), before))
     unlike = [key for key in shapes | wanted if shapes.get(key) != wanted.get(key)]
     if any("topk" not in name for name in unlike):
-        with pytest.raises(ValueError, match=r"Only what depends on windows or the input .*\(resize;"):
+        with pytest.raises(ValueError, match=r"\(resize\) fits other windows, another input size"):
             load_checkpoint(model, path)
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     else:  # nearest keys are chosen anew in any case
@@ -138,7 +138,7 @@ def test_a_stage_that_was_a_single_window_gets_a_ring(tmp_path: Path) -> None:
 
 def test_a_ring_that_the_model_lacks_is_dropped(tmp_path: Path) -> None:
     larger, smaller = build(1, img_size=384), build(2)
-    with pytest.raises(ValueError, match=r"(?s)Only what depends.*1 unexpected: layers.3.*neighbors"):
+    with pytest.raises(ValueError, match=r"(?s)does not fit the model.*1 unexpected: layers.3.*neighbors"):
         load_checkpoint(smaller, saved(larger, tmp_path))
     report = load_checkpoint(smaller, saved(larger, tmp_path), resize=True)
     assert (report.resized, report.continued, report.dropped) == ([], [], [LAST_RING])

@@ -133,7 +133,7 @@ def test_a_signal_stops_after_the_update_and_saves(
     assert_same_end(output, tmp_path)
 
 
-# --- Which run continues, and what becomes of the files of others -------------------------------------------
+# --- Which run continues ------------------------------------------------------------------------------------
 
 
 def test_a_run_that_has_lost_every_checkpoint_begins_again(few_images: Path, tmp_path: Path) -> None:
@@ -149,29 +149,30 @@ def test_a_run_that_has_lost_every_checkpoint_begins_again(few_images: Path, tmp
     (tmp_path / path.name).replace(path)
     for path in folder.glob("*.pth"):
         os.truncate(path, path.stat().st_size // 2)
-    before = (folder / "metrics.jsonl").read_bytes()
     assert main.main(arguments) == 0
     assert metrics_of(tmp_path) == once
-    assert (folder / "earlier_1" / "metrics.jsonl").read_bytes() == before
 
 
-def test_going_back_and_starting_elsewhere(few_images: Path, tmp_path: Path) -> None:
+def test_going_back_and_starting_elsewhere(
+    few_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a folder has is continued, or refused, but never replaced."""
     folder, opts = folder_of(tmp_path), [*OPTS, "SAVE_FREQ", 1]
     assert main.main(command(few_images, tmp_path, opts)) == 0
     once = metrics_of(tmp_path)
     first = str(folder / "ckpt_epoch_0.pth")
-    back = [*opts, "TRAIN.AUTO_RESUME", False]
-    assert main.main(command(few_images, tmp_path, back, "--resume", first)) == 0
-    assert (folder / "earlier_1" / "ckpt_epoch_1.pth").exists()
-    assert torch.load(folder / "best.pth", weights_only=True)["accuracy"] == once[-1]["max_accuracy"]
-    assert metrics_of(tmp_path) == once
+    anew = [*opts, "TRAIN.AUTO_RESUME", False]
+    before = {path: path.read_bytes() for path in folder.glob("*.[pj]*")}
+    assert main.main(command(few_images, tmp_path, anew, "--resume", first)) == 2
+    assert "TRAIN.AUTO_RESUME: expected True" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.glob("*.[pj]*")} == before
     assert main.main(command(few_images, tmp_path, opts, "--resume", first)) == 0
     assert f"continuing from {folder}" in (folder / "log_rank0.txt").read_text()
     new = folder_of(tmp_path / "new")
     new.mkdir(parents=True)
-    (new / "metrics.jsonl").write_text('{"kind": "train", "loss": 7.0}\n')
-    assert main.main(command(few_images, tmp_path / "new", opts, "--resume", first)) == 0
-    assert 7.0 not in [record["loss"] for record in metrics_of(tmp_path / "new")]
+    (new / "metrics.jsonl").write_text('{"kind": "train", "epoch": 0, "step": 1, "loss": 7.0}\n')
+    assert main.main(command(few_images, tmp_path / "new", anew, "--resume", first)) == 0
+    assert metrics_of(tmp_path / "new") == [r for r in once if r["kind"] == "epoch" or r["epoch"] == 1]
 
 
 def test_steps_that_are_counted_again_are_recorded_once(

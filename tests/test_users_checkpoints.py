@@ -158,12 +158,11 @@ def test_the_backbone_of_a_larger_model(container: str | None, tmp_path: Path, c
     assert "parts of a larger model are left out: 4: backbone_ema.norm.bias" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["norm.weight", STEM])
-def test_a_name_that_occurs_twice_is_refused(name: str, tmp_path: Path) -> None:
+def test_weights_of_several_models_are_refused(tmp_path: Path) -> None:
     state = build(kind="focal").state_dict()
     for prefix, second in (("", "module."), ("_orig_mod.", "module."), ("backbone.", "")):
-        path = saved(prefixed(state, prefix) | {second + name: torch.zeros(2)}, tmp_path)
-        with pytest.raises(ValueError, match=rf"expected every name once.*: {name}"):
+        path = saved(prefixed(state, prefix) | {second + STEM: torch.zeros(2)}, tmp_path)
+        with pytest.raises(ValueError, match=rf"the weights of one model, found several.*: .*{STEM}"):
             load_checkpoint(build(kind="focal"), path)
 
 
@@ -172,10 +171,6 @@ def test_what_else_has_a_prefix_stays_an_error(tmp_path: Path) -> None:
     model = build(kind="focal")
     state = model.state_dict() | {"encoder.extra": torch.zeros(2)}
     with pytest.raises(ValueError, match=r"1 unexpected: encoder\.extra"):
-        load_checkpoint(model, saved(state, tmp_path))
-    state = prefixed(model.state_dict(), "module.")
-    del state[f"module.{STEM}"]
-    with pytest.raises(ValueError, match=rf"1 missing: {STEM}$"):
         load_checkpoint(model, saved(state, tmp_path))
 
 
@@ -225,7 +220,7 @@ def test_the_first_convolution_takes_other_channels(
     path = saved(model.state_dict(), tmp_path)
     other = build(kind=kind, seed=1, use_conv_embed=conv, in_chans=channels)
     before = {key: value.clone() for key, value in other.state_dict().items()}
-    with pytest.raises(ValueError, match=r"Only the number of input channels differs: .* to 3, .*\(resize"):
+    with pytest.raises(ValueError, match=r"IN_CHANS.*\(resize(?s:.*)patch_embed.proj.weight is"):
         load_checkpoint(other, path)
     assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
     with caplog.at_level(logging.WARNING):
@@ -244,18 +239,8 @@ def test_other_channels_than_three_are_not_adapted(tmp_path: Path) -> None:
     path = saved(build(kind="focal", in_chans=4).state_dict(), tmp_path)
     model = build(kind="focal", seed=1)
     for resize in (False, True):
-        with pytest.raises(ValueError, match=r"\(in_chans\) to 4, or use weights of 3 channels"):
+        with pytest.raises(ValueError, match=r"3 input channels to another(?s:.*)patch_embed.proj.weight is"):
             load_checkpoint(model, path, resize=resize)
-
-
-def test_channels_head_and_setting_at_once(tmp_path: Path) -> None:
-    path = saved(build(kind="focal").state_dict(), tmp_path)
-    model = build(kind="focal", seed=1, in_chans=1, num_classes=7, focal_windows=[5] * 4)
-    what = "the classifier and what depends on windows or the input size and the number of input channels"
-    with pytest.raises(ValueError, match=rf"Only {what} differ: .*reset_head.*resize"):
-        load_checkpoint(model, path)
-    report = load_checkpoint(model, path, reset_head=True, resize=True)
-    assert report.adapted == [STEM] and report.reset == ["head.bias", "head.weight"] and report.resized
 
 
 def test_training_adapts_and_evaluation_does_not(
@@ -269,6 +254,6 @@ def test_training_adapts_and_evaluation_does_not(
     opts = ["--opts", *map(str, NANO_WORDS), "MODEL.FOCAL.IN_CHANS", "1", "TRAIN.EPOCHS", "1"]
     for flag in ("--pretrained", "--resume"):
         assert main.main([*command, "--eval", flag, path, *opts]) == 2
-        assert "set MODEL.FOCAL.IN_CHANS (in_chans) to 3" in capsys.readouterr().err
+        assert f"{STEM} is" in capsys.readouterr().err
     assert main.main([*command, "--pretrained", path, *opts]) == 0
     assert f"adapted to the model's number: 1: {STEM}" in capsys.readouterr().out

@@ -50,7 +50,7 @@ def test_a_failure_ends_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     metrics = Metrics(tmp_path)
-    metrics.start_wandb(False, project="tests")
+    metrics.start(WeightsAndBiases, False, project="tests")
     monkeypatch.setattr(wandb.run, "log", lambda values: 1 / 0)
     for step in range(2):
         metrics.write("train", step, loss=1.5)
@@ -60,7 +60,7 @@ def test_a_failure_ends_nothing(
 
 def test_a_run_that_fails_is_marked_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = Metrics(tmp_path)
-    metrics.start_wandb(False, project="tests")
+    metrics.start(WeightsAndBiases, False, project="tests")
     ends: list[int] = []
     monkeypatch.setattr(wandb.run, "finish", lambda exit_code: ends.append(exit_code))
     metrics.close(failed=True, preempted=True)

@@ -15,20 +15,19 @@ import logging
 import os
 import re
 import shutil
-import time
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from yacs.config import CfgNode
 
 import utils
-from logger import Metrics, TensorBoard
+from logger import Metrics
 from models import read_checkpoint
-from training.preemption import FlagSync, StopRequested
+from training.preemption import StopRequested, StopSync, stop_received
 from training.state import EpochStep, Position, TrainState
 from utils import UserError, user_input
 
@@ -63,35 +62,16 @@ def checkpoints_in(folder: Path) -> list[tuple[EpochStep, Path]]:
     return sorted(found)
 
 
-class _ErrorKeepingFile:
-    """A file for `torch.save`; keeps the first OSError, since torch's own does not name a full disk."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file = file
-        self.error: OSError | None = None
-
-    def write(self, content: bytes) -> int:
-        try:
-            return self.file.write(content) if self.error is None else len(content)
-        except OSError as error:
-            self.error = error
-            return len(content)
-
-    def flush(self) -> None:
-        """Called by `torch.save`; closing the file flushes."""
-
-
 def write_checkpoint(content: dict[str, Any], path: Path) -> None:
     """Write plain data, whole or not at all.
 
     Raises:
         OSError: it cannot be written; what was there before stays.
     """
-    with utils.atomic_write(path) as temporary, temporary.open("wb") as file:
-        target = _ErrorKeepingFile(file)
-        torch.save(content, target)
-        if target.error is not None:
-            raise target.error
+    buffer = io.BytesIO()
+    torch.save(content, buffer)  # not to the file: the errors of torch.save do not name a full disk
+    with utils.atomic_write(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def is_valid(path: Path) -> bool:
@@ -143,40 +123,9 @@ def read_best(folder: Path) -> tuple[EpochStep, float]:
     path = folder / BEST_NAME
     with user_input():
         content = read_checkpoint(path) if is_valid(path) else {}
-    position, accuracy = content.get("position"), content.get("accuracy")
-    place = tuple(position.get(key) for key in ("epoch", "step")) if isinstance(position, dict) else ()
-    if [*map(type, place), type(accuracy)] != [int, int, float]:
+    if "accuracy" not in content:
         return (0, 0), 0.0
-    return place, accuracy
-
-
-def set_aside(folder: Path, later_than: EpochStep | None) -> None:
-    """Move what other runs have left to a folder `earlier_N` in `folder`; its files are no longer found.
-
-    Args:
-        folder: of the run.
-        later_than: move the checkpoints after this one, best.pth included; None moves all, and the metrics.
-
-    Raises:
-        OSError: a file cannot be moved.
-        UserError: best.pth cannot be read.
-    """
-    moved = [path for place, path in checkpoints_in(folder) if later_than is None or place > later_than]
-    best, metrics = folder / BEST_NAME, folder / Metrics.NAME
-    if later_than is None:
-        moved += [path for path in (best, metrics) if path.is_file() and path.stat().st_size]
-        moved += folder.glob(TensorBoard.FOLDER) if moved else ()  # else nothing was recorded
-    elif read_best(folder)[0] > later_than:
-        moved.append(best)
-    if not moved:
-        return
-    number = 1
-    while (target := folder / f"earlier_{number}").exists():
-        number += 1
-    target.mkdir()
-    for path in moved:
-        path.rename(target / path.name)
-    logger.warning(f"{len(moved)} files of an earlier run, not continued here, were moved to {target}")
+    return (content["position"]["epoch"], content["position"]["step"]), content["accuracy"]
 
 
 def prune(folder: Path, newest: EpochStep, keep: int) -> None:
@@ -191,11 +140,7 @@ def prune(folder: Path, newest: EpochStep, keep: int) -> None:
         newest: the one that was just written; later epochs are not touched.
         keep: how many stay at most; 0 for all those of whole epochs.
     """
-    try:
-        found = checkpoints_in(folder)
-    except OSError as error:
-        logger.warning(f"{folder}: superseded checkpoints stay: {error}")
-        return
+    found = checkpoints_in(folder)
     known = [(place, path) for place, path in found if place <= newest]
     last_whole = max((place for place, _ in known if not place[1]), default=(0, 0))
     current = [path for place, path in known if place[1] and place > last_whole][-KEPT_IN_EPOCH:]
@@ -224,8 +169,8 @@ def remove_temporary_files(folder: Path) -> None:
 class AsyncCheckpointWriter:
     """Copies a checkpoint to host memory and writes it in a thread, one at a time, while training goes on.
 
-    A failed write is logged and training goes on. After too many in a row, or a UserError of `write`,
-    `failure` is set, and training must stop. Failures of best.pth are counted apart from the others.
+    A failed write is logged and training goes on. After too many in a row, `failure` is set, and training
+    must stop. Failures of best.pth are counted apart from the others.
     """
 
     def __init__(self, max_failures: int) -> None:
@@ -242,7 +187,7 @@ class AsyncCheckpointWriter:
         Args:
             content: plain data; it may change as soon as this returns.
             path: the file that `write` writes, for messages.
-            write: may raise OSError, or UserError if training cannot go on.
+            write: may raise OSError.
         """
         self.wait()
         self._running = self._executor.submit(self._run, copied(content), path, write)
@@ -262,8 +207,6 @@ class AsyncCheckpointWriter:
         try:
             write(content)
             errors.clear()
-        except UserError as error:
-            self.failure = str(error)
         except OSError as error:
             message = f"{path}: expected to write a checkpoint, got: {error.strerror or error}"
             with contextlib.suppress(OSError):
@@ -288,13 +231,6 @@ def copied(item: Any) -> Any:
     return item.detach().to("cpu", copy=True) if torch.is_tensor(item) else item
 
 
-def all_finite(item: Any) -> bool:
-    """Whether all floating point tensors in nested data are finite."""
-    if isinstance(item, dict | list | tuple):
-        return all(map(all_finite, item.values() if isinstance(item, dict) else item))
-    return not (torch.is_tensor(item) and item.is_floating_point()) or bool(torch.isfinite(item).all())
-
-
 # --- When a run saves ---------------------------------------------------------------------------------------
 
 
@@ -302,7 +238,7 @@ class Checkpoints:
     """The checkpoints of a run. All ranks must call each method; the main one writes.
 
     `position` is where the run starts; nothing is saved there. `best` is the accuracy (percent) of best.pth,
-    known to the main rank only. Each checkpoint records the length of metrics.jsonl.
+    known to the main rank only.
     """
 
     def __init__(
@@ -313,33 +249,24 @@ class Checkpoints:
         self.metrics = metrics
         self.best = best
         self.writer = AsyncCheckpointWriter(config.SAVE_FAILURES_MAX)
-        self.flags = FlagSync()
+        self.stop_sync = StopSync()
         self._saved = position.epoch_step  # of the last save
         self._last_step = position.step
-        self._timer_start = time.monotonic()
 
     def after_update(self, state: TrainState, is_last: bool) -> None:
-        """Stop, fail or save inside an epoch (SAVE_STEPS, SAVE_MINUTES), on all ranks at the same step.
+        """Stop, or save inside an epoch (SAVE_STEPS), on all ranks at the same step.
 
         Args:
             state: between two updates.
             is_last: whether the epoch ends here.
 
         Raises:
-            StopRequested: a rank received a stop signal.
-            UserError: checkpoints cannot be written.
+            StopRequested: a rank received a stop signal, or checkpoints cannot be written; call `stop`.
         """
-        every, minutes = self.config.SAVE_STEPS, self.config.SAVE_MINUTES
-        is_late = minutes > 0 and time.monotonic() - self._timer_start >= 60 * minutes
-        if is_late:
-            self._timer_start = time.monotonic()  # request once: the flag may return a step later
-        flags = self.flags.sync(save=is_late and utils.is_main_process(), fail=bool(self.writer.failure))
-        if flags.fail:
-            self._raise(self.writer.failure)
-        if flags.stop:
+        if self.stop_sync.sync(stop_received() or bool(self.writer.failure)):
             raise StopRequested
-        step = state.position.step
-        is_due = flags.save or (every > 0 and step // every > self._last_step // every)
+        step, every = state.position.step, self.config.SAVE_STEPS
+        is_due = every > 0 and step // every > self._last_step // every
         self._last_step = step
         if is_due and not (is_last and self._is_epoch_due(state.position.epoch + 1)):
             self.save(state)
@@ -362,23 +289,17 @@ class Checkpoints:
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint of ``state``, which is between two updates."""
-        self._saved, self._timer_start = state.position.epoch_step, time.monotonic()
+        self._saved = state.position.epoch_step
         self._submit(state, file_name(state.position))
 
     def _submit(self, state: TrainState, name: str, accuracy: float | None = None) -> None:
         state.meter.gather()
         if not utils.is_main_process():
             return
-        content = state.state_dict() | {"metrics_size": self.metrics.flush()}
-        content |= {} if accuracy is None else {"accuracy": accuracy}
+        content = state.state_dict() | ({} if accuracy is None else {"accuracy": accuracy})
         newest, path = state.position.epoch_step, self.folder / name
 
         def write(saved: dict[str, Any]) -> None:
-            if not all_finite([saved.get(key) for key in ("model", "model_ema", "optimizer")]):
-                raise UserError(
-                    f"{path}: expected finite weights and optimizer moments, got nan or inf; nothing was "
-                    "saved; lower the learning rate, or train in bf16 or full precision"
-                )
             self.metrics.sync()
             write_checkpoint(saved, path)
             logger.debug(f"saved {path}")
@@ -390,8 +311,13 @@ class Checkpoints:
         self.writer.submit(content, path, write)
 
     def stop(self, state: TrainState) -> None:
-        """Save before a run leaves after a signal, if the state is not on the disk yet."""
+        """Save before a run ends after StopRequested, if the state is not on the disk yet.
+
+        Raises:
+            UserError: checkpoints cannot be written.
+        """
         self.writer.wait()
+        self._raise(self.writer.failure)
         if utils.any_rank(self._saved != state.position.epoch_step or bool(self.writer.errors)):
             self.save(state)
         self.finish(with_best=False)
@@ -405,7 +331,7 @@ class Checkpoints:
         Raises:
             UserError: the last checkpoint, or the last best.pth, could not be written.
         """
-        self.flags.wait()
+        self.stop_sync.wait()
         self.writer.wait()
         errors = self.writer.errors or (self.writer.best_errors if with_best else [])
         self._raise(self.writer.failure or "".join(errors[-1:]))

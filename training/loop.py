@@ -85,12 +85,12 @@ def train_one_epoch(
         state.meter.add_batch(loss, len(images))
         if is_update:
             norm = update(state, config.TRAIN.CLIP_GRAD)
-            state.meter.add_update(step, state.optimizer.param_groups[0]["lr"], norm)
+            state.meter.add_update(norm)
             position.step, position.updates = step + 1, position.updates + 1  # skipped ones count, too
             position.samples_seen += group_size * len(images) * utils.get_world_size()
         if (step + 1) % config.PRINT_FREQ == 0 or step + 1 == end_step:
             report(run, state, step, end_step)
-            raise_if_too_many_skipped(state)
+            raise_if_too_many_skipped(state, step)
         if is_update:
             after_update(state, step + 1 == end_step)
 
@@ -167,17 +167,17 @@ def report(run: Run, state: TrainState, step: int, steps: int) -> None:
     run.metrics.write("train", epoch * steps + step, epoch=epoch, step=step, **values)
 
 
-def raise_if_too_many_skipped(state: TrainState) -> None:
+def raise_if_too_many_skipped(state: TrainState, step: int) -> None:
     """Raise UserError if TRAIN.BAD_STEPS_MAX updates in a row were skipped, as `report` has read them."""
     skipped, most = state.meter.skipped_in_a_row, state.config.TRAIN.BAD_STEPS_MAX
-    if len(skipped) >= most:
-        first_step, first_rate = skipped[0]
+    if skipped >= most:
+        rate = state.optimizer.param_groups[0]["lr"]
         precision = ", or train in bf16" if state.scaler.is_enabled() else ""
         raise UserError(
-            f"epoch {state.position.epoch + 1}: expected finite gradients, got nan or inf in {len(skipped)} "
-            f"updates in a row, which were skipped (TRAIN.BAD_STEPS_MAX is {most}), from step "
-            f"{first_step + 1} and learning rate {first_rate:.3e} on; start the same command again with a "
-            f"lower learning rate{precision}: it continues from the newest checkpoint, if there is one"
+            f"epoch {state.position.epoch + 1}: expected finite gradients, got nan or inf in {skipped} "
+            f"updates in a row, which were skipped (TRAIN.BAD_STEPS_MAX is {most}), up to step {step + 1} "
+            f"with the learning rate {rate:.3e}; start the same command again with a lower learning "
+            f"rate{precision}: it continues from the newest checkpoint, if there is one"
         )
 
 

@@ -29,12 +29,12 @@ class TrainMeter:
     """Collects the steps of an epoch.
 
     Attributes:
-        skipped_in_a_row: (step, learning rate) of the skipped updates since the last one that was made.
+        skipped_in_a_row: number of skipped updates since the last one that was made.
         count_replaced: how many training images this rank has replaced because they did not decode.
     """
 
     def __init__(self) -> None:
-        self.skipped_in_a_row: list[list[float]] = []
+        self.skipped_in_a_row = 0
         self.count_replaced: Callable[[], int] = lambda: 0
         self.reset()
 
@@ -46,18 +46,18 @@ class TrainMeter:
         self._epoch_start = self._interval_start = time.perf_counter()
         self._interval_images = 0  # of this rank
         self._batches: list[list[float]] = []  # gathered: [loss, images] of every rank
-        self._updates: list[list[float]] = []  # read: [step, learning rate, norm]
+        self._norms: list[float] = []  # read: of each update
         self._pending_batches: list[tuple[torch.Tensor, int]] = []
-        self._pending_updates: list[tuple[int, float, torch.Tensor]] = []
+        self._pending_norms: list[torch.Tensor] = []
 
     def add_batch(self, loss: torch.Tensor, images: int) -> None:
         """Add the mean loss of a batch, a scalar on any device, and its number of images."""
         self._pending_batches.append((loss.detach(), images))
         self._interval_images += images
 
-    def add_update(self, step: int, lr: float, norm: torch.Tensor) -> None:
-        """Add the update made after batch ``step`` of the epoch, with its gradient norm."""
-        self._pending_updates.append((step, lr, norm.detach()))
+    def add_update(self, norm: torch.Tensor) -> None:
+        """Add the gradient norm of an update, a scalar on any device."""
+        self._pending_norms.append(norm.detach())
 
     def gather(self) -> None:
         """Read the scalars and exchange them between the ranks. Collective; waits for the device."""
@@ -68,10 +68,9 @@ class TrainMeter:
             losses, images = zip(*self._pending_batches, strict=True)
             columns = [torch.stack(losses).cpu().double(), torch.tensor(images, dtype=torch.float64)]
             self._batches += utils.all_gather(torch.stack(columns, dim=1)).flatten(0, 1).tolist()
-        if self._pending_updates:
-            steps, rates, norms = zip(*self._pending_updates, strict=True)
-            self._updates += map(list, zip(steps, rates, torch.stack(norms).cpu().tolist(), strict=True))
-        self._pending_batches, self._pending_updates = [], []
+        if self._pending_norms:
+            self._norms += torch.stack(self._pending_norms).cpu().tolist()
+        self._pending_batches, self._pending_norms = [], []
 
     def read(self) -> IntervalStats:
         """The interval since the last call. Collective; waits for the device."""
@@ -81,18 +80,18 @@ class TrainMeter:
         finite = [(loss, images) for loss, images in self._batches if math.isfinite(loss)]
         loss_sum = math.fsum(loss * images for loss, images in finite)
         image_sum = math.fsum(images for _, images in finite)
-        norms = [norm for _, _, norm in self._updates if math.isfinite(norm)]
+        norms = [norm for norm in self._norms if math.isfinite(norm)]
         stats = IntervalStats(
             loss=loss_sum / image_sum if image_sum else math.nan,
             grad_norm=math.fsum(norms) / len(norms) if norms else math.nan,
             img_per_s=img_per_s,
-            skipped=len(self._updates) - len(norms),
+            skipped=len(self._norms) - len(norms),
         )
-        for step, lr, norm in self._updates:
-            self.skipped_in_a_row = [] if math.isfinite(norm) else [*self.skipped_in_a_row, [step, lr]]
+        for norm in self._norms:
+            self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
         self.loss_sum += loss_sum
         self.image_sum += image_sum
-        self._batches, self._updates = [], []
+        self._batches, self._norms = [], []
         self._interval_start, self._interval_images = now, 0
         return stats
 
@@ -114,7 +113,7 @@ class TrainMeter:
             "image_sum": self.image_sum,
             "replaced": self.replaced,
             "batches": list(self._batches),
-            "updates": list(self._updates),
+            "norms": list(self._norms),
             "skipped_in_a_row": self.skipped_in_a_row,
             "seconds": time.perf_counter() - self._epoch_start,
         }
@@ -124,6 +123,6 @@ class TrainMeter:
         self.reset()
         self.loss_sum, self.image_sum = state["loss_sum"], state["image_sum"]
         self.replaced = state["replaced"]
-        self._batches, self._updates = list(state["batches"]), list(state["updates"])
+        self._batches, self._norms = list(state["batches"]), list(state["norms"])
         self.skipped_in_a_row = state["skipped_in_a_row"]
         self._epoch_start -= state["seconds"]

@@ -1,16 +1,13 @@
-"""Stop signals, and flags that all ranks see at the same step.
+"""Stop signals, and how all ranks stop at the same step.
 
-A signal may reach one rank only, and the clock of one rank decides when to save. The ranks therefore combine
-their flags after every update, over a CPU group and one update late, so that no rank waits for the device or
-the network.
+A signal may reach one rank only. The ranks therefore combine their flags after every update, over a CPU group
+and one update late, so that no rank waits for the device or the network.
 """
 
 import contextlib
 import signal
-import threading
 from collections.abc import Iterator
 from types import FrameType
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,9 +28,6 @@ class StopRequested(Exception):
 def handle_stop_signals() -> Iterator[None]:
     """Inside, a stop signal is recorded instead of ending the process."""
     _received.clear()
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python allows signal handlers in the main thread only
-        return
     before = {number: signal.signal(number, _record) for number in utils.STOP_SIGNALS}
     try:
         yield
@@ -52,39 +46,30 @@ def stop_received() -> bool:
     return bool(_received)
 
 
-class Flags(NamedTuple):
-    """What one rank wants, or, combined, what any rank wants."""
-
-    stop: bool = False  # save and leave
-    save: bool = False  # write a checkpoint
-    fail: bool = False  # training cannot go on
-
-
-class FlagSync:
-    """Combines the flags of all ranks by a logical or. All ranks must call the methods in the same order."""
+class StopSync:
+    """Combines the stop flags of all ranks. All ranks must call the methods in the same order."""
 
     def __init__(self) -> None:
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
-    def sync(self, save: bool, fail: bool) -> Flags:
-        """Send this rank's flags; returns those that all ranks sent in the previous call.
+    def sync(self, flag: bool) -> bool:
+        """Send this rank's flag; returns whether any rank set it in the previous call.
 
-        A single process gets its own flags back at once.
+        A single process gets its own flag back at once.
         """
-        flags = Flags(stop_received(), save, fail)
         if not utils.in_group():
-            return flags
+            return flag
         previous = self.wait()
-        tensor = torch.tensor(flags, dtype=torch.int32)
+        tensor = torch.tensor(int(flag))
         work = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=utils.cpu_group(), async_op=True)
         self._pending = work, tensor
         return previous
 
-    def wait(self) -> Flags:
-        """Wait for the flags of the last `sync`; no flag is set if there is nothing to wait for."""
+    def wait(self) -> bool:
+        """Wait for the flags of the last `sync`; False if there is nothing to wait for."""
         if self._pending is None:
-            return Flags()
+            return False
         work, tensor = self._pending
         work.wait()
         self._pending = None
-        return Flags(*map(bool, tensor.tolist()))
+        return bool(tensor)

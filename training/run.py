@@ -11,19 +11,17 @@ from yacs.config import CfgNode
 import utils
 from config import flatten
 from data import Loaders, build_loaders, check_same_data
+from logger import TensorBoard, WeightsAndBiases
 from models import FocalTransformer, load_checkpoint
-from models.checkpoint import read_class_map
 from training.checkpoints import (
-    BEST_NAME,
     Checkpoints,
     find_newest,
     read_best,
     remove_temporary_files,
-    set_aside,
 )
 from training.loop import Run, evaluate, train_one_epoch
 from training.preemption import EXIT_STOPPED, StopRequested, handle_stop_signals
-from training.state import TrainState, build_train_state, load_ema, read_training_checkpoint
+from training.state import TrainState, build_train_state, read_training_checkpoint
 from utils import UserError, user_input
 
 logger = logging.getLogger(__name__)
@@ -98,7 +96,7 @@ def setup(run: Run, model: FocalTransformer) -> tuple[TrainState, Loaders, Check
     best = 0.0
     with utils.raise_on_all_ranks():
         if utils.is_main_process():
-            best = prepare_folder(run, state, source, content)
+            best = prepare_folder(run, state, source)
     return state, loaders, Checkpoints(config, run.output, run.metrics, position, best)
 
 
@@ -106,19 +104,23 @@ def choose_checkpoint(run: Run) -> tuple[Path | str, str]:
     """The checkpoint to continue from, '' for none, and the option that chose it, for messages. Collective.
 
     Raises:
-        UserError: a file of the output folder cannot be read.
+        UserError: a file of the output folder cannot be read, or it has a checkpoint without AUTO_RESUME.
     """
     named, newest = run.config.MODEL.RESUME, None
     with utils.raise_on_all_ranks():
-        if utils.is_main_process() and run.config.TRAIN.AUTO_RESUME:
-            newest = find_newest(run.output)
+        newest = find_newest(run.output) if utils.is_main_process() else None
+        if newest and not run.config.TRAIN.AUTO_RESUME:
+            raise UserError(
+                f"TRAIN.AUTO_RESUME: expected True, or an output folder without checkpoints, got {newest}; "
+                "choose another --tag"
+            )
     newest = utils.broadcast(newest)
     if newest is None:
         return named, "MODEL.RESUME (--resume)"
     if named and newest.resolve() != Path(named).resolve():
         logger.warning(
             f"continuing from {newest}, the newest in the output folder, instead of {named}; choose another "
-            "--tag or set TRAIN.AUTO_RESUME False to prevent this"
+            "--tag to prevent this"
         )
     return newest, "TRAIN.AUTO_RESUME (choose another --tag to start a new run)"
 
@@ -168,51 +170,30 @@ def resume(state: TrainState, content: dict[str, Any], source: str, image_order:
     logger.info(f"resumed {source}: {position.epoch} epochs{inside}, best {state.max_accuracy:.2f}%")
 
 
-def prepare_folder(run: Run, state: TrainState, source: Path | str, content: dict[str, Any] | None) -> float:
+def prepare_folder(run: Run, state: TrainState, source: Path | str) -> float:
     """Bring the files of the run's folder in line with where training starts; for the main rank.
 
     Returns:
         The accuracy (percent) of best.pth.
 
     Raises:
-        UserError, OSError: a file cannot be read, moved or written.
+        UserError, OSError: a file cannot be read or written.
     """
-    continues = content is not None and Path(source).resolve().parent == run.output.resolve()
+    continues = bool(source) and Path(source).resolve().parent == run.output.resolve()
     remove_temporary_files(run.output)
-    record_config(run)
+    with utils.atomic_write(run.output / "config.yaml") as temporary:
+        temporary.write_text(run.config.dump(), encoding="utf-8")
     if continues:
-        position = content["position"]
-        if not run.config.TRAIN.AUTO_RESUME:  # back to an older checkpoint: the newer ones would win
-            set_aside(run.output, later_than=(position["epoch"], position["step"]))
-        run.metrics.truncate(content["metrics_size"], state.position.epoch_step)
+        position = state.position
+        run.metrics.truncate(position.epoch_step, epochs=position.epoch - (not state.evaluated))
     else:
-        run.metrics.close_file()  # Windows moves no open files
-        set_aside(run.output, later_than=None)
-        run.metrics.open()
-    run.metrics.start_tensorboard()
+        run.metrics.truncate((0, 0), epochs=0)
+    if importlib.util.find_spec("tensorboard"):
+        run.metrics.start(TensorBoard)
     if project := run.config.LOG.WANDB:
         name = f"{run.config.MODEL.NAME}/{run.config.TAG}"
-        run.metrics.start_wandb(continues, project=project, name=name, config=flatten(run.config))
-    _, best = read_best(run.output)
-    if best < state.max_accuracy:
-        logger.warning(
-            f"{run.output / BEST_NAME} holds {best:.2f}%, not the best so far: it is written after the "
-            "next epoch that is better than what it holds"
-        )
-    return best
-
-
-def record_config(run: Run) -> None:
-    """Write the whole configuration to config.yaml; UserError if that fails."""
-    path = run.output / "config.yaml"
-    try:
-        with utils.atomic_write(path) as temporary:
-            temporary.write_text(run.config.dump(), encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"{path}: expected to write the configuration, got: {error.strerror}; make space, or choose "
-            "another --output"
-        ) from error
+        run.metrics.start(WeightsAndBiases, continues, project=project, name=name, config=flatten(run.config))
+    return read_best(run.output)[1]
 
 
 def finish_epoch(run: Run, state: TrainState, loaders: Loaders, checkpoints: Checkpoints) -> None:
@@ -243,12 +224,10 @@ def finish_epoch(run: Run, state: TrainState, loaders: Loaders, checkpoints: Che
 def check_options(config: CfgNode) -> None:
     """Raise UserError for options that contradict each other, or the mode, before anything large is read.
 
-    Evaluation takes MODEL.RESUME if both weights are given, and ignores RESET_HEAD and HEAD_CLASS_MAP; the
-    other modes use no weights. So any run's config.yaml can be given to --eval, --throughput and --debug.
+    Evaluation takes MODEL.RESUME if both weights are given, and ignores RESET_HEAD; the other modes use no
+    weights. So any run's config.yaml can be given to --eval, --throughput and --debug.
     """
     problems = []
-    if config.EVAL_EMA and not config.EVAL_MODE:
-        problems.append("EVAL_EMA: expected EVAL_MODE (--eval) along with it, got only this; add or drop it")
     if config.EVAL_MODE and not (config.MODEL.RESUME or config.MODEL.PRETRAINED):
         problems.append(
             "EVAL_MODE: expected weights to evaluate, got none; name them with --resume or --pretrained"
@@ -269,11 +248,6 @@ def training_problems(config: CfgNode) -> list[str]:
         )
     if model.RESET_HEAD and not model.PRETRAINED:
         problems.append("MODEL.RESET_HEAD: expected MODEL.PRETRAINED, got none; name it or drop this")
-    if model.HEAD_CLASS_MAP and (model.RESET_HEAD or not model.PRETRAINED):
-        problems.append(
-            "MODEL.HEAD_CLASS_MAP: expected MODEL.PRETRAINED without MODEL.RESET_HEAD, got "
-            f"{model.HEAD_CLASS_MAP!r} otherwise; name the weights, or drop one of the two"
-        )
     for key in ("WARMUP_EPOCHS", "START_EPOCH"):
         if train[key] > train.EPOCHS:
             problems.append(
@@ -285,19 +259,13 @@ def training_problems(config: CfgNode) -> list[str]:
 
 
 def load_weights(model: FocalTransformer, config: CfgNode, key: str) -> None:
-    """Load the weights of MODEL.RESUME or MODEL.PRETRAINED (`key`); with EVAL_EMA, their moving average.
+    """Load the weights of MODEL.RESUME or MODEL.PRETRAINED (`key`).
 
     Training takes weights of another image size or other classes, too.
 
     Raises:
         UserError: a file cannot be read or does not fit; the message begins with the option.
     """
-    path, trains, class_map = config.MODEL[key], not config.EVAL_MODE, None
-    if trains and config.MODEL.HEAD_CLASS_MAP:
-        with user_input("MODEL.HEAD_CLASS_MAP"):
-            class_map = read_class_map(config.MODEL.HEAD_CLASS_MAP, config.MODEL.NUM_CLASSES)
+    trains = not config.EVAL_MODE
     with user_input(f"MODEL.{key} (--{key.lower()})"):
-        if config.EVAL_EMA:
-            load_ema(model, path)
-            return
-        load_checkpoint(model, path, trains and config.MODEL.RESET_HEAD, trains, class_map)
+        load_checkpoint(model, config.MODEL[key], trains and config.MODEL.RESET_HEAD, resize=trains)

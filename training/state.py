@@ -9,7 +9,7 @@ A checkpoint is written before its epoch is evaluated; `evaluated` says whether 
 import logging
 import math
 import warnings
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,28 +30,21 @@ from optimizer import build_optimizer
 from training.meters import TrainMeter
 from utils import UserError, user_input
 
-CHECKPOINT_SCHEMA: dict[str, type | tuple[type, ...]] = {
-    "model": dict,
-    "optimizer": dict,
-    "scaler": dict,
-    "epoch": int,
-    "position": dict,
-    "meter": dict,
-    "max_accuracy": (int, float),
-    "evaluated": bool,
-    "metrics_size": int,
-    "config": str,
-}
+CHECKPOINT_KEYS = {"model", "optimizer", "scaler", "position", "meter", "max_accuracy", "evaluated", "config"}
 """What every training checkpoint holds; one with TRAIN.EMA also has `model_ema`, and best.pth `accuracy`.
 Files that lack an entry are refused: read later additions with `.get` instead of listing them here."""
 
-RECIPE = ("DATA.BATCH_SIZE", "DATA.IMG_SIZE", "MODEL.", "TRAIN.", "AUG.", "SEED")
-"""Options (or prefixes of options) that change the result of training."""
-
-NOT_RECIPE = (
-    *("MODEL.RESUME", "MODEL.PRETRAINED", "MODEL.RESET_HEAD", "MODEL.HEAD_CLASS_MAP"),
-    *("MODEL.ATTENTION_BACKEND", "MODEL.NAME", "TRAIN.AUTO_RESUME"),
+RECIPE = (
+    "DATA.BATCH_SIZE",
+    "DATA.IMG_SIZE",
+    "MODEL.FOCAL.",
+    "MODEL.DROP",
+    "MODEL.LABEL",
+    "TRAIN.",
+    "AUG.",
+    "SEED",
 )
+"""Options (or prefixes of options) that change the result of training."""
 
 EpochStep = tuple[int, int]
 """(finished epochs, finished batches of the running epoch): sorts checkpoints by progress."""
@@ -107,8 +100,7 @@ class TrainState:
     evaluated: bool = True  # whether the model was evaluated after the last finished epoch
 
     def state_dict(self) -> dict[str, Any]:
-        """The content of a checkpoint; tensors are not copied. `Checkpoints` adds `metrics_size`, and to
-        best.pth `accuracy`."""
+        """The content of a checkpoint; tensors are not copied. `Checkpoints` adds `accuracy` to best.pth."""
         content = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -213,13 +205,10 @@ def read_training_checkpoint(path: str | Path, model: nn.Module, config: CfgNode
         ValueError: not a training checkpoint, or one of another model or optimizer.
     """
     content = read_checkpoint(path)
-    wrong = [name for name, kind in CHECKPOINT_SCHEMA.items() if not isinstance(content.get(name), kind)]
-    if not wrong and set(content["position"]) != {field.name for field in fields(Position)}:
-        wrong = ["position"]
-    if wrong:
+    if missing := CHECKPOINT_KEYS - content.keys():
         raise UserError(
-            f"{path}: expected a training checkpoint of this project, got one without valid "
-            f"{', '.join(wrong)}; use --pretrained to start from its weights"
+            f"{path}: expected a training checkpoint of this project, got one without "
+            f"{', '.join(sorted(missing))}; use --pretrained to start from its weights"
         )
     check_state(content["model"], model.state_dict(), str(path))
     check_state(content["model"] | content.get("model_ema", {}), model.state_dict(), f"{path}, model_ema,")
@@ -239,23 +228,5 @@ def _compare_config(saved_text: str, config: CfgNode, origin: str) -> None:
                 f"{origin}: expected a checkpoint with {key} {value!r}, got one with {old!r}; set the option "
                 "to that, or use --pretrained to start from the weights alone"
             )
-        if key.startswith(RECIPE) and key not in NOT_RECIPE:
+        if key.startswith(RECIPE):
             logger.warning(f"{origin} was written with {key} {old!r}; this run continues with {value!r}")
-
-
-def load_ema(model: nn.Module, path: str | Path) -> None:
-    """Load the moving average of a checkpoint into a model (EVAL_EMA).
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the checkpoint has no moving average, or one of another model.
-    """
-    content = read_checkpoint(path)
-    if not isinstance(content.get("model_ema"), dict):
-        raise UserError(
-            f"{path}: expected a checkpoint with a moving average, got one without; train with "
-            "TRAIN.EMA.ENABLED True, or do not set EVAL_EMA"
-        )
-    weights = dict(content.get("model", {})) | content["model_ema"]
-    check_state(weights, model.state_dict(), str(path))
-    model.load_state_dict(weights)

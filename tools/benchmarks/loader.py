@@ -32,8 +32,7 @@ SHARD_IMAGES = 100
 CASES = {  # name -> options: class folders with each decoder, then other sources with Pillow
     "pil": {"DATA.DECODER": "pil"},
     "opencv": {"DATA.DECODER": "opencv"},
-    "zip": {"DATA.ZIP_MODE": True, "DATA.CACHE_MODE": "no"},
-    "zip in memory": {"DATA.ZIP_MODE": True, "DATA.CACHE_MODE": "part"},
+    "zip": {"DATA.ZIP_MODE": True},
     "wds": {"DATA.DATASET": "wds"},
     "hf": {"DATA.DATASET": "hf"},
 }
