@@ -2,6 +2,7 @@
 unknown types, unknown keywords. Messages name the key."""
 
 import inspect
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ NOT_OF_A_REGISTRY = ("nms", "roi_layer")  # keys of dicts whose type is found in
 TAKEN_OUT = {  # keywords that builders take out of a dict: of norms, schedules, optimizers, hooks, ...
     *("requires_grad", "convert_to_iter_based", "by_epoch", "paramwise_cfg", "constructor", "priority"),
     *("scale_factor", "fallback_on_stride", "deformable_groups", "_scope_"),
+    *("num_batch_per_epoch", "disable_subprocess_warning"),
 }
 NUMBER_OR_TEXT = "loss_scale"  # 512.0 or dynamic
 READ_KEYS = {  # of dicts without a type, all keys that the Runner reads
@@ -39,10 +41,15 @@ READ_KEYS = {  # of dicts without a type, all keys that the Runner reads
     "env_cfg": {"cudnn_benchmark", "mp_cfg", "dist_cfg", "resource_limit"},
     "randomness": {*inspect.signature(Runner.set_randomness).parameters} - {"self"},
 }
-MISSPELLING = 0.86  # how alike, from 0 to 1, a new key is to one that is there if it is meant to be that
-BUILDERS = {build_from_cfg.__code__: "cfg", Runner.build_dataloader.__code__: "dataloader"}
+BUILDERS = {
+    build_from_cfg.__code__: "cfg",
+    Runner.build_dataloader.__code__: "dataloader",
+    Runner.build_optim_wrapper.__code__: "optim_wrapper",
+}
 """Code that builds a part of the config, and which of its arguments is that part."""
-LIBRARIES = {"mmcv", "mmdet", "mmengine", "mmseg", "torch"}
+
+LIBRARIES = (*(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")), "<frozen ")
+"""How file names of installed code begin."""
 
 
 class Options(DictAction):
@@ -66,11 +73,12 @@ class Options(DictAction):
 def check_options(config: "Config", options: Mapping[str, Any]) -> None:
     """Check --cfg-options, a mapping from keys to values, against the config that they will change.
 
-    What takes them refuses unknown keywords when it is built, see `explained_by_config`.
+    What takes them refuses unknown keywords when it is built, see `explained_by_config`. Some code ignores
+    them, so a new key that is one letter off another one is refused here.
 
     Raises:
-        UserError: a first part that nothing reads, a misspelt key of a dict without a type, no such entry
-            of a list, or text in place of a number.
+        UserError: a first part that nothing reads, a misspelt key, no such entry of a list, or text in place
+            of a number.
     """
     for key, value in options.items():
         first, *rest = key.split(".")
@@ -88,12 +96,15 @@ def check_options(config: "Config", options: Mapping[str, Any]) -> None:
                 if not name.isdecimal() or int(name) >= len(node):
                     raise UserError(f"--cfg-options {key}: {path} is a list of {len(node)}, got {name}")
                 node = node[int(name)]
-            elif isinstance(node, Mapping):
-                if name not in node and (meant := _misspelt(name, node, path)):
-                    raise UserError(f"--cfg-options {key}: nothing reads {name} there{meant}")
-                node = node.get(name)
             else:
-                break
+                node = node if isinstance(node, Mapping) else {}
+                known = READ_KEYS.get(path)
+                if known and name not in known:
+                    raise UserError(f"--cfg-options {key}: nothing reads {name}{_suggestion(name, known)}")
+                meant = [other for other in node if _one_letter_off(name, other)]
+                if meant and name not in node and not _may_be_new(name, node, path, config):
+                    raise UserError(f"--cfg-options {key}: there is no {name}; did you mean {meant[0]}?")
+                node = node.get(name)
             path = f"{path}.{name}"
         was_number = path == key and isinstance(node, int | float) and not key.endswith(NUMBER_OR_TEXT)
         if was_number and isinstance(value, str):
@@ -101,74 +112,89 @@ def check_options(config: "Config", options: Mapping[str, Any]) -> None:
             raise UserError(f"--cfg-options {key}: expected {expected}, as in the config, got {value!r}")
 
 
-def _misspelt(name: str, node: Mapping[str, Any], path: str) -> str:
-    """What is meant by a new key of a dict, as the end of a message; empty if it may be a key. What has a
-    type is left to `mistakes`, which knows what that takes."""
-    if "type" in node:
-        return ""
-    if path in READ_KEYS:
-        return "" if name in READ_KEYS[path] else _suggestion(name, READ_KEYS[path])
-    near = get_close_matches(name, node, n=1, cutoff=MISSPELLING)
-    return f"; did you mean {near[0]}?" if near and not any(c.isdigit() for c in name) else ""
+def _one_letter_off(a: str, b: str) -> bool:
+    """Whether one word has a letter more than the other, or two neighbours in the other order."""
+    longer, shorter = sorted((a, b), key=len, reverse=True)
+    shortened = {longer[:i] + longer[i + 1 :] for i in range(len(longer))}
+    return shorter in shortened or b in {a[:i] + a[i + 1] + a[i] + a[i + 2 :] for i in range(len(a) - 1)}
+
+
+def _may_be_new(name: str, node: Mapping[str, Any], path: str, config: "Config") -> bool:
+    """Whether a key can be meant: it has a number, is a keyword of its dict's type, or all are free there."""
+    keywords = [_keywords(candidate) for candidate in _candidates(path, node, config)]
+    is_known = any(name in known for known in keywords if known)
+    return is_known or any(map(str.isdigit, name)) or path.endswith("custom_keys")
 
 
 @contextmanager
 def explained_by_config(config: "Config") -> Iterator[None]:
-    """Context manager for building from a config: if that fails, look for the reason in the config.
+    """Context manager for building from a config: if that fails, look for the reason in the part that failed.
 
-    Looking alone would refuse configs that run, since some code reads a part in its own way.
+    Looking before would refuse configs that run, since some code reads a part in its own way.
 
     Raises:
-        UserError: building failed, and there are mistakes in the config, or OpenMMLab's or PyTorch's own code
-            refused a value. Other errors pass, and OSErrors always do.
+        UserError: that part has an unknown type or keyword, or a library's own code refused a value of it.
+            Other errors pass, and OSErrors always do.
     """
     try:
         yield
     except (UserError, OSError):
         raise
     except Exception as error:
-        found = mistakes(config) or _refused_part(error, config)
-        if not found:
-            raise
-        raise UserError("\n".join(found)) from error
+        if found := _reasons(error, config):
+            raise UserError("\n".join(found)) from error
+        raise
 
 
-def mistakes(config: "Config") -> list[str]:
-    """A sentence for each type that is in no registry, and each keyword that nothing of its type takes."""
-    used = {key: value for key, value in config.to_dict().items() if key in KNOWN_OPTIONS}
-    found = []
-    for path, node in _nodes(used, ""):
-        kind, candidates = node.get("type"), _candidates(path, node, config)
-        if isinstance(kind, str) and not candidates and not path.endswith(NOT_OF_A_REGISTRY):
-            found.append(f"{path}.type: there is no {kind}{_instead_of_type(kind, config)}")
-        keywords = [_keywords(candidate) for candidate in candidates]
-        known = {name for names in keywords for name in names or ()}
-        if candidates and None not in keywords:
-            for name in sorted(node.keys() - known - TAKEN_OUT - {"type"}):
-                found.append(f"{path}: {candidates[0].__name__} takes no {name}{_suggestion(name, known)}")
-    return found
-
-
-def _refused_part(error: Exception, config: "Config") -> list[str]:
-    """What a library's own constructor said to its part of the config, after the part's keys."""
+def _reasons(error: Exception, config: "Config") -> list[str]:
+    """Mistakes in the part of the config that was being built when an error was raised; else what a library
+    said of it, if nothing but installed code was running."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     built = [number for number, frame in enumerate(frames) if frame.f_code in BUILDERS]
-    inside = frames[built[-1] :] if built else []
-    if not built or {frame.f_globals["__name__"].partition(".")[0] for frame in inside} - LIBRARIES:
-        return []
-    part = inside[0].f_locals[BUILDERS[inside[0].f_code]]
-    if not isinstance(part, Mapping):
-        return []
-    kind = part.get("type")
-    paths = [
-        path
-        for path, node in _nodes(config.to_dict(), "")
-        if node.get("type") == kind and node and all(part.get(key) == value for key, value in node.items())
-    ]
-    where = " or ".join(paths) or str(kind)
+    parts = [frames[number].f_locals[BUILDERS[frames[number].f_code]] for number in reversed(built)]
+    places = next(filter(None, (_places(part, config) for part in parts if isinstance(part, Mapping))), {})
+    found = [text for path, node in places.items() for text in mistakes(node, path, config)]
+    own_code = any(not f.f_code.co_filename.startswith(LIBRARIES) for n in built[:1] for f in frames[n:])
+    if found or not places or own_code:
+        return found
     said = str(error.args[0] if error.args else "")  # str() of a KeyError adds quotes
     said = said or traceback.extract_tb(error.__traceback__)[-1].line  # of an assert without a message
-    return [f"{where}: {said} (FOCAL_TRACEBACK=1 shows where)"]
+    return [f"{' or '.join(places)}: {said} (FOCAL_TRACEBACK=1 shows where)"]
+
+
+def _places(part: Mapping[str, Any], config: "Config") -> dict[str, dict[str, Any]]:
+    """The dicts of the config that became a part, by dotted key. Code may have added keys; where none has all
+    its values in the part, those that have the keys alone."""
+    options = {key: value for key, value in config.to_dict().items() if key in KNOWN_OPTIONS}
+    alike = {
+        path: node
+        for path, node in _nodes(options, "")
+        if node and node.get("type") == part.get("type") and node.keys() <= part.keys()
+    }
+    same = {
+        path: node
+        for path, node in alike.items()
+        if all(str(part[key]) == str(value) for key, value in node.items())
+    }
+    return same or alike
+
+
+def mistakes(node: Mapping[str, Any], path: str, config: "Config") -> list[str]:
+    """A sentence for each type that is in no registry, and each keyword that nothing of its type takes, in a
+    part of the config and the options `*_cfg` and `optimizer` in it, which are built in another way."""
+    kind, candidates = node.get("type"), _candidates(path, node, config)
+    found = []
+    if isinstance(kind, str) and not candidates and not path.endswith(NOT_OF_A_REGISTRY):
+        found.append(f"{path}.type: there is no {kind}{_instead_of_type(kind, config)}")
+    keywords = [_keywords(candidate) for candidate in candidates]
+    known = {name for names in keywords for name in names or ()}
+    if candidates and None not in keywords:
+        for name in sorted(node.keys() - known - TAKEN_OUT - {"type"}):
+            found.append(f"{path}: {candidates[0].__name__} takes no {name}{_suggestion(name, known)}")
+    for name, value in node.items():
+        if name.endswith(("_cfg", "optimizer")) and isinstance(value, Mapping):
+            found += mistakes(value, f"{path}.{name}", config)
+    return found
 
 
 def check_saving(runner: Runner) -> None:
@@ -222,7 +248,7 @@ def _candidates(path: str, node: Mapping[str, Any], config: "Config") -> list[Ca
     if kind is None:
         return [DataLoader] if path.endswith("_dataloader") else []
     if not isinstance(kind, str):
-        return [kind]
+        return [kind] if callable(kind) else []
     return [entry for registry in _registries(config) if (entry := registry.get(kind)) is not None]
 
 

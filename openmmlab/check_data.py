@@ -374,7 +374,7 @@ def check_model(model: nn.Module, classes: Sequence[str] | None) -> None:
     if classes is not None:
         _check_heads(model, classes)
     _check_channels(model)
-    if model.__class__.__module__.startswith("mmseg."):
+    if type(model).__name__ in ("EncoderDecoder", "CascadeEncoderDecoder"):
         _check_sliding(model.test_cfg or {})
     backbone = getattr(model, "backbone", None)
     if not isinstance(backbone, FocalBackbone):
@@ -397,14 +397,20 @@ def check_model(model: nn.Module, classes: Sequence[str] | None) -> None:
 
 
 def _check_channels(model: nn.Module) -> None:
-    """Refuse what reads the neck's maps with another number of channels than it makes."""
-    channels = getattr(getattr(model, "neck", None), "out_channels", None)
-    if not isinstance(channels, int) or hasattr(getattr(model, "roi_head", None), "shared_head"):
+    """Refuse parts of mmdet that read the maps of its neck with another number of channels than they have."""
+    neck = getattr(model, "neck", None)
+    neck = neck[-1] if isinstance(neck, nn.Sequential) else neck
+    channels, modules = getattr(neck, "out_channels", None), dict(model.named_modules())
+    is_extractor = NECK_READERS["out_channels"].fullmatch
+    extractors = {type(module).__name__ for name, module in modules.items() if is_extractor(name)}
+    is_plain = extractors <= {"SingleRoIExtractor", "ModuleList"} and "roi_head.shared_head" not in modules
+    if not isinstance(channels, int) or not is_plain or not type(neck).__module__.startswith("mmdet."):
         return
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         for key, readers in NECK_READERS.items():
             asked = getattr(module, key, None) if readers.fullmatch(name) else None
-            if isinstance(asked, int) and asked != channels:
+            ours = isinstance(asked, int) and type(module).__module__.startswith("mmdet.")
+            if ours and asked != channels:
                 raise UserError(f"model.{name}.{key}: expected {channels}, as model.neck makes, got {asked}")
 
 
@@ -415,7 +421,8 @@ def _check_sliding(options: Mapping[str, Any]) -> None:
         raise UserError(f"model.test_cfg.mode: expected whole or slide, got {mode!r}")
     for key in ("crop_size", "stride") if mode == "slide" else ():
         value = options.get(key)
-        if not isinstance(value, list | tuple) or len(value) != 2:
+        pair = value if isinstance(value, list | tuple) and len(value) == 2 else (0, 0)
+        if not all(isinstance(n, int) and n > 0 for n in pair):
             raise UserError(f"model.test_cfg.{key}: mode slide needs (rows, columns) in pixels, got {value}")
 
 

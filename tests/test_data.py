@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -177,13 +178,16 @@ def test_colours_survive_other_modes() -> None:
 def test_samples_do_not_depend_on_workers(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nor does what is replaced; the main process logs it."""
+    """Nor does what is replaced; the main process logs it. Nor do they change what the model draws."""
     break_image(folder / "train" / "bee" / "2.png")
     root = write_zip(folder, tmp_path / "zip", "{}.zip@/")
     alone, helped = (build_loaders(zip_config(root, SEED=3, DATA__NUM_WORKERS=count)) for count in (0, 2))
     helped.train_dataset[(5, 0)]  # opens the archive here before any worker starts
     for epoch in (0, 1):
-        torch.testing.assert_close(draw_epoch(helped, epoch), draw_epoch(alone, epoch), rtol=0, atol=0)
+        before = random.getstate(), torch.get_rng_state()
+        own = draw_epoch(alone, epoch)
+        assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
+        torch.testing.assert_close(draw_epoch(helped, epoch), own, rtol=0, atol=0)
     assert alone.train_dataset.undecodable == helped.train_dataset.undecodable > 0
     assert caplog.text.count("bee/2.png") == 2 * alone.train_dataset.undecodable
 

@@ -134,7 +134,7 @@ def test_a_file_that_disagrees_is_not_kept(fields, message, linear, tmp_path, mo
     kept = tmp_path / "m.pt2"
     kept.write_text("an older file")
     change(monkeypatch, "torch_export", **fields)
-    with pytest.raises(ExportError, match=rf"\Atorch_export: {message}.*; nothing was written\Z"):
+    with pytest.raises(ExportError, match=rf"\Atorch_export: {message}.*; nothing was written to .*\Z"):
         export_model(linear, "torch_export", SQUARE, kept)
     assert kept.read_text() == "an older file" and [*tmp_path.iterdir()] == [kept]
 

@@ -71,19 +71,24 @@ def last_error(capsys: pytest.CaptureFixture[str]) -> str:
         ("train_dataloader.dataset.pipeline.9.scale=1", "pipeline is a list of 4, got 9"),
         ("model.neck.in_channels=[1,(2]", "expected a number, text, or list of these as in KEY=[1,2], got "),
         ("train_cfg.max_epochs=", "train_cfg.max_epochs: expected a number, as in the config, got ''"),
-        ("default_hooks.checkpoint.intervall=2", "CheckpointHook takes no intervall; did you mean interval?"),
+        ("default_hooks.checkpoint.intervals=2", "there is no intervals; did you mean interval?"),
+        ("default_hooks.checkpoint.saving=2", "CheckpointHook takes no saving"),
         ("default_hooks.checkpoint.save_best=bbox_mAP", "whose names begin with coco/, got bbox_mAP"),
-        ("train_dataloader.batchsize=1", "nothing reads batchsize there; did you mean batch_size?"),
+        ("train_dataloader.batchsize=1", "there is no batchsize; did you mean batch_size?"),
         ("train_dataloader.workers=1", "train_dataloader: DataLoader takes no workers; did you mean num_"),
-        ("model.bakbone.depths=1", "model: MaskRCNN takes no bakbone; did you mean backbone"),
+        ("model.bakbone.depths=1", "there is no bakbone; did you mean backbone"),
+        ("model.necks.type=FPN", "there is no necks; did you mean neck"),
+        ("model.backbones_2.depths=1", "model: MaskRCNN takes no backbones_2; did you mean backbone"),
         ("model.neck.norm_cfg.type=GM", "model.neck.norm_cfg.type: there is no GM"),
         ("model.neck.type=FPM", "model.neck.type: there is no FPM; did you mean"),
         ("model.neck.type=mmnone.FPN", "check its spelling, and that mmnone is installed"),
         ("model.neck.in_channels=[1,2]", "model.neck.in_channels: expected [32, 64, 128, 256]"),
         ("optim_wrapper.optimizer.type=Adamw", "optimizer.type: there is no Adamw; did you"),
-        ("optim_wrapper.optimizer.lrr=1", "optim_wrapper.optimizer: AdamW takes no lrr; did you mean lr"),
-        ("model.test_cfg.rcnn.score_thrr=0.1", "nothing reads score_thrr there; did you mean score_thr?"),
-        ("randomness.seedd=1", "nothing reads seedd there; did you mean seed?"),
+        ("optim_wrapper.optimizer.lrr=1", "optim_wrapper.optimizer.lrr: there is no lrr; did you mean lr"),
+        ("model.test_cfg.rcnn.score_thrr=0.1", "there is no score_thrr; did you mean score_thr?"),
+        ("optim_wrapper.optimizer.rate=1", "optim_wrapper.optimizer: AdamW takes no rate"),
+        ("model.train_cfg.rcnn.sampler.numm=1", "there is no numm; did you mean num?"),
+        ("randomness.seedd=1", "nothing reads seedd; did you mean seed?"),
         ("model.neck.out_channels=128", "model.rpn_head.in_channels: expected 128, as model.neck makes, got"),
         ("model.roi_head.mask_head.in_channels=8", "roi_head.mask_head.in_channels: expected 64, as model."),
         ("val_evaluator.metric=bboxx", "val_evaluator: metric should be one of 'bbox', "),
@@ -103,16 +108,9 @@ def test_options_that_something_reads() -> None:
     """New keys of what is there, new parts and entries of lists."""
     keys = ["model.backbone.init_cfg.type", "optim_wrapper.clip_grad.norm_type", "load_from", "sync_bn"]
     keys += ["train_dataloader.dataset.indices", "train_dataloader.dataset.pipeline.2.scale", "custom_hooks"]
+    keys += ["optim_wrapper.paramwise_cfg.custom_keys.norms", "train_dataloader.num_batch_per_epoch"]
+    keys += ["train_dataloader.dataset.data_prefix.img2", "model.roi_head.bbox_head.reg_class_agnostic"]
     check_config.check_options(runner.read_config(DETECTION), dict.fromkeys(keys, 1))
-
-
-def test_no_mistake_is_seen_in_our_own_configs() -> None:
-    """So that an error in a run with them keeps its traceback."""
-    names = ("detection", "segmentation")
-    detection, segmentation = (sorted(REPO.glob(f"{name}/configs/*.py")) for name in names)
-    for path in (*detection[::9], *segmentation[::5]):
-        config = runner.read_config(str(path))
-        assert "model" in config and not check_config.mistakes(config), path
 
 
 def test_the_best_metric_of_a_run_without_validation(tmp_path: Path) -> None:
@@ -123,33 +121,82 @@ def test_the_best_metric_of_a_run_without_validation(tmp_path: Path) -> None:
     check_config.check_saving(runner.build_runner(config))
 
 
+def broken(**_: Any) -> Any:
+    """A part of the user's that has a bug."""
+    return [].sort_by
+
+
+def fails_in_a_library(**_: Any) -> Any:
+    """One that hands a wrong value on."""
+    return MODELS.build({"type": "Conv2d", "in_channels": 1, "out_channels": None, "kernel_size": 1})
+
+
 @pytest.mark.parametrize(
-    "bug",
+    ("change", "error"),
     [
-        ValueError("a bug"),
-        TypeError("None is not a callable object"),
-        KeyError("FPN is not in the mmdet::model registry"),
-        TypeError("FPN.__init__() got an unexpected keyword argument 'in_channels'"),
-        TypeError("Linear.__init__() got an unexpected keyword argument 'priority'"),
+        ({"model": {"neck": {"_delete_": True, "type": broken}}}, AttributeError),
+        ({"model": {"neck": {"_delete_": True, "type": fails_in_a_library}}}, TypeError),
+        (
+            {
+                "model": {"neck": {"_delete_": True, "type": broken}},
+                "train_dataloader": {"num_batch_per_epoch": 2, "unknown": 1},
+                "optim_wrapper": {"optimizer": {"lrr": 1}},
+            },
+            AttributeError,
+        ),
+        ({"train_dataloader": {"dataset": {"metainfo": {"classes": None}}}}, TypeError),
+    ],
+    ids=["bug", "in a library", "mistakes elsewhere", "in reading"],
+)
+def test_bugs_keep_their_tracebacks(change: dict[str, Any], error: type[Exception], tmp_path: Path) -> None:
+    """Those of the user's own parts, also where another part of the config has a mistake."""
+    config = runner.read_config(DETECTION)
+    config.merge_from_dict(change)
+    config.update(launcher="none", work_dir=str(tmp_path))
+    with pytest.raises(error):
+        runner._build(config, ("train",))
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"neck": {"type": 5}}, "model.neck: type must be a str or valid type"),
+        ({"data_preprocessor": {"mean": np.zeros(2)}}, "model.data_preprocessor: `mean` should have 1 or 3"),
+        ({"neck": {"norm_cfg": {"type": "GM"}}}, "model.neck.norm_cfg.type: there is no GM"),
     ],
 )
-def test_bugs_keep_their_tracebacks(bug: Exception) -> None:
-    """Also where the config has the type or the key that the error names, but not as a mistake."""
+def test_values_that_a_library_refuses(part: dict[str, Any], message: str, tmp_path: Path) -> None:
     config = runner.read_config(DETECTION)
-    config.custom_hooks = [dict(type="NumClassCheckHook", priority=49)]
-    with pytest.raises(type(bug)) as caught, check_config.explained_by_config(config):
-        raise bug
-    assert caught.value is bug
+    config.merge_from_dict({"model": part})
+    config.update(launcher="none", work_dir=str(tmp_path))
+    with pytest.raises(UserError, match=re.escape(message)):
+        runner._build(config, ("train",))
 
 
-def test_bugs_in_own_parts_keep_their_tracebacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A part of the user's, also where it fails in a library's code."""
-
-    monkeypatch.setitem(MODELS.module_dict, "OwnNeck", lambda broken: torch.nn.Linear(1, None))
+def test_a_missing_file_is_no_mistake_of_the_config() -> None:
     config = runner.read_config(DETECTION)
-    config.model.neck = {"type": "OwnNeck", "broken": True}
-    with pytest.raises(TypeError, match="NoneType"), check_config.explained_by_config(config):
-        MODELS.build(config.model)
+    config.model.neck.type = "FPM"
+    with pytest.raises(FileNotFoundError), check_config.explained_by_config(config):
+        Path("gone.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bbox_roi_extractor": {"type": "GenericRoIExtractor", "aggregation": "concat", "out_channels": 256}},
+        {"bbox_head": {"type": "OwnHead", "in_channels": 32}},
+    ],
+)
+def test_channels_of_parts_that_count_in_another_way(
+    change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are not refused."""
+    from mmdet.models import Shared2FCBBoxHead
+
+    monkeypatch.setitem(MODELS.module_dict, "OwnHead", type("OwnHead", (Shared2FCBBoxHead,), {}))
+    config = runner.read_config(DETECTION)
+    config.merge_from_dict({"model": {"roi_head": change}})
+    check_data.check_model(MODELS.build(config.model), None)
 
 
 # --- Annotation files ---------------------------------------------------------------------------------------
@@ -410,6 +457,7 @@ def test_outputs_that_the_backbone_of_segmenters_lacks(index: int | list[int]) -
         ({"mode": "slid"}, r"test_cfg\.mode: expected whole or slide, got 'slid'"),
         ({"mode": "slide", "crop_size": (64, 64)}, r"test_cfg\.stride: mode slide needs \(rows, columns\)"),
         ({"mode": "slide", "crop_size": 64, "stride": (42, 42)}, r"test_cfg\.crop_size: .* got 64"),
+        ({"mode": "slide", "crop_size": (64, 64), "stride": (0, 0)}, r"test_cfg\.stride: .* got \(0, 0\)"),
     ],
 )
 def test_ways_to_test_segmenters(options: dict[str, Any], message: str) -> None:

@@ -230,9 +230,13 @@ REFUSED = {  # other options of the model, other entries of the file, what is sa
     "pooled, no square": ({}, {POOLED: torch.zeros(2, 122)}, f"another shape: {POOLED}"),
     "pool of another kind": ({}, {CELL: torch.zeros(16, 1, 7, 7)}, f"another shape: {CELL}"),
     "channels": ({}, {NORM: torch.zeros(4)}, f"another shape: {NORM}"),
-    "another model: levels": ({"focal_levels": [3, 3, 3, 3]}, {}, "Use the config.*missing: layers"),
-    "another model: width": ({"embed_dim": 16}, {}, "Use the config.*another shape"),
-    "another model: blocks": ({"depths": [1] * 4}, {}, "Use the config.*unexpected: layers.0.blocks.1"),
+    "another model: levels": ({"focal_levels": [3, 3, 3, 3]}, {}, "Use an undamaged copy.*missing: layers"),
+    "another model: width": ({"embed_dim": 16}, {}, "Use an undamaged copy.*another shape"),
+    "another model: blocks": (
+        {"depths": [1] * 4},
+        {},
+        "Use an undamaged copy.*unexpected: layers.0.blocks.1",
+    ),
 }
 
 
