@@ -276,7 +276,7 @@ def _check_stored_keys(
     layer: FocalFastAttention, name: str, given: Mapping[str, Tensor], origin: str
 ) -> None:
     """Raise ValueError where the file's choice of nearest keys names tokens that do not exist."""
-    choice = [given.get(f"{name}.{key}", getattr(layer, key)) for key in layer.key_buffers]
+    choice = [given.get(f"{name}.{key}", getattr(layer, key)).cpu().numpy() for key in layer.key_buffers]
     try:
         layer.check_stored_keys(choice)
     except ValueError as error:

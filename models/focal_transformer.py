@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -258,7 +259,8 @@ def offset_index(y: np.ndarray, x: np.ndarray, unit: int, place: np.ndarray) -> 
     box = cells[-1] + np.ptp(place, axis=0) + 1
     offsets = grid(*box) + low * unit + first
     rows = (cells[:, None] + place - first) @ (box[1], 1)
-    return offsets.astype(np.float32), rows, ((y - low[0]) * size[1] + x - low[1]).T
+    cell = (y - low[0]) * size[1] + x - low[1]
+    return offsets.astype(np.float32), rows, np.ascontiguousarray(cell.T)
 
 
 def make_index(
@@ -430,6 +432,16 @@ def gather_bias(table: Tensor, index: Tensor) -> Tensor:
     return F.embedding(index, table.flatten(1)).unflatten(-1, table.shape[1:]).permute(3, 1, 2, 0)
 
 
+class BiasTables(nn.ParameterList):
+    """Bias tables, one per pooled level. It is called, so that hooks on it run."""
+
+    __call__ = nn.Module.__call__
+
+    def forward(self, level: int) -> Tensor:
+        """One of them."""
+        return self[level]
+
+
 class FocalAttention(nn.Module):
     """Focal attention (paper, section 3.2): every token sees its window, a ring and pooled tokens."""
 
@@ -463,25 +475,32 @@ class FocalAttention(nn.Module):
     def add_bias(self) -> None:
         """Add the three kinds of bias tables, under the original's names."""
         s, e, n = self.window_size, self.expand_size, self.num_heads
-        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * s - 1) ** 2, n))
+        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * s - 1) ** 2, n))
         if e > 0:
-            ring = torch.zeros(1, n, s * s, len(ring_offsets(s, e)))
-            self.relative_position_bias_table_to_neighbors = nn.Parameter(trunc_normal_(ring, std=0.02))
+            ring = torch.empty(1, n, s * s, len(ring_offsets(s, e)))
+            self.relative_position_bias_table_to_neighbors = nn.Parameter(ring)
         if self.pooled_levels > 0:
             sides = [s + self.focal_window + 2**level - 2 for level in range(self.pooled_levels)]
-            self.relative_position_bias_table_to_windows = nn.ParameterList(
-                nn.Parameter(trunc_normal_(torch.zeros(n, side**2), std=0.02)) for side in sides
-            )
+            tables = [nn.Parameter(torch.empty(n, side**2)) for side in sides]
+            self.relative_position_bias_table_to_windows = BiasTables(tables)
+        self.reset_parameters()
 
-    def forward(self, x: Tensor, pools: nn.ModuleList) -> Tensor:
+    def reset_parameters(self) -> None:
+        """Fresh bias tables: zeros in the own window, truncated normal 0.02 elsewhere."""
+        nn.init.zeros_(self.relative_position_bias_table)
+        if self.expand_size > 0:
+            trunc_normal_(self.relative_position_bias_table_to_neighbors, std=0.02)
+        for table in self.relative_position_bias_table_to_windows if self.pooled_levels > 0 else ():
+            trunc_normal_(table, std=0.02)
+
+    def forward(self, x: Tensor, *coarse: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C], of any size. Zeros that pad it to whole windows are keys, too.
 
-        `pools` has for each pooled level the module that makes its tokens.
+        `coarse` has the tokens of each pooled level, see `coarse_tokens`.
         """
         height, width = integer(x.shape[1]), integer(x.shape[2])  # Python's integers, also in torch.jit.trace
         rows, columns = padded_size(height, width, self.window_size)
         x = self.pad_and_roll(x, rows, columns)
-        coarse = [self.coarse_tokens(x, level, pool) for level, pool in enumerate(pools)]
         qkv = self.qkv(torch.cat([x.flatten(1, 2), *coarse], dim=1))  # [B, S, 3C]
         qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
         index = self.index(height, width, qkv)  # with the operator that `choose_backend` took
@@ -498,9 +517,16 @@ class FocalAttention(nn.Module):
         """Undo `pad_and_roll`."""
         return rolled(x, self.shift_size)[:, :height, :width]
 
-    def coarse_tokens(self, x: Tensor, level: int, pool: nn.Module) -> Tensor:
-        """Tokens of a pooled level: [B, H, W, C] -> [B, P * 4^level, C]. What cells do not fill is cropped
-        evenly on both sides."""
+    def coarse_tokens(self, x: Tensor, pools: nn.ModuleList) -> list[Tensor]:
+        """Tokens of every pooled level, each made by its module: [B, H, W, C] -> [B, P * 4^level, C]."""
+        if len(pools) == 0:
+            return []
+        height, width = integer(x.shape[1]), integer(x.shape[2])
+        x = self.pad_and_roll(x, *padded_size(height, width, self.window_size))
+        return [self.pooled(x, level, pool) for level, pool in enumerate(pools)]
+
+    def pooled(self, x: Tensor, level: int, pool: nn.Module) -> Tensor:
+        """Tokens of one level of a padded map. What cells do not fill is cropped evenly on both sides."""
         side = self.window_size // 2**level
         rows, columns = (n // self.window_size * 2**level for n in x.shape[1:3])
         top, left = (x.shape[1] - rows * side) // 2, (x.shape[2] - columns * side) // 2
@@ -529,7 +555,7 @@ class FocalAttention(nn.Module):
         if self.expand_size > 0:
             parts.append(self.relative_position_bias_table_to_neighbors.squeeze(0))  # one entry per slot
         for level, rows in enumerate(levels):
-            table = self.relative_position_bias_table_to_windows[level].t()
+            table = self.relative_position_bias_table_to_windows(level).t()
             parts.append(F.embedding(rows, table).permute(2, 1, 0))
         return torch.cat(parts, dim=-1)[:, None]
 
@@ -570,6 +596,10 @@ class FocalFastAttention(FocalAttention):
         self.stored_bytes: tuple[bytes, ...] = tuple(keys.tobytes() for keys in choice)
         self.buffer_versions: tuple | None = None  # of the buffers when they were read
 
+    def reset_parameters(self) -> None:
+        """Choose the stored keys anew."""
+        self.set_train_resolution(self.train_resolution, self.stored_keys()[0].device)
+
     def pad_and_roll(self, x: Tensor, rows: int, columns: int) -> Tensor:
         """[B, H, W, C] -> [B, rows, columns, C]; keys are chosen where the map was before padding."""
         return padded(rolled(x, -self.shift_size), rows, columns)
@@ -582,29 +612,36 @@ class FocalFastAttention(FocalAttention):
         """The stored keys of each level."""
         return [getattr(self, name) for name in self.key_buffers]
 
-    def check_stored_keys(self, choice: Sequence[Tensor]) -> None:
+    def check_stored_keys(self, choice: Sequence[np.ndarray]) -> None:
         """Raise ValueError for stored keys that name tokens which do not exist."""
         limits = (self.train_resolution[0] * self.train_resolution[1], len(choice[0]))
         for name, keys, limit in zip(("fine tokens", "windows"), choice, limits, strict=False):
-            low, high = int(keys.min()), int(keys.max())
-            if low < 0 or high >= limit:
-                found = f"stored nearest {name} run from {low} to {high}, expected 0 to {limit - 1}"
-                raise ValueError(f"{found}: the checkpoint was made for another map size, or is damaged")
+            if keys.min() < 0 or keys.max() >= limit:
+                found = f"stored nearest {name} run from {keys.min()} to {keys.max()}"
+                expected = f"expected 0 to {limit - 1}"
+                raise ValueError(
+                    f"{found}, {expected}: the checkpoint was made for another map size, or is damaged"
+                )
 
     @torch.compiler.assume_constant_result
     def refresh_stored_keys(self, loaded: Any = None) -> None:
         """Copy the stored keys to `stored_bytes` if they were loaded, moved or changed in place. A compiled
-        model does this only when it is compiled and when a state dict is loaded."""
+        model does this only when it is compiled and when a state dict is loaded.
+
+        Under torch.vmap over models, whose keys cannot be read, those that were read last are used.
+        """
         choice = self.stored_keys()
-        if torch._C._are_functorch_transforms_active() or any(
-            type(x) is not Tensor or x.is_meta for x in choice
-        ):
+        if any(type(x) is not Tensor or x.is_meta for x in choice):
             return
-        versions = tuple((x.data_ptr(), None if x.is_inference() else x._version) for x in choice)
+        try:
+            versions = tuple((x.data_ptr(), None if x.is_inference() else x._version) for x in choice)
+        except RuntimeError:  # of torch.vmap's tensors, which have no memory of their own
+            return
         if loaded is not None or versions != self.buffer_versions:  # inference tensors have no version
-            self.check_stored_keys(choice)
-            self.stored_bytes = tuple(level.long().cpu().numpy().tobytes() for level in choice)
-            self.buffer_versions = versions
+            with ThreadPoolExecutor(1) as thread:  # where no transform and no mode of this one is active
+                read = thread.submit(lambda: [keys.long().cpu().numpy() for keys in choice]).result()
+            self.check_stored_keys(read)
+            self.stored_bytes, self.buffer_versions = tuple(keys.tobytes() for keys in read), versions
 
     def index(self, height: int, width: int, qkv: Tensor) -> AttentionIndex:
         """The keys of every window of an unpadded map, for the operator that serves `qkv`."""
@@ -655,14 +692,24 @@ class FocalBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
-        self.gamma_1 = None if layerscale is None else nn.Parameter(torch.full((dim,), layerscale))
-        self.gamma_2 = None if layerscale is None else nn.Parameter(torch.full((dim,), layerscale))
+        self.layerscale = layerscale
+        self.gamma_1 = None if layerscale is None else nn.Parameter(torch.empty(dim))
+        self.gamma_2 = None if layerscale is None else nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fresh factors of layer scale."""
+        for gamma in (self.gamma_1, self.gamma_2):
+            if gamma is not None and self.layerscale is not None:
+                nn.init.constant_(gamma, self.layerscale)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
         if isinstance(x, torch.fx.Proxy):  # torch.fx cannot trace sizes: record the block as one module
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
-        x = x + self.drop_path(layer_scale(self.attn(self.norm1(x), self.pool_layers), self.gamma_1))
+        y = self.norm1(x)
+        y = self.attn(y, *self.attn.coarse_tokens(y, self.pool_layers))
+        x = x + self.drop_path(layer_scale(y, self.gamma_1))
         return x + self.drop_path(layer_scale(self.mlp(self.norm2(x)), self.gamma_2))
 
     def __prepare_scriptable__(self) -> None:
@@ -795,8 +842,7 @@ class FocalTransformer(nn.Module):
                 size = size if down is None else down.output_size(*size)
             self.norm: nn.Module = nn.LayerNorm(self.num_features)
             self.apply(initialise)
-            if ape:
-                trunc_normal_(self.absolute_pos_embed, std=0.02)
+            self.reset_parameters()
             self.reset_classifier(num_classes, global_pool)
         self.set_grad_checkpointing(use_checkpoint)
         if dtype is not None:
@@ -805,6 +851,18 @@ class FocalTransformer(nn.Module):
             {"num_chs": dim, "reduction": patch_size * 2**i, "module": f"layers.{i}.blocks.{depth - 1}"}
             for i, (dim, depth) in enumerate(zip(self.feature_dims, depths, strict=True))
         ]  # the last block, since a stage returns two maps
+
+    def reset_parameters(self) -> None:
+        """A fresh position embedding: truncated normal 0.02."""
+        if self.absolute_pos_embed is not None:
+            trunc_normal_(self.absolute_pos_embed, std=0.02)
+
+    def init_weights(self) -> None:
+        """Fresh weights and stored keys, as for a model that `to_empty` has moved from the meta device."""
+        for module in self.modules():
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+        self.apply(initialise)
 
     @property
     def stages(self) -> list[FocalStage]:
@@ -1067,7 +1125,8 @@ def check_options(options: Mapping[str, Any]) -> None:
     for key in ("num_heads", "focal_levels", *ring_options):
         checks.append((key, len(options[key]) == stages, f"one entry for each of the {stages} depths"))
     for key in ("patch_size", "in_chans", "embed_dim", "window_size", "focal_topk"):
-        checks.append((key, options[key] >= 1, "at least 1"))
+        fits = isinstance(options[key], int) and options[key] >= 1
+        checks.append((key, fits, "a whole number, at least 1"))
     for key in ("drop_rate", "drop_path_rate"):
         checks.append((key, 0 <= options[key] < 1, "in [0, 1)"))
     problems = [f"{key} must be {text}, got {options[key]!r}" for key, fits, text in checks if not fits]

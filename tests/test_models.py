@@ -194,6 +194,7 @@ CONTRADICTIONS = [
     ({"expand_sizes": [3, 8, 3, 3]}, "expand_sizes must lie between 0 and the window size 7, got 8"),
     ({"window_size": 1, "focal_levels": [3] * 4, "expand_sizes": [0] * 4}, "a window of 1 cannot be divided"),
     ({"use_conv_embed": True, "patch_size": 2}, "patch_size must be 4 with use_conv_embed"),
+    ({"window_size": (7, 7)}, "window_size must be a whole number, at least 1, got (7, 7)"),
     ({"img_size": 16}, "img_size must be a side or two of at least 32 pixels, got 16"),
     ({"patch_size": 32}, "img_size must be a side or two of at least 256 pixels, got 64"),
     ({"focal_stages": [0, 7]}, "focal_stages must be stages from 0 to 3, got [0, 7]"),

@@ -213,8 +213,11 @@ def test_operators_are_registered_as_pytorch_wants_it() -> None:
     index = ring((14, 14), (3, 5, 1, 0))
     qkv, bias = Problem(index, 8, torch.bfloat16, batch=2).inputs(torch.bfloat16)
     bias = prepared(index, bias)
-    rest = (index.tables.keys, index.tables.rows, 14, 14, 7, 0.4)
+    made = index.tables
+    rest = (made.mask, made.keys, made.rows, 14, 14, 7, 0.4)
     torch.library.opcheck(cpu.attention, (qkv, bias.requires_grad_(), *rest))
+    read, _, *others = made.rows
+    rest = (made.mask, made.keys, read, *others, 0.4)
     slopes = torch.randn(2, 196, 16, dtype=torch.bfloat16)
     for turned in (bias, bias.mT.contiguous().mT):
         torch.library.opcheck(cpu.attention_backward, (slopes, qkv.detach(), turned.detach(), *rest))

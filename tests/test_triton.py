@@ -223,7 +223,10 @@ def test_operator_contract() -> None:
     torch.library.opcheck(attention.attention, tuple(inputs))
     inputs = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
     found = attention.attention(*inputs)
-    torch.library.opcheck(attention.attention_backward, (problem.cotangent, *found, *inputs))
+    qkv, bias, visible = inputs[:3]
+    numbers = (made.always_seen, index.width, index.window, 0.25)
+    inputs = [problem.cotangent, *found, qkv, bias, visible, *arrays[1:], *numbers]
+    torch.library.opcheck(attention.attention_backward, tuple(inputs))
 
 
 @interpreted

@@ -89,7 +89,7 @@ def test_pooled_tokens_stand_where_they_were_pooled(name: str) -> None:
         fine = torch.zeros(1, *tokens.padded, 1, requires_grad=True)
         layer.pool = "mean"
         sides = [layer.window_size // 2**level for level in range(layer.pooled_levels)]
-        pooled = [layer.coarse_tokens(fine, k, torch.nn.AvgPool2d(side)) for k, side in enumerate(sides)]
+        pooled = [layer.pooled(fine, k, torch.nn.AvgPool2d(side)) for k, side in enumerate(sides)]
         pooled = torch.cat(pooled, dim=1)[0, :, 0] if pooled else torch.empty(0)
         for grain in tokens.grains()[1:]:
             for number in grain.tokens[[0, -1]].tolist():

@@ -75,40 +75,41 @@ def attend(qkv: Tensor, index: AttentionIndex, bias: Tensor, scale: float) -> Te
     made: CpuTables = index.tables
     bias = merge_bias(made.merged, bias)
     bias = F.pad(bias, (0, made.filling)) if made.filling else bias
-    bias = bias.expand(-1, len(index.keys), -1, -1) if made.mask is None else bias + made.mask
     size = (index.height, index.width, index.window)
-    return attention(qkv, bias.to(qkv.dtype), made.keys, made.rows, *size, scale)
-
-
-_TABLES = "Tensor keys, Tensor[] rows, int height, int width, int window, float scale"
+    return attention(qkv, bias.to(qkv.dtype), made.mask, made.keys, made.rows, *size, scale)
 
 
 @torch.library.custom_op(
     f"{NAMESPACE}::cpu_attention",
     mutates_args=(),
     device_types="cpu",
-    schema=f"(Tensor qkv, Tensor bias, {_TABLES}) -> Tensor",
+    schema="(Tensor qkv, Tensor bias, Tensor? mask, Tensor keys, Tensor[] rows, int height, int width, "
+    "int window, float scale) -> Tensor",
 )
-def attention(qkv, bias, keys, rows, height, width, window, scale):
-    """Output [B, T, N*D] of qkv [B, S, 3, N, D] with the bias [N, P, Q, G], -inf where a key is absent."""
-    return _forward(qkv, bias.flatten(0, 1), rows, scale)
+def attention(qkv, bias, mask, keys, rows, height, width, window, scale):
+    """Output [B, T, N*D] of qkv [B, S, 3, N, D], bias [N, P or 1, Q, G] and the mask of `CpuTables`."""
+    return _forward(qkv, _of_all_windows(bias, mask, len(keys)), rows, scale)
 
 
 @torch.library.custom_op(
     f"{NAMESPACE}::cpu_attention_backward",
     mutates_args=(),
     device_types="cpu",
-    schema=f"(Tensor d_out, Tensor qkv, Tensor bias, {_TABLES}) -> (Tensor, Tensor)",
+    schema="(Tensor d_out, Tensor qkv, Tensor bias, Tensor? mask, Tensor keys, Tensor read, Tensor asked, "
+    "Tensor slots, Tensor first, float scale) -> (Tensor, Tensor)",  # no list: batched gradients take none
 )
-def attention_backward(d_out, qkv, bias, keys, rows, height, width, window, scale):
+def attention_backward(d_out, qkv, bias, mask, keys, read, asked, slots, first, scale):
     """Gradients of `qkv` and of the bias."""
-    d_qkv, d_bias = _backward(d_out, qkv, bias.flatten(0, 1), rows, scale)
-    return d_qkv, d_bias.view(bias.shape)
+    rows, windows = (read, asked, slots, first), len(keys)
+    d_qkv, d_bias = _backward(d_out, qkv, _of_all_windows(bias, mask, windows), rows, scale)
+    d_bias = d_bias.unflatten(0, (-1, windows))
+    d_bias = d_bias.sum(dim=1, keepdim=True) if bias.shape[1] < windows else d_bias
+    return d_qkv, d_bias.to(bias.dtype)
 
 
 @attention.register_fake
-def _attention_fake(qkv, bias, *_):
-    return qkv.new_empty(qkv.shape[0], bias.shape[1] * bias.shape[2], qkv.shape[3] * qkv.shape[4])
+def _attention_fake(qkv, bias, mask, keys, rows, height, width, *_):
+    return qkv.new_empty(qkv.shape[0], height * width, qkv.shape[3] * qkv.shape[4])
 
 
 @attention_backward.register_fake
@@ -117,33 +118,36 @@ def _attention_backward_fake(d_out, qkv, bias, *_):
 
 
 def _save(ctx, inputs, output) -> None:
-    qkv, bias, keys, rows, *ctx.numbers = inputs
-    ctx.save_for_backward(qkv, bias, keys, *rows)
+    qkv, bias, mask, keys, rows, *ctx.numbers = inputs
+    ctx.save_for_backward(qkv, bias, mask, keys, *rows)
 
 
 def _gradients(ctx, d_out):
-    qkv, bias, keys, *rows = ctx.saved_tensors
-    rest = (None, [None] * len(rows), *(None,) * 4)
+    qkv, bias, mask, keys, *rows = ctx.saved_tensors
+    rest = (None, None, [None] * len(rows), *(None,) * 4)
     if torch.is_grad_enabled():  # somebody wants to differentiate the gradients
         height, width, window, scale = ctx.numbers
-        index = AttentionIndex(height, width, window, qkv.shape[1], keys, None, ())
+        visible = None if mask is None else mask == 0
+        index = AttentionIndex(height, width, window, qkv.shape[1], keys, visible, ())
         return *differentiable_gradients(qkv, bias, d_out, index, scale), *rest
-    return *attention_backward(d_out, qkv, bias, keys, rows, *ctx.numbers), *rest
+    read, _, *others = rows
+    return *attention_backward(d_out, qkv, bias, mask, keys, read, *others, ctx.numbers[-1]), *rest
 
 
 attention.register_autograd(_gradients, setup_context=_save)
 
 
 @register_flop_formula(getattr(torch.ops, NAMESPACE).cpu_attention)
-def _attention_flops(qkv_shape, bias_shape, *_, **__) -> int:
+def _attention_flops(qkv_shape, bias_shape, _, keys_shape, *__, **___) -> int:
     """Two products of B*N*P matrices [Q, G] with vectors of width D."""
-    return 2 * 2 * qkv_shape[0] * qkv_shape[-1] * int(np.prod(bias_shape))
+    batch, _, _, heads, dim = qkv_shape
+    return 2 * 2 * batch * heads * dim * bias_shape[2] * int(np.prod(keys_shape))
 
 
 @register_flop_formula(getattr(torch.ops, NAMESPACE).cpu_attention_backward)
-def _attention_backward_flops(d_out_shape, qkv_shape, bias_shape, *_, **__) -> int:
+def _attention_backward_flops(_, *shapes, **__) -> int:
     """Five products: the scores again, and those of dv, dP, dq and dk."""
-    return 5 * 2 * qkv_shape[0] * qkv_shape[-1] * int(np.prod(bias_shape))
+    return _attention_flops(*shapes) // 2 * 5
 
 
 def _sdpa_flops(query_shape, key_shape, value_shape, *_, **__) -> int:
@@ -157,7 +161,6 @@ with suppress(RuntimeError):  # where PyTorch has a formula for its CPU kernel; 
 def _forward(qkv: Tensor, bias: Tensor, rows: list[Tensor], scale: float) -> Tensor:
     """As `attention`; bias [M, Q, G]."""
     heads, dim = qkv.shape[3:]
-    bias = _wide(bias)
     matrices, queries, count = bias.shape
     step = _at_once(bias)
     reads, made_by = rows[0].split(step * (queries + 2 * count)), rows[1]
@@ -180,15 +183,14 @@ def _forward(qkv: Tensor, bias: Tensor, rows: list[Tensor], scale: float) -> Ten
 
 
 def _backward(
-    d_out: Tensor, qkv: Tensor, bias: Tensor, rows: list[Tensor], scale: float
+    d_out: Tensor, qkv: Tensor, bias: Tensor, rows: tuple[Tensor, ...], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """As `attention_backward`; bias [M, Q, G]."""
+    """As `attention_backward`; bias [M, Q, G], rows without `made_by`."""
     heads, dim = qkv.shape[3:]
-    d_qkv, dtype, bias = qkv.new_empty(qkv.shape), bias.dtype, _wide(bias)
-    d_bias = bias.new_zeros(bias.shape)
+    d_qkv, d_bias = qkv.new_empty(qkv.shape), bias.new_zeros(bias.shape)
     matrices, queries, count = bias.shape
     step = _at_once(bias)
-    read, _, asked, slots, first = rows
+    read, asked, slots, first = rows
     reads, asks = read.split(step * (queries + 2 * count)), asked.split(step * queries)
     operands = bias.new_empty(step * (queries + 2 * count), dim)
     slope = bias.new_empty(step * queries, dim)
@@ -207,7 +209,7 @@ def _backward(
             torch.index_select(d_image_out, 0, answers, out=do)
             _to_gradients(scale, *piece)
         d_image.copy_(F.embedding_bag(slots, gradients, first, mode="sum").view(d_image.shape))
-    return d_qkv, d_bias.to(dtype)
+    return d_qkv, d_bias
 
 
 def _to_gradients(
@@ -227,6 +229,12 @@ def _to_gradients(
     d_bias += d_scores
     dq.baddbmm_(d_scores, k, beta=0, alpha=scale)
     dk.baddbmm_(d_scores.mT, q, beta=0, alpha=scale)
+
+
+def _of_all_windows(bias: Tensor, mask: Tensor | None, windows: int) -> Tensor:
+    """The bias [N, P or 1, Q, G] and the mask as one array in float32 or more, [N*P, Q, G]."""
+    bias = _wide(bias)
+    return (bias.expand(-1, windows, -1, -1) if mask is None else bias + mask).flatten(0, 1)
 
 
 def _at_once(bias: Tensor) -> int:

@@ -65,7 +65,8 @@ class Layer:
     def run(self, driver: StubDriver, dtype: torch.dtype) -> None:
         """Forward and backward under a driver, as in training with autocast."""
         with driver, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            self.attention(self.input(), self.pools).float().sum().backward()
+            x = self.input()
+            self.attention(x, *self.attention.coarse_tokens(x, self.pools)).float().sum().backward()
 
     def input(self) -> Tensor:
         """A map [B, H, W, C] of zeros."""

@@ -89,27 +89,31 @@ def attention(qkv, bias, visible, tables, always_seen, height, width, window, sc
 @torch.library.custom_op(
     f"{NAMESPACE}::triton_attention_backward",
     mutates_args=(),
-    schema=f"(Tensor d_out, Tensor out, Tensor lse, {_INPUTS}) -> (Tensor, Tensor)",
-)
+    schema="(Tensor d_out, Tensor out, Tensor lse, Tensor qkv, Tensor bias, Tensor? visible, Tensor columns, "
+    "Tensor keys, Tensor first, Tensor token, Tensor start, Tensor window_of, Tensor first_of, "
+    "Tensor column, int always_seen, int width, int window, float scale) -> (Tensor, Tensor)",
+)  # without lists, which batched gradients cannot take
 def attention_backward(
-    d_out, out, lse, qkv, bias, visible, tables, always_seen, height, width, window, scale
+    d_out, out, lse, qkv, bias, visible, columns, keys, first, token, start, window_of, first_of, column,
+    always_seen, width, window, scale,
 ):  # fmt: skip
     """Gradients of `qkv` and of the bias."""
-    _, columns, keys, first, *blocks = tables
     made = launch.Tables(keys, first, columns.shape[1], always_seen, width, window, scale)
     qkv, d_out = qkv.contiguous(), d_out.contiguous()
     prepared, transposed = bias_kernels.prepare(bias, columns, visible, scale, qkv.dtype, True)
     d_qkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
     d_prepared = launch.query_gradient(qkv, prepared, out, d_out, lse, delta, d_qkv, made)
-    launch.key_gradient(qkv, transposed, d_out, lse, delta, d_qkv, made, Blocks(*blocks))
+    launch.key_gradient(
+        qkv, transposed, d_out, lse, delta, d_qkv, made, Blocks(token, start, window_of, first_of, column)
+    )
     return d_qkv, bias_kernels.gradient(d_prepared, bias, columns)
 
 
 @attention.register_fake
-def _attention_fake(qkv, bias, visible, tables, *_):
+def _attention_fake(qkv, bias, visible, tables, always_seen, height, width, *_):
     (b, _, _, n, d), windows, queries = qkv.shape, len(tables[0]), bias.shape[2]
     lse = qkv.new_empty(b, n, windows, launch.padded_queries(queries), dtype=torch.float32)
-    return qkv.new_empty(b, windows * queries, n * d), lse
+    return qkv.new_empty(b, height * width, n * d), lse
 
 
 @attention_backward.register_fake
@@ -132,7 +136,9 @@ def _gradients(ctx, d_out, d_lse):
         _, height, width, window, scale = ctx.numbers
         index = AttentionIndex(height, width, window, qkv.shape[1], tables[0], visible, ())
         return *differentiable_gradients(qkv, bias, d_out, index, scale), *rest
-    return *attention_backward(d_out, out, lse, qkv, bias, visible, tables, *ctx.numbers), *rest
+    always_seen, _, width, window, scale = ctx.numbers
+    numbers = (always_seen, width, window, scale)
+    return *attention_backward(d_out, out, lse, qkv, bias, visible, *tables[1:], *numbers), *rest
 
 
 attention.register_autograd(_gradients, setup_context=_save)
@@ -147,6 +153,7 @@ def _attention_flops(qkv_shape, bias_shape, _, table_shapes, *__, **___) -> int:
 
 
 @register_flop_formula(getattr(torch.ops, NAMESPACE).triton_attention_backward)
-def _attention_backward_flops(*shapes, **_) -> int:
+def _attention_backward_flops(*shapes, **__) -> int:
     """Five products, as PyTorch counts for its own kernels: those of gradients, and the scores once more."""
-    return _attention_flops(*shapes[3:]) // 2 * 5
+    qkv, bias, visible, columns, keys, *_ = shapes[3:]
+    return _attention_flops(qkv, bias, visible, [keys, columns]) // 2 * 5
