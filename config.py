@@ -90,7 +90,9 @@ _C.TRAIN.BASE_LR = 5e-4  # this and the next two: for 512 images per update; sca
 _C.TRAIN.WARMUP_LR = 5e-7
 _C.TRAIN.MIN_LR = 5e-6
 _C.TRAIN.CLIP_GRAD = 5.0  # largest gradient norm; 0 measures it without clipping
-_C.TRAIN.AUTO_RESUME = True  # continue from the newest checkpoint in the output folder; else refuse it
+_C.TRAIN.AUTO_RESUME = (
+    True  # continue from the newest checkpoint of the output folder; False: refuse such a folder
+)
 _C.TRAIN.ACCUMULATION_STEPS = 0  # batches per optimizer update; 0 and 1 mean one; --accumulation-steps
 _C.TRAIN.USE_CHECKPOINT = False  # recompute activations in the backward pass to save memory; --use-checkpoint
 

@@ -197,8 +197,10 @@ class Metrics:
         size = 0
         for line in Path(self.file.name).read_bytes().splitlines(keepends=True):
             try:
-                record = json.loads(line)
+                record = json.loads(line) if line.endswith(b"\n") else {}
             except ValueError:
+                record = {}
+            if not record:
                 break
             is_step = record["kind"] == "train"
             if (record["epoch"], record["step"]) >= next_step if is_step else record["epoch"] >= epochs:

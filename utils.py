@@ -109,9 +109,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
                 if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of file systems that cannot flush
                     raise
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a full disk does not say which file
         raise
     with contextlib.suppress(OSError):  # Windows and some file systems cannot flush folders
         descriptor = os.open(path.parent, os.O_RDONLY)

@@ -34,10 +34,12 @@ def read_map(path: Path) -> tuple[list[str], list[int]]:
         try:
             name, label = entry[:2]
             labels.append(int(label))
-        except (ValueError, TypeError) as error:
+            names.append(name + "")  # an error if it is no text
+        except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"{path}:{number}: expected a path and an integer label ('path<TAB>label', or [path, label] "
                 f"in JSON), got {reprlib.repr(entry)}; correct or remove the entry"
             ) from error
-        names.append(name)
+    if not names:
+        raise ValueError(f"{path}: expected a line or an entry for each image, got none; write the map again")
     return names, labels

@@ -41,6 +41,7 @@ SMALL_SIZE = 32
 """Side in pixels up to which images are padded and cropped for training, and not cropped in evaluation."""
 _SMALL_PADDING = 4
 _EVAL_RATIO = 256 / 224
+_MAX_STRETCH = 64
 
 
 @dataclass(frozen=True)
@@ -191,12 +192,20 @@ def eval_transform(
         larger = (int(_EVAL_RATIO * size[0]), int(_EVAL_RATIO * size[1]))
         is_square = size[0] == size[1]
         cover = transforms.Resize(larger[0], mode) if is_square else ResizeKeepRatio(larger, 0.0, mode.value)
-        steps: list[Callable] = [cover, transforms.CenterCrop(size)]
+        steps: list[Callable] = [_without_ends, cover, transforms.CenterCrop(size)]
     else:
         steps = [transforms.Resize(size, mode)]
     if channels == 1:
         steps.append(transforms.Grayscale())
     return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(mean, std, inplace=True)])
+
+
+def _without_ends(image: Image.Image) -> Image.Image:
+    """The middle of an image that is a thin line, which a centre crop would show anyway: resized to cover a
+    square, all of it would fill the memory."""
+    longest = _MAX_STRETCH * min(image.size)
+    sides = [min(side, longest) for side in (image.height, image.width)]
+    return functional.center_crop(image, sides) if max(image.size) > longest else image
 
 
 def channel_stats(

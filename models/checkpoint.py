@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.client import HTTPException
@@ -42,6 +43,7 @@ STATE_KEYS = ("model", "state_dict", "model_state_dict")
 STEM = "patch_embed.proj.weight"
 """The first convolution, [C, in_chans, k, k]; every file of weights has one."""
 
+TIMEOUT_SECONDS = 60  # of a download, without a byte
 RGB = 3
 PREFIXES = re.compile(r"(?:(?:module|_orig_mod|model|backbone|encoder)\.)*")
 """What wrappers and larger models put before the names of this one."""
@@ -98,7 +100,9 @@ def _downloaded(url: str) -> Path:
     """The file of an address, in the cache of torch.hub; many addresses end in the same name."""
     name, digest = Path(urlparse(url).path), hashlib.sha256(url.encode()).hexdigest()[:8]
     path = Path(torch.hub.get_dir(), "checkpoints", f"{name.stem}-{digest}{name.suffix}")
+    before = socket.getdefaulttimeout()
     try:
+        socket.setdefaulttimeout(TIMEOUT_SECONDS)  # torch.hub would wait for a silent server for ever
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), progress=False)
@@ -106,6 +110,8 @@ def _downloaded(url: str) -> Path:
         raise ValueError(
             f"{url}: could not be downloaded ({shown(error)}); pass a local file instead"
         ) from error
+    finally:
+        socket.setdefaulttimeout(before)
     return path
 
 

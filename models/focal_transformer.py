@@ -34,6 +34,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from numbers import Integral
 from operator import index as integer
 from threading import Lock
 from typing import Any, NamedTuple, cast
@@ -441,6 +442,11 @@ class BiasTables(nn.ParameterList):
         """One of them."""
         return self[level]
 
+    def reset_parameters(self) -> None:
+        """Truncated normal 0.02."""
+        for table in self:
+            trunc_normal_(table, std=0.02)
+
 
 class FocalAttention(nn.Module):
     """Focal attention (paper, section 3.2): every token sees its window, a ring and pooled tokens."""
@@ -481,26 +487,26 @@ class FocalAttention(nn.Module):
             self.relative_position_bias_table_to_neighbors = nn.Parameter(ring)
         if self.pooled_levels > 0:
             sides = [s + self.focal_window + 2**level - 2 for level in range(self.pooled_levels)]
-            tables = [nn.Parameter(torch.empty(n, side**2)) for side in sides]
-            self.relative_position_bias_table_to_windows = BiasTables(tables)
+            tables = BiasTables(nn.Parameter(torch.empty(n, side**2)) for side in sides)
+            self.relative_position_bias_table_to_windows = tables
         self.reset_parameters()
+        if self.pooled_levels > 0:
+            tables.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Fresh bias tables: zeros in the own window, truncated normal 0.02 elsewhere."""
+        """Fresh bias tables: zeros in the own window, truncated normal 0.02 in the ring."""
         nn.init.zeros_(self.relative_position_bias_table)
         if self.expand_size > 0:
             trunc_normal_(self.relative_position_bias_table_to_neighbors, std=0.02)
-        for table in self.relative_position_bias_table_to_windows if self.pooled_levels > 0 else ():
-            trunc_normal_(table, std=0.02)
 
     def forward(self, x: Tensor, *coarse: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C], of any size. Zeros that pad it to whole windows are keys, too.
 
-        `coarse` has the tokens of each pooled level, see `coarse_tokens`.
+        `coarse` has the tokens of each pooled level, see `CoarseTokens`.
         """
         height, width = integer(x.shape[1]), integer(x.shape[2])  # Python's integers, also in torch.jit.trace
         rows, columns = padded_size(height, width, self.window_size)
-        x = self.pad_and_roll(x, rows, columns)
+        x = self.pad_and_roll(x, self.window_size, self.shift_size)
         qkv = self.qkv(torch.cat([x.flatten(1, 2), *coarse], dim=1))  # [B, S, 3C]
         qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
         index = self.index(height, width, qkv)  # with the operator that `choose_backend` took
@@ -509,33 +515,14 @@ class FocalAttention(nn.Module):
         x = self.unroll_and_crop(x.unflatten(1, (rows, columns)), height, width)
         return self.proj_drop(self.proj(x))
 
-    def pad_and_roll(self, x: Tensor, rows: int, columns: int) -> Tensor:
-        """[B, H, W, C] -> [B, rows, columns, C]."""
-        return rolled(padded(x, rows, columns), -self.shift_size)
+    @staticmethod
+    def pad_and_roll(x: Tensor, window: int, shift: int) -> Tensor:
+        """[B, H, W, C] -> the same with whole windows."""
+        return rolled(padded(x, *padded_size(integer(x.shape[1]), integer(x.shape[2]), window)), -shift)
 
     def unroll_and_crop(self, x: Tensor, height: int, width: int) -> Tensor:
         """Undo `pad_and_roll`."""
         return rolled(x, self.shift_size)[:, :height, :width]
-
-    def coarse_tokens(self, x: Tensor, pools: nn.ModuleList) -> list[Tensor]:
-        """Tokens of every pooled level, each made by its module: [B, H, W, C] -> [B, P * 4^level, C]."""
-        if len(pools) == 0:
-            return []
-        height, width = integer(x.shape[1]), integer(x.shape[2])
-        x = self.pad_and_roll(x, *padded_size(height, width, self.window_size))
-        return [self.pooled(x, level, pool) for level, pool in enumerate(pools)]
-
-    def pooled(self, x: Tensor, level: int, pool: nn.Module) -> Tensor:
-        """Tokens of one level of a padded map. What cells do not fill is cropped evenly on both sides."""
-        side = self.window_size // 2**level
-        rows, columns = (n // self.window_size * 2**level for n in x.shape[1:3])
-        top, left = (x.shape[1] - rows * side) // 2, (x.shape[2] - columns * side) // 2
-        x = x[:, top : top + rows * side, left : left + columns * side]
-        if self.pool != "fc":
-            return pool(x.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
-        cells = x.unflatten(2, (columns, side)).unflatten(1, (rows, side))  # [B, rows, p, columns, p, C]
-        cells = cells.permute(2, 4, 0, 1, 3, 5).flatten(2).flatten(0, 1)  # [p*p, B*rows*columns*C]
-        return pool(cells.t()).view(x.shape[0], rows * columns, x.shape[3])
 
     def request(self, x: Tensor) -> tuple[Any, ...]:
         """The fields of `Request` for an input like `x`; a plain tuple, as torch.compile's constants are."""
@@ -600,9 +587,11 @@ class FocalFastAttention(FocalAttention):
         """Choose the stored keys anew."""
         self.set_train_resolution(self.train_resolution, self.stored_keys()[0].device)
 
-    def pad_and_roll(self, x: Tensor, rows: int, columns: int) -> Tensor:
-        """[B, H, W, C] -> [B, rows, columns, C]; keys are chosen where the map was before padding."""
-        return padded(rolled(x, -self.shift_size), rows, columns)
+    @staticmethod
+    def pad_and_roll(x: Tensor, window: int, shift: int) -> Tensor:
+        """[B, H, W, C] -> the same with whole windows; keys are chosen where the map was before padding."""
+        size = padded_size(integer(x.shape[1]), integer(x.shape[2]), window)
+        return padded(rolled(x, -shift), *size)
 
     def unroll_and_crop(self, x: Tensor, height: int, width: int) -> Tensor:
         """Undo `pad_and_roll`."""
@@ -638,6 +627,8 @@ class FocalFastAttention(FocalAttention):
         except RuntimeError:  # of torch.vmap's tensors, which have no memory of their own
             return
         if loaded is not None or versions != self.buffer_versions:  # inference tensors have no version
+            if choice[0].is_cuda:
+                torch.cuda.current_stream(choice[0].device).synchronize()
             with ThreadPoolExecutor(1) as thread:  # where no transform and no mode of this one is active
                 read = thread.submit(lambda: [keys.long().cpu().numpy() for keys in choice]).result()
             self.check_stored_keys(read)
@@ -668,6 +659,34 @@ class FocalFastAttention(FocalAttention):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+class CoarseTokens(nn.ModuleList):
+    """Makes the tokens of the pooled levels of an attention, by one module per level."""
+
+    def __init__(self, attn: FocalAttention, dim: int) -> None:
+        sides = [attn.window_size // 2**level for level in range(attn.pooled_levels)]
+        super().__init__(POOLS[attn.pool](side, dim) for side in sides)
+        self.sides = sides  # of cells
+        self.pool, self.window_size, self.shift_size = attn.pool, attn.window_size, attn.shift_size
+        self.pad_and_roll = attn.pad_and_roll
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """[B, H, W, C] -> the tokens of each level, [B, P * 4^level, C]."""
+        x = self.pad_and_roll(x, self.window_size, self.shift_size) if self.sides else x
+        return [self.pooled(x, level) for level in range(len(self.sides))]
+
+    def pooled(self, x: Tensor, level: int) -> Tensor:
+        """Tokens of one level of a padded map. What cells do not fill is cropped evenly on both sides."""
+        side, pool = self.sides[level], self[level]
+        rows, columns = (n // self.window_size * 2**level for n in x.shape[1:3])
+        top, left = (x.shape[1] - rows * side) // 2, (x.shape[2] - columns * side) // 2
+        x = x[:, top : top + rows * side, left : left + columns * side]
+        if self.pool != "fc":
+            return pool(x.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
+        cells = x.unflatten(2, (columns, side)).unflatten(1, (rows, side))  # [B, rows, p, columns, p, C]
+        cells = cells.permute(2, 4, 0, 1, 3, 5).flatten(2).flatten(0, 1)  # [p*p, B*rows*columns*C]
+        return pool(cells.t()).view(x.shape[0], rows * columns, x.shape[3])
+
+
 # --- The network --------------------------------------------------------------------------------------------
 
 
@@ -684,9 +703,7 @@ class FocalBlock(nn.Module):
         layerscale: float | None = None,  # first value of the factors of both branches; None for no factors
     ) -> None:
         super().__init__()
-        sides = [attn.window_size // 2**level for level in range(attn.pooled_levels)]
-        # Here and not in `attn`, as in the original's state dict.
-        self.pool_layers = nn.ModuleList(POOLS[attn.pool](side, dim) for side in sides)
+        self.pool_layers = CoarseTokens(attn, dim)  # not in `attn`, as in the original's state dict
         self.norm1 = nn.LayerNorm(dim)
         self.attn = attn
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
@@ -708,8 +725,7 @@ class FocalBlock(nn.Module):
         if isinstance(x, torch.fx.Proxy):  # torch.fx cannot trace sizes: record the block as one module
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
         y = self.norm1(x)
-        y = self.attn(y, *self.attn.coarse_tokens(y, self.pool_layers))
-        x = x + self.drop_path(layer_scale(y, self.gamma_1))
+        x = x + self.drop_path(layer_scale(self.attn(y, *self.pool_layers(y)), self.gamma_1))
         return x + self.drop_path(layer_scale(self.mlp(self.norm2(x)), self.gamma_2))
 
     def __prepare_scriptable__(self) -> None:
@@ -1103,6 +1119,11 @@ def smallest_side(options: Mapping[str, Any]) -> int:
 
 def check_options(options: Mapping[str, Any]) -> None:
     """Raise ValueError for options that contradict each other, with every problem."""
+    per_stage = ("depths", "num_heads", "focal_levels", "focal_windows", "expand_sizes", "focal_stages")
+    wrong = [key for key in per_stage if not isinstance(options[key], Sequence)]
+    if wrong:
+        given = ", ".join(f"{key}={options[key]!r}" for key in wrong)
+        raise ValueError(f"expected a list with an entry for each stage, got {given}")
     stages, sides, least = len(options["depths"]), to_2tuple(options["img_size"]), smallest_side(options)
     unknown = set(options["focal_stages"]) - {*range(max(stages, 4))}  # 4: the default
     conv = options["use_conv_embed"]
@@ -1125,7 +1146,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     for key in ("num_heads", "focal_levels", *ring_options):
         checks.append((key, len(options[key]) == stages, f"one entry for each of the {stages} depths"))
     for key in ("patch_size", "in_chans", "embed_dim", "window_size", "focal_topk"):
-        fits = isinstance(options[key], int) and options[key] >= 1
+        fits = isinstance(options[key], Integral) and options[key] >= 1
         checks.append((key, fits, "a whole number, at least 1"))
     for key in ("drop_rate", "drop_path_rate"):
         checks.append((key, 0 <= options[key] < 1, "in [0, 1)"))

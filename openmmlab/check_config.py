@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import mmengine.registry
@@ -48,8 +49,8 @@ BUILDERS = {
 }
 """Code that builds a part of the config, and which of its arguments is that part."""
 
-LIBRARIES = (*(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")), "<frozen ")
-"""How file names of installed code begin."""
+PACKAGES = ("mmcv", "mmdet", "mmengine", "mmseg", "numpy", "torch", "torchvision")
+REFUSALS = (ValueError, TypeError, LookupError, AssertionError, ImportError)  # of values, by a library
 
 
 class Options(DictAction):
@@ -154,12 +155,20 @@ def _reasons(error: Exception, config: "Config") -> list[str]:
     parts = [frames[number].f_locals[BUILDERS[frames[number].f_code]] for number in reversed(built)]
     places = next(filter(None, (_places(part, config) for part in parts if isinstance(part, Mapping))), {})
     found = [text for path, node in places.items() for text in mistakes(node, path, config)]
-    own_code = any(not f.f_code.co_filename.startswith(LIBRARIES) for n in built[:1] for f in frames[n:])
-    if found or not places or own_code:
+    libraries = _library_folders()
+    own_code = any(not f.f_code.co_filename.startswith(libraries) for n in built[:1] for f in frames[n:])
+    if found or not places or own_code or not isinstance(error, REFUSALS):
         return found
     said = str(error.args[0] if error.args else "")  # str() of a KeyError adds quotes
     said = said or traceback.extract_tb(error.__traceback__)[-1].line  # of an assert without a message
     return [f"{' or '.join(places)}: {said} (FOCAL_TRACEBACK=1 shows where)"]
+
+
+def _library_folders() -> tuple[str, ...]:
+    """How file names of Python's own and OpenMMLab's code begin."""
+    found = [find_spec(name) for name in PACKAGES]
+    folders = [folder for spec in found if spec for folder in spec.submodule_search_locations or ()]
+    return (sysconfig.get_path("stdlib"), "<frozen ", *folders)
 
 
 def _places(part: Mapping[str, Any], config: "Config") -> dict[str, dict[str, Any]]:

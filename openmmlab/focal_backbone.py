@@ -74,6 +74,8 @@ class FocalBackbone(FocalTransformer):
     def init_weights(self) -> None:
         """Load all stages of the classifier that `init_cfg` names, resized to this backbone's windows.
 
+        Without one, the weights that the constructor made stay.
+
         Raises:
             UserError: no such file, or its weights do not fit; the message names the keys.
         """

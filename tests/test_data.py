@@ -184,10 +184,11 @@ def test_samples_do_not_depend_on_workers(
     alone, helped = (build_loaders(zip_config(root, SEED=3, DATA__NUM_WORKERS=count)) for count in (0, 2))
     helped.train_dataset[(5, 0)]  # opens the archive here before any worker starts
     for epoch in (0, 1):
-        before = random.getstate(), torch.get_rng_state()
-        own = draw_epoch(alone, epoch)
-        assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
-        torch.testing.assert_close(draw_epoch(helped, epoch), own, rtol=0, atol=0)
+        torch.testing.assert_close(draw_epoch(helped, epoch), draw_epoch(alone, epoch), rtol=0, atol=0)
+    before = random.getstate(), torch.get_rng_state()
+    np.random.seed(0), alone.train_dataset[(0, 1)]
+    assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
+    assert np.random.rand() == np.random.RandomState(0).rand()
     assert alone.train_dataset.undecodable == helped.train_dataset.undecodable > 0
     assert caplog.text.count("bee/2.png") == 2 * alone.train_dataset.undecodable
 

@@ -111,6 +111,21 @@ def test_frozen_stages_stay_and_are_not_random(frozen: int) -> None:
 # --- Checkpoints --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_classifiers_weights_and_stored_keys_are_loaded(name: str, tmp_path: Path) -> None:
+    classifier = FocalTransformer(**NANO | VARIANTS[name], num_classes=7)
+    keys = {key: value.flip(0) for key, value in classifier.named_buffers()}
+    classifier.load_state_dict(keys, strict=False)
+    torch.save(classifier.state_dict(), tmp_path / "own.pth")
+    checkpoint = dict(type="Pretrained", checkpoint=str(tmp_path / "own.pth"))
+    backbone = build(**VARIANTS[name], init_cfg=checkpoint)
+    backbone.init_weights()
+    given, state = classifier.state_dict(), backbone.state_dict()
+    assert {*given} - {*state} == {"norm.weight", "norm.bias", "head.weight", "head.bias"}
+    for key in given.keys() & state.keys():
+        assert torch.equal(given[key], state[key]), key
+
+
 def test_loading_is_logged_and_refuses_what_does_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -229,7 +229,7 @@ def test_stored_keys_that_are_written_to_count() -> None:
 
 
 def test_weights_after_the_meta_device(new: New) -> None:
-    """Memory that holds anything becomes a fresh model, by the model's method or by those of its modules."""
+    """Memory that holds anything becomes a fresh model."""
     fresh = new(ape=True, use_layerscale=True)
     with torch.device("meta"):
         model = new(ape=True, use_layerscale=True)
@@ -341,6 +341,26 @@ def test_half_precision(new: New, dtype: torch.dtype) -> None:
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
     out = logits(model.to(dtype), IMAGES.to(dtype))
     assert out.dtype == dtype and (out - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+class Wrapped(nn.Module):
+    """Calls another module."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any) -> Any:
+        return self.inner(*args)
+
+
+def test_every_module_can_be_wrapped(new: New) -> None:
+    model = new().eval()
+    expected = logits(model)
+    for name, module in [*model.named_modules()][:0:-1]:
+        if not isinstance(module, nn.ModuleList) or name.endswith("pool_layers"):
+            replace(model, name, Wrapped(module))
+    assert torch.equal(logits(model), expected)
 
 
 def test_modules_get_no_modules(new: New) -> None:
@@ -569,6 +589,6 @@ def test_every_pixel_reaches_a_shifted_focal_fast_model(size: tuple[int, int]) -
     tokens = torch.randn(1, size[0] // 4, size[1] // 4, 16, requires_grad=True)
     block = model.layers[0].blocks[1]
     assert block.attn.shift_size == 3
-    out = block.attn(tokens, *block.attn.coarse_tokens(tokens, block.pool_layers))
+    out = block.attn(tokens, *block.pool_layers(tokens))
     (gradient,) = torch.autograd.grad(out[0, 0, 0].square().sum(), tokens)
     assert gradient.abs().sum(dim=-1).min() > 0

@@ -11,6 +11,7 @@ from PIL import Image
 
 from config import load_config
 from models import FocalTransformer, build_model
+from models.focal_transformer import CoarseTokens
 from tools import visualize
 from tools.figures import __main__ as make_figures
 from tools.figures import attention
@@ -87,9 +88,9 @@ def test_pooled_tokens_stand_where_they_were_pooled(name: str) -> None:
     for tokens in attention.stage_maps(make(name)[0], *image.shape[2:]):
         layer, rows = tokens.layer, tokens.padded[0] * tokens.padded[1]
         fine = torch.zeros(1, *tokens.padded, 1, requires_grad=True)
-        layer.pool = "mean"
-        sides = [layer.window_size // 2**level for level in range(layer.pooled_levels)]
-        pooled = [layer.pooled(fine, k, torch.nn.AvgPool2d(side)) for k, side in enumerate(sides)]
+        layer.pool = "mean" if layer.pooled_levels else "none"
+        pools = CoarseTokens(layer, 1)
+        pooled = [pools.pooled(fine, level) for level in range(layer.pooled_levels)]
         pooled = torch.cat(pooled, dim=1)[0, :, 0] if pooled else torch.empty(0)
         for grain in tokens.grains()[1:]:
             for number in grain.tokens[[0, -1]].tolist():

@@ -8,6 +8,7 @@ An output folder is what main.py writes to; its metrics.jsonl is read. The horiz
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -71,7 +72,7 @@ def read_metrics(folder: Path) -> RunMetrics:
             f"{folder}: expected the output folder of a training run, with {METRICS_NAME}, got {found}; "
             "name <output>/<model name>/<tag>"
         )
-    metrics = RunMetrics(str(folder))
+    metrics = RunMetrics(os.fsencode(folder).decode("utf-8", "replace"))  # matplotlib draws Unicode alone
     lists = {"train": metrics.train, "epoch": metrics.epochs}
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:

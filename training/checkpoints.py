@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from yacs.config import CfgNode
@@ -62,16 +62,35 @@ def checkpoints_in(folder: Path) -> list[tuple[EpochStep, Path]]:
     return sorted(found)
 
 
+class _ErrorKeepingFile:
+    """A file for `torch.save`; keeps the first OSError, since torch's own does not name a full disk."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        try:
+            return self.file.write(content) if self.error is None else len(content)
+        except OSError as error:
+            self.error = error
+            return len(content)
+
+    def flush(self) -> None:
+        """Called by `torch.save`; closing the file flushes."""
+
+
 def write_checkpoint(content: dict[str, Any], path: Path) -> None:
     """Write plain data, whole or not at all.
 
     Raises:
         OSError: it cannot be written; what was there before stays.
     """
-    buffer = io.BytesIO()
-    torch.save(content, buffer)  # not to the file: the errors of torch.save do not name a full disk
-    with utils.atomic_write(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+    with utils.atomic_write(path) as temporary, temporary.open("wb") as file:
+        target = _ErrorKeepingFile(file)
+        torch.save(content, target)
+        if target.error is not None:
+            raise target.error
 
 
 def is_valid(path: Path) -> bool:
@@ -97,12 +116,12 @@ def is_valid(path: Path) -> bool:
 
 
 def find_newest(folder: Path) -> Path | None:
-    """The valid checkpoint that is furthest in training; None without any.
+    """The valid checkpoint that is furthest in training; None if the folder has no checkpoint.
 
     Of two at the same position it is best.pth, since that one was written after the evaluation.
 
     Raises:
-        UserError: a file cannot be read.
+        UserError: a file cannot be read, or no checkpoint is valid.
     """
     found, best = checkpoints_in(folder), folder / BEST_NAME
     if best.is_file():
@@ -111,6 +130,11 @@ def find_newest(folder: Path) -> Path | None:
         if (path == best and place > (0, 0)) or is_valid(path):  # `read_best` has verified that one
             return path
         logger.warning(f"{path} is damaged or incomplete and was skipped")
+    if found:
+        raise UserError(
+            f"{folder}: expected a checkpoint to continue from, got damaged ones alone; move them away to "
+            "start anew, or choose another --tag"
+        )
     return None
 
 
@@ -296,6 +320,7 @@ class Checkpoints:
         state.meter.gather()
         if not utils.is_main_process():
             return
+        self.metrics.flush()
         content = state.state_dict() | ({} if accuracy is None else {"accuracy": accuracy})
         newest, path = state.position.epoch_step, self.folder / name
 

@@ -21,7 +21,7 @@ _received: list[int] = []  # stop signals since `handle_stop_signals` was entere
 
 
 class StopRequested(Exception):
-    """A rank received a stop signal; raised on all ranks at the same step."""
+    """A rank received a signal, or cannot write checkpoints; raised on all ranks at the same step."""
 
 
 @contextlib.contextmanager

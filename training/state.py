@@ -44,7 +44,8 @@ RECIPE = (
     "AUG.",
     "SEED",
 )
-"""Options (or prefixes of options) that change the result of training."""
+NOT_RECIPE = ("TRAIN.AUTO_RESUME", "TRAIN.USE_CHECKPOINT")
+"""Options (or prefixes of options) that change the result of training, and exceptions."""
 
 EpochStep = tuple[int, int]
 """(finished epochs, finished batches of the running epoch): sorts checkpoints by progress."""
@@ -228,5 +229,5 @@ def _compare_config(saved_text: str, config: CfgNode, origin: str) -> None:
                 f"{origin}: expected a checkpoint with {key} {value!r}, got one with {old!r}; set the option "
                 "to that, or use --pretrained to start from the weights alone"
             )
-        if key.startswith(RECIPE):
+        if key.startswith(RECIPE) and key not in NOT_RECIPE:
             logger.warning(f"{origin} was written with {key} {old!r}; this run continues with {value!r}")

@@ -51,4 +51,3 @@ test_dataloader = val_dataloader
 train_cfg = dict(max_epochs=72)
 param_scheduler = _base_.steps_6x
 optim_wrapper = dict(_delete_=True, **dict(_base_.adamw, type="AmpOptimWrapper"))
-reported = dict(mask_ap=50.9)

@@ -66,7 +66,7 @@ class Layer:
         """Forward and backward under a driver, as in training with autocast."""
         with driver, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             x = self.input()
-            self.attention(x, *self.attention.coarse_tokens(x, self.pools)).float().sum().backward()
+            self.attention(x, *self.pools(x)).float().sum().backward()
 
     def input(self) -> Tensor:
         """A map [B, H, W, C] of zeros."""
