@@ -114,7 +114,7 @@ def test_frozen_stages_stay_and_are_not_random(frozen: int) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_classifiers_weights_and_stored_keys_are_loaded(name: str, tmp_path: Path) -> None:
     classifier = FocalTransformer(**NANO | VARIANTS[name], num_classes=7)
-    keys = {key: value.flip(0) for key, value in classifier.named_buffers()}
+    keys = {key: value.flip(1) for key, value in classifier.named_buffers()}
     classifier.load_state_dict(keys, strict=False)
     torch.save(classifier.state_dict(), tmp_path / "own.pth")
     checkpoint = dict(type="Pretrained", checkpoint=str(tmp_path / "own.pth"))
