@@ -136,8 +136,8 @@ def test_a_signal_stops_after_the_update_and_saves(
 # --- Which run continues ------------------------------------------------------------------------------------
 
 
-def test_a_run_that_has_lost_every_checkpoint_begins_again(few_images: Path, tmp_path: Path) -> None:
-    """Its metrics too, so that no epoch is recorded twice. Unless the disk cannot read the files."""
+def test_a_run_that_has_lost_every_checkpoint_is_left_as_it_is(few_images: Path, tmp_path: Path) -> None:
+    """Also where the disk cannot read the files. When they are gone it begins again, its metrics too."""
     arguments = command(few_images, tmp_path, [*OPTS, "TRAIN.EPOCHS", 1])
     assert main.main(arguments) == 0
     folder, once = folder_of(tmp_path), metrics_of(tmp_path)
@@ -149,6 +149,10 @@ def test_a_run_that_has_lost_every_checkpoint_begins_again(few_images: Path, tmp
     (tmp_path / path.name).replace(path)
     for path in folder.glob("*.pth"):
         os.truncate(path, path.stat().st_size // 2)
+    assert main.main(arguments) == 2
+    assert metrics_of(tmp_path) == once
+    for path in folder.glob("*.pth"):
+        path.unlink()
     assert main.main(arguments) == 0
     assert metrics_of(tmp_path) == once
 
