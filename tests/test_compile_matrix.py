@@ -17,7 +17,7 @@ from torch import nn
 from triton.runtime.errors import OutOfResources
 
 from models import FocalTransformer
-from models.focal_transformer import FAMILIES
+from models.focal_transformer import FAMILIES, CoarseTokens
 from models.ops.triton import kernels
 from tools.benchmarks.compile_matrix import Layer, compile_all, distinct_layers
 from tools.benchmarks.kernel_figures import CUOBJDUMP, Figures, main_loop, parse_sass
@@ -57,7 +57,7 @@ def with_head_dim(head_dim: int) -> Layer:
     """The attention of Focal-T's first stage with heads of another width."""
     options = dict(expand_size=3, focal_window=7, pool="fc", pooled_levels=1, backend="triton")
     layer = FAMILIES["focal"](3 * head_dim, 3, 7, **options)
-    return Layer(f"heads of {head_dim}", 1, layer, nn.ModuleList([nn.Linear(49, 1)]), 28, 28)
+    return Layer(f"heads of {head_dim}", 1, layer, CoarseTokens(layer, 3 * head_dim), 28, 28)
 
 
 CASES = {  # what builds a layer, card, dtype: one card for each table of settings

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models import FocalTransformer
-from models.focal_transformer import FocalAttention
+from models.focal_transformer import CoarseTokens, FocalAttention
 from models.registry import VARIANTS
 from utils import path_argument
 
@@ -58,7 +58,7 @@ class Layer:
     model: str  # the first one that has it
     stage: int  # from 1
     attention: FocalAttention
-    pools: nn.ModuleList
+    pools: CoarseTokens
     height: int
     width: int
 
