@@ -780,14 +780,15 @@ class FocalStage(nn.Module):
         self.downsample = downsample
         self.use_checkpoint = False  # recompute activations in the backward pass of training
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, H, W, C] -> the map of the last block, [B, H, W, C], and that of the next stage."""
+    def forward(self, x: Tensor, with_own_map: bool = False) -> Any:
+        """[B, H, W, C] -> the next stage's map; `with_own_map` before it that of the last block."""
         for block in self.blocks:
             if self.use_checkpoint and self.training:
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)
-        return x, x if self.downsample is None else self.downsample(x.permute(0, 3, 1, 2))
+        after = x if self.downsample is None else self.downsample(x.permute(0, 3, 1, 2))
+        return (x, after) if with_own_map else after
 
 
 class FocalTransformer(nn.Module):
@@ -848,7 +849,7 @@ class FocalTransformer(nn.Module):
                 nn.Parameter(torch.zeros(1, size[0] * size[1], embed_dim)) if ape else None
             )
             self.pos_drop = nn.Dropout(drop_rate)
-            self.layers = nn.ModuleList()
+            self.layers = nn.Sequential()
             for i, (dim, depth) in enumerate(zip(self.feature_dims, depths, strict=True)):
                 attns = [make_attention(options, i, block, size) for block in range(depth)]
                 blocks = [FocalBlock(a, dim, mlp_ratio, drop_rate, next(rates), layerscale) for a in attns]
@@ -866,7 +867,7 @@ class FocalTransformer(nn.Module):
         self.feature_info = [
             {"num_chs": dim, "reduction": patch_size * 2**i, "module": f"layers.{i}.blocks.{depth - 1}"}
             for i, (dim, depth) in enumerate(zip(self.feature_dims, depths, strict=True))
-        ]  # the last block, since a stage returns two maps
+        ]  # the last block, since a stage returns the next stage's map
 
     def reset_parameters(self) -> None:
         """A fresh position embedding: truncated normal 0.02."""
@@ -891,10 +892,7 @@ class FocalTransformer(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images [B, in_chans, H, W] to the normalised last map [B, H/32, W/32, C]."""
-        x = self.stem(x)
-        for stage in self.layers:
-            _, x = stage(x)
-        return self.norm(x)
+        return self.norm(self.layers(self.stem(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Last map [B, H, W, C] to logits [B, num_classes], or to what enters the classifier."""
@@ -935,7 +933,7 @@ class FocalTransformer(nn.Module):
         until = max(wanted) if stop_early or intermediates_only else last
         x = self.stem(x)
         for i, stage in enumerate(self.layers[: until + 1]):
-            stage_map, x = stage(x)
+            stage_map, x = stage(x, True)
             if i in wanted:
                 maps.append(self.norm(stage_map) if norm and i == last else stage_map)
         maps = [m.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else m for m in maps]

@@ -363,6 +363,16 @@ def test_every_module_can_be_wrapped(new: New) -> None:
     assert torch.equal(logits(model), expected)
 
 
+def test_children_run_one_after_the_other(new: New) -> None:
+    """As in a feature extractor made of `children()`, cut before the classifier."""
+    model = new().eval()
+    *body, _ = model.children()
+    with torch.no_grad():
+        assert torch.equal(
+            nn.Sequential(*body)(IMAGES), model.forward_head(model.forward_features(IMAGES), True)
+        )
+
+
 def test_modules_get_no_modules(new: New) -> None:
     """As tools expect that count, move or attribute by what enters a module."""
     model, kinds = new(), Counter()
