@@ -251,11 +251,11 @@ def padded_queries(queries: int) -> int:
 
 
 def forward_tiles(keys: int, always_seen: int, chosen: Config) -> dict[str, Any]:
-    """Compile-time arguments of the forward pass, for so many keys of a window, of which the first
-    `always_seen` are there in every window."""
+    """Compile-time arguments of the forward pass for so many keys of a window; `always_seen` as in
+    `TritonTables`."""
     keys, block = computed_keys(keys), chosen.block_keys
     static = keys <= chosen.static_keys
-    return {"KEYS": keys, "PLAIN": always_seen // block if static else 0, "STATIC": static}
+    return {"KEYS": keys, "PLAIN": plain_tiles(keys, always_seen, block) if static else 0, "STATIC": static}
 
 
 def gradient_tiles(keys: int, always_seen: int, chosen: Config) -> list[tuple[int, dict[str, Any]]]:
@@ -265,9 +265,14 @@ def gradient_tiles(keys: int, always_seen: int, chosen: Config) -> list[tuple[in
     launches = []
     for first in range(0, keys, chosen.static_keys):
         count = min(chosen.static_keys, keys - first)
-        plain = min(count, max(0, always_seen - first)) // block
+        plain = plain_tiles(count, always_seen - first, block)
         launches.append((first // block, {"KEYS": count, "PLAIN": plain, "IS_FIRST": first == 0}))
     return launches
+
+
+def plain_tiles(keys: int, always_seen: int, block: int) -> int:
+    """Tiles of so many keys, the last may be smaller, before the first that has an absent key."""
+    return ceil(keys / block) if always_seen >= keys else max(0, always_seen) // block
 
 
 def divide(kernel: str, items: int, programs: int) -> tuple[int, int]:

@@ -48,9 +48,9 @@ class TritonTables:
 
     merged: MergedKeys
     columns: Tensor  # int32 [2, K']: columns of the bias whose logaddexp a merged key has; -1 for no second
-    keys: Tensor  # int32 [P, padded K']: tokens; -1 where no query of a window sees the key, and beyond K'
+    keys: Tensor  # int32 [P, padded K']: tokens; -1 where no query of a window sees the key; 0 beyond K'
     first: Tensor  # int32 [P]: first token of every window
-    always_seen: int  # the first so many keys are there in every window
+    always_seen: int  # the first so many of a row of `keys` are tokens in every window
     blocks: Blocks | None  # for the backward pass
 
 
@@ -69,16 +69,17 @@ def build_tables(index: AttentionIndex, trains: bool) -> TritonTables:
     merged = merge_duplicates(index)
     second = F.pad(merged.second, (len(merged.single), 0), value=-1)
     columns = torch.stack([torch.cat([merged.single, merged.first]), second]).int()
-    keys, always_seen = merged.keys.int(), merged.keys.shape[1]
+    keys, count = merged.keys.int(), merged.keys.shape[1]
+    keys = F.pad(keys, (0, padded_keys(count) - count))  # the bias masks them
+    always_seen = keys.shape[1]
     if merged.visible is not None:
         seen = merged.visible[:, 0] if merged.visible.shape[1] == 1 else merged.visible.any(dim=1)
-        keys = torch.where(seen, keys, -1)
+        keys[:, :count] = torch.where(seen, keys[:, :count], -1)
         always_seen = int((keys.amin(dim=0) >= 0).int().cumprod(0).sum())
-    keys = F.pad(keys, (0, padded_keys(keys.shape[1]) - keys.shape[1]), value=-1)
     number = torch.arange(len(keys), dtype=torch.int32, device=keys.device)
     across, s = index.width // index.window, index.window
     first = number // across * (s * index.width) + number % across * s
-    blocks = build_blocks(index, keys, first, columns.shape[1]) if trains else None
+    blocks = build_blocks(index, keys, first, count) if trains else None
     return TritonTables(merged, columns, keys, first, always_seen, blocks)
 
 
