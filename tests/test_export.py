@@ -1,6 +1,7 @@
 """Files for other runtimes: what is written gives the model's logits, and nothing else is written."""
 
 import dataclasses
+import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -14,9 +15,10 @@ from conftest import REPO
 from torch import Tensor, nn
 
 from classification import export
-from classification.export import FORMATS, ExportError, export_model
+from classification.export import FORMATS, export_model
 from config import load_config
 from models import build_model
+from utils import UserError
 
 build = partial(
     small_models.build,
@@ -53,12 +55,12 @@ def assert_same(
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", FORMATS)
 def test_files_agree_for_any_length_of_batches(name, family, tmp_path) -> None:
-    for package in FORMATS[name].packages:
-        pytest.importorskip(package)
+    if name == "onnx":
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
     model = build(**FAMILIES[family])
     path = tmp_path / f"new/model{FORMATS[name].suffix}"
-    summary = export_model(model, name, ODD, path)
-    assert summary.startswith(f"{path}: ") and "differs by at most" in summary
+    export_model(model, name, ODD, path)
     assert [*path.parent.iterdir()] == [path]
     assert_same(FORMATS[name].load(path), model, ODD, 1, 2, 5)
 
@@ -121,9 +123,12 @@ def load_changed(change: Callable[[Tensor], Tensor]) -> Callable[[Path], export.
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"load": load_changed(lambda y: y + 1e-3 * (len(y) == 3))}, "the .* by 1.0e-03 for 3 images"),
-        ({"load": load_changed(lambda y: y * float("nan"))}, "the exported model differs by nan"),
-        ({"load": load_changed(lambda y: y[:, :1])}, r"for 1 images .* returns \[1, 1\], expected \[1, 5\]"),
+        (
+            {"load": load_changed(lambda y: y + 1e-3 * (len(y) == 3))},
+            "for other images, .* difference: 0.001",
+        ),
+        ({"load": load_changed(lambda y: y * float("nan"))}, "for other images, .* difference: nan"),
+        ({"load": load_changed(lambda y: y[:, :1])}, r"for other images, .*\[1, 1\]\) != .*\[1, 5\]"),
         ({"write": write_garbage}, "[^;]"),
         ({"write": write_undecided}, "[^;]"),
     ],
@@ -134,14 +139,14 @@ def test_a_file_that_disagrees_is_not_kept(fields, message, linear, tmp_path, mo
     kept = tmp_path / "m.pt2"
     kept.write_text("an older file")
     change(monkeypatch, "torch_export", **fields)
-    with pytest.raises(ExportError, match=rf"\Atorch_export: {message}.*; nothing was written to .*\Z"):
+    with pytest.raises(UserError, match=rf"\Atorch_export: {message}.*; nothing was written to .*\Z"):
         export_model(linear, "torch_export", SQUARE, kept)
     assert kept.read_text() == "an older file" and [*tmp_path.iterdir()] == [kept]
 
 
 def test_missing_packages_are_named(linear, tmp_path, monkeypatch) -> None:
-    change(monkeypatch, "onnx", packages=("torch", "no_such_package"))
-    with pytest.raises(ExportError, match="needs no_such_package: pip install no_such_package"):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match="onnx: .*onnx(runtime|script)"):
         export_model(linear, "onnx", SQUARE, tmp_path / "m.onnx")
 
 
