@@ -113,9 +113,6 @@ def load_splits(source: str) -> dict[str, Any]:
     try:
         if saved:
             return {name: datasets.load_from_disk(str(folder)) for name, folder in saved.items()}
-        if (path / "state.json").is_file():
-            rows = datasets.load_from_disk(source)
-            return {str(rows.split or "train"): rows}
         if path.is_file():
             return datasets.load_dataset("parquet", data_files=source)
         return datasets.load_dataset(source)

@@ -78,7 +78,7 @@ def open_shards(root: Path, split: str, output: Path) -> ShardSource:
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError, NotImplementedError):  # of file systems without locks
                 output.mkdir(parents=True, exist_ok=True)
-                lock = FileLock(file.with_suffix(".lock"), _LOCK_TIMEOUT, fallback_to_soft=False)
+                lock = FileLock(output / f".{file.name}.lock", _LOCK_TIMEOUT, fallback_to_soft=False)
                 stack.enter_context(lock)
             index = _load_index(file, facts)
             if index is None:
