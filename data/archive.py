@@ -65,12 +65,6 @@ def open_archive_split(data_path: Path, split: str) -> ArchiveSource:
     """
     archive_path = data_path / f"{split}.zip"
     map_path = data_path / f"{split}_map.txt"
-    if not map_path.is_file():
-        found = f"only {archive_path.name}" if archive_path.is_file() else "neither of them"
-        raise FileNotFoundError(
-            f"{map_path}: expected {archive_path.name} with its map, got {found}; set DATA.DATA_PATH to the "
-            "folder with both"
-        )
     written, labels = read_map(map_path)
     directories: dict[Path, dict[str, zipfile.ZipInfo]] = {}
     numbers: dict[Path, int] = {}

@@ -29,7 +29,6 @@ IMAGE_EXTENSIONS = tuple(
     extension for extension, name in Image.registered_extensions().items() if name in _FORMATS
 )
 """What Pillow can open here, such as .jpg and .png; in lower case, with the dot."""
-_FULL_SCALES = (1, 255, 2**16 - 1)  # what white may be in images of floating point numbers
 _REDUCTIONS = (8, 4, 2)  # denominators at which OpenCV decodes a JPEG file to a smaller image
 _JPEG_END = b"\xff\xd9"
 
@@ -44,7 +43,7 @@ class UndecodableImageError(ValueError):
 def decode_rgb(encoded: bytes, name: str, upright: bool = False) -> Image.Image:
     """Decode an image file to RGB with Pillow.
 
-    Gray of more than 8 bits is scaled to 8 bits; an alpha channel is dropped.
+    Gray of 16 bits is scaled to 8 bits; an alpha channel is dropped.
 
     Args:
         encoded: the content of the image file.
@@ -142,21 +141,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         image.load()
         return image
-    if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("floating point numbers, for which white is not defined, instead of 8 or 16 bits")
+    if image.mode.startswith("I"):
+        gray = np.asarray(image).clip(0, 2**16 - 1) >> 8  # white is 65535
+        return Image.fromarray(gray.astype(np.uint8)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         return image.convert("RGBA").convert("RGB")
     return image.convert("RGB")
-
-
-def _to_8_bits(gray: np.ndarray) -> np.ndarray:
-    """Scale [H, W] of integers or floating point numbers to uint8; negative values and nan are black.
-
-    White is 65535 for integers. For floating point numbers, where no standard says what it is, it is the
-    smallest of 1, 255 and 65535 that no value exceeds. Where values exceed 65535, the largest is white.
-    """
-    largest = gray.max(where=np.isfinite(gray), initial=0)
-    if gray.dtype.kind != "f" and largest < 2**16:
-        return (gray.clip(0) >> 8).astype(np.uint8)
-    white = next((scale for scale in _FULL_SCALES if largest <= scale), largest)
-    return (np.nan_to_num(gray.clip(0, white)) / white * 255).round().astype(np.uint8)

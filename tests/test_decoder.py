@@ -160,6 +160,7 @@ BAD = {
     "empty": b"",
     "text": b"no image",
     "half": JPEG[: len(JPEG) // 2],
+    "floating point": encoded(Image.new("F", (9, 9)), "TIFF"),
     "too large": png(2**26 + 1, 1, chunk(b"IDAT", zlib.compress(bytes(1000)))),
     "no width": png(0, 10),
     "text bomb": png(9, 9, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**24), 9))),

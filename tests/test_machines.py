@@ -197,15 +197,9 @@ def test_class_folders_take_what_pillow_opens_and_say_what_they_leave_out(
 
 @pytest.mark.parametrize(
     ("dtype", "values", "expected"),
-    [
-        ("float32", [0.5, 1, np.inf, np.nan, -np.inf], [128, 255, 255, 0, 0]),
-        ("float32", [0, 0.4, 128, 254, 255], [0, 0, 128, 254, 255]),
-        ("float32", [0, 257, 514, 60000], [0, 1, 2, 233]),
-        ("int32", [-1, 10**9, 2 * 10**9], [0, 128, 255]),
-        ("uint16", [0, 255, 256, 4095], [0, 0, 1, 15]),
-    ],
+    [("uint16", [0, 255, 256, 65535], [0, 0, 1, 255]), ("int32", [-1, 32768, 10**9], [0, 128, 255])],
 )
-def test_gray_of_any_range_is_scaled(dtype: str, values: list[float], expected: list[int]) -> None:
+def test_gray_of_16_bits_is_scaled(dtype: str, values: list[float], expected: list[int]) -> None:
     gray = decode_rgb(encoded(Image.fromarray(np.array([values], dtype)), "TIFF"), "a.tiff")
     assert np.asarray(gray)[0].tolist() == [[value] * 3 for value in expected]
 
