@@ -17,7 +17,7 @@ from data.source import SPLITS, FileSource, some
 logger = logging.getLogger(__name__)
 
 SOLUTION = "LOC_val_solution.csv"
-_KAGGLE = ("CLS-LOC", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC")  # where Kaggle's ImageNet has its splits
+_KAGGLE = "ILSVRC/Data/CLS-LOC"  # where Kaggle's ImageNet has its splits
 _MAX_PROBES = 1000
 
 
@@ -48,23 +48,20 @@ def open_folder_split(root: Path, split: str) -> FileSource:
     above has their classes.
 
     Args:
-        root: folder with the splits, or a folder of Kaggle's ImageNet above them.
+        root: folder with the splits, or with Kaggle's ILSVRC folder.
         split: "train" or "val", which may also be called "validation" or "test".
 
     Raises:
         FileNotFoundError: the split does not exist.
         ValueError: an image has no class, or a class no image.
     """
-    names = ("train", *SPLITS["val"])
-    inner = (root, *(root / folder for folder in _KAGGLE))
-    home = next((folder for folder in inner if any((folder / name).is_dir() for name in names)), root)
+    home = root / _KAGGLE if (root / _KAGGLE).is_dir() else root
     choices = [home / name for name in SPLITS[split]]
     split_dir = next((folder for folder in choices if folder.is_dir()), choices[0])
     if not split_dir.is_dir():
         raise FileNotFoundError(
-            f"{split_dir}: expected a folder with one sub-folder per class, got "
-            f"{'a file' if split_dir.exists() else 'nothing'}; set DATA.DATA_PATH to the folder that has "
-            f"train/ and {'/ or '.join(SPLITS['val'])}/"
+            f"{split_dir}: expected a folder with one sub-folder per class, got nothing; set DATA.DATA_PATH "
+            f"to the folder that has train/ and {'/ or '.join(SPLITS['val'])}/"
         )
     classes = class_folders(split_dir)
     if not classes and split == "val" and (solution := _find_solution(split_dir)):
