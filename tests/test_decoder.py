@@ -12,7 +12,7 @@ import pytest
 import torch
 from pictures import encoded, picture
 from PIL import Image
-from test_data import MEAN, STD, make_config, val_set
+from test_data import make_config, val_set
 
 from data import EvalImages, Loaders, TrainImages, UndecodableImageError, build_loaders
 from data.images import EncodedImage, decode_rgb
@@ -21,7 +21,7 @@ from data.seeding import seeded_rngs
 from data.source import FileSource
 from data.transforms import FileTransform, Recipe, eval_transform, train_transform, with_decoder
 
-SIZE = (64, 96)
+SIZE, MEAN, STD = (64, 96), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PLAIN = Recipe(auto_augment="none", color_jitter=0.0, reprob=0.0)
 
 

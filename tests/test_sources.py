@@ -268,13 +268,6 @@ def shard_of(*files: tuple[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def open_shard(folder: Path, *contents: bytes) -> None:
-    (folder / "train").mkdir(parents=True)
-    for number, content in enumerate(contents):
-        (folder / "train" / f"{number}.tar").write_bytes(content)
-    open_shards(folder, "train", folder / "output")
-
-
 IMAGE, LABEL = ("a/0.jpg", b"\xff" * 700), ("a/0.cls", b"1")
 WHOLE = shard_of(IMAGE, LABEL)
 BAD_SHARDS = {
@@ -294,8 +287,9 @@ BAD_SHARDS = {
 @pytest.mark.parametrize("name", BAD_SHARDS)
 def test_bad_shards(name: str, tmp_path: Path) -> None:
     content, message = BAD_SHARDS[name]
+    (tmp_path / "train-0.tar").write_bytes(content)
     with raises(ValueError, message):
-        open_shard(tmp_path, content)
+        open_shards(tmp_path, "train", tmp_path / "output")
     assert not list(tmp_path.rglob("*.npz"))
 
 
