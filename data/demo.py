@@ -22,6 +22,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -92,21 +93,18 @@ def write_demo(out: Path, kinds: Sequence[str], options: DemoOptions) -> dict[st
     Raises:
         ImportError: scikit-learn is not installed.
     """
-    for kind in kinds:
-        _write_kind(out / kind, kind, options)
-    return {kind: out / kind for kind in kinds}
-
-
-def _write_kind(folder: Path, kind: str, options: DemoOptions) -> None:
-    if folder.exists():
-        logger.info("%s: already there", folder)
-        return
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    WRITERS[kind](unfinished, options)
-    os.replace(unfinished, folder)
-    logger.info("%s: written", folder)
+    folders = {kind: out / kind for kind in kinds}
+    for kind, folder in folders.items():
+        if folder.exists():
+            logger.info("%s: already there", folder)
+            continue
+        unfinished = out / f".{kind}.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        WRITERS[kind](unfinished, options)
+        os.replace(unfinished, folder)
+        logger.info("%s: written", folder)
+    return folders
 
 
 def _encoded_digits(split: DigitSplit) -> Iterator[tuple[str, int, bytes]]:
@@ -142,10 +140,8 @@ def _scenes(options: DemoOptions) -> Iterator[tuple[str, Iterator[demo_scenes.Sc
     canvas = (options.scene_height, options.scene_width)
     for number, (name, split) in enumerate(load_digit_splits(options.seed).items()):
         rng = np.random.default_rng([options.seed, number])
-        yield (
-            name,
-            (demo_scenes.draw_scene(split.images, split.labels, canvas, rng) for _ in range(counts[name])),
-        )
+        draw = partial(demo_scenes.draw_scene, split.images, split.labels, canvas, rng)
+        yield name, (draw() for _ in range(counts[name]))
 
 
 def _write_detection(folder: Path, options: DemoOptions) -> None:
@@ -157,9 +153,6 @@ def _write_segmentation(folder: Path, options: DemoOptions) -> None:
     split_folders = {"train": "training", "val": "validation"}
     for name, scenes in _scenes(options):
         demo_scenes.write_ade(folder, split_folders[name], scenes)
-    (folder / "classes.txt").write_text(
-        "".join(f"{name}\n" for name in demo_scenes.SEGMENTATION_CLASSES), encoding="utf-8"
-    )
 
 
 WRITERS: dict[str, Callable[[Path, DemoOptions], None]] = {

@@ -196,9 +196,7 @@ def _outline(mask: np.ndarray) -> tuple[np.ndarray, list[list[float]]]:
     filled = cv2.drawContours(np.zeros(mask.shape, np.uint8), outlines, -1, 1, thickness=cv2.FILLED)
     enlarged = filled.repeat(_POLYGON_ZOOM, axis=0).repeat(_POLYGON_ZOOM, axis=1)
     outlines, _ = cv2.findContours(enlarged, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-    polygons = [
-        ((outline.reshape(-1, 2) + 0.5) / _POLYGON_ZOOM).round(3) for outline in outlines
-    ]  # each (P, 2)
+    polygons = [((outline + 0.5) / _POLYGON_ZOOM).round(3) for outline in outlines]  # each (P, 1, 2)
     return filled.astype(bool), [polygon.ravel().tolist() for polygon in polygons]
 
 

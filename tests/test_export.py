@@ -1,11 +1,10 @@
 """Files for other runtimes: what is written gives the model's logits, and nothing else is written."""
 
 import dataclasses
+import sys
 import warnings
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import small_models
@@ -14,9 +13,10 @@ from conftest import REPO
 from torch import Tensor, nn
 
 from classification import export
-from classification.export import FORMATS, ExportError, export_model
+from classification.export import FORMATS, export_model
 from config import load_config
 from models import build_model
+from utils import UserError
 
 build = partial(
     small_models.build,
@@ -29,11 +29,22 @@ build = partial(
     expand_sizes=[2, 2],
 )
 FAMILIES = {
-    "focal": {"kind": "focal"},
-    "focal_fast": {"kind": "focalv2", "use_conv_embed": True, "focal_topk": 20},
+    "focal": {
+        "in_chans": 1,
+        "use_shift": True,
+        "use_layerscale": True,
+        "focal_pool": "conv",
+        "focal_levels": [3, 1],
+    },
+    "focal_fast": {
+        "kind": "focalv2",
+        "use_conv_embed": True,
+        "focal_topk": 20,
+        "ape": True,
+        "num_classes": 0,
+    },
 }
-ODD = (3, 40, 52)  # neither square, nor what the models are built for, nor whole windows
-SQUARE = (3, 32, 32)
+ODD = (40, 52)  # neither square, nor what the models are built for, nor whole windows
 DEMO = ["--cfg", str(REPO / "configs/demo.yaml")]
 
 
@@ -53,30 +64,15 @@ def assert_same(
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", FORMATS)
 def test_files_agree_for_any_length_of_batches(name, family, tmp_path) -> None:
-    for package in FORMATS[name].packages:
-        pytest.importorskip(package)
+    """And what was exported can still be trained."""
+    if name == "onnx":
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
     model = build(**FAMILIES[family])
-    path = tmp_path / f"new/model{FORMATS[name].suffix}"
-    summary = export_model(model, name, ODD, path)
-    assert summary.startswith(f"{path}: ") and "differs by at most" in summary
+    path, shape = tmp_path / f"new/model{FORMATS[name].suffix}", (model.in_chans, *ODD)
+    export_model(model, name, shape, path)
     assert [*path.parent.iterdir()] == [path]
-    assert_same(FORMATS[name].load(path), model, ODD, 1, 2, 5)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(use_shift=True, use_layerscale=True, in_chans=1, focal_pool="conv", focal_levels=[3, 1]),
-        dict(kind="focalv2", ape=True, focal_pool="max", use_pre_norm=True, num_classes=0),
-    ],
-    ids=str,
-)
-def test_every_option_can_be_traced(options, tmp_path) -> None:
-    """And what was traced can still be trained."""
-    model, path = build(**options), tmp_path / "m.torchscript.pt"
-    shape = (model.in_chans, *ODD[1:])
-    export_model(model, "torchscript", shape, path)
-    assert_same(torch.jit.load(path), model, shape, 4)
+    assert_same(FORMATS[name].load(path), model, shape, 1, 2, 5)
     model(images(1, shape)).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
 
@@ -84,7 +80,7 @@ def test_every_option_can_be_traced(options, tmp_path) -> None:
 @pytest.fixture
 def linear() -> nn.Module:
     """A model that is quickly written; its logits are 0.5."""
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 5))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 2 * 2, 5))
     nn.init.zeros_(model[1].weight)
     nn.init.constant_(model[1].bias, 0.5)
     return model.eval()
@@ -98,51 +94,38 @@ def change(monkeypatch: pytest.MonkeyPatch, name: str, **fields: object) -> None
     monkeypatch.setitem(FORMATS, name, dataclasses.replace(FORMATS[name], **fields))
 
 
-class Undecided(nn.Module):
-    """Looks at its values, which no exporter can follow."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x if x.sum() > 0 else -x
-
-
 def write_garbage(model: nn.Module, example: Tensor, path: Path) -> None:
     path.write_bytes(b"garbage")
 
 
-def write_undecided(model: nn.Module, *arguments: Any) -> None:
-    export.write_program(Undecided(), *arguments)
-
-
-def load_changed(change: Callable[[Tensor], Tensor]) -> Callable[[Path], export.Program]:
-    """Load a file whose logits are changed."""
-    return lambda path: lambda x: change(export.load_program(path)(x))
+def load_changed(path: Path) -> export.Program:
+    """Load a file, and change its logits for batches of three images."""
+    program = export.load_program(path)
+    return lambda x: program(x) + 1e-3 * (len(x) == 3)
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"load": load_changed(lambda y: y + 1e-3 * (len(y) == 3))}, "the .* by 1.0e-03 for 3 images"),
-        ({"load": load_changed(lambda y: y * float("nan"))}, "the exported model differs by nan"),
-        ({"load": load_changed(lambda y: y[:, :1])}, r"for 1 images .* returns \[1, 1\], expected \[1, 5\]"),
+        ({"load": load_changed}, "for other images, the file differs: .* difference: 0.001"),
         ({"write": write_garbage}, "[^;]"),
-        ({"write": write_undecided}, "[^;]"),
     ],
-    ids=["three images", "nan", "shape", "garbage", "exporter"],
+    ids=["three images", "garbage"],
 )
 def test_a_file_that_disagrees_is_not_kept(fields, message, linear, tmp_path, monkeypatch) -> None:
     """Nor one that cannot be written or read; why is said in one line."""
     kept = tmp_path / "m.pt2"
     kept.write_text("an older file")
     change(monkeypatch, "torch_export", **fields)
-    with pytest.raises(ExportError, match=rf"\Atorch_export: {message}.*; nothing was written to .*\Z"):
-        export_model(linear, "torch_export", SQUARE, kept)
+    with pytest.raises(UserError, match=rf"\Atorch_export: {message}.*; nothing was written to .*\Z"):
+        export_model(linear, "torch_export", (3, 2, 2), kept)
     assert kept.read_text() == "an older file" and [*tmp_path.iterdir()] == [kept]
 
 
 def test_missing_packages_are_named(linear, tmp_path, monkeypatch) -> None:
-    change(monkeypatch, "onnx", packages=("torch", "no_such_package"))
-    with pytest.raises(ExportError, match="needs no_such_package: pip install no_such_package"):
-        export_model(linear, "onnx", SQUARE, tmp_path / "m.onnx")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match="onnx: .*onnx(runtime|script)"):
+        export_model(linear, "onnx", (3, 2, 2), tmp_path / "m.onnx")
 
 
 # --- Command line -------------------------------------------------------------------------------------------
