@@ -13,6 +13,7 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -26,19 +27,31 @@ _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 class ArchiveSource(PackedSource):
-    """Images in zip archives, read by position. Nothing is open between reads, so workers share nothing.
+    """Images in zip archives, read by position.
 
-    `members` has the archive's number, offset of the local header, stored size, CRC and method.
+    `members` has the archive's number, offset of the local header, stored size, CRC and method. Archives stay
+    open, since opening a file is what is slow on a cluster's file system; each process opens them itself, at
+    its first read, because forked workers must not move each other's position.
     """
+
+    _opened: dict[int, BinaryIO]
+    _pid = -1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_opened": {}}
 
     def _read(self, index: int) -> bytes:
         number, offset, stored_size, crc, method = self._members[index].tolist()
+        if self._pid != os.getpid():
+            self._opened, self._pid = {}, os.getpid()
+        if number not in self._opened:
+            self._opened[number] = open(self._files[number], "rb")  # noqa: SIM115 (kept for later reads)
+        file = self._opened[number]
+        file.seek(offset)
         try:
-            with open(self._files[number], "rb") as file:
-                file.seek(offset)
-                name_length, extra_length = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
-                file.seek(name_length + extra_length, os.SEEK_CUR)
-                content = file.read(stored_size)
+            name_length, extra_length = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
+            file.seek(name_length + extra_length, os.SEEK_CUR)
+            content = file.read(stored_size)
             if method == zipfile.ZIP_DEFLATED:
                 content = zlib.decompress(content, -zlib.MAX_WBITS)
         except (struct.error, zlib.error):

@@ -216,6 +216,7 @@ def test_a_source_equals_class_folders(config: CfgNode, expected: tuple[torch.Te
     config.defrost()
     config.DATA.NUM_WORKERS = 1
     forked = build_loaders(config)
+    forked.val_dataset[0]  # whatever a source opens is open before the worker starts
     torch.testing.assert_close(val_set(forked)[0], expected[2], rtol=0, atol=0)
     source = pickle.loads(pickle.dumps(forked.val_dataset.source))  # as a spawned worker receives it
     assert [source.read(i) for i in range(9)] == [alone.val_dataset.source.read(i) for i in range(9)]
