@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections import defaultdict
 from math import ceil
 from pathlib import Path
 from typing import NamedTuple
@@ -139,17 +138,8 @@ def parse_sass(text: str) -> tuple[list[str], Edges]:
 
 
 def main_loop(opcodes: list[str], edges: Edges) -> list[str]:
-    """Opcodes of the loop with the most instructions; none where there is no loop.
-
-    A loop is what can reach a jump back without passing the jump's target, where the target is on every way
-    to the jump. (A jump back from waiting code that lies behind the program is none.)
+    """Opcodes of the largest set of instructions that can all reach each other: of the largest loop with the
+    ones inside it. None where there is no loop.
     """
-    graph = networkx.DiGraph(edges)
-    loops: dict[int, set[int]] = defaultdict(set)
-    for i, head in graph.edges:
-        if head < i:
-            others = networkx.restricted_view(graph, [head], [])
-            if head == 0 or i not in networkx.descendants(others, 0):
-                loops[head] |= {head, i} | networkx.ancestors(others, i)
-    largest = max(loops.values(), key=len, default=set())
-    return [opcodes[i] for i in sorted(largest)]
+    largest = max(networkx.strongly_connected_components(networkx.DiGraph(edges)), key=len)
+    return [opcodes[i] for i in sorted(largest)] if len(largest) > 1 else []
