@@ -175,35 +175,40 @@ def compare(run: TrainingRun, reference: TrainingRun) -> str:
     """Compare last checkpoint, best checkpoint and metrics of two finished runs.
 
     Returns:
-        What is equal: tensors to the last bit, metrics but for times.
+        How much is equal: tensors to the last bit, metrics but for times.
 
     Raises:
         FaultError: the runs differ.
     """
-    differences, count = [], 0
-    for name in (f"ckpt_epoch_{reference.epochs - 1}.pth", "best.pth"):
-        paths = [each.folder / name for each in (run, reference)]
-        if missing := [str(path) for path in paths if not path.exists()]:
-            differences.append(f"no {' and no '.join(missing)}")
-            continue
-        ours, theirs = (dict(tensors(read_checkpoint(path))) for path in paths)
-        count += len(theirs)
-        keys = ours.keys() | theirs.keys()
-        differences += [name + key for key in keys if not same_bits(ours.get(key), theirs.get(key))]
-    our_metrics, their_metrics = metrics(run), metrics(reference)
-    if len(our_metrics) != len(their_metrics):
-        differences.append(f"{len(our_metrics)} lines of metrics instead of {len(their_metrics)}")
-    pairs = zip(our_metrics, their_metrics, strict=False)
-    differences += [f"metrics: {our} instead of {their}" for our, their in pairs if our != their]
+    ours, theirs = results(run), results(reference)
+    names = sorted(ours.keys() | theirs.keys())
+    differences = [name for name in names if not equal(ours.get(name), theirs.get(name))]
     differences += [f"left over: {path.name}" for path in run.temporary_files()]
     if differences:
         raise FaultError(f"{len(differences)} differences: {'; '.join(differences[:3])}")
-    return f"{count} tensors bit-identical, {len(their_metrics)} metrics equal"
+    return f"{len(theirs)} tensors and lines of metrics equal to the last bit"
 
 
-def same_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    """Whether both are tensors of the same type, shape and bits; nan equals itself."""
-    if a is None or b is None or a.dtype != b.dtype or a.shape != b.shape:
+def results(run: TrainingRun) -> dict[str, Any]:
+    """Tensors of the last and of the best checkpoint, and records of metrics.jsonl, by name.
+
+    Raises:
+        FaultError: a checkpoint is missing.
+    """
+    found: dict[str, Any] = {}
+    for name in (f"ckpt_epoch_{run.epochs - 1}.pth", "best.pth"):
+        path = run.folder / name
+        if not path.exists():
+            raise FaultError(f"there is no {path}")
+        found |= {name + key: x for key, x in tensors(read_checkpoint(path))}
+    return found | {f"metrics.jsonl:{number}": x for number, x in enumerate(metrics(run), start=1)}
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether both are equal; of tensors type, shape and bits, so that nan equals itself."""
+    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
+        return a == b
+    if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return torch.equal(*(x.contiguous().flatten().view(torch.uint8) for x in (a, b)))
 
