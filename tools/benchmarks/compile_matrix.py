@@ -161,9 +161,9 @@ def activation_table() -> str:
 
 
 NOTES = [
-    "Shared memory in bytes of a block; registers, stack and local memory (bytes) of a thread, on AMD "
-    "scratch and spilled vector registers; tensor memory in columns; blocks that fit into an SM (on AMD a "
-    "compute unit) by registers, shared memory, tensor memory and warps.",
+    "Shared memory in bytes of a block; registers and stack (bytes) of a thread, on AMD vector registers and "
+    "scratch; tensor memory in columns; blocks that fit into an SM (on AMD a compute unit) by registers, "
+    "shared memory, tensor memory and warps.",
     "Instructions (NVIDIA): of the largest loop's body, per warp: over items (windows of images) in forward "
     "and query gradient, over pairs of window and block of queries in the key gradient. A loop inside counts "
     "once.",
