@@ -20,8 +20,7 @@ from tools.figures.drawing import save
 VARIANTS = {
     "plain": ["DATA.IMG_SIZE", 112],
     "three levels": ["DATA.IMG_SIZE", 112, "MODEL.FOCAL.FOCAL_LEVELS", [3, 3, 3, 3]],
-    "shift": ["DATA.IMG_SIZE", 112, "MODEL.FOCAL.USE_SHIFT", True, "MODEL.FOCAL.DEPTHS", [2, 2, 2, 2]],
-    "padding": [
+    "shift and padding": [
         *("DATA.IMG_SIZE", [72, 100], "MODEL.FOCAL.USE_SHIFT", True, "MODEL.FOCAL.DEPTHS", [2, 2, 2, 2]),
     ],
     "Focal-fast": ["DATA.IMG_SIZE", [72, 100], "MODEL.TYPE", "focalv2"],

@@ -69,7 +69,7 @@ def run_checks(args: argparse.Namespace, end: float) -> bool:
 
 def commands() -> list[tuple[str, float, list[str]]]:
     """Parts 2 and 3, the most important first: name, end as a share of the time, and command."""
-    kernels = ["attention", "--rounds", "10", "--batch-size", SMALL, "--precisions", HALF["cuda"], "fp32"]
+    kernels = ["attention", "--rounds", "10", "--batch-size", SMALL, "--precisions", HALF, "fp32"]
     models = ["models", "--rounds", "7", "--precisions", "bf16", "--models"]
     many = [*entries.OURS, "swin", "convnext", "focalnet"]
     tiny = [f"{family}-tiny" for family in FEW]
