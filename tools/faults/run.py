@@ -22,7 +22,7 @@ from data.demo import DemoOptions, write_demo
 from models import read_checkpoint
 from tools.benchmarks.common import REPO
 
-STEP_LINE = re.compile(r"epoch (\d+)/(\d+) step (\d+)/(\d+) ")
+STEP_LINE = re.compile(r"epoch (\d+)/\d+ step (\d+)/(\d+) ")
 TIMEOUT = 600.0  # seconds that anything may take on a busy machine
 IMAGES_PER_CLASS, BATCH_SIZE = {"train": 16, "val": 4}, 8
 SAVE_EVERY = 5  # steps
@@ -136,7 +136,9 @@ class TrainingRun:
 
     def last_step(self) -> int:
         """The last step that this launch logged, counted from 1 over the whole run; 0 before the first."""
-        return [0, *steps_of(self.text())][-1]
+        lines = STEP_LINE.findall(self.text())
+        epoch, step, steps = map(int, lines[-1]) if lines else (1, 0, 0)
+        return (epoch - 1) * steps + step
 
     def text(self) -> str:
         """Console output of this launch."""
@@ -160,12 +162,6 @@ def _is_alive(process: psutil.Process) -> bool:
     with suppress(psutil.NoSuchProcess):
         return process.status() != psutil.STATUS_ZOMBIE
     return False
-
-
-def steps_of(text: str) -> list[int]:
-    """The steps that a console's output reports, counted from 1 over the whole run."""
-    found = (map(int, match) for match in STEP_LINE.findall(text))
-    return [(epoch - 1) * steps + step for epoch, _, step, steps in found]
 
 
 # --- Comparison ---------------------------------------------------------------------------------------------
