@@ -75,27 +75,21 @@ def seconds_of(action: Callable[[], object], calls: int, device: torch.device) -
 class Timer:
     """Times an action; making a timer warms it up. Calling the timer measures one round.
 
-    A round should take `seconds`, and is one call at least. On CUDA, `peak_mib` is the peak memory in MiB
-    without that of other models; `held` are the bytes of this one before it runs.
+    A round should take `seconds`, and is one call at least. On CUDA, `peak` is the most memory that was
+    allocated during a call, in bytes.
     """
 
     def __init__(
-        self,
-        action: Callable[[], object],
-        device: torch.device,
-        seconds: float = 0.0,
-        warm_up: int = 1,
-        held: int = 0,
+        self, action: Callable[[], object], device: torch.device, seconds: float = 0.0, warm_up: int = 1
     ) -> None:
-        self.action, self.device, self.peak_mib = action, device, None
-        others = torch.cuda.memory_allocated(device) - held if device.type == "cuda" else 0
+        self.action, self.device, self.peak = action, device, 0
         single = seconds_of(action, warm_up, device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         if device.type == "cuda" or single < seconds:  # a slower action is called once a round in any case
             single = seconds_of(action, 1, device)
         if device.type == "cuda":
-            self.peak_mib = (torch.cuda.max_memory_allocated(device) - others) / 2**20
+            self.peak = torch.cuda.max_memory_allocated(device)
         self.calls = max(1, min(MAX_CALLS, round(seconds / max(single, 1e-9))))
 
     def __call__(self) -> float:

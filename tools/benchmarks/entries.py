@@ -1,7 +1,7 @@
 """The models that can be compared: ours, timm's, and those of BUILDERS.
 
-Every model has 1000 classes and the same stochastic depth, and is built for the resolution that it is
-measured at where its library allows it.
+Every model has 1000 classes, and is built for the resolution that it is measured at where its library allows
+it. All but those of BUILDERS, which are for inference, have the same stochastic depth.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ FAMILIES: dict[str, dict[str, str]] = {  # family -> size -> configuration, or m
     "deit": {"tiny": "deit_small_patch16_224", "base": "deit_base_patch16_224"},  # by parameters and MACs
     "focalnet": {size: f"focalnet_{size}_srf" for size in SIZES},
 }
-BUILDERS: dict[str, Callable[..., nn.Module]] = {}  # models of other sources by name; options are timm's
+BUILDERS: dict[str, Callable[..., nn.Module]] = {}  # other sources by name; take num_classes, img_size
 OURS = ("focal", "useconv", "focalv2")
 
 
@@ -89,13 +89,14 @@ def build(entry: Entry, resolution: int) -> nn.Module:
     Raises:
         ValueError, RuntimeError, AssertionError: its library refuses the resolution.
     """
-    options = {"num_classes": CLASSES, "drop_path_rate": DROP_PATH, "img_size": resolution}
+    options = {"num_classes": CLASSES, "img_size": resolution}
     if path := config_file(entry.name):
         opts = ["MODEL.NUM_CLASSES", CLASSES, "MODEL.DROP_PATH_RATE", DROP_PATH]
         opts += ["DATA.IMG_SIZE", resolution, "MODEL.ATTENTION_BACKEND", entry.backend]
         return build_model(load_config(path, opts))
     if entry.name in BUILDERS:
         return BUILDERS[entry.name](**options)
+    options["drop_path_rate"] = DROP_PATH
     try:
         return timm.create_model(entry.name, **options)
     except TypeError as error:  # convolutional networks have no such option

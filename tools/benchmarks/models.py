@@ -187,15 +187,15 @@ def warmed_up(row: Row, images: torch.Tensor) -> Timer:
     """Build a row's model, fill in what is known of it, and do its first steps."""
     device = images.device
     row.macs = entries.multiply_adds(row.entry, row.setting.resolution)
+    others = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     torch.manual_seed(0)
     with device:
         model = entries.build(row.entry, row.setting.resolution).to(device)
     row.params = sum(parameter.numel() for parameter in model.parameters())
     row.attention = entries.attention_backends(model, DTYPES[row.setting.precision])
-    held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
     step = make_step(model, images, row.setting)
-    timer = Timer(step, device, ROUND_SECONDS[device.type], WARM_UP_STEPS[device.type], held)
-    row.memory_mib = timer.peak_mib
+    timer = Timer(step, device, ROUND_SECONDS[device.type], WARM_UP_STEPS[device.type])
+    row.memory_mib = (timer.peak - others) / 2**20 if device.type == "cuda" else None
     return timer
 
 

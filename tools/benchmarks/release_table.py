@@ -50,16 +50,14 @@ COLUMNS = (
 # --- Models -------------------------------------------------------------------------------------------------
 
 
-def pvt(depths: list[int], img_size: int, num_classes: int, drop_path_rate: float) -> nn.Module:
+def pvt(depths: list[int], img_size: int, num_classes: int) -> nn.Module:
     """Pyramid Vision Transformer, version 1."""
-    options = {"image_size": img_size, "depths": depths, "drop_path_rate": drop_path_rate}
-    return from_transformers("Pvt", num_labels=num_classes, **options)
+    return from_transformers("Pvt", num_labels=num_classes, image_size=img_size, depths=depths)
 
 
-def cvt(depths: list[int], img_size: int, num_classes: int, drop_path_rate: float) -> nn.Module:
+def cvt(depths: list[int], img_size: int, num_classes: int) -> nn.Module:
     """Convolutional vision Transformer, whose weights fit all sizes of images."""
-    options = {"depth": depths, "drop_path_rate": [0.0, 0.0, drop_path_rate]}
-    return from_transformers("Cvt", num_labels=num_classes, **options)
+    return from_transformers("Cvt", num_labels=num_classes, depth=depths)
 
 
 def from_transformers(family: str, **options: object) -> nn.Module:
