@@ -177,7 +177,7 @@ def run_group(
     torch.compiler.reset()
     free_memory()
     for row in rows:
-        base = [other for other in rows if other.entry.name == entries.FAMILIES[BASELINE].get(setting.size)]
+        base = [other for other in rows if other.entry.source == entries.FAMILIES[BASELINE].get(setting.size)]
         if base and base[0].seconds and row.seconds:
             row.ratio = common.speed_ratio(row.seconds, base[0].seconds)
     return rows
