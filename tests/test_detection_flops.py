@@ -13,6 +13,7 @@ from mmengine.analysis import get_model_complexity_info
 from mmengine.config import Config
 from mmengine.registry import MODELS
 
+import openmmlab.mmcv_ops  # noqa: F401  (before mmdet: makes its operators importable)
 from config import load_config
 from models.build import count_params_and_macs
 from openmmlab.flops import count, counter, main

@@ -20,8 +20,7 @@ from tools.figures.drawing import save
 VARIANTS = {
     "plain": ["DATA.IMG_SIZE", 112],
     "three levels": ["DATA.IMG_SIZE", 112, "MODEL.FOCAL.FOCAL_LEVELS", [3, 3, 3, 3]],
-    "shift": ["DATA.IMG_SIZE", 112, "MODEL.FOCAL.USE_SHIFT", True, "MODEL.FOCAL.DEPTHS", [2, 2, 2, 2]],
-    "padding": [
+    "shift and padding": [
         *("DATA.IMG_SIZE", [72, 100], "MODEL.FOCAL.USE_SHIFT", True, "MODEL.FOCAL.DEPTHS", [2, 2, 2, 2]),
     ],
     "Focal-fast": ["DATA.IMG_SIZE", [72, 100], "MODEL.TYPE", "focalv2"],
@@ -116,15 +115,9 @@ def test_key_sets_of_the_paper() -> None:
     assert wrapped[55, 55] and wrapped[0, 55]  # the ring wraps round the image
 
 
-# --- Pictures -----------------------------------------------------------------------------------------------
+# --- Pictures; test_docs.py draws both kinds of a trained model ---------------------------------------------
 
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = load_config(None, [*NANO_WORDS, "DATA.IMG_SIZE", 64, "DATA.DATASET", "folder"])
-    path = tmp_path_factory.mktemp("weights") / "nano.pth"
-    torch.save({"model": build_model(config).state_dict(), "config": config.dump()}, path)
-    return path
+DEMO = ("--cfg", str(REPO / "configs/demo.yaml"))
 
 
 @pytest.fixture
@@ -134,43 +127,22 @@ def image(tmp_path: Path) -> Path:
     return tmp_path / "noise.png"
 
 
-def test_every_kind_is_written(checkpoint: Path, image: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    words = [str(image), "--resume", str(checkpoint), "--device", "cpu", "--out", str(out), "--at", "63", "0"]
-    assert visualize.main(words) == 0
-    files = sorted(path.stem for path in out.iterdir())
-    assert files == ["attention", "keys"]
-    for path in out.iterdir():
-        Image.open(path).verify()
-
-
 def test_keys_need_no_weights(image: Path, tmp_path: Path) -> None:
-    words = [str(image), "--cfg", str(REPO / "configs/demo.yaml"), "--kinds", "keys", "--out", str(tmp_path)]
-    assert visualize.main(words) == 0
+    assert visualize.main([str(image), *DEMO, "--kinds", "keys", "--out", str(tmp_path)]) == 0
     Image.open(tmp_path / "keys.png").verify()
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (
-            ["--kinds", "attention", "--cfg", str(REPO / "configs/demo.yaml")],
-            "--resume: expected a checkpoint",
-        ),
-        (["--at", "64", "0"], "--at: expected a pixel"),
+        (["--kinds", "attention"], "--resume: expected a checkpoint"),
+        (["--kinds", "keys", "--at", "64", "0"], "--at: expected a pixel"),
     ],
 )
 def test_mistakes_are_one_sentence(
-    words: list[str],
-    message: str,
-    checkpoint: Path,
-    image: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    words: list[str], message: str, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = [] if "--cfg" in words else ["--resume", str(checkpoint)]
-    out = ["--device", "cpu", "--out", str(tmp_path / "out")]
-    assert visualize.main([str(image), *words, *given, *out]) == 2
+    assert visualize.main([str(image), *DEMO, *words, "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

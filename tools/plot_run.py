@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("plot_run")
 
 METRICS_NAME = "metrics.jsonl"
+DOTS = {"marker": ".", "markersize": 4}
 PANELS = ("loss", "validation accuracy (%)", "learning rate", "images per second")
-MANY_POINTS = 60  # from here on, lines without markers
 
 Record = dict[str, Any]
 
@@ -90,12 +90,6 @@ def column(records: list[Record], key: str) -> np.ndarray:
     return np.array([record.get(key) for record in records], dtype=float)
 
 
-def finite(values: np.ndarray) -> np.ndarray:
-    """The values that are not nan; [nan] if there are none."""
-    some = values[~np.isnan(values)]
-    return some if len(some) else np.array([np.nan])
-
-
 def draw(runs: Sequence[RunMetrics]) -> "Figure":
     """The curves of runs, in the order of the legend.
 
@@ -124,20 +118,19 @@ def _draw_run(panels: Any, run: RunMetrics, colour: str, prefix: str) -> None:
     """The lines of one run in all panels; `prefix` is that of their labels."""
     loss, accuracy, rate, speed = panels
     steps, ends = run.train_positions(), run.epoch_positions()
-    dots = {"marker": "o", "markersize": 3} if len(run.epochs) < MANY_POINTS else {}
     losses = column(run.train, "loss")
     loss.plot(steps, losses, color=colour, alpha=0.45, label=f"{prefix}training, by interval")
-    loss.plot(ends, column(run.epochs, "val_loss"), color=colour, label=f"{prefix}validation", **dots)
+    loss.plot(ends, column(run.epochs, "val_loss"), color=colour, label=f"{prefix}validation", **DOTS)
     for key, name, style in (("acc1", "top-1", "-"), ("acc1_ema", "top-1 of the average", "--")):
         values = column(run.epochs, key)
-        best = max(finite(values))
-        if key == "acc1" or not np.isnan(best):
-            label = f"{prefix}{name}, best {best:.2f} %"
-            accuracy.plot(ends, values, style, color=colour, label=label, **dots)
+        if not np.isnan(values).all():
+            label = f"{prefix}{name}, best {np.nanmax(values):.2f} %"
+            accuracy.plot(ends, values, style, color=colour, label=label, **DOTS)
     accuracy.plot(ends, column(run.epochs, "acc5"), ":", color=colour, label=f"{prefix}top-5")
     rate.plot(steps, column(run.train, "lr"), color=colour, label=run.name if prefix else None)
-    speeds = column(run.train, "img_per_s")
-    speed.plot(steps, speeds, color=colour, label=f"{prefix}median {np.median(finite(speeds)):.3g}")
+    if run.train:
+        speeds = column(run.train, "img_per_s")
+        speed.plot(steps, speeds, color=colour, label=f"{prefix}median {np.nanmedian(speeds):.3g}")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -6,7 +6,6 @@ alternating rounds in one process, and compared by the median of the ratios with
 
 import argparse
 import csv
-import io
 import logging
 import multiprocessing
 import os
@@ -76,27 +75,21 @@ def seconds_of(action: Callable[[], object], calls: int, device: torch.device) -
 class Timer:
     """Times an action; making a timer warms it up. Calling the timer measures one round.
 
-    A round should take `seconds`, and is one call at least. On CUDA, `peak_mib` is the peak memory in MiB
-    without that of other models; `held` are the bytes of this one before it runs.
+    A round should take `seconds`, and is one call at least. On CUDA, `peak` is the most memory that was
+    allocated during a call, in bytes.
     """
 
     def __init__(
-        self,
-        action: Callable[[], object],
-        device: torch.device,
-        seconds: float = 0.0,
-        warm_up: int = 1,
-        held: int = 0,
+        self, action: Callable[[], object], device: torch.device, seconds: float = 0.0, warm_up: int = 1
     ) -> None:
-        self.action, self.device, self.peak_mib = action, device, None
-        others = torch.cuda.memory_allocated(device) - held if device.type == "cuda" else 0
+        self.action, self.device, self.peak = action, device, 0
         single = seconds_of(action, warm_up, device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         if device.type == "cuda" or single < seconds:  # a slower action is called once a round in any case
             single = seconds_of(action, 1, device)
         if device.type == "cuda":
-            self.peak_mib = (torch.cuda.max_memory_allocated(device) - others) / 2**20
+            self.peak = torch.cuda.max_memory_allocated(device)
         self.calls = max(1, min(MAX_CALLS, round(seconds / max(single, 1e-9))))
 
     def __call__(self) -> float:
@@ -261,21 +254,10 @@ def show(value: Cell) -> str:
     return str(value).replace("|", "/").replace("\n", " ")
 
 
-def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Cell]], alignment: str = "") -> str:
-    """A table in Markdown; `alignment` has a letter for each column, l or r."""
-    rules = ["---:" if letter == "r" else "---" for letter in alignment or "l" * len(columns)]
-    lines = [columns, rules, *([show(cell) for cell in row] for row in rows)]
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
+    """A table in Markdown."""
+    lines = [columns, ["---"] * len(columns), *([show(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def csv_text(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """The rows with all digits; None is an empty cell, and of a spread there is the median."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    for row in rows:
-        writer.writerow([cell.median if isinstance(cell, Spread) else cell for cell in row])
-    return text.getvalue()
 
 
 def publish(
@@ -291,7 +273,8 @@ def publish(
 ) -> None:
     """Log a report, or `news` in its place; write it, its rows and a picture as `--out` and `--name` say.
 
-    The report has `tables`, or else one of all rows; the .csv file has all rows.
+    The report has `tables`, or else one of all rows. The .csv file has all rows with all digits; None is an
+    empty cell there, and of a spread there is the median.
     """
     listed = "\n".join(f"- {name}: {value}" for name, value in facts.items())
     parts = [f"# {title}", listed, *notes, *(tables or [markdown_table(columns, rows)])]
@@ -301,6 +284,10 @@ def publish(
         path = Path(args.out, f"{datetime.now():%Y-%m-%d}_{args.name}")
         path.parent.mkdir(parents=True, exist_ok=True)
         Path(f"{path}.md").write_text(report, encoding="utf-8")
-        Path(f"{path}.csv").write_text(csv_text(columns, rows), encoding="utf-8")
+        with open(f"{path}.csv", "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(columns)
+            for row in rows:
+                writer.writerow([cell.median if isinstance(cell, Spread) else cell for cell in row])
         if figure is not None:
             figure.savefig(f"{path}.png", dpi=120)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -93,13 +92,12 @@ VERDICT, HASH = COLUMNS.index("verdict"), COLUMNS.index("hash")
 
 Job = tuple[Layer, str, str]  # layer, card, dtype
 Row = list[common.Cell]  # a kernel of one layer on one card, by COLUMNS
-_jobs: list[Job] = []  # which the processes inherit
 
 
-def _compile_job(number: int) -> list[Row]:
+def _compile_job(job: Job) -> list[Row]:
     """The kernels that a layer's forward and backward launch."""
     torch.set_num_threads(1)
-    layer, card, dtype = _jobs[number]
+    layer, card, dtype = job
     driver = StubDriver(card, keep_going=True)
     try:
         layer.run(driver, DTYPES[dtype])
@@ -111,10 +109,8 @@ def _compile_job(number: int) -> list[Row]:
 
 def compile_all(jobs: Sequence[Job]) -> Iterator[list[Row]]:
     """The kernels of each job, compiled in as many processes as there are cores."""
-    _jobs[:] = jobs
-    cores = len(os.sched_getaffinity(0))
-    with ProcessPoolExecutor(cores, multiprocessing.get_context("fork")) as pool:
-        yield from pool.map(_compile_job, range(len(jobs)))
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        yield from pool.map(_compile_job, jobs)
 
 
 def distinct_rows(jobs: Sequence[Job]) -> list[Row]:
@@ -161,9 +157,9 @@ def activation_table() -> str:
 
 
 NOTES = [
-    "Shared memory in bytes of a block; registers, stack and local memory (bytes) of a thread, on AMD "
-    "scratch and spilled vector registers; tensor memory in columns; blocks that fit into an SM (on AMD a "
-    "compute unit) by registers, shared memory, tensor memory and warps.",
+    "Shared memory in bytes of a block; registers and stack (bytes) of a thread, on AMD vector registers and "
+    "scratch; tensor memory in columns; blocks that fit into an SM (on AMD a compute unit) by registers, "
+    "shared memory, tensor memory and warps.",
     "Instructions (NVIDIA): of the largest loop's body, per warp: over items (windows of images) in forward "
     "and query gradient, over pairs of window and block of queries in the key gradient. A loop inside counts "
     "once.",

@@ -66,14 +66,6 @@ def new_timer(batches: Sequence[dict[str, list[Any]]], device: torch.device) -> 
     return timer, attention_backends(model.backbone, DTYPES[PRECISION[device.type]])
 
 
-def silence_mmengine() -> None:
-    """mmengine would log every weight that it initializes."""
-    from mmengine.logging import MMLogger
-
-    if not MMLogger.check_instance_created("detector"):
-        MMLogger.get_instance("detector", log_level="ERROR")
-
-
 def make_batch(images: int, size: tuple[int, int]) -> dict[str, list[Any]]:
     """So many images of noise (3, H, W) and samples with random objects, as a data loader returns them."""
     from mmdet.testing import demo_mm_inputs
@@ -121,8 +113,7 @@ def measure(args: argparse.Namespace) -> int:
     mmengine = import_mmengine()
     with user_input():
         import mmdet
-
-    silence_mmengine()
+    mmengine.logging.MMLogger.get_instance("detector", log_level="ERROR")  # not every weight that it sets
     dtype, size, warm_up = PRECISION[args.device.type], tuple(args.size), WARM_UP_ROUNDS[args.device.type]
     facts = common.describe_run(args.device)
     facts["Versions"] += f", mmdet {mmdet.__version__}, mmengine {mmengine.__version__}"

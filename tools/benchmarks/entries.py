@@ -1,7 +1,7 @@
-"""The models that can be compared: ours, timm's, and those of BUILDERS.
+"""The models that can be compared: ours, timm's, and what a function builds.
 
-Every model has 1000 classes and the same stochastic depth, and is built for the resolution that it is
-measured at where its library allows it.
+Every model has 1000 classes, and is built for the resolution that it is measured at where its library allows
+it. Ours and timm's have the same stochastic depth.
 """
 
 from collections.abc import Callable
@@ -32,8 +32,8 @@ FAMILIES: dict[str, dict[str, str]] = {  # family -> size -> configuration, or m
     "deit": {"tiny": "deit_small_patch16_224", "base": "deit_base_patch16_224"},  # by parameters and MACs
     "focalnet": {size: f"focalnet_{size}_srf" for size in SIZES},
 }
-BUILDERS: dict[str, Callable[..., nn.Module]] = {}  # models of other sources by name; options are timm's
 OURS = ("focal", "useconv", "focalv2")
+Source = str | Callable[..., nn.Module]  # a configuration, a model of timm, or f(num_classes=, img_size=)
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Entry:
     """A model to compare."""
 
     label: str  # in the table
-    name: str  # a configuration, or a model of timm
+    source: Source
     size: str  # one of SIZES, or ''; models are compared with the baseline of their size
     backend: str = "auto"  # of attention
 
@@ -89,20 +89,21 @@ def build(entry: Entry, resolution: int) -> nn.Module:
     Raises:
         ValueError, RuntimeError, AssertionError: its library refuses the resolution.
     """
-    options = {"num_classes": CLASSES, "drop_path_rate": DROP_PATH, "img_size": resolution}
-    if path := config_file(entry.name):
+    options = {"num_classes": CLASSES, "img_size": resolution}
+    if not isinstance(entry.source, str):
+        return entry.source(**options)
+    if path := config_file(entry.source):
         opts = ["MODEL.NUM_CLASSES", CLASSES, "MODEL.DROP_PATH_RATE", DROP_PATH]
         opts += ["DATA.IMG_SIZE", resolution, "MODEL.ATTENTION_BACKEND", entry.backend]
         return build_model(load_config(path, opts))
-    if entry.name in BUILDERS:
-        return BUILDERS[entry.name](**options)
+    options["drop_path_rate"] = DROP_PATH
     try:
-        return timm.create_model(entry.name, **options)
+        return timm.create_model(entry.source, **options)
     except TypeError as error:  # convolutional networks have no such option
         if "img_size" not in str(error):
             raise
         del options["img_size"]
-        return timm.create_model(entry.name, **options)
+        return timm.create_model(entry.source, **options)
 
 
 @lru_cache

@@ -3,8 +3,8 @@
 The reference is the plain operator in float64, with random weights that are large enough for every part of a
 model to matter. The error of a result is its largest one, relative to its largest true value, or to the
 median gradient's if that is more, since some gradients are zero but for rounding. The limit is twice the
-error of the plain operator in the same precision, see `limit`; for gradients twice the sum of that
-and of the median gradient's, since a gradient of one number may be exact by chance.
+error of the plain operator in the same precision; for gradients twice the sum of that and of the median
+gradient's, since a gradient of one number may be exact by chance.
 """
 
 import math
@@ -27,7 +27,7 @@ from .entries import CLASSES, FAMILIES, OURS
 
 TINY = (FAMILIES["focal"]["tiny"], FAMILIES["focalv2"]["tiny"])
 RELEASED = tuple(FAMILIES[family][size] for size in ("tiny", "base", "small") for family in OURS)
-HALF = {"cuda": "bf16", "cpu": "fp16"}  # by device: Triton's interpreter has no products of bfloat16
+HALF = "bf16"
 CHECKED_IMAGES = 2
 TOLERANCE = 2.0  # times the error of `plain` in the same precision
 LEAST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # always allowed
@@ -57,19 +57,6 @@ class Outcome(NamedTuple):
     error: float
     limit: float
     note: str = ""
-
-
-def errors(results: Sequence[Tensor], truth: Sequence[Tensor], least: float) -> list[float]:
-    """Largest error of each, relative to its largest true value, or to `least` if that is more."""
-    return [
-        float((x - y).abs().max() / y.abs().max().clamp_min(least))
-        for x, y in zip(results, truth, strict=True)
-    ]
-
-
-def limit(yardstick: float, dtype: torch.dtype) -> float:
-    """The largest error that is allowed where `plain` has the error `yardstick`."""
-    return max(TOLERANCE * yardstick, LEAST_ERROR[dtype])
 
 
 def run(case: Case) -> list[list[common.Cell]]:
@@ -138,13 +125,18 @@ class Subject:
 
     def judge(self, what: str, names: Sequence[str], found: Answer) -> Outcome:
         """The named result whose error is the largest share of its limit."""
-        true = [self.truth[name] for name in names]
-        least = statistics.median(float(x.abs().max()) for x in true)
-        off = errors([found[name] for name in names], true, least)
-        off = [math.inf if math.isnan(error) else error for error in off]
-        yardstick = errors([self.plain[name] for name in names], true, least)
+        largest = {name: float(self.truth[name].abs().max()) for name in names}
+        least = statistics.median(largest.values())
+
+        def errors(answer: Answer) -> list[float]:
+            off = [float((answer[name] - self.truth[name]).abs().max()) for name in names]
+            return [error / max(large, least) for error, large in zip(off, largest.values(), strict=True)]
+
+        off = [math.inf if math.isnan(error) else error for error in errors(found)]
+        yardstick = errors(self.plain)
         typical = statistics.median(yardstick) if len(names) > 1 else 0.0
-        limits = [limit(error + typical, self.precision.dtype) for error in yardstick]
+        always = LEAST_ERROR[self.precision.dtype]
+        limits = [max(TOLERANCE * (error + typical), always) for error in yardstick]
         worst = max(range(len(names)), key=lambda i: off[i] / limits[i])
         return Outcome(what, off[worst], limits[worst], names[worst] if len(names) > 1 else "")
 
@@ -156,10 +148,9 @@ def forward_backward(case: Case) -> list[Outcome]:
 
 
 def compiled(case: Case) -> list[Outcome]:
-    """torch.compile with its defaults; on a CPU without the compiler behind it."""
+    """torch.compile with its defaults."""
     subject, model = Subject(case), make_model(case, "triton")
-    call = torch.compile(model, backend="inductor" if case.device.type == "cuda" else "aot_eager")
-    return subject.compare(subject.answer(call, model))
+    return subject.compare(subject.answer(torch.compile(model), model))
 
 
 def reduced_overhead(case: Case) -> list[Outcome]:
@@ -217,16 +208,15 @@ CHECKS: dict[str, Callable[[Case], list[Outcome]]] = {
 
 def cases(device: torch.device) -> list[Case]:
     """All checks, those that take long to compile early."""
-    half, graphs = HALF[device.type], TINY if device.type == "cuda" else ()
     more = [name for name in RELEASED if name not in TINY]
     wanted = [
-        ("forward and backward", TINY, ("fp32", half)),
-        ("torch.compile", TINY, (half,)),
-        ("forward and backward", more, ("fp32", half)),
-        ("torch.compile, reduce-overhead", graphs, (half,)),
-        ("CUDA graph", graphs, ("fp32",)),
-        ("same bits twice", TINY, (half,)),
-        ("another GPU than the current one", TINY if torch.cuda.device_count() > 1 else (), (half,)),
+        ("forward and backward", TINY, ("fp32", HALF)),
+        ("torch.compile", TINY, (HALF,)),
+        ("forward and backward", more, ("fp32", HALF)),
+        ("torch.compile, reduce-overhead", TINY, (HALF,)),
+        ("CUDA graph", TINY, ("fp32",)),
+        ("same bits twice", TINY, (HALF,)),
+        ("another GPU than the current one", TINY if torch.cuda.device_count() > 1 else (), (HALF,)),
     ]
     return [
         Case(check, variant, precision, device)

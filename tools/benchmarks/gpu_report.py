@@ -24,7 +24,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 import torch
 
 from models.focal_transformer import FocalAttention
-from tools.figures.drawing import blank_figure
 from utils import path_argument, user_input
 
 from . import common, entries, gpu_checks
@@ -70,7 +69,7 @@ def run_checks(args: argparse.Namespace, end: float) -> bool:
 
 def commands() -> list[tuple[str, float, list[str]]]:
     """Parts 2 and 3, the most important first: name, end as a share of the time, and command."""
-    kernels = ["attention", "--rounds", "10", "--batch-size", SMALL, "--precisions", HALF["cuda"], "fp32"]
+    kernels = ["attention", "--rounds", "10", "--batch-size", SMALL, "--precisions", HALF, "fp32"]
     models = ["models", "--rounds", "7", "--precisions", "bf16", "--models"]
     many = [*entries.OURS, "swin", "convnext", "focalnet"]
     tiny = [f"{family}-tiny" for family in FEW]
@@ -101,7 +100,6 @@ def run_part(args: argparse.Namespace, name: str, words: Sequence[str], end: flo
 def measure(args: argparse.Namespace) -> int:
     """All parts; 1 if a result is wrong or a part failed."""
     start = time.monotonic()
-    blank_figure()  # says that matplotlib is missing before, not after measuring
     layer = FocalAttention(32, 1, 7, expand_size=3, backend="triton")
     with user_input():
         layer.index(14, 14, torch.empty(0, device=args.device))  # says why the kernels cannot run here

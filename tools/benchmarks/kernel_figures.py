@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections import defaultdict
 from math import ceil
 from pathlib import Path
 from typing import NamedTuple
@@ -35,9 +34,7 @@ class Figures(NamedTuple):
     stages: int | None = None
     shared: int | None = None  # bytes of a block
     registers: int | None = None  # of a thread
-    stack: int | None = None  # bytes of a thread; AMD: scratch
-    local: int | None = None  # bytes of a thread
-    spilled: int | None = None  # vector registers of a thread (AMD)
+    stack: int | None = None  # bytes of a thread, where spilled registers go; AMD: scratch
     tensor: int | None = None  # columns of tensor memory
     blocks: int | None = None  # that fit into an SM
     units: str = ""  # which of UNITS it uses
@@ -53,39 +50,35 @@ def figures(kernel: Kernel, card_name: str) -> Figures:
     shared, warps = metadata.shared, metadata.num_warps
     tensor = getattr(metadata, "tmem_size", None) or None  # from Triton 3.3 on
     if card.target.backend == "cuda":
-        usage = _cuobjdump(asm["cubin"], "--dump-resource-usage")
-        found = {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-        loop = main_loop(*parse_sass(_cuobjdump(asm["cubin"], "-sass")))
-        spilled, instructions, text = None, len(loop) or None, asm["ptx"]
-        part_warps = PART_REGISTERS // (ceil(found["reg"] * 32 / REGISTER_UNIT) * REGISTER_UNIT)
+        usage, text = _cuobjdump(asm["cubin"], "--dump-resource-usage"), asm["ptx"]
+        registers, stack = number("REG:", usage), number("STACK:", usage)
+        part_warps = PART_REGISTERS // (ceil(registers * 32 / REGISTER_UNIT) * REGISTER_UNIT)
+        instructions = len(main_loop(*parse_sass(_cuobjdump(asm["cubin"], "-sass")))) or None
     else:
         text = asm["amdgcn"]
-
-        def number(name: str) -> int:
-            return int(re.search(rf"{name}:\s+(\d+)", text)[1])  # type: ignore[index]
-
-        found = {"reg": number(r"\.vgpr_count"), "stack": number(r"\.private_segment_fixed_size")}
-        spilled, instructions = number(r"\.vgpr_spill_count"), None
-        part_warps = number("; Occupancy")
-    spills = bool(found["stack"] or found.get("local") or spilled)
-    verdict = "out of resource" if kernel.error else "spills" if spills else "ok"
+        registers, stack = number(r"\.vgpr_count:", text), number(r"\.private_segment_fixed_size:", text)
+        part_warps = number("; Occupancy:", text)
+        instructions = None
     return Figures(
         kernel=kernel.name,
-        verdict=verdict,
+        verdict="out of resource" if kernel.error else "spills" if stack else "ok",
         reason=reason_of(kernel.error),
         warps=warps,
         stages=metadata.num_stages,
         shared=shared,
-        registers=found["reg"],
-        stack=found["stack"],
-        local=found.get("local"),
-        spilled=spilled,
+        registers=registers,
+        stack=stack,
         tensor=tensor,
         blocks=blocks_per_sm(card, warps, min(part_warps, card.part_warps), shared, tensor),
         units=" ".join(name for name in UNITS if re.search(rf"{re.escape(name)}(?!\.bulk)", text)),
         instructions=instructions,
         hash=kernel.compiled.hash,
     )
+
+
+def number(name: str, text: str) -> int:
+    """What stands behind a name, which must be there."""
+    return int(re.search(rf"{name}\s*(\d+)", text)[1])  # type: ignore[index]
 
 
 def reason_of(error: Exception | None) -> str:
@@ -139,17 +132,8 @@ def parse_sass(text: str) -> tuple[list[str], Edges]:
 
 
 def main_loop(opcodes: list[str], edges: Edges) -> list[str]:
-    """Opcodes of the loop with the most instructions; none where there is no loop.
-
-    A loop is what can reach a jump back without passing the jump's target, where the target is on every way
-    to the jump. (A jump back from waiting code that lies behind the program is none.)
+    """Opcodes of the largest set of instructions that can all reach each other: of the largest loop with the
+    ones inside it. None where there is no loop.
     """
-    graph = networkx.DiGraph(edges)
-    loops: dict[int, set[int]] = defaultdict(set)
-    for i, head in graph.edges:
-        if head < i:
-            others = networkx.restricted_view(graph, [head], [])
-            if head == 0 or i not in networkx.descendants(others, 0):
-                loops[head] |= {head, i} | networkx.ancestors(others, i)
-    largest = max(loops.values(), key=len, default=set())
-    return [opcodes[i] for i in sorted(largest)]
+    largest = max(networkx.strongly_connected_components(networkx.DiGraph(edges)), key=len)
+    return [opcodes[i] for i in sorted(largest)] if len(largest) > 1 else []

@@ -83,7 +83,7 @@ def count_launches(layer: FocalAttention, height: int, width: int, card: str) ->
         driver.launches.clear()
         with LaunchCounter() as counter:
             out = action()
-        return out, counter.kernels + Counter(launch.name for launch in driver.launches)
+        return out, counter.kernels + Counter(driver.launches)
 
     with driver, torch.autocast("cpu", torch.bfloat16):
         tokens = layer.index(height, width, torch.empty(0, dtype=torch.bfloat16)).tokens

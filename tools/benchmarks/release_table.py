@@ -27,9 +27,9 @@ from torch import nn
 from tools.figures.drawing import blank_figure
 from utils import UserError
 
-from . import common, entries, models
+from . import common, models
 from .common import RESULTS
-from .entries import FAMILIES, SIZES, Entry
+from .entries import FAMILIES, SIZES, Entry, Source
 from .models import Row, Setting
 from .vil import ViL
 
@@ -50,16 +50,14 @@ COLUMNS = (
 # --- Models -------------------------------------------------------------------------------------------------
 
 
-def pvt(depths: list[int], img_size: int, num_classes: int, drop_path_rate: float) -> nn.Module:
+def pvt(depths: list[int], img_size: int, num_classes: int) -> nn.Module:
     """Pyramid Vision Transformer, version 1."""
-    options = {"image_size": img_size, "depths": depths, "drop_path_rate": drop_path_rate}
-    return from_transformers("Pvt", num_labels=num_classes, **options)
+    return from_transformers("Pvt", num_labels=num_classes, image_size=img_size, depths=depths)
 
 
-def cvt(depths: list[int], img_size: int, num_classes: int, drop_path_rate: float) -> nn.Module:
+def cvt(depths: list[int], img_size: int, num_classes: int) -> nn.Module:
     """Convolutional vision Transformer, whose weights fit all sizes of images."""
-    options = {"depth": depths, "drop_path_rate": [0.0, 0.0, drop_path_rate]}
-    return from_transformers("Cvt", num_labels=num_classes, **options)
+    return from_transformers("Cvt", num_labels=num_classes, depth=depths)
 
 
 def from_transformers(family: str, **options: object) -> nn.Module:
@@ -78,56 +76,39 @@ def from_transformers(family: str, **options: object) -> nn.Module:
     return model
 
 
-entries.BUILDERS |= {
-    "pvt_small": partial(pvt, [3, 4, 6, 3]),
-    "pvt_medium": partial(pvt, [3, 4, 18, 3]),
-    "pvt_large": partial(pvt, [3, 8, 27, 3]),
-    "cvt_13": partial(cvt, [1, 2, 10]),
-    "cvt_21": partial(cvt, [1, 4, 16]),
-    "vil_small": partial(ViL, (1, 2, 8, 1)),
-    "vil_medium": partial(ViL, (1, 4, 16, 1)),
-    "vil_base": partial(ViL, (1, 8, 24, 1)),
-}
-
-
 class Model(NamedTuple):
     """A row of the release's table: how it is built, and what is reported of it, None where nothing is."""
 
     family: str
     size: str
-    name: str  # a key of entries.BUILDERS, a configuration, or a model of timm
+    source: Source
     params_m: float  # millions of parameters, in the model's own paper
     macs_g: float  # G multiply-adds, which the release calls FLOPs, at 224 pixels
     rates: tuple[int | None, ...]  # images per second at RESOLUTIONS, on a GPU that the release does not name
 
 
+FAST = FAMILIES["focalv2"]
 MODELS: dict[str, Model] = {
     "DeiT-Small/16": Model("DeiT", "tiny", "deit_small_patch16_224", 22, 4.6, (939, 101, 20)),
-    "PVT-Small": Model("PVT", "tiny", "pvt_small", 24.5, 3.8, (794, 172, 31)),
-    "CvT-13": Model("CvT", "tiny", "cvt_13", 20, 4.5, (746, 125, 14)),
-    "ViL-Small": Model("ViL", "tiny", "vil_small", 24.6, 5.1, (397, 87, 17)),
+    "PVT-Small": Model("PVT", "tiny", partial(pvt, [3, 4, 6, 3]), 24.5, 3.8, (794, 172, 31)),
+    "CvT-13": Model("CvT", "tiny", partial(cvt, [1, 2, 10]), 20, 4.5, (746, 125, 14)),
+    "ViL-Small": Model("ViL", "tiny", partial(ViL, (1, 2, 8, 1)), 24.6, 5.1, (397, 87, 17)),
     "Swin-Tiny": Model("Swin", "tiny", FAMILIES["swin"]["tiny"], 29, 4.5, (760, 189, 48)),
     "Focal-Tiny": Model("Focal", "tiny", FAMILIES["focal"]["tiny"], 28.9, 4.9, (319, 105, 27)),
-    "PVT-Medium": Model("PVT", "small", "pvt_medium", 44.2, 6.7, (517, 111, 20)),
-    "CvT-21": Model("CvT", "small", "cvt_21", 32, 7.1, (480, 85, 10)),
-    "ViL-Medium": Model("ViL", "small", "vil_medium", 39.7, 9.1, (251, 53, 8)),
+    "PVT-Medium": Model("PVT", "small", partial(pvt, [3, 4, 18, 3]), 44.2, 6.7, (517, 111, 20)),
+    "CvT-21": Model("CvT", "small", partial(cvt, [1, 4, 16]), 32, 7.1, (480, 85, 10)),
+    "ViL-Medium": Model("ViL", "small", partial(ViL, (1, 4, 16, 1)), 39.7, 9.1, (251, 53, 8)),
     "Swin-Small": Model("Swin", "small", FAMILIES["swin"]["small"], 50, 8.7, (435, 111, 28)),
     "Focal-Small": Model("Focal", "small", FAMILIES["focal"]["small"], 51.1, 9.4, (192, 63, 17)),
     "ViT-Base/16": Model("ViT", "base", "vit_base_patch16_224", 86, 17.6, (291, 57, 8)),
     "DeiT-Base/16": Model("DeiT", "base", "deit_base_patch16_224", 86, 17.6, (291, 57, 8)),
-    "PVT-Large": Model("PVT", "base", "pvt_large", 61.4, 9.8, (352, 77, 14)),
-    "ViL-Base": Model("ViL", "base", "vil_base", 55.7, 13.4, (145, 35, 5)),
+    "PVT-Large": Model("PVT", "base", partial(pvt, [3, 8, 27, 3]), 61.4, 9.8, (352, 77, 14)),
+    "ViL-Base": Model("ViL", "base", partial(ViL, (1, 8, 24, 1)), 55.7, 13.4, (145, 35, 5)),
     "Swin-Base": Model("Swin", "base", FAMILIES["swin"]["base"], 88, 15.4, (291, 70, 17)),
     "Focal-Base": Model("Focal", "base", FAMILIES["focal"]["base"], 89.8, 16.4, (138, 44, 11)),
-    "Focal-fast-Tiny, conv": Model(
-        "Focal-fast", "tiny", FAMILIES["focalv2"]["tiny"], 30.2, 5.0, (483, None, None)
-    ),
-    "Focal-fast-Small, conv": Model(
-        "Focal-fast", "small", FAMILIES["focalv2"]["small"], 51.5, 9.4, (293, None, None)
-    ),
-    "Focal-fast-Base, conv": Model(
-        "Focal-fast", "base", FAMILIES["focalv2"]["base"], 91.2, 16.4, (203, None, None)
-    ),
+    "Focal-fast-Tiny, conv": Model("Focal-fast", "tiny", FAST["tiny"], 30.2, 5.0, (483, None, None)),
+    "Focal-fast-Small, conv": Model("Focal-fast", "small", FAST["small"], 51.5, 9.4, (293, None, None)),
+    "Focal-fast-Base, conv": Model("Focal-fast", "base", FAST["base"], 91.2, 16.4, (203, None, None)),
 }
 
 
@@ -148,7 +129,7 @@ def reported_ratio(model: str, resolution: int) -> float | None:
 
 def run_group(args: argparse.Namespace, size: str, resolution: int) -> list[Row]:
     """Time the chosen models of a size at a resolution; above 224, batch and rounds are smaller."""
-    group = [Entry(label, MODELS[label].name, size) for label in args.models if MODELS[label].size == size]
+    group = [Entry(label, MODELS[label].source, size) for label in args.models if MODELS[label].size == size]
     scale = min(1.0, 224 / resolution)
     setting = Setting(size, resolution, "infer", PRECISION[args.device.type], "eager")
     batch = max(1, round((args.batch_size or BATCH[args.device.type]) * scale**2))

@@ -101,7 +101,7 @@ class SlidingAttention(Attention):
 class Stage(nn.Module):
     """Patch embedding, position embeddings by row and by column, global tokens, blocks."""
 
-    def __init__(self, inputs: int, plan: Plan, size: tuple[int, int], drop_paths: Sequence[float]) -> None:
+    def __init__(self, inputs: int, plan: Plan, size: tuple[int, int], depth: int) -> None:
         super().__init__()
         dim = plan.dim
         self.embed = nn.Conv2d(inputs, dim, plan.patch, plan.patch)
@@ -109,9 +109,7 @@ class Stage(nn.Module):
         self.rows = nn.Parameter(torch.zeros(size[0], 1, dim // 2))
         self.columns = nn.Parameter(torch.zeros(1, size[1], dim // 2))
         self.tokens = nn.Parameter(torch.zeros(1, plan.global_tokens, dim))
-        self.blocks = nn.Sequential(
-            *(Block(dim, plan.heads, qkv_bias=True, drop_path=rate) for rate in drop_paths)
-        )
+        self.blocks = nn.Sequential(*(Block(dim, plan.heads, qkv_bias=True) for _ in range(depth)))
         if plan.sliding:
             for block in self.blocks:
                 block.attn = SlidingAttention(dim, plan.heads, size)
@@ -132,23 +130,20 @@ class ViL(nn.Module):
     Args:
         depths: blocks of the four stages.
         img_size: side of the images in pixels, a multiple of 32.
-        num_classes, drop_path_rate: as in timm.
+        num_classes: as in timm.
 
     Raises:
         ValueError: the size is no multiple of 32.
     """
 
-    def __init__(
-        self, depths: Sequence[int], img_size: int = 224, num_classes: int = 1000, drop_path_rate: float = 0.0
-    ) -> None:
+    def __init__(self, depths: Sequence[int], img_size: int = 224, num_classes: int = 1000) -> None:
         super().__init__()
         if img_size % 32:
             raise ValueError(f"expected an img_size that is a multiple of 32, got {img_size}")
-        rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
         channels, side, stages = 3, img_size, []
-        for plan, drop_paths in zip(PLANS, rates, strict=True):
+        for plan, depth in zip(PLANS, depths, strict=True):
             side //= plan.patch
-            stages.append(Stage(channels, plan, (side, side), drop_paths.tolist()))
+            stages.append(Stage(channels, plan, (side, side), depth))
             channels = plan.dim
         self.stages = nn.Sequential(*stages)
         self.norm = nn.LayerNorm(channels)

@@ -22,7 +22,7 @@ from data.demo import DemoOptions, write_demo
 from models import read_checkpoint
 from tools.benchmarks.common import REPO
 
-STEP_LINE = re.compile(r"epoch (\d+)/(\d+) step (\d+)/(\d+) ")
+STEP_LINE = re.compile(r"epoch (\d+)/\d+ step (\d+)/(\d+) ")
 TIMEOUT = 600.0  # seconds that anything may take on a busy machine
 IMAGES_PER_CLASS, BATCH_SIZE = {"train": 16, "val": 4}, 8
 SAVE_EVERY = 5  # steps
@@ -136,7 +136,9 @@ class TrainingRun:
 
     def last_step(self) -> int:
         """The last step that this launch logged, counted from 1 over the whole run; 0 before the first."""
-        return [0, *steps_of(self.text())][-1]
+        lines = STEP_LINE.findall(self.text())
+        epoch, step, steps = map(int, lines[-1]) if lines else (1, 0, 0)
+        return (epoch - 1) * steps + step
 
     def text(self) -> str:
         """Console output of this launch."""
@@ -162,12 +164,6 @@ def _is_alive(process: psutil.Process) -> bool:
     return False
 
 
-def steps_of(text: str) -> list[int]:
-    """The steps that a console's output reports, counted from 1 over the whole run."""
-    found = (map(int, match) for match in STEP_LINE.findall(text))
-    return [(epoch - 1) * steps + step for epoch, _, step, steps in found]
-
-
 # --- Comparison ---------------------------------------------------------------------------------------------
 
 
@@ -175,35 +171,40 @@ def compare(run: TrainingRun, reference: TrainingRun) -> str:
     """Compare last checkpoint, best checkpoint and metrics of two finished runs.
 
     Returns:
-        What is equal: tensors to the last bit, metrics but for times.
+        How much is equal: tensors to the last bit, metrics but for times.
 
     Raises:
         FaultError: the runs differ.
     """
-    differences, count = [], 0
-    for name in (f"ckpt_epoch_{reference.epochs - 1}.pth", "best.pth"):
-        paths = [each.folder / name for each in (run, reference)]
-        if missing := [str(path) for path in paths if not path.exists()]:
-            differences.append(f"no {' and no '.join(missing)}")
-            continue
-        ours, theirs = (dict(tensors(read_checkpoint(path))) for path in paths)
-        count += len(theirs)
-        keys = ours.keys() | theirs.keys()
-        differences += [name + key for key in keys if not same_bits(ours.get(key), theirs.get(key))]
-    our_metrics, their_metrics = metrics(run), metrics(reference)
-    if len(our_metrics) != len(their_metrics):
-        differences.append(f"{len(our_metrics)} lines of metrics instead of {len(their_metrics)}")
-    pairs = zip(our_metrics, their_metrics, strict=False)
-    differences += [f"metrics: {our} instead of {their}" for our, their in pairs if our != their]
+    ours, theirs = results(run), results(reference)
+    names = sorted(ours.keys() | theirs.keys())
+    differences = [name for name in names if not equal(ours.get(name), theirs.get(name))]
     differences += [f"left over: {path.name}" for path in run.temporary_files()]
     if differences:
         raise FaultError(f"{len(differences)} differences: {'; '.join(differences[:3])}")
-    return f"{count} tensors bit-identical, {len(their_metrics)} metrics equal"
+    return f"{len(theirs)} tensors and lines of metrics equal to the last bit"
 
 
-def same_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    """Whether both are tensors of the same type, shape and bits; nan equals itself."""
-    if a is None or b is None or a.dtype != b.dtype or a.shape != b.shape:
+def results(run: TrainingRun) -> dict[str, Any]:
+    """Tensors of the last and of the best checkpoint, and records of metrics.jsonl, by name.
+
+    Raises:
+        FaultError: a checkpoint is missing.
+    """
+    found: dict[str, Any] = {}
+    for name in (f"ckpt_epoch_{run.epochs - 1}.pth", "best.pth"):
+        path = run.folder / name
+        if not path.exists():
+            raise FaultError(f"there is no {path}")
+        found |= {name + key: x for key, x in tensors(read_checkpoint(path))}
+    return found | {f"metrics.jsonl:{number}": x for number, x in enumerate(metrics(run), start=1)}
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether both are equal; of tensors type, shape and bits, so that nan equals itself."""
+    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
+        return a == b
+    if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return torch.equal(*(x.contiguous().flatten().view(torch.uint8) for x in (a, b)))
 
