@@ -45,7 +45,7 @@ def test_the_table_of_models(quick: None, tmp_path: Path) -> None:
     out = tmp_path / "results"
     words = ["--models", "focal-tiny", "focal-tiny:plain", "swin-tiny", "deit-tiny", "--sizes", "64", "50"]
     assert models.main([*words, *TINY, "--name", "try", "--out", str(out)]) == 0
-    assert sorted(path.suffix for path in out.glob("*_try.*")) == [".csv", ".md"]
+    assert sorted(path.suffix for path in out.glob("*_try.*")) == [".csv", ".md", ".png"]
     rows = csv_rows(out)
     assert len(rows) == 4 * 2 * 2
     for row in rows:

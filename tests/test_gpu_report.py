@@ -61,7 +61,7 @@ def test_the_whole_report(tmp_path: Path) -> None:
     speeds = csv_rows(out, "_gpu_models")
     assert [row["mode"] for row in speeds] == ["infer", "infer", "train", "train"]
     assert all(float(row["img/s"]) > 0 for row in speeds)
-    assert len([*out.glob("*_gpu_*.md")]) == 3
+    assert len([*out.glob("*_gpu_*.md")]) == 3 and len([*out.glob("*_gpu_*.png")]) == 1
 
 
 def run_checks_of(args: list[str], monkeypatch: pytest.MonkeyPatch) -> int:

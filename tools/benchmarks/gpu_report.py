@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 import torch
 
 from models.focal_transformer import FocalAttention
+from tools.figures.drawing import blank_figure
 from utils import path_argument, user_input
 
 from . import common, entries, gpu_checks
@@ -100,6 +101,7 @@ def run_part(args: argparse.Namespace, name: str, words: Sequence[str], end: flo
 def measure(args: argparse.Namespace) -> int:
     """All parts; 1 if a result is wrong or a part failed."""
     start = time.monotonic()
+    blank_figure()  # says that matplotlib is missing before, not after measuring
     layer = FocalAttention(32, 1, 7, expand_size=3, backend="triton")
     with user_input():
         layer.index(14, 14, torch.empty(0, device=args.device))  # says why the kernels cannot run here

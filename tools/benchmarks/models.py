@@ -8,7 +8,7 @@ backward and AdamW. Inputs are on the device; precisions other than fp32 use aut
 All models of one size run in alternating rounds in one process; `vs swin` is the median of the ratios within
 a round. The layout of a process's memory changes a model's time by several percent: compare small differences
 over several runs. When memory runs out, the batch is halved for all models of the group; a model that cannot
-run gets a row with the reason. Writes <date>_<name>.md and .csv after every group.
+run gets a row with the reason. Writes <date>_<name>.md, .csv and .png after every group.
 """
 
 import argparse
@@ -19,17 +19,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tools.figures.drawing import blank_figure
 from utils import Precision
 
 from . import common, entries
 from .common import DTYPES, RESULTS, Spread, Timer
 from .entries import Entry
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger("benchmarks.models")
 
@@ -199,6 +203,33 @@ def warmed_up(row: Row, images: torch.Tensor) -> Timer:
     return timer
 
 
+# --- Results ------------------------------------------------------------------------------------------------
+
+
+def draw(rows: Sequence[Row]) -> "Figure | None":
+    """Images per second, and the ratio to the baseline: a panel per setting. None without a measurement."""
+    panels: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if row.rate:
+            panels.setdefault(row.setting[1:], []).append(row)
+    if not panels:
+        return None
+    down, most = -(-len(panels) // 2), max(map(len, panels.values()))
+    figure = blank_figure(figsize=(12, (1 + 0.25 * most) * down))
+    for place, (panel, shown) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(down, 2, place)
+        labels = [row.entry.label for row in shown]
+        colours = ["C0" if label.rpartition("-")[0] in entries.OURS else "0.7" for label in labels]
+        bars = axes.barh(labels, [row.rate.median for row in shown], color=colours)
+        ratios = [f"{row.ratio.median:.2f}" if row.ratio else "" for row in shown]
+        axes.bar_label(bars, ratios, padding=3, fontsize="small")
+        title = ", ".join(map(str, panel))
+        axes.set(title=title, xlabel=f"images per second; beside the bar: times {BASELINE}")
+        axes.margins(x=0.12)
+        axes.set_ylim(most - 0.5, -0.5)
+    return figure
+
+
 # --- Command line -------------------------------------------------------------------------------------------
 
 
@@ -218,6 +249,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def measure(args: argparse.Namespace) -> int:
     """Run all groups; the files are written after each."""
+    blank_figure()  # says that matplotlib is missing before, not after measuring
     chosen = entries.entries(args.models)
     facts, rows = common.describe_run(args.device), []
     notes = [
@@ -233,7 +265,8 @@ def measure(args: argparse.Namespace) -> int:
         group = [entry for entry in chosen if entry.size == size]
         logger.info(f"{setting}: {', '.join(entry.label for entry in group)}")
         rows += run_group(setting, group, args.batch_size, args.rounds, args.device)
-        common.publish(args, "Speed", facts, notes, COLUMNS, [row.cells() for row in rows])
+        cells, figure = [row.cells() for row in rows], draw(rows)
+        common.publish(args, "Speed", facts, notes, COLUMNS, cells, figure=figure)
     return 0
 
 
