@@ -1,5 +1,6 @@
 """The backbone's adapter for MMDetection and MMSegmentation, and the front over mmengine's Runner."""
 
+import errno
 import runpy
 import subprocess
 import sys
@@ -278,6 +279,16 @@ def test_a_process_that_fails_alone_is_heard(
     monkeypatch.delenv("FOCAL_TRACEBACK", raising=False)
     assert runner.run_command(fail) == 2
     assert ("error: something in one image" in capsys.readouterr().err) == group
+
+
+def test_a_mistake_is_exit_status_2_where_the_console_is_on_a_full_disk(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys.stderr, "write", full)
+    assert runner.test(["gone.py", "gone.pth"]) == 2
 
 
 @pytest.mark.parametrize("script", [f"{t}/{n}.py" for t in TASKS for n in ("train", "test", "predict")])

@@ -31,6 +31,7 @@ from test_docs import blocks
 from data.demo_scenes import SEGMENTATION_CLASSES
 from models import VARIANTS, FocalTransformer
 from openmmlab import flops, runner
+from openmmlab.check_config import reported_metrics
 
 CONFIGS = REPO / "segmentation" / "configs"
 PAGE = REPO / "segmentation" / "get_started.md"
@@ -228,7 +229,9 @@ def test_what_is_true_gets_full_marks(scenes: Path) -> None:
         evaluator = Evaluator(config.test_evaluator)
         evaluator.dataset_meta = dataset.metainfo
         evaluator.process([sample])
-        assert least <= evaluator.evaluate(1)["mIoU"] <= most
+        marks = evaluator.evaluate(1)
+        assert least <= marks["mIoU"] <= most
+        assert {*marks} == reported_metrics(evaluator.metrics[0])
     assert len(truth.unique()) > 3 and truth.max() < 11
 
 
