@@ -22,8 +22,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, TASK_UTILS
 from mmengine.structures import InstanceData
 from openmmlab_configs import SMALL, batch, check_backbone, check_weight_decay, edit, quoted_in_zoo
-from openmmlab_runs import ONE_PROCESS, scalars
-from test_detection import evaluated
+from openmmlab_runs import ONE_PROCESS, evaluated, scalars
 
 from data.demo_scenes import DETECTION_CLASSES
 from openmmlab import runner
