@@ -62,7 +62,7 @@ def check_data_sets(config: "Config", splits: Sequence[str]) -> tuple[str, ...] 
         for split in ("train", "val", "test")
         if config.get(f"{split}_dataloader")
     }
-    named = [(key, _classes(key, data)) for split in found.values() for key, _, data in split]
+    named = [(key, _classes(key, dataset)) for split in found.values() for key, dataset in split]
     named = [(key, classes) for key, classes in named if classes is not None]
     for key, classes in named[1:]:
         if classes != named[0][1]:
@@ -71,16 +71,16 @@ def check_data_sets(config: "Config", splits: Sequence[str]) -> tuple[str, ...] 
                 "the data sets of all loaders, test_dataloader too, the same metainfo=dict(classes=...)"
             )
     for split in found.keys() & {*splits}:
-        for key, options, dataset in found[split]:
+        for key, dataset in found[split]:
             _check_files(key, dataset)
             if hasattr(dataset, "reduce_zero_label"):  # mmseg's `BaseSegDataset`
-                _check_label_images(key, options, dataset)
-        _check_evaluators(config, split, [dataset.ann_file for _, _, dataset in found[split]])
+                _check_label_images(key, dataset)
+        _check_evaluators(config, split, [dataset.ann_file for _, dataset in found[split]])
     return named[0][1] if named else None
 
 
-def _data_sets(options: Any, key: str, config: "Config") -> Iterator[tuple[str, Any, BaseDataset]]:
-    """Key, options and data set of each data set of a loader, also inside wrappers; no files are read."""
+def _data_sets(options: Any, key: str, config: "Config") -> Iterator[tuple[str, BaseDataset]]:
+    """Key and data set of each data set of a loader, also inside wrappers; no files are read."""
     if "dataset" in options:
         yield from _data_sets(options["dataset"], f"{key}.dataset", config)
     elif "datasets" in options:
@@ -93,7 +93,7 @@ def _data_sets(options: Any, key: str, config: "Config") -> Iterator[tuple[str, 
             ours = isinstance(kind, type) and issubclass(kind, BaseDataset)
             dataset = registry.build({**options, "lazy_init": True, "pipeline": []}) if ours else None
         if dataset is not None:
-            yield key, options, dataset
+            yield key, dataset
 
 
 def _classes(key: str, dataset: BaseDataset) -> tuple[str, ...] | None:
@@ -141,15 +141,8 @@ def _check_evaluators(config: "Config", split: str, files: list[str]) -> None:
 # --- Label images -------------------------------------------------------------------------------------------
 
 
-def _check_label_images(key: str, options: Mapping[str, Any], dataset: "BaseSegDataset") -> None:
+def _check_label_images(key: str, dataset: "BaseSegDataset") -> None:
     """Check a sample of label images: their values must be classes, and their sizes those of the images."""
-    for step in options.get("pipeline", ()):
-        said = step.get("reduce_zero_label") if str(step["type"]).endswith("LoadAnnotations") else None
-        if said not in (None, dataset.reduce_zero_label):
-            raise UserError(
-                f"{key}: LoadAnnotations of its pipeline has reduce_zero_label={said}, the data set itself "
-                f"{dataset.reduce_zero_label}: leave it out of the pipeline"
-            )
     pairs = dataset.load_data_list()
     folder = dataset.data_prefix.get("img_path") or ""
     if not pairs:
