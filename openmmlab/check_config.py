@@ -201,7 +201,7 @@ def check_saving(runner: Runner) -> None:
     Raises:
         UserError: unknown options of CheckpointHook, or a best metric that no evaluator reports.
     """
-    takers = (CheckpointHook, type(runner).save_checkpoint)
+    takers = (CheckpointHook, Runner.save_checkpoint)
     known = {name for taker in takers for name in inspect.signature(taker).parameters}
     evaluator = getattr(runner.val_loop, "evaluator", None)
     metrics = evaluator.metrics if type(evaluator) is Evaluator else []

@@ -440,10 +440,12 @@ def test_class_weights_of_segmenters() -> None:
     config = runner.read_config(SEGMENTATION)
     model = MODELS.build(config.model)
     dataset = DATASETS.build(config.train_dataloader.dataset)
-    check_data.check_class_weights(model, dataset)
+    loop = SimpleNamespace(dataloader=SimpleNamespace(dataset=dataset))
+    run = SimpleNamespace(cfg=config, model=model, train_loop=loop, val_loop=None, hooks=[])
+    StartChecks().before_run(run)
     model.data_preprocessor.size = (160, 160)
     with pytest.raises(UserError, match="loss_decode.class_weight: training images have pixels of no class"):
-        check_data.check_class_weights(model, dataset)
+        StartChecks().before_run(run)
 
 
 # --- Weights ------------------------------------------------------------------------------------------------
