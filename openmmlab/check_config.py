@@ -43,7 +43,7 @@ BUILDERS = {
 }
 """Code that builds a part of the config, and which of its arguments is that part."""
 
-PACKAGES = ("mmcv", "mmdet", "mmengine", "mmseg", "numpy", "torch", "torchvision")
+PACKAGES = ("detection", "mmcv", "mmdet", "mmengine", "mmseg", "numpy", "torch", "torchvision")
 REFUSALS = (ValueError, TypeError, LookupError, AssertionError, ImportError)  # of values, by a library
 NMS_TYPES = ("nms", "soft_nms", "nms_rotated", "nms_quadri")  # functions of mmcv.ops
 COCO_ITEMS = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")  # what CocoMetric reports of each metric
@@ -158,7 +158,7 @@ def _refused_parts(error: Exception, config: "Config") -> list[str]:
 
 
 def _library_folders() -> tuple[str, ...]:
-    """How file names of Python's own and OpenMMLab's code begin."""
+    """How file names of code that is not the user's begin."""
     found = [find_spec(name) for name in PACKAGES]
     folders = [folder for spec in found if spec for folder in spec.submodule_search_locations or ()]
     return (sysconfig.get_path("stdlib"), "<frozen ", *folders)

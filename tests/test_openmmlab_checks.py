@@ -21,6 +21,7 @@ pytest.importorskip("mmdet", reason="needs OpenMMLab's packages: make setup-open
 from mmengine.registry import DATASETS, MODELS, DefaultScope
 from openmmlab_runs import ONE_PROCESS, in_scope
 
+import detection.bifpn  # noqa: F401  (registers the neck)
 from models import FocalTransformer
 from openmmlab import check_config, check_data, runner
 from openmmlab.start_checks import StartChecks
@@ -133,6 +134,11 @@ def fails_in_a_library(**_: Any) -> Any:
     [
         ({"neck": {"_delete_": True, "type": broken}}, AttributeError, "sort_by"),
         ({"neck": {"_delete_": True, "type": fails_in_a_library}}, TypeError, "NoneType"),
+        (
+            {"neck": {"type": "BiFPN", "num_outs": 2}},
+            UserError,
+            "model.neck (BiFPN): BiFPN: num_outs must be",
+        ),
         ({"neck": {"type": 5}}, UserError, "model.neck: type must be a str or valid type"),
         (
             {"data_preprocessor": {"mean": np.zeros(2)}},
@@ -140,7 +146,7 @@ def fails_in_a_library(**_: Any) -> Any:
             "(DetDataPreprocessor): `mean` should have",
         ),
     ],
-    ids=["bug", "bug that a library finds", "mistake", "mistake in an array"],
+    ids=["bug", "bug that a library finds", "mistake", "wrong type", "mistake in an array"],
 )
 def test_bugs_keep_their_tracebacks(
     part: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
