@@ -191,7 +191,7 @@ def check_nms(config: "Config") -> None:
     parts = {name: config.get(name) for name in ("model", "tta_model")}
     for path, node in nodes(parts, ""):
         kind = node.get("type", "nms")
-        if path.endswith(".nms") and kind not in NMS_TYPES:
+        if path.endswith(".nms") and isinstance(kind, str) and kind not in NMS_TYPES:
             raise UserError(f"{path}.type: expected one of {', '.join(NMS_TYPES)}, got {kind!r}")
 
 
