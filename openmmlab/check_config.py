@@ -136,25 +136,30 @@ def explained_by_config(config: "Config") -> Iterator[None]:
     except (UserError, OSError):
         raise
     except REFUSALS as error:
-        if places := _refused_parts(error, config):
-            said = str(error.args[0] if error.args else "")  # str() of a KeyError adds quotes
-            said = said or traceback.extract_tb(error.__traceback__)[-1].line  # of an assert without message
-            raise UserError(f"{' or '.join(places)}: {said} (FOCAL_TRACEBACK=1 shows where)") from error
+        if said := _refusal(error, config):
+            raise UserError(f"{said} (FOCAL_TRACEBACK=1 shows where)") from error
         raise
 
 
-def _refused_parts(error: Exception, config: "Config") -> list[str]:
-    """Names of the part of the config that was being built when a library raised an error; empty if there is
-    none, or if the user's own code was building it."""
+def _refusal(error: Exception, config: "Config") -> str | None:
+    """The key of the part of the config that was being built when a library raised an error, and what is
+    wrong with it. None if there is none, or if the user's own code was building it."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     libraries = _library_folders()
     for frame in reversed(frames):
         if not frame.f_code.co_filename.startswith(libraries):
-            return []
+            return None
         part = frame.f_locals.get(BUILDERS.get(frame.f_code, ""))
-        if isinstance(part, Mapping) and (places := _places(part, config)):
-            return places
-    return []
+        places = _places(part, config) if isinstance(part, Mapping) else []
+        if places:
+            said = str(error.args[0] if error.args else "")  # str() of a KeyError adds quotes
+            said = said or traceback.extract_tb(error.__traceback__)[-1].line  # of an assert without message
+            kind, registry = part.get("type"), frame.f_locals.get("registry")
+            if isinstance(kind, str) and registry is not None and registry.get(kind) is None:
+                known = {*registry.module_dict, *(registry.parent or registry).module_dict}
+                said = f"there is no {kind}{_suggestion(kind, known)}"
+            return f"{' or '.join(places)}: {said}"
+    return None
 
 
 def _library_folders() -> tuple[str, ...]:
