@@ -230,19 +230,6 @@ def agree_on_attention(runner: "Runner", dtype: torch.dtype) -> None:
         runner.logger.info(f"attention: {' and '.join(dict.fromkeys(agree_on_backends(backbone, dtype)))}")
 
 
-def load_all_weights(runner: "Runner", checkpoint: str, classes: Sequence[str] | None) -> None:
-    """Load a checkpoint that has exactly the weights of the runner's model.
-
-    Raises:
-        UserError: weights are missing or unknown, the file is damaged, or it was trained for other classes.
-    """
-    with checkpoint_errors_as_user_errors(checkpoint):
-        content = runner.load_checkpoint(checkpoint, strict=True)
-    from openmmlab.check_data import check_trained_classes
-
-    check_trained_classes(checkpoint, content, classes)
-
-
 @contextmanager
 def checkpoint_errors_as_user_errors(checkpoint: str) -> Iterator[None]:
     """Raise errors of loading a checkpoint as a UserError that names the file."""
@@ -304,10 +291,14 @@ def _train(config: "Config") -> None:
 
 
 def _test(args: argparse.Namespace) -> None:
+    from openmmlab.check_data import check_trained_classes
+
     config = testing_config(args)
     with _checked(config):
         runner, classes = _build(config, ("test",))
-        load_all_weights(runner, args.checkpoint, classes)
+        with checkpoint_errors_as_user_errors(args.checkpoint):
+            content = runner.load_checkpoint(args.checkpoint, strict=True)
+        check_trained_classes(args.checkpoint, content, classes)
         with torch.no_grad():
             agree_on_attention(runner, torch.float32)
         runner.test()
