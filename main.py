@@ -8,7 +8,6 @@ One command for one CPU, one GPU, or many under torchrun:
 """
 
 import argparse
-import contextlib
 import json
 import logging
 import multiprocessing
@@ -33,7 +32,7 @@ from training.run import check_options, load_weights, train
 from training.run_dir import open_run_dir
 from training.state import build_train_state
 from training.throughput import measure_throughput
-from utils import UserError, user_input
+from utils import UserError, print_error, user_input
 
 logger = logging.getLogger("main")
 
@@ -185,12 +184,6 @@ def exit_process(status: int) -> int:
     for worker in multiprocessing.active_children():  # loader workers would notice seconds later
         worker.terminate()
     os._exit(status)
-
-
-def print_error(message: str) -> None:
-    """Print to stderr, which may be a file on a full disk."""
-    with contextlib.suppress(OSError):
-        print(message, file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -48,6 +48,12 @@ def user_input(option: str = "") -> Iterator[None]:
         raise UserError(f"{option}: {error}" if option else str(error)) from error
 
 
+def print_error(message: str) -> None:
+    """Print to stderr, which may be a file on a full disk."""
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
+
+
 def run_command(action: Callable[[], int | None]) -> int:
     """Run a command: its exit status, or 2 after a mistake of the user, which is printed.
 
@@ -58,7 +64,9 @@ def run_command(action: Callable[[], int | None]) -> int:
     except (UserError, OSError) as error:
         if os.environ.get("FOCAL_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        # Before the process group exists, all processes of a machine have the same error.
+        if in_group() or os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
+            print_error(f"error: {error}")
         return 2
 
 

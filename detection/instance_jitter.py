@@ -17,6 +17,7 @@ import numpy as np
 from mmcv.transforms import BaseTransform
 from mmdet.registry import TRANSFORMS
 from mmdet.structures.mask import BitmapMasks
+from scipy.sparse.csgraph import connected_components
 
 FILL_SIDE = 160
 """Longer side of the image in which holes are filled, pixels."""
@@ -90,21 +91,17 @@ class InstanceJitter(BaseTransform):
         return matrix
 
 
-def overlapping(boxes: np.ndarray, chosen: np.ndarray) -> list[list[int]]:
+def overlapping(boxes: np.ndarray, chosen: np.ndarray) -> list[np.ndarray]:
     """Groups of the chosen boxes that are connected by overlaps.
 
     Args:
         boxes: [N, 4], left, top, right, bottom.
         chosen: indices of boxes.
     """
-    groups: list[list[int]] = []
-    for number in chosen.tolist():
-        box = boxes[number]
-        meets = (boxes[:, :2] < box[2:]).all(axis=1) & (box[:2] < boxes[:, 2:]).all(axis=1)
-        joined = [group for group in groups if meets[group].any()]
-        groups = [group for group in groups if group not in joined]
-        groups.append([*(member for group in joined for member in group), number])
-    return groups
+    boxes = boxes[chosen]
+    begins_before = (boxes[:, None, :2] < boxes[:, 2:]).all(axis=2)  # box i starts before box j ends
+    count, groups = connected_components(begins_before & begins_before.T)
+    return [chosen[groups == group] for group in range(count)]
 
 
 def fill_holes(image: np.ndarray, holes: np.ndarray) -> np.ndarray:

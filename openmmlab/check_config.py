@@ -1,23 +1,22 @@
-"""Finds mistakes in a config that mmengine ignores or reports by a traceback: options that nothing reads,
-unknown types, unknown keywords. Messages name the key."""
+"""Finds mistakes in a config that mmengine ignores, reports by a traceback or notices after the first epoch:
+options that nothing reads, values that a library refuses, unknown metrics. Messages name the key."""
 
 import inspect
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
-from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-import mmengine.registry
+from mmcv.cnn import build_conv_layer, build_norm_layer
 from mmengine.config import DictAction
-from mmengine.evaluator import Evaluator
+from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.hooks import CheckpointHook
-from mmengine.registry import Registry, build_from_cfg
+from mmengine.optim import DefaultOptimWrapperConstructor
+from mmengine.registry import build_from_cfg
 from mmengine.runner import Runner
-from torch.utils.data import DataLoader
 
 from utils import UserError
 
@@ -30,12 +29,6 @@ OTHER_OPTIONS = {  # options that are not arguments of `Runner`, but read by it 
     *("test_pipeline", "tta_model", "tta_pipeline"),
 }
 KNOWN_OPTIONS = OTHER_OPTIONS | {*inspect.signature(Runner).parameters}
-NOT_OF_A_REGISTRY = ("nms", "roi_layer")  # keys of dicts whose type is found in another way
-TAKEN_OUT = {  # keywords that builders take out of a dict: of norms, schedules, optimizers, hooks, ...
-    *("requires_grad", "convert_to_iter_based", "by_epoch", "paramwise_cfg", "constructor", "priority"),
-    *("scale_factor", "fallback_on_stride", "deformable_groups", "_scope_"),
-    *("num_batch_per_epoch", "disable_subprocess_warning"),
-}
 NUMBER_OR_TEXT = "loss_scale"  # 512.0 or dynamic
 READ_KEYS = {  # of dicts without a type, all keys that the Runner reads
     "auto_scale_lr": {"enable", "base_batch_size"},
@@ -43,14 +36,22 @@ READ_KEYS = {  # of dicts without a type, all keys that the Runner reads
     "randomness": {*inspect.signature(Runner.set_randomness).parameters} - {"self"},
 }
 BUILDERS = {
-    build_from_cfg.__code__: "cfg",
+    **{function.__code__: "cfg" for function in (build_from_cfg, build_norm_layer, build_conv_layer)},
+    DefaultOptimWrapperConstructor.__call__.__code__: "optimizer_cfg",
     Runner.build_dataloader.__code__: "dataloader",
     Runner.build_optim_wrapper.__code__: "optim_wrapper",
 }
 """Code that builds a part of the config, and which of its arguments is that part."""
 
-PACKAGES = ("mmcv", "mmdet", "mmengine", "mmseg", "numpy", "torch", "torchvision")
+PACKAGES = ("detection", "mmcv", "mmdet", "mmengine", "mmseg", "numpy", "torch", "torchvision")
 REFUSALS = (ValueError, TypeError, LookupError, AssertionError, ImportError)  # of values, by a library
+NMS_TYPES = ("nms", "soft_nms", "nms_rotated", "nms_quadri")  # functions of mmcv.ops
+COCO_ITEMS = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")  # what CocoMetric reports of each metric
+IOU_ITEMS = {  # what IoUMetric reports, by its iou_metrics
+    "mIoU": ("mIoU", "mAcc"),
+    "mDice": ("mDice", "mAcc"),
+    "mFscore": ("mFscore", "mPrecision", "mRecall"),
+}
 
 
 class Options(DictAction):
@@ -75,7 +76,7 @@ def check_options(config: "Config", options: Mapping[str, Any]) -> None:
     """Check --cfg-options, a mapping from keys to values, against the config that they will change.
 
     What takes them refuses unknown keywords when it is built, see `explained_by_config`. Some code ignores
-    them, so a new key that is one letter off another one is refused here.
+    them, so a new key that is one letter off another one is refused here, unless it has a number.
 
     Raises:
         UserError: a first part that nothing reads, a misspelt key, no such entry of a list, or text in place
@@ -103,7 +104,8 @@ def check_options(config: "Config", options: Mapping[str, Any]) -> None:
                 if known and name not in known:
                     raise UserError(f"--cfg-options {key}: nothing reads {name}{_suggestion(name, known)}")
                 meant = [other for other in node if _one_letter_off(name, other)]
-                if meant and name not in node and not _may_be_new(name, node, path, config):
+                is_free = any(map(str.isdigit, name)) or path.endswith("custom_keys")
+                if meant and name not in node and not is_free:
                     raise UserError(f"--cfg-options {key}: there is no {name}; did you mean {meant[0]}?")
                 node = node.get(name)
             path = f"{path}.{name}"
@@ -120,90 +122,82 @@ def _one_letter_off(a: str, b: str) -> bool:
     return shorter in shortened or b in {a[:i] + a[i + 1] + a[i] + a[i + 2 :] for i in range(len(a) - 1)}
 
 
-def _may_be_new(name: str, node: Mapping[str, Any], path: str, config: "Config") -> bool:
-    """Whether a key can be meant: it has a number, is a keyword of its dict's type, or all are free there."""
-    keywords = [_keywords(candidate) for candidate in _candidates(path, node, config)]
-    is_known = any(name in known for known in keywords if known)
-    return is_known or any(map(str.isdigit, name)) or path.endswith("custom_keys")
-
-
 @contextmanager
 def explained_by_config(config: "Config") -> Iterator[None]:
-    """Context manager for building from a config: if that fails, look for the reason in the part that failed.
-
-    Looking before would refuse configs that run, since some code reads a part in its own way.
+    """Context manager for what builds from a config: an error of a library's own code, while it built a part,
+    becomes a sentence with that part's key.
 
     Raises:
-        UserError: that part has an unknown type or keyword, or a library's own code refused a value of it.
-            Other errors pass, and OSErrors always do.
+        UserError: a library refused an unknown type, an unknown keyword or a value. Other errors pass: those
+            of the user's own code, and OSErrors.
     """
     try:
         yield
     except (UserError, OSError):
         raise
-    except Exception as error:
-        if found := _reasons(error, config):
-            raise UserError("\n".join(found)) from error
+    except REFUSALS as error:
+        if said := _refusal(error, config):
+            raise UserError(f"{said} (FOCAL_TRACEBACK=1 shows where)") from error
         raise
 
 
-def _reasons(error: Exception, config: "Config") -> list[str]:
-    """Mistakes in the part of the config that was being built when an error was raised; else what a library
-    said of it, if nothing but installed code was running."""
+def _refusal(error: Exception, config: "Config") -> str | None:
+    """The key of the part of the config that was being built when a library raised an error, and what is
+    wrong with it. None if there is none, or if the user's own code was building it."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    built = [number for number, frame in enumerate(frames) if frame.f_code in BUILDERS]
-    parts = [frames[number].f_locals[BUILDERS[frames[number].f_code]] for number in reversed(built)]
-    places = next(filter(None, (_places(part, config) for part in parts if isinstance(part, Mapping))), {})
-    found = [text for path, node in places.items() for text in mistakes(node, path, config)]
     libraries = _library_folders()
-    own_code = any(not f.f_code.co_filename.startswith(libraries) for n in built[:1] for f in frames[n:])
-    if found or not places or own_code or not isinstance(error, REFUSALS):
-        return found
-    said = str(error.args[0] if error.args else "")  # str() of a KeyError adds quotes
-    said = said or traceback.extract_tb(error.__traceback__)[-1].line  # of an assert without a message
-    return [f"{' or '.join(places)}: {said} (FOCAL_TRACEBACK=1 shows where)"]
+    for frame in reversed(frames):
+        if not frame.f_code.co_filename.startswith(libraries):
+            return None
+        part = frame.f_locals.get(BUILDERS.get(frame.f_code, ""))
+        places = _places(part, config) if isinstance(part, Mapping) else []
+        if places:
+            said = str(error.args[0] if error.args else "")  # str() of a KeyError adds quotes
+            said = said or traceback.extract_tb(error.__traceback__)[-1].line  # of an assert without message
+            kind, registry = part.get("type"), frame.f_locals.get("registry")
+            if isinstance(kind, str) and registry is not None and registry.get(kind) is None:
+                known = {*registry.module_dict, *(registry.parent or registry).module_dict}
+                said = f"there is no {kind}{_suggestion(kind, known)}"
+            return f"{' or '.join(places)}: {said}"
+    return None
 
 
 def _library_folders() -> tuple[str, ...]:
-    """How file names of Python's own and OpenMMLab's code begin."""
+    """How file names of code that is not the user's begin."""
     found = [find_spec(name) for name in PACKAGES]
     folders = [folder for spec in found if spec for folder in spec.submodule_search_locations or ()]
     return (sysconfig.get_path("stdlib"), "<frozen ", *folders)
 
 
-def _places(part: Mapping[str, Any], config: "Config") -> dict[str, dict[str, Any]]:
-    """The dicts of the config that became a part, by dotted key. Code may have added keys; where none has all
-    its values in the part, those that have the keys alone."""
+def _places(part: Mapping[str, Any], config: "Config") -> list[str]:
+    """Dotted keys, with types, of the dicts of the config that became a part. Code may have added keys; where
+    none has all its values in the part, those that have the keys alone."""
     options = {key: value for key, value in config.to_dict().items() if key in KNOWN_OPTIONS}
     alike = {
         path: node
-        for path, node in _nodes(options, "")
-        if node and node.get("type") == part.get("type") and node.keys() <= part.keys()
+        for path, node in nodes(options, "")
+        if path and node and node.get("type") == part.get("type") and node.keys() <= part.keys()
     }
     same = {
         path: node
         for path, node in alike.items()
         if all(str(part[key]) == str(value) for key, value in node.items())
     }
-    return same or alike
+    kind = f" ({part['type']})" if isinstance(part.get("type"), str) else ""
+    return [f"{path}{kind}" for path in same or alike]
 
 
-def mistakes(node: Mapping[str, Any], path: str, config: "Config") -> list[str]:
-    """A sentence for each type that is in no registry, and each keyword that nothing of its type takes, in a
-    part of the config and the options `*_cfg` and `optimizer` in it, which are built in another way."""
-    kind, candidates = node.get("type"), _candidates(path, node, config)
-    found = []
-    if isinstance(kind, str) and not candidates and not path.endswith(NOT_OF_A_REGISTRY):
-        found.append(f"{path}.type: there is no {kind}{_instead_of_type(kind, config)}")
-    keywords = [_keywords(candidate) for candidate in candidates]
-    known = {name for names in keywords for name in names or ()}
-    if candidates and None not in keywords:
-        for name in sorted(node.keys() - known - TAKEN_OUT - {"type"}):
-            found.append(f"{path}: {candidates[0].__name__} takes no {name}{_suggestion(name, known)}")
-    for name, value in node.items():
-        if name.endswith(("_cfg", "optimizer")) and isinstance(value, Mapping):
-            found += mistakes(value, f"{path}.{name}", config)
-    return found
+def check_nms(config: "Config") -> None:
+    """Check the types of non-maximum suppression, which mmcv looks up when there are boxes to suppress.
+
+    Raises:
+        UserError: an unknown type.
+    """
+    parts = {name: config.get(name) for name in ("model", "tta_model")}
+    for path, node in nodes(parts, ""):
+        kind = node.get("type", "nms")
+        if path.endswith(".nms") and isinstance(kind, str) and kind not in NMS_TYPES:
+            raise UserError(f"{path}.type: expected one of {', '.join(NMS_TYPES)}, got {kind!r}")
 
 
 def check_saving(runner: Runner) -> None:
@@ -212,72 +206,47 @@ def check_saving(runner: Runner) -> None:
     Raises:
         UserError: unknown options of CheckpointHook, or a best metric that no evaluator reports.
     """
-    evaluator = getattr(runner.val_loop, "evaluator", None)
-    evaluators = evaluator.metrics if type(evaluator) is Evaluator else []
-    prefixes = tuple(f"{metric.prefix}/" for metric in evaluators if metric.prefix)
-    all_begin_so = evaluators and len(prefixes) == len(evaluators)
-    takers = (CheckpointHook, type(runner).save_checkpoint)
+    takers = (CheckpointHook, Runner.save_checkpoint)
     known = {name for taker in takers for name in inspect.signature(taker).parameters}
+    evaluator = getattr(runner.val_loop, "evaluator", None)
+    metrics = evaluator.metrics if type(evaluator) is Evaluator else []
+    reported = [reported_metrics(metric) for metric in metrics]
+    names = {"auto", *(name for names in reported for name in names or ())}
     for hook in runner.hooks:
         if not isinstance(hook, CheckpointHook):
             continue
         if unknown := sorted({*hook.args} - known):
             raise UserError(f"CheckpointHook takes no {unknown[0]}{_suggestion(unknown[0], known)}")
         for name in hook.save_best or ():
-            if all_begin_so and not name.startswith(("auto", *prefixes)):
+            if reported and None not in reported and name not in names:
                 raise UserError(
-                    "default_hooks.checkpoint.save_best: expected auto, or a metric of val_evaluator, whose "
-                    f"names begin with {' or '.join(prefixes)}, got {name}"
+                    f"default_hooks.checkpoint.save_best: expected one of {', '.join(sorted(names))}, as "
+                    f"val_evaluator reports, got {name}"
                 )
 
 
-def _nodes(node: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """All dicts in a nested value, with their dotted keys."""
-    if isinstance(node, dict) and path:
-        yield path, node
-    pairs = (
-        node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list | tuple) else ()
-    )
-    for name, value in pairs:
-        yield from _nodes(value, f"{path}.{name}" if path else str(name))
-
-
-def _registries(config: "Config") -> Iterator[Registry]:
-    """The registries of the config's package (mmdet, mmseg), then mmengine's, which include mmcv's."""
-    scope = config.get("default_scope") or "mmengine"
-    import_module(f"{scope}.registry")
-    roots = [entry for entry in vars(mmengine.registry).values() if isinstance(entry, Registry)]
-    yield from (root.children[scope] for root in roots if scope in root.children)
-    yield from roots
-
-
-def _candidates(path: str, node: Mapping[str, Any], config: "Config") -> list[Callable[..., Any]]:
-    """What may take a dict of the config as its arguments: the entries of all registries by its type."""
-    kind = node.get("type")
-    if kind is None:
-        return [DataLoader] if path.endswith("_dataloader") else []
-    if not isinstance(kind, str):
-        return [kind] if callable(kind) else []
-    return [entry for registry in _registries(config) if (entry := registry.get(kind)) is not None]
-
-
-def _keywords(called: Callable[..., Any]) -> set[str] | None:
-    """The keywords that a class, with its bases, or a function declares; None if it takes any."""
-    classes = inspect.getmro(called)[:-1] if inspect.isclass(called) else ()
-    names: set[str] = set()
-    for part in [vars(c)["__init__"] for c in classes if "__init__" in vars(c)] or [called]:
-        parameters = inspect.signature(part).parameters.values()
-        names |= {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
-        if not any(p.kind == p.VAR_KEYWORD for p in parameters):
-            return names
+def reported_metrics(metric: BaseMetric) -> set[str] | None:
+    """Names of the values that CocoMetric or IoUMetric reports; None for other evaluators and options."""
+    kind, prefix = type(metric).__name__, f"{metric.prefix}/" if metric.prefix else ""
+    if kind == "CocoMetric" and not metric.classwise and {*metric.metrics} <= {"bbox", "segm"}:
+        items = metric.metric_items or COCO_ITEMS
+        return {f"{prefix}{name}_{item}" for name in metric.metrics for item in items}
+    if kind == "IoUMetric":
+        return {f"{prefix}{item}" for name in metric.metrics for item in ("aAcc", *IOU_ITEMS[name])}
     return None
 
 
-def _instead_of_type(kind: str, config: "Config") -> str:
-    package, dot, _ = kind.rpartition(".")
-    if dot:
-        return f"; check its spelling, and that {package} is installed"
-    return _suggestion(kind, {name for registry in _registries(config) for name in registry.module_dict})
+def nodes(value: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """All dicts in a nested value, with their dotted keys; `path` is the value's own."""
+    if isinstance(value, dict):
+        yield path, value
+        value = value.items()
+    elif isinstance(value, list | tuple):
+        value = enumerate(value)
+    else:
+        return
+    for name, part in value:
+        yield from nodes(part, f"{path}.{name}" if path else str(name))
 
 
 def _suggestion(name: str, known: set[str]) -> str:

@@ -8,22 +8,21 @@ FOCAL_TRACEBACK=1 in the environment shows the traceback.
 
 import argparse
 import gc
-import os
 import pickle
 import struct
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import distributed, nn
 
+import utils
 from models import FocalTransformer, agree_on_backends
 from utils import UserError, path_argument, user_input
 
@@ -124,7 +123,7 @@ def read_config(path: str) -> "Config":
 def _common_config(args: argparse.Namespace) -> "Config":
     """The config with the arguments that training and testing share."""
     config = read_config(args.config)
-    from openmmlab.check_config import check_options
+    from openmmlab.check_config import check_options, nodes
 
     check_options(config, args.cfg_options or {})
     config.merge_from_dict(args.cfg_options or {})
@@ -135,20 +134,10 @@ def _common_config(args: argparse.Namespace) -> "Config":
         unused = {"find_unused_parameters": config.get("find_unused_parameters", False)}
         config.setdefault("model_wrapper_cfg", wrapper | unused)
         config.pop("sync_bn", None)  # not available on CPUs, where each process normalises by its own images
-        _normalise_locally(config.get("model"))
+        for _, node in nodes(config.get("model"), "model"):
+            if node.get("type") == "SyncBN":
+                node["type"] = "BN"
     return config
-
-
-def _normalise_locally(options: Any) -> None:
-    """Replace SyncBN by BatchNorm in a config's model, recursively."""
-    if isinstance(options, dict):
-        if options.get("type") == "SyncBN":
-            options["type"] = "BN"
-        options = options.values()
-    elif not isinstance(options, list | tuple):
-        return
-    for part in options:
-        _normalise_locally(part)
 
 
 def training_config(args: argparse.Namespace) -> "Config":
@@ -241,19 +230,6 @@ def agree_on_attention(runner: "Runner", dtype: torch.dtype) -> None:
         runner.logger.info(f"attention: {' and '.join(dict.fromkeys(agree_on_backends(backbone, dtype)))}")
 
 
-def load_all_weights(runner: "Runner", checkpoint: str, classes: Sequence[str] | None) -> None:
-    """Load a checkpoint that has exactly the weights of the runner's model.
-
-    Raises:
-        UserError: weights are missing or unknown, the file is damaged, or it was trained for other classes.
-    """
-    with checkpoint_errors_as_user_errors(checkpoint):
-        content = runner.load_checkpoint(checkpoint, strict=True)
-    from openmmlab.check_data import check_trained_classes
-
-    check_trained_classes(checkpoint, content, classes)
-
-
 @contextmanager
 def checkpoint_errors_as_user_errors(checkpoint: str) -> Iterator[None]:
     """Raise errors of loading a checkpoint as a UserError that names the file."""
@@ -267,22 +243,13 @@ def checkpoint_errors_as_user_errors(checkpoint: str) -> Iterator[None]:
 
 
 def run_command(action: Callable[[], None]) -> int:
-    """Run a command; returns 0, or 2 after a mistake of the user, which is printed."""
+    """`utils.run_command`, which ends the process group."""
     try:
-        action()
-    except (UserError, OSError) as error:
-        if os.environ.get("FOCAL_TRACEBACK"):
-            raise
-        # Before the process group exists, all processes of a machine have the same error.
-        local_rank = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))
-        if local_rank == "0" or distributed.is_initialized():
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+        return utils.run_command(action)
     finally:
         if distributed.is_initialized():
             gc.collect()  # frees the model's wrapper, which holds the group: its threads could abort at exit
             distributed.destroy_process_group()
-    return 0
 
 
 def _build(config: "Config", splits: Sequence[str]) -> tuple["Runner", tuple[str, ...] | None]:
@@ -293,58 +260,55 @@ def _build(config: "Config", splits: Sequence[str]) -> tuple["Runner", tuple[str
     """
     from openmmlab import check_config, check_data
 
-    with check_config.explained_by_config(config):
-        classes = check_data.check_data_sets(config, splits)
-        runner = build_runner(config)
-        model = unwrapped(runner)
-        check_data.check_model(model, classes)
-        with check_data.checked_annotations(config):
-            loops = {split: getattr(runner, f"{split}_loop") for split in splits}  # reads the data sets
-        if "train" in splits:
-            check_config.check_saving(runner)
-            _build_optimizer(runner)
-    if "train" in splits and config.get("default_scope") == "mmseg":
-        check_data.check_class_weights(model, loops["train"].dataloader.dataset)
+    check_config.check_nms(config)
+    classes = check_data.check_data_sets(config, splits)
+    runner = build_runner(config)
+    check_data.check_model(unwrapped(runner), classes)
     return runner, classes
 
 
-def _build_optimizer(runner: "Runner") -> None:
-    """Build the optimizer and its schedules as `Runner.train` would, which leaves alone what is built."""
-    runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
-    runner.scale_lr(runner.optim_wrapper, runner.auto_scale_lr)
-    runner.auto_scale_lr = None
-    if runner.param_schedulers is not None:
-        runner.param_schedulers = runner.build_param_scheduler(runner.param_schedulers)
+@contextmanager
+def _checked(config: "Config") -> Iterator[None]:
+    """Context manager in which mistakes in a config and its annotation files become a UserError."""
+    from openmmlab.check_config import explained_by_config
+    from openmmlab.check_data import checked_annotations
+
+    with explained_by_config(config), checked_annotations(config):
+        yield
 
 
-def _train(argv: Sequence[str] | None) -> None:
-    config = training_config(parse_train(argv))
-    from openmmlab.loaded_weights import LoadedWeights
+def _train(config: "Config") -> None:
+    from openmmlab.start_checks import StartChecks
 
-    runner, _ = _build(config, ("train", "val"))
-    runner.register_hook(LoadedWeights())
-    wrapper = config.optim_wrapper
-    mixed = wrapper.type == "AmpOptimWrapper"
-    dtype = getattr(torch, wrapper.get("dtype") or "float16") if mixed else torch.float32
-    agree_on_attention(runner, dtype)
-    runner.train()
+    with _checked(config):
+        runner, _ = _build(config, ("train", "val"))
+        runner.register_hook(StartChecks())
+        wrapper = config.optim_wrapper
+        mixed = wrapper.type == "AmpOptimWrapper"
+        dtype = getattr(torch, wrapper.get("dtype") or "float16") if mixed else torch.float32
+        agree_on_attention(runner, dtype)
+        runner.train()
 
 
-def _test(argv: Sequence[str] | None) -> None:
-    args = parse_test(argv)
+def _test(args: argparse.Namespace) -> None:
+    from openmmlab.check_data import check_trained_classes
+
     config = testing_config(args)
-    runner, classes = _build(config, ("test",))
-    load_all_weights(runner, args.checkpoint, classes)
-    with torch.no_grad():
-        agree_on_attention(runner, torch.float32)
-    runner.test()
+    with _checked(config):
+        runner, classes = _build(config, ("test",))
+        with checkpoint_errors_as_user_errors(args.checkpoint):
+            content = runner.load_checkpoint(args.checkpoint, strict=True)
+        check_trained_classes(args.checkpoint, content, classes)
+        with torch.no_grad():
+            agree_on_attention(runner, torch.float32)
+        runner.test()
 
 
 def train(argv: Sequence[str] | None = None) -> int:
     """The training command; the process's exit status."""
-    return run_command(lambda: _train(argv))
+    return run_command(lambda: _train(training_config(parse_train(argv))))
 
 
 def test(argv: Sequence[str] | None = None) -> int:
     """The evaluation command; the process's exit status."""
-    return run_command(lambda: _test(argv))
+    return run_command(lambda: _test(parse_test(argv)))

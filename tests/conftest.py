@@ -35,7 +35,7 @@ VAL_IMAGES = 43  # no multiple of any batch size or number of processes in the t
 
 LONGEST = [  # files that start first, so that no process is left with a long one at the end
     f"test_{name}"
-    for name in ("triton", "compile_matrix", "detection", "docs", "distributed", "segmentation", "faults")
+    for name in ("triton", "compile_matrix", "openmmlab_commands", "docs", "distributed", "faults")
 ]
 
 

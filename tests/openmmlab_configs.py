@@ -1,12 +1,13 @@
 """What the tests of detectors' and segmenters' configs share."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from conftest import REPO
 from mmengine.config import Config, ConfigDict
+from mmengine.registry import DATASETS
 
 SMALL = {"embed_dim": 8, "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 4], "drop_path_rate": 0.0}
 """No stochastic depth: a block that happens to be dropped would get no gradient."""
@@ -35,6 +36,29 @@ def batch(dataset: Any, numbers: tuple[int, ...]) -> dict[str, list[Any]]:
     """Items of a data set as a loader collates them."""
     items = [dataset[number] for number in numbers]
     return {key: [item[key] for item in items] for key in ("inputs", "data_samples")}
+
+
+def dataset_of(loader: Mapping[str, Any], change: Callable[[str, Any], Any] | None = None, **own: Any) -> Any:
+    """The data set of a loader's config with other options, and with its pipeline or a changed one."""
+    options = {**loader["dataset"], **own}
+    if change:
+        options["pipeline"] = edit(options["pipeline"], change)
+    return DATASETS.build(options)
+
+
+def check_gradients(
+    model: torch.nn.Module, data: dict[str, list[Any]], may_be_zero: str | tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """A step of training reaches every parameter, but for names that begin so; returns the losses."""
+    model.zero_grad()
+    losses = model.train()(**model.data_preprocessor(data, training=True), mode="loss")
+    loss, _ = model.parse_losses(losses)
+    loss.backward()
+    assert torch.isfinite(loss)
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+        assert parameter.grad.any() or key.startswith(may_be_zero), f"{key}: its gradient is zero"
+    return losses
 
 
 def check_backbone(config: Config, name: str, **others: Any) -> None:

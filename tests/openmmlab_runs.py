@@ -17,6 +17,7 @@ ONE_PROCESS: dict[str, Any] = {  # over a config's options: the process that tra
     **{f"{split}_dataloader.num_workers": 0 for split in SPLITS},
     **{f"{split}_dataloader.persistent_workers": False for split in SPLITS},
 }
+FIGURES = ("coco/", "aAcc", "mAcc", "mIoU")
 STAND_IN = """
 import json, pathlib, shutil, sys
 commands, folders = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2])
@@ -47,6 +48,18 @@ def scalars(work_dir: Path) -> list[dict[str, Any]]:
     """What the newest run in a folder logged."""
     newest = max(work_dir.glob("*/vis_data/scalars.json"), key=lambda path: path.stat().st_mtime_ns)
     return [json.loads(line) for line in newest.read_text().splitlines()]
+
+
+def evaluated(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """What the last evaluation of a log found: box and mask AP, or accuracies and IoU."""
+    found = [{k: v for k, v in line.items() if k.startswith(FIGURES)} for line in lines]
+    return [figures for figures in found if figures][-1]
+
+
+def report_of(work_dir: Path) -> dict[str, float]:
+    """What the only evaluation in a folder found."""
+    (report,) = work_dir.glob("*/*.json")
+    return json.loads(report.read_text())
 
 
 def make_demo(

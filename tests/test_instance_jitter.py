@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,6 @@ import openmmlab.mmcv_ops  # noqa: F401  (before mmdet: makes its operators impo
 from mmdet.datasets import CocoDataset
 from mmdet.registry import TRANSFORMS
 
-from data.demo import DemoOptions, write_demo
 from data.demo_scenes import DETECTION_CLASSES
 from detection.instance_jitter import overlapping
 
@@ -25,10 +25,9 @@ pytestmark = pytest.mark.usefixtures("in_mmdet")
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def scene(scenes: Path) -> dict[str, Any]:
     """A scene of several digits as it comes to `InstanceJitter`."""
-    options = DemoOptions(train_scenes=4, val_scenes=1)
-    root = write_demo(tmp_path_factory.mktemp("scenes"), ["detection"], options)["detection"]
+    root = scenes / "detection"
     dataset = CocoDataset(
         ann_file=str(root / "annotations/instances_train2017.json"),
         data_prefix={"img": str(root / "train2017")},

@@ -1,5 +1,6 @@
 """The backbone's adapter for MMDetection and MMSegmentation, and the front over mmengine's Runner."""
 
+import errno
 import runpy
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 from conftest import REPO
 from mmengine.registry import MODELS
+from small_models import SMALL, image
 from torch import Tensor, nn
 
 from models import FocalTransformer
@@ -17,18 +19,8 @@ from openmmlab import runner
 from openmmlab.focal_backbone import FocalBackbone
 from utils import UserError
 
-NANO = {
-    "img_size": 64,
-    "embed_dim": 8,
-    "depths": [1, 1, 2, 1],
-    "num_heads": [1, 2, 2, 4],
-    "window_size": 4,
-    "focal_pool": "fc",
-    "focal_levels": [2, 2, 2, 2],
-    "focal_windows": [3, 3, 3, 1],
-    "expand_sizes": [2, 2, 2, 2],
-    "drop_path_rate": 0.0,
-}
+NANO = {**SMALL, "window_size": 4, "focal_windows": [3, 3, 3, 1], "expand_sizes": [2, 2, 2, 2]}
+del NANO["num_classes"]
 VARIANTS = {
     "focal": {"kind": "focal"},
     "focal_conv": {"kind": "focal", "use_conv_embed": True, "ape": True},
@@ -41,10 +33,6 @@ TASKS = ("detection", "segmentation")
 def build(**options: Any) -> FocalBackbone:
     torch.manual_seed(0)
     return MODELS.build(dict(type="FocalBackbone", **NANO | options))
-
-
-def images(height: int = 64, width: int = 64, batch: int = 2) -> Tensor:
-    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
 
 
 def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -63,7 +51,7 @@ def test_maps_are_the_classifiers_normalised(variant: str, stages: list[int]) ->
     """At an odd size; later stages are not built, and every parameter has a gradient."""
     backbone = build(**VARIANTS[variant], out_indices=stages)
     assert len(backbone.layers) == stages[-1] + 1
-    x = images(75, 101)
+    x = image(75, 101)
     assert gradients(backbone, x).keys() == dict(backbone.named_parameters()).keys()
     norms = [getattr(backbone, f"norm{stage}") for stage in stages]
     for norm in norms:
@@ -101,8 +89,8 @@ def test_frozen_stages_stay_and_are_not_random(frozen: int) -> None:
     trained = {n for n, _ in backbone.named_parameters() if not still or not n.startswith(still)}
     assert {n for n, p in backbone.named_parameters() if p.requires_grad} == trained
     if frozen < 4:
-        assert gradients(backbone, images()).keys() == trained
-    first, second = backbone(images(batch=8)), backbone(images(batch=8))
+        assert gradients(backbone, image(64, 64)).keys() == trained
+    first, second = backbone(image(64, 64, batch=8)), backbone(image(64, 64, batch=8))
     same = [torch.equal(a, b) for a, b in zip(first, second, strict=True)]
     assert same == [i < frozen for i in range(4)]
     assert backbone.eval().train().layers[3].training is (frozen < 4)
@@ -278,6 +266,16 @@ def test_a_process_that_fails_alone_is_heard(
     monkeypatch.delenv("FOCAL_TRACEBACK", raising=False)
     assert runner.run_command(fail) == 2
     assert ("error: something in one image" in capsys.readouterr().err) == group
+
+
+def test_a_mistake_is_exit_status_2_where_the_console_is_on_a_full_disk(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys.stderr, "write", full)
+    assert runner.test(["gone.py", "gone.pth"]) == 2
 
 
 @pytest.mark.parametrize("script", [f"{t}/{n}.py" for t in TASKS for n in ("train", "test", "predict")])

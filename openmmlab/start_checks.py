@@ -1,25 +1,36 @@
-"""A hook that checks the weights from which training starts."""
+"""A hook that checks what training starts from: weights, class weights, the best metric."""
 
 from typing import Any
 
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from openmmlab.check_config import check_saving
+from openmmlab.check_data import check_class_weights
+from openmmlab.runner import unwrapped
 from utils import UserError
 
 
-class LoadedWeights(Hook):
-    """Refuse a checkpoint that would leave the backbone random; warn if nothing was loaded.
+class StartChecks(Hook):
+    """Refuse options that would fail late, and a checkpoint that would leave the backbone random; warn if
+    nothing was loaded.
 
     Raises:
-        UserError: weights of the backbone are missing; when resuming, any weight or the optimizer.
+        UserError: see `check_saving` and `check_class_weights`; weights of the backbone are missing; when
+            resuming, any weight or the optimizer.
     """
 
     loaded = False
 
+    def before_run(self, runner: Runner) -> None:
+        """Check what mmengine and mmseg notice only in or after the first epoch."""
+        check_saving(runner)
+        if runner.cfg.get("default_scope") == "mmseg":
+            check_class_weights(unwrapped(runner), runner.train_loop.dataloader.dataset)
+
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Compare the checkpoint's names and shapes with the model's."""
-        resumes, model = runner.cfg.get("resume"), getattr(runner.model, "module", runner.model)
+        resumes, model = runner.cfg.get("resume"), unwrapped(runner)
         file = runner.cfg.get("load_from") or f"the newest checkpoint in {runner.work_dir}"
         if resumes and not {"meta", "optimizer"} <= checkpoint.keys():
             raise UserError(f"{file} cannot be resumed: expected one that training wrote, with its optimizer")
