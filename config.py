@@ -234,10 +234,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 AT_LEAST_1 = ["DATA.BATCH_SIZE", "MODEL.NUM_CLASSES", "TRAIN.EPOCHS", "TRAIN.BAD_STEPS_MAX", "AUG.RECOUNT"]
 AT_LEAST_1 += ["TRAIN.LR_SCHEDULER.DECAY_EPOCHS", "SAVE_FREQ", "SAVE_FAILURES_MAX", "PRINT_FREQ"]
-AT_LEAST_0 = ["DATA.NUM_WORKERS", "TRAIN.START_EPOCH", "TRAIN.WARMUP_EPOCHS", "TRAIN.WARMUP_LR"]
-AT_LEAST_0 += ["TRAIN.MIN_LR", "TRAIN.WEIGHT_DECAY", "TRAIN.CLIP_GRAD", "TRAIN.ACCUMULATION_STEPS"]
+AT_LEAST_0 = ["DATA.NUM_WORKERS", "TRAIN.START_EPOCH", "TRAIN.WARMUP_EPOCHS", "TRAIN.WEIGHT_DECAY"]
+AT_LEAST_0 += ["TRAIN.CLIP_GRAD", "TRAIN.ACCUMULATION_STEPS"]
 AT_LEAST_0 += ["AUG.COLOR_JITTER", "AUG.MIXUP", "AUG.CUTMIX", "SEED", "SAVE_STEPS", "SAVE_KEEP"]
-POSITIVE = ["DATA.STD", "TRAIN.BASE_LR", "TRAIN.OPTIMIZER.EPS", "AUG.RATIO"]
+POSITIVE = ["DATA.STD", "TRAIN.OPTIMIZER.EPS", "AUG.RATIO"]
 FROM_0_TO_1 = ["AUG.HFLIP", "AUG.REPROB", "AUG.CUTMIX_MINMAX", "AUG.MIXUP_PROB", "AUG.MIXUP_SWITCH_PROB"]
 FROM_0_TO_1 += ["DATA.MEAN"]
 BELOW_1 = ["MODEL.LABEL_SMOOTHING", "TRAIN.EMA.DECAY", "TRAIN.OPTIMIZER.BETAS", "TRAIN.OPTIMIZER.MOMENTUM"]
@@ -252,6 +252,8 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(FROM_0_TO_1, ("in [0, 1]", lambda value: 0 <= value <= 1)),
     **dict.fromkeys(BELOW_1, ("in [0, 1)", lambda value: 0 <= value < 1)),
     **dict.fromkeys(SHARES, ("in (0, 1]", lambda value: 0 < value <= 1)),
+    "TRAIN.BASE_LR": ("in (0, 1e6]", lambda value: 0 < value <= 1e6),  # larger ones overflow in float32
+    **dict.fromkeys(("TRAIN.WARMUP_LR", "TRAIN.MIN_LR"), ("in [0, 1e6]", lambda value: 0 <= value <= 1e6)),
     "DIST_TIMEOUT_MINUTES": ("in (0, 525600], at most a year", lambda value: 0 < value <= 525_600),
     "MODEL.NAME": ("a name for a folder", lambda value: bool(value.strip())),
 }
