@@ -52,21 +52,30 @@ def _handle_error(record: logging.LogRecord) -> None:
 
 
 class TensorBoard:
-    """Numbers for TensorBoard, in a folder of its own."""
+    """Numbers for TensorBoard, in a folder for each kind, whose horizontal axes differ."""
 
     name = "TensorBoard"
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, **next_positions: int) -> None:
+        """
+        Args:
+            output: folder of the run.
+            next_positions: of each kind; what an earlier start recorded there or later is hidden.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(output / "tensorboard"))
+        self.writers = {
+            kind: SummaryWriter(str(output / "tensorboard" / kind), purge_step=position)
+            for kind, position in next_positions.items()
+        }
 
     def add(self, kind: str, position: int, values: dict[str, float | int]) -> None:
         for name, value in values.items():
-            self.writer.add_scalar(f"{kind}/{name}", value, position)
+            self.writers[kind].add_scalar(f"{kind}/{name}", value, position)
 
     def close(self, failed: bool = False, preempted: bool = False) -> None:
-        self.writer.close()
+        for writer in self.writers.values():
+            writer.close()
 
 
 class WeightsAndBiases:

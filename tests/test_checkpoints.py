@@ -376,7 +376,7 @@ def test_a_full_disk_under_tensorboard_ends_nothing(
 ) -> None:
     pytest.importorskip("tensorboard")
     metrics = Metrics(tmp_path)
-    metrics.start(TensorBoard)
+    metrics.start(TensorBoard, train=0)
     for step in range(1000):
         metrics.write("train", step, loss=1.0)
     request.getfixturevalue("full_disk")

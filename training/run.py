@@ -96,7 +96,7 @@ def setup(run: Run, model: FocalTransformer) -> tuple[TrainState, Loaders, Check
     best = 0.0
     with utils.raise_on_all_ranks():
         if utils.is_main_process():
-            best = prepare_folder(run, state, source)
+            best = prepare_folder(run, state, source, steps)
     return state, loaders, Checkpoints(config, run.output, run.metrics, position, best)
 
 
@@ -170,8 +170,10 @@ def resume(state: TrainState, content: dict[str, Any], source: str, image_order:
     logger.info(f"resumed {source}: {position.epoch} epochs{inside}, best {state.max_accuracy:.2f}%")
 
 
-def prepare_folder(run: Run, state: TrainState, source: Path | str) -> float:
+def prepare_folder(run: Run, state: TrainState, source: Path | str, steps_per_epoch: int) -> float:
     """Bring the files of the run's folder in line with where training starts; for the main rank.
+
+    Metrics of another run's folder are not continued.
 
     Returns:
         The accuracy (percent) of best.pth.
@@ -183,13 +185,11 @@ def prepare_folder(run: Run, state: TrainState, source: Path | str) -> float:
     remove_temporary_files(run.output)
     with utils.atomic_write(run.output / "config.yaml") as temporary:
         temporary.write_text(run.config.dump(), encoding="utf-8")
-    if continues:
-        position = state.position
-        run.metrics.truncate(position.epoch_step, epochs=position.epoch - (not state.evaluated))
-    else:
-        run.metrics.truncate((0, 0), epochs=0)
+    epoch, step = state.position.epoch_step if continues else (0, 0)
+    epochs = epoch - (continues and not state.evaluated)
+    run.metrics.truncate((epoch, step), epochs)
     if importlib.util.find_spec("tensorboard"):
-        run.metrics.start(TensorBoard)
+        run.metrics.start(TensorBoard, train=epoch * steps_per_epoch + step, epoch=epochs)
     if project := run.config.LOG.WANDB:
         name = f"{run.config.MODEL.NAME}/{run.config.TAG}"
         run.metrics.start(WeightsAndBiases, continues, project=project, name=name, config=flatten(run.config))
