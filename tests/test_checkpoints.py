@@ -19,10 +19,9 @@ from training.checkpoints import (
     AsyncCheckpointWriter,
     Checkpoints,
     file_name,
-    find_newest,
-    is_valid,
+    find_checkpoints,
     prune,
-    read_best,
+    read_if_valid,
     remove_temporary_files,
     write_checkpoint,
 )
@@ -74,18 +73,18 @@ def full_disk() -> Iterator[None]:
 
 def test_changed_tensors_and_cut_files_are_not_valid(tmp_path: Path) -> None:
     path = write(tmp_path, 1)
-    assert is_valid(path)
+    assert read_if_valid(path)
     content = path.read_bytes()
     begin = content.index(CONTENT["model"]["weight"].numpy().tobytes())
     for place in range(begin, begin + 12000, 401):
         damaged = bytearray(content)
         damaged[place] ^= 1 << place % 8
         path.write_bytes(damaged)
-        assert not is_valid(path), place
+        assert not read_if_valid(path), place
     for length in range(0, len(content), 101):
         path.write_bytes(content[:length])
-        assert not is_valid(path), length
-    assert not is_valid(tmp_path / "nowhere.pth")
+        assert not read_if_valid(path), length
+    assert not read_if_valid(tmp_path / "nowhere.pth")
 
 
 def test_the_newest_valid_one_is_found_by_its_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -94,20 +93,20 @@ def test_the_newest_valid_one_is_found_by_its_name(tmp_path: Path, caplog: pytes
     (tmp_path / "ckpt_epoch_x.pth").write_text("")
     (tmp_path / "ckpt_epoch_99.pth").mkdir()
     for path in paths:
-        assert find_newest(tmp_path) == path
+        assert find_checkpoints(tmp_path).newest == path
         path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match="got damaged ones alone; move them away to start anew"):
-        find_newest(tmp_path)
-    assert f"{paths[0]} is damaged or incomplete and was skipped" in caplog.text
-    assert find_newest(tmp_path / "nowhere") is None
+        find_checkpoints(tmp_path)
+    assert f"skipped {paths[0]}: not a checkpoint, or damaged" in caplog.text
+    assert find_checkpoints(tmp_path / "nowhere").newest is None
 
 
 def test_best_is_the_newest_where_it_is_further_or_as_far(tmp_path: Path) -> None:
     best = write_best(tmp_path, epoch=2)
-    assert find_newest(tmp_path) == best
+    assert find_checkpoints(tmp_path).newest == best
     for epoch, step, newest in ((1, 9, best), (2, 0, best), (2, 1, None)):
         path = write(tmp_path, epoch, step)
-        assert find_newest(tmp_path) == (newest or path)
+        assert find_checkpoints(tmp_path).newest == (newest or path)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +135,7 @@ def test_a_new_one_inside_an_epoch_replaces_those_of_a_larger_number_of_steps(tm
     for step in (70, 80, 45):
         write(tmp_path, 3, step)
     prune(tmp_path, (3, 45), keep=0)
-    assert find_newest(tmp_path).name == "ckpt_epoch_3_step_45.pth"
+    assert find_checkpoints(tmp_path).newest.name == "ckpt_epoch_3_step_45.pth"
 
 
 def test_a_killed_writer_leaves_the_old_file_whole(tmp_path: Path) -> None:
@@ -293,7 +292,7 @@ def test_best_gives_way_to_the_next_that_is_better_than_the_file(
         checkpoints.writer.wait()
         caplog.clear()
         checkpoints.warn_if_best_missing(state)
-        return read_best(tmp_path)[1]
+        return find_checkpoints(tmp_path).best
 
     assert evaluated(100 / 3) == 100 / 3  # to the last digit
     assert not caplog.text
@@ -303,8 +302,9 @@ def test_best_gives_way_to_the_next_that_is_better_than_the_file(
     blocked.rmdir()
     assert evaluated(50.0) == 50.0
     assert "ends without the best weights: 60.00% was reached, it holds 50.00%" in caplog.text
+    write(tmp_path, 1)
     os.truncate(tmp_path / BEST_NAME, 3000)
-    assert read_best(tmp_path)[1] == 0.0
+    assert find_checkpoints(tmp_path).best == 0.0
 
 
 # --- Metrics ------------------------------------------------------------------------------------------------

@@ -10,10 +10,11 @@ from torch import nn
 
 from config import load_config
 from lr_scheduler import build_scheduler
+from models import read_checkpoint
 from optimizer import build_optimizer
 from training.checkpoints import write_checkpoint
 from training.run import resume
-from training.state import Position, TrainState, read_training_checkpoint
+from training.state import Position, TrainState, check_checkpoint
 from utils import UserError
 
 
@@ -44,7 +45,9 @@ def saved(folder: Path, state: TrainState) -> Path:
 
 
 def load(state: TrainState, path: Path) -> TrainState:
-    state.load_state_dict(read_training_checkpoint(path, state.model, state.config), str(path))
+    content = read_checkpoint(path)
+    check_checkpoint(content, str(path), state.model, state.config)
+    state.load_state_dict(content, str(path))
     return state
 
 

@@ -1,8 +1,8 @@
 """Checkpoint files: how they are written, found again and removed, and when a run saves.
 
 A file is written under a temporary name, flushed to the disk and renamed, so that at any moment it is absent,
-old or complete. The checksums (CRC-32) that `torch.save` stores in its zip archive verify it on reading. The
-names order the files:
+old or complete. The checksums that `torch.save` stores in its zip archive verify it on reading. The names
+order the files:
 
     ckpt_epoch_4.pth            epoch 4 (counted from 0) is finished
     ckpt_epoch_5_step_120.pth   inside epoch 5, after 120 of its batches
@@ -15,11 +15,11 @@ import logging
 import os
 import re
 import shutil
-import zipfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from yacs.config import CfgNode
@@ -29,7 +29,7 @@ from logger import Metrics
 from models import read_checkpoint
 from training.preemption import StopRequested, StopSync, stop_received
 from training.state import EpochStep, Position, TrainState
-from utils import UserError, user_input
+from utils import UserError
 
 BEST_NAME = "best.pth"
 NAME = re.compile(r"ckpt_epoch_(\d+)(?:_step_(\d+))?\.pth")
@@ -62,94 +62,69 @@ def checkpoints_in(folder: Path) -> list[tuple[EpochStep, Path]]:
     return sorted(found)
 
 
-class _ErrorKeepingFile:
-    """A file for `torch.save`; keeps the first OSError, since torch's own does not name a full disk."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file = file
-        self.error: OSError | None = None
-
-    def write(self, content: bytes) -> int:
-        try:
-            return self.file.write(content) if self.error is None else len(content)
-        except OSError as error:
-            self.error = error
-            return len(content)
-
-    def flush(self) -> None:
-        """Called by `torch.save`; closing the file flushes."""
-
-
 def write_checkpoint(content: dict[str, Any], path: Path) -> None:
     """Write plain data, whole or not at all.
 
     Raises:
         OSError: it cannot be written; what was there before stays.
     """
-    with utils.atomic_write(path) as temporary, temporary.open("wb") as file:
-        target = _ErrorKeepingFile(file)
-        torch.save(content, target)
-        if target.error is not None:
-            raise target.error
+    buffer = io.BytesIO()
+    torch.save(content, buffer)  # not to the file: torch's own error does not name a full disk
+    with utils.atomic_write(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
-def is_valid(path: Path) -> bool:
-    """Whether a file is a zip archive in which all checksums hold.
+def read_if_valid(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint; empty if it is missing, or damaged, which is logged.
 
     Raises:
         UserError: the disk cannot read it, which says nothing about the file.
     """
     try:
-        content = path.read_bytes()  # first, since zipfile reports errors of the disk as damage
-    except (FileNotFoundError, IsADirectoryError):
-        return False
+        return read_checkpoint(path)
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        logger.warning(f"skipped {error}")
+        return {}
     except OSError as error:
         raise UserError(
-            f"{path}: expected to read the checkpoint, got: {error.strerror or error}; nothing was changed: "
-            "start the same command again when the disk works, or move the file away to continue without it"
+            f"{error}; nothing was changed: start the same command again when the disk works, or move the "
+            "file away to continue without it"
         ) from error
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            return archive.testzip() is None
-    except Exception:  # zipfile raises many types on damaged archives
-        return False
 
 
-def find_newest(folder: Path) -> Path | None:
-    """The valid checkpoint that is furthest in training; None if the folder has no checkpoint.
+@dataclass
+class Found:
+    """What the folder of a run holds."""
+
+    newest: Path | None = None  # the valid checkpoint that is furthest in training
+    content: dict[str, Any] = field(default_factory=dict)  # its own
+    best: float = 0.0  # accuracy (percent) of best.pth
+
+
+def find_checkpoints(folder: Path) -> Found:
+    """Read the valid checkpoint that is furthest in training, and best.pth.
 
     Of two at the same position it is best.pth, since that one was written after the evaluation.
 
     Raises:
         UserError: a file cannot be read, or no checkpoint is valid.
     """
-    found, best = checkpoints_in(folder), folder / BEST_NAME
-    if best.is_file():
-        found.append((read_best(folder)[0], best))
-    for place, path in sorted(found, key=lambda item: (item[0], item[1] == best), reverse=True):
-        if (path == best and place > (0, 0)) or is_valid(path):  # `read_best` has verified that one
-            return path
-        logger.warning(f"{path} is damaged or incomplete and was skipped")
-    if found:
+    candidates, best_path = checkpoints_in(folder), folder / BEST_NAME
+    best = read_if_valid(best_path)
+    if best:
+        position = Position(**best.get("position", {}))
+        candidates = sorted([*candidates, (position.epoch_step, best_path)], key=lambda item: item[0])
+    for _, path in reversed(candidates):
+        if content := best if path == best_path else read_if_valid(path):
+            return Found(path, content, best.get("accuracy", 0.0))
+    if candidates or best_path.is_file():
         raise UserError(
             f"{folder}: expected a checkpoint to continue from, got damaged ones alone; move them away to "
             "start anew, or choose another --tag"
         )
-    return None
-
-
-def read_best(folder: Path) -> tuple[EpochStep, float]:
-    """The position and the accuracy (percent) of best.pth; zeros if there is none, or it is no valid one.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    path = folder / BEST_NAME
-    with user_input():
-        content = read_checkpoint(path) if is_valid(path) else {}
-    if "accuracy" not in content:
-        return (0, 0), 0.0
-    return (content["position"]["epoch"], content["position"]["step"]), content["accuracy"]
+    return Found()
 
 
 def prune(folder: Path, newest: EpochStep, keep: int) -> None:

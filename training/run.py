@@ -12,16 +12,11 @@ import utils
 from config import flatten
 from data import Loaders, build_loaders, check_same_data
 from logger import TensorBoard, WeightsAndBiases
-from models import FocalTransformer, load_checkpoint
-from training.checkpoints import (
-    Checkpoints,
-    find_newest,
-    read_best,
-    remove_temporary_files,
-)
+from models import FocalTransformer, load_checkpoint, read_checkpoint
+from training.checkpoints import Checkpoints, Found, find_checkpoints, remove_temporary_files
 from training.loop import Run, evaluate, train_one_epoch
 from training.preemption import EXIT_STOPPED, StopRequested, handle_stop_signals
-from training.state import TrainState, build_train_state, read_training_checkpoint
+from training.state import TrainState, build_train_state, check_checkpoint
 from utils import UserError, user_input
 
 logger = logging.getLogger(__name__)
@@ -71,58 +66,61 @@ def setup(run: Run, model: FocalTransformer) -> tuple[TrainState, Loaders, Check
     Raises:
         UserError: on all ranks; something that the user named cannot be read, or does not fit.
     """
-    config, content = run.config, None
-    source, option = choose_checkpoint(run)
+    config, found, content = run.config, Found(), {}
+    with utils.raise_on_all_ranks():
+        if utils.is_main_process():
+            found = find_checkpoints(run.output)
+    source, option = choose_checkpoint(run, utils.broadcast(found.newest))
     with utils.raise_on_all_ranks():
         if source:
             with user_input(option):
-                content = read_training_checkpoint(source, model, config)
-            check_epochs(content["position"], config.TRAIN.EPOCHS, str(source))
+                content = found.content or read_checkpoint(source)
+                check_checkpoint(content, source, model, config)
+            check_epochs(content["position"], config.TRAIN.EPOCHS, source)
         elif config.MODEL.PRETRAINED:
             load_weights(model, config, "PRETRAINED")
         with user_input():
             loaders = build_loaders(config)
     check_same_data(loaders)
-    soft_targets = loaders.mixup_fn is not None
-    steps = loaders.steps_per_epoch
+    soft_targets, steps = loaders.mixup_fn is not None, loaders.steps_per_epoch
     state = build_train_state(config, model, run.precision, run.device, steps, soft_targets)
     state.meter.count_replaced = lambda: loaders.train_dataset.undecodable
     state.meter.reset()
-    if content is not None:
-        resume(state, content, str(source), loaders.train_sampler.order)
+    if content:
+        resume(state, content, source, loaders.train_sampler.order)
     position = state.position
     position.image_order = loaders.train_sampler.order
     position.step = loaders.resume_at(position.epoch, position.samples_seen)
-    best = 0.0
     with utils.raise_on_all_ranks():
         if utils.is_main_process():
-            best = prepare_folder(run, state, source, steps)
-    return state, loaders, Checkpoints(config, run.output, run.metrics, position, best)
+            prepare_folder(run, state, source, steps)
+    return state, loaders, Checkpoints(config, run.output, run.metrics, position, found.best)
 
 
-def choose_checkpoint(run: Run) -> tuple[Path | str, str]:
-    """The checkpoint to continue from, '' for none, and the option that chose it, for messages. Collective.
+def choose_checkpoint(run: Run, newest: Path | None) -> tuple[str, str]:
+    """The checkpoint to continue from, '' for none, and the option that chose it, for messages.
+
+    Args:
+        run: what stays the same.
+        newest: checkpoint of the output folder.
 
     Raises:
-        UserError: a file of the output folder cannot be read, or it has a checkpoint without AUTO_RESUME.
+        UserError: there is one, without AUTO_RESUME.
     """
-    named, newest = run.config.MODEL.RESUME, None
-    with utils.raise_on_all_ranks():
-        newest = find_newest(run.output) if utils.is_main_process() else None
-        if newest and not run.config.TRAIN.AUTO_RESUME:
-            raise UserError(
-                f"TRAIN.AUTO_RESUME: expected True, or an output folder without checkpoints, got {newest}; "
-                "choose another --tag"
-            )
-    newest = utils.broadcast(newest)
+    named = run.config.MODEL.RESUME
     if newest is None:
         return named, "MODEL.RESUME (--resume)"
+    if not run.config.TRAIN.AUTO_RESUME:
+        raise UserError(
+            f"TRAIN.AUTO_RESUME: expected True, or an output folder without checkpoints, got {newest}; "
+            "choose another --tag"
+        )
     if named and newest.resolve() != Path(named).resolve():
         logger.warning(
             f"continuing from {newest}, the newest in the output folder, instead of {named}; choose another "
             "--tag to prevent this"
         )
-    return newest, "TRAIN.AUTO_RESUME (choose another --tag to start a new run)"
+    return str(newest), "TRAIN.AUTO_RESUME (choose another --tag to start a new run)"
 
 
 def check_epochs(position: dict[str, Any], epochs: int, source: str) -> None:
@@ -170,16 +168,13 @@ def resume(state: TrainState, content: dict[str, Any], source: str, image_order:
     logger.info(f"resumed {source}: {position.epoch} epochs{inside}, best {state.max_accuracy:.2f}%")
 
 
-def prepare_folder(run: Run, state: TrainState, source: Path | str, steps_per_epoch: int) -> float:
+def prepare_folder(run: Run, state: TrainState, source: str, steps_per_epoch: int) -> None:
     """Bring the files of the run's folder in line with where training starts; for the main rank.
 
     Metrics of another run's folder are not continued.
 
-    Returns:
-        The accuracy (percent) of best.pth.
-
     Raises:
-        UserError, OSError: a file cannot be read or written.
+        OSError: a file cannot be written.
     """
     continues = bool(source) and Path(source).resolve().parent == run.output.resolve()
     remove_temporary_files(run.output)
@@ -193,7 +188,6 @@ def prepare_folder(run: Run, state: TrainState, source: Path | str, steps_per_ep
     if project := run.config.LOG.WANDB:
         name = f"{run.config.MODEL.NAME}/{run.config.TAG}"
         run.metrics.start(WeightsAndBiases, continues, project=project, name=name, config=flatten(run.config))
-    return read_best(run.output)[1]
 
 
 def finish_epoch(run: Run, state: TrainState, loaders: Loaders, checkpoints: Checkpoints) -> None:

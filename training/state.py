@@ -10,7 +10,6 @@ import logging
 import math
 import warnings
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ from yacs.config import CfgNode
 import utils
 from config import flatten
 from lr_scheduler import build_scheduler, scale_rates
-from models import read_checkpoint
 from models.checkpoint import check_state
 from optimizer import build_optimizer
 from training.meters import TrainMeter
@@ -119,7 +117,7 @@ class TrainState:
         return content
 
     def load_state_dict(self, content: dict[str, Any], origin: str) -> None:
-        """Load what `read_training_checkpoint` returned; UserError if the optimizer has other parameters."""
+        """Load what `check_checkpoint` has seen; UserError if the optimizer has other parameters."""
         self._load_optimizer(content["optimizer"], origin)
         self.model.load_state_dict(content["model"])
         if self.ema is not None:
@@ -198,23 +196,20 @@ def data_parallel(model: nn.Module) -> nn.Module:
         return DistributedDataParallel(model, broadcast_buffers=False)
 
 
-def read_training_checkpoint(path: str | Path, model: nn.Module, config: CfgNode) -> dict[str, Any]:
-    """Read a checkpoint and compare it with the model and the configuration, which stay as they are.
+def check_checkpoint(content: dict[str, Any], path: str, model: nn.Module, config: CfgNode) -> None:
+    """Compare the content of a checkpoint with the model and the configuration, which stay as they are.
 
     Raises:
-        FileNotFoundError: no such file.
         ValueError: not a training checkpoint, or one of another model or optimizer.
     """
-    content = read_checkpoint(path)
     if missing := CHECKPOINT_KEYS - content.keys():
         raise UserError(
             f"{path}: expected a training checkpoint of this project, got one without "
             f"{', '.join(sorted(missing))}; use --pretrained to start from its weights"
         )
-    check_state(content["model"], model.state_dict(), str(path))
+    check_state(content["model"], model.state_dict(), path)
     check_state(content["model"] | content.get("model_ema", {}), model.state_dict(), f"{path}, model_ema,")
-    _compare_config(content["config"], config, str(path))
-    return content
+    _compare_config(content["config"], config, path)
 
 
 def _compare_config(saved_text: str, config: CfgNode, origin: str) -> None:
