@@ -25,6 +25,7 @@ def create_logger(output: Path, rank: int) -> None:
         output: existing folder of the log file.
         rank: of this process.
     """
+    logging.raiseExceptions = False  # no traceback for each line that a full disk does not take
     root = logging.getLogger()
     while _handlers:
         old = _handlers.pop()
@@ -39,16 +40,9 @@ def create_logger(output: Path, rank: int) -> None:
     line = "[%(asctime)s] (%(filename)s %(lineno)d): %(levelname)s %(message)s"
     for handler in _handlers:
         handler.setFormatter(logging.Formatter(line, datefmt="%Y-%m-%d %H:%M:%S"))
-        handler.handleError = _handle_error
         root.addHandler(handler)
     for name in OWN_LOGGERS:
         logging.getLogger(name).setLevel(logging.DEBUG)
-
-
-def _handle_error(record: logging.LogRecord) -> None:
-    """What cannot be written, as on a full disk, is lost, without a traceback for each line."""
-    if not isinstance(sys.exc_info()[1], OSError):
-        logging.Handler().handleError(record)
 
 
 class TensorBoard:
@@ -101,13 +95,9 @@ class WeightsAndBiases:
         path = output / self.ID_NAME
         old_id = path.read_text(encoding="utf-8").strip() if continues and path.is_file() else None
         self.run = wandb.init(dir=output, id=old_id or None, resume="allow", **options)
-        try:
-            path.write_text(self.run.id, encoding="utf-8")
-            for kind in ("train", "epoch"):
-                self.run.define_metric(f"{kind}/*", step_metric=f"{kind}/position")
-        except Exception:
-            self.close()
-            raise
+        path.write_text(self.run.id, encoding="utf-8")
+        for kind in ("train", "epoch"):
+            self.run.define_metric(f"{kind}/*", step_metric=f"{kind}/position")
 
     def add(self, kind: str, position: int, values: dict[str, float | int]) -> None:
         named = {f"{kind}/{name}": value for name, value in values.items()}

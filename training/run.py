@@ -221,35 +221,29 @@ def check_options(config: CfgNode) -> None:
     Evaluation takes MODEL.RESUME if both weights are given, and ignores RESET_HEAD; the other modes use no
     weights. So any run's config.yaml can be given to --eval, --throughput and --debug.
     """
-    problems = []
-    if config.EVAL_MODE and not (config.MODEL.RESUME or config.MODEL.PRETRAINED):
+    model, train, problems = config.MODEL, config.TRAIN, []
+    is_training = not (config.EVAL_MODE or config.THROUGHPUT_MODE or config.DEBUG_MODE)
+    if config.EVAL_MODE and not (model.RESUME or model.PRETRAINED):
         problems.append(
             "EVAL_MODE: expected weights to evaluate, got none; name them with --resume or --pretrained"
         )
-    if not (config.EVAL_MODE or config.THROUGHPUT_MODE or config.DEBUG_MODE):
-        problems += training_problems(config)
-    if problems:
-        raise UserError("\n".join(problems))
-
-
-def training_problems(config: CfgNode) -> list[str]:
-    """What contradicts each other in a training run."""
-    model, train, problems = config.MODEL, config.TRAIN, []
-    if model.RESUME and model.PRETRAINED:
+    if is_training and model.RESUME and model.PRETRAINED:
         problems.append(
             f"MODEL.PRETRAINED: expected either this or MODEL.RESUME, got {model.PRETRAINED!r} and "
             f"{model.RESUME!r}; use RESUME to continue a run, PRETRAINED to start from weights"
         )
-    if model.RESET_HEAD and not model.PRETRAINED:
+    if is_training and model.RESET_HEAD and not model.PRETRAINED:
         problems.append("MODEL.RESET_HEAD: expected MODEL.PRETRAINED, got none; name it or drop this")
-    for key in ("WARMUP_EPOCHS", "START_EPOCH"):
+    for key in ("WARMUP_EPOCHS", "START_EPOCH") if is_training else ():
         if train[key] > train.EPOCHS:
             problems.append(
                 f"TRAIN.{key}: expected at most TRAIN.EPOCHS = {train.EPOCHS}, got {train[key]}; lower it"
             )
-    if config.LOG.WANDB and utils.is_main_process() and importlib.util.find_spec("wandb") is None:
+    wants_wandb = is_training and config.LOG.WANDB and utils.is_main_process()
+    if wants_wandb and importlib.util.find_spec("wandb") is None:
         problems.append("LOG.WANDB: expected the library wandb; pip install wandb, or set it to ''")
-    return problems
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def load_weights(model: FocalTransformer, config: CfgNode, key: str) -> None:

@@ -34,19 +34,6 @@ CHECKPOINT_KEYS = {"model", "optimizer", "scaler", "position", "meter", "max_acc
 """What every training checkpoint holds; one with TRAIN.EMA also has `model_ema`, and best.pth `accuracy`.
 Files that lack an entry are refused: read later additions with `.get` instead of listing them here."""
 
-RECIPE = (
-    "DATA.BATCH_SIZE",
-    "DATA.IMG_SIZE",
-    "MODEL.FOCAL.",
-    "MODEL.DROP",
-    "MODEL.LABEL",
-    "TRAIN.",
-    "AUG.",
-    "SEED",
-)
-NOT_RECIPE = ("TRAIN.AUTO_RESUME", "TRAIN.USE_CHECKPOINT")
-"""Options (or prefixes of options) that change the result of training, and exceptions."""
-
 EpochStep = tuple[int, int]
 """(finished epochs, finished batches of the running epoch): sorts checkpoints by progress."""
 
@@ -222,16 +209,15 @@ def check_checkpoint(content: dict[str, Any], path: str, model: nn.Module, confi
 
 
 def _compare_config(saved_text: str, config: CfgNode, origin: str) -> None:
-    """Warn about differences in the recipe; another optimizer is an error, its state does not fit."""
+    """Warn about options that differ; another optimizer is an error, its state does not fit."""
     saved = flatten(CfgNode.load_cfg(saved_text))
-    for key, value in flatten(CfgNode.load_cfg(config.dump())).items():  # YAML turns tuples into lists
-        old = saved.get(key, value)
-        if value == old:
-            continue
-        if key == "TRAIN.OPTIMIZER.NAME":
-            raise UserError(
-                f"{origin}: expected a checkpoint with {key} {value!r}, got one with {old!r}; set the option "
-                "to that, or use --pretrained to start from the weights alone"
-            )
-        if key.startswith(RECIPE) and key not in NOT_RECIPE:
-            logger.warning(f"{origin} was written with {key} {old!r}; this run continues with {value!r}")
+    options = flatten(CfgNode.load_cfg(config.dump()))  # YAML turns tuples into lists
+    others = {key: value for key, value in options.items() if saved.get(key, value) != value}
+    if (key := "TRAIN.OPTIMIZER.NAME") in others:
+        raise UserError(
+            f"{origin}: expected a checkpoint with {key} {others[key]!r}, got one with {saved[key]!r}; set "
+            "the option to that, or use --pretrained to start from the weights alone"
+        )
+    if others:
+        changes = ", ".join(f"{key} {value!r} instead of {saved[key]!r}" for key, value in others.items())
+        logger.warning(f"{origin} continues with {changes}")
