@@ -62,7 +62,7 @@ def test_a_file_of_the_original_release_loads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "given", "expected"),
     [
-        ("DATA.IMG_SIZE", "[64, 96]", [64, 96]),
+        ("DATA.IMG_SIZE", "[64, 96]", (64, 96)),
         ("MODEL.FOCAL.QK_SCALE", "None", None),
         ("MODEL.FOCAL.QK_SCALE", "0.3", 0.3),
         ("TRAIN.BASE_LR", "5e-4", 5e-4),
@@ -86,7 +86,7 @@ def test_options_from_the_command_line(key: str, given: object, expected: object
         (["DATA.BATCH_SIZE", 0], ["DATA.BATCH_SIZE", "1 or more", "got 0"]),
         (["DATA.BATCH_SIZE", "many"], ["DATA.BATCH_SIZE", "an integer", "'many'"]),
         (["DATA.BATCH_SIZE", True], ["DATA.BATCH_SIZE", "an integer"]),
-        (["DATA.IMG_SIZE", [32, 32, 32]], ["DATA.IMG_SIZE", "[height, width]"]),
+        (["DATA.IMG_SIZE", [32, 32, 32]], ["DATA.IMG_SIZE", "an integer or two integers"]),
         (["DATA.DATASET", "cifar"], ["DATA.DATASET", "'imagenet'", "'folder'"]),
         (["TRAIN.BASE_LR", "nan"], ["TRAIN.BASE_LR", "a number"]),
         (["TRAIN.BASE_LR", "1e300"], ["TRAIN.BASE_LR", "in (0, 1e6], got 1e+300"]),
