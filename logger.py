@@ -176,7 +176,8 @@ class Metrics:
             )
 
     def sync(self) -> None:
-        """fsync the file, before a checkpoint is written from which training would go on after its lines."""
+        """Write and fsync all records, before a checkpoint is written that counts on them."""
+        self.flush()
         if self.file is None:
             return
         try:
