@@ -323,7 +323,7 @@ def test_top5_of_fewer_than_five_classes(tmp_path: Path) -> None:
     batches = [(torch.eye(3), torch.tensor([0, 1, 0])), (torch.eye(3)[:1], torch.tensor([2]))]
     result = evaluate(run, model, batches)
     assert (result["acc1"], result["acc5"]) == (50.0, 100.0)
-    with pytest.raises(UserError, match="finite"):
+    with pytest.raises(UserError, match="finite outputs.*another --tag"):
         evaluate(run, model, [(torch.full((1, 3), torch.nan), torch.tensor([0]))])
 
 

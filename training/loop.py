@@ -173,15 +173,20 @@ def raise_if_too_many_skipped(run: Run, state: TrainState, step: int) -> None:
     skipped, most = state.meter.skipped_in_a_row, run.config.TRAIN.BAD_STEPS_MAX
     if skipped < most:
         return
-    rate, best = state.optimizer.param_groups[0]["lr"], run.output / BEST_NAME
-    precision = " or in bf16" if state.scaler.is_enabled() else ""
-    from_best = f" and --resume {best}" if best.is_file() else ""
+    rate = state.optimizer.param_groups[0]["lr"]
+    precision = ", or in bf16" if state.scaler.is_enabled() else ""
     raise UserError(
         f"epoch {state.position.epoch + 1}: expected finite gradients, got nan or inf in {skipped} updates "
         f"in a row (TRAIN.BAD_STEPS_MAX is {most}), up to step {step + 1} with the learning rate {rate:.3e}; "
-        "the newest checkpoint may hold weights that are too large already: start again with a lower "
-        f"TRAIN.BASE_LR{precision}, with another --tag{from_best}"
+        f"the newest checkpoint may hold weights that are too large already: {go_back(run)}{precision}"
     )
+
+
+def go_back(run: Run) -> str:
+    """The advice for a run whose weights are too large, as those of its newest checkpoint may be."""
+    best = run.output / BEST_NAME
+    source = f" and --resume {best}" if best.is_file() else ""
+    return f"start again with another --tag{source}, with a lower TRAIN.BASE_LR"
 
 
 @torch.no_grad()
@@ -226,9 +231,9 @@ def evaluate(run: Run, model: nn.Module, batches: Batches) -> dict[str, float]:
     loss_sum, top1, top5, count = utils.all_gather(sums).sum(dim=0).tolist()
     count = int(count)
     if not math.isfinite(loss_sum):
-        raise UserError(
-            "expected finite outputs, got nan or inf; check the weights, or evaluate with --amp-opt-level O0"
-        )
+        advice = "check the weights, or evaluate with --amp-opt-level O0"
+        advice = advice if run.config.EVAL_MODE else go_back(run)
+        raise UserError(f"expected finite outputs, got nan or inf; {advice}")
     result = {"acc1": 100 * top1 / count, "acc5": 100 * top5 / count, "loss": loss_sum / count}
     logger.info(
         f"{count} images: acc1 {result['acc1']:.3f}%  acc5 {result['acc5']:.3f}%  loss {result['loss']:.4f}"
