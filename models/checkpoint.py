@@ -107,10 +107,11 @@ def _downloaded(url: str) -> Path:
     before = socket.getdefaulttimeout()
     try:
         socket.setdefaulttimeout(TIMEOUT_SECONDS)  # torch.hub would wait for a silent server for ever
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f".{path.name}.lock")):
-            if not path.exists():
-                torch.hub.download_url_to_file(url, str(path), progress=False)
+        if not path.exists():  # the cache of a cluster may be read-only
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(path.with_name(f".{path.name}.lock")):
+                if not path.exists():
+                    torch.hub.download_url_to_file(url, str(path), progress=False)
     except (OSError, HTTPException, ValueError) as error:
         raise ValueError(
             f"{url}: could not be downloaded ({shown(error)}); pass a local file instead"

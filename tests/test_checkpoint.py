@@ -258,6 +258,11 @@ def test_processes_of_a_machine_download_an_address_once(server, tmp_path) -> No
     with ThreadPoolExecutor(4) as pool:  # threads lock each other out as processes do
         contents = [*pool.map(read_checkpoint, [f"{server}/slow/w.safetensors"] * 4)]
     assert [[*content] for content in contents] == [["weight"]] * 4
+    (name,) = kept(tmp_path)
+    lock = tmp_path / f"hub/checkpoints/.{name}.lock"
+    lock.unlink(missing_ok=True)
+    lock.mkdir()  # as where nobody may write, no lock is needed to read
+    assert [*read_checkpoint(f"{server}/slow/w.safetensors")] == ["weight"]
     assert Answers.asked == ["/slow/w.safetensors"]
 
 
