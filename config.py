@@ -13,9 +13,11 @@ those in NO_EFFECT are accepted and dropped.
 """
 
 import ast
+import contextlib
 import difflib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import yaml
@@ -90,9 +92,7 @@ _C.TRAIN.BASE_LR = 5e-4  # this and the next two: for 512 images per update; sca
 _C.TRAIN.WARMUP_LR = 5e-7
 _C.TRAIN.MIN_LR = 5e-6
 _C.TRAIN.CLIP_GRAD = 5.0  # largest gradient norm; 0 measures it without clipping
-_C.TRAIN.AUTO_RESUME = (
-    True  # continue from the newest checkpoint of the output folder; False: refuse such a folder
-)
+_C.TRAIN.AUTO_RESUME = True  # from the newest checkpoint of the output folder; False: refuse such a folder
 _C.TRAIN.ACCUMULATION_STEPS = 0  # batches per optimizer update; 0 and 1 mean one; --accumulation-steps
 _C.TRAIN.USE_CHECKPOINT = False  # recompute activations in the backward pass to save memory; --use-checkpoint
 
@@ -120,8 +120,8 @@ _C.TRAIN.OPTIMIZER.MOMENTUM = 0.9  # sgd
 
 _C.AUG = CN()
 _C.AUG.HFLIP = 0.5  # probability of a horizontal flip
-_C.AUG.SCALE = [0.08, 1.0]  # area of the random crop, as a share of the image
-_C.AUG.RATIO = [0.75, 1.3333]  # its aspect ratio
+_C.AUG.SCALE = (0.08, 1.0)  # area of the random crop, as a share of the image
+_C.AUG.RATIO = (0.75, 1.3333)  # its aspect ratio
 _C.AUG.COLOR_JITTER = 0.4
 _C.AUG.AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"  # a policy in timm's notation, or none
 _C.AUG.REPROB = 0.25  # probability of random erasing
@@ -168,57 +168,21 @@ NO_EFFECT = ("MODEL.FOCAL.EXPAND_STAGES", "MODEL.SPEC", "LOCAL_RANK", "DATA.CACH
 # --- Types, choices and ranges ------------------------------------------------------------------------------
 
 
-def _scalar(kind: type, *accepted: type) -> Callable[[Any], Any]:
-    """A function that converts values of the accepted types to ``kind``; TypeError for others and nan."""
-
-    def convert(value: Any) -> Any:
-        if type(value) not in accepted or value != value:
-            raise TypeError
-        return kind(value)
-
-    return convert
-
-
-def _list_of(item: Callable[[Any], Any], length: int | None = None) -> Callable[[Any], list[Any]]:
-    """A function that converts a list or tuple of this length (None: any) entry by entry."""
-
-    def convert(value: Any) -> list[Any]:
-        if not isinstance(value, list | tuple) or length not in (None, len(value)):
-            raise TypeError
-        return [item(entry) for entry in value]
-
-    return convert
-
-
-_int, _float, _text = _scalar(int, int), _scalar(float, float, int), _scalar(str, str)
-_pair = _list_of(_float, 2)
-
-# A type is what to call it in a message, and a function that converts a value or raises TypeError.
-TYPES: dict[type, tuple[str, Callable[[Any], Any]]] = {  # by the default's type
-    bool: ("True or False", _scalar(bool, bool)),
-    int: ("an integer", _int),
-    float: ("a number", _float),
-    str: ("text", lambda value: "" if value is None else _text(value)),
-    list: ("a list of integers", _list_of(_int)),
+# The type of an option is that of its default; a tuple has two entries, a list any number of them.
+TYPES: dict[type, tuple[str, tuple[type, ...]]] = {  # what to call it, and which types it accepts
+    bool: ("True or False", (bool,)),
+    int: ("an integer", (int,)),
+    float: ("a number", (float, int)),
+    str: ("text", (str,)),
+    NoneType: ("None", (NoneType,)),
+}
+OTHER_TYPES: dict[str, tuple[Any, ...]] = {  # that an option may have as well, by an example
+    "DATA.IMG_SIZE": ((224, 224),),
+    "MODEL.FOCAL.QK_SCALE": (None, 0.1),
+    "AUG.CUTMIX_MINMAX": ((0.2, 0.8),),
 }
 PATHS = ("DATA.DATA_PATH", "MODEL.RESUME", "MODEL.PRETRAINED", "OUTPUT")
-NAMES = ("TRAIN.OPTIMIZER.NAME", "TRAIN.LR_SCHEDULER.NAME")
-SPECIAL_TYPES: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    **dict.fromkeys(PATHS, ("a path", lambda value: "" if value is None else expand_path(_text(value)))),
-    **dict.fromkeys(NAMES, ("text", lambda value: _text(value).lower())),
-    **dict.fromkeys(("DATA.MEAN", "DATA.STD"), ("a list of numbers", _list_of(_float))),
-    **dict.fromkeys(("AUG.SCALE", "AUG.RATIO"), ("two numbers", _pair)),
-    "DATA.IMG_SIZE": (
-        "an integer or [height, width]",
-        lambda value: _list_of(_int, 2)(value) if isinstance(value, list | tuple) else _int(value),
-    ),
-    "MODEL.FOCAL.QK_SCALE": (
-        "False, None or a number",
-        lambda value: value if value is None or value is False else _float(value),
-    ),
-    "TRAIN.OPTIMIZER.BETAS": ("two numbers", lambda value: tuple(_pair(value))),
-    "AUG.CUTMIX_MINMAX": ("None or two numbers", lambda value: None if value is None else _pair(value)),
-}
+NAMES = ("TRAIN.OPTIMIZER.NAME", "TRAIN.LR_SCHEDULER.NAME")  # of any case
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "DATA.DATASET": ("imagenet", "imagenet22k", "imagewoof", "folder", "wds", "hf"),
@@ -234,10 +198,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 AT_LEAST_1 = ["DATA.BATCH_SIZE", "MODEL.NUM_CLASSES", "TRAIN.EPOCHS", "TRAIN.BAD_STEPS_MAX", "AUG.RECOUNT"]
 AT_LEAST_1 += ["TRAIN.LR_SCHEDULER.DECAY_EPOCHS", "SAVE_FREQ", "SAVE_FAILURES_MAX", "PRINT_FREQ"]
-AT_LEAST_0 = ["DATA.NUM_WORKERS", "TRAIN.START_EPOCH", "TRAIN.WARMUP_EPOCHS", "TRAIN.WARMUP_LR"]
-AT_LEAST_0 += ["TRAIN.MIN_LR", "TRAIN.WEIGHT_DECAY", "TRAIN.CLIP_GRAD", "TRAIN.ACCUMULATION_STEPS"]
+AT_LEAST_0 = ["DATA.NUM_WORKERS", "TRAIN.START_EPOCH", "TRAIN.WARMUP_EPOCHS", "TRAIN.WEIGHT_DECAY"]
+AT_LEAST_0 += ["TRAIN.CLIP_GRAD", "TRAIN.ACCUMULATION_STEPS"]
 AT_LEAST_0 += ["AUG.COLOR_JITTER", "AUG.MIXUP", "AUG.CUTMIX", "SEED", "SAVE_STEPS", "SAVE_KEEP"]
-POSITIVE = ["DATA.STD", "TRAIN.BASE_LR", "TRAIN.OPTIMIZER.EPS", "AUG.RATIO"]
+POSITIVE = ["DATA.STD", "TRAIN.OPTIMIZER.EPS", "AUG.RATIO"]
 FROM_0_TO_1 = ["AUG.HFLIP", "AUG.REPROB", "AUG.CUTMIX_MINMAX", "AUG.MIXUP_PROB", "AUG.MIXUP_SWITCH_PROB"]
 FROM_0_TO_1 += ["DATA.MEAN"]
 BELOW_1 = ["MODEL.LABEL_SMOOTHING", "TRAIN.EMA.DECAY", "TRAIN.OPTIMIZER.BETAS", "TRAIN.OPTIMIZER.MOMENTUM"]
@@ -252,7 +216,10 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(FROM_0_TO_1, ("in [0, 1]", lambda value: 0 <= value <= 1)),
     **dict.fromkeys(BELOW_1, ("in [0, 1)", lambda value: 0 <= value < 1)),
     **dict.fromkeys(SHARES, ("in (0, 1]", lambda value: 0 < value <= 1)),
+    "TRAIN.BASE_LR": ("in (0, 1e6]", lambda value: 0 < value <= 1e6),  # larger ones overflow in float32
+    **dict.fromkeys(("TRAIN.WARMUP_LR", "TRAIN.MIN_LR"), ("in [0, 1e6]", lambda value: 0 <= value <= 1e6)),
     "DIST_TIMEOUT_MINUTES": ("in (0, 525600], at most a year", lambda value: 0 < value <= 525_600),
+    "MODEL.FOCAL.QK_SCALE": ("False, None or a number", lambda value: value is not True),
     "MODEL.NAME": ("a name for a folder", lambda value: bool(value.strip())),
 }
 
@@ -383,14 +350,41 @@ def _assign(config: CN, key: str, value: Any) -> None:
     default = node[name]
     if isinstance(default, CN):
         raise ValueError(f"expected a section with keys of its own, got {value!r}; name one of its keys")
-    expected, convert = SPECIAL_TYPES.get(key) or TYPES[type(default)]
-    decoded = value if isinstance(default, str) else _decode(value)
-    try:
-        node[name] = convert(decoded)
-    except TypeError as error:
+    given = ("" if value is None else value) if isinstance(default, str) else _decode(value)
+    examples = (default, *OTHER_TYPES.get(key, ()))
+    for example in examples:
+        with contextlib.suppress(TypeError):
+            node[name] = _convert(given, example)
+            break
+    else:
+        expected = " or ".join(map(_type_name, examples))
         raise ValueError(
-            f"expected {expected}, got {value!r:.100} ({type(decoded).__name__}); correct the value"
-        ) from error
+            f"expected {expected}, got {value!r:.100} ({type(given).__name__}); correct the value"
+        )
+    if key in PATHS:
+        node[name] = expand_path(node[name])
+    elif key in NAMES:
+        node[name] = node[name].lower()
+
+
+def _convert(value: Any, example: Any) -> Any:
+    """A value in the type of an example, entry by entry; TypeError if it has another one, or is nan."""
+    if isinstance(example, list | tuple):
+        is_other_length = isinstance(example, tuple) and len(value) != len(example)
+        if not isinstance(value, list | tuple) or is_other_length:
+            raise TypeError
+        return type(example)(_convert(entry, example[0]) for entry in value)
+    if type(value) not in TYPES[type(example)][1] or value != value:
+        raise TypeError
+    return value if example is None else type(example)(value)
+
+
+def _type_name(example: Any) -> str:
+    """The type of an example in words, such as `two numbers`."""
+    if not isinstance(example, list | tuple):
+        return TYPES[type(example)][0]
+    plural = TYPES[type(example[0])][0].split()[-1] + "s"
+    return f"a list of {plural}" if isinstance(example, list) else f"two {plural}"
 
 
 def _decode(value: Any) -> Any:

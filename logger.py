@@ -25,6 +25,7 @@ def create_logger(output: Path, rank: int) -> None:
         output: existing folder of the log file.
         rank: of this process.
     """
+    logging.raiseExceptions = False  # no traceback for each line that a full disk does not take
     root = logging.getLogger()
     while _handlers:
         old = _handlers.pop()
@@ -39,34 +40,36 @@ def create_logger(output: Path, rank: int) -> None:
     line = "[%(asctime)s] (%(filename)s %(lineno)d): %(levelname)s %(message)s"
     for handler in _handlers:
         handler.setFormatter(logging.Formatter(line, datefmt="%Y-%m-%d %H:%M:%S"))
-        handler.handleError = _handle_error
         root.addHandler(handler)
     for name in OWN_LOGGERS:
         logging.getLogger(name).setLevel(logging.DEBUG)
 
 
-def _handle_error(record: logging.LogRecord) -> None:
-    """What cannot be written, as on a full disk, is lost, without a traceback for each line."""
-    if not isinstance(sys.exc_info()[1], OSError):
-        logging.Handler().handleError(record)
-
-
 class TensorBoard:
-    """Numbers for TensorBoard, in a folder of its own."""
+    """Numbers for TensorBoard, in a folder for each kind, whose horizontal axes differ."""
 
     name = "TensorBoard"
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, **next_positions: int) -> None:
+        """
+        Args:
+            output: folder of the run.
+            next_positions: of each kind; what an earlier start recorded there or later is hidden.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(output / "tensorboard"))
+        self.writers = {
+            kind: SummaryWriter(str(output / "tensorboard" / kind), purge_step=position)
+            for kind, position in next_positions.items()
+        }
 
     def add(self, kind: str, position: int, values: dict[str, float | int]) -> None:
         for name, value in values.items():
-            self.writer.add_scalar(f"{kind}/{name}", value, position)
+            self.writers[kind].add_scalar(f"{kind}/{name}", value, position)
 
     def close(self, failed: bool = False, preempted: bool = False) -> None:
-        self.writer.close()
+        for writer in self.writers.values():
+            writer.close()
 
 
 class WeightsAndBiases:
@@ -92,13 +95,9 @@ class WeightsAndBiases:
         path = output / self.ID_NAME
         old_id = path.read_text(encoding="utf-8").strip() if continues and path.is_file() else None
         self.run = wandb.init(dir=output, id=old_id or None, resume="allow", **options)
-        try:
-            path.write_text(self.run.id, encoding="utf-8")
-            for kind in ("train", "epoch"):
-                self.run.define_metric(f"{kind}/*", step_metric=f"{kind}/position")
-        except Exception:
-            self.close()
-            raise
+        path.write_text(self.run.id, encoding="utf-8")
+        for kind in ("train", "epoch"):
+            self.run.define_metric(f"{kind}/*", step_metric=f"{kind}/position")
 
     def add(self, kind: str, position: int, values: dict[str, float | int]) -> None:
         named = {f"{kind}/{name}": value for name, value in values.items()}
@@ -177,7 +176,8 @@ class Metrics:
             )
 
     def sync(self) -> None:
-        """fsync the file, before a checkpoint is written from which training would go on after its lines."""
+        """Write and fsync all records, before a checkpoint is written that counts on them."""
+        self.flush()
         if self.file is None:
             return
         try:

@@ -112,7 +112,7 @@ def start(config: CfgNode) -> None:
         with user_input():
             model = build_model(config).to(device)
             with torch.set_grad_enabled(action in (train, run_debug)):
-                attention = agree_on_backends(model, precision.dtype, utils.cpu_group())
+                attention = agree_on_backends(model, precision.dtype)
             frozen = freeze_stages(model, config.TRAIN.FREEZE_STAGES)
         operators = " and ".join(dict.fromkeys(attention))
         logger.info(f"{config.MODEL.NAME}: {config.MODEL.NUM_CLASSES} classes, attention {operators}")
@@ -173,14 +173,13 @@ def exit_process(status: int) -> int:
     interpreter that exits with the group open can abort in one of its threads. What cannot be written would
     make Python exit with 120.
     """
-    is_written = True
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        try:
-            stream.flush()
-        except OSError:
-            is_written = False
-    if is_written and not utils.in_group():
-        return status
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if not utils.in_group():
+            return status
+    except OSError:
+        pass
     for worker in multiprocessing.active_children():  # loader workers would notice seconds later
         worker.terminate()
     os._exit(status)
@@ -206,25 +205,26 @@ def main(argv: list[str] | None = None) -> int:
         # All ranks of a machine have the same UserError, in a group or under torchrun; else one may be alone.
         is_common = isinstance(error, UserError) and (utils.in_group() or "LOCAL_WORLD_SIZE" in os.environ)
         if not is_common or os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
-            print_error(f"error: {error}")
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         logger.debug("stopped", exc_info=True)
-        print_error("interrupted; start the same command again to continue training from the last checkpoint")
+        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         if not utils.in_group():
             raise  # Python ends by the signal, which ends a shell's loop, too
         return 130
     except Exception as error:
         logger.debug("stopped", exc_info=True)
-        if not (utils.in_group() or isinstance(error, dist.DistError)):
+        is_known = isinstance(error, dist.DistError)  # gloo reports a process that died by a RuntimeError
+        if not (utils.in_group() or is_known):
             raise
-        # gloo reports a process that died or hangs by a plain RuntimeError
-        print_error(f"error: {error}" if isinstance(error, dist.DistError) else traceback.format_exc())
+        print(f"error: {error}" if is_known else traceback.format_exc(), file=sys.stderr)
         if utils.in_group():
-            print_error(
+            print(
                 f"error: process {utils.get_rank()} ends; if another process has died or did not answer for "
                 "DIST_TIMEOUT_MINUTES, see the log_rank*.txt that ends first; the same command continues "
-                "from the last checkpoint"
+                "from the last checkpoint",
+                file=sys.stderr,
             )
         return 1
     return 0

@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 import torch
+from filelock import FileLock
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
@@ -97,15 +98,20 @@ def read_checkpoint(path_or_url: str | Path) -> dict[str, Any]:
 
 
 def _downloaded(url: str) -> Path:
-    """The file of an address, in the cache of torch.hub; many addresses end in the same name."""
+    """The file of an address, in the cache of torch.hub; many addresses end in the same name.
+
+    One process downloads it (torch.hub renames the file when it is complete), others of the machine wait.
+    """
     name, digest = Path(urlparse(url).path), hashlib.sha256(url.encode()).hexdigest()[:8]
     path = Path(torch.hub.get_dir(), "checkpoints", f"{name.stem}-{digest}{name.suffix}")
     before = socket.getdefaulttimeout()
     try:
         socket.setdefaulttimeout(TIMEOUT_SECONDS)  # torch.hub would wait for a silent server for ever
-        if not path.exists():
+        if not path.exists():  # the cache of a cluster may be read-only
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), progress=False)
+            with FileLock(path.with_name(f".{path.name}.lock")):
+                if not path.exists():
+                    torch.hub.download_url_to_file(url, str(path), progress=False)
     except (OSError, HTTPException, ValueError) as error:
         raise ValueError(
             f"{url}: could not be downloaded ({shown(error)}); pass a local file instead"

@@ -18,7 +18,9 @@ SOURCES = sorted(
     for path in [*REPO.glob("*.py"), *(found for name in FOLDERS for found in REPO.glob(f"{name}/**/*.py"))]
 )
 TASKS = ("classification", "detection", "segmentation")
-MODEL_NEEDS = {"numpy", "torch", "timm", "safetensors", "huggingface_hub"}  # timm needs the last two itself
+MODEL_NEEDS = {"numpy", "torch", "timm", "filelock", "safetensors", "huggingface_hub"}
+"""torch needs filelock itself, timm the last two."""
+
 OPTIONAL = (  # packages that only some commands need
     *("triton", "mmdet", "mmseg", "mmcv", "mmengine", "pycocotools", "onnx", "onnxruntime", "matplotlib"),
     *("tensorboard", "torch.utils.tensorboard", "wandb", "datasets", "transformers", "sklearn", "cv2"),

@@ -7,8 +7,10 @@ import pickle
 import re
 import subprocess
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
@@ -197,7 +199,7 @@ def test_odd_weights_are_refused_and_nothing_is_loaded(name: str, tmp_path) -> N
 
 
 class Answers(BaseHTTPRequestHandler):
-    """Serves `files` by path; under /cut/ half of what is announced."""
+    """Serves `files` by path; under /cut/ half of what is announced, under /slow/ after a moment."""
 
     files: ClassVar[dict[str, bytes]] = {}
     asked: ClassVar[list[str]] = []
@@ -212,6 +214,7 @@ class Answers(BaseHTTPRequestHandler):
             self.send_response(200)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
+            time.sleep(0.5 * (how == "slow"))
             self.wfile.write(content[: len(content) // 2] if how == "cut" else content)
 
     def log_message(self, format: str, *args: object) -> None:
@@ -234,7 +237,7 @@ def server(tmp_path, monkeypatch) -> Iterator[str]:
 
 
 def kept(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.glob("hub/checkpoints/*"))
+    return sorted(path.name for path in folder.glob("hub/checkpoints/[!.]*"))
 
 
 def test_addresses_of_one_name_are_told_apart(server, tmp_path) -> None:
@@ -247,6 +250,20 @@ def test_addresses_of_one_name_are_told_apart(server, tmp_path) -> None:
             assert [*read_checkpoint(f"{server}/{name}/model.safetensors")] == [name]
     assert Answers.asked == ["/first/model.safetensors", "/second/model.safetensors"]
     assert all(re.fullmatch(r"model-[0-9a-f]{8}\.safetensors", name) for name in kept(tmp_path))
+
+
+def test_processes_of_a_machine_download_an_address_once(server, tmp_path) -> None:
+    write_safetensors({"weight": torch.ones(1)}, tmp_path / "file")
+    Answers.files["w.safetensors"] = (tmp_path / "file").read_bytes()
+    with ThreadPoolExecutor(4) as pool:  # threads lock each other out as processes do
+        contents = [*pool.map(read_checkpoint, [f"{server}/slow/w.safetensors"] * 4)]
+    assert [[*content] for content in contents] == [["weight"]] * 4
+    (name,) = kept(tmp_path)
+    lock = tmp_path / f"hub/checkpoints/.{name}.lock"
+    lock.unlink(missing_ok=True)
+    lock.mkdir()  # as where nobody may write, no lock is needed to read
+    assert [*read_checkpoint(f"{server}/slow/w.safetensors")] == ["weight"]
+    assert Answers.asked == ["/slow/w.safetensors"]
 
 
 @pytest.mark.parametrize(

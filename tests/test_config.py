@@ -30,26 +30,17 @@ def test_shipped_configs_load_as_do_their_dumps(tmp_path: Path) -> None:
 
 def test_a_file_of_the_original_release_loads(tmp_path: Path) -> None:
     """All keys in one file, some of them without effect; as yaml and as json."""
-    content = {
-        "DATA": {"IMG_SIZE": 224},
-        "MODEL": {
-            "TYPE": "focalv2",
-            "NAME": "anything",
-            "SPEC": {"FREE": {"FORM": [1, 2]}},
-            "FOCAL": {
-                "FOCAL_POOL": "fc",
-                "FOCAL_LEVELS": [2, 2, 2, 2],
-                "FOCAL_WINDOWS": [8, 6, 4, 2],  # focalv2 does not use them
-                "EXPAND_STAGES": [0, 1],
-                "EXPAND_SIZES": [9, 9, 9, 9],  # nor these
-                "QK_SCALE": None,
-                "MLP_RATIO": 4,
-            },
-        },
-        "TRAIN": {"OPTIMIZER": {"BETAS": [0.9, 0.95], "NAME": "AdamW"}},
-        "AUG": {"CUTMIX_MINMAX": [0.2, 0.8]},
-        "AMP_OPT_LEVEL": "O1",
-    }
+    content = yaml.safe_load("""
+        DATA: {IMG_SIZE: 224}
+        MODEL:
+            TYPE: focalv2
+            SPEC: {FREE: {FORM: [1, 2]}}
+            FOCAL:
+                {FOCAL_POOL: fc, FOCAL_LEVELS: [2, 2, 2, 2], QK_SCALE: null, MLP_RATIO: 4,
+                EXPAND_STAGES: [0, 1], FOCAL_WINDOWS: [8, 6, 4, 2], EXPAND_SIZES: [9, 9, 9, 9]}
+        TRAIN: {OPTIMIZER: {BETAS: [0.9, 0.95], NAME: AdamW}}
+        AUG: {CUTMIX_MINMAX: [0.2, 0.8]}
+    """)
     for text in (yaml.safe_dump(content), json.dumps(content, indent=1)):
         config = load_config(write(tmp_path / "a.yaml", text))
         assert config.MODEL.FOCAL.MLP_RATIO == 4.0
@@ -62,7 +53,7 @@ def test_a_file_of_the_original_release_loads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "given", "expected"),
     [
-        ("DATA.IMG_SIZE", "[64, 96]", [64, 96]),
+        ("DATA.IMG_SIZE", "[64, 96]", (64, 96)),
         ("MODEL.FOCAL.QK_SCALE", "None", None),
         ("MODEL.FOCAL.QK_SCALE", "0.3", 0.3),
         ("TRAIN.BASE_LR", "5e-4", 5e-4),
@@ -86,9 +77,10 @@ def test_options_from_the_command_line(key: str, given: object, expected: object
         (["DATA.BATCH_SIZE", 0], ["DATA.BATCH_SIZE", "1 or more", "got 0"]),
         (["DATA.BATCH_SIZE", "many"], ["DATA.BATCH_SIZE", "an integer", "'many'"]),
         (["DATA.BATCH_SIZE", True], ["DATA.BATCH_SIZE", "an integer"]),
-        (["DATA.IMG_SIZE", [32, 32, 32]], ["DATA.IMG_SIZE", "[height, width]"]),
+        (["DATA.IMG_SIZE", [32, 32, 32]], ["DATA.IMG_SIZE", "an integer or two integers"]),
         (["DATA.DATASET", "cifar"], ["DATA.DATASET", "'imagenet'", "'folder'"]),
         (["TRAIN.BASE_LR", "nan"], ["TRAIN.BASE_LR", "a number"]),
+        (["TRAIN.BASE_LR", "1e300"], ["TRAIN.BASE_LR", "in (0, 1e6], got 1e+300"]),
         (["DATA.MEAN", [123.7, 116.3, 103.5]], ["DATA.MEAN", "[0, 1] for every entry"]),
     ],
 )

@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import NANO, REPO
+from conftest import NANO_WORDS, REPO
 from pictures import encoded
 from PIL import Image
 
@@ -27,7 +27,7 @@ from data.workers import limit_workers
 from tools import convert_checkpoint
 from utils import expand_path
 
-WORDS = [str(word) for pair in NANO.items() for word in pair]
+WORDS = [str(word) for word in NANO_WORDS]
 
 # --- A system that is not Unix ------------------------------------------------------------------------------
 

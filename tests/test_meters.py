@@ -122,8 +122,11 @@ def test_the_average_copies_buffers_that_are_no_floats(kind: str) -> None:
 def test_skipped_updates_in_a_row_end_the_run(tmp_path: Path) -> None:
     opts = ("TRAIN.BAD_STEPS_MAX", 2, "TRAIN.OPTIMIZER.NAME", "sgd")
     train(tmp_path, {1, 3, 5}, *opts)
-    with pytest.raises(UserError, match=r"epoch 1: expected finite grad.*4 updates in a row.*up to step 6"):
-        train(tmp_path, {0, 2, 3, 4, 5}, *opts, "TRAIN.BAD_STEPS_MAX", 4)  # over two log lines
+    message = r"epoch 1: expected finite grad.*4 updates in a row.*up to step 6.*another --tag"
+    for source in ("", f" and --resume {tmp_path}/best.pth"):
+        with pytest.raises(UserError, match=f"{message}{source}, with a lower"):
+            train(tmp_path, {0, 2, 3, 4, 5}, *opts, "TRAIN.BAD_STEPS_MAX", 4)  # over two log lines
+        (tmp_path / "best.pth").touch()
 
 
 def test_skipped_updates_of_the_scaler_are_counted(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_main import OPTS, command, folder_of
 
 import main
@@ -51,6 +52,20 @@ def metrics_of(output: Path) -> list[dict[str, float]]:
     ]
 
 
+def shown_by_tensorboard(output: Path) -> dict[str, list[tuple[int, str]]]:
+    """The points (position, value, which may be nan) of each curve."""
+    curves = {}
+    for kind in ("train", "epoch"):
+        files = (folder_of(output) / "tensorboard" / kind).glob("events*")
+        files = sorted(files, key=lambda path: path.stat().st_mtime_ns)  # names order seconds
+        joined = output / f"tfevents_{kind}"
+        joined.write_bytes(b"".join(path.read_bytes() for path in files))
+        events = EventAccumulator(str(joined)).Reload()
+        for tag in {*events.Tags()["scalars"]} - {f"{kind}/{name}" for name in TIME_FIELDS}:
+            curves[tag] = [(event.step, str(event.value)) for event in events.Scalars(tag)]
+    return curves
+
+
 def assert_same_end(left: Path, right: Path) -> None:
     for file in ("ckpt_epoch_1.pth", "best.pth"):
         one, other = (torch.load(folder_of(output) / file, weights_only=True) for output in (left, right))
@@ -59,6 +74,7 @@ def assert_same_end(left: Path, right: Path) -> None:
         assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
         assert (one["position"], one["max_accuracy"]) == (other["position"], other["max_accuracy"])
     assert metrics_of(left) == metrics_of(right)
+    assert shown_by_tensorboard(left) == shown_by_tensorboard(right)
 
 
 @pytest.fixture(scope="module")

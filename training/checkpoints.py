@@ -1,8 +1,8 @@
 """Checkpoint files: how they are written, found again and removed, and when a run saves.
 
 A file is written under a temporary name, flushed to the disk and renamed, so that at any moment it is absent,
-old or complete. The checksums (CRC-32) that `torch.save` stores in its zip archive verify it on reading. The
-names order the files:
+old or complete. The checksums that `torch.save` stores in its zip archive verify it on reading. The names
+order the files:
 
     ckpt_epoch_4.pth            epoch 4 (counted from 0) is finished
     ckpt_epoch_5_step_120.pth   inside epoch 5, after 120 of its batches
@@ -15,11 +15,9 @@ import logging
 import os
 import re
 import shutil
-import zipfile
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from yacs.config import CfgNode
@@ -29,7 +27,7 @@ from logger import Metrics
 from models import read_checkpoint
 from training.preemption import StopRequested, StopSync, stop_received
 from training.state import EpochStep, Position, TrainState
-from utils import UserError, user_input
+from utils import UserError
 
 BEST_NAME = "best.pth"
 NAME = re.compile(r"ckpt_epoch_(\d+)(?:_step_(\d+))?\.pth")
@@ -62,94 +60,78 @@ def checkpoints_in(folder: Path) -> list[tuple[EpochStep, Path]]:
     return sorted(found)
 
 
-class _ErrorKeepingFile:
-    """A file for `torch.save`; keeps the first OSError, since torch's own does not name a full disk."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file = file
-        self.error: OSError | None = None
-
-    def write(self, content: bytes) -> int:
-        try:
-            return self.file.write(content) if self.error is None else len(content)
-        except OSError as error:
-            self.error = error
-            return len(content)
-
-    def flush(self) -> None:
-        """Called by `torch.save`; closing the file flushes."""
-
-
 def write_checkpoint(content: dict[str, Any], path: Path) -> None:
-    """Write plain data, whole or not at all.
+    """Write plain data and tensors of any device, whole or not at all.
 
     Raises:
         OSError: it cannot be written; what was there before stays.
     """
-    with utils.atomic_write(path) as temporary, temporary.open("wb") as file:
-        target = _ErrorKeepingFile(file)
-        torch.save(content, target)
-        if target.error is not None:
-            raise target.error
+    buffer = io.BytesIO()
+    torch.save(on_cpu(content), buffer)  # not to the file: torch's own error does not name a full disk
+    with utils.atomic_write(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
-def is_valid(path: Path) -> bool:
-    """Whether a file is a zip archive in which all checksums hold.
+def on_cpu(item: Any) -> Any:
+    """Nested data with its tensors in host memory."""
+    if isinstance(item, dict):
+        return {name: on_cpu(value) for name, value in item.items()}
+    if isinstance(item, list | tuple):
+        return type(item)(map(on_cpu, item))
+    return item.cpu() if torch.is_tensor(item) else item
+
+
+def read_if_valid(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint; empty if it is missing, or damaged, which is logged.
 
     Raises:
         UserError: the disk cannot read it, which says nothing about the file.
     """
     try:
-        content = path.read_bytes()  # first, since zipfile reports errors of the disk as damage
-    except (FileNotFoundError, IsADirectoryError):
-        return False
+        return read_checkpoint(path)
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        logger.warning(f"skipped {error}")
+        return {}
     except OSError as error:
         raise UserError(
-            f"{path}: expected to read the checkpoint, got: {error.strerror or error}; nothing was changed: "
-            "start the same command again when the disk works, or move the file away to continue without it"
+            f"{error}; nothing was changed: start the same command again when the disk works, or move the "
+            "file away to continue without it"
         ) from error
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            return archive.testzip() is None
-    except Exception:  # zipfile raises many types on damaged archives
-        return False
 
 
-def find_newest(folder: Path) -> Path | None:
-    """The valid checkpoint that is furthest in training; None if the folder has no checkpoint.
+@dataclass
+class Found:
+    """What the folder of a run holds."""
+
+    newest: Path | None = None  # the valid checkpoint that is furthest in training
+    content: dict[str, Any] = field(default_factory=dict)  # its own
+    best: float = 0.0  # accuracy (percent) of best.pth
+
+
+def find_checkpoints(folder: Path) -> Found:
+    """Read the valid checkpoint that is furthest in training, and best.pth.
 
     Of two at the same position it is best.pth, since that one was written after the evaluation.
 
     Raises:
         UserError: a file cannot be read, or no checkpoint is valid.
     """
-    found, best = checkpoints_in(folder), folder / BEST_NAME
-    if best.is_file():
-        found.append((read_best(folder)[0], best))
-    for place, path in sorted(found, key=lambda item: (item[0], item[1] == best), reverse=True):
-        if (path == best and place > (0, 0)) or is_valid(path):  # `read_best` has verified that one
-            return path
-        logger.warning(f"{path} is damaged or incomplete and was skipped")
-    if found:
+    candidates, best_path = checkpoints_in(folder), folder / BEST_NAME
+    best = read_if_valid(best_path)
+    if best:
+        position = Position(**best.get("position", {}))
+        candidates = sorted([*candidates, (position.epoch_step, best_path)], key=lambda item: item[0])
+    for _, path in reversed(candidates):
+        if content := best if path == best_path else read_if_valid(path):
+            return Found(path, content, best.get("accuracy", 0.0))
+    if candidates or best_path.is_file():
         raise UserError(
             f"{folder}: expected a checkpoint to continue from, got damaged ones alone; move them away to "
             "start anew, or choose another --tag"
         )
-    return None
-
-
-def read_best(folder: Path) -> tuple[EpochStep, float]:
-    """The position and the accuracy (percent) of best.pth; zeros if there is none, or it is no valid one.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    path = folder / BEST_NAME
-    with user_input():
-        content = read_checkpoint(path) if is_valid(path) else {}
-    if "accuracy" not in content:
-        return (0, 0), 0.0
-    return (content["position"]["epoch"], content["position"]["step"]), content["accuracy"]
+    return Found()
 
 
 def prune(folder: Path, newest: EpochStep, keep: int) -> None:
@@ -187,79 +169,14 @@ def remove_temporary_files(folder: Path) -> None:
             logger.info(f"removed {path}, the unfinished file of a process that was killed")
 
 
-# --- Writing in the background ------------------------------------------------------------------------------
-
-
-class AsyncCheckpointWriter:
-    """Copies a checkpoint to host memory and writes it in a thread, one at a time, while training goes on.
-
-    A failed write is logged and training goes on. After too many in a row, `failure` is set, and training
-    must stop. Failures of best.pth are counted apart from the others.
-    """
-
-    def __init__(self, max_failures: int) -> None:
-        self.max_failures = max_failures  # in a row
-        self.failure = ""  # why training cannot go on
-        self.errors: list[str] = []  # of the checkpoints that failed since the last one that was written
-        self.best_errors: list[str] = []  # of best.pth, likewise
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._running: Future[None] | None = None
-
-    def submit(self, content: dict[str, Any], path: Path, write: Callable[[dict[str, Any]], None]) -> None:
-        """Copy `content` and pass the copy to `write` in the thread, after the previous save has ended.
-
-        Args:
-            content: plain data; it may change as soon as this returns.
-            path: the file that `write` writes, for messages.
-            write: may raise OSError.
-        """
-        self.wait()
-        self._running = self._executor.submit(self._run, copied(content), path, write)
-
-    def wait(self) -> None:
-        """Wait for the running save.
-
-        Raises:
-            Exception: a bug in `write`.
-        """
-        if self._running is not None:
-            running, self._running = self._running, None
-            running.result()
-
-    def _run(self, content: dict[str, Any], path: Path, write: Callable[[dict[str, Any]], None]) -> None:
-        errors = self.best_errors if path.name == BEST_NAME else self.errors
-        try:
-            write(content)
-            errors.clear()
-        except OSError as error:
-            message = f"{path}: expected to write a checkpoint, got: {error.strerror or error}"
-            with contextlib.suppress(OSError):
-                message += f" ({shutil.disk_usage(path.parent).free:,} bytes free)"
-            errors.append(message)
-            count = f"failure {len(errors)} of {self.max_failures} in a row (SAVE_FAILURES_MAX)"
-            if len(errors) < self.max_failures:
-                logger.error(f"{message}; older files stay, training goes on; {count}")
-            else:
-                self.failure = (
-                    f"{message}; {count}: make space or choose another --output, and start the same command "
-                    "again"
-                )
-
-
-def copied(item: Any) -> Any:
-    """Nested data with copies of its tensors in host memory."""
-    if isinstance(item, dict):
-        return {name: copied(value) for name, value in item.items()}
-    if isinstance(item, list | tuple):
-        return type(item)(map(copied, item))
-    return item.detach().to("cpu", copy=True) if torch.is_tensor(item) else item
-
-
 # --- When a run saves ---------------------------------------------------------------------------------------
 
 
 class Checkpoints:
     """The checkpoints of a run. All ranks must call each method; the main one writes.
+
+    A save that fails is logged, and training goes on. After SAVE_FAILURES_MAX in a row, of checkpoints or of
+    best.pth, training stops.
 
     `position` is where the run starts; nothing is saved there. `best` is the accuracy (percent) of best.pth,
     known to the main rank only.
@@ -272,10 +189,19 @@ class Checkpoints:
         self.folder = folder
         self.metrics = metrics
         self.best = best
-        self.writer = AsyncCheckpointWriter(config.SAVE_FAILURES_MAX)
         self.stop_sync = StopSync()
+        self.errors: list[str] = []  # of the checkpoints that failed since the last one that was written
+        self.best_errors: list[str] = []  # of best.pth, likewise
         self._saved = position.epoch_step  # of the last save
         self._last_step = position.step
+
+    @property
+    def failure(self) -> str:
+        """Why training cannot go on; '' if it can."""
+        for errors in (self.errors, self.best_errors):
+            if len(errors) >= self.config.SAVE_FAILURES_MAX:
+                return f"{errors[-1]}: make space or choose another --output, and start the command again"
+        return ""
 
     def after_update(self, state: TrainState, is_last: bool) -> None:
         """Stop, or save inside an epoch (SAVE_STEPS), on all ranks at the same step.
@@ -287,7 +213,7 @@ class Checkpoints:
         Raises:
             StopRequested: a rank received a stop signal, or checkpoints cannot be written; call `stop`.
         """
-        if self.stop_sync.sync(stop_received() or bool(self.writer.failure)):
+        if self.stop_sync.sync(stop_received() or bool(self.failure)):
             raise StopRequested
         step, every = state.position.step, self.config.SAVE_STEPS
         is_due = every > 0 and step // every > self._last_step // every
@@ -306,34 +232,40 @@ class Checkpoints:
 
     def save_if_best(self, state: TrainState, accuracy: float) -> None:
         """Write best.pth if ``accuracy`` (percent) is above that of the file, which may be missing."""
-        if utils.is_main_process() and accuracy > self.best:
-            self.writer.wait()  # `best` may be about to change
         if utils.any_rank(utils.is_main_process() and accuracy > self.best):
-            self._submit(state, BEST_NAME, accuracy)
+            self._write(state, BEST_NAME, accuracy)
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint of ``state``, which is between two updates."""
         self._saved = state.position.epoch_step
-        self._submit(state, file_name(state.position))
+        self._write(state, file_name(state.position))
 
-    def _submit(self, state: TrainState, name: str, accuracy: float | None = None) -> None:
+    def _write(self, state: TrainState, name: str, accuracy: float | None = None) -> None:
         state.meter.gather()
         if not utils.is_main_process():
             return
-        self.metrics.flush()
-        content = state.state_dict() | ({} if accuracy is None else {"accuracy": accuracy})
-        newest, path = state.position.epoch_step, self.folder / name
-
-        def write(saved: dict[str, Any]) -> None:
-            self.metrics.sync()
-            write_checkpoint(saved, path)
-            logger.debug(f"saved {path}")
-            if accuracy is None:
-                prune(self.folder, newest, self.config.SAVE_KEEP)
-            else:
-                self.best = accuracy
-
-        self.writer.submit(content, path, write)
+        path, content = self.folder / name, state.state_dict()
+        errors = self.errors
+        if accuracy is not None:
+            errors = self.best_errors
+            content["accuracy"] = accuracy
+        self.metrics.sync()
+        try:
+            write_checkpoint(content, path)
+        except OSError as error:
+            message = f"{path}: expected to write a checkpoint, got: {error.strerror or error}"
+            with contextlib.suppress(OSError):
+                message += f" ({shutil.disk_usage(self.folder).free:,} bytes free)"
+            count = f"failure {len(errors) + 1} of {self.config.SAVE_FAILURES_MAX} in a row"
+            errors.append(f"{message}; {count} (SAVE_FAILURES_MAX)")
+            logger.error(f"{errors[-1]}; older files stay")
+            return
+        errors.clear()
+        logger.debug(f"saved {path}")
+        if accuracy is None:
+            prune(self.folder, state.position.epoch_step, self.config.SAVE_KEEP)
+        else:
+            self.best = accuracy
 
     def stop(self, state: TrainState) -> None:
         """Save before a run ends after StopRequested, if the state is not on the disk yet.
@@ -341,25 +273,20 @@ class Checkpoints:
         Raises:
             UserError: checkpoints cannot be written.
         """
-        self.writer.wait()
-        self._raise(self.writer.failure)
-        if utils.any_rank(self._saved != state.position.epoch_step or bool(self.writer.errors)):
+        self.stop_sync.wait()
+        self._raise(self.failure)
+        if utils.any_rank(self._saved != state.position.epoch_step or bool(self.errors)):
             self.save(state)
-        self.finish(with_best=False)
+        self._raise("".join(self.errors[-1:]))
 
-    def finish(self, with_best: bool = True) -> None:
-        """Wait for the last save.
-
-        Args:
-            with_best: whether best.pth must have been written, too.
+    def finish(self) -> None:
+        """Check the last saves of a run.
 
         Raises:
             UserError: the last checkpoint, or the last best.pth, could not be written.
         """
         self.stop_sync.wait()
-        self.writer.wait()
-        errors = self.writer.errors or (self.writer.best_errors if with_best else [])
-        self._raise(self.writer.failure or "".join(errors[-1:]))
+        self._raise(self.failure or "".join((self.errors or self.best_errors)[-1:]))
 
     def _raise(self, reason: str) -> None:
         """Raise the main rank's reason, if there is one, on all ranks."""

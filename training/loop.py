@@ -22,6 +22,7 @@ from yacs.config import CfgNode
 import utils
 from data import UndecodableImageError
 from logger import Metrics
+from training.checkpoints import BEST_NAME
 from training.preemption import StopRequested, stop_received
 from training.state import TrainState
 from utils import UserError
@@ -90,7 +91,7 @@ def train_one_epoch(
             position.samples_seen += group_size * len(images) * utils.get_world_size()
         if (step + 1) % config.PRINT_FREQ == 0 or step + 1 == end_step:
             report(run, state, step, end_step)
-            raise_if_too_many_skipped(state, step)
+            raise_if_too_many_skipped(run, state, step)
         if is_update:
             after_update(state, step + 1 == end_step)
 
@@ -167,18 +168,25 @@ def report(run: Run, state: TrainState, step: int, steps: int) -> None:
     run.metrics.write("train", epoch * steps + step, epoch=epoch, step=step, **values)
 
 
-def raise_if_too_many_skipped(state: TrainState, step: int) -> None:
+def raise_if_too_many_skipped(run: Run, state: TrainState, step: int) -> None:
     """Raise UserError if TRAIN.BAD_STEPS_MAX updates in a row were skipped, as `report` has read them."""
-    skipped, most = state.meter.skipped_in_a_row, state.config.TRAIN.BAD_STEPS_MAX
-    if skipped >= most:
-        rate = state.optimizer.param_groups[0]["lr"]
-        precision = ", or train in bf16" if state.scaler.is_enabled() else ""
-        raise UserError(
-            f"epoch {state.position.epoch + 1}: expected finite gradients, got nan or inf in {skipped} "
-            f"updates in a row, which were skipped (TRAIN.BAD_STEPS_MAX is {most}), up to step {step + 1} "
-            f"with the learning rate {rate:.3e}; start the same command again with a lower learning "
-            f"rate{precision}: it continues from the newest checkpoint, if there is one"
-        )
+    skipped, most = state.meter.skipped_in_a_row, run.config.TRAIN.BAD_STEPS_MAX
+    if skipped < most:
+        return
+    rate = state.optimizer.param_groups[0]["lr"]
+    precision = ", or in bf16" if state.scaler.is_enabled() else ""
+    raise UserError(
+        f"epoch {state.position.epoch + 1}: expected finite gradients, got nan or inf in {skipped} updates "
+        f"in a row (TRAIN.BAD_STEPS_MAX is {most}), up to step {step + 1} with the learning rate {rate:.3e}; "
+        f"the newest checkpoint may hold weights that are too large already: {go_back(run)}{precision}"
+    )
+
+
+def go_back(run: Run) -> str:
+    """The advice for a run whose weights are too large, as those of its newest checkpoint may be."""
+    best = run.output / BEST_NAME
+    source = f" and --resume {best}" if best.is_file() else ""
+    return f"start again with another --tag{source}, with a lower TRAIN.BASE_LR"
 
 
 @torch.no_grad()
@@ -223,9 +231,9 @@ def evaluate(run: Run, model: nn.Module, batches: Batches) -> dict[str, float]:
     loss_sum, top1, top5, count = utils.all_gather(sums).sum(dim=0).tolist()
     count = int(count)
     if not math.isfinite(loss_sum):
-        raise UserError(
-            "expected finite outputs, got nan or inf; check the weights, or evaluate with --amp-opt-level O0"
-        )
+        advice = "check the weights, or evaluate with --amp-opt-level O0"
+        advice = advice if run.config.EVAL_MODE else go_back(run)
+        raise UserError(f"expected finite outputs, got nan or inf; {advice}")
     result = {"acc1": 100 * top1 / count, "acc5": 100 * top5 / count, "loss": loss_sum / count}
     logger.info(
         f"{count} images: acc1 {result['acc1']:.3f}%  acc5 {result['acc5']:.3f}%  loss {result['loss']:.4f}"

@@ -12,16 +12,11 @@ import utils
 from config import flatten
 from data import Loaders, build_loaders, check_same_data
 from logger import TensorBoard, WeightsAndBiases
-from models import FocalTransformer, load_checkpoint
-from training.checkpoints import (
-    Checkpoints,
-    find_newest,
-    read_best,
-    remove_temporary_files,
-)
+from models import FocalTransformer, load_checkpoint, read_checkpoint
+from training.checkpoints import Checkpoints, Found, find_checkpoints, remove_temporary_files
 from training.loop import Run, evaluate, train_one_epoch
 from training.preemption import EXIT_STOPPED, StopRequested, handle_stop_signals
-from training.state import TrainState, build_train_state, read_training_checkpoint
+from training.state import TrainState, build_train_state, check_checkpoint
 from utils import UserError, user_input
 
 logger = logging.getLogger(__name__)
@@ -55,8 +50,6 @@ def train(run: Run, model: FocalTransformer) -> None:
                 f"same command again to continue (exit status {EXIT_STOPPED})"
             )
             raise
-        finally:
-            checkpoints.writer.wait()
         checkpoints.finish()
         checkpoints.warn_if_best_missing(state)
         logger.info(f"training is done after {position.epoch} epoch(s): best {state.max_accuracy:.2f}%")
@@ -71,58 +64,61 @@ def setup(run: Run, model: FocalTransformer) -> tuple[TrainState, Loaders, Check
     Raises:
         UserError: on all ranks; something that the user named cannot be read, or does not fit.
     """
-    config, content = run.config, None
-    source, option = choose_checkpoint(run)
+    config, found, content = run.config, Found(), {}
+    with utils.raise_on_all_ranks():
+        if utils.is_main_process():
+            found = find_checkpoints(run.output)
+    source, option = choose_checkpoint(run, utils.broadcast(found.newest))
     with utils.raise_on_all_ranks():
         if source:
             with user_input(option):
-                content = read_training_checkpoint(source, model, config)
-            check_epochs(content["position"], config.TRAIN.EPOCHS, str(source))
+                content = found.content or read_checkpoint(source)
+                check_checkpoint(content, source, model, config)
+            check_epochs(content["position"], config.TRAIN.EPOCHS, source)
         elif config.MODEL.PRETRAINED:
             load_weights(model, config, "PRETRAINED")
         with user_input():
             loaders = build_loaders(config)
     check_same_data(loaders)
-    soft_targets = loaders.mixup_fn is not None
-    steps = loaders.steps_per_epoch
+    soft_targets, steps = loaders.mixup_fn is not None, loaders.steps_per_epoch
     state = build_train_state(config, model, run.precision, run.device, steps, soft_targets)
     state.meter.count_replaced = lambda: loaders.train_dataset.undecodable
     state.meter.reset()
-    if content is not None:
-        resume(state, content, str(source), loaders.train_sampler.order)
+    if content:
+        resume(state, content, source, loaders.train_sampler.order)
     position = state.position
     position.image_order = loaders.train_sampler.order
     position.step = loaders.resume_at(position.epoch, position.samples_seen)
-    best = 0.0
     with utils.raise_on_all_ranks():
         if utils.is_main_process():
-            best = prepare_folder(run, state, source)
-    return state, loaders, Checkpoints(config, run.output, run.metrics, position, best)
+            prepare_folder(run, state, source, steps)
+    return state, loaders, Checkpoints(config, run.output, run.metrics, position, found.best)
 
 
-def choose_checkpoint(run: Run) -> tuple[Path | str, str]:
-    """The checkpoint to continue from, '' for none, and the option that chose it, for messages. Collective.
+def choose_checkpoint(run: Run, newest: Path | None) -> tuple[str, str]:
+    """The checkpoint to continue from, '' for none, and the option that chose it, for messages.
+
+    Args:
+        run: what stays the same.
+        newest: checkpoint of the output folder.
 
     Raises:
-        UserError: a file of the output folder cannot be read, or it has a checkpoint without AUTO_RESUME.
+        UserError: there is one, without AUTO_RESUME.
     """
-    named, newest = run.config.MODEL.RESUME, None
-    with utils.raise_on_all_ranks():
-        newest = find_newest(run.output) if utils.is_main_process() else None
-        if newest and not run.config.TRAIN.AUTO_RESUME:
-            raise UserError(
-                f"TRAIN.AUTO_RESUME: expected True, or an output folder without checkpoints, got {newest}; "
-                "choose another --tag"
-            )
-    newest = utils.broadcast(newest)
+    named = run.config.MODEL.RESUME
     if newest is None:
         return named, "MODEL.RESUME (--resume)"
+    if not run.config.TRAIN.AUTO_RESUME:
+        raise UserError(
+            f"TRAIN.AUTO_RESUME: expected True, or an output folder without checkpoints, got {newest}; "
+            "choose another --tag"
+        )
     if named and newest.resolve() != Path(named).resolve():
         logger.warning(
             f"continuing from {newest}, the newest in the output folder, instead of {named}; choose another "
             "--tag to prevent this"
         )
-    return newest, "TRAIN.AUTO_RESUME (choose another --tag to start a new run)"
+    return str(newest), "TRAIN.AUTO_RESUME (choose another --tag to start a new run)"
 
 
 def check_epochs(position: dict[str, Any], epochs: int, source: str) -> None:
@@ -170,30 +166,26 @@ def resume(state: TrainState, content: dict[str, Any], source: str, image_order:
     logger.info(f"resumed {source}: {position.epoch} epochs{inside}, best {state.max_accuracy:.2f}%")
 
 
-def prepare_folder(run: Run, state: TrainState, source: Path | str) -> float:
+def prepare_folder(run: Run, state: TrainState, source: str, steps_per_epoch: int) -> None:
     """Bring the files of the run's folder in line with where training starts; for the main rank.
 
-    Returns:
-        The accuracy (percent) of best.pth.
+    Metrics of another run's folder are not continued.
 
     Raises:
-        UserError, OSError: a file cannot be read or written.
+        OSError: a file cannot be written.
     """
     continues = bool(source) and Path(source).resolve().parent == run.output.resolve()
     remove_temporary_files(run.output)
     with utils.atomic_write(run.output / "config.yaml") as temporary:
         temporary.write_text(run.config.dump(), encoding="utf-8")
-    if continues:
-        position = state.position
-        run.metrics.truncate(position.epoch_step, epochs=position.epoch - (not state.evaluated))
-    else:
-        run.metrics.truncate((0, 0), epochs=0)
+    epoch, step = state.position.epoch_step if continues else (0, 0)
+    epochs = epoch - (continues and not state.evaluated)
+    run.metrics.truncate((epoch, step), epochs)
     if importlib.util.find_spec("tensorboard"):
-        run.metrics.start(TensorBoard)
+        run.metrics.start(TensorBoard, train=epoch * steps_per_epoch + step, epoch=epochs)
     if project := run.config.LOG.WANDB:
         name = f"{run.config.MODEL.NAME}/{run.config.TAG}"
         run.metrics.start(WeightsAndBiases, continues, project=project, name=name, config=flatten(run.config))
-    return read_best(run.output)[1]
 
 
 def finish_epoch(run: Run, state: TrainState, loaders: Loaders, checkpoints: Checkpoints) -> None:
@@ -227,35 +219,29 @@ def check_options(config: CfgNode) -> None:
     Evaluation takes MODEL.RESUME if both weights are given, and ignores RESET_HEAD; the other modes use no
     weights. So any run's config.yaml can be given to --eval, --throughput and --debug.
     """
-    problems = []
-    if config.EVAL_MODE and not (config.MODEL.RESUME or config.MODEL.PRETRAINED):
+    model, train, problems = config.MODEL, config.TRAIN, []
+    is_training = not (config.EVAL_MODE or config.THROUGHPUT_MODE or config.DEBUG_MODE)
+    if config.EVAL_MODE and not (model.RESUME or model.PRETRAINED):
         problems.append(
             "EVAL_MODE: expected weights to evaluate, got none; name them with --resume or --pretrained"
         )
-    if not (config.EVAL_MODE or config.THROUGHPUT_MODE or config.DEBUG_MODE):
-        problems += training_problems(config)
-    if problems:
-        raise UserError("\n".join(problems))
-
-
-def training_problems(config: CfgNode) -> list[str]:
-    """What contradicts each other in a training run."""
-    model, train, problems = config.MODEL, config.TRAIN, []
-    if model.RESUME and model.PRETRAINED:
+    if is_training and model.RESUME and model.PRETRAINED:
         problems.append(
             f"MODEL.PRETRAINED: expected either this or MODEL.RESUME, got {model.PRETRAINED!r} and "
             f"{model.RESUME!r}; use RESUME to continue a run, PRETRAINED to start from weights"
         )
-    if model.RESET_HEAD and not model.PRETRAINED:
+    if is_training and model.RESET_HEAD and not model.PRETRAINED:
         problems.append("MODEL.RESET_HEAD: expected MODEL.PRETRAINED, got none; name it or drop this")
-    for key in ("WARMUP_EPOCHS", "START_EPOCH"):
+    for key in ("WARMUP_EPOCHS", "START_EPOCH") if is_training else ():
         if train[key] > train.EPOCHS:
             problems.append(
                 f"TRAIN.{key}: expected at most TRAIN.EPOCHS = {train.EPOCHS}, got {train[key]}; lower it"
             )
-    if config.LOG.WANDB and utils.is_main_process() and importlib.util.find_spec("wandb") is None:
+    wants_wandb = is_training and config.LOG.WANDB and utils.is_main_process()
+    if wants_wandb and importlib.util.find_spec("wandb") is None:
         problems.append("LOG.WANDB: expected the library wandb; pip install wandb, or set it to ''")
-    return problems
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def load_weights(model: FocalTransformer, config: CfgNode, key: str) -> None:

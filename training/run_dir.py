@@ -69,20 +69,21 @@ def lock(folder: Path, timeout: float) -> Iterator[None]:
     Raises:
         UserError: another process holds it for longer; the message names the process.
     """
-    path, holder = folder / LOCK_NAME, folder / HOLDER_NAME
+    path, holder, name = folder / LOCK_NAME, folder / HOLDER_NAME, "another process"
     file_lock = FileLock(path, fallback_to_soft=False)  # the fallback is a file that outlives a killed run
     try:
-        if not _acquire(file_lock, 0):
-            name = "another process"
+        try:
+            file_lock.acquire(timeout=0)
+        except Timeout:
             with contextlib.suppress(OSError):
                 name = holder.read_text(encoding="utf-8", errors="replace")
             logger.warning(f"{folder} is locked by {name}: waiting up to {timeout:.0f} s for it to end")
-            if not _acquire(file_lock, timeout):
-                raise UserError(
-                    f"{folder}: expected an output folder that no other run is writing to, got one that "
-                    f"{name} has locked: wait for it, stop it, or choose another --tag; if its machine is "
-                    f"gone, remove {path}"
-                )
+            file_lock.acquire(timeout, poll_interval=0.5)
+    except Timeout as error:
+        raise UserError(
+            f"{folder}: expected an output folder that no other run is writing to, got one that {name} has "
+            f"locked: wait for it, stop it, or choose another --tag; if its machine is gone, remove {path}"
+        ) from error
     except OSError as error:  # the file system has no locks
         logger.warning(
             f"{path} cannot be locked ({error}): make sure that no other run writes to this folder"
@@ -93,12 +94,3 @@ def lock(folder: Path, timeout: float) -> Iterator[None]:
         yield
     finally:
         file_lock.release()
-
-
-def _acquire(file_lock: FileLock, timeout: float) -> bool:
-    """Whether the file could be locked within so many seconds."""
-    try:
-        file_lock.acquire(timeout=timeout, poll_interval=0.5)
-    except Timeout:
-        return False
-    return True

@@ -10,10 +10,11 @@ import logging
 import math
 import warnings
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from timm.loss import SoftTargetCrossEntropy
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
@@ -24,7 +25,6 @@ from yacs.config import CfgNode
 import utils
 from config import flatten
 from lr_scheduler import build_scheduler, scale_rates
-from models import read_checkpoint
 from models.checkpoint import check_state
 from optimizer import build_optimizer
 from training.meters import TrainMeter
@@ -33,19 +33,6 @@ from utils import UserError, user_input
 CHECKPOINT_KEYS = {"model", "optimizer", "scaler", "position", "meter", "max_accuracy", "evaluated", "config"}
 """What every training checkpoint holds; one with TRAIN.EMA also has `model_ema`, and best.pth `accuracy`.
 Files that lack an entry are refused: read later additions with `.get` instead of listing them here."""
-
-RECIPE = (
-    "DATA.BATCH_SIZE",
-    "DATA.IMG_SIZE",
-    "MODEL.FOCAL.",
-    "MODEL.DROP",
-    "MODEL.LABEL",
-    "TRAIN.",
-    "AUG.",
-    "SEED",
-)
-NOT_RECIPE = ("TRAIN.AUTO_RESUME", "TRAIN.USE_CHECKPOINT")
-"""Options (or prefixes of options) that change the result of training, and exceptions."""
 
 EpochStep = tuple[int, int]
 """(finished epochs, finished batches of the running epoch): sorts checkpoints by progress."""
@@ -119,7 +106,7 @@ class TrainState:
         return content
 
     def load_state_dict(self, content: dict[str, Any], origin: str) -> None:
-        """Load what `read_training_checkpoint` returned; UserError if the optimizer has other parameters."""
+        """Load what `check_checkpoint` has seen; UserError if the optimizer has other parameters."""
         self._load_optimizer(content["optimizer"], origin)
         self.model.load_state_dict(content["model"])
         if self.ema is not None:
@@ -180,7 +167,7 @@ def build_train_state(
     return TrainState(
         config=config,
         model=model,
-        ddp_model=data_parallel(model) if utils.in_group() else model,
+        ddp_model=data_parallel(model, device, config.DIST_TIMEOUT_MINUTES) if utils.in_group() else model,
         criterion=SoftTargetCrossEntropy() if soft_targets else hard,
         optimizer=optimizer,
         scheduler=scheduler,
@@ -191,43 +178,46 @@ def build_train_state(
     )
 
 
-def data_parallel(model: nn.Module) -> nn.Module:
-    """The model with gradients averaged over all ranks. Its buffers are the same on all, and never change."""
+def data_parallel(model: nn.Module, device: torch.device, timeout_minutes: float) -> nn.Module:
+    """The model with gradients averaged over all ranks. Its buffers are the same on all, and never change.
+
+    On a GPU that is done by a process group of its own. It waits a minute longer for a rank that hangs than
+    the CPU's, because NCCL's watchdog ends the process without an exception.
+    """
+    backend, group = dist.Backend.default_device_backend_map.get(device.type, "gloo"), None
+    if backend != "gloo" and dist.is_backend_available(backend):  # which NCCL is not on Windows
+        group = dist.new_group(backend=backend, timeout=timedelta(minutes=timeout_minutes + 1))
     with warnings.catch_warnings():  # newer releases have a new name for the option
         warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
-        return DistributedDataParallel(model, broadcast_buffers=False)
+        return DistributedDataParallel(model, process_group=group, broadcast_buffers=False)
 
 
-def read_training_checkpoint(path: str | Path, model: nn.Module, config: CfgNode) -> dict[str, Any]:
-    """Read a checkpoint and compare it with the model and the configuration, which stay as they are.
+def check_checkpoint(content: dict[str, Any], path: str, model: nn.Module, config: CfgNode) -> None:
+    """Compare the content of a checkpoint with the model and the configuration, which stay as they are.
 
     Raises:
-        FileNotFoundError: no such file.
         ValueError: not a training checkpoint, or one of another model or optimizer.
     """
-    content = read_checkpoint(path)
     if missing := CHECKPOINT_KEYS - content.keys():
         raise UserError(
             f"{path}: expected a training checkpoint of this project, got one without "
             f"{', '.join(sorted(missing))}; use --pretrained to start from its weights"
         )
-    check_state(content["model"], model.state_dict(), str(path))
+    check_state(content["model"], model.state_dict(), path)
     check_state(content["model"] | content.get("model_ema", {}), model.state_dict(), f"{path}, model_ema,")
-    _compare_config(content["config"], config, str(path))
-    return content
+    _compare_config(content["config"], config, path)
 
 
 def _compare_config(saved_text: str, config: CfgNode, origin: str) -> None:
-    """Warn about differences in the recipe; another optimizer is an error, its state does not fit."""
+    """Warn about options that differ; another optimizer is an error, its state does not fit."""
     saved = flatten(CfgNode.load_cfg(saved_text))
-    for key, value in flatten(CfgNode.load_cfg(config.dump())).items():  # YAML turns tuples into lists
-        old = saved.get(key, value)
-        if value == old:
-            continue
-        if key == "TRAIN.OPTIMIZER.NAME":
-            raise UserError(
-                f"{origin}: expected a checkpoint with {key} {value!r}, got one with {old!r}; set the option "
-                "to that, or use --pretrained to start from the weights alone"
-            )
-        if key.startswith(RECIPE) and key not in NOT_RECIPE:
-            logger.warning(f"{origin} was written with {key} {old!r}; this run continues with {value!r}")
+    options = flatten(CfgNode.load_cfg(config.dump()))  # YAML turns tuples into lists
+    others = {key: value for key, value in options.items() if saved.get(key, value) != value}
+    if (key := "TRAIN.OPTIMIZER.NAME") in others:
+        raise UserError(
+            f"{origin}: expected a checkpoint with {key} {others[key]!r}, got one with {saved[key]!r}; set "
+            "the option to that, or use --pretrained to start from the weights alone"
+        )
+    if others:
+        changes = ", ".join(f"{key} {value!r} instead of {saved[key]!r}" for key, value in others.items())
+        logger.warning(f"{origin} continues with {changes}")
