@@ -176,8 +176,7 @@ class Metrics:
             )
 
     def sync(self) -> None:
-        """Write and fsync all records, before a checkpoint is written that counts on them."""
-        self.flush()
+        """fsync the file, before a checkpoint is written from which training would go on after its lines."""
         if self.file is None:
             return
         try:

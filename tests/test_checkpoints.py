@@ -5,6 +5,7 @@ import logging
 import os
 import resource
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from test_train_state import make_state
 from logger import Metrics, TensorBoard, create_logger
 from training.checkpoints import (
     BEST_NAME,
+    AsyncCheckpointWriter,
     Checkpoints,
     file_name,
     find_checkpoints,
@@ -51,9 +53,10 @@ def checkpoints_of(folder: Path, state: TrainState, metrics: Metrics | None = No
 
 
 def reach(state: TrainState, checkpoints: Checkpoints, step: int, is_last: bool = False) -> None:
-    """Make an update, and a save that is due."""
+    """Make an update, and wait for a save that is due."""
     state.position.step, state.position.samples_seen = step, 8 * step
     checkpoints.after_update(state, is_last)
+    checkpoints.writer.wait()
 
 
 @pytest.fixture
@@ -149,6 +152,67 @@ def test_a_killed_writer_leaves_the_old_file_whole(tmp_path: Path) -> None:
     assert names_in(tmp_path) == {path.name, ".mine.tmp"}
 
 
+# --- Writing in the background ------------------------------------------------------------------------------
+
+
+def save(writer: AsyncCheckpointWriter, path: Path) -> None:
+    writer.submit(CONTENT, path, lambda copied: write_checkpoint(copied, path))
+    writer.wait()
+
+
+def test_a_full_disk_keeps_the_older_file_and_ends_the_run_at_last(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest
+) -> None:
+    writer, path = AsyncCheckpointWriter(max_failures=2), tmp_path / "ckpt_epoch_0.pth"
+    save(writer, path)
+    before = path.read_bytes()
+    request.getfixturevalue("full_disk")
+    save(writer, path)
+    assert "File too large" in writer.errors[-1] and "bytes free" in caplog.text
+    assert writer.failure == ""
+    save(writer, path)
+    assert "2 of 2 in a row" in writer.failure
+    assert names_in(tmp_path) == {path.name}
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("failing", ["ckpt_epoch_0.pth", BEST_NAME])
+def test_best_and_the_others_do_not_forgive_each_others_failures(tmp_path: Path, failing: str) -> None:
+    writer = AsyncCheckpointWriter(max_failures=2)
+    (tmp_path / failing).mkdir()
+    for failures in (1, 2):
+        for name in ("ckpt_epoch_0.pth", BEST_NAME):
+            save(writer, tmp_path / name)
+        assert [len(writer.errors), len(writer.best_errors)] == [
+            failures * (failing == name) for name in ("ckpt_epoch_0.pth", BEST_NAME)
+        ]
+    assert f"{tmp_path / failing}: expected to write" in writer.failure
+    (tmp_path / failing).rmdir()
+    save(writer, tmp_path / failing)
+    assert writer.errors == writer.best_errors == []
+
+
+def test_a_bug_in_the_writer_is_raised() -> None:
+    writer = AsyncCheckpointWriter(max_failures=3)
+    writer.submit({}, Path("a.pth"), lambda copied: copied["missing"])
+    with pytest.raises(KeyError):
+        writer.wait()
+
+
+def test_training_goes_on_while_a_copy_is_written() -> None:
+    live = {"a": torch.zeros(3), "b": [{"c": torch.ones(2, 2).T, "d": 5}], "e": (1, 2)}
+    writer, go_on, copies = AsyncCheckpointWriter(max_failures=1), threading.Event(), []
+    writer.submit(live, Path("a.pth"), lambda copy: (go_on.wait(60), copies.append(copy)))
+    live["a"].add_(1)
+    live["b"][0]["c"].mul_(7)
+    live["b"][0]["d"] = 6
+    assert not copies
+    go_on.set()
+    writer.wait()
+    assert (copies[0]["a"].tolist(), copies[0]["e"]) == ([0, 0, 0], (1, 2))
+    assert (copies[0]["b"][0]["c"].tolist(), copies[0]["b"][0]["d"]) == ([[1, 1], [1, 1]], 5)
+
+
 # --- When a run saves ---------------------------------------------------------------------------------------
 
 
@@ -183,39 +247,6 @@ def test_a_run_that_cannot_be_saved_ends_with_the_reason(tmp_path: Path) -> None
         checkpoints.stop(state)
 
 
-def test_a_full_disk_keeps_the_older_file(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest
-) -> None:
-    state = make_state(width=1000)
-    state.position = Position(1)
-    checkpoints = checkpoints_of(tmp_path, state)
-    checkpoints.save(state)
-    before = (tmp_path / "ckpt_epoch_0.pth").read_bytes()
-    request.getfixturevalue("full_disk")
-    checkpoints.save(state)
-    assert "ckpt_epoch_0.pth: expected to write a checkpoint, got: File too large" in caplog.text
-    assert "bytes free" in caplog.text and checkpoints.failure == ""
-    assert names_in(tmp_path) == {"ckpt_epoch_0.pth"}
-    assert (tmp_path / "ckpt_epoch_0.pth").read_bytes() == before
-
-
-@pytest.mark.parametrize("failing", ["ckpt_epoch_0.pth", BEST_NAME])
-def test_best_and_the_others_do_not_forgive_each_others_failures(tmp_path: Path, failing: str) -> None:
-    state = make_state(opts=("SAVE_FAILURES_MAX", 2))
-    checkpoints = checkpoints_of(tmp_path, state)
-    state.position = Position(1)
-    (tmp_path / failing).mkdir()
-    for accuracy in (50.0, 60.0):
-        assert not checkpoints.failure
-        checkpoints.save(state)
-        checkpoints.save_if_best(state, accuracy)
-    assert f"{tmp_path / failing}: expected to write" in checkpoints.failure
-    (tmp_path / failing).rmdir()
-    checkpoints.save(state)
-    checkpoints.save_if_best(state, 70.0)
-    assert not checkpoints.failure
-
-
 def test_a_stop_tries_a_failed_save_again(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.write_text("in the way")
@@ -223,7 +254,8 @@ def test_a_stop_tries_a_failed_save_again(tmp_path: Path) -> None:
     checkpoints = checkpoints_of(folder, state)
     state.position = Position(1)
     checkpoints.after_epoch(state)
-    assert checkpoints.errors
+    checkpoints.writer.wait()
+    assert checkpoints.writer.errors
     folder.unlink()
     checkpoints.stop(state)
     assert names_in(folder) == {"ckpt_epoch_0.pth"}
@@ -257,6 +289,7 @@ def test_best_gives_way_to_the_next_that_is_better_than_the_file(
     def evaluated(accuracy: float) -> float:
         state.max_accuracy = max(state.max_accuracy, accuracy)
         checkpoints.save_if_best(state, accuracy)
+        checkpoints.writer.wait()
         caplog.clear()
         checkpoints.warn_if_best_missing(state)
         return find_checkpoints(tmp_path).best

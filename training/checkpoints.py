@@ -15,6 +15,8 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,24 +63,15 @@ def checkpoints_in(folder: Path) -> list[tuple[EpochStep, Path]]:
 
 
 def write_checkpoint(content: dict[str, Any], path: Path) -> None:
-    """Write plain data and tensors of any device, whole or not at all.
+    """Write plain data, whole or not at all.
 
     Raises:
         OSError: it cannot be written; what was there before stays.
     """
     buffer = io.BytesIO()
-    torch.save(on_cpu(content), buffer)  # not to the file: torch's own error does not name a full disk
+    torch.save(content, buffer)  # not to the file: torch's own error does not name a full disk
     with utils.atomic_write(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
-
-
-def on_cpu(item: Any) -> Any:
-    """Nested data with its tensors in host memory."""
-    if isinstance(item, dict):
-        return {name: on_cpu(value) for name, value in item.items()}
-    if isinstance(item, list | tuple):
-        return type(item)(map(on_cpu, item))
-    return item.cpu() if torch.is_tensor(item) else item
 
 
 def read_if_valid(path: Path) -> dict[str, Any]:
@@ -169,14 +162,79 @@ def remove_temporary_files(folder: Path) -> None:
             logger.info(f"removed {path}, the unfinished file of a process that was killed")
 
 
+# --- Writing in the background ------------------------------------------------------------------------------
+
+
+class AsyncCheckpointWriter:
+    """Copies a checkpoint to host memory and writes it in a thread, one at a time, while training goes on.
+
+    A failed write is logged and training goes on. After too many in a row, `failure` is set, and training
+    must stop. Failures of best.pth are counted apart from the others.
+    """
+
+    def __init__(self, max_failures: int) -> None:
+        self.max_failures = max_failures  # in a row
+        self.failure = ""  # why training cannot go on
+        self.errors: list[str] = []  # of the checkpoints that failed since the last one that was written
+        self.best_errors: list[str] = []  # of best.pth, likewise
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._running: Future[None] | None = None
+
+    def submit(self, content: dict[str, Any], path: Path, write: Callable[[dict[str, Any]], None]) -> None:
+        """Copy `content` and pass the copy to `write` in the thread, after the previous save has ended.
+
+        Args:
+            content: plain data; it may change as soon as this returns.
+            path: the file that `write` writes, for messages.
+            write: may raise OSError.
+        """
+        self.wait()
+        self._running = self._executor.submit(self._run, copied(content), path, write)
+
+    def wait(self) -> None:
+        """Wait for the running save.
+
+        Raises:
+            Exception: a bug in `write`.
+        """
+        if self._running is not None:
+            running, self._running = self._running, None
+            running.result()
+
+    def _run(self, content: dict[str, Any], path: Path, write: Callable[[dict[str, Any]], None]) -> None:
+        errors = self.best_errors if path.name == BEST_NAME else self.errors
+        try:
+            write(content)
+            errors.clear()
+        except OSError as error:
+            message = f"{path}: expected to write a checkpoint, got: {error.strerror or error}"
+            with contextlib.suppress(OSError):
+                message += f" ({shutil.disk_usage(path.parent).free:,} bytes free)"
+            errors.append(message)
+            count = f"failure {len(errors)} of {self.max_failures} in a row (SAVE_FAILURES_MAX)"
+            if len(errors) < self.max_failures:
+                logger.error(f"{message}; older files stay, training goes on; {count}")
+            else:
+                self.failure = (
+                    f"{message}; {count}: make space or choose another --output, and start the same command "
+                    "again"
+                )
+
+
+def copied(item: Any) -> Any:
+    """Nested data with copies of its tensors in host memory."""
+    if isinstance(item, dict):
+        return {name: copied(value) for name, value in item.items()}
+    if isinstance(item, list | tuple):
+        return type(item)(map(copied, item))
+    return item.detach().to("cpu", copy=True) if torch.is_tensor(item) else item
+
+
 # --- When a run saves ---------------------------------------------------------------------------------------
 
 
 class Checkpoints:
     """The checkpoints of a run. All ranks must call each method; the main one writes.
-
-    A save that fails is logged, and training goes on. After SAVE_FAILURES_MAX in a row, of checkpoints or of
-    best.pth, training stops.
 
     `position` is where the run starts; nothing is saved there. `best` is the accuracy (percent) of best.pth,
     known to the main rank only.
@@ -189,19 +247,10 @@ class Checkpoints:
         self.folder = folder
         self.metrics = metrics
         self.best = best
+        self.writer = AsyncCheckpointWriter(config.SAVE_FAILURES_MAX)
         self.stop_sync = StopSync()
-        self.errors: list[str] = []  # of the checkpoints that failed since the last one that was written
-        self.best_errors: list[str] = []  # of best.pth, likewise
         self._saved = position.epoch_step  # of the last save
         self._last_step = position.step
-
-    @property
-    def failure(self) -> str:
-        """Why training cannot go on; '' if it can."""
-        for errors in (self.errors, self.best_errors):
-            if len(errors) >= self.config.SAVE_FAILURES_MAX:
-                return f"{errors[-1]}: make space or choose another --output, and start the command again"
-        return ""
 
     def after_update(self, state: TrainState, is_last: bool) -> None:
         """Stop, or save inside an epoch (SAVE_STEPS), on all ranks at the same step.
@@ -213,7 +262,7 @@ class Checkpoints:
         Raises:
             StopRequested: a rank received a stop signal, or checkpoints cannot be written; call `stop`.
         """
-        if self.stop_sync.sync(stop_received() or bool(self.failure)):
+        if self.stop_sync.sync(stop_received() or bool(self.writer.failure)):
             raise StopRequested
         step, every = state.position.step, self.config.SAVE_STEPS
         is_due = every > 0 and step // every > self._last_step // every
@@ -232,40 +281,34 @@ class Checkpoints:
 
     def save_if_best(self, state: TrainState, accuracy: float) -> None:
         """Write best.pth if ``accuracy`` (percent) is above that of the file, which may be missing."""
+        if utils.is_main_process() and accuracy > self.best:
+            self.writer.wait()  # `best` may be about to change
         if utils.any_rank(utils.is_main_process() and accuracy > self.best):
-            self._write(state, BEST_NAME, accuracy)
+            self._submit(state, BEST_NAME, accuracy)
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint of ``state``, which is between two updates."""
         self._saved = state.position.epoch_step
-        self._write(state, file_name(state.position))
+        self._submit(state, file_name(state.position))
 
-    def _write(self, state: TrainState, name: str, accuracy: float | None = None) -> None:
+    def _submit(self, state: TrainState, name: str, accuracy: float | None = None) -> None:
         state.meter.gather()
         if not utils.is_main_process():
             return
-        path, content = self.folder / name, state.state_dict()
-        errors = self.errors
-        if accuracy is not None:
-            errors = self.best_errors
-            content["accuracy"] = accuracy
-        self.metrics.sync()
-        try:
-            write_checkpoint(content, path)
-        except OSError as error:
-            message = f"{path}: expected to write a checkpoint, got: {error.strerror or error}"
-            with contextlib.suppress(OSError):
-                message += f" ({shutil.disk_usage(self.folder).free:,} bytes free)"
-            count = f"failure {len(errors) + 1} of {self.config.SAVE_FAILURES_MAX} in a row"
-            errors.append(f"{message}; {count} (SAVE_FAILURES_MAX)")
-            logger.error(f"{errors[-1]}; older files stay")
-            return
-        errors.clear()
-        logger.debug(f"saved {path}")
-        if accuracy is None:
-            prune(self.folder, state.position.epoch_step, self.config.SAVE_KEEP)
-        else:
-            self.best = accuracy
+        self.metrics.flush()
+        content = state.state_dict() | ({} if accuracy is None else {"accuracy": accuracy})
+        newest, path = state.position.epoch_step, self.folder / name
+
+        def write(saved: dict[str, Any]) -> None:
+            self.metrics.sync()
+            write_checkpoint(saved, path)
+            logger.debug(f"saved {path}")
+            if accuracy is None:
+                prune(self.folder, newest, self.config.SAVE_KEEP)
+            else:
+                self.best = accuracy
+
+        self.writer.submit(content, path, write)
 
     def stop(self, state: TrainState) -> None:
         """Save before a run ends after StopRequested, if the state is not on the disk yet.
@@ -273,20 +316,25 @@ class Checkpoints:
         Raises:
             UserError: checkpoints cannot be written.
         """
-        self.stop_sync.wait()
-        self._raise(self.failure)
-        if utils.any_rank(self._saved != state.position.epoch_step or bool(self.errors)):
+        self.writer.wait()
+        self._raise(self.writer.failure)
+        if utils.any_rank(self._saved != state.position.epoch_step or bool(self.writer.errors)):
             self.save(state)
-        self._raise("".join(self.errors[-1:]))
+        self.finish(with_best=False)
 
-    def finish(self) -> None:
-        """Check the last saves of a run.
+    def finish(self, with_best: bool = True) -> None:
+        """Wait for the last save.
+
+        Args:
+            with_best: whether best.pth must have been written, too.
 
         Raises:
             UserError: the last checkpoint, or the last best.pth, could not be written.
         """
         self.stop_sync.wait()
-        self._raise(self.failure or "".join((self.errors or self.best_errors)[-1:]))
+        self.writer.wait()
+        errors = self.writer.errors or (self.writer.best_errors if with_best else [])
+        self._raise(self.writer.failure or "".join(errors[-1:]))
 
     def _raise(self, reason: str) -> None:
         """Raise the main rank's reason, if there is one, on all ranks."""

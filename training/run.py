@@ -50,6 +50,8 @@ def train(run: Run, model: FocalTransformer) -> None:
                 f"same command again to continue (exit status {EXIT_STOPPED})"
             )
             raise
+        finally:
+            checkpoints.writer.wait()
         checkpoints.finish()
         checkpoints.warn_if_best_missing(state)
         logger.info(f"training is done after {position.epoch} epoch(s): best {state.max_accuracy:.2f}%")
