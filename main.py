@@ -112,7 +112,7 @@ def start(config: CfgNode) -> None:
         with user_input():
             model = build_model(config).to(device)
             with torch.set_grad_enabled(action in (train, run_debug)):
-                attention = agree_on_backends(model, precision.dtype)
+                attention = agree_on_backends(model, precision.dtype, utils.cpu_group())
             frozen = freeze_stages(model, config.TRAIN.FREEZE_STAGES)
         operators = " and ".join(dict.fromkeys(attention))
         logger.info(f"{config.MODEL.NAME}: {config.MODEL.NUM_CLASSES} classes, attention {operators}")

@@ -11,9 +11,11 @@ import io
 import os
 import random
 import re
+import secrets
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -185,38 +187,80 @@ def pick_device(name: str = "") -> torch.device:
     return torch.device(found.type, index)
 
 
+_cpu_group: list[dist.ProcessGroup] = []  # one element while there is a process group
+
+
 def init_distributed(device: torch.device, timeout_minutes: float) -> None:
     """Join the process group that torchrun describes in the environment; nothing to do for one process.
 
-    The group is for tensors on the CPU: flags, sums, messages. Gradients have a group of their own, see
-    `training.state.data_parallel`.
-
     Args:
         device: of this process.
-        timeout_minutes: how long a collective waits for other processes.
+        timeout_minutes: how long a collective waits for other processes. The group of a GPU waits a minute
+            longer than that of the CPU, because NCCL's watchdog ends the process without an exception.
 
     Raises:
         DistError: the other processes do not come.
-        UserError: on all ranks; the environment is incomplete, or they have devices of different types.
+        UserError: on all ranks; they have devices of different types.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or in_group():
-        return
-    timeout = timedelta(minutes=timeout_minutes)
-    with user_input("the environment that torchrun sets"):
-        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # torchrun's own store outlives a restart, with the addresses of processes that have ended. The number
-        # of restarts tells them apart, but each machine counts its own.
-        if os.environ["GROUP_WORLD_SIZE"] != "1" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
-            raise UserError(
-                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE: expected 1 with --max-restarts on several machines, "
-                "whose processes do not find each other again without it; export it before torchrun"
-            )
-        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
-    found: list[str] = [""] * get_world_size()
-    dist.all_gather_object(found, f"{device.type} on {socket.gethostname()}")
-    kinds = {text.split()[0]: text for text in found}  # the last machine of each
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not in_group():
+        timeout = timedelta(minutes=timeout_minutes)
+        backend = dist.Backend.default_device_backend_map.get(device.type, "gloo")
+        backend = backend if dist.is_backend_available(backend) else "gloo"  # as on Windows
+        with user_input("the environment that torchrun sets"):
+            store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        store = fresh_store(store, rank, world_size)
+        check_same_device(store, rank, world_size, device)
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout + timedelta(seconds=0 if backend == "gloo" else 60),
+        )
+        _cpu_group.append(dist.new_group(backend="gloo", timeout=timeout))
+
+
+def fresh_store(store: dist.Store, rank: int, world_size: int) -> dist.Store:
+    """An empty part of the store, which the processes of this start share. Collective.
+
+    torchrun's store outlives a restart, with the addresses of processes that have ended, and its number of
+    restarts differs between machines. So rank 0 draws a name and sends it to each process that requests it,
+    until all have it: the first requests that it finds may be those of ended processes.
+
+    Raises:
+        DistError: the other processes do not come before the store's timeout.
+    """
+    requests = [f"request_{number}" for number in range(world_size)]
+    reply_key = secrets.token_hex(8)
+    store.set(requests[rank], reply_key)
+    if rank > 0:
+        try:
+            name = store.get(reply_key).decode()  # waits
+        except dist.DistStoreError as error:
+            seconds = store.timeout.total_seconds()
+            raise dist.DistStoreError(
+                f"expected {world_size} processes, not all came within {seconds:.0f} s"
+            ) from error
+        store.set(f"{name}_{rank}", "")
+        return dist.PrefixStore(name, store)
+    name, deadline = secrets.token_hex(8), time.monotonic() + store.timeout.total_seconds()
+    while missing := [number for number in range(1, world_size) if not store.check([f"{name}_{number}"])]:
+        if time.monotonic() > deadline:
+            ranks = ", ".join(map(str, missing))
+            raise dist.DistStoreError(f"expected {world_size} processes, these ranks did not come: {ranks}")
+        for number in missing:
+            if store.check([requests[number]]):
+                store.set(store.get(requests[number]).decode(), name)
+        time.sleep(0.05)
+    return dist.PrefixStore(name, store)
+
+
+def check_same_device(store: dist.Store, rank: int, world_size: int, device: torch.device) -> None:
+    """Raise UserError on all ranks if some have another type of device, as where one driver is broken."""
+    keys = [f"device_{number}" for number in range(world_size)]
+    store.set(keys[rank], f"{device.type} on {socket.gethostname()}")
+    found = [value.decode() for value in store.multi_get(keys)]
+    kinds = {value.split()[0]: value for value in found}  # the last machine of each
     if len(kinds) > 1:
         raise UserError(
             f"DEVICE: expected the same type of device in all processes, got {' and '.join(kinds.values())}; "
@@ -224,12 +268,17 @@ def init_distributed(device: torch.device, timeout_minutes: float) -> None:
         )
 
 
+def cpu_group() -> dist.ProcessGroup | None:
+    """The group of all processes for tensors on the CPU; None without a process group."""
+    return _cpu_group[-1] if _cpu_group else None
+
+
 def all_gather(tensor: torch.Tensor) -> torch.Tensor:
     """Stack the CPU tensors of all ranks, all of one shape, in a new first dimension. Collective."""
     if not in_group():
         return tensor[None]
     gathered = [torch.empty_like(tensor) for _ in range(get_world_size())]
-    dist.all_gather(gathered, tensor.contiguous())
+    dist.all_gather(gathered, tensor.contiguous(), group=cpu_group())
     return torch.stack(gathered)
 
 
@@ -243,7 +292,7 @@ def broadcast(value: Any) -> Any:
     if not in_group():
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=cpu_group())
     return box[0]
 
 
@@ -267,7 +316,7 @@ def raise_on_all_ranks(*kinds: type[Exception]) -> Iterator[None]:
     messages = ["" if failure is None else str(failure) or type(failure).__name__]
     if in_group():
         messages = messages * get_world_size()
-        dist.all_gather_object(messages, messages[0])
+        dist.all_gather_object(messages, messages[0], group=cpu_group())
     if any(messages):
         raise UserError(next(filter(None, messages))) from failure
 

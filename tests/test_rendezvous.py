@@ -1,21 +1,21 @@
-"""How the processes of a run find each other: at the first start, under Slurm, and after a restart."""
+"""How the processes of a run find each other: at the first start, and when torchrun starts them again."""
 
 import os
-import re
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO
+import torch.distributed as dist
 
-import utils
-from utils import UserError, init_distributed
+from utils import UserError, check_same_device, fresh_store, init_distributed
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-DIES_ONCE = """
+ROOT = Path(__file__).resolve().parents[1]
+
+WORKER = """
 import os, sys, time
 from pathlib import Path
 import torch
@@ -38,87 +38,50 @@ with open(sys.argv[1] + os.environ["MACHINE"], "a") as file:
     print(total, file=file)
 os._exit(0)  # torch 2.6 may hang when it closes a group of gloo
 """
-TASK = """
-import os, sys
-import torch
-import utils
-
-names = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
-try:
-    utils.init_distributed(torch.device("cpu" if os.environ["RANK"] != "2" else sys.argv[1]), 1)
-    text = f"{utils.get_rank()} {' '.join(os.environ[name] for name in names)}"
-except utils.UserError as error:
-    text = str(error)
-os.write(1, f"{text}\\n".encode())
-os._exit(0)
-"""
-SRUN = """#!/bin/sh
-for task in 0 1 2 3; do
-    SLURM_PROCID=$task SLURM_LOCALID=$((task % 2)) "$@" &
-done
-wait
-"""
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
+def test_every_start_gets_an_empty_store_that_all_ranks_share():
+    store, world_size = dist.HashStore(), 3
+    for number in range(world_size):  # a start that ended before all processes had come
+        store.set(f"request_{number}", f"of an ended process {number}")
+    for _ in range(2):
+        with ThreadPoolExecutor(world_size) as pool:
+            parts = [*pool.map(lambda rank: fresh_store(store, rank, world_size), range(world_size))]
+        assert not parts[0].check(["address"])
+        parts[0].set("address", "of this start")
+        assert all(part.get("address") == b"of this start" for part in parts)
 
 
-def test_a_wrong_environment_is_a_mistake_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_different_devices_are_refused_on_all_ranks():
+    store, types = dist.HashStore(), ("meta", "cpu", "meta")
+    with ThreadPoolExecutor(len(types)) as pool:
+        checks = [
+            pool.submit(check_same_device, store, rank, len(types), torch.device(kind))
+            for rank, kind in enumerate(types)
+        ]
+    for check in checks:
+        with pytest.raises(UserError, match="got meta on .* and cpu on "):
+            check.result()
+
+
+def test_an_incomplete_environment_is_a_mistake_of_the_user(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(UserError, match=r"torchrun.*MASTER_ADDR"):
-        init_distributed(torch.device("cpu"), 1)
-    monkeypatch.setattr(utils, "rendezvous", lambda *_, **__: iter([(None, 0, 2)]))
-    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    for name in ("GROUP_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS"):
-        monkeypatch.setenv(name, "2")
-    with pytest.raises(UserError, match="expected 1 with --max-restarts on several machines"):
+    with pytest.raises(UserError, match="torchrun.*MASTER_ADDR"):
         init_distributed(torch.device("cpu"), 1)
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_the_tasks_of_a_slurm_job_find_each_other(device: str, tmp_path: Path) -> None:
-    """The guide's job on two nodes of two tasks; a device that one task lacks is an error of all."""
-    guide = (REPO / "classification/get_started.md").read_text(encoding="utf-8")
-    (job,) = (block for block in re.findall(r"```sh\n(.*?)```", guide, re.DOTALL) if "#SBATCH" in block)
-    (tmp_path / "task.py").write_text(TASK)
-    commands = {
-        "srun": SRUN,
-        "scontrol": "#!/bin/sh\necho localhost\n",
-        "python": f"#!/bin/sh\nexec {sys.executable} {tmp_path}/task.py {device}\n",
-    }
-    for name, content in commands.items():
-        (tmp_path / name).write_text(content)
-        (tmp_path / name).chmod(0o755)
-    slurm = {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_CPUS_PER_TASK": "1"}
-    slurm |= {"SLURM_JOB_NODELIST": "localhost", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    job = job.replace("MASTER_PORT=29500", f"MASTER_PORT={free_port()}")
-    done = subprocess.run(
-        ["bash", "-c", job],
-        env=ENVIRONMENT | slurm,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    lines = sorted(done.stdout.splitlines())
-    if device == "cpu":
-        assert lines == ["0 0 2 4", "1 1 2 4", "2 0 2 4", "3 1 2 4"], done.stderr
-    else:
-        assert len(lines) == 4 and all("got cpu on" in line and "meta on" in line for line in lines)
-
-
-def test_two_machines_meet_again_after_one_process_died(tmp_path: Path) -> None:
+def test_two_machines_meet_again_after_one_process_died(tmp_path):
     """torchrun counts the restart on the machine of the process that died, and not on the other one."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
     worker = tmp_path / "worker.py"
-    worker.write_text(DIES_ONCE)
+    worker.write_text(WORKER)
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--max-restarts", "3"]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{free_port()}", "--rdzv_id", "test"]
-    environment = ENVIRONMENT | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}", "--rdzv_id", "test"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     machines = [
         subprocess.Popen(
             [*command, str(worker), str(tmp_path / "died")], env={**environment, "MACHINE": number}

@@ -1,7 +1,7 @@
 """Stop signals, and how all ranks stop at the same step.
 
-A signal may reach one rank only. The ranks therefore combine their flags after every update, on the CPU and
-one update late, so that no rank waits for the device or the network.
+A signal may reach one rank only. The ranks therefore combine their flags after every update, over a CPU group
+and one update late, so that no rank waits for the device or the network.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ class StopSync:
             return flag
         previous = self.wait()
         tensor = torch.tensor(int(flag))
-        work = dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=True)
+        work = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=utils.cpu_group(), async_op=True)
         self._pending = work, tensor
         return previous
 

@@ -10,11 +10,9 @@ import logging
 import math
 import warnings
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from timm.loss import SoftTargetCrossEntropy
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
@@ -167,7 +165,7 @@ def build_train_state(
     return TrainState(
         config=config,
         model=model,
-        ddp_model=data_parallel(model, device, config.DIST_TIMEOUT_MINUTES) if utils.in_group() else model,
+        ddp_model=data_parallel(model) if utils.in_group() else model,
         criterion=SoftTargetCrossEntropy() if soft_targets else hard,
         optimizer=optimizer,
         scheduler=scheduler,
@@ -178,18 +176,11 @@ def build_train_state(
     )
 
 
-def data_parallel(model: nn.Module, device: torch.device, timeout_minutes: float) -> nn.Module:
-    """The model with gradients averaged over all ranks. Its buffers are the same on all, and never change.
-
-    On a GPU that is done by a process group of its own. It waits a minute longer for a rank that hangs than
-    the CPU's, because NCCL's watchdog ends the process without an exception.
-    """
-    backend, group = dist.Backend.default_device_backend_map.get(device.type, "gloo"), None
-    if backend != "gloo" and dist.is_backend_available(backend):  # which NCCL is not on Windows
-        group = dist.new_group(backend=backend, timeout=timedelta(minutes=timeout_minutes + 1))
+def data_parallel(model: nn.Module) -> nn.Module:
+    """The model with gradients averaged over all ranks. Its buffers are the same on all, and never change."""
     with warnings.catch_warnings():  # newer releases have a new name for the option
         warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
-        return DistributedDataParallel(model, process_group=group, broadcast_buffers=False)
+        return DistributedDataParallel(model, broadcast_buffers=False)
 
 
 def check_checkpoint(content: dict[str, Any], path: str, model: nn.Module, config: CfgNode) -> None:
