@@ -25,7 +25,6 @@ def create_logger(output: Path, rank: int) -> None:
         output: existing folder of the log file.
         rank: of this process.
     """
-    logging.raiseExceptions = False  # no traceback for each line that a full disk does not take
     root = logging.getLogger()
     while _handlers:
         old = _handlers.pop()
@@ -40,9 +39,16 @@ def create_logger(output: Path, rank: int) -> None:
     line = "[%(asctime)s] (%(filename)s %(lineno)d): %(levelname)s %(message)s"
     for handler in _handlers:
         handler.setFormatter(logging.Formatter(line, datefmt="%Y-%m-%d %H:%M:%S"))
+        handler.handleError = _handle_error
         root.addHandler(handler)
     for name in OWN_LOGGERS:
         logging.getLogger(name).setLevel(logging.DEBUG)
+
+
+def _handle_error(record: logging.LogRecord) -> None:
+    """What cannot be written, as on a full disk, is lost, without a traceback for each line."""
+    if not isinstance(sys.exc_info()[1], OSError):
+        logging.Handler().handleError(record)
 
 
 class TensorBoard:

@@ -205,11 +205,11 @@ def main(argv: list[str] | None = None) -> int:
         # All ranks of a machine have the same UserError, in a group or under torchrun; else one may be alone.
         is_common = isinstance(error, UserError) and (utils.in_group() or "LOCAL_WORLD_SIZE" in os.environ)
         if not is_common or os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
-            print(f"error: {error}", file=sys.stderr)
+            print_error(f"error: {error}")
         return 2
     except KeyboardInterrupt:
         logger.debug("stopped", exc_info=True)
-        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        print_error("interrupted; the same command continues from the last checkpoint")
         if not utils.in_group():
             raise  # Python ends by the signal, which ends a shell's loop, too
         return 130
@@ -218,13 +218,12 @@ def main(argv: list[str] | None = None) -> int:
         is_known = isinstance(error, dist.DistError)  # gloo reports a process that died by a RuntimeError
         if not (utils.in_group() or is_known):
             raise
-        print(f"error: {error}" if is_known else traceback.format_exc(), file=sys.stderr)
+        print_error(f"error: {error}" if is_known else traceback.format_exc())
         if utils.in_group():
-            print(
+            print_error(
                 f"error: process {utils.get_rank()} ends; if another process has died or did not answer for "
                 "DIST_TIMEOUT_MINUTES, see the log_rank*.txt that ends first; the same command continues "
-                "from the last checkpoint",
-                file=sys.stderr,
+                "from the last checkpoint"
             )
         return 1
     return 0

@@ -10,7 +10,6 @@ order the files:
 """
 
 import contextlib
-import io
 import logging
 import os
 import re
@@ -19,7 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from yacs.config import CfgNode
@@ -62,16 +61,35 @@ def checkpoints_in(folder: Path) -> list[tuple[EpochStep, Path]]:
     return sorted(found)
 
 
+class _ErrorKeepingFile:
+    """A file for `torch.save`; keeps the first OSError, since torch's own does not name a full disk."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        try:
+            return self.file.write(content) if self.error is None else len(content)
+        except OSError as error:
+            self.error = error
+            return len(content)
+
+    def flush(self) -> None:
+        """Called by `torch.save`; closing the file flushes."""
+
+
 def write_checkpoint(content: dict[str, Any], path: Path) -> None:
     """Write plain data, whole or not at all.
 
     Raises:
         OSError: it cannot be written; what was there before stays.
     """
-    buffer = io.BytesIO()
-    torch.save(content, buffer)  # not to the file: torch's own error does not name a full disk
-    with utils.atomic_write(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+    with utils.atomic_write(path) as temporary, temporary.open("wb") as file:
+        target = _ErrorKeepingFile(file)
+        torch.save(content, target)
+        if target.error is not None:
+            raise target.error
 
 
 def read_if_valid(path: Path) -> dict[str, Any]:
