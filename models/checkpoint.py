@@ -24,14 +24,14 @@ from filelock import FileLock
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from .focal_transformer import FROM_OPTIONS, FocalFastAttention
+from .focal_transformer import ORIGINAL_BUFFERS, FocalFastAttention
 from .resize import is_plain, resize_state, stale_stored_keys
 from .safetensors_file import read_safetensors
 from .torch_file import read_torch_file, shown
 
 logger = logging.getLogger(__name__)
 
-DERIVED_BUFFERS = re.compile(rf"\.attn\.({'|'.join(FROM_OPTIONS)})")
+DERIVED_BUFFERS = re.compile(rf"\.attn\.({'|'.join(ORIGINAL_BUFFERS)})")
 """Tables in the original's files that follow from the options."""
 
 STORED_KEYS = re.compile(r"\.attn\.topk_cloest_indice_\d+$")

@@ -8,7 +8,7 @@ rest. The map is cut into windows of s x s tokens. All queries of a window share
     own window   its s x s tokens
     ring         the window shifted by e tokens towards each of its four corners, minus the window itself; a
                  token in two shifted windows counts twice; at the border of the map the ring wraps around
-    level k      k = 0, 1, ...: the window's own 2^k x 2^k coarse tokens and f // 2 more on each side; each is
+    level k      k = 0, 1, ...: a square of f + 2^k - 1 coarse tokens a side, centred on the window; each is
                  pooled from p x p fine ones, p = s // 2^k; those outside the map are masked
 
     out = softmax(scale * q k^T + bias) v,      one softmax over all keys of the window
@@ -50,7 +50,7 @@ from torch.utils.checkpoint import checkpoint
 
 logger = logging.getLogger(__name__)
 
-CACHED_INDEXES = 64  # per family and process; a model needs one or two per stage and input size
+CACHED_INDEXES = 64  # per process; a model needs one or two per stage and input size
 
 # --- Which keys a window sees: integers that follow from the size of the map --------------------------------
 
@@ -63,7 +63,7 @@ class AttentionIndex:
     width: int
     window: int  # s
     tokens: int  # S
-    keys: Tensor  # int64 [P, K]: token of each key; masked keys hold the window's first token
+    keys: Tensor  # int64 [P, K]: token of each key; masked keys hold any, the window's first
     visible: Tensor | None  # bool [P, 1 or Q, K]: False for masked keys; None if all are visible
     # Read by the layer's `bias`. Focal: for the own window and each level a tuple of one tensor, rows of the
     # bias table. Focal-fast: for each level the three tensors of `offset_index`.
@@ -71,6 +71,10 @@ class AttentionIndex:
     backend: str = "plain"  # name of the operator that this is for
     fallback_reason: str = ""  # if `auto` took the plain one: why the others cannot run
     tables: Any = None  # what that operator derived from the above
+
+
+Keys = tuple[tuple[int, int, int, int], np.ndarray, "np.ndarray | None", Sequence[tuple[np.ndarray, ...]]]
+"""The first seven fields of an `AttentionIndex`: four sizes, keys, visible, bias_index."""
 
 
 class Request(NamedTuple):
@@ -153,37 +157,10 @@ def _inside(places: np.ndarray, side: int, offset: np.ndarray, radius: int) -> t
     return (offset >= -classes[:, :1]) & (offset <= classes[:, 1:]), class_of.reshape(-1)
 
 
-def cached_unless_traced(build: Callable[..., AttentionIndex]) -> Callable[..., AttentionIndex]:
-    """Cache an index by its arguments; torch.compile sees a constant.
-
-    The decorated function takes one more argument, first: `traced`. If it is True nothing is cached, because
-    tensors made while tracing belong to the trace. The last one, the request, comes as a plain tuple of
-    `Request`'s fields, because torch.compile takes only such as constants.
-    """
-    fresh = torch.inference_mode(False)(build)  # inference tensors could not be used in training
-    cached = lru_cache(maxsize=CACHED_INDEXES)(fresh)
-
-    @torch.compiler.assume_constant_result
-    def get(traced: bool, *key: Any) -> AttentionIndex:
-        *rest, request = key
-        index = (fresh if traced else cached)(*rest, Request(*request))
-        if index.keys.is_cuda and torch.cuda.is_current_stream_capturing():
-            IN_CUDA_GRAPHS[id(index)] = index
-        return index
-
-    get.cache_clear = cached.cache_clear
-    return get
-
-
-IN_CUDA_GRAPHS: dict[int, AttentionIndex] = {}
-"""Indexes that a CUDA graph was captured with. It reads them whenever it is replayed, so they stay."""
-
-
-@cached_unless_traced
-def ring_index(height: int, width: int, config: tuple[int, ...], request: Request) -> AttentionIndex:
-    """Keys of Focal attention on a map of any size: own window, ring, pooled levels."""
-    window, expand, focal_window, pooled_levels, shift = config
-    height, width = padded_size(height, width, window)
+def ring_keys(
+    height: int, width: int, window: int, expand: int, focal_window: int, pooled_levels: int, shift: int
+) -> Keys:
+    """Keys of Focal attention on a padded map: own window, ring, pooled levels."""
     rows, columns = np.arange(height // window)[:, None], np.arange(width // window)[:, None]
     dy, dx = np.concatenate([grid(window, window), ring_offsets(window, expand)]).T
     y, x = (rows * window + dy) % height, (columns * window + dx) % width
@@ -204,13 +181,13 @@ def ring_index(height: int, width: int, config: tuple[int, ...], request: Reques
         visible = np.repeat(visible, window**2, axis=1)
         visible[..., : window**2] = shift_mask(height, width, window, shift)
     all_keys = np.concatenate(keys, axis=-1).reshape(len(visible), -1)
-    return make_index((height, width, window, tokens), all_keys, visible, bias_index, request)
+    return (height, width, window, tokens), all_keys, visible, bias_index
 
 
-@cached_unless_traced
-def nearest_index(height: int, width: int, config: tuple[Any, ...], request: Request) -> AttentionIndex:
+def focal_fast_keys(
+    height: int, width: int, window: int, topk: int, pooled_levels: int, stored: tuple[bytes, ...] | None
+) -> Keys:
     """Keys of Focal-fast attention on an unpadded map: the nearest tokens of each level, or `stored` ones."""
-    window, topk, pooled_levels, stored = config  # stored: bytes of each level, which can be hashed, or None
     padded = padded_size(height, width, window)
     windows = grid(padded[0] // window, padded[1] // window)
     if stored is None:
@@ -225,9 +202,10 @@ def nearest_index(height: int, width: int, config: tuple[Any, ...], request: Req
     if pooled_levels:
         keys.append(tokens + levels[1])
         tokens += len(windows)
-        to_centre.append((*(side[:, None] - side[levels[1]] for side in windows.T), window))
+        y, x = (windows[:, None] - windows[levels[1]]).transpose(2, 0, 1)
+        to_centre.append((y, x, window))
     bias_index = [offset_index(*offset, grid(window, window) - window // 2) for offset in to_centre]
-    return make_index((*padded, window, tokens), np.concatenate(keys, axis=1), None, bias_index, request)
+    return (*padded, window, tokens), np.concatenate(keys, axis=1), None, bias_index
 
 
 def nearest_keys(height: int, width: int, window: int, topk: int, pooled_levels: int) -> list[np.ndarray]:
@@ -251,24 +229,22 @@ def offset_index(y: np.ndarray, x: np.ndarray, unit: int, place: np.ndarray) -> 
 
     Returns:
         offsets: every offset in the bounding box of all query - key, float32 [R, 2].
-        rows: row of `offsets` for each value of centre - key and each query, [U, Q]. All U cells of the
+        rows: row of `offsets` for each value of centre - key and each query, [U, Q]. All U values in the
             bounding box of centre - key are there, also those that no key has.
-        cell: the cell of each key, [K, P].
+        step: number of each key's value of centre - key, [K, P].
     """
     low, size = np.array([y.min(), x.min()]), (np.ptp(y) + 1, np.ptp(x) + 1)
-    cells, first = grid(*size) * unit, place.min(axis=0)
-    box = cells[-1] + np.ptp(place, axis=0) + 1
-    offsets = grid(*box) + low * unit + first
-    rows = (cells[:, None] + place - first) @ (box[1], 1)
-    cell = (y - low[0]) * size[1] + x - low[1]
-    return offsets.astype(np.float32), rows, np.ascontiguousarray(cell.T)
+    steps, first_place = grid(*size) * unit, place.min(axis=0)
+    box = steps[-1] + np.ptp(place, axis=0) + 1
+    offsets = grid(*box) + low * unit + first_place
+    rows = (steps[:, None] + place - first_place) @ (box[1], 1)
+    step = (y - low[0]) * size[1] + x - low[1]
+    return offsets.astype(np.float32), rows, np.ascontiguousarray(step.T)
 
 
-def make_index(
-    sizes: tuple[int, int, int, int], keys: Any, visible: Any, bias_index: Any, request: Request
-) -> AttentionIndex:
-    """Move the arrays to the device, choose the operator, and let it add its tables."""
-    device = request.device
+def make_index(keys_of: Callable[..., Keys], arguments: tuple[Any, ...], request: Request) -> AttentionIndex:
+    """The keys on the device, with the operator that serves a request."""
+    device, (sizes, keys, visible, bias_index) = request.device, keys_of(*arguments)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"the first map of {sizes[0]} x {sizes[1]} tokens came while a CUDA graph was captured: run the "
@@ -276,10 +252,28 @@ def make_index(
         )
     seen = None if visible is None or visible.all() else torch.tensor(visible, device=device)
     groups = tuple(tuple(torch.tensor(array, device=device) for array in group) for group in bias_index)
-    index = AttentionIndex(*sizes, torch.tensor(keys, device=device), seen, groups)
-    index = choose_backend(index, request)
+    index = choose_backend(AttentionIndex(*sizes, torch.tensor(keys, device=device), seen, groups), request)
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()  # other streams may use it next
+    return index
+
+
+new_index = torch.inference_mode(False)(make_index)  # inference tensors could not be used in training
+cached_index = lru_cache(maxsize=CACHED_INDEXES)(new_index)
+IN_CUDA_GRAPHS: set[AttentionIndex] = set()  # which a graph reads whenever it is replayed, so they stay
+
+
+@torch.compiler.assume_constant_result
+def get_index(
+    traced: bool, keys_of: Callable[..., Keys], arguments: tuple[Any, ...], request: tuple[Any, ...]
+) -> AttentionIndex:
+    """As `make_index`, from a cache unless `traced`: tensors made while tracing belong to the trace.
+
+    torch.compile sees a constant; it takes only constants, such as a plain tuple of `Request`'s fields.
+    """
+    index = (new_index if traced else cached_index)(keys_of, arguments, Request(*request))
+    if index.keys.is_cuda and torch.cuda.is_current_stream_capturing():
+        IN_CUDA_GRAPHS.add(index)
     return index
 
 
@@ -391,7 +385,7 @@ def is_traced(x: Tensor) -> bool:
         return True
     if torch.compiler.is_compiling():
         exporting = _is_exporting() if _is_exporting else not torch.is_grad_enabled()
-        return exporting or not torch.compiler.is_dynamo_compiling()
+        return exporting or not torch.compiler.is_dynamo_compiling()  # the latter: export, not strict
     return forward_ad._current_level >= 0
 
 
@@ -406,19 +400,22 @@ POOLS: dict[str, Callable[[int, int], nn.Module]] = {
 """Modules that make a coarse token of side x side fine ones of `dim` channels."""
 
 
-FROM_OPTIONS = ("relative_position_index", "valid_ind_", "window_coords", "topk_cloest_coords_")
+ORIGINAL_BUFFERS = ("relative_position_index", "valid_ind_", "window_coords", "topk_cloest_coords_")
 """How buffers of the original's attention begin that follow from the options; state dicts may hold them."""
-
-
-def padded(x: Tensor, rows: int, columns: int) -> Tensor:
-    """[B, H, W, C] with zeros at the bottom and right: [B, rows, columns, C]."""
-    more = (0, 0, 0, columns - x.shape[2], 0, rows - x.shape[1])
-    return F.pad(x, more) if any(more) else x
 
 
 def rolled(x: Tensor, shift: int) -> Tensor:
     """[B, H, W, C] moved down and right by `shift` tokens, around the border."""
     return torch.roll(x, (shift, shift), dims=(1, 2)) if shift else x
+
+
+def pad_and_roll(x: Tensor, window: int, shift: int, roll_first: bool) -> Tensor:
+    """[B, H, W, C] -> the same with whole windows: zeros at the bottom and right, rolled by -`shift`."""
+    rows, columns = padded_size(integer(x.shape[1]), integer(x.shape[2]), window)
+    more = (0, 0, 0, columns - x.shape[2], 0, rows - x.shape[1])
+    x = rolled(x, -shift if roll_first else 0)
+    x = F.pad(x, more) if any(more) else x
+    return rolled(x, 0 if roll_first else -shift)
 
 
 def gather_bias(table: Tensor, index: Tensor) -> Tensor:
@@ -434,7 +431,8 @@ def gather_bias(table: Tensor, index: Tensor) -> Tensor:
 
 
 class BiasTables(nn.ParameterList):
-    """Bias tables, one per pooled level. It is called, so that hooks on it run."""
+    """Bias tables, one per pooled level. It is called, so that hooks on it run, such as those that bring
+    offloaded tables to the device."""
 
     __call__ = nn.Module.__call__
 
@@ -450,6 +448,8 @@ class BiasTables(nn.ParameterList):
 
 class FocalAttention(nn.Module):
     """Focal attention (paper, section 3.2): every token sees its window, a ring and pooled tokens."""
+
+    roll_first = False  # whether the map is rolled before it is padded
 
     def __init__(
         self,
@@ -471,7 +471,7 @@ class FocalAttention(nn.Module):
         self.num_heads, self.head_dim = num_heads, dim // num_heads
         self.window_size, self.expand_size, self.focal_window = window_size, expand_size, focal_window
         self.pool, self.pooled_levels, self.shift_size = pool, pooled_levels, shift_size
-        self.scale = self.head_dim**-0.5 if qk_scale is None else qk_scale
+        self.scale = qk_scale or self.head_dim**-0.5
         self.backend = backend
         self.add_bias(**bias_options)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
@@ -505,35 +505,32 @@ class FocalAttention(nn.Module):
         `coarse` has the tokens of each pooled level, see `CoarseTokens`.
         """
         height, width = integer(x.shape[1]), integer(x.shape[2])  # Python's integers, also in torch.jit.trace
-        rows, columns = padded_size(height, width, self.window_size)
-        x = self.pad_and_roll(x, self.window_size, self.shift_size)
+        x = pad_and_roll(x, self.window_size, self.shift_size, self.roll_first)
         qkv = self.qkv(torch.cat([x.flatten(1, 2), *coarse], dim=1))  # [B, S, 3C]
         qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
         index = self.index(height, width, qkv)  # with the operator that `choose_backend` took
         bias = self.bias(index, x.dtype)
         x = BACKENDS[index.backend].attend(qkv, index, bias, self.scale)  # [B, T, C]
-        x = self.unroll_and_crop(x.unflatten(1, (rows, columns)), height, width)
+        x = self.unroll_and_crop(x.unflatten(1, (index.height, index.width)), height, width)
         return self.proj_drop(self.proj(x))
-
-    @staticmethod
-    def pad_and_roll(x: Tensor, window: int, shift: int) -> Tensor:
-        """[B, H, W, C] -> the same with whole windows."""
-        return rolled(padded(x, *padded_size(integer(x.shape[1]), integer(x.shape[2]), window)), -shift)
 
     def unroll_and_crop(self, x: Tensor, height: int, width: int) -> Tensor:
         """Undo `pad_and_roll`."""
+        if self.roll_first:
+            return rolled(x[:, :height, :width], self.shift_size)
         return rolled(x, self.shift_size)[:, :height, :width]
 
-    def request(self, x: Tensor) -> tuple[Any, ...]:
-        """The fields of `Request` for an input like `x`; a plain tuple, as torch.compile's constants are."""
-        name = "plain" if is_traced(x) else self.backend
-        return name, x.device, x.dtype, self.num_heads, self.head_dim, torch.is_grad_enabled()
+    def index(self, height: int, width: int, x: Tensor) -> AttentionIndex:
+        """The keys of every window of an unpadded map, for the operator that serves inputs like `x`."""
+        traced = is_traced(x)
+        name, grad = "plain" if traced else self.backend, torch.is_grad_enabled()
+        request = (name, x.device, x.dtype, self.num_heads, self.head_dim, grad)
+        return get_index(traced, *self.keys(height, width), request)
 
-    def index(self, height: int, width: int, qkv: Tensor) -> AttentionIndex:
-        """The keys of every window of an unpadded map, for the operator that serves `qkv`."""
-        config = (self.window_size, self.expand_size, self.focal_window, self.pooled_levels, self.shift_size)
-        size = padded_size(height, width, self.window_size)  # which is all that matters
-        return ring_index(is_traced(qkv), *size, config, self.request(qkv))
+    def keys(self, height: int, width: int) -> tuple[Callable[..., Keys], tuple[Any, ...]]:
+        """The function that finds the keys, and its arguments."""
+        s, size = self.window_size, padded_size(height, width, self.window_size)
+        return ring_keys, (*size, s, self.expand_size, self.focal_window, self.pooled_levels, self.shift_size)
 
     def bias(self, index: AttentionIndex, dtype: torch.dtype) -> Tensor:
         """Bias of the scores, the same in all windows: [N, 1, Q, K]."""
@@ -548,7 +545,7 @@ class FocalAttention(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load, also the original's state dict."""
-        extra = tuple(prefix + name for name in FROM_OPTIONS)
+        extra = tuple(prefix + name for name in ORIGINAL_BUFFERS)
         for key in [key for key in state_dict if key.startswith(extra)]:
             del state_dict[key]  # of a copy, which `load_state_dict` has made
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -562,6 +559,8 @@ class FocalFastAttention(FocalAttention):
     size they were made for, `train_resolution`; at other sizes ties go to the first token, row by row.
     """
 
+    roll_first = True  # so that keys are chosen where the map was before padding
+
     def add_bias(self, topk: int, train_resolution: tuple[int, int]) -> None:  # type: ignore[override]
         """Add an MLP from offset to bias for every level, and the choice of `topk` keys of each level, or all
         if there are fewer, for maps of `train_resolution`."""
@@ -571,12 +570,12 @@ class FocalFastAttention(FocalAttention):
             for _ in range(1 + self.pooled_levels)
         )
         self.key_buffers = [f"topk_cloest_indice_{level}" for level in range(1 + self.pooled_levels)]
-        self.set_train_resolution(train_resolution, None)
-        self.register_load_state_dict_post_hook(FocalFastAttention.refresh_stored_keys)
+        self.set_train_resolution(train_resolution)
 
-    def set_train_resolution(self, map_size: tuple[int, int], device: torch.device | None) -> None:
+    def set_train_resolution(self, map_size: tuple[int, int]) -> None:
         """Store the nearest keys of a map size in place of those that are stored."""
-        self.train_resolution = map_size
+        self.train_resolution, old = map_size, self._buffers.get(self.key_buffers[0])
+        device = None if old is None else old.device
         choice = nearest_keys(*map_size, self.window_size, self.topk, self.pooled_levels)
         for name, numbers in zip(self.key_buffers, choice, strict=True):
             self.register_buffer(name, torch.tensor(numbers, device=device))
@@ -585,17 +584,7 @@ class FocalFastAttention(FocalAttention):
 
     def reset_parameters(self) -> None:
         """Choose the stored keys anew."""
-        self.set_train_resolution(self.train_resolution, self.stored_keys()[0].device)
-
-    @staticmethod
-    def pad_and_roll(x: Tensor, window: int, shift: int) -> Tensor:
-        """[B, H, W, C] -> the same with whole windows; keys are chosen where the map was before padding."""
-        size = padded_size(integer(x.shape[1]), integer(x.shape[2]), window)
-        return padded(rolled(x, -shift), *size)
-
-    def unroll_and_crop(self, x: Tensor, height: int, width: int) -> Tensor:
-        """Undo `pad_and_roll`."""
-        return rolled(x[:, :height, :width], self.shift_size)
+        self.set_train_resolution(self.train_resolution)
 
     def stored_keys(self) -> list[Tensor]:
         """The stored keys of each level."""
@@ -613,7 +602,7 @@ class FocalFastAttention(FocalAttention):
                 )
 
     @torch.compiler.assume_constant_result
-    def refresh_stored_keys(self, loaded: Any = None) -> None:
+    def refresh_stored_keys(self, loaded: bool = False) -> None:
         """Copy the stored keys to `stored_bytes` if they were loaded, moved or changed in place. A compiled
         model does this only when it is compiled and when a state dict is loaded.
 
@@ -626,28 +615,28 @@ class FocalFastAttention(FocalAttention):
             versions = tuple((x.data_ptr(), None if x.is_inference() else x._version) for x in choice)
         except RuntimeError:  # of torch.vmap's tensors, which have no memory of their own
             return
-        if loaded is not None or versions != self.buffer_versions:  # inference tensors have no version
+        if loaded or versions != self.buffer_versions:  # inference tensors have no version
             if choice[0].is_cuda:
                 torch.cuda.current_stream(choice[0].device).synchronize()
             with ThreadPoolExecutor(1) as thread:  # where no transform and no mode of this one is active
                 read = thread.submit(lambda: [keys.long().cpu().numpy() for keys in choice]).result()
             self.check_stored_keys(read)
             self.stored_bytes, self.buffer_versions = tuple(keys.tobytes() for keys in read), versions
+            self.buffers_read = choice  # held, so that no other tensor can have their addresses
 
-    def index(self, height: int, width: int, qkv: Tensor) -> AttentionIndex:
-        """The keys of every window of an unpadded map, for the operator that serves `qkv`."""
-        traced, choice = is_traced(qkv), None
+    def keys(self, height: int, width: int) -> tuple[Callable[..., Keys], tuple[Any, ...]]:
+        """The function that finds the keys, and its arguments."""
+        stored = None
         if (height, width) == self.train_resolution:
             self.refresh_stored_keys()
-            choice = self.stored_bytes
-        config = (self.window_size, self.topk, self.pooled_levels, choice)
-        return nearest_index(traced, height, width, config, self.request(qkv))
+            stored = self.stored_bytes
+        return focal_fast_keys, (height, width, self.window_size, self.topk, self.pooled_levels, stored)
 
     def bias(self, index: AttentionIndex, dtype: torch.dtype) -> Tensor:
         """Bias of every window's scores, [N, P, Q, K]; the MLPs get offsets of `dtype`."""
         parts = []
-        for mlp, (offsets, rows, cell) in zip(self.coord2rpb_all, index.bias_index, strict=True):
-            parts.append(gather_bias(F.embedding(rows, mlp(offsets.to(dtype))), cell))
+        for mlp, (offsets, rows, step) in zip(self.coord2rpb_all, index.bias_index, strict=True):
+            parts.append(gather_bias(F.embedding(rows, mlp(offsets.to(dtype))), step))
         return torch.cat(parts, dim=-1)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -657,6 +646,7 @@ class FocalFastAttention(FocalAttention):
             logger.info(f"not in the state, the model's own stored keys stay: {', '.join(sorted(missing))}")
         state_dict.update({key: own[key] for key in missing})
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.refresh_stored_keys(loaded=True)
 
 
 class CoarseTokens(nn.ModuleList):
@@ -667,11 +657,12 @@ class CoarseTokens(nn.ModuleList):
         super().__init__(POOLS[attn.pool](side, dim) for side in sides)
         self.sides = sides  # of cells
         self.pool, self.window_size, self.shift_size = attn.pool, attn.window_size, attn.shift_size
-        self.pad_and_roll = attn.pad_and_roll
+        self.roll_first = attn.roll_first
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """[B, H, W, C] -> the tokens of each level, [B, P * 4^level, C]."""
-        x = self.pad_and_roll(x, self.window_size, self.shift_size) if self.sides else x
+        if self.sides:
+            x = pad_and_roll(x, self.window_size, self.shift_size, self.roll_first)
         return [self.pooled(x, level) for level in range(len(self.sides))]
 
     def pooled(self, x: Tensor, level: int) -> Tensor:
@@ -725,18 +716,15 @@ class FocalBlock(nn.Module):
         if isinstance(x, torch.fx.Proxy):  # torch.fx cannot trace sizes: record the block as one module
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
         y = self.norm1(x)
-        x = x + self.drop_path(layer_scale(self.attn(y, *self.pool_layers(y)), self.gamma_1))
-        return x + self.drop_path(layer_scale(self.mlp(self.norm2(x)), self.gamma_2))
+        y = self.attn(y, *self.pool_layers(y))
+        x = x + self.drop_path(y if self.gamma_1 is None else y * self.gamma_1)
+        y = self.mlp(self.norm2(x))
+        return x + self.drop_path(y if self.gamma_2 is None else y * self.gamma_2)
 
     def __prepare_scriptable__(self) -> None:
         """Refuse `torch.jit.script`."""
         reason = "a focal model cannot be scripted, since keys follow from the size of its input"
         raise NotImplementedError(f"{reason}: use torch.jit.trace or torch.export")
-
-
-def layer_scale(x: Tensor, gamma: Tensor | None) -> Tensor:
-    """Layer scale, where there is one."""
-    return x if gamma is None else x * gamma
 
 
 class PatchEmbed(nn.Module):
@@ -781,7 +769,7 @@ class FocalStage(nn.Module):
         self.use_checkpoint = False  # recompute activations in the backward pass of training
 
     def forward(self, x: Tensor, with_own_map: bool = False) -> Any:
-        """[B, H, W, C] -> the next stage's map; `with_own_map` before it that of the last block."""
+        """[B, H, W, C] -> the next stage's map; `with_own_map` the last block's and the next stage's map."""
         for block in self.blocks:
             if self.use_checkpoint and self.training:
                 x = checkpoint(block, x, use_reentrant=False)
@@ -937,7 +925,9 @@ class FocalTransformer(nn.Module):
             if i in wanted:
                 maps.append(self.norm(stage_map) if norm and i == last else stage_map)
         maps = [m.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else m for m in maps]
-        return maps if intermediates_only else (self.norm(stage_map) if until == last else stage_map, maps)
+        if intermediates_only:
+            return maps
+        return self.norm(stage_map) if until == last else stage_map, maps
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -1007,7 +997,7 @@ class FocalTransformer(nn.Module):
         for stage, size in zip(self.stages, self.map_sizes(first), strict=True):
             for layer in stage.modules():
                 if isinstance(layer, FocalFastAttention):
-                    layer.set_train_resolution(size, layer.stored_keys()[0].device)
+                    layer.set_train_resolution(size)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations in the backward pass of training instead of keeping them."""
@@ -1046,10 +1036,10 @@ def make_attention(
     options: Mapping[str, Any], stage: int, block: int, map_size: tuple[int, int]
 ) -> FocalAttention:
     """The attention of one block whose map at `img_size` is `map_size`, from the model's options."""
-    window, levels, scale = options["window_size"], options["focal_levels"][stage], options["qk_scale"]
-    is_single = min(map_size) <= window  # one window high or wide
+    window, levels = options["window_size"], options["focal_levels"][stage]
+    fits_one_window = min(map_size) <= window  # in height or width
     has_pool = options["focal_pool"] != "none" and stage in options["focal_stages"]
-    has_ring = not is_single and levels > 0 and block % 2 not in RINGLESS[options["expand_layer"]]
+    has_ring = not fits_one_window and levels > 0 and block % 2 in WITH_RING[options["expand_layer"]]
     family: dict[str, Any]
     if options["kind"] == "focalv2":
         family = {"topk": options["focal_topk"], "train_resolution": map_size}
@@ -1066,9 +1056,9 @@ def make_attention(
         window,
         pool=options["focal_pool"] if has_pool else "none",
         pooled_levels=pooled_levels,
-        shift_size=window // 2 if options["use_shift"] and not is_single and block % 2 == 1 else 0,
+        shift_size=window // 2 if options["use_shift"] and not fits_one_window and block % 2 == 1 else 0,
         qkv_bias=options["qkv_bias"],
-        qk_scale=None if scale is None or scale is False else float(scale),
+        qk_scale=options["qk_scale"],
         proj_drop=options["drop_rate"],
         backend=options["attention_backend"],
         **family,
@@ -1107,7 +1097,11 @@ def initialise(module: nn.Module) -> None:
 # --- Options ------------------------------------------------------------------------------------------------
 
 FAMILIES: dict[str, type[FocalAttention]] = {"focal": FocalAttention, "focalv2": FocalFastAttention}
-RINGLESS = {"all": (), "even": (0,), "odd": (1,)}  # expand_layer -> remainders by 2 of blocks without ring
+WITH_RING = {
+    "all": (0, 1),
+    "even": (1,),
+    "odd": (0,),
+}  # expand_layer: block % 2 of those with a ring
 
 
 def smallest_side(options: Mapping[str, Any]) -> int:
@@ -1123,7 +1117,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         given = ", ".join(f"{key}={options[key]!r}" for key in wrong)
         raise ValueError(f"expected a list with an entry for each stage, got {given}")
     stages, sides, least = len(options["depths"]), to_2tuple(options["img_size"]), smallest_side(options)
-    unknown = set(options["focal_stages"]) - {*range(max(stages, 4))}  # 4: the default
+    unknown = set(options["focal_stages"]) - {*range(max(stages, 4))}  # the default names four
     conv = options["use_conv_embed"]
     checks = [
         ("img_size", len(sides) == 2 and min(sides) >= least, f"a side or two of at least {least} pixels"),
@@ -1136,7 +1130,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     for key, names in (
         ("kind", [*FAMILIES]),
         ("focal_pool", ["none", *POOLS]),
-        ("expand_layer", [*RINGLESS]),
+        ("expand_layer", [*WITH_RING]),
         ("attention_backend", ["auto", *BACKENDS]),
     ):
         checks.append((key, options[key] in names, f"one of {', '.join(names)}"))

@@ -13,9 +13,11 @@ from models.focal_transformer import (
     BACKENDS,
     AttentionIndex,
     choose_backend,
+    focal_fast_keys,
+    make_index,
     nearest_cells,
-    nearest_index,
-    ring_index,
+    padded_size,
+    ring_keys,
 )
 from models.ops import cpu
 
@@ -26,11 +28,11 @@ RINGS = [(3, 3, 1, 0), (0, 5, 2, 0), (2, 1, 0, 0), (4, 3, 1, 3), (7, 7, 1, 0), (
 
 def ring(size: tuple[int, int], numbers: tuple[int, ...]) -> AttentionIndex:
     """Keys of windows of 7; numbers: expand size, region, pooled levels, shift."""
-    return ring_index(True, *size, (7, *numbers), request("cpu"))
+    return make_index(ring_keys, (*padded_size(*size, 7), 7, *numbers), request("cpu"))
 
 
 def nearest(size: tuple[int, int], topk: int, levels: int) -> AttentionIndex:
-    return nearest_index(True, *size, (7, topk, levels, None), request("cpu"))
+    return make_index(focal_fast_keys, (*size, 7, topk, levels, None), request("cpu"))
 
 
 def agree(index: AttentionIndex, images: int = 2) -> None:

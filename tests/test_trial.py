@@ -91,7 +91,7 @@ def hopper() -> Iterator[StubDriver]:
     """A GPU that compiles, and computes nothing."""
     pytest.importorskip("triton", minversion="3.3")  # the stub's least
     network = focal_transformer
-    caches = (trial.problem, network.warn_once, network.ring_index, network.nearest_index)
+    caches = (trial.problem, network.warn_once, network.cached_index)
     for cache in caches:
         cache.cache_clear()
     with StubDriver("sm_90", with_trial=True) as driver:
@@ -185,7 +185,7 @@ def test_cuda_graphs(hopper: StubDriver, monkeypatch: pytest.MonkeyPatch) -> Non
     model = FocalTransformer(**NANO, attention_backend="plain")
     run(model)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(focal_transformer, "IN_CUDA_GRAPHS", kept := {})
+    monkeypatch.setattr(focal_transformer, "IN_CUDA_GRAPHS", kept := set())
     run(model)
     run(model)
     assert len(kept) == 2  # one for each stage

@@ -32,9 +32,11 @@ from models.focal_transformer import (
     BACKENDS,
     AttentionIndex,
     choose_backend,
-    nearest_index,
+    focal_fast_keys,
+    make_index,
+    padded_size,
     plain_attention,
-    ring_index,
+    ring_keys,
 )
 from models.ops.triton import attention, kernels, launch, tables
 
@@ -93,12 +95,13 @@ def for_triton(index: AttentionIndex) -> AttentionIndex:
 def ring(window: int, expand: int, focal_window: int, levels: int, *size: int, shift: int = 0) -> Any:
     """An index of Focal attention."""
     numbers = (window, expand, focal_window, levels, shift)
-    return for_triton(ring_index(False, *size, numbers, request("plain")))
+    size = padded_size(*size, window)
+    return for_triton(make_index(ring_keys, (*size, *numbers), request("plain")))
 
 
 def nearest(window: int, topk: int, levels: int, *size: int) -> Any:
     """An index of Focal-fast."""
-    return for_triton(nearest_index(False, *size, (window, topk, levels, None), request("plain")))
+    return for_triton(make_index(focal_fast_keys, (*size, window, topk, levels, None), request("plain")))
 
 
 BORDER = "border, padding, two pooled levels"

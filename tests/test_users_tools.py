@@ -592,6 +592,21 @@ def test_stored_keys_that_a_call_brings_along() -> None:
         torch.testing.assert_close(found.detach(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_stored_keys_that_are_made_for_each_call() -> None:
+    """Their memory is used again by those of the next call."""
+    model, other = build(FAMILIES[1]).eval(), build(FAMILIES[1]).eval()
+    for token in range(8):
+        given = {
+            name: torch.full_like(keys, token % 4 if name.endswith("_0") else 0)
+            for name, keys in model.named_buffers()
+        }
+        with torch.no_grad():
+            found = torch.func.functional_call(model, given, (IMAGES,))
+        other.load_state_dict(given, strict=False)
+        torch.testing.assert_close(found, logits(other), rtol=1e-4, atol=1e-5)
+        del given
+
+
 @pytest.mark.parametrize("size", [(64, 64), (72, 40)], ids=str)
 def test_every_pixel_reaches_a_shifted_focal_fast_model(size: tuple[int, int]) -> None:
     """Also where the map is padded: rolled, its tokens are still those that keys are chosen among."""
