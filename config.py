@@ -40,7 +40,7 @@ _C.DATA.EXIF_ORIENTATION = False  # turn photographs upright as their EXIF data 
 _C.DATA.MEAN = [0.485, 0.456, 0.406]  # per channel, of images in [0, 1]
 _C.DATA.STD = [0.229, 0.224, 0.225]
 
-_C.DATA.HF = CN()  # with DATASET hf; '' takes the usual names
+_C.DATA.HF = CN()  # with DATASET hf; '' finds what fits
 _C.DATA.HF.IMAGE_COLUMN = ""
 _C.DATA.HF.LABEL_COLUMN = ""
 _C.DATA.HF.TRAIN_SPLIT = ""

@@ -10,7 +10,6 @@ cannot be read an error is printed; the others are predicted, and the exit statu
 import argparse
 import json
 import logging
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,10 +27,10 @@ from yacs.config import CfgNode  # noqa: E402
 
 import utils  # noqa: E402
 from config import flatten, load_config  # noqa: E402
-from data.build import evaluation_images  # noqa: E402
-from data.folder import class_folders, list_images, warn_of_others  # noqa: E402
-from data.images import UndecodableImageError  # noqa: E402
+from data.build import evaluation_transform  # noqa: E402
+from data.images import decode_rgb, is_image_name, log_left_out  # noqa: E402
 from data.source import FileSource  # noqa: E402
+from data.transforms import Transform  # noqa: E402
 from models import FocalTransformer, build_model, load_checkpoint, read_checkpoint  # noqa: E402
 
 logger = logging.getLogger("predict")
@@ -150,27 +149,46 @@ def class_names(config: CfgNode, file: str | Path | None) -> list[str]:
     """
     count = config.MODEL.NUM_CLASSES
     if file is not None:
-        with utils.user_input("--classes (a text file with one name per line)"):
-            names = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
-        names = [name for name in names if name]
-        if len(names) != count:
-            raise utils.UserError(
-                f"--classes: expected {count} names, one per class, got {len(names)} in {file}"
-            )
-        return names
+        return _names_of_file(Path(file), count)
+    names = [] if config.DATA.DATASET == "folder" else _imagenet_names(count)
+    names = names or _folder_names(config.DATA.DATA_PATH, count)
+    if not names:
+        logger.warning(
+            f"no names are known for these {count} classes, so they are numbered; name the data set's folder "
+            "with --data-path, or a file with one name per line with --classes"
+        )
+    return names or [f"class {number}" for number in range(count)]
+
+
+def _names_of_file(file: Path, count: int) -> list[str]:
+    try:
+        names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise utils.UserError(
+            f"--classes: expected a text file with one name per line, got: {error}"
+        ) from error
+    if len(names) != count:
+        raise utils.UserError(f"--classes: expected {count} names, one per class, got {len(names)} in {file}")
+    return names
+
+
+def _imagenet_names(count: int) -> list[str]:
+    """Descriptions in the order of ImageNet's sorted folders, by timm; empty for other numbers of classes."""
     subset = infer_imagenet_subset({"num_classes": count})
-    if subset and config.DATA.DATASET != "folder":
-        return ImageNetInfo(subset).label_descriptions()
-    for split in (Path(config.DATA.DATA_PATH, name) for name in ("train", "val")):
-        folders = class_folders(split) if config.DATA.DATA_PATH and split.is_dir() else []
-        if len(folders) == count:
-            described = ImageNetInfo("imagenet-22k").label_descriptions(as_dict=True)
-            return [described.get(name, name) for name in folders]
-    logger.warning(
-        f"no names are known for these {count} classes, so they are numbered; name the data set's folder "
-        "with --data-path, or a file with one name per line with --classes"
-    )
-    return [f"class {number}" for number in range(count)]
+    return ImageNetInfo(subset).label_descriptions() if subset else []
+
+
+def _folder_names(data_path: str, count: int) -> list[str]:
+    """Names of the class folders, if there is one per class; ImageNet's ids become descriptions."""
+    for split in ("train", "val"):
+        folder = Path(data_path or "-") / split
+        folders = folder.iterdir() if data_path and folder.is_dir() else ()
+        names = sorted(path.name for path in folders if path.is_dir() and not path.name.startswith("."))
+        if len(names) == count:
+            known = ImageNetInfo("imagenet-22k")
+            described = dict(zip(known.label_names(), known.label_descriptions(), strict=True))
+            return [described.get(name, name) for name in names]
+    return []
 
 
 # --- Images -------------------------------------------------------------------------------------------------
@@ -184,17 +202,27 @@ def find_images(arguments: Sequence[str]) -> list[str]:
     """
     images: list[str] = []
     for argument in arguments:
-        found, others = [argument], []
+        found = [argument]
         if Path(argument).is_dir():
-            found, others = list_images(Path(argument))
-            found = [os.path.join(argument, path) for path in found]
-        warn_of_others(argument, others)
+            files = sorted(path for path in Path(argument).rglob("*") if path.is_file())
+            found = [str(path) for path in files if is_image_name(path.name)]
+            log_left_out(argument, (path.name for path in files if not is_image_name(path.name)))
         if not found:
             raise utils.UserError(
                 f"{argument}: expected images, got none; name image files, or a folder of them"
             )
         images += found
     return images
+
+
+def read_image(path: str, transform: Transform, upright: bool) -> Tensor:
+    """An image file as the model's input, [C, H, W]; turned as its EXIF data say if ``upright``.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it does not decode.
+    """
+    return transform(decode_rgb(FileSource(Path(), [path], [0]).read(0), path, upright))
 
 
 def predict(
@@ -210,25 +238,27 @@ def predict(
         top: classes per image; all classes if there are fewer.
     """
     with utils.user_input():
-        data_set = evaluation_images(trained.config, FileSource("", images, [0] * len(images)))
-    predictions = [Prediction(path, []) for path in images]
+        transform, upright = evaluation_transform(trained.config), trained.config.DATA.EXIF_ORIENTATION
     for start in range(0, len(images), batch_size):
-        inputs: dict[int, Tensor] = {}
-        batch = range(start, min(start + batch_size, len(images)))
-        for index in batch:
+        predictions = [Prediction(path, []) for path in images[start : start + batch_size]]
+        inputs = []
+        for prediction in predictions:
             try:
-                inputs[index] = data_set[index].image
-            except UndecodableImageError as error:
-                predictions[index].error = str(error)
+                inputs.append(read_image(prediction.image, transform, upright))
+            except OSError as error:
+                prediction.error = f"{prediction.image}: expected an image file, got: {error.strerror}"
+            except ValueError as error:
+                prediction.error = str(error)
         if inputs:
             with torch.no_grad(), trained.precision.autocast(trained.device):
-                logits = trained.model(torch.stack(list(inputs.values())).to(trained.device))
-            best = logits.float().cpu().softmax(dim=-1).topk(min(top, len(names)))
-            for index, shares, classes in zip(inputs, *map(Tensor.tolist, best), strict=True):
-                predictions[index].top = [
-                    (number, names[number], share) for number, share in zip(classes, shares, strict=True)
+                logits = trained.model(torch.stack(inputs).to(trained.device))
+            shares, classes = logits.float().cpu().softmax(dim=-1).topk(min(top, len(names)))
+            readable = [prediction for prediction in predictions if not prediction.error]
+            for prediction, *found in zip(readable, classes.tolist(), shares.tolist(), strict=True):
+                prediction.top = [
+                    (number, names[number], share) for number, share in zip(*found, strict=True)
                 ]
-        yield from predictions[start : batch.stop]
+        yield from predictions
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

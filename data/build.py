@@ -5,7 +5,7 @@ import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from data import folder
 from data.archive import open_archive_split
 from data.datasets import EvalImages, ImageLoader, TrainImages
 from data.hugging_face import load_splits, open_rows
-from data.samplers import TrainSampler
+from data.images import decode_rgb
+from data.samplers import EvalSampler, TrainSampler
 from data.shards import open_shards
 from data.source import ImageSource, some
 from data.transforms import (
@@ -28,6 +29,7 @@ from data.transforms import (
     DEFAULT_SCALE,
     SMALL_SIZE,
     Recipe,
+    Transform,
     channel_stats,
     eval_transform,
     train_transform,
@@ -95,13 +97,14 @@ def build_loaders(config: CfgNode, rank: int | None = None, world_size: int | No
     splits = ("val",) if config.EVAL_MODE else ("train", "val")
     sources = _open(config, splits)
     workers = limit_workers(data.NUM_WORKERS)
-    val_dataset = evaluation_images(config, sources["val"])
-    shard = range(rank, len(val_dataset), world_size)  # every image exactly once, over all processes
-    val_loader = _loader(config, val_dataset, shard, workers)
+    val_dataset = EvalImages(
+        sources["val"], evaluation_transform(config), partial(decode_rgb, upright=data.EXIF_ORIENTATION)
+    )
+    val_loader = _loader(config, val_dataset, EvalSampler(len(val_dataset), rank, world_size), workers)
     if config.EVAL_MODE:
         return Loaders(None, val_dataset, None, val_loader, None, None)
-    transform = with_decoder(data.DECODER, _train_transform(config), data.EXIF_ORIENTATION)
-    train_dataset = TrainImages(sources["train"], transform, config.SEED)
+    decode, transform = with_decoder(data.DECODER, _train_transform(config), data.EXIF_ORIENTATION)
+    train_dataset = TrainImages(sources["train"], transform, config.SEED, decode)
     train_sampler = TrainSampler(len(train_dataset), data.BATCH_SIZE, rank, world_size, config.SEED)
     train_loader = _loader(config, train_dataset, train_sampler, workers)
     return Loaders(train_dataset, val_dataset, train_loader, val_loader, train_sampler, _mixup(config))
@@ -260,11 +263,11 @@ def _train_transform(config: CfgNode) -> Any:
     )
 
 
-def evaluation_images(config: CfgNode, source: ImageSource) -> EvalImages:
-    """The images of a source as evaluation gives them to the model."""
-    data, size, channels = config.DATA, to_2tuple(config.DATA.IMG_SIZE), config.MODEL.FOCAL.IN_CHANS
-    transform = eval_transform(size, channels, data.MEAN, data.STD, data.INTERPOLATION, config.TEST.CROP)
-    return EvalImages(source, with_decoder("pil", transform, data.EXIF_ORIENTATION))
+def evaluation_transform(config: CfgNode) -> Transform:
+    """From a PIL image to the input that evaluation gives the model."""
+    data, channels = config.DATA, config.MODEL.FOCAL.IN_CHANS
+    size, crop = to_2tuple(config.DATA.IMG_SIZE), config.TEST.CROP
+    return eval_transform(size, channels, data.MEAN, data.STD, data.INTERPOLATION, crop)
 
 
 def _mixes(config: CfgNode) -> bool:

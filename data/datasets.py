@@ -1,6 +1,8 @@
 """The data sets, and the loader over them.
 
 A data set joins an image source and a transform, and decides what to do with an image that does not decode.
+Workers return such events with the batch, and the main process logs or raises them: it writes the log, and
+its errors have no worker's traceback.
 """
 
 import logging
@@ -9,13 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from data.images import UndecodableImageError
+from data.images import UndecodableImageError, decode_rgb
 from data.samplers import SampleKey
 from data.seeding import AUGMENT, REPLACE, derive_seed, seeded_rngs
 from data.source import ImageSource
-from data.transforms import FileTransform
+from data.transforms import Decode, Transform
 from data.workers import stop_signals_blocked
 
 logger = logging.getLogger(__name__)
@@ -36,11 +38,15 @@ class TrainImages(Dataset[Sample]):
 
     The augmentation of a sample depends on (seed, epoch, index) alone. An image that does not decode, or
     whose file cannot be read, is replaced by another one, drawn from the same three numbers; `undecodable`
-    counts them, over all epochs, in the process that iterates the loader.
+    counts them, over all epochs, in the process that iterates the loader. `decode` makes what `transform`
+    takes, and may draw random numbers too.
     """
 
-    def __init__(self, source: ImageSource, transform: FileTransform, seed: int) -> None:
+    def __init__(
+        self, source: ImageSource, transform: Transform, seed: int, decode: Decode = decode_rgb
+    ) -> None:
         self.source = source
+        self._decode = decode
         self._transform = transform
         self._seed = seed
         self.undecodable = 0
@@ -74,17 +80,18 @@ class TrainImages(Dataset[Sample]):
 
     def _sample(self, index: int, seed: int) -> Sample:
         """The sample at an index of the source, augmented with a seed."""
-        encoded = self.source.read(index)
+        encoded = _read(self.source, index)
         with seeded_rngs(seed):
-            image = self._transform(encoded, self.source.name(index))
+            image = self._transform(self._decode(encoded, self.source.name(index)))
         return Sample(image, int(self.source.labels[index]))
 
 
 class EvalImages(Dataset[Sample]):
     """Images for evaluation; one that does not decode is an error, as leaving it out changes the result."""
 
-    def __init__(self, source: ImageSource, transform: FileTransform) -> None:
+    def __init__(self, source: ImageSource, transform: Transform, decode: Decode = decode_rgb) -> None:
         self.source = source
+        self._decode = decode
         self._transform = transform
 
     def __len__(self) -> int:
@@ -92,12 +99,27 @@ class EvalImages(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         """The sample of an index; UndecodableImageError if the image cannot be read or does not decode."""
-        image = self._transform(self.source.read(index), self.source.name(index))
-        return Sample(image, int(self.source.labels[index]))
+        image = self._decode(_read(self.source, index), self.source.name(index))
+        return Sample(self._transform(image), int(self.source.labels[index]))
+
+
+def _read(source: ImageSource, index: int) -> bytes:
+    """The content of an image file; UndecodableImageError if it cannot be read."""
+    try:
+        return source.read(index)
+    except OSError as error:
+        raise UndecodableImageError(
+            f"{source.name(index)}: expected an image file that can be read, got: {error.strerror}; replace "
+            "or remove the file"
+        ) from error
 
 
 class ImageLoader(DataLoader):
-    """A `DataLoader` that logs and counts replaced images, in the main process."""
+    """A `DataLoader` over images that logs and counts replaced images, and raises errors as they are."""
+
+    def __init__(self, images: TrainImages | EvalImages, **options: Any) -> None:
+        super().__init__(_ReturnErrors(images), collate_fn=_collate, **options)
+        self.images = images
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Batches of images [B, C, H, W] and labels [B].
@@ -107,12 +129,32 @@ class ImageLoader(DataLoader):
         """
         with stop_signals_blocked():
             batches = super().__iter__()  # starts the workers
+        for batch in batches:
+            if isinstance(batch, UndecodableImageError):
+                raise batch
+            for reason in filter(None, batch.replaced):  # of training images
+                self.images.undecodable += 1
+                logger.warning("replaced an image that does not decode: %s", reason)
+            yield batch.image, batch.label
+
+
+class _ReturnErrors(Dataset[Any]):
+    """A data set that returns its errors: `DataLoader` would add a worker's traceback to the message."""
+
+    def __init__(self, images: TrainImages | EvalImages) -> None:
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, key: Any) -> Sample | UndecodableImageError:
         try:
-            for batch in batches:
-                for reason in filter(None, batch.replaced):  # of training images
-                    self.dataset.undecodable += 1
-                    logger.warning("replaced an image that does not decode: %s", reason)
-                yield batch.image, batch.label
+            return self._images[key]
         except UndecodableImageError as error:
-            message = str(error).rpartition("UndecodableImageError: ")[2]  # without a worker's traceback
-            raise UndecodableImageError(message.strip()) from error
+            return error
+
+
+def _collate(samples: list[Sample | UndecodableImageError]) -> Any:
+    """The samples as a batch, or the first error among them."""
+    errors = [sample for sample in samples if isinstance(sample, UndecodableImageError)]
+    return errors[0] if errors else default_collate(samples)

@@ -4,41 +4,18 @@ Either a split has one folder per class (`train/<class>/*`), or a file names the
 solution for the validation images of ImageNet, or a map (ImageNet-22K).
 """
 
-import logging
 import os
 from pathlib import Path
 
 import numpy as np
 
-from data.images import IMAGE_EXTENSIONS
+from data.images import is_image_name, log_left_out
 from data.maps import read_map
 from data.source import SPLITS, FileSource, some
 
-logger = logging.getLogger(__name__)
-
 SOLUTION = "LOC_val_solution.csv"
-_KAGGLE = "ILSVRC/Data/CLS-LOC"  # where Kaggle's ImageNet has its splits
+_KAGGLE = ("CLS-LOC", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC")  # where Kaggle's ImageNet has its splits
 _MAX_PROBES = 1000
-
-
-def list_images(root: Path, folder: str = "") -> tuple[list[str], list[str]]:
-    """The files below a folder of `root`, as paths relative to `root`, without hidden ones.
-
-    Returns:
-        Those that are images by the ending of their names, sorted, and the others.
-    """
-    files: list[str] = []
-    for parent, _, names in os.walk(root / folder, followlinks=True):
-        prefix = "" if Path(parent) == root else os.path.relpath(parent, root)
-        files += [os.path.join(prefix, name) for name in names if not name.startswith(".")]
-    images = [file for file in files if file.lower().endswith(IMAGE_EXTENSIONS)]
-    return sorted(images), sorted(set(files).difference(images))
-
-
-def warn_of_others(folder: Path | str, others: list[str]) -> None:
-    """Name files of a folder that `list_images` does not take for images."""
-    if others:
-        logger.warning(f"{folder}: {len(others)} files are not taken for images: {some(others)}")
 
 
 def open_folder_split(root: Path, split: str) -> FileSource:
@@ -48,22 +25,25 @@ def open_folder_split(root: Path, split: str) -> FileSource:
     above has their classes.
 
     Args:
-        root: folder with the splits, or with Kaggle's ILSVRC folder.
+        root: folder with the splits, or a folder of Kaggle's ImageNet above them.
         split: "train" or "val", which may also be called "validation" or "test".
 
     Raises:
         FileNotFoundError: the split does not exist.
         ValueError: an image has no class, or a class no image.
     """
-    home = root / _KAGGLE if (root / _KAGGLE).is_dir() else root
+    names = ("train", *SPLITS["val"])
+    inner = (root, *(root / folder for folder in _KAGGLE))
+    home = next((folder for folder in inner if any((folder / name).is_dir() for name in names)), root)
     choices = [home / name for name in SPLITS[split]]
     split_dir = next((folder for folder in choices if folder.is_dir()), choices[0])
     if not split_dir.is_dir():
         raise FileNotFoundError(
-            f"{split_dir}: expected a folder with one sub-folder per class, got nothing; set DATA.DATA_PATH "
-            f"to the folder that has train/ and {'/ or '.join(SPLITS['val'])}/"
+            f"{split_dir}: expected a folder with one sub-folder per class, got "
+            f"{'a file' if split_dir.exists() else 'nothing'}; set DATA.DATA_PATH to the folder that has "
+            f"train/ and {'/ or '.join(SPLITS['val'])}/"
         )
-    classes = class_folders(split_dir)
+    classes = _class_names(split_dir)
     if not classes and split == "val" and (solution := _find_solution(split_dir)):
         return read_solution(solution, split_dir)
     if not classes:
@@ -75,8 +55,7 @@ def open_folder_split(root: Path, split: str) -> FileSource:
     return scan_class_folders(split_dir, classes)
 
 
-def class_folders(split_dir: Path) -> list[str]:
-    """The sorted names of the folders in a folder; hidden ones are left out."""
+def _class_names(split_dir: Path) -> list[str]:
     with os.scandir(split_dir) as entries:
         return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
@@ -84,7 +63,7 @@ def class_folders(split_dir: Path) -> list[str]:
 def scan_class_folders(split_dir: Path, classes: list[str]) -> FileSource:
     """The images of a split that has one folder per class, in sorted order.
 
-    Sub-folders of a class belong to it.
+    Sub-folders of a class belong to it; names starting with a dot are skipped.
 
     Args:
         split_dir: for instance DATA_PATH/train.
@@ -95,19 +74,40 @@ def scan_class_folders(split_dir: Path, classes: list[str]) -> FileSource:
     """
     paths: list[str] = []
     labels: list[int] = []
-    others: list[str] = []
+    empty: list[str] = []
+    left_out: list[str] = []
     for label, name in enumerate(classes):
-        images, not_images = list_images(split_dir, name)
-        if not images:
-            raise ValueError(
-                f"{split_dir}: expected at least one image in every class folder, got none in {name}; add "
-                "images, or remove the folder"
-            )
-        paths += images
-        labels += [label] * len(images)
-        others += not_images
-    warn_of_others(split_dir, others)
+        found = _list_images(split_dir, name, left_out)
+        paths += found
+        labels += [label] * len(found)
+        if not found:
+            empty.append(name)
+    log_left_out(split_dir, left_out)
+    if empty:
+        raise ValueError(
+            f"{split_dir}: expected at least one image in every class folder, got none in {some(empty)}; "
+            "add images, or remove the folder"
+        )
     return FileSource(split_dir, paths, labels, classes)
+
+
+def _list_images(split_dir: Path, class_name: str, left_out: list[str]) -> list[str]:
+    """The images below a class folder; a folder that several links lead to is listed once.
+
+    The names of other files are added to ``left_out``.
+    """
+    found: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    for folder, subfolders, files in os.walk(split_dir / class_name, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            subfolders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        relative = os.path.relpath(folder, split_dir)
+        found += [os.path.join(relative, file) for file in files if is_image_name(file)]
+        left_out += [file for file in files if not is_image_name(file)]
+    return sorted(found)
 
 
 def _find_solution(split_dir: Path) -> Path | None:
@@ -130,7 +130,7 @@ def read_solution(path: Path, image_dir: Path) -> FileSource:
     Raises:
         ValueError: a line is malformed, or lines and images do not belong together one by one.
     """
-    files = {Path(name).stem: name for name in list_images(image_dir)[0]}
+    files = {Path(name).stem: name for name in os.listdir(image_dir) if is_image_name(name)}
     found: dict[str, str] = {}
     lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     for number, line in enumerate(lines[1:], start=2):

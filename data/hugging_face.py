@@ -1,13 +1,16 @@
 """Data sets in the formats of Hugging Face's library `datasets`, which is needed for this source only."""
 
+import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data.images import UndecodableImageError
-from data.source import SPLITS, ImageSource, some
+from data.source import SPLITS, check_size, some
 
 
-class RowSource(ImageSource):
+class RowSource:
     """Images in a column of a table. A row has the content of a file, or the path of one."""
 
     def __init__(self, rows: Any, image: str, label: str, origin: str) -> None:
@@ -20,14 +23,16 @@ class RowSource(ImageSource):
         """
         import datasets
 
-        labels = rows[label][:]
-        wrong = next((row for row, value in enumerate(labels) if type(value) is not int), None)
-        if wrong is not None:
+        self.origin = origin
+        self.classes = getattr(rows.features[label], "names", None)
+        self.labels = np.asarray(rows[label][:])
+        if self.labels.dtype.kind not in "iu":
+            missing = next((i for i, value in enumerate(self.labels) if value is None), 0)
             raise ValueError(
-                f"{origin}, row {wrong}: expected a whole number in the column {label!r}, got "
-                f"{labels[wrong]!r}; correct the row, or name the right column in DATA.HF.LABEL_COLUMN"
+                f"{self.name(missing)}: expected a whole number in the column {label!r}, got "
+                f"{self.labels[missing : missing + 1].tolist()}; correct the row"
             )
-        super().__init__(origin, labels, getattr(rows.features[label], "names", None))
+        self.labels = self.labels.astype(np.int64)
         self._column = image
         try:
             self._rows = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
@@ -37,19 +42,32 @@ class RowSource(ImageSource):
                 "right one in DATA.HF.IMAGE_COLUMN"
             ) from error
 
+    def __len__(self) -> int:
+        return len(self.labels)
+
     def name(self, index: int) -> str:
         """`data set, split, row N`."""
         return f"{self.origin}, row {index}"
 
-    def _read(self, index: int) -> bytes:
+    def read(self, index: int) -> bytes:
+        """The content of the image file.
+
+        Raises:
+            OSError: a file that the row names cannot be read.
+            UndecodableImageError: there is no image, or it is larger than any image.
+        """
         image = self._rows[index][self._column] or {}
         content, path = image.get("bytes"), image.get("path")
-        if content is None and path is None:
+        if content is None and path is not None and os.path.isfile(path):
+            check_size(self.name(index), os.path.getsize(path))
+            content = Path(path).read_bytes()
+        if content is None:
             raise UndecodableImageError(
-                f"{self.name(index)}: expected an image in the column {self._column!r}, got none; correct or "
-                "remove the row"
+                f"{self.name(index)}: expected an image in the column {self._column!r}, got "
+                f"{'none' if path is None else f'the path {path} without a file'}; correct or remove the row"
             )
-        return Path(path).read_bytes() if content is None else content
+        check_size(self.name(index), len(content))
+        return content
 
 
 def open_rows(
@@ -62,12 +80,14 @@ def open_rows(
         source: what it was loaded from, for messages.
         split: "train" or "val".
         split_name: what it is called there; '' for "train", or the first of "val", "validation" and "test".
-        image: column of the images; '' for "image" or "img".
-        label: column of the labels; '' for "label" or "labels".
+        image: column of the images; '' finds it.
+        label: column of the labels; '' finds it.
 
     Raises:
         ValueError: there is no such split or column, or a label is no whole number.
     """
+    import datasets
+
     names = [split_name] if split_name else list(SPLITS[split])
     found = next((name for name in names if name in splits), None)
     if found is None:
@@ -76,20 +96,9 @@ def open_rows(
             f"DATA.HF.{split.upper()}_SPLIT"
         )
     rows, origin = splits[found], f"{source}, {found}"
-    image = _column(rows, [image] if image else ["image", "img"], "IMAGE_COLUMN", origin)
-    label = _column(rows, [label] if label else ["label", "labels"], "LABEL_COLUMN", origin)
+    image = _column(rows, image, datasets.Image, ("image", "img"), "IMAGE_COLUMN", origin)
+    label = _column(rows, label, datasets.ClassLabel, ("label", "labels"), "LABEL_COLUMN", origin)
     return RowSource(rows, image, label, origin)
-
-
-def _column(rows: Any, names: list[str], option: str, origin: str) -> str:
-    """The first of the names that is a column of the rows, a `datasets.Dataset`; ValueError if none is."""
-    for name in names:
-        if name in rows.column_names:
-            return name
-    raise ValueError(
-        f"{origin}: expected a column called {' or '.join(names)}, got {some(rows.column_names)}; name one "
-        f"in DATA.HF.{option}"
-    )
 
 
 def load_splits(source: str) -> dict[str, Any]:
@@ -113,6 +122,9 @@ def load_splits(source: str) -> dict[str, Any]:
     try:
         if saved:
             return {name: datasets.load_from_disk(str(folder)) for name, folder in saved.items()}
+        if (path / "state.json").is_file():
+            rows = datasets.load_from_disk(source)
+            return {str(rows.split or "train"): rows}
         if path.is_file():
             return datasets.load_dataset("parquet", data_files=source)
         return datasets.load_dataset(source)
@@ -123,3 +135,28 @@ def load_splits(source: str) -> dict[str, Any]:
             f"parquet files, or a name on the hub), got: {' '.join(str(reason).split())}; correct "
             "DATA.DATA_PATH"
         ) from error
+
+
+def _column(rows: Any, wanted: str, kind: type, usual: tuple[str, str], option: str, origin: str) -> str:
+    """The wanted column; else one with a usual name, or the only one of a kind.
+
+    Args:
+        rows: a `datasets.Dataset`.
+        wanted: its name; '' to find it.
+        kind: of its feature. If no column is of the kind, all can have a usual name.
+        usual: names.
+        option: under DATA.HF, for the message.
+        origin: name of the split, for the message.
+
+    Raises:
+        ValueError: there is none, or it is not clear which.
+    """
+    declared = [name for name, feature in rows.features.items() if isinstance(feature, kind)]
+    found = [name for name in usual if name in (declared or rows.column_names)] or declared
+    if wanted in rows.features:
+        return wanted
+    if not wanted and len(found) == 1:
+        return found[0]
+    expected = f"a column {wanted!r}" if wanted else "one column that can be it"
+    got = rows.column_names if wanted or not found else found
+    raise ValueError(f"{origin}: expected {expected} as DATA.HF.{option}, got {some(got)}; name the column")

@@ -7,30 +7,47 @@ like Pillow; everything else stays with Pillow, damaged files too, so that both 
 undecodable.
 """
 
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch.nn import functional
 
+logger = logging.getLogger(__name__)
+
 MAX_PIXELS = 2**26
 """Of an image; in RGB they take 200 MB."""
+MAX_BYTES = 2**28
+"""Of an image file."""
 _REFUSED = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC", "FPX", "MIC"}
 """Formats of which Pillow runs programs, or reads no more than the header."""
 
 Image.init()
 _FORMATS = sorted(
-    (name for name in Image.ID if name not in _REFUSED),
-    key=lambda name: Image.OPEN[name][1] is None,  # last, those that no signature tells
+    (name for name, (_, accepts) in Image.OPEN.items() if accepts and name not in _REFUSED),
+    key=lambda name: name != "JPEG",  # the first to be tried
 )
-IMAGE_EXTENSIONS = tuple(
-    extension for extension, name in Image.registered_extensions().items() if name in _FORMATS
-)
+"""Formats that are recognised by how a file begins, whatever its name says."""
+_FORMAT_OF = {
+    extension: name
+    for extension, name in Image.registered_extensions().items()
+    if name in Image.OPEN and name not in _REFUSED
+}
+IMAGE_EXTENSIONS = tuple(_FORMAT_OF)
 """What Pillow can open here, such as .jpg and .png; in lower case, with the dot."""
+_FULL_SCALES = (1, 255, 2**16 - 1)  # what white may be in images of floating point numbers
 _REDUCTIONS = (8, 4, 2)  # denominators at which OpenCV decodes a JPEG file to a smaller image
-_JPEG_END = b"\xff\xd9"
+_STRAY_MARKERS = {  # by whether a file is progressive: what no intact scan contains ...
+    False: re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]"),  # ... of a file with one scan
+    True: re.compile(rb"\xff[\x01-\xc3\xc5-\xcf\xd8\xd9\xdc\xde-\xfe]"),  # ... and no segment between scans
+}
 
 Box = tuple[int, int, int, int]
 """Top, left, height and width in pixels."""
@@ -40,10 +57,29 @@ class UndecodableImageError(ValueError):
     """An image cannot be read or does not decode; the message names the image."""
 
 
+NAMED_ENDINGS = 9  # in the message about files that are left out
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file is taken for an image, by the ending of its name; hidden files are not."""
+    return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
+
+
+def log_left_out(folder: Path | str, names: Iterable[str]) -> None:
+    """Say how many files of a folder, by ending, are left out since `is_image_name` refuses their names."""
+    endings = Counter(Path(name).suffix or "no ending" for name in names if not name.startswith("."))
+    if endings:
+        counts = ", ".join(f"{count} with {ending}" for ending, count in endings.most_common(NAMED_ENDINGS))
+        more = " and others" if len(endings) > NAMED_ENDINGS else ""
+        logger.warning(
+            f"{folder}: {endings.total()} files are not taken for images and left out: {counts}{more}"
+        )
+
+
 def decode_rgb(encoded: bytes, name: str, upright: bool = False) -> Image.Image:
     """Decode an image file to RGB with Pillow.
 
-    Gray of 16 bits is scaled to 8 bits; an alpha channel is dropped.
+    Gray of more than 8 bits is scaled to 8 bits; an alpha channel is dropped.
 
     Args:
         encoded: the content of the image file.
@@ -63,8 +99,10 @@ class EncodedImage:
         """As `decode_rgb`; UndecodableImageError if it does not begin like an image, or is too large."""
         self._encoded = encoded
         self._name = name
+        stream = BytesIO(encoded)
+        by_name = _FORMAT_OF.get(Path(name).suffix.lower(), "JPEG")  # TGA and a few others have no signature
         try:
-            self.header = Image.open(BytesIO(encoded), formats=_FORMATS)
+            self.header = Image.open(stream, formats=[*_FORMATS, by_name])
         except UnidentifiedImageError as error:  # whose message is an address in memory
             raise self._undecodable("cannot identify image file") from error
         except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
@@ -72,6 +110,7 @@ class EncodedImage:
         if not 0 < self.header.width * self.header.height <= MAX_PIXELS:
             size = f"{self.header.width} x {self.header.height}"
             raise self._undecodable(f"expected 1 to {MAX_PIXELS:,} pixels, got {size}")
+        self._scan_start = stream.tell()  # of a JPEG file; Pillow reads up to its first scan
         self.is_turned = False
         """Whether `decode` turns or mirrors the image."""
         if upright:
@@ -105,7 +144,8 @@ class EncodedImage:
 
         if self.header.format != "JPEG" or self.header.mode not in ("RGB", "L"):
             return None
-        if not self._encoded.endswith(_JPEG_END):  # cut off, which OpenCV decodes
+        stray_marker = _STRAY_MARKERS["progressive" in self.header.info]
+        if stray_marker.search(self._encoded, self._scan_start, len(self._encoded) - 2):
             return None
         top, left, height, width = box
         factor = next((n for n in _REDUCTIONS if height >= n * size[0] and width >= n * size[1]), 1)
@@ -141,11 +181,21 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         image.load()
         return image
-    if image.mode == "F":
-        raise ValueError("floating point numbers, for which white is not defined, instead of 8 or 16 bits")
-    if image.mode.startswith("I"):
-        gray = np.asarray(image).clip(0, 2**16 - 1) >> 8  # white is 65535
-        return Image.fromarray(gray.astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         return image.convert("RGBA").convert("RGB")
     return image.convert("RGB")
+
+
+def _to_8_bits(gray: np.ndarray) -> np.ndarray:
+    """Scale [H, W] of integers or floating point numbers to uint8; negative values and nan are black.
+
+    White is 65535 for integers. For floating point numbers, where no standard says what it is, it is the
+    smallest of 1, 255 and 65535 that no value exceeds. Where values exceed 65535, the largest is white.
+    """
+    largest = gray.max(where=np.isfinite(gray), initial=0)
+    if gray.dtype.kind != "f" and largest < 2**16:
+        return (gray.clip(0) >> 8).astype(np.uint8)
+    white = next((scale for scale in _FULL_SCALES if largest <= scale), largest)
+    return (np.nan_to_num(gray.clip(0, white)) / white * 255).round().astype(np.uint8)

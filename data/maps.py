@@ -18,8 +18,7 @@ def read_map(path: Path) -> tuple[list[str], list[int]]:
     """
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: expected a map file with 'path<TAB>label' lines, got nothing; create it, or set "
-            "DATA.DATA_PATH to its folder"
+            f"{path}: expected a map file with 'path<TAB>label' lines, got nothing; create it"
         )
     try:
         text = path.read_text(encoding="utf-8-sig").rstrip("\n")

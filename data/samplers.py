@@ -71,3 +71,16 @@ class TrainSampler(Sampler[SampleKey]):
         steps = len(order) // (self.batch_size * self.world_size)
         used = order[: steps * self.batch_size * self.world_size]
         return used.view(steps, self.world_size, self.batch_size)[:, self.rank]
+
+
+class EvalSampler(Sampler[int]):
+    """Every image exactly once, in order; processes may get different numbers of images."""
+
+    def __init__(self, num_images: int, rank: int, world_size: int) -> None:
+        self._shard = range(rank, num_images, world_size)
+
+    def __len__(self) -> int:
+        return len(self._shard)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._shard)

@@ -17,34 +17,31 @@ import torch
 from PIL import Image
 from timm.data import RandomResizedCropAndInterpolation, auto_augment, create_transform
 from timm.data.random_erasing import RandomErasing
-from timm.data.transforms import str_to_interp_mode
+from timm.data.transforms import ResizeKeepRatio
 from torchvision import transforms
-from torchvision.transforms import functional
+from torchvision.transforms import InterpolationMode, functional
 
 from data.images import Box, EncodedImage, decode_rgb
 from data.opencv_ops import ThroughPillow, flip, use_array_operations
 
 Size = tuple[int, int]
-Decode = Callable[[bytes, str], Image.Image | np.ndarray]
-"""From the content of an image file, and its name for errors, to pixels."""
+Pixels = Image.Image | np.ndarray
+Decode = Callable[[bytes, str], Pixels]
+"""From the content of an image file, and its name for errors, to what the transform takes."""
+Transform = Callable[[Any], torch.Tensor]
+
+INTERPOLATIONS = {
+    "bilinear": InterpolationMode.BILINEAR,
+    "bicubic": InterpolationMode.BICUBIC,
+    "random": InterpolationMode.BILINEAR,  # for evaluation, as in the original
+}
 DEFAULT_SCALE = (0.08, 1.0)
 DEFAULT_RATIO = (0.75, 1.3333)
 SMALL_SIZE = 32
 """Side in pixels up to which images are padded and cropped for training, and not cropped in evaluation."""
 _SMALL_PADDING = 4
-_CROP_SHARE = 224 / 256  # of the resized image, in evaluation
-
-
-@dataclass(frozen=True)
-class FileTransform:
-    """From the content of an image file, and its name for errors, to the model's input [C, H, W]."""
-
-    decode: Decode
-    transform: Callable[[Any], torch.Tensor]
-
-    def __call__(self, encoded: bytes, name: str) -> torch.Tensor:
-        """The input; UndecodableImageError if the file does not decode."""
-        return self.transform(self.decode(encoded, name))
+_EVAL_RATIO = 256 / 224
+_MAX_STRETCH = 64
 
 
 @dataclass(frozen=True)
@@ -104,19 +101,20 @@ def _whole(image: Image.Image) -> Box:
     return 0, 0, image.height, image.width
 
 
-def with_decoder(decoder: str, transform: transforms.Compose, upright: bool = False) -> FileTransform:
-    """Add the decoder to a transform.
+def with_decoder(
+    decoder: str, transform: transforms.Compose, upright: bool = False
+) -> tuple[Decode, Transform]:
+    """Divide the work between a decoder and the rest of a training transform.
 
     Args:
-        decoder: "pil" is Pillow for everything; "opencv", for training, decodes the crop alone, and augments
-            with OpenCV.
-        transform: from `train_transform` or `eval_transform`.
+        decoder: "pil" is Pillow for everything; "opencv" decodes the crop alone, and augments with OpenCV.
+        transform: from `train_transform`.
         upright: follow the EXIF orientation.
     """
     if decoder == "pil":
-        return FileTransform(partial(decode_rgb, upright=upright), transform)
+        return partial(decode_rgb, upright=upright), transform
     crop, *steps = transform.transforms
-    return FileTransform(OpencvCrop(crop, upright), transforms.Compose([_on_arrays(step) for step in steps]))
+    return OpencvCrop(crop, upright), transforms.Compose([_on_arrays(step) for step in steps])
 
 
 def _on_arrays(step: Any) -> Callable:
@@ -169,7 +167,7 @@ def train_transform(
     _allow_posterize_to_black(augment.transforms)
     crop.transforms[0].get_params = partial(_draw_box, crop.transforms[0].get_params)
     if max(size) <= SMALL_SIZE:
-        resize = transforms.Resize(size, str_to_interp_mode(_without_random(interpolation)))
+        resize = transforms.Resize(size, INTERPOLATIONS[interpolation])
         crop.transforms[:1] = [resize, transforms.RandomCrop(size, padding=_SMALL_PADDING)]
     if channels == 1:
         augment.transforms.append(transforms.Grayscale())
@@ -180,7 +178,7 @@ def train_transform(
 
 def eval_transform(
     size: Size, channels: int, mean: Sequence[float], std: Sequence[float], interpolation: str, crop: bool
-) -> transforms.Compose:
+) -> Transform:
     """The evaluation transform: resize, centre crop, normalise. Most arguments are `train_transform`'s.
 
     Args:
@@ -189,21 +187,25 @@ def eval_transform(
             size, which is also done up to 32 pixels.
     """
     mean, std = channel_stats(channels, mean, std)
-    is_cropped = crop and max(size) > SMALL_SIZE
-    resize, centre_crop, *_ = create_transform(
-        (3, *size),
-        interpolation=_without_random(interpolation),
-        crop_pct=_CROP_SHARE if is_cropped else 1.0,
-        crop_mode="center" if is_cropped else "squash",
-    ).transforms
-    gray = [transforms.Grayscale()] if channels == 1 else []
-    normalize = [transforms.ToTensor(), transforms.Normalize(mean, std, inplace=True)]
-    return transforms.Compose([resize, centre_crop, *gray, *normalize])
+    mode = INTERPOLATIONS[interpolation]
+    if crop and max(size) > SMALL_SIZE:
+        larger = (int(_EVAL_RATIO * size[0]), int(_EVAL_RATIO * size[1]))
+        is_square = size[0] == size[1]
+        cover = transforms.Resize(larger[0], mode) if is_square else ResizeKeepRatio(larger, 0.0, mode.value)
+        steps: list[Callable] = [_without_ends, cover, transforms.CenterCrop(size)]
+    else:
+        steps = [transforms.Resize(size, mode)]
+    if channels == 1:
+        steps.append(transforms.Grayscale())
+    return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(mean, std, inplace=True)])
 
 
-def _without_random(interpolation: str) -> str:
-    """The mode where none is drawn: bilinear for "random", as in the original."""
-    return "bilinear" if interpolation == "random" else interpolation
+def _without_ends(image: Image.Image) -> Image.Image:
+    """The middle of an image that is a thin line, which a centre crop would show anyway: resized to cover a
+    square, all of it would fill the memory."""
+    longest = _MAX_STRETCH * min(image.size)
+    sides = [min(side, longest) for side in (image.height, image.width)]
+    return functional.center_crop(image, sides) if max(image.size) > longest else image
 
 
 def channel_stats(

@@ -112,7 +112,7 @@ def test_names_of_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
         (["EMPTY", "--resume", "BEST"], "expected images"),
         (["x.png", "--resume", "WEIGHTS"], "holds no configuration"),
         (["x.png", "--resume", "BEST", "--opts", "MODEL.NUM_CLASSES", "7"], "head.weight"),
-        (["x.png", "--resume", "BEST", "--classes", "nowhere.txt"], "--classes (a text file with"),
+        (["x.png", "--resume", "BEST", "--classes", "nowhere.txt"], "--classes: expected a text file"),
     ],
 )
 def test_mistakes_are_one_sentence(

@@ -135,9 +135,11 @@ def write_disk(plain: Path, root: Path) -> None:
 
 
 def write_disk_folders(plain: Path, root: Path) -> None:
-    """Each split saved on its own, with names of its own."""
+    """Each split saved on its own, in an order that only the library knows, with names of its own."""
     for split in COUNTS:
-        make_rows(plain, split, "pic", "digit").save_to_disk(str(root / f"my_{split}"))
+        count = len(list(split_images(split)))
+        backwards = make_rows(plain, split, "pic", "digit").select(range(count - 1, -1, -1))
+        backwards.select(range(count - 1, -1, -1)).save_to_disk(str(root / f"my_{split}"))
 
 
 def write_parquet(plain: Path, root: Path) -> None:
@@ -201,7 +203,7 @@ def config(request: pytest.FixtureRequest, plain: Path, tmp_path: Path) -> CfgNo
 
 
 def test_a_source_equals_class_folders(config: CfgNode, expected: tuple[torch.Tensor, ...]) -> None:
-    """In training, resumed, with another number of processes, and in evaluation; in a worker."""
+    """In training, resumed, with another number of processes, and in evaluation; in workers of both kinds."""
     alone = build_loaders(config)
     for ours, theirs in zip((*draw_epoch(alone, 2), *val_set(alone)), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
@@ -269,6 +271,13 @@ def shard_of(*files: tuple[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
+def open_shard(folder: Path, *contents: bytes) -> None:
+    (folder / "train").mkdir(parents=True)
+    for number, content in enumerate(contents):
+        (folder / "train" / f"{number}.tar").write_bytes(content)
+    open_shards(folder, "train", folder / "output")
+
+
 IMAGE, LABEL = ("a/0.jpg", b"\xff" * 700), ("a/0.cls", b"1")
 WHOLE = shard_of(IMAGE, LABEL)
 BAD_SHARDS = {
@@ -277,20 +286,19 @@ BAD_SHARDS = {
     "compressed": (b"\x1f\x8b" + bytes(2000), "0.tar: expected a whole tar file without compression"),
     "no image": (shard_of(), "0.tar: expected images"),
     "no label": (shard_of(IMAGE), "0.tar@/a/0.jpg: expected its label"),
-    "label alone": (shard_of(IMAGE, LABEL, ("b/0.cls", b"1")), "0.tar@/b/0.cls: expected one image"),
+    "label alone": (shard_of(IMAGE, ("b/0.cls", b"1")), "0.tar@/b/0: expected an image"),
     "label in words": (shard_of(IMAGE, ("a/0.cls", b"one")), "a/0.jpg: expected its label"),
     "no label in json": (shard_of(IMAGE, ("a/0.json", b'{"class": 1}')), "a/0.jpg: expected its label"),
-    "image twice": (shard_of(IMAGE, LABEL, IMAGE), "a/0.jpg: expected one image"),
-    "dots in keys": (shard_of(("b.v2.jpg", b""), ("b.v2.cls", b"1")), "for 'b': b.v2.jpg, b.v2.cls"),
+    "image twice": (shard_of(IMAGE, LABEL, IMAGE), "a/0.jpg: expected one image and one label"),
+    "dots in keys": (shard_of(("b.v2.jpg", b""), ("b.v2.cls", b"1")), "@/b.v2.jpg: expected an image named"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_SHARDS)
 def test_bad_shards(name: str, tmp_path: Path) -> None:
     content, message = BAD_SHARDS[name]
-    (tmp_path / "train-0.tar").write_bytes(content)
     with raises(ValueError, message):
-        open_shards(tmp_path, "train", tmp_path / "output")
+        open_shard(tmp_path, content)
     assert not list(tmp_path.rglob("*.npz"))
 
 
@@ -326,26 +334,25 @@ def test_missing_shards(tmp_path: Path) -> None:
         open_shards(tmp_path, "val", tmp_path)
 
 
-def test_the_index_is_kept_until_a_shard_changes(tmp_path: Path, opened: list[object]) -> None:
-    """In the output folder. One that is damaged is made again."""
+@pytest.mark.parametrize("can_write", [True, False])
+def test_the_index_is_kept_until_a_shard_changes(
+    can_write: bool, tmp_path: Path, opened: list[object]
+) -> None:
+    """Beside the shards, or in the output folder if it cannot be written there."""
     shard, output = tmp_path / "train-0.tar", tmp_path / "output"
+    if not can_write:
+        (tmp_path / "index_train.npz").mkdir()
     shard.write_bytes(shard_of(IMAGE, LABEL, ("a/0.mask.png", b""), ("a/README", b"")))
     for _ in range(2):
         source = open_shards(tmp_path, "train", output)
         assert (len(opened), source.labels.tolist(), source.read(0)) == (1, [1], IMAGE[1])
+    (kept,) = (path for path in tmp_path.rglob("*.npz") if path.is_file())
     shard.write_bytes(shard_of(IMAGE, ("a/0.cls", b"2")))
     os.utime(shard, (1, 1))
     assert open_shards(tmp_path, "train", output).labels.tolist() == [2]
-    (kept,) = output.glob("*.npz")
     kept.write_bytes(kept.read_bytes()[:-30])
     assert open_shards(tmp_path, "train", output).labels.tolist() == [2]
     assert len(opened) == 3
-
-
-def test_without_a_place_for_the_index_shards_are_read(tmp_path: Path) -> None:
-    (tmp_path / "train-0.tar").write_bytes(WHOLE)
-    (tmp_path / "output").touch()
-    assert open_shards(tmp_path, "train", tmp_path / "output").labels.tolist() == [1]
 
 
 def test_a_shard_cut_later_is_a_damaged_image(
@@ -373,14 +380,23 @@ def test_names_of_splits_and_columns(plain: Path, tmp_path: Path) -> None:
     with raises(ValueError, "expected a split called train, got my_", "DATA.HF.TRAIN_SPLIT"):
         hf_loaders(tmp_path / "data")
     for column, label, problem in (
-        ("", "digit", "expected a column called image or img, got id, pic, digit; name one in DATA.HF.IMAGE"),
+        ("pixels", "digit", "expected a column 'pixels' as DATA.HF.IMAGE_COLUMN, got id, pic, digit"),
         ("id", "digit", "expected images in the column 'id'"),
-        ("pic", "class", "expected a column called class, got id, pic, digit; name one in DATA.HF.LABEL"),
-        ("pic", "pic", "my_train, row 0: expected a whole number in the column 'pic'"),
+        ("pic", "id", "my_train, row 3: expected a label in [0, 3), got 3"),
     ):
         columns = {"DATA__HF__IMAGE_COLUMN": column, "DATA__HF__LABEL_COLUMN": label}
         with raises(ValueError, problem):
             hf_loaders(tmp_path / "data", **HF_NAMES | columns)
+
+
+def test_two_columns_of_classes_are_not_clear(plain: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = make_rows(plain, "train", label="fine").add_column("coarse", [0] * 18)
+    rows = rows.cast_column("coarse", datasets.ClassLabel(num_classes=3))
+    for split in COUNTS:
+        rows.save_to_disk(str(tmp_path / split))
+    with raises(ValueError, "expected one column that can be it as DATA.HF.LABEL_COLUMN, got fine, coarse"):
+        hf_loaders(tmp_path)
 
 
 @pytest.mark.parametrize(("column", "error"), [("label", ValueError), ("image", UndecodableImageError)])

@@ -19,8 +19,7 @@ import torch
 
 import utils
 from classification import predict
-from data.build import evaluation_images
-from data.source import FileSource
+from data.build import evaluation_transform
 from models import build_model
 from tools.figures import attention, drawing
 
@@ -49,8 +48,8 @@ def draw(args: argparse.Namespace) -> Iterator[tuple[str, "Figure"]]:
     trained = load(args)
     model, data = trained.model, trained.config.DATA
     with utils.user_input():
-        images = evaluation_images(trained.config, FileSource("", [args.image], [0]))
-        image = images[0].image[None].to(trained.device)
+        transform = evaluation_transform(trained.config)
+        image = predict.read_image(args.image, transform, data.EXIF_ORIENTATION)[None].to(trained.device)
     height, width = image.shape[2:]
     at = tuple(args.at) if args.at else (width // 2, height // 2)
     if not (0 <= at[0] < width and 0 <= at[1] < height):
