@@ -56,11 +56,12 @@ class TensorBoard:
 
     name = "TensorBoard"
 
-    def __init__(self, output: Path, **next_positions: int) -> None:
+    def __init__(self, output: Path, **next_positions: int | None) -> None:
         """
         Args:
             output: folder of the run.
-            next_positions: of each kind; what an earlier start recorded there or later is hidden.
+            next_positions: of each kind; what an earlier start recorded there or later is hidden. None to
+                hide nothing.
         """
         from torch.utils.tensorboard import SummaryWriter
 
@@ -101,9 +102,13 @@ class WeightsAndBiases:
         path = output / self.ID_NAME
         old_id = path.read_text(encoding="utf-8").strip() if continues and path.is_file() else None
         self.run = wandb.init(dir=output, id=old_id or None, resume="allow", **options)
-        path.write_text(self.run.id, encoding="utf-8")
-        for kind in ("train", "epoch"):
-            self.run.define_metric(f"{kind}/*", step_metric=f"{kind}/position")
+        try:
+            path.write_text(self.run.id, encoding="utf-8")
+            for kind in ("train", "epoch"):
+                self.run.define_metric(f"{kind}/*", step_metric=f"{kind}/position")
+        except Exception:
+            self.close()
+            raise
 
     def add(self, kind: str, position: int, values: dict[str, float | int]) -> None:
         named = {f"{kind}/{name}": value for name, value in values.items()}

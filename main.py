@@ -174,8 +174,8 @@ def exit_process(status: int) -> int:
     make Python exit with 120.
     """
     try:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # None where the descriptor is closed
+            stream.flush()
         if not utils.in_group():
             return status
     except OSError:
@@ -202,10 +202,7 @@ def main(argv: list[str] | None = None) -> int:
         logger.debug("stopped", exc_info=True)  # the traceback is in the log file
         if os.environ.get("FOCAL_TRACEBACK"):
             raise
-        # All ranks of a machine have the same UserError, in a group or under torchrun; else one may be alone.
-        is_common = isinstance(error, UserError) and (utils.in_group() or "LOCAL_WORLD_SIZE" in os.environ)
-        if not is_common or os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
-            print_error(f"error: {error}")
+        utils.print_mistake(error)
         return 2
     except KeyboardInterrupt:
         logger.debug("stopped", exc_info=True)

@@ -54,6 +54,14 @@ def print_error(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
+def print_mistake(error: Exception) -> None:
+    """Print a mistake of the user, once on a machine if all of its processes have it."""
+    # Those of a group or of torchrun have the same UserError; else one may be alone.
+    is_common = isinstance(error, UserError) and (in_group() or "LOCAL_WORLD_SIZE" in os.environ)
+    if not is_common or os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
+        print_error(f"error: {error}")
+
+
 def run_command(action: Callable[[], int | None]) -> int:
     """Run a command: its exit status, or 2 after a mistake of the user, which is printed.
 
@@ -64,9 +72,7 @@ def run_command(action: Callable[[], int | None]) -> int:
     except (UserError, OSError) as error:
         if os.environ.get("FOCAL_TRACEBACK"):
             raise
-        # Before the process group exists, all processes of a machine have the same error.
-        if in_group() or os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
-            print_error(f"error: {error}")
+        print_mistake(error)
         return 2
 
 

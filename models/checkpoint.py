@@ -8,6 +8,7 @@ channels; with `resize` it is adapted to others (resize.py).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import re
@@ -45,6 +46,7 @@ STEM = "patch_embed.proj.weight"
 """The first convolution, [C, in_chans, k, k]; every file of weights has one."""
 
 TIMEOUT_SECONDS = 60  # of a download, without a byte
+LOCK_SECONDS = 3600  # to wait for another process that downloads
 RGB = 3
 PREFIXES = re.compile(r"(?:(?:module|_orig_mod|model|backbone|encoder)\.)*")
 """What wrappers and larger models put before the names of this one."""
@@ -109,7 +111,9 @@ def _downloaded(url: str) -> Path:
         socket.setdefaulttimeout(TIMEOUT_SECONDS)  # torch.hub would wait for a silent server for ever
         if not path.exists():  # the cache of a cluster may be read-only
             path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(path.with_name(f".{path.name}.lock")):
+            with contextlib.ExitStack() as stack:
+                with contextlib.suppress(OSError, NotImplementedError):  # of file systems without locks
+                    stack.enter_context(FileLock(path.with_name(f".{path.name}.lock"), LOCK_SECONDS))
                 if not path.exists():
                     torch.hub.download_url_to_file(url, str(path), progress=False)
     except (OSError, HTTPException, ValueError) as error:

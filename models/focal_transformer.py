@@ -63,7 +63,7 @@ class AttentionIndex:
     width: int
     window: int  # s
     tokens: int  # S
-    keys: Tensor  # int64 [P, K]: token of each key; masked keys hold any, the window's first
+    keys: Tensor  # int64 [P, K]: token of each key; masked keys hold the window's first token
     visible: Tensor | None  # bool [P, 1 or Q, K]: False for masked keys; None if all are visible
     # Read by the layer's `bias`. Focal: for the own window and each level a tuple of one tensor, rows of the
     # bias table. Focal-fast: for each level the three tensors of `offset_index`.
@@ -581,6 +581,7 @@ class FocalFastAttention(FocalAttention):
             self.register_buffer(name, torch.tensor(numbers, device=device))
         self.stored_bytes: tuple[bytes, ...] = tuple(keys.tobytes() for keys in choice)
         self.buffer_versions: tuple | None = None  # of the buffers when they were read
+        self.buffers_read: list[Tensor] = []  # these buffers: while they are held, no other has their address
 
     def reset_parameters(self) -> None:
         """Choose the stored keys anew."""
@@ -589,6 +590,10 @@ class FocalFastAttention(FocalAttention):
     def stored_keys(self) -> list[Tensor]:
         """The stored keys of each level."""
         return [getattr(self, name) for name in self.key_buffers]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to this object's own buffers."""
+        return self.__dict__ | {"buffer_versions": None, "buffers_read": []}
 
     def check_stored_keys(self, choice: Sequence[np.ndarray]) -> None:
         """Raise ValueError for stored keys that name tokens which do not exist."""
@@ -622,7 +627,7 @@ class FocalFastAttention(FocalAttention):
                 read = thread.submit(lambda: [keys.long().cpu().numpy() for keys in choice]).result()
             self.check_stored_keys(read)
             self.stored_bytes, self.buffer_versions = tuple(keys.tobytes() for keys in read), versions
-            self.buffers_read = choice  # held, so that no other tensor can have their addresses
+            self.buffers_read = choice
 
     def keys(self, height: int, width: int) -> tuple[Callable[..., Keys], tuple[Any, ...]]:
         """The function that finds the keys, and its arguments."""

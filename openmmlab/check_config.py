@@ -170,8 +170,8 @@ def _library_folders() -> tuple[str, ...]:
 
 
 def _places(part: Mapping[str, Any], config: "Config") -> list[str]:
-    """Dotted keys, with types, of the dicts of the config that became a part. Code may have added keys; where
-    none has all its values in the part, those that have the keys alone."""
+    """Dotted keys, with types, of the dicts of the config that became a part: those that have most of its
+    keys and values, since code may have added some; where none has all its values in the part, its keys."""
     options = {key: value for key, value in config.to_dict().items() if key in KNOWN_OPTIONS}
     alike = {
         path: node
@@ -183,20 +183,23 @@ def _places(part: Mapping[str, Any], config: "Config") -> list[str]:
         for path, node in alike.items()
         if all(str(part[key]) == str(value) for key, value in node.items())
     }
+    found = same or alike
+    most = max(map(len, found.values()), default=0)
     kind = f" ({part['type']})" if isinstance(part.get("type"), str) else ""
-    return [f"{path}{kind}" for path in same or alike]
+    return [f"{path}{kind}" for path, node in found.items() if len(node) == most]
 
 
 def check_nms(config: "Config") -> None:
     """Check the types of non-maximum suppression, which mmcv looks up when there are boxes to suppress.
 
     Raises:
-        UserError: an unknown type.
+        UserError: a misspelt type.
     """
     parts = {name: config.get(name) for name in ("model", "tta_model")}
     for path, node in nodes(parts, ""):
-        kind = node.get("type", "nms")
-        if path.endswith(".nms") and isinstance(kind, str) and kind not in NMS_TYPES:
+        kind = node.get("type", "nms")  # which a user's own head may read in its own way
+        is_known = not isinstance(kind, str) or kind in NMS_TYPES
+        if path.endswith(".nms") and not is_known and get_close_matches(kind, NMS_TYPES):
             raise UserError(f"{path}.type: expected one of {', '.join(NMS_TYPES)}, got {kind!r}")
 
 
@@ -232,7 +235,10 @@ def reported_metrics(metric: BaseMetric) -> set[str] | None:
         items = metric.metric_items or COCO_ITEMS
         return {f"{prefix}{name}_{item}" for name in metric.metrics for item in items}
     if kind == "IoUMetric":
-        return {f"{prefix}{item}" for name in metric.metrics for item in ("aAcc", *IOU_ITEMS[name])}
+        names = [metric.metrics] if isinstance(metric.metrics, str) else metric.metrics
+        if unknown := sorted({*names} - {*IOU_ITEMS}):
+            raise UserError(f"IoUMetric: expected iou_metrics of {', '.join(IOU_ITEMS)}, got {unknown[0]!r}")
+        return {f"{prefix}{item}" for name in names for item in ("aAcc", *IOU_ITEMS[name])}
     return None
 
 

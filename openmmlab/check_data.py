@@ -4,7 +4,9 @@ COCO's annotation files are checked while mmdet reads them; of images and label 
 """
 
 import json
+import logging
 import math
+import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import numpy as np
+import torch
 from mmengine.dataset import BaseDataset
+from mmengine.logging import print_log
 from mmengine.registry import DATASETS, DefaultScope
 from PIL import Image
 from torch import nn
@@ -38,7 +42,7 @@ NECK_READERS = {  # by the key of their channels: modules of mmdet that get the 
     "in_channels": re.compile(r"(rpn_head|bbox_head|roi_head\.(bbox|mask)_head)(\.\d+)?"),
     "out_channels": re.compile(r"roi_head\.(bbox|mask)_roi_extractor(\.\d+)?"),
 }
-OTHER_CLASSES = re.compile("RPNHead|STDCHead")  # proposals, boundaries
+OTHER_CLASSES = re.compile("rpn_?head|semantic_head|STDCHead", re.I)  # proposals, stuff, boundaries
 
 
 # --- Classes and files of a config --------------------------------------------------------------------------
@@ -62,7 +66,7 @@ def check_data_sets(config: "Config", splits: Sequence[str]) -> tuple[str, ...] 
         for split in ("train", "val", "test")
         if config.get(f"{split}_dataloader")
     }
-    named = [(key, _classes(key, dataset)) for split in found.values() for key, dataset in split]
+    named = [(key, _classes(key, data)) for split in found.values() for key, _, data in split]
     named = [(key, classes) for key, classes in named if classes is not None]
     for key, classes in named[1:]:
         if classes != named[0][1]:
@@ -71,16 +75,16 @@ def check_data_sets(config: "Config", splits: Sequence[str]) -> tuple[str, ...] 
                 "the data sets of all loaders, test_dataloader too, the same metainfo=dict(classes=...)"
             )
     for split in found.keys() & {*splits}:
-        for key, dataset in found[split]:
+        for key, options, dataset in found[split]:
             _check_files(key, dataset)
             if hasattr(dataset, "reduce_zero_label"):  # mmseg's `BaseSegDataset`
-                _check_label_images(key, dataset)
-        _check_evaluators(config, split, [dataset.ann_file for _, dataset in found[split]])
+                _check_label_images(key, options, dataset)
+        _check_evaluators(config, split, [dataset.ann_file for _, _, dataset in found[split]])
     return named[0][1] if named else None
 
 
-def _data_sets(options: Any, key: str, config: "Config") -> Iterator[tuple[str, BaseDataset]]:
-    """Key and data set of each data set of a loader, also inside wrappers; no files are read."""
+def _data_sets(options: Any, key: str, config: "Config") -> Iterator[tuple[str, Any, BaseDataset]]:
+    """Key, options and data set of each data set of a loader, also inside wrappers; no files are read."""
     if "dataset" in options:
         yield from _data_sets(options["dataset"], f"{key}.dataset", config)
     elif "datasets" in options:
@@ -93,7 +97,7 @@ def _data_sets(options: Any, key: str, config: "Config") -> Iterator[tuple[str, 
             ours = isinstance(kind, type) and issubclass(kind, BaseDataset)
             dataset = registry.build({**options, "lazy_init": True, "pipeline": []}) if ours else None
         if dataset is not None:
-            yield key, dataset
+            yield key, options, dataset
 
 
 def _classes(key: str, dataset: BaseDataset) -> tuple[str, ...] | None:
@@ -141,8 +145,15 @@ def _check_evaluators(config: "Config", split: str, files: list[str]) -> None:
 # --- Label images -------------------------------------------------------------------------------------------
 
 
-def _check_label_images(key: str, dataset: "BaseSegDataset") -> None:
+def _check_label_images(key: str, options: Mapping[str, Any], dataset: "BaseSegDataset") -> None:
     """Check a sample of label images: their values must be classes, and their sizes those of the images."""
+    for step in options.get("pipeline", ()):
+        said = step.get("reduce_zero_label") if str(step["type"]).endswith("LoadAnnotations") else None
+        if said not in (None, dataset.reduce_zero_label):
+            raise UserError(
+                f"{key}: LoadAnnotations of its pipeline has reduce_zero_label={said}, the data set itself "
+                f"{dataset.reduce_zero_label}: leave it out of the pipeline"
+            )
     pairs = dataset.load_data_list()
     folder = dataset.data_prefix.get("img_path") or ""
     if not pairs:
@@ -416,22 +427,27 @@ def _check_sliding(options: Mapping[str, Any]) -> None:
 
 
 def _check_heads(model: nn.Module, classes: Sequence[str]) -> None:
-    """Refuse heads of mmdet and mmseg for another number of classes."""
+    """Refuse heads for another number of classes; of modules that may count something else, warn."""
     fusion = getattr(model, "panoptic_fusion_head", None)
     fits = {len(classes)}
     if fusion is not None and fusion.num_classes == len(classes):
         fits.add(fusion.num_things_classes)  # boxes and masks are of things only
-    wrong = []
+    wrong: dict[bool, list[str]] = {True: [], False: []}
     for name, module in model.named_modules():
         kinds = type(module).__mro__
-        role = re.sub(r"\.\d+$", "", name).rpartition(".")[2]
-        is_known = role in HEADS and any(kind.__module__.startswith(("mmdet.", "mmseg.")) for kind in kinds)
-        other = getattr(module, "class_agnostic", False) or OTHER_CLASSES.search(str(kinds))
         count = getattr(module, "num_classes", None)
-        if is_known and not other and isinstance(count, int) and count not in fits:
-            wrong.append(f"model.{name}.num_classes={count}")
-    if wrong:
-        raise UserError(f"{', '.join(wrong)}: expected {len(classes)}, for the classes {_shown(classes)}")
+        others = OTHER_CLASSES.search(" ".join([name, *(kind.__name__ for kind in kinds)]))
+        counts = name and not name.startswith("backbone") and not getattr(module, "class_agnostic", False)
+        if counts and not others and isinstance(count, int) and count not in fits:
+            role = re.sub(r"\.\d+$", "", name).rpartition(".")[2]
+            known = role in HEADS and any(kind.__module__.startswith(("mmdet.", "mmseg.")) for kind in kinds)
+            wrong[known].append(f"model.{name}.num_classes={count}")
+    expected = f"expected {len(classes)}, for the classes {_shown(classes)}"
+    if wrong[True]:
+        raise UserError(f"{', '.join(wrong[True])}: {expected}")
+    if wrong[False]:
+        unsure = f"{', '.join(wrong[False])}: {expected}, unless other classes are meant"
+        print_log(unsure, "current", logging.WARNING)
 
 
 def check_trained_classes(checkpoint: str, content: Mapping[str, Any], classes: Sequence[str] | None) -> None:
@@ -452,19 +468,37 @@ def check_class_weights(model: nn.Module, dataset: Any) -> None:
     """Refuse class weights if training images have pixels of no class, which mmseg's loss cannot weight.
 
     Raises:
-        UserError: there are such pixels in a sample, by labels or padding.
+        UserError: there are such pixels in a sample (by labels or padding), or too many or few weights.
     """
+    from mmseg.models.losses import CrossEntropyLoss
+
+    losses = {name: m for name, m in model.named_modules() if isinstance(m, CrossEntropyLoss)}
     weighted = [
-        f"model.{name}.class_weight"
-        for name, module in model.named_modules()
-        if type(module).__name__ == "CrossEntropyLoss" and module.class_weight and not module.use_sigmoid
+        name for name, m in losses.items() if m.class_weight and m.cls_criterion.__name__ == "cross_entropy"
     ]
-    for index in _sample(range(len(dataset)))[::4] if weighted else ():
-        labels = dataset[index]["data_samples"].gt_sem_seg.data
-        size = model.data_preprocessor.size or labels.shape[-2:]
-        if IGNORE_INDEX in labels or any(a < b for a, b in zip(labels.shape[-2:], size, strict=True)):
+    for name in weighted:
+        weights, count = losses[name].class_weight, len(dataset.metainfo["classes"])
+        if len(weights) != count:
             raise UserError(
-                f"{weighted[0]}: training images have pixels of no class (label 255, or padding up to "
-                "data_preprocessor.size), and mmseg's CrossEntropyLoss has no weight for them: leave "
-                "class_weight out, or make them a class and all images of that size"
+                f"model.{name}.class_weight: expected {count} numbers, a class each, got {len(weights)}"
             )
+    with _keep_random_state():
+        for index in _sample(range(len(dataset)))[::4] if weighted else ():
+            labels = dataset[index]["data_samples"].gt_sem_seg.data
+            size = model.data_preprocessor.size or labels.shape[-2:]
+            if IGNORE_INDEX in labels or any(a < b for a, b in zip(labels.shape[-2:], size, strict=True)):
+                raise UserError(
+                    f"model.{weighted[0]}.class_weight: training images have pixels of no class (label 255, "
+                    "or padding up to data_preprocessor.size), and mmseg's CrossEntropyLoss has no weight "
+                    "for them: leave class_weight out, or make them a class and all images of that size"
+                )
+
+
+@contextmanager
+def _keep_random_state() -> Iterator[None]:
+    """Restore the random state of Python, NumPy and torch at the end."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)

@@ -7,6 +7,7 @@ import resource
 import signal
 import threading
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,8 @@ from training.checkpoints import (
     Checkpoints,
     file_name,
     find_checkpoints,
+    is_valid,
     prune,
-    read_if_valid,
     remove_temporary_files,
     write_checkpoint,
 )
@@ -73,18 +74,18 @@ def full_disk() -> Iterator[None]:
 
 def test_changed_tensors_and_cut_files_are_not_valid(tmp_path: Path) -> None:
     path = write(tmp_path, 1)
-    assert read_if_valid(path)
+    assert is_valid(path)
     content = path.read_bytes()
     begin = content.index(CONTENT["model"]["weight"].numpy().tobytes())
     for place in range(begin, begin + 12000, 401):
         damaged = bytearray(content)
         damaged[place] ^= 1 << place % 8
         path.write_bytes(damaged)
-        assert not read_if_valid(path), place
+        assert not is_valid(path), place
     for length in range(0, len(content), 101):
         path.write_bytes(content[:length])
-        assert not read_if_valid(path), length
-    assert not read_if_valid(tmp_path / "nowhere.pth")
+        assert not is_valid(path), length
+    assert not is_valid(tmp_path / "nowhere.pth")
 
 
 def test_the_newest_valid_one_is_found_by_its_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -97,8 +98,27 @@ def test_the_newest_valid_one_is_found_by_its_name(tmp_path: Path, caplog: pytes
         path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match="got damaged ones alone; move them away to start anew"):
         find_checkpoints(tmp_path)
-    assert f"skipped {paths[0]}: not a checkpoint, or damaged" in caplog.text
+    assert f"{paths[0]} is damaged or incomplete and was skipped" in caplog.text
     assert find_checkpoints(tmp_path / "nowhere").newest is None
+
+
+@pytest.mark.parametrize("kind", ["disk error", "refused content"])
+def test_a_whole_file_that_cannot_be_read_is_not_skipped(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training on from an older one would replace it."""
+    write(tmp_path, 1)
+    newest = write(tmp_path, 2)
+    if kind == "disk error":
+
+        def read_bytes(path: Path) -> bytes:
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    else:
+        torch.save({"model": Fraction(1, 3)}, newest)
+    with pytest.raises(UserError, match=newest.name):
+        find_checkpoints(tmp_path)
 
 
 def test_best_is_the_newest_where_it_is_further_or_as_far(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from PIL import Image
 pytest.importorskip("mmdet", reason="needs OpenMMLab's packages: make setup-openmmlab")
 
 from mmengine.registry import DATASETS, MODELS, DefaultScope
+from mmseg.evaluation import IoUMetric
 from openmmlab_runs import ONE_PROCESS, in_scope
 
 import detection.bifpn  # noqa: F401  (registers the neck)
@@ -120,6 +121,14 @@ def test_the_best_metric_of_a_run_without_validation(tmp_path: Path) -> None:
     config.update(dict.fromkeys(("val_cfg", "val_dataloader", "val_evaluator")))
     config.update(work_dir=str(tmp_path), launcher="none")
     check_config.check_saving(runner.build_runner(config))
+
+
+def test_metrics_of_segmenters() -> None:
+    assert "mIoU" in check_config.reported_metrics(IoUMetric(iou_metrics="mIoU"))
+    with pytest.raises(
+        UserError, match="IoUMetric: expected iou_metrics of mIoU, mDice, mFscore, got 'mIou'"
+    ):
+        check_config.reported_metrics(IoUMetric(iou_metrics=["mIou"]))
 
 
 def broken(**_: Any) -> Any:
@@ -365,6 +374,16 @@ def test_every_head_that_counts_classes_is_looked_at(
         assert str(caught.value).count("num_classes=") == wrong
 
 
+def test_an_unknown_head_gives_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(check_data, "print_log", lambda text, *_: said.append(text))
+    model = torch.nn.Module()
+    model.bbox_head = torch.nn.Identity()
+    model.bbox_head.num_classes = 3
+    check_data.check_model(model, DIGITS)
+    assert "model.bbox_head.num_classes=3: expected 10" in said[0]
+
+
 # --- Label images -------------------------------------------------------------------------------------------
 
 
@@ -394,6 +413,11 @@ def labels(path: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
         (lambda i, s: turned(i), {}, "has 122 x 90 pixels after rotation by its EXIF orientation"),
         (lambda i, s: s.unlink(), {}, "there is no .*00000001.png; each image needs a label image"),
         (lambda i, s: None, {"img_suffix": ".jpeg"}, "no images end in '.jpeg' .*3 files that end in .jpg"),
+        (
+            lambda i, s: None,
+            {"pipeline": [{"type": "LoadAnnotations", "reduce_zero_label": False}]},
+            "leave it out",
+        ),
     ],
 )
 def test_segments_that_do_not_fit(
@@ -454,6 +478,9 @@ def test_class_weights_of_segmenters() -> None:
     StartChecks().before_run(run)
     model.data_preprocessor.size = (160, 160)
     with pytest.raises(UserError, match="loss_decode.class_weight: training images have pixels of no class"):
+        StartChecks().before_run(run)
+    model.auxiliary_head.loss_decode.class_weight = [1.0]
+    with pytest.raises(UserError, match="class_weight: expected 11 numbers, a class each, got 1"):
         StartChecks().before_run(run)
 
 

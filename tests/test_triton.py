@@ -169,6 +169,19 @@ def test_one_key_outweighs_all_others(case: str, dtype: torch.dtype) -> None:
         assert (x.double() - y).norm() <= (1e-3 if dtype == torch.float16 else 1e-5) * y.norm()
 
 
+@interpreted
+@pytest.mark.parametrize("case", ["small window", "nearest"])
+def test_a_token_that_a_window_does_not_see(case: str) -> None:
+    """However large its scores would be: those that are masked by the bias are those of the window's keys."""
+    problem = Problem(*CASES[case], torch.float32, heads=1)
+    problem.qkv[:, :, 0] = 48 + 0.1 * problem.qkv[:, :, 0]
+    problem.qkv[:, :, 1] = -48 + 0.1 * problem.qkv[:, :, 1]
+    problem.qkv[:, 0, 1] = 48
+    out = attention.attend(problem.qkv, problem.index, problem.bias, problem.scale)
+    expected = problem.run(defined_attention, torch.float64)[0]
+    assert (out.double() - expected).norm() < 1e-3 * expected.norm()
+
+
 @triton.jit
 def fused_weight(score, row, scale):
     """`kernels._weight` as hardware computes it."""

@@ -10,10 +10,12 @@ order the files:
 """
 
 import contextlib
+import io
 import logging
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,7 +30,7 @@ from logger import Metrics
 from models import read_checkpoint
 from training.preemption import StopRequested, StopSync, stop_received
 from training.state import EpochStep, Position, TrainState
-from utils import UserError
+from utils import UserError, user_input
 
 BEST_NAME = "best.pth"
 NAME = re.compile(r"ckpt_epoch_(\d+)(?:_step_(\d+))?\.pth")
@@ -92,24 +94,26 @@ def write_checkpoint(content: dict[str, Any], path: Path) -> None:
             raise target.error
 
 
-def read_if_valid(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint; empty if it is missing, or damaged, which is logged.
+def is_valid(path: Path) -> bool:
+    """Whether a file is a zip archive in which all checksums hold.
 
     Raises:
         UserError: the disk cannot read it, which says nothing about the file.
     """
     try:
-        return read_checkpoint(path)
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        logger.warning(f"skipped {error}")
-        return {}
+        content = path.read_bytes()  # first, since zipfile reports errors of the disk as damage
+    except (FileNotFoundError, IsADirectoryError):
+        return False
     except OSError as error:
         raise UserError(
-            f"{error}; nothing was changed: start the same command again when the disk works, or move the "
-            "file away to continue without it"
+            f"{path}: expected to read the checkpoint, got: {error.strerror or error}; nothing was changed: "
+            "start the same command again when the disk works, or move the file away to continue without it"
         ) from error
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            return archive.testzip() is None
+    except Exception:  # zipfile raises many types on damaged archives
+        return False
 
 
 @dataclass
@@ -129,15 +133,21 @@ def find_checkpoints(folder: Path) -> Found:
     Raises:
         UserError: a file cannot be read, or no checkpoint is valid.
     """
-    candidates, best_path = checkpoints_in(folder), folder / BEST_NAME
-    best = read_if_valid(best_path)
-    if best:
-        position = Position(**best.get("position", {}))
-        candidates = sorted([*candidates, (position.epoch_step, best_path)], key=lambda item: item[0])
-    for _, path in reversed(candidates):
-        if content := best if path == best_path else read_if_valid(path):
-            return Found(path, content, best.get("accuracy", 0.0))
-    if candidates or best_path.is_file():
+    candidates, best_path, best = checkpoints_in(folder), folder / BEST_NAME, {}
+    if best_path.is_file():
+        with user_input():
+            best = read_checkpoint(best_path) if is_valid(best_path) else {}
+        candidates.append((Position(**best.get("position", {})).epoch_step, best_path))
+    accuracy = best.get("accuracy", 0.0)
+    for _, path in sorted(candidates, key=lambda item: (item[0], item[1] == best_path), reverse=True):
+        if best and path == best_path:
+            return Found(path, best, accuracy)
+        if path != best_path and is_valid(path):
+            best = {}  # two would need much memory
+            with user_input():
+                return Found(path, read_checkpoint(path), accuracy)
+        logger.warning(f"{path} is damaged or incomplete and was skipped")
+    if candidates:
         raise UserError(
             f"{folder}: expected a checkpoint to continue from, got damaged ones alone; move them away to "
             "start anew, or choose another --tag"

@@ -185,7 +185,8 @@ def raise_if_too_many_skipped(run: Run, state: TrainState, step: int) -> None:
 def go_back(run: Run) -> str:
     """The advice for a run whose weights are too large, as those of its newest checkpoint may be."""
     best = run.output / BEST_NAME
-    source = f" and --resume {best}" if best.is_file() else ""
+    instead = " in place of --pretrained" if run.config.MODEL.PRETRAINED else ""
+    source = f" and --resume {best}{instead}" if best.is_file() else ""
     return f"start again with another --tag{source}, with a lower TRAIN.BASE_LR"
 
 

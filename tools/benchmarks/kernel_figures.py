@@ -57,6 +57,7 @@ def figures(kernel: Kernel, card_name: str) -> Figures:
     else:
         text = asm["amdgcn"]
         registers, stack = number(r"\.vgpr_count:", text), number(r"\.private_segment_fixed_size:", text)
+        stack += number(r"\.vgpr_spill_count:", text)  # into other registers
         part_warps = number("; Occupancy:", text)
         instructions = None
     return Figures(

@@ -48,7 +48,7 @@ class TritonTables:
 
     merged: MergedKeys
     columns: Tensor  # int32 [2, K']: columns of the bias whose logaddexp a merged key has; -1 for no second
-    keys: Tensor  # int32 [P, padded K']: tokens; -1 where no query of a window sees the key; 0 beyond K'
+    keys: Tensor  # int32 [P, padded K']: tokens; -1 where no query of a window sees the key
     first: Tensor  # int32 [P]: first token of every window
     always_seen: int  # the first so many of a row of `keys` are tokens in every window
     blocks: Blocks | None  # for the backward pass
@@ -70,7 +70,8 @@ def build_tables(index: AttentionIndex, trains: bool) -> TritonTables:
     second = F.pad(merged.second, (len(merged.single), 0), value=-1)
     columns = torch.stack([torch.cat([merged.single, merged.first]), second]).int()
     keys, count = merged.keys.int(), merged.keys.shape[1]
-    keys = F.pad(keys, (0, padded_keys(count) - count))  # the bias masks them
+    filling = keys[:, :1].expand(-1, padded_keys(count) - count)  # a key of the window, masked by the bias
+    keys = torch.cat([keys, filling], dim=1)
     always_seen = keys.shape[1]
     if merged.visible is not None:
         seen = merged.visible[:, 0] if merged.visible.shape[1] == 1 else merged.visible.any(dim=1)

@@ -117,6 +117,7 @@ def example(case: Case) -> AttentionIndex:
     visible = torch.rand(windows, rows, case.keys, generator=generator) < 0.8
     visible[..., : case.always_seen] = True
     visible[0, :, case.always_seen :] = False
+    visible[0, 1:, 0] = False  # even if each key is seen by some query
     seen = None if bool(visible.all()) else visible.to(device)
     bias_index = (keys.new_empty(0),) * (3 if case.by_window else 1)  # as Focal-fast and Focal have them
     index = AttentionIndex(side, side, case.window, tokens, keys.to(device), seen, (bias_index,))
