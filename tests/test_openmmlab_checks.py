@@ -125,9 +125,7 @@ def test_the_best_metric_of_a_run_without_validation(tmp_path: Path) -> None:
 
 def test_metrics_of_segmenters() -> None:
     assert "mIoU" in check_config.reported_metrics(IoUMetric(iou_metrics="mIoU"))
-    with pytest.raises(
-        UserError, match="expected iou_metrics of mIoU, mDice, mFscore, got 'mIou'"
-    ):
+    with pytest.raises(UserError, match="expected iou_metrics of mIoU, mDice, mFscore, got 'mIou'"):
         check_config.reported_metrics(IoUMetric(iou_metrics=["mIou"]))
 
 
