@@ -1,6 +1,7 @@
-"""How the processes of a run find each other: at the first start, and when torchrun starts them again."""
+"""How the processes of a run find each other: at the first start, under Slurm, and after a restart."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -40,6 +41,31 @@ os._exit(0)  # torch 2.6 may hang when it closes a group of gloo
 """
 
 
+TASK = """
+import os
+import torch
+import utils
+
+utils.init_distributed(torch.device("cpu"), 1)
+names = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
+os.write(1, f"{utils.get_rank()} {' '.join(os.environ[name] for name in names)}\\n".encode())
+os._exit(0)
+"""
+
+SRUN = """#!/bin/sh
+for task in 0 1 2 3; do
+    SLURM_PROCID=$task SLURM_LOCALID=$((task % 2)) "$@" &
+done
+wait
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
 def test_every_start_gets_an_empty_store_that_all_ranks_share():
     store, world_size = dist.HashStore(), 3
     for number in range(world_size):  # a start that ended before all processes had come
@@ -72,15 +98,35 @@ def test_an_incomplete_environment_is_a_mistake_of_the_user(monkeypatch):
         init_distributed(torch.device("cpu"), 1)
 
 
+def test_the_tasks_of_a_slurm_job_find_each_other(tmp_path):
+    """The guide's job, on two nodes with two tasks each."""
+    guide = (ROOT / "classification/get_started.md").read_text(encoding="utf-8")
+    (job,) = (block for block in re.findall(r"```sh\n(.*?)```", guide, re.DOTALL) if "#SBATCH" in block)
+    (tmp_path / "task.py").write_text(TASK)
+    commands = {
+        "srun": SRUN,
+        "scontrol": "#!/bin/sh\necho localhost\n",
+        "python": f"#!/bin/sh\nexec {sys.executable} {tmp_path}/task.py\n",
+    }
+    for name, content in commands.items():
+        (tmp_path / name).write_text(content)
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_CPUS_PER_TASK": "1"}
+    slurm |= {"SLURM_JOB_NODELIST": "localhost", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    job = job.replace("MASTER_PORT=29500", f"MASTER_PORT={free_port()}")
+    environment = {**os.environ, **slurm, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        ["bash", "-c", job], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert sorted(done.stdout.splitlines()) == ["0 0 2 4", "1 1 2 4", "2 0 2 4", "3 1 2 4"], done.stderr
+
+
 def test_two_machines_meet_again_after_one_process_died(tmp_path):
     """torchrun counts the restart on the machine of the process that died, and not on the other one."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--max-restarts", "3"]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}", "--rdzv_id", "test"]
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{free_port()}", "--rdzv_id", "test"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     machines = [
         subprocess.Popen(
