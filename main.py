@@ -202,7 +202,9 @@ def main(argv: list[str] | None = None) -> int:
         logger.debug("stopped", exc_info=True)  # the traceback is in the log file
         if os.environ.get("FOCAL_TRACEBACK"):
             raise
-        utils.print_mistake(error)
+        # In a group and under torchrun all processes have the same UserError; else one may be alone.
+        is_common = isinstance(error, UserError) and (utils.in_group() or "LOCAL_WORLD_SIZE" in os.environ)
+        utils.print_mistake(error, is_common)
         return 2
     except KeyboardInterrupt:
         logger.debug("stopped", exc_info=True)

@@ -54,10 +54,8 @@ def print_error(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
-def print_mistake(error: Exception) -> None:
-    """Print a mistake of the user, once on a machine if all of its processes have it."""
-    # Those of a group or of torchrun have the same UserError; else one may be alone.
-    is_common = isinstance(error, UserError) and (in_group() or "LOCAL_WORLD_SIZE" in os.environ)
+def print_mistake(error: Exception, is_common: bool) -> None:
+    """Print a mistake of the user, once on a machine if it `is_common` to all processes."""
     if not is_common or os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
         print_error(f"error: {error}")
 
@@ -72,7 +70,7 @@ def run_command(action: Callable[[], int | None]) -> int:
     except (UserError, OSError) as error:
         if os.environ.get("FOCAL_TRACEBACK"):
             raise
-        print_mistake(error)
+        print_mistake(error, is_common=not in_group())  # processes of a group may fail alone
         return 2
 
 
