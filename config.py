@@ -347,7 +347,7 @@ def _assign(config: CN, key: str, value: Any) -> None:
         close = difflib.get_close_matches(key, flatten(_C), n=1, cutoff=0.5)
         hint = f"did you mean {close[0]}?" if close else "see config.py for all keys"
         raise ValueError(f"expected a known key, got {key!r}; {hint}")
-    default = node[name]
+    default = flatten(_C).get(key, node[name])
     if isinstance(default, CN):
         raise ValueError(f"expected a section with keys of its own, got {value!r}; name one of its keys")
     given = ("" if value is None else value) if isinstance(default, str) else _decode(value)

@@ -56,12 +56,11 @@ class TensorBoard:
 
     name = "TensorBoard"
 
-    def __init__(self, output: Path, **next_positions: int | None) -> None:
+    def __init__(self, output: Path, **next_positions: int) -> None:
         """
         Args:
             output: folder of the run.
-            next_positions: of each kind; what an earlier start recorded there or later is hidden. None to
-                hide nothing.
+            next_positions: of each kind; what an earlier start recorded there or later is hidden.
         """
         from torch.utils.tensorboard import SummaryWriter
 
@@ -159,7 +158,8 @@ class Metrics:
         if self.file is None:
             return
         record = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self.unwritten += (json.dumps({"kind": kind, **record}, allow_nan=False) + "\n").encode()
+        record = {"kind": kind, "position": position, **record}
+        self.unwritten += (json.dumps(record, allow_nan=False) + "\n").encode()
         self.flush()
         for mirror in list(self.mirrors):
             try:
@@ -195,16 +195,19 @@ class Metrics:
         except OSError as error:
             logger.error(f"{self.file.name}: expected to write metrics to the disk, got: {error.strerror}")
 
-    def truncate(self, next_step: tuple[int, int], epochs: int) -> None:
+    def truncate(self, next_step: tuple[int, int], epochs: int) -> dict[str, int]:
         """Drop what a resumed run records again, and an unfinished line that a killed process may have left.
 
         Args:
             next_step: epoch and step that training goes on with.
             epochs: how many have been evaluated.
+
+        Returns:
+            The first position of each kind that no record has.
         """
+        size, positions = 0, {"train": 0, "epoch": 0}
         if self.file is None:
-            return
-        size = 0
+            return positions
         for line in Path(self.file.name).read_bytes().splitlines(keepends=True):
             try:
                 record = json.loads(line) if line.endswith(b"\n") else {}
@@ -216,7 +219,10 @@ class Metrics:
             if (record["epoch"], record["step"]) >= next_step if is_step else record["epoch"] >= epochs:
                 break
             size += len(line)
+            kind = record["kind"]
+            positions[kind] = max(positions[kind], record.get("position", -1) + 1)
         self.file.truncate(size)
+        return positions
 
     def close(self, failed: bool = False, preempted: bool = False) -> None:
         """Close the file and the mirrors; errors of the mirrors are logged as warnings.

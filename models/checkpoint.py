@@ -113,7 +113,8 @@ def _downloaded(url: str) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.ExitStack() as stack:
                 with contextlib.suppress(OSError, NotImplementedError):  # of file systems without locks
-                    stack.enter_context(FileLock(path.with_name(f".{path.name}.lock"), LOCK_SECONDS))
+                    lock = path.with_name(f".{path.name}.lock")
+                    stack.enter_context(FileLock(lock, LOCK_SECONDS, fallback_to_soft=False))
                 if not path.exists():
                     torch.hub.download_url_to_file(url, str(path), progress=False)
     except (OSError, HTTPException, ValueError) as error:

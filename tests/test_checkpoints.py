@@ -1,5 +1,6 @@
 """Checkpoint files: whole or absent, verified, the newest by name, few kept, written beside training."""
 
+import errno
 import json
 import logging
 import os
@@ -110,11 +111,14 @@ def test_a_whole_file_that_cannot_be_read_is_not_skipped(
     write(tmp_path, 1)
     newest = write(tmp_path, 2)
     if kind == "disk error":
+        read_bytes = Path.read_bytes
 
-        def read_bytes(path: Path) -> bytes:
-            raise OSError(5, "Input/output error")
+        def fails_for_newest(path: Path) -> bytes:
+            if path == newest:
+                raise OSError(errno.EIO, "Input/output error")
+            return read_bytes(path)
 
-        monkeypatch.setattr(Path, "read_bytes", read_bytes)
+        monkeypatch.setattr(Path, "read_bytes", fails_for_newest)
     else:
         torch.save({"model": Fraction(1, 3)}, newest)
     with pytest.raises(UserError, match=newest.name):
@@ -367,7 +371,7 @@ def test_metrics_end_where_a_resumed_run_goes_on(tmp_path: Path) -> None:
         with (tmp_path / Metrics.NAME).open("a") as file:
             file.write('{"kind": "train", "epo')
         metrics = Metrics(tmp_path)
-        metrics.truncate(next_step, epochs)
+        assert metrics.truncate(next_step, epochs) == {"train": 4 if left else 0, "epoch": epochs}
         metrics.write("epoch", 2, epoch=2, loss=99)
         metrics.close()
         assert losses_in(tmp_path) == [*losses[:left], 99]

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -146,3 +147,16 @@ def test_imagewoof_has_ten_classes_by_default() -> None:
     assert load_config(None, ["DATA.DATASET", "imagewoof"]).MODEL.NUM_CLASSES == 10
     opts = ["DATA.DATASET", "imagewoof", "MODEL.NUM_CLASSES", 1000]
     assert load_config(None, opts).MODEL.NUM_CLASSES == 1000
+
+
+@pytest.mark.parametrize(
+    ("key", "first", "then"),
+    [
+        ("DATA.IMG_SIZE", "[224, 192]", 384),
+        ("AUG.CUTMIX_MINMAX", "[0.2, 0.8]", None),
+        ("MODEL.FOCAL.QK_SCALE", 0.2, False),
+        ("MODEL.FOCAL.FOCAL_STAGES", "[]", [0]),
+    ],
+)
+def test_an_option_that_is_set_again_may_be_of_another_kind(key: str, first: Any, then: Any) -> None:
+    assert flatten(load_config(opts=[key, first, key, then]))[key] == then

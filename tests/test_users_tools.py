@@ -5,6 +5,7 @@ padding, and a last stage that is a single window. test_export.py writes files b
 test_users_checkpoints.py reads checkpoints of other tools.
 """
 
+import pickle
 import threading
 import warnings
 from collections import Counter
@@ -590,6 +591,15 @@ def test_stored_keys_that_a_call_brings_along() -> None:
 
     for found in (torch.func.vjp(call, IMAGES)[0], torch.vmap(lambda x: call(x[None])[0])(IMAGES)):
         torch.testing.assert_close(found.detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_copy_holds_nothing_of_what_its_model_read() -> None:
+    model = build(FAMILIES[1]).eval()
+    logits(model)
+    other = pickle.loads(pickle.dumps(model))
+    for layer in other.modules():
+        assert not getattr(layer, "buffers_read", None)
+    assert torch.equal(logits(other), logits(model))
 
 
 def test_stored_keys_that_are_made_for_each_call() -> None:

@@ -126,26 +126,21 @@ class Found:
 
 
 def find_checkpoints(folder: Path) -> Found:
-    """Read the valid checkpoint that is furthest in training, and best.pth.
+    """Read the valid checkpoint that is furthest in training, and the accuracy of best.pth.
 
     Of two at the same position it is best.pth, since that one was written after the evaluation.
 
     Raises:
         UserError: a file cannot be read, or no checkpoint is valid.
     """
-    candidates, best_path, best = checkpoints_in(folder), folder / BEST_NAME, {}
+    candidates, best_path = checkpoints_in(folder), folder / BEST_NAME
+    best = read_best(best_path)
     if best_path.is_file():
-        with user_input():
-            best = read_checkpoint(best_path) if is_valid(best_path) else {}
-        candidates.append((Position(**best.get("position", {})).epoch_step, best_path))
-    accuracy = best.get("accuracy", 0.0)
+        candidates.append((best[0] if best else (0, 0), best_path))
     for _, path in sorted(candidates, key=lambda item: (item[0], item[1] == best_path), reverse=True):
-        if best and path == best_path:
-            return Found(path, best, accuracy)
-        if path != best_path and is_valid(path):
-            best = {}  # two would need much memory
+        if best if path == best_path else is_valid(path):
             with user_input():
-                return Found(path, read_checkpoint(path), accuracy)
+                return Found(path, read_checkpoint(path), best[1] if best else 0.0)
         logger.warning(f"{path} is damaged or incomplete and was skipped")
     if candidates:
         raise UserError(
@@ -153,6 +148,20 @@ def find_checkpoints(folder: Path) -> Found:
             "start anew, or choose another --tag"
         )
     return Found()
+
+
+def read_best(path: Path) -> tuple[EpochStep, float] | None:
+    """The position and the accuracy (percent) of best.pth, zeros if it has none; None if it is not valid.
+
+    Its content is not kept, since that of two checkpoints would need much memory.
+    """
+    with user_input():
+        content = read_checkpoint(path) if is_valid(path) else None
+    if content is None:
+        return None
+    if "accuracy" not in content:
+        return (0, 0), 0.0
+    return (content["position"]["epoch"], content["position"]["step"]), content["accuracy"]
 
 
 def prune(folder: Path, newest: EpochStep, keep: int) -> None:

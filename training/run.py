@@ -86,13 +86,14 @@ def setup(run: Run, model: FocalTransformer) -> tuple[TrainState, Loaders, Check
     state = build_train_state(config, model, run.precision, run.device, steps, soft_targets)
     state.meter.count_replaced = lambda: loaders.train_dataset.undecodable
     state.meter.reset()
-    is_exact = not content or resume(state, content, source, loaders.train_sampler.order)
+    if content:
+        resume(state, content, source, loaders.train_sampler.order)
     position = state.position
     position.image_order = loaders.train_sampler.order
     position.step = loaders.resume_at(position.epoch, position.samples_seen)
     with utils.raise_on_all_ranks():
         if utils.is_main_process():
-            prepare_folder(run, state, source, steps if is_exact else None)
+            prepare_folder(run, state, source)
     return state, loaders, Checkpoints(config, run.output, run.metrics, position, found.best)
 
 
@@ -133,14 +134,11 @@ def check_epochs(position: dict[str, Any], epochs: int, source: str) -> None:
         logger.warning(f"{source} has finished all {epochs} epochs (TRAIN.EPOCHS): nothing is left to train")
 
 
-def resume(state: TrainState, content: dict[str, Any], source: str, image_order: str) -> bool:
+def resume(state: TrainState, content: dict[str, Any], source: str, image_order: str) -> None:
     """Load the content of a checkpoint, and find the position in this run's epochs.
 
     Warns if the running epoch cannot be continued, since `image_order` (`TrainSampler.order`) is another one,
     or if the number of updates in an epoch has changed.
-
-    Returns:
-        Whether epochs have as many updates as before.
 
     Raises:
         UserError: the optimizer has other parameters.
@@ -156,8 +154,7 @@ def resume(state: TrainState, content: dict[str, Any], source: str, image_order:
         state.meter.reset()
     batch = config.DATA.BATCH_SIZE * max(1, config.TRAIN.ACCUMULATION_STEPS) * utils.get_world_size()
     updates = position.epoch * state.updates_per_epoch + math.ceil(position.samples_seen / batch)
-    is_exact = position.updates == updates
-    if not is_exact:
+    if position.updates != updates:
         seen = position.samples_seen
         rest = "with the images that the epoch has not seen" if seen else "with a whole epoch"
         logger.warning(
@@ -169,14 +166,12 @@ def resume(state: TrainState, content: dict[str, Any], source: str, image_order:
     state.scheduler.step_update(max(0, updates - 1))  # the rate of the last update
     inside = f" and {position.samples_seen} images of the next one" if position.samples_seen else ""
     logger.info(f"resumed {source}: {position.epoch} epochs{inside}, best {state.max_accuracy:.2f}%")
-    return is_exact
 
 
-def prepare_folder(run: Run, state: TrainState, source: str, steps_per_epoch: int | None) -> None:
+def prepare_folder(run: Run, state: TrainState, source: str) -> None:
     """Bring the files of the run's folder in line with where training starts; for the main rank.
 
-    Metrics of another run's folder are not continued. Without `steps_per_epoch`, as steps are counted in
-    another way than before, TensorBoard hides none of those that were recorded.
+    Metrics of another run's folder are not continued.
 
     Raises:
         OSError: a file cannot be written.
@@ -187,10 +182,9 @@ def prepare_folder(run: Run, state: TrainState, source: str, steps_per_epoch: in
         temporary.write_text(run.config.dump(), encoding="utf-8")
     epoch, step = state.position.epoch_step if continues else (0, 0)
     epochs = epoch - (continues and not state.evaluated)
-    run.metrics.truncate((epoch, step), epochs)
+    next_positions = run.metrics.truncate((epoch, step), epochs)
     if importlib.util.find_spec("tensorboard"):
-        next_step = None if steps_per_epoch is None else epoch * steps_per_epoch + step
-        run.metrics.start(TensorBoard, train=next_step, epoch=epochs)
+        run.metrics.start(TensorBoard, **next_positions)
     if project := run.config.LOG.WANDB:
         name = f"{run.config.MODEL.NAME}/{run.config.TAG}"
         run.metrics.start(WeightsAndBiases, continues, project=project, name=name, config=flatten(run.config))
