@@ -1102,11 +1102,7 @@ def initialise(module: nn.Module) -> None:
 # --- Options ------------------------------------------------------------------------------------------------
 
 FAMILIES: dict[str, type[FocalAttention]] = {"focal": FocalAttention, "focalv2": FocalFastAttention}
-WITH_RING = {
-    "all": (0, 1),
-    "even": (1,),
-    "odd": (0,),
-}  # expand_layer: block % 2 of those with a ring
+WITH_RING = {"all": (0, 1), "even": (1,), "odd": (0,)}  # by expand_layer: block % 2 of blocks with a ring
 
 
 def smallest_side(options: Mapping[str, Any]) -> int:

@@ -2,8 +2,8 @@
 
 They run in one process, under torchrun or under Slurm; CPUs communicate through gloo. Differences from the
 tools of mmdet and mmseg: torchrun is recognised, testing refuses a checkpoint that lacks weights, and the
-user's mistakes are looked for first (check_config.py, check_data.py) and reported in one line.
-FOCAL_TRACEBACK=1 in the environment shows the traceback.
+user's mistakes, also those that a library finds while it builds, are reported in one line (check_config.py,
+check_data.py). FOCAL_TRACEBACK=1 in the environment shows the traceback.
 """
 
 import argparse
