@@ -41,31 +41,13 @@ def build_scheduler(config: CfgNode, optimizer: torch.optim.Optimizer, updates_p
         optimizer: its param groups hold the base rate.
         updates_per_epoch: optimizer updates (not batches) per epoch.
     """
-    train = config.TRAIN
-    total = train.EPOCHS * updates_per_epoch
-    warmup = train.WARMUP_EPOCHS * updates_per_epoch
+    train, schedule = config.TRAIN, config.TRAIN.LR_SCHEDULER
+    total, warmup = train.EPOCHS * updates_per_epoch, train.WARMUP_EPOCHS * updates_per_epoch
     common = {"warmup_t": warmup, "warmup_lr_init": train.WARMUP_LR, "t_in_epochs": False}
-    choices = {
-        # One cycle over all updates: the cosine's first part is hidden by the warm-up.
-        "cosine": lambda: CosineLRScheduler(
-            optimizer, t_initial=total, lr_min=train.MIN_LR, cycle_limit=1, **common
-        ),
-        # A polynomial of power 1, from BASE_LR at the end of the warm-up to MIN_LR at the end of training.
-        "linear": lambda: PolyLRScheduler(
-            optimizer,
-            t_initial=max(total - warmup, 1),
-            power=1.0,
-            lr_min=train.MIN_LR,
-            cycle_limit=1,
-            warmup_prefix=True,
-            **common,
-        ),
-        "step": lambda: StepLRScheduler(
-            optimizer,
-            decay_t=train.LR_SCHEDULER.DECAY_EPOCHS * updates_per_epoch,
-            decay_rate=train.LR_SCHEDULER.DECAY_RATE,
-            warmup_prefix=False,
-            **common,
-        ),
-    }
-    return choices[train.LR_SCHEDULER.NAME]()
+    if schedule.NAME == "step":
+        interval = schedule.DECAY_EPOCHS * updates_per_epoch
+        return StepLRScheduler(optimizer, interval, schedule.DECAY_RATE, warmup_prefix=False, **common)
+    common["lr_min"] = train.MIN_LR
+    if schedule.NAME == "linear":  # from BASE_LR at the end of the warm-up to MIN_LR at the end of training
+        return PolyLRScheduler(optimizer, max(total - warmup, 1), power=1.0, warmup_prefix=True, **common)
+    return CosineLRScheduler(optimizer, total, **common)  # one cycle; the warm-up hides its first part

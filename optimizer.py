@@ -75,18 +75,14 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_exempt = parameter.ndim <= 1 or name.endswith(".bias") or name in exempt
+            decays = parameter.ndim > 1 and not name.endswith(".bias") and name not in exempt
             share = layer_decay ** (last - layers[name])
-            groups.setdefault((-share, is_exempt), []).append(parameter)
+            groups.setdefault((share, decays), []).append(parameter)
     if not groups:
         raise ValueError("expected at least one trainable parameter, got none; every parameter is frozen")
-    return [
-        {
-            "params": groups[key],
-            "weight_decay": 0.0 if key[1] else weight_decay,
-            "lr_scale": -key[0],  # timm's schedulers multiply by it
-        }
-        for key in sorted(groups)
+    return [  # timm's schedulers multiply by `lr_scale`
+        {"params": groups[share, decays], "weight_decay": weight_decay if decays else 0.0, "lr_scale": share}
+        for share, decays in sorted(groups, reverse=True)
     ]
 
 
