@@ -154,7 +154,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", metavar="DIR", type=path, required=True, help="folder of the new files")
     parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=list(FORMATS))
     parser.add_argument("--size", nargs=2, type=int, metavar=("H", "W"), help="of the images (DATA.IMG_SIZE)")
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="any option of config.py")
+    parser.add_argument(
+        "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="any option of config.py"
+    )
     parser.set_defaults(data_path=None, device="cpu")
     return parser.parse_args(arguments)
 
@@ -175,7 +177,7 @@ def export_formats(args: argparse.Namespace) -> int:
     height, width = args.size or to_2tuple(config.DATA.IMG_SIZE)
     model = load_model(config).eval()
     with utils.user_input():
-        check_images(torch.empty(1, model.in_chans, height, width), model.in_chans, model.smallest_side)
+        check_images(torch.empty(1, model.in_chans, height, width), model.smallest_side)
     logging.disable(logging.WARNING)  # of the exporters; `main` takes it back
     status = 0
     for name in args.formats:

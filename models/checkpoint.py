@@ -26,7 +26,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from .focal_transformer import ORIGINAL_BUFFERS, FocalFastAttention
-from .resize import is_plain, resize_state, stale_stored_keys
+from .resize import is_plain, resize_state
 from .safetensors_file import read_safetensors
 from .torch_file import read_torch_file, shown
 
@@ -66,7 +66,7 @@ class LoadReport:
 
     path: str
     reset: list[str] = field(default_factory=list)  # head parameters left at their fresh values, or dropped
-    recomputed: list[str] = field(default_factory=list)  # stored keys chosen for another map size
+    recomputed: list[str] = field(default_factory=list)  # stored keys that are not the nearest
     resized: list[str] = field(default_factory=list)  # parameters of another window or input size
     continued: list[str] = field(default_factory=list)  # rings that the file lacks, made of its own windows
     dropped: list[str] = field(default_factory=list)  # rings that the model lacks
@@ -202,19 +202,16 @@ def load_checkpoint(
         report.reset = sorted(key for key in HEAD if key in given or key in wanted)
         given = {key: value for key, value in given.items() if key not in HEAD}
         wanted = {key: value for key, value in wanted.items() if key not in HEAD}
-    elsewhere = [key for key in given if STORED_KEYS.search(key) and _differ_in_shape(given, wanted, key)]
     if resize:
         report.adapted = _adapt_stem(given, wanted)
         map_size = getattr(model, "train_resolution", None)
         report.resized, report.continued, report.dropped = resize_state(given, wanted, map_size)
-        elsewhere += [key for key in stale_stored_keys(model, given) if key not in elsewhere]
-    for key in elsewhere:
-        report.recomputed.append(key)
-        del given[key], wanted[key]
-    check_state(given, wanted, report.path)
     for name, layer in model.named_modules():
         if isinstance(layer, FocalFastAttention):
-            _check_stored_keys(layer, name, given, report.path)
+            report.recomputed += layer.stale_keys(given, f"{name}.")
+    for key in report.recomputed:
+        del given[key], wanted[key]
+    check_state(given, wanted, report.path)
     model.load_state_dict(given, strict=False)  # complete but for what the report says
     _log(report)
     return report
@@ -252,7 +249,7 @@ def _log(report: LoadReport) -> None:
         (logging.WARNING, report.left_out, "parts of a larger model are left out"),
         (logging.WARNING, report.adapted, "made for 3 input channels, adapted to the model's number"),
         (logging.INFO, report.resized, "made for other windows or another input size, resized"),
-        (logging.INFO, report.recomputed, "made for another input size; nearest keys are chosen anew in"),
+        (logging.INFO, report.recomputed, "not the nearest keys at this input size, so chosen anew"),
     ):
         if names:
             logger.log(level, "%s: %s: %d: %s", report.path, text, len(names), _listed(names))
@@ -287,17 +284,6 @@ def check_state(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], origi
         raise ValueError(
             f"{origin} does not fit the model; nothing was loaded. {ADVICE}\n  " + "\n  ".join(problems)
         )
-
-
-def _check_stored_keys(
-    layer: FocalFastAttention, name: str, given: Mapping[str, Tensor], origin: str
-) -> None:
-    """Raise ValueError where the file's choice of nearest keys names tokens that do not exist."""
-    choice = [given.get(f"{name}.{key}", getattr(layer, key)).cpu().numpy() for key in layer.key_buffers]
-    try:
-        layer.check_stored_keys(choice)
-    except ValueError as error:
-        raise ValueError(f"{origin}: {name}: {error}; nothing was loaded") from error
 
 
 def _kind(tensor: Tensor) -> str:

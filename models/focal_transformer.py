@@ -26,8 +26,6 @@ window, P windows, Q = s*s queries of a window, K its keys. Maps are [B, H, W, C
 everything is numbered row by row.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -65,16 +63,17 @@ class AttentionIndex:
     tokens: int  # S
     keys: Tensor  # int64 [P, K]: token of each key; masked keys hold the window's first token
     visible: Tensor | None  # bool [P, 1 or Q, K]: False for masked keys; None if all are visible
-    # Read by the layer's `bias`. Focal: for the own window and each level a tuple of one tensor, rows of the
-    # bias table. Focal-fast: for each level the three tensors of `offset_index`.
-    bias_index: tuple[tuple[Tensor, ...], ...]
+    # Read by the layer's `bias`. Focal: rows of the bias tables, for the own window and each level (the ring
+    # needs none). Focal-fast: `offset_tables`.
+    bias_index: tuple[Tensor, ...]
+    bias_by_window: bool = False  # every window has a bias of its own
     backend: str = "plain"  # name of the operator that this is for
     fallback_reason: str = ""  # if `auto` took the plain one: why the others cannot run
     tables: Any = None  # what that operator derived from the above
 
 
-Keys = tuple[tuple[int, int, int, int], np.ndarray, "np.ndarray | None", Sequence[tuple[np.ndarray, ...]]]
-"""The first seven fields of an `AttentionIndex`: four sizes, keys, visible, bias_index."""
+Keys = tuple[tuple[int, int, int, int], np.ndarray, np.ndarray | None, Sequence[np.ndarray], bool]
+"""The first eight fields of an `AttentionIndex`: four sizes, keys, visible, bias_index, bias_by_window."""
 
 
 class Request(NamedTuple):
@@ -116,8 +115,8 @@ def relative_index(window: int, region: int) -> np.ndarray:
 
 def shift_mask(height: int, width: int, window: int, shift: int) -> np.ndarray:
     """Which tokens of a window each of its queries may see on a rolled map, as in Swin: bool [P, Q, Q]."""
-    sides = [np.searchsorted((n - window, n - shift), np.arange(n), side="right") for n in (height, width)]
-    label = sides[0][:, None] * 3 + sides[1][None]  # of 3 x 3 regions
+    y, x = (np.digitize(np.arange(side), (side - window, side - shift)) for side in (height, width))
+    label = y[:, None] * 3 + x  # of 3 x 3 regions
     label = label.reshape(height // window, window, width // window, window).swapaxes(1, 2)
     label = label.reshape(-1, window * window)
     return label[:, :, None] == label[:, None, :]
@@ -126,11 +125,10 @@ def shift_mask(height: int, width: int, window: int, shift: int) -> np.ndarray:
 def nearest_cells(rows: np.ndarray, columns: np.ndarray, height: int, width: int, count: int) -> np.ndarray:
     """The `count` nearest cells of a map for each centre, nearest first, ties row by row.
 
-    Centres are all pairs of `rows` [R] and `columns` [X]; they may lie outside the map. Centres at the same
-    distances from the four borders form a class, as do those for which borders are too far to matter: each
-    class is computed once. Returns int64 [R * X, count].
+    Centres are all pairs of `rows` [R] and `columns` [X]; they may lie outside the map, which has at least
+    `count` cells. Centres at the same distances from the four borders form a class, as do those for which
+    borders are too far to matter: each class is computed once. Returns int64 [R * X, count].
     """
-    farthest = int(np.abs(rows).max() + np.abs(columns).max()) + height + width
     radius = 2 * int(np.ceil(np.sqrt(count / np.pi))) + 1  # a quarter of such a disc holds `count` cells
     while True:
         offset = grid(2 * radius + 1, 2 * radius + 1) - radius
@@ -141,7 +139,7 @@ def nearest_cells(rows: np.ndarray, columns: np.ndarray, height: int, width: int
         in_columns, column_class = _inside(columns, width, disc[:, 1], radius)
         inside = in_rows[:, None] & in_columns  # bool [row classes, column classes, offsets]
         rank = inside.cumsum(axis=-1, dtype=np.int32)
-        if rank[..., -1].min() >= count or radius >= farthest:
+        if rank[..., -1].min() >= count:
             break
         radius += radius // 2
     chosen = np.flatnonzero(inside & (rank <= count)).reshape(*inside.shape[:2], count) % len(disc)
@@ -166,7 +164,7 @@ def ring_keys(
     y, x = (rows * window + dy) % height, (columns * window + dx) % width
     keys = [y[:, None] * width + x]
     masks = [np.ones(keys[0].shape, dtype=bool)]
-    bias_index, tokens = [(relative_index(window, window),)], height * width
+    bias_index, tokens = [relative_index(window, window)], height * width
     for level in range(pooled_levels):
         scale, region = 2**level, focal_window + 2**level - 1
         dy, dx = (grid(region, region) - focal_window // 2).T
@@ -174,14 +172,14 @@ def ring_keys(
         inside = ((y >= 0) & (y < len(rows) * scale))[:, None] & (x >= 0) & (x < len(columns) * scale)
         keys.append(np.where(inside, tokens + y[:, None] * (len(columns) * scale) + x, keys[0][..., :1]))
         masks.append(inside)
-        bias_index.append((relative_index(window, region),))
+        bias_index.append(relative_index(window, region))
         tokens += len(rows) * len(columns) * scale**2
     visible = np.concatenate(masks, axis=-1).reshape(len(rows) * len(columns), 1, -1)
     if shift:
         visible = np.repeat(visible, window**2, axis=1)
         visible[..., : window**2] = shift_mask(height, width, window, shift)
     all_keys = np.concatenate(keys, axis=-1).reshape(len(visible), -1)
-    return (height, width, window, tokens), all_keys, visible, bias_index
+    return (height, width, window, tokens), all_keys, visible, bias_index, False
 
 
 def focal_fast_keys(
@@ -197,21 +195,21 @@ def focal_fast_keys(
     rows, columns = np.divmod(levels[0], width)
     tokens = padded[0] * padded[1]
     keys = [rows * padded[1] + columns]
-    centre = (windows * window + window // 2)[..., None]
-    to_centre = [(centre[:, 0] - rows, centre[:, 1] - columns, 1)]  # window centre - key, [P, K] each
+    y, x = (windows * window + window // 2).T[..., None]  # centre of each window, [P, 1] each
+    to_centre = [(y - rows, x - columns, 1)]
     if pooled_levels:
         keys.append(tokens + levels[1])
         tokens += len(windows)
         y, x = (windows[:, None] - windows[levels[1]]).transpose(2, 0, 1)
         to_centre.append((y, x, window))
-    bias_index = [offset_index(*offset, grid(window, window) - window // 2) for offset in to_centre]
-    return (*padded, window, tokens), np.concatenate(keys, axis=1), None, bias_index
+    bias_index = offset_tables(to_centre, window)
+    return (*padded, window, tokens), np.concatenate(keys, axis=1), None, bias_index, True
 
 
 def nearest_keys(height: int, width: int, window: int, topk: int, pooled_levels: int) -> list[np.ndarray]:
     """For every window the nearest fine tokens [P, K_0], numbered on the unpadded map; with a pooled level
     also the nearest windows [P, K_1]."""
-    rows, columns = (np.arange(-(-side // window)) for side in (height, width))
+    rows, columns = (np.arange(side // window) for side in padded_size(height, width, window))
     centres = (rows * window + window // 2, columns * window + window // 2)
     choice = [nearest_cells(*centres, height, width, min(topk, height * width))]
     if pooled_levels:
@@ -220,46 +218,67 @@ def nearest_keys(height: int, width: int, window: int, topk: int, pooled_levels:
     return choice
 
 
-def offset_index(y: np.ndarray, x: np.ndarray, unit: int, place: np.ndarray) -> tuple[np.ndarray, ...]:
+def as_near(cells: np.ndarray, nearest: np.ndarray, centres: np.ndarray, height: int, width: int) -> bool:
+    """Whether cells of a map, [P, K], are distinct and at the same distances from `centres`, [P, 2], as the
+    `nearest` ones."""
+
+    def distances(numbers: np.ndarray) -> np.ndarray:
+        offset = np.stack(np.divmod(numbers, width), axis=-1) - centres[:, None]
+        return np.sort((offset**2).sum(axis=-1), axis=1)
+
+    if cells.shape != nearest.shape or cells.min() < 0 or cells.max() >= height * width:
+        return False
+    is_distinct = (np.diff(np.sort(cells, axis=1), axis=1) > 0).all()
+    return bool(is_distinct) and np.array_equal(distances(cells), distances(nearest))
+
+
+def offset_tables(
+    to_centre: Sequence[tuple[np.ndarray, np.ndarray, int]], window: int
+) -> tuple[np.ndarray, ...]:
     """Tables with which the bias is computed once for each distinct offset query - key, then gathered.
 
     Args:
-        y, x: rows and columns of centre - key, [P, K], in units of `unit` tokens.
-        place: query - centre, [Q, 2], in tokens.
+        to_centre: for each level rows and columns of the window's centre - key, [P, K_level] each, and
+            their unit in tokens.
 
     Returns:
-        offsets: every offset in the bounding box of all query - key, float32 [R, 2].
-        rows: row of `offsets` for each value of centre - key and each query, [U, Q]. All U values in the
-            bounding box of centre - key are there, also those that no key has.
+        offsets: for each level every offset in the bounding box of all query - key, float32 [R_level, 2].
+        rows: number of the offset, those of all levels counted, for each value of centre - key and each
+            query, [U, Q]. All U values in the bounding box of each level are there.
         step: number of each key's value of centre - key, [K, P].
     """
-    low, size = np.array([y.min(), x.min()]), (np.ptp(y) + 1, np.ptp(x) + 1)
-    steps, first_place = grid(*size) * unit, place.min(axis=0)
-    box = steps[-1] + np.ptp(place, axis=0) + 1
-    offsets = grid(*box) + low * unit + first_place
-    rows = (steps[:, None] + place - first_place) @ (box[1], 1)
-    step = (y - low[0]) * size[1] + x - low[1]
-    return offsets.astype(np.float32), rows, np.ascontiguousarray(step.T)
+    offsets, rows, steps, first_row, first_step = [], [], [], 0, 0
+    for y, x, unit in to_centre:
+        low, size = np.array([y.min(), x.min()]), np.array([np.ptp(y), np.ptp(x)]) + 1
+        box = (size - 1) * unit + window
+        offsets.append((grid(*box) + low * unit - window // 2).astype(np.float32))
+        place = grid(*size)[:, None] * unit + grid(window, window)
+        rows.append(place @ (box[1], 1) + first_row)
+        steps.append((y - low[0]) * size[1] + x - low[1] + first_step)
+        first_row, first_step = first_row + len(offsets[-1]), first_step + len(place)
+    step = np.concatenate(steps, axis=1).T
+    return *offsets, np.concatenate(rows), np.ascontiguousarray(step)
 
 
+@torch.inference_mode(False)  # inference tensors could not be used in training
 def make_index(keys_of: Callable[..., Keys], arguments: tuple[Any, ...], request: Request) -> AttentionIndex:
     """The keys on the device, with the operator that serves a request."""
-    device, (sizes, keys, visible, bias_index) = request.device, keys_of(*arguments)
+    device, (sizes, keys, visible, bias_index, by_window) = request.device, keys_of(*arguments)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"the first map of {sizes[0]} x {sizes[1]} tokens came while a CUDA graph was captured: run the "
             "model once on such images, with gradients if the graph has some, and capture it then"
         )
     seen = None if visible is None or visible.all() else torch.tensor(visible, device=device)
-    groups = tuple(tuple(torch.tensor(array, device=device) for array in group) for group in bias_index)
-    index = choose_backend(AttentionIndex(*sizes, torch.tensor(keys, device=device), seen, groups), request)
+    on_device, *rows = (torch.tensor(array, device=device) for array in (keys, *bias_index))
+    index = AttentionIndex(*sizes, on_device, seen, tuple(rows), by_window)
+    index = choose_backend(index, request)
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()  # other streams may use it next
     return index
 
 
-new_index = torch.inference_mode(False)(make_index)  # inference tensors could not be used in training
-cached_index = lru_cache(maxsize=CACHED_INDEXES)(new_index)
+cached_index = lru_cache(maxsize=CACHED_INDEXES)(make_index)
 IN_CUDA_GRAPHS: set[AttentionIndex] = set()  # which a graph reads whenever it is replayed, so they stay
 
 
@@ -269,9 +288,9 @@ def get_index(
 ) -> AttentionIndex:
     """As `make_index`, from a cache unless `traced`: tensors made while tracing belong to the trace.
 
-    torch.compile sees a constant; it takes only constants, such as a plain tuple of `Request`'s fields.
+    torch.compile sees a constant, and accepts only constants as arguments: `request` is a plain tuple.
     """
-    index = (new_index if traced else cached_index)(keys_of, arguments, Request(*request))
+    index = (make_index if traced else cached_index)(keys_of, arguments, Request(*request))
     if index.keys.is_cuda and torch.cuda.is_current_stream_capturing():
         IN_CUDA_GRAPHS.add(index)
     return index
@@ -292,7 +311,7 @@ def plain_attention(
         scale: factor of the scores.
         fused: whether PyTorch's fused kernels may run. They have no second derivative.
     """
-    batch = -1  # as a number from the shape it would become a constant in ONNX files of TorchScript
+    batch = -1  # in every reshape: a number would be fixed in ONNX files of TorchScript
     heads, dim, keys = (integer(n) for n in (*qkv.shape[3:], bias.shape[-1]))
     s, windows = index.window, len(index.keys)
     rows, columns = index.height // s, index.width // s
@@ -359,15 +378,15 @@ def choose_backend(index: AttentionIndex, request: Request) -> AttentionIndex:
     for name in reversed(BACKENDS) if wanted == "auto" else [wanted]:
         try:
             tables = BACKENDS[name].prepare(index, request)
-            break
         except Unsupported as reason:
             reasons.append(f"{name}: {reason}")
-    else:  # a named one; the plain one never refuses
-        raise ValueError(f"attention_backend {reasons[0]}; use auto, or one of {', '.join(BACKENDS)}")
-    fallback_reason = "; ".join(reasons) if name == "plain" else ""
-    if fallback_reason and request.device.type == "cuda":
-        warn_once(f"attention runs in PyTorch's own operations, slower than it could be. {fallback_reason}")
-    return replace(index, backend=name, fallback_reason=fallback_reason, tables=tables)
+            continue
+        why = "; ".join(reasons) if name == "plain" else ""
+        if why and request.device.type == "cuda":
+            warn_once(f"attention runs in PyTorch's own operations, slower than it could be. {why}")
+        return replace(index, backend=name, fallback_reason=why, tables=tables)
+    # a named one; the plain one never refuses
+    raise ValueError(f"attention_backend {reasons[0]}; use auto, or one of {', '.join(BACKENDS)}")
 
 
 warn_once = lru_cache(maxsize=None)(logger.warning)
@@ -431,14 +450,14 @@ def gather_bias(table: Tensor, index: Tensor) -> Tensor:
 
 
 class BiasTables(nn.ParameterList):
-    """Bias tables, one per pooled level. It is called, so that hooks on it run, such as those that bring
-    offloaded tables to the device."""
+    """Bias tables [N, offsets], one per pooled level. It is called, so that hooks on it run, such as those
+    that bring offloaded or sharded tables to the device, and take them away afterwards."""
 
     __call__ = nn.Module.__call__
 
-    def forward(self, level: int) -> Tensor:
-        """One of them."""
-        return self[level]
+    def forward(self, level: int, index: Tensor) -> Tensor:
+        """Offsets by index, of one level: [K, Q] -> [K, Q, N]."""
+        return F.embedding(index, self[level].t())
 
     def reset_parameters(self) -> None:
         """Truncated normal 0.02."""
@@ -485,12 +504,11 @@ class FocalAttention(nn.Module):
         if e > 0:
             ring = torch.empty(1, n, s * s, len(ring_offsets(s, e)))
             self.relative_position_bias_table_to_neighbors = nn.Parameter(ring)
+        self.reset_parameters()
         if self.pooled_levels > 0:
             sides = [s + self.focal_window + 2**level - 2 for level in range(self.pooled_levels)]
             tables = BiasTables(nn.Parameter(torch.empty(n, side**2)) for side in sides)
             self.relative_position_bias_table_to_windows = tables
-        self.reset_parameters()
-        if self.pooled_levels > 0:
             tables.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -534,13 +552,12 @@ class FocalAttention(nn.Module):
 
     def bias(self, index: AttentionIndex, dtype: torch.dtype) -> Tensor:
         """Bias of the scores, the same in all windows: [N, 1, Q, K]."""
-        own, *levels = (rows for (rows,) in index.bias_index)
+        own, *levels = index.bias_index
         parts = [F.embedding(own, self.relative_position_bias_table).permute(2, 1, 0)]
         if self.expand_size > 0:
             parts.append(self.relative_position_bias_table_to_neighbors.squeeze(0))  # one entry per slot
         for level, rows in enumerate(levels):
-            table = self.relative_position_bias_table_to_windows(level).t()
-            parts.append(F.embedding(rows, table).permute(2, 1, 0))
+            parts.append(self.relative_position_bias_table_to_windows(level, rows).permute(2, 1, 0))
         return torch.cat(parts, dim=-1)[:, None]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -587,24 +604,26 @@ class FocalFastAttention(FocalAttention):
         """Choose the stored keys anew."""
         self.set_train_resolution(self.train_resolution)
 
-    def stored_keys(self) -> list[Tensor]:
-        """The stored keys of each level."""
-        return [getattr(self, name) for name in self.key_buffers]
-
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to this object's own buffers."""
         return self.__dict__ | {"buffer_versions": None, "buffers_read": []}
 
-    def check_stored_keys(self, choice: Sequence[np.ndarray]) -> None:
-        """Raise ValueError for stored keys that name tokens which do not exist."""
-        limits = (self.train_resolution[0] * self.train_resolution[1], len(choice[0]))
-        for name, keys, limit in zip(("fine tokens", "windows"), choice, limits, strict=False):
-            if keys.min() < 0 or keys.max() >= limit:
-                found = f"stored nearest {name} run from {keys.min()} to {keys.max()}"
-                expected = f"expected 0 to {limit - 1}"
-                raise ValueError(
-                    f"{found}, {expected}: the checkpoint was made for another map size, or is damaged"
-                )
+    def stale_keys(self, state: Mapping[str, Any], prefix: str = "") -> list[str]:
+        """Names of stored keys in a state that are not the nearest on a map of `train_resolution`, such as
+        those of another input size, or averaged ones. Which of equally near tokens they name is left open."""
+        (height, width), s, stale = self.train_resolution, self.window_size, []
+        rows, columns = (side // s for side in padded_size(height, width, s))
+        windows = grid(rows, columns)
+        maps = ((windows * s + s // 2, height, width), (windows, rows, columns))  # of the keys of each level
+        nearest = nearest_keys(height, width, s, self.topk, self.pooled_levels)
+        for name, own, one_map in zip(self.key_buffers, nearest, maps, strict=False):
+            given = state.get(prefix + name)
+            if type(given) is not Tensor:  # it cannot be read, as in fake mode
+                continue
+            is_plain = given.layout == torch.strided and not (given.is_meta or given.is_floating_point())
+            if not (is_plain and as_near(given.long().cpu().numpy(), own, *one_map)):
+                stale.append(prefix + name)
+        return stale
 
     @torch.compiler.assume_constant_result
     def refresh_stored_keys(self, loaded: bool = False) -> None:
@@ -613,21 +632,30 @@ class FocalFastAttention(FocalAttention):
 
         Under torch.vmap over models, whose keys cannot be read, those that were read last are used.
         """
-        choice = self.stored_keys()
+        choice = [getattr(self, name) for name in self.key_buffers]
         if any(type(x) is not Tensor or x.is_meta for x in choice):
             return
         try:
             versions = tuple((x.data_ptr(), None if x.is_inference() else x._version) for x in choice)
         except RuntimeError:  # of torch.vmap's tensors, which have no memory of their own
             return
+
+        def read() -> tuple[bytes, ...]:
+            found = tuple(keys.long().cpu().numpy().tobytes() for keys in choice)
+            changed = dict(zip(self.key_buffers, choice, strict=True)) if found != self.stored_bytes else {}
+            if stale := self.stale_keys(changed):
+                raise ValueError(
+                    f"{', '.join(stale)}: expected the keys nearest to each window, got others; buffers must "
+                    "be copied, not averaged or converted (`reset_parameters` chooses them anew)"
+                )
+            return found
+
         if loaded or versions != self.buffer_versions:  # inference tensors have no version
             if choice[0].is_cuda:
                 torch.cuda.current_stream(choice[0].device).synchronize()
             with ThreadPoolExecutor(1) as thread:  # where no transform and no mode of this one is active
-                read = thread.submit(lambda: [keys.long().cpu().numpy() for keys in choice]).result()
-            self.check_stored_keys(read)
-            self.stored_bytes, self.buffer_versions = tuple(keys.tobytes() for keys in read), versions
-            self.buffers_read = choice
+                self.stored_bytes = thread.submit(read).result()
+            self.buffer_versions, self.buffers_read = versions, choice
 
     def keys(self, height: int, width: int) -> tuple[Callable[..., Keys], tuple[Any, ...]]:
         """The function that finds the keys, and its arguments."""
@@ -639,17 +667,19 @@ class FocalFastAttention(FocalAttention):
 
     def bias(self, index: AttentionIndex, dtype: torch.dtype) -> Tensor:
         """Bias of every window's scores, [N, P, Q, K]; the MLPs get offsets of `dtype`."""
-        parts = []
-        for mlp, (offsets, rows, step) in zip(self.coord2rpb_all, index.bias_index, strict=True):
-            parts.append(gather_bias(F.embedding(rows, mlp(offsets.to(dtype))), step))
-        return torch.cat(parts, dim=-1)
+        *offsets, rows, step = index.bias_index
+        levels = zip(self.coord2rpb_all, offsets, strict=True)
+        table = torch.cat([mlp(offset.to(dtype)) for mlp, offset in levels])  # [R, N]
+        return gather_bias(F.embedding(rows, table), step)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load; stored keys that the state lacks, as averaged weights do, keep the layer's own values."""
-        own = {prefix + name: value for name, value in zip(self.key_buffers, self.stored_keys(), strict=True)}
-        if missing := own.keys() - state_dict.keys():
-            logger.info(f"not in the state, the model's own stored keys stay: {', '.join(sorted(missing))}")
-        state_dict.update({key: own[key] for key in missing})
+        """Load. The layer's own stored keys stay where the state has none, as averaged weights, or stale
+        ones."""
+        own = {prefix + name: getattr(self, name) for name in self.key_buffers}
+        kept = [*(own.keys() - state_dict.keys()), *self.stale_keys(state_dict, prefix)]
+        if kept:
+            logger.info(f"the model's own nearest keys stay, the state lacks them: {', '.join(sorted(kept))}")
+        state_dict.update({key: own[key] for key in kept})
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.refresh_stored_keys(loaded=True)
 
@@ -754,10 +784,8 @@ class PatchEmbed(nn.Module):
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the map made from an input of `height` x `width`."""
-        rows, columns = (
-            (side + 2 * self.padding - self.kernel) // self.stride + 1 for side in (height, width)
-        )
-        return rows, columns
+        more = 2 * self.padding - self.kernel
+        return (height + more) // self.stride + 1, (width + more) // self.stride + 1
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C_in, H, W] -> [B, H/stride, W/stride, C]."""
@@ -775,11 +803,9 @@ class FocalStage(nn.Module):
 
     def forward(self, x: Tensor, with_own_map: bool = False) -> Any:
         """[B, H, W, C] -> the next stage's map; `with_own_map` the last block's and the next stage's map."""
+        recompute = self.use_checkpoint and self.training
         for block in self.blocks:
-            if self.use_checkpoint and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
         after = x if self.downsample is None else self.downsample(x.permute(0, 3, 1, 2))
         return (x, after) if with_own_map else after
 
@@ -827,7 +853,7 @@ class FocalTransformer(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        options = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
+        options = dict(locals())
         super().__init__()
         check_options(options)
         self.in_chans, self.smallest_side = in_chans, smallest_side(options)
@@ -838,9 +864,8 @@ class FocalTransformer(nn.Module):
         with nullcontext() if device is None else torch.device(device):
             self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, use_conv_embed, patch_norm)
             self.train_resolution = size = self.patch_embed.output_size(*to_2tuple(img_size))
-            self.absolute_pos_embed = (
-                nn.Parameter(torch.zeros(1, size[0] * size[1], embed_dim)) if ape else None
-            )
+            positions = torch.zeros(1, size[0] * size[1], embed_dim)
+            self.absolute_pos_embed = nn.Parameter(positions) if ape else None
             self.pos_drop = nn.Dropout(drop_rate)
             self.layers = nn.Sequential()
             for i, (dim, depth) in enumerate(zip(self.feature_dims, depths, strict=True)):
@@ -894,7 +919,7 @@ class FocalTransformer(nn.Module):
 
     def stem(self, x: Tensor) -> Tensor:
         """Images [B, in_chans, H, W] to the first map [B, H/4, W/4, C]."""
-        check_images(x, self.in_chans, self.smallest_side)
+        check_images(x, self.smallest_side)
         x = self.patch_embed(x)
         if self.absolute_pos_embed is not None:
             size = (x.shape[1], x.shape[2])
@@ -992,8 +1017,7 @@ class FocalTransformer(nn.Module):
         for good, the latter are chosen anew. Other sizes run without it; windows and parameters stay."""
         height, width = to_2tuple(img_size)
         if min(height, width) < self.smallest_side:
-            least = f"at least {self.smallest_side} pixels a side"
-            raise ValueError(f"img_size must be {least}, got {height} x {width}")
+            raise ValueError(f"img_size must be at least {self.smallest_side} pixels, got {height} x {width}")
         first = self.patch_embed.output_size(height, width)
         if (old := self.absolute_pos_embed) is not None:
             new = resized_positions(old.detach(), self.train_resolution, first).flatten(1, 2).clone()
@@ -1031,9 +1055,8 @@ class FocalTransformer(nn.Module):
         for stage, size in zip(self.stages, self.map_sizes(self.train_resolution), strict=True):
             for layer in (m for m in stage.modules() if isinstance(m, FocalAttention)):
                 index = layer.index(*size, like)
-                found.append(
-                    f"{index.backend} ({index.fallback_reason})" if index.fallback_reason else index.backend
-                )
+                reason = f" ({index.fallback_reason})" if index.fallback_reason else ""
+                found.append(index.backend + reason)
         return found
 
 
@@ -1045,14 +1068,12 @@ def make_attention(
     fits_one_window = min(map_size) <= window  # in height or width
     has_pool = options["focal_pool"] != "none" and stage in options["focal_stages"]
     has_ring = not fits_one_window and levels > 0 and block % 2 in WITH_RING[options["expand_layer"]]
-    family: dict[str, Any]
-    if options["kind"] == "focalv2":
-        family = {"topk": options["focal_topk"], "train_resolution": map_size}
-    else:
+    family: dict[str, Any] = {"topk": options["focal_topk"], "train_resolution": map_size}
+    if options["kind"] == "focal":
         expand = options["expand_sizes"][stage] if has_ring else 0
         family = {"expand_size": expand, "focal_window": options["focal_windows"][stage]}
     window, pooled_levels = min(window, *map_size), max(levels - 1, 0) if has_pool else 0
-    if window < 2 ** max(pooled_levels - 1, 0):
+    if pooled_levels and window < 2 ** (pooled_levels - 1):
         cells = f"a window of {window} cannot be divided into {2 ** (pooled_levels - 1)} cells a side"
         raise ValueError(f"the model's options do not fit together:\n  stage {stage}: {cells}")
     return FAMILIES[options["kind"]](
@@ -1082,10 +1103,10 @@ def resized_positions(embedding: Tensor, old: tuple[int, int], new: tuple[int, i
 
 
 @torch.fx.wrap
-def check_images(x: Tensor, in_chans: int, smallest_side: int) -> None:
-    """Raise ValueError for images that cannot run."""
-    if x.ndim != 4 or x.shape[1] != in_chans:
-        raise ValueError(f"expected images [B, {in_chans}, H, W], got a tensor of shape {list(x.shape)}")
+def check_images(x: Tensor, smallest_side: int) -> None:
+    """Raise ValueError for images that cannot run; other channels than the stem's are PyTorch's to refuse."""
+    if x.ndim != 4:
+        raise ValueError(f"expected images [B, C, H, W], got a tensor of shape {list(x.shape)}")
     if min(x.shape[2], x.shape[3]) < smallest_side:
         least = f"{smallest_side} x {smallest_side}"
         raise ValueError(f"images must be at least {least} pixels, got {x.shape[2]} x {x.shape[3]}: resize")
@@ -1128,13 +1149,9 @@ def check_options(options: Mapping[str, Any]) -> None:
         ("patch_size", not conv or options["patch_size"] == 4, "4 with use_conv_embed, whose stride is 4"),
         ("focal_stages", not unknown, f"stages from 0 to {stages - 1}"),
     ]
-    for key, names in (
-        ("kind", [*FAMILIES]),
-        ("focal_pool", ["none", *POOLS]),
-        ("expand_layer", [*WITH_RING]),
-        ("attention_backend", ["auto", *BACKENDS]),
-    ):
-        checks.append((key, options[key] in names, f"one of {', '.join(names)}"))
+    choices = {"kind": [*FAMILIES], "focal_pool": ["none", *POOLS], "expand_layer": [*WITH_RING]}
+    choices["attention_backend"] = ["auto", *BACKENDS]
+    checks += [(key, options[key] in names, f"one of {', '.join(names)}") for key, names in choices.items()]
     ring_options = () if options["kind"] == "focalv2" else ("focal_windows", "expand_sizes")
     for key in ("num_heads", "focal_levels", *ring_options):
         checks.append((key, len(options[key]) == stages, f"one entry for each of the {stages} depths"))

@@ -10,10 +10,12 @@ Hub may hold pytorch_model.bin in place of model.safetensors. Writing the page n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import PyTorchModelHubMixin
+from timm.layers import to_2tuple
 
 from .checkpoint import load_checkpoint
 from .focal_transformer import FocalTransformer
@@ -33,13 +35,24 @@ class FocalTransformerOnHub(
     """FocalTransformer with `from_pretrained`, `save_pretrained` and `push_to_hub`; options as there."""
 
     def __init__(self, num_classes: int = 1000, global_pool: str = "avg", **options: Any) -> None:
+        input_size = options.pop("input_size", None)  # of `_record`
         super().__init__(num_classes=num_classes, global_pool=global_pool, **options)
+        if input_size is not None:
+            self.set_input_size(input_size)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """See `FocalTransformer`; what is saved from now on is built with this classifier."""
         super().reset_classifier(num_classes, global_pool)
+        self._record(num_classes=num_classes, global_pool=self.global_pool.pool_type)
+
+    def set_input_size(self, img_size: int | Sequence[int]) -> None:
+        """See `FocalTransformer`; what is saved from now on is built with this size."""
+        super().set_input_size(img_size)
+        self._record(input_size=to_2tuple(img_size))
+
+    def _record(self, **changed: Any) -> None:
+        """Change options in the config that is saved."""
         given = self._hub_mixin_config if isinstance(self._hub_mixin_config, dict) else {}
-        changed = {"num_classes": num_classes, "global_pool": self.global_pool.pool_type}
         self._hub_mixin_config = given | changed
 
     @classmethod

@@ -15,9 +15,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from .checkpoint import HEAD, STORED_KEYS, check_state, state_dict_of
+from .checkpoint import HEAD, STEM, STORED_KEYS, check_state, state_dict_of
 from .focal_transformer import FocalTransformer
-from .resize import resize_state, stale_stored_keys
+from .resize import resize_state
 
 _TINY: dict[str, Any] = {
     "kind": "focal",
@@ -80,19 +80,18 @@ default_cfgs = generate_default_cfgs(
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """What timm loads of an original or own state dict: parameters, resized to the model's windows and input
-    size (resize.py), and the nearest keys where they are those of its size, else the model's own.
+    size (resize.py), and stored keys, which the layers check.
 
     Raises:
         ValueError: there are no parameters in it, or not those of the model. timm itself fits the classifier
             and the first convolution, and takes no notice of missing keys where features alone are wanted.
     """
-    own = model.state_dict()
-    state = {key: value for key, value in own.items() if STORED_KEYS.search(key)}
-    state |= state_dict_of(state_dict)
+    own, state = model.state_dict(), state_dict_of(state_dict)
     resize_state(state, own, getattr(model, "train_resolution", None))
-    state |= {key: own[key] for key in stale_stored_keys(model, state)}
-    fitted_by_timm = (*HEAD, "patch_embed.proj.weight")
-    given, wanted = ({k: v for k, v in x.items() if k not in fitted_by_timm} for x in (state, own))
+    given, wanted = (
+        {key: x for key, x in items.items() if key not in (*HEAD, STEM) and not STORED_KEYS.search(key)}
+        for items in (state, own)
+    )
     check_state(given, wanted, "the pretrained file")
     return state
 
@@ -102,13 +101,14 @@ def _register(variant: str) -> Callable[..., nn.Module]:
 
     def create(pretrained: bool = False, **options: Any) -> nn.Module:
         """A model of this name; options as of `FocalTransformer`."""
+        options = VARIANTS[variant] | options
         return build_model_with_cfg(
             FocalTransformer,
             variant,
             pretrained,
             pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-            **{**VARIANTS[variant], **options},
+            feature_cfg={"out_indices": tuple(range(len(options["depths"]))), "feature_cls": "getter"},
+            **options,
         )
 
     create.__name__ = create.__qualname__ = variant

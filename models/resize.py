@@ -22,12 +22,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from math import isqrt, prod
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from .focal_transformer import FocalFastAttention, grid, nearest_keys, ring_offsets
+from .focal_transformer import grid, ring_offsets
 
 OWN, RING = "relative_position_bias_table", "relative_position_bias_table_to_neighbors"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -81,34 +80,6 @@ def resize_state(
             given[name] = _continued(given[own].float(), wanted[name].shape)
             continued.append(name)
     return resized, continued, dropped
-
-
-def stale_stored_keys(model: nn.Module, given: Mapping[str, Tensor]) -> list[str]:
-    """Names of stored keys that are not the nearest on this model's maps; which of equally
-    near ones is left open."""
-    names = []
-    for layer_name, layer in model.named_modules():
-        if not isinstance(layer, FocalFastAttention):
-            continue
-        (height, width), s = layer.train_resolution, layer.window_size
-        windows = grid(-(-height // s), -(-width // s))
-        places = ((windows * s + s // 2, width), (windows, -(-width // s)))  # centres, columns of their map
-        nearest = nearest_keys(height, width, s, layer.topk, layer.pooled_levels)
-        for key, own, (centres, columns) in zip(layer.key_buffers, nearest, places, strict=False):
-            choice = given.get(f"{layer_name}.{key}")
-            if choice is None or not is_plain(choice) or choice.is_floating_point():
-                continue
-            if choice.shape != own.shape or not np.array_equal(
-                _distances(choice.long().cpu().numpy(), centres, columns), _distances(own, centres, columns)
-            ):
-                names.append(f"{layer_name}.{key}")
-    return names
-
-
-def _distances(cells: np.ndarray, centres: np.ndarray, columns: int) -> np.ndarray:
-    """Sorted squared distances of cells [P, K], numbered row-major, from centres [P, 2]."""
-    place = np.stack(np.divmod(cells, columns), axis=-1)
-    return np.sort(((place - centres[:, None]) ** 2).sum(axis=-1), axis=1)
 
 
 # --- Pictures -----------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ class Problem:
         windows, keys = index.keys.shape
         self.tokens = index.height * index.width
         self.qkv = torch.randn(batch, index.tokens, 3, heads, head_dim).to(dtype)
-        groups = windows if len(index.bias_index[0]) > 1 else 1  # Focal-fast has a bias for each window
+        groups = windows if index.bias_by_window else 1
         # Rounded as the kernels take it, in `dtype` and divided by the scale.
         bias = torch.randn(heads, groups, index.window**2, keys) / self.scale / 2
         self.bias = bias.to(dtype).float() * self.scale

@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from models import VARIANTS, FocalTransformer
+from models.focal_transformer import FocalFastAttention, grid
 
 SMALL: dict[str, Any] = {
     "img_size": 64,
@@ -35,6 +37,24 @@ def build(seed: int = 0, variant: str = "", **options: Any) -> FocalTransformer:
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)  # biases and norms, too
     return model
+
+
+def other_ties(model: nn.Module) -> dict[str, Tensor]:
+    """Stored keys of a Focal-fast model that are as near as its own: of equally near ones the last, not the
+    first; by name."""
+    choice = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, FocalFastAttention):
+            continue
+        (height, width), s = layer.train_resolution, layer.window_size
+        windows = grid(-(-height // s), -(-width // s))
+        maps = ((grid(height, width), windows * s + s // 2), (windows, windows))
+        for key, (cells, centres) in zip(layer.key_buffers, maps, strict=False):
+            distance = ((cells - centres[:, None]) ** 2).sum(-1)
+            numbers = np.broadcast_to(np.arange(len(cells)), distance.shape)
+            count = getattr(layer, key).shape[1]
+            choice[f"{name}.{key}"] = torch.tensor(np.lexsort((-numbers, distance))[:, :count].copy())
+    return choice
 
 
 def image(*size: int, batch: int = 2, channels: int = 3) -> Tensor:

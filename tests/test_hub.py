@@ -141,6 +141,8 @@ def test_nothing_is_overwritten_or_left_behind(tmp_path, capsys) -> None:
         assert message in capsys.readouterr().err
         assert target.read_text() == "precious" and {*tmp_path.iterdir()} == {target, text}
     assert convert_checkpoint.main([source, str(target), "--force"]) == 0
+    assert convert_checkpoint.main([str(target), str(target), "--force"]) == 2
+    assert "expected another file than the source" in capsys.readouterr().err
     assert "norm.weight" in read_checkpoint(target) and {*tmp_path.iterdir()} == {target, text}
 
 
@@ -208,10 +210,13 @@ def test_a_repository_without_safetensors(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("changes", [(7, "avg"), (3, "max"), (0, "")])
-def test_what_was_changed_is_saved_so(changes: tuple[int, str], tmp_path) -> None:
-    """Another classifier, and another pooling, which no weight shows."""
-    model = FocalTransformerOnHub(**SMALL).eval()
+@pytest.mark.parametrize("kind", ["focal", "focalv2"])
+def test_what_was_changed_is_saved_so(changes: tuple[int, str], kind: str, tmp_path) -> None:
+    """Another classifier, another pooling, which no weight shows, and another input size: at 64 pixels the
+    last stages were single windows."""
+    model = FocalTransformerOnHub(**SMALL | {"img_size": 64, "kind": kind, "ape": True}).eval()
     model.reset_classifier(*changes)
+    model.set_input_size((96, 128))
     model.save_pretrained(tmp_path)
-    images = torch.randn(2, 3, 32, 32)
+    images = torch.randn(2, 3, 96, 128)
     assert torch.equal(FocalTransformerOnHub.from_pretrained(tmp_path)(images), model(images))

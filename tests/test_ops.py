@@ -183,7 +183,7 @@ def test_focal_fast_never_sees_padding(size) -> None:
 def test_which_keys_are_merged(keys, visible, merged) -> None:
     """Two of the same token, if their columns are alike in every window and always visible."""
     seen = None if visible is None else torch.tensor(visible).view(1, 1, -1)
-    index = AttentionIndex(1, len(keys), 1, 6, torch.tensor(keys), seen, ((),))
+    index = AttentionIndex(1, len(keys), 1, 6, torch.tensor(keys), seen, ())
     index = choose_backend(index, request("cpu"))
     assert index.tables.merged.keys.shape[1] == merged
     agree(index)

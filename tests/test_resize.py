@@ -16,7 +16,7 @@ from torch import Tensor
 
 from models import FocalTransformer, load_checkpoint
 from models.focal_transformer import grid, ring_offsets
-from models.resize import resize_state, stale_stored_keys
+from models.resize import resize_state
 
 VARIANTS = {
     "focal": {"kind": "focal"},
@@ -204,15 +204,21 @@ def test_half_precision_is_resized_in_full() -> None:
 # --- Focal-fast's choices -----------------------------------------------------------------------------------
 
 
-def test_choices_of_another_map_are_noticed_in_the_same_shape(tmp_path: Path) -> None:
-    """Windows of 12 on 384 pixels are as many as windows of 7 on 224: the file's numbers mean others."""
+@pytest.mark.parametrize("change", [{"img_size": 208}, "half", "damaged"], ids=str)
+def test_choices_that_are_not_the_nearest_are_made_anew(change: Any, tmp_path: Path) -> None:
+    """208 pixels have as many windows as 224: the numbers of the file's tokens mean others."""
     options = VARIANTS["fast"]
-    given, larger = build(1, **options), build(2, **options, window_size=12, img_size=384)
-    own = {name: value.clone() for name, value in larger.named_buffers()}
-    report = load_checkpoint(larger, saved(given, tmp_path), resize=True)
+    given, model = build(1, **options | (change if isinstance(change, dict) else {})), build(2, **options)
+    own = {name: value.clone() for name, value in model.named_buffers()}
+    state = given.half().state_dict() if change == "half" else given.state_dict()
+    if not isinstance(change, dict):
+        convert = torch.Tensor.half if change == "half" else (lambda keys: keys + 10**6)
+        state |= {name: convert(keys) for name, keys in given.named_buffers()}
+    torch.save(state, tmp_path / "given.pth")
+    report = load_checkpoint(model, tmp_path / "given.pth")
     assert "layers.0.blocks.0.attn.topk_cloest_indice_0" in report.recomputed
-    assert stale_stored_keys(larger, larger.state_dict()) == []
-    assert all(torch.equal(value, own[name]) for name, value in larger.named_buffers())
+    model.load_state_dict(state)
+    assert all(torch.equal(value, own[name]) for name, value in model.named_buffers())
 
 
 # --- Refused ------------------------------------------------------------------------------------------------

@@ -137,6 +137,9 @@ def test_features_only(name) -> None:
     assert [list(m.shape) for m in maps] == [[2, 16, 8, 12], [2, 64, 2, 3]]
     torch.testing.assert_close(maps, expected)
     assert not any(key.startswith(("model.norm.", "model.head.")) for key in backbone.state_dict())
+    stages = ("depths", "num_heads", "focal_levels", "focal_windows", "expand_sizes")
+    three = create(name, features_only=True, **{key: (1, 1, 1) for key in stages})
+    assert three.feature_info.channels() == [8, 16, 32]
 
 
 @every_name

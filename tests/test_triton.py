@@ -322,7 +322,7 @@ def test_an_output_that_gets_no_gradient() -> None:
     assert qkv.grad is None or not qkv.grad.any()
 
 
-SMALL = AttentionIndex(4, 4, 4, 16, torch.arange(16)[None], None, ((torch.arange(16),),))
+SMALL = AttentionIndex(4, 4, 4, 16, torch.arange(16)[None], None, (torch.arange(16),))
 
 
 @interpreted

@@ -19,6 +19,7 @@ import small_models
 import timm
 import torch
 from functorch.compile import aot_module, nop
+from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -221,10 +222,10 @@ def test_evaluation_follows_the_weights(new: New, how: str) -> None:
 def test_stored_keys_that_are_written_to_count() -> None:
     """As by the broadcast of DistributedDataParallel, where only one process has loaded a file."""
     model, expected = build(FAMILIES[1]).eval(), build(FAMILIES[1]).eval()
-    expected.load_state_dict({name: x.flip(0) for name, x in expected.named_buffers()}, strict=False)
+    expected.load_state_dict(other := small_models.other_ties(expected), strict=False)
     before = logits(model)
-    for buffer in model.buffers():
-        buffer.copy_(buffer.flip(0))
+    for name, buffer in model.named_buffers():
+        buffer.copy_(other[name])
     torch.testing.assert_close(logits(model), logits(expected))
     assert not torch.allclose(logits(model), before)
 
@@ -403,16 +404,18 @@ def test_parameters_are_contiguous_and_can_be_saved_and_pruned(new: New, tmp_pat
 
 
 @since_2_7
-def test_fully_sharded(new: New, one_process: None) -> None:
-    """FSDP2, by blocks: the same logits and gradients."""
+@pytest.mark.parametrize("parts", ["blocks", "leaves"])
+def test_fully_sharded(new: New, one_process: None, parts: str) -> None:
+    """FSDP2, by blocks, or by every module that has parameters: the same logits and gradients."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     plain, model = new(), new()
     mesh = init_device_mesh("cpu", (1,))
-    for stage in model.layers:
-        for block in stage.blocks:
-            fully_shard(block, mesh=mesh)
+    for module in reversed([*model.modules()]):
+        has_own = any(True for _ in module.parameters(recurse=False))
+        if isinstance(module, focal_transformer.FocalBlock) if parts == "blocks" else has_own:
+            fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
     for x in (plain, model):
         x(IMAGES).square().sum().backward()
@@ -422,6 +425,26 @@ def test_fully_sharded(new: New, one_process: None) -> None:
 
 
 # --- Global state: threads, default devices -----------------------------------------------------------------
+
+
+def test_another_default_type(new: New) -> None:
+    """It decides what is made from now on, not what earlier models compute, nor what later ones share."""
+    model = new().eval()
+    expected = logits(model)
+    focal_transformer.cached_index.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        torch.testing.assert_close(logits(model), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(logits(new().eval()), expected)
+
+
+def test_a_stem_of_ones_own(new: New) -> None:
+    """For other channels, as a spectrometer's."""
+    model = new()
+    model.patch_embed.proj = nn.Conv2d(5, 16, 7, 4, 2)
+    assert model(torch.randn(2, 5, 64, 64)).shape == (2, 5)
 
 
 @pytest.mark.parametrize("sizes", [[(64, 64)] * 4, [(64, 64), (96, 64), (64, 96), (80, 112)]], ids=str)
@@ -573,16 +596,34 @@ def test_stored_keys_of_another_type_and_wrong_ones() -> None:
     model, other = build(FAMILIES[1]).eval(), build(FAMILIES[1]).eval()
     other.load_state_dict({name: x.int() for name, x in model.named_buffers()}, strict=False, assign=True)
     assert torch.equal(logits(other), logits(model))
-    for wrong in (-1, 10**6):
-        state = {name: torch.full_like(x, wrong) for name, x in model.named_buffers()}
-        with pytest.raises(ValueError, match="stored nearest fine tokens run from"):
-            build(FAMILIES[1]).load_state_dict(state, strict=False)
+    own = dict(model.named_buffers())
+    for change in (
+        *(lambda x: x - 1, lambda x: x * 10**6, lambda x: x * 0.5, lambda x: x.flip(0), lambda x: x[:1]),
+        lambda x: x[:, :1].expand_as(x),
+    ):
+        other = build(FAMILIES[1], seed=1).eval()
+        other.load_state_dict(model.state_dict() | {name: change(x) for name, x in own.items()})
+        torch.testing.assert_close(logits(other), logits(model))
+
+
+def test_averaged_copies() -> None:
+    """An average of whole numbers is cut to a smaller one: stored keys are others then, and refused."""
+    model = build(FAMILIES[1]).eval()
+    for kind in (ModelEmaV2, ModelEmaV3):
+        average = kind(model, decay=0.9999)
+        for _ in range(5):
+            average.update(model)
+        if kind is ModelEmaV3:
+            torch.testing.assert_close(logits(average.module), logits(model))
+        else:
+            with pytest.raises(ValueError, match="topk_cloest_indice_0.*: expected the keys nearest"):
+                logits(average.module)
 
 
 def test_stored_keys_that_a_call_brings_along() -> None:
     """Of another model, by functional_call: also inside a transform."""
     model, other = build(FAMILIES[1]).eval(), build(FAMILIES[1]).eval()
-    other.load_state_dict({name: x.flip(0) for name, x in other.named_buffers()}, strict=False)
+    other.load_state_dict(small_models.other_ties(other), strict=False)
     given, expected = {**dict(other.named_parameters()), **dict(other.named_buffers())}, logits(other)
     assert (logits(model) - expected).abs().max() > 1e-3
 
@@ -605,11 +646,9 @@ def test_a_copy_holds_nothing_of_what_its_model_read() -> None:
 def test_stored_keys_that_are_made_for_each_call() -> None:
     """Their memory is used again by those of the next call."""
     model, other = build(FAMILIES[1]).eval(), build(FAMILIES[1]).eval()
-    for token in range(8):
-        given = {
-            name: torch.full_like(keys, token % 4 if name.endswith("_0") else 0)
-            for name, keys in model.named_buffers()
-        }
+    choices = dict(model.named_buffers()), small_models.other_ties(model)
+    for number in range(8):
+        given = {name: keys.clone() for name, keys in choices[number % 2].items()}
         with torch.no_grad():
             found = torch.func.functional_call(model, given, (IMAGES,))
         other.load_state_dict(given, strict=False)

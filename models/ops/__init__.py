@@ -46,22 +46,19 @@ def agree_on_backends(
     if not dist.is_available() or not dist.is_initialized():
         return model.attention_backends(dtype)
     names: list[str] = []
-    failure: Exception | None = None
+    failure, reported = None, None
     try:
         names = model.attention_backends(dtype)
     except Exception as error:  # the other processes wait for an answer
-        failure = error
-    reported = None
-    if failure is not None:
-        reported = (ValueError if isinstance(failure, ValueError) else RuntimeError, str(failure))
+        failure, kind = error, ValueError if isinstance(error, ValueError) else RuntimeError
+        reported = (kind, str(error))
     answers: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(answers, (names, reported), group=group)
     if failure is not None:
         raise failure
     for rank, (_, failed) in enumerate(answers):
         if failed is not None:
-            kind, message = failed
-            raise kind(f"process {rank}: {message}")
+            raise failed[0](f"process {rank}: {failed[1]}")
     chosen = [[name.partition(" ")[0] for name in found] for found, _ in answers]  # reasons name devices
     different = [rank for rank, found in enumerate(chosen) if found != chosen[0]]
     if not different:

@@ -65,8 +65,10 @@ def prepare(index: AttentionIndex, request: Request) -> CpuTables:
     keys, seen = torch.cat([merged.keys, merged.keys[:, -1:].expand(-1, more)], dim=1), merged.visible
     if seen is None and more:
         seen = torch.ones(len(keys), 1, count, dtype=torch.bool, device=keys.device)
-    mask = None if seen is None else torch.zeros(seen.shape, device=keys.device).masked_fill_(~seen, -inf)
-    mask = None if mask is None else F.pad(mask, (0, more), value=-inf)
+    mask = None
+    if seen is not None:
+        zeros = torch.zeros(seen.shape, dtype=torch.float32, device=keys.device)
+        mask = F.pad(zeros.masked_fill_(~seen, -inf), (0, more), value=-inf)
     return CpuTables(merged, keys, more, mask, row_numbers(index, keys, request.heads, request.trains))
 
 
@@ -150,12 +152,10 @@ def _attention_backward_flops(_, *shapes, **__) -> int:
     return _attention_flops(*shapes) // 2 * 5
 
 
-def _sdpa_flops(query_shape, key_shape, value_shape, *_, **__) -> int:
-    return sdpa_flop_count(query_shape, key_shape, value_shape)
-
-
 with suppress(RuntimeError):  # where PyTorch has a formula for its CPU kernel; 2.14 has none
-    register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)(_sdpa_flops)
+    register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)(
+        lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+    )
 
 
 def _forward(qkv: Tensor, bias: Tensor, rows: list[Tensor], scale: float) -> Tensor:
@@ -244,10 +244,9 @@ def _at_once(bias: Tensor) -> int:
     return min(len(bias), threads * ceil(step / threads)) if step > threads else step
 
 
-def _gathered_parts(rows: Tensor, queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+def _gathered_parts(rows: Tensor, queries: int, keys: int) -> tuple[Tensor, ...]:
     """Queries, keys and values, which lie beside each other: [m*(Q + 2G), D] -> [m, Q or G, D]."""
-    q, k, v = rows.unflatten(0, (-1, queries + 2 * keys)).split((queries, keys, keys), dim=1)
-    return q, k, v
+    return rows.unflatten(0, (-1, queries + 2 * keys)).split((queries, keys, keys), dim=1)
 
 
 def _gradient_parts(rows: Tensor, queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -270,15 +269,6 @@ def _count(length: int) -> Tensor:
     return torch.arange(length, dtype=torch.int32, device="cpu")
 
 
-def _windows(height: int, width: int, window: int) -> tuple[Tensor, Tensor]:
-    """Tokens of every window, int32 [P, Q]; which query each token is, int32 [T]."""
-    tokens = _count(height * width)
-    tokens = tokens.view(height // window, window, width // window, window).transpose(1, 2).flatten()
-    query = torch.empty_like(tokens)
-    query[tokens.long()] = _count(height * width)
-    return tokens.view(-1, window**2), query
-
-
 def row_numbers(index: AttentionIndex, keys: Tensor, heads: int, trains: bool) -> list[Tensor]:
     """Which rows of qkv and of the output are read and written, int32.
 
@@ -296,8 +286,9 @@ def row_numbers(index: AttentionIndex, keys: Tensor, heads: int, trains: bool) -
             values, that it was gathered into; sorted by row.
         first: where the slots of each row begin, [3*N*S].
     """
-    fine = index.height * index.width
-    tokens, query = _windows(index.height, index.width, index.window)
+    fine, s = index.height * index.width, index.window
+    tokens = _count(fine).view(-1, s, index.width // s, s).transpose(1, 2).reshape(-1, s * s)  # [P, Q]
+    query = tokens.flatten().argsort().int()  # of each token, [T]
     head = _count(heads)[:, None, None]
     parts = [tokens * (3 * heads), keys.int() * (3 * heads) + heads, keys.int() * (3 * heads) + 2 * heads]
     read = (torch.cat(parts, dim=1) + head).flatten()

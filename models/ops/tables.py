@@ -70,8 +70,6 @@ def merge_duplicates(index: AttentionIndex) -> MergedKeys:
     kept = torch.ones(len(everywhere), dtype=torch.bool, device=place)
     kept[torch.cat([first, second])] = False
     single = kept.nonzero().flatten()
-    if len(first) == 0:
-        return MergedKeys(index.keys, index.visible, single, first, second)
     merged = torch.cat([single, first])
     visible = None if index.visible is None else index.visible.index_select(-1, merged)
     return MergedKeys(index.keys.index_select(1, merged), visible, single, first, second)

@@ -132,11 +132,10 @@ def _gradients(ctx, d_out, d_lse):
     rest = (None, [None] * len(tables), *(None,) * 5)
     if d_out is None:
         return None, None, *rest
+    always_seen, height, width, window, scale = ctx.numbers
     if torch.is_grad_enabled():  # somebody wants to differentiate the gradients
-        _, height, width, window, scale = ctx.numbers
         index = AttentionIndex(height, width, window, qkv.shape[1], tables[0], visible, ())
         return *differentiable_gradients(qkv, bias, d_out, index, scale), *rest
-    always_seen, _, width, window, scale = ctx.numbers
     numbers = (always_seen, width, window, scale)
     return *attention_backward(d_out, out, lse, qkv, bias, visible, *tables[1:], *numbers), *rest
 

@@ -41,7 +41,7 @@ def case_of(index: AttentionIndex, tables: TritonTables, request: Request) -> Ca
     """The case that stands for a layer."""
     visible = tables.merged.visible
     by_query = visible is not None and visible.shape[1] > 1
-    by_window = len(index.keys) > 1 and (by_query or len(index.bias_index[0]) > 1)
+    by_window = len(index.keys) > 1 and (by_query or index.bias_by_window)
     exact = request.dtype == torch.float32 and not launch.tf32_allowed()
     count = tables.merged.keys.shape[1]
     request = request._replace(backend="triton")  # the same case, whoever asked for it
@@ -96,12 +96,9 @@ def largest_error(case: Case) -> float:
         inputs = [x.double() if wide else x for x in (qkv, bias)]
         inputs = [x.detach().requires_grad_(request.trains) for x in inputs]
         out = attend(inputs[0], index, inputs[1], dim**-0.5)
-        results.append(
-            [out, *(torch.autograd.grad(out, inputs, d_out.to(out.dtype)) if request.trains else ())]
-        )
-    errors = [
-        (a.double() - b).abs().max().item() / b.abs().max().item() for a, b in zip(*results, strict=True)
-    ]
+        gradients = torch.autograd.grad(out, inputs, d_out.to(out.dtype)) if request.trains else ()
+        results.append([out, *gradients])
+    errors = [((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(*results, strict=True)]
     return max(float("inf") if isnan(error) else error for error in errors)
 
 
@@ -119,6 +116,5 @@ def example(case: Case) -> AttentionIndex:
     visible[0, :, case.always_seen :] = False
     visible[0, 1:, 0] = False  # even if each key is seen by some query
     seen = None if bool(visible.all()) else visible.to(device)
-    bias_index = (keys.new_empty(0),) * (3 if case.by_window else 1)  # as Focal-fast and Focal have them
-    index = AttentionIndex(side, side, case.window, tokens, keys.to(device), seen, (bias_index,))
+    index = AttentionIndex(side, side, case.window, tokens, keys.to(device), seen, (), case.by_window)
     return replace(index, backend="triton", tables=build_tables(index, case.request.trains))
