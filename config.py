@@ -15,6 +15,7 @@ those in NO_EFFECT are accepted and dropped.
 import ast
 import contextlib
 import difflib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import NoneType
@@ -368,13 +369,14 @@ def _assign(config: CN, key: str, value: Any) -> None:
 
 
 def _convert(value: Any, example: Any) -> Any:
-    """A value in the type of an example, entry by entry; TypeError if it has another one, or is nan."""
+    """A value in the type of an example, entry by entry; TypeError if it has another, or is not finite."""
     if isinstance(example, list | tuple):
         is_other_length = isinstance(example, tuple) and len(value) != len(example)
         if not isinstance(value, list | tuple) or is_other_length:
             raise TypeError
         return type(example)(_convert(entry, example[0]) for entry in value)
-    if type(value) not in TYPES[type(example)][1] or value != value:
+    is_infinite = isinstance(value, float) and not math.isfinite(value)
+    if type(value) not in TYPES[type(example)][1] or is_infinite:
         raise TypeError
     return value if example is None else type(example)(value)
 

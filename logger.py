@@ -198,6 +198,8 @@ class Metrics:
     def truncate(self, next_step: tuple[int, int], epochs: int) -> dict[str, int]:
         """Drop what a resumed run records again, and an unfinished line that a killed process may have left.
 
+        Other lines that are no records stay, with a warning.
+
         Args:
             next_step: epoch and step that training goes on with.
             epochs: how many have been evaluated.
@@ -208,19 +210,21 @@ class Metrics:
         size, positions = 0, {"train": 0, "epoch": 0}
         if self.file is None:
             return positions
-        for line in Path(self.file.name).read_bytes().splitlines(keepends=True):
+        for number, line in enumerate(Path(self.file.name).read_bytes().splitlines(keepends=True), 1):
+            if not line.endswith(b"\n"):
+                break
             try:
-                record = json.loads(line) if line.endswith(b"\n") else {}
-            except ValueError:
-                record = {}
-            if not record:
-                break
-            is_step = record["kind"] == "train"
-            if (record["epoch"], record["step"]) >= next_step if is_step else record["epoch"] >= epochs:
-                break
+                record = json.loads(line)
+                kind, epoch = record["kind"], record["epoch"]
+                place, limit = ((epoch, record["step"]), next_step) if kind == "train" else (epoch, epochs)
+                is_again, after = place >= limit, max(positions[kind], record.get("position", -1) + 1)
+            except (ValueError, TypeError, LookupError):
+                logger.warning(f"{self.file.name}:{number}: expected a record, got {line[:100]!r}; it stays")
+            else:
+                if is_again:
+                    break
+                positions[kind] = after
             size += len(line)
-            kind = record["kind"]
-            positions[kind] = max(positions[kind], record.get("position", -1) + 1)
         self.file.truncate(size)
         return positions
 

@@ -75,7 +75,9 @@ def read_config(argv: list[str] | None) -> CfgNode:
     """
     parser = argparse.ArgumentParser(usage=USAGE, description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--cfg", required=True, metavar="FILE", help="yaml file, see configs/")
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="any option of config.py")
+    parser.add_argument(
+        "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="any option of config.py"
+    )
     for flag, (key, text) in FLAGS.items():
         parser.add_argument(f"--{flag}", dest=key, metavar="X", help=text)
     for flag, (key, text) in SWITCHES.items():

@@ -89,9 +89,19 @@ def expand_path(path: str) -> str:
 def path_argument(path: str) -> str:
     """`expand_path` as a type of argparse, which shows the message of one kind of error only."""
     try:
+        if not path:
+            raise UserError("expected a path, got ''")
         return expand_path(path)
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def env_int(name: str, default: int) -> int:
+    """A number of the environment; an empty one is not set. UserError if it is no number."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise UserError(f"{name}: expected a number in the environment, got {text!r}; unset it or correct it")
+    return int(text)
 
 
 def escape_output() -> None:
@@ -164,7 +174,7 @@ def pick_device(name: str = "") -> torch.device:
         UserError: the device does not exist here, or several processes would share it. All processes of a
             machine raise it, though only some may lack a card.
     """
-    if ":" in name and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if ":" in name and env_int("WORLD_SIZE", 1) > 1:
         raise UserError(
             "DEVICE: expected a type without index with several processes, each of which takes a card of its "
             f"own, got {name!r}; choose cards with CUDA_VISIBLE_DEVICES or the like"
@@ -178,8 +188,8 @@ def pick_device(name: str = "") -> torch.device:
         raise UserError(
             f"DEVICE: expected a device that PyTorch finds here ({usable}), got {name!r}; use that"
         )
-    index = int(number or os.environ.get("LOCAL_RANK", "0"))
-    last = int(number or int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1)
+    index = int(number or env_int("LOCAL_RANK", 0))
+    last = int(number or env_int("LOCAL_WORLD_SIZE", 1) - 1)
     count = torch.accelerator.device_count()
     if max(index, last) >= count:
         raise UserError(
@@ -206,7 +216,7 @@ def init_distributed(device: torch.device, timeout_minutes: float) -> None:
         DistError: the other processes do not come.
         UserError: on all ranks; they have devices of different types.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not in_group():
+    if env_int("WORLD_SIZE", 1) > 1 and not in_group():
         timeout = timedelta(minutes=timeout_minutes)
         backend = dist.Backend.default_device_backend_map.get(device.type, "gloo")
         backend = backend if dist.is_backend_available(backend) else "gloo"  # as on Windows

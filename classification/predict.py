@@ -76,7 +76,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--cfg", type=path, metavar="FILE", help="yaml file (default: the one inside the checkpoint)"
     )
     parser.add_argument("--resume", type=path, metavar="FILE", help="checkpoint, as for main.py --eval")
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="any option of config.py")
+    parser.add_argument(
+        "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="any option of config.py"
+    )
     parser.add_argument("--data-path", metavar="DIR", help="data set whose folders name the classes")
     parser.add_argument("--device", help="as for main.py (default: the accelerator if there is one)")
     parser.add_argument("--classes", type=path, metavar="FILE", help="class names, one per line")
@@ -162,7 +164,7 @@ def class_names(config: CfgNode, file: str | Path | None) -> list[str]:
 
 def _names_of_file(file: Path, count: int) -> list[str]:
     try:
-        names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        names = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise utils.UserError(
             f"--classes: expected a text file with one name per line, got: {error}"
@@ -180,7 +182,7 @@ def _imagenet_names(count: int) -> list[str]:
 
 def _folder_names(data_path: str, count: int) -> list[str]:
     """Names of the class folders, if there is one per class; ImageNet's ids become descriptions."""
-    for split in ("train", "val"):
+    for split in ("train", "val", "validation", "test"):
         folder = Path(data_path or "-") / split
         folders = folder.iterdir() if data_path and folder.is_dir() else ()
         names = sorted(path.name for path in folders if path.is_dir() and not path.name.startswith("."))

@@ -167,6 +167,12 @@ def _training_problems(config: CfgNode) -> list[str]:
         low, high = aug[key] or (0, 0)
         if low > high:
             problems.append(f"AUG.{key}: expected [smaller, larger], got {list(aug[key])}; swap them")
+    low, high = aug.CUTMIX_MINMAX or (0, 1)
+    if low <= high and any(int(side * low) == int(side * high) for side in size):
+        problems.append(
+            "AUG.CUTMIX_MINMAX: expected shares that differ by a pixel at least of DATA.IMG_SIZE, got "
+            f"{[low, high]}; enlarge the second"
+        )
     if not _POLICY.fullmatch(aug.AUTO_AUGMENT):
         problems.append(
             "AUG.AUTO_AUGMENT: expected none, or a policy of timm such as rand-m9-mstd0.5-inc1, got "
@@ -258,9 +264,14 @@ def _check_classes(sources: list[ImageSource], num_classes: int) -> None:
 def _train_transform(config: CfgNode) -> Any:
     aug, data, channels = config.AUG, config.DATA, config.MODEL.FOCAL.IN_CHANS
     recipe = Recipe(**{field.name: aug[field.name.upper()] for field in fields(Recipe)})
-    return train_transform(
-        to_2tuple(config.DATA.IMG_SIZE), channels, data.MEAN, data.STD, data.INTERPOLATION, recipe
-    )
+    size = to_2tuple(config.DATA.IMG_SIZE)
+    try:
+        return train_transform(size, channels, data.MEAN, data.STD, data.INTERPOLATION, recipe)
+    except AssertionError as error:  # of timm, in a policy's parts
+        raise ValueError(
+            "AUG.AUTO_AUGMENT: expected a policy of timm such as rand-m9-mstd0.5-inc1, got "
+            f"{aug.AUTO_AUGMENT!r}, with a part that timm does not know; correct the value"
+        ) from error
 
 
 def evaluation_transform(config: CfgNode) -> Transform:

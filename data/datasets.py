@@ -126,16 +126,20 @@ class ImageLoader(DataLoader):
 
         Raises:
             UndecodableImageError: an image does not decode, or cannot be read, and is not replaced.
+            RuntimeError: a worker was killed.
         """
         with stop_signals_blocked():
             batches = super().__iter__()  # starts the workers
-        for batch in batches:
-            if isinstance(batch, UndecodableImageError):
-                raise batch
-            for reason in filter(None, batch.replaced):  # of training images
-                self.images.undecodable += 1
-                logger.warning("replaced an image that does not decode: %s", reason)
-            yield batch.image, batch.label
+        try:
+            for batch in batches:
+                if isinstance(batch, UndecodableImageError):
+                    raise batch
+                for reason in filter(None, batch.replaced):  # of training images
+                    self.images.undecodable += 1
+                    logger.warning("replaced an image that does not decode: %s", reason)
+                yield batch.image, batch.label
+        except (ConnectionError, EOFError) as error:  # of the pipe to a worker
+            raise RuntimeError("a loader worker was killed, perhaps for lack of memory") from error
 
 
 class _ReturnErrors(Dataset[Any]):

@@ -98,7 +98,7 @@ def _list_images(split_dir: Path, class_name: str, left_out: list[str]) -> list[
     """
     found: list[str] = []
     seen: set[tuple[int, int]] = set()
-    for folder, subfolders, files in os.walk(split_dir / class_name, followlinks=True):
+    for folder, subfolders, files in os.walk(split_dir / class_name, onerror=_raise, followlinks=True):
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in seen:
             subfolders.clear()
@@ -108,6 +108,11 @@ def _list_images(split_dir: Path, class_name: str, left_out: list[str]) -> list[
         found += [os.path.join(relative, file) for file in files if is_image_name(file)]
         left_out += [file for file in files if not is_image_name(file)]
     return sorted(found)
+
+
+def _raise(error: OSError) -> None:
+    """Raise an error that os.walk would ignore."""
+    raise error
 
 
 def _find_solution(split_dir: Path) -> Path | None:

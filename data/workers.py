@@ -11,7 +11,7 @@ from multiprocessing import resource_tracker
 
 import psutil
 
-from utils import STOP_SIGNALS
+from utils import STOP_SIGNALS, env_int
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ def limit_workers(wanted: int) -> int:
 
     A launcher that binds each process to cores of its own has made the shares already.
     """
-    cores, processes = os.cpu_count() or 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores, processes = os.cpu_count() or 1, env_int("LOCAL_WORLD_SIZE", 1)
     with contextlib.suppress(AttributeError, psutil.Error):  # macOS binds no process
         process = psutil.Process()
         cores = len(process.cpu_affinity())

@@ -97,10 +97,21 @@ def test_the_newest_valid_one_is_found_by_its_name(tmp_path: Path, caplog: pytes
     for path in paths:
         assert find_checkpoints(tmp_path).newest == path
         path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match="got damaged ones alone; move them away to start anew"):
+    with pytest.raises(UserError, match="got only what was skipped; move it away to start anew"):
         find_checkpoints(tmp_path)
     assert f"{paths[0]} is damaged or incomplete and was skipped" in caplog.text
     assert find_checkpoints(tmp_path / "nowhere").newest is None
+
+
+def test_files_of_others_are_not_trusted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A copy under a later name would take every restart back; a best.pth may be another tool's."""
+    for epoch, named in ((1, 1), (0, 7)):
+        content = CONTENT | {"position": vars(Position(epoch + 1))}
+        write_checkpoint(content, tmp_path / f"ckpt_epoch_{named}.pth")
+    write_checkpoint(CONTENT | {"accuracy": 99.0}, tmp_path / BEST_NAME)
+    found = find_checkpoints(tmp_path)
+    assert (found.newest.name, found.best) == ("ckpt_epoch_1.pth", 0.0)
+    assert "ckpt_epoch_7.pth holds another position" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["disk error", "refused content"])
@@ -375,6 +386,18 @@ def test_metrics_end_where_a_resumed_run_goes_on(tmp_path: Path) -> None:
         metrics.write("epoch", 2, epoch=2, loss=99)
         metrics.close()
         assert losses_in(tmp_path) == [*losses[:left], 99]
+
+
+def test_a_damaged_line_hides_no_metrics(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = [f'{{"kind": "epoch", "position": {epoch}, "epoch": {epoch}}}' for epoch in (0, 1, 2)]
+    damaged = ["", '{"kind": "tr', "5", "{}", '{"kind": "epoch", "epoch": "x"}', '{"kind": "x", "epoch": 1}']
+    path = tmp_path / Metrics.NAME
+    path.write_text("\n".join([lines[0], *damaged, *lines[1:]]) + "\n")
+    metrics = Metrics(tmp_path)
+    assert metrics.truncate((2, 0), epochs=2) == {"train": 0, "epoch": 2}
+    metrics.close()
+    assert path.read_text().splitlines() == [lines[0], *damaged, lines[1]]
+    assert caplog.text.count("expected a record") == len(damaged)
 
 
 def test_metrics_survive_a_full_disk(

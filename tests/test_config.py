@@ -81,6 +81,7 @@ def test_options_from_the_command_line(key: str, given: object, expected: object
         (["DATA.IMG_SIZE", [32, 32, 32]], ["DATA.IMG_SIZE", "an integer or two integers"]),
         (["DATA.DATASET", "cifar"], ["DATA.DATASET", "'imagenet'", "'folder'"]),
         (["TRAIN.BASE_LR", "nan"], ["TRAIN.BASE_LR", "a number"]),
+        (["TRAIN.WEIGHT_DECAY", "1e999"], ["TRAIN.WEIGHT_DECAY", "a number", "(float)"]),
         (["TRAIN.BASE_LR", "1e300"], ["TRAIN.BASE_LR", "in (0, 1e6], got 1e+300"]),
         (["DATA.MEAN", [123.7, 116.3, 103.5]], ["DATA.MEAN", "[0, 1] for every entry"]),
     ],

@@ -1,5 +1,6 @@
 """The data pipeline: folders, archives, maps, samplers, determinism, and the messages for bad input."""
 
+import errno
 import json
 import os
 import random
@@ -11,8 +12,10 @@ import zipfile
 from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import REPO
@@ -191,6 +194,18 @@ def test_samples_do_not_depend_on_workers(
     assert np.random.rand() == np.random.RandomState(0).rand()
     assert alone.train_dataset.undecodable == helped.train_dataset.undecodable > 0
     assert caplog.text.count("bee/2.png") == 2 * alone.train_dataset.undecodable
+
+
+def test_a_killed_worker_is_no_mistake_of_the_user(folder: Path) -> None:
+    """An OSError or a sentence would end the run as one, though another start may go on."""
+    loaders = build_loaders(make_config(folder, DATA__NUM_WORKERS=2))
+    batches = iter(loaders.train_loader)
+    next(batches)
+    for child in psutil.Process().children():
+        child.kill()
+    with pytest.raises(RuntimeError, match="worker"):
+        for _ in range(100):
+            next(batches, None)
 
 
 SIGNALLED = """
@@ -401,6 +416,21 @@ def test_links_in_a_circle_list_images_once(folder: Path) -> None:
     assert len(build_loaders(make_config(folder)).val_dataset) == 9
 
 
+def test_a_folder_that_cannot_be_entered_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its images would be missing."""
+    closed, scandir = folder / "train" / "bee" / "closed", os.scandir
+    closed.mkdir()
+
+    def refuse(path: Path) -> Any:
+        if Path(path) == closed:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="closed"):
+        build_loaders(make_config(folder))
+
+
 def test_labels_beyond_the_classes(zips: Path) -> None:
     with (zips / "train_map.txt").open("a") as file:
         file.write("ant/0.png\t3\n")
@@ -423,6 +453,9 @@ def test_too_few_training_images(folder: Path) -> None:
         ({"MODEL__FOCAL__IN_CHANS": 4}, ("IN_CHANS: expected 3", "got 4")),
         ({"AUG__SCALE": [1.0, 0.5]}, ("AUG.SCALE: expected [smaller, larger]", "swap")),
         ({"AUG__AUTO_AUGMENT": "random"}, ("AUG.AUTO_AUGMENT: expected", "rand-m9", "got 'random'")),
+        ({"AUG__AUTO_AUGMENT": "rand-x9"}, ("AUG.AUTO_AUGMENT: expected", "rand-m9", "got 'rand-x9'")),
+        ({"AUG__AUTO_AUGMENT": "original-x1"}, ("AUG.AUTO_AUGMENT: expected", "got 'original-x1'")),
+        ({"AUG__CUTMIX_MINMAX": [0.2, 0.202]}, ("AUG.CUTMIX_MINMAX: expected", "got [0.2, 0.202]")),
         ({"AUG__SCALE": [0.5, 1.0], "DATA__IMG_SIZE": 32}, ("AUG.SCALE", "remove them or enlarge")),
     ],
 )

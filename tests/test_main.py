@@ -18,6 +18,7 @@ from conftest import REPO
 import main
 import utils
 from config import load_config
+from data.workers import limit_workers
 from logger import Metrics
 from tools import convert_checkpoint
 from training.loop import Run, evaluate
@@ -296,6 +297,10 @@ def test_flags_win_over_opts_and_yaml_only_if_given() -> None:
     assert (config.DATA.BATCH_SIZE, config.TAG, config.DATA.ZIP_MODE) == (4, "x", True)
     words = ["--cfg", TINY, "--local_rank=1", "--batch-size", "8", "--opts", "DATA.BATCH_SIZE", "4"]
     assert main.read_config(words).DATA.BATCH_SIZE == 8
+    config = main.read_config(
+        ["--cfg", TINY, "--opts", "SEED", "3", "TAG", "x", "--zip", "--opts", "SEED", "4"]
+    )
+    assert (config.SEED, config.TAG) == (4, "x")
 
 
 # --- Parts --------------------------------------------------------------------------------------------------
@@ -339,3 +344,14 @@ def test_every_process_of_a_machine_needs_a_card(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(UserError, match="below 2.*got 3"):
         utils.pick_device("cuda")
+
+
+def test_numbers_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script may set them from variables that are empty."""
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "")
+    utils.init_distributed(utils.pick_device("cpu"), 1.0)
+    assert not utils.in_group() and limit_workers(0) == 0
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(UserError, match="WORLD_SIZE: expected a number in the environment, got 'two'"):
+        utils.init_distributed(torch.device("cpu"), 1.0)

@@ -119,6 +119,8 @@ def test_mistakes_are_one_sentence(
     words: list[str], message: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit):
+        call(capsys, "", "--resume", str(run / "best.pth"))  # an empty variable is not the current folder
     torch.save({"model": {}}, tmp_path / "weights.pth")
     known = {"EMPTY": tmp_path / "empty", "BEST": run / "best.pth", "WEIGHTS": tmp_path / "weights.pth"}
     code, out, told = call(capsys, *(known.get(word, word) for word in words))

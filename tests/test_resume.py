@@ -205,8 +205,10 @@ def test_steps_that_are_counted_again_are_recorded_once(
         with pytest.raises(Killed):
             main.main(command(few_images, tmp_path / "killed", opts))
     assert metrics_of(tmp_path / "killed")[-1]["step"] == 5
-    for flags, last in ((("--seed", "1"), 7), (("--batch-size", "32"), 2)):
-        output = shutil.copytree(tmp_path / "killed", tmp_path / flags[0])
-        assert main.main(command(few_images, output, opts, *flags)) == 0
-        steps = [record["step"] for record in metrics_of(output) if record.get("step") is not None]
-        assert steps == [*range(8), *range(last + 1)]
+    for words, steps, position in (("--seed 1", 8, 15), ("--batch-size 32", 3, 6), ("--batch-size 64", 1, 8)):
+        output = shutil.copytree(tmp_path / "killed", tmp_path / words)
+        assert main.main(command(few_images, output, opts, *words.split())) == 0
+        records = metrics_of(output)
+        assert [record["step"] for record in records if "step" in record] == [*range(8), *range(steps)]
+        assert [record for record in records if record["kind"] == "train"][-1]["position"] == position
+        assert all(record["loss"] for record in records)  # the last has no whole batch left

@@ -32,7 +32,7 @@ def make_state(width: int = 4, opts: tuple[object, ...] = (), seed: int = 0) -> 
         optimizer=optimizer,
         scheduler=build_scheduler(config, optimizer, 10),
         scaler=torch.amp.GradScaler("cpu", enabled=False),
-        updates_per_epoch=10,
+        steps_per_epoch=10,
     )
 
 

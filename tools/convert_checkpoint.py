@@ -54,13 +54,15 @@ def convert(source: Path, target: Path, key: str = "", force: bool = False) -> d
     Raises:
         FileExistsError: `target` is there, and `force` is not set.
         OSError: the target could not be written.
-        UserError: an unknown kind of target, or an unreadable source.
+        UserError: an unknown kind of target, or an unreadable source, or both are one file.
     """
     if target.suffix not in SUFFIXES:
         raise UserError(f"{target}: expected a name that ends in one of {', '.join(SUFFIXES)}")
     if target.exists() and not force:
         raise FileExistsError(f"{target} is there already: choose another name, or replace it with --force")
     state = read_weights(source, key)
+    if target.exists() and target.samefile(source):
+        raise UserError(f"{target}: expected another file than the source, which would be lost; rename it")
     if target.suffix == ".pth":
         write_checkpoint({"model": state}, target)
     else:

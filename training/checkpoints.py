@@ -128,23 +128,28 @@ class Found:
 def find_checkpoints(folder: Path) -> Found:
     """Read the valid checkpoint that is furthest in training, and the accuracy of best.pth.
 
-    Of two at the same position it is best.pth, since that one was written after the evaluation.
+    Of two at the same position it is best.pth, since that one was written after the evaluation. A file whose
+    content is of another position than its name says is skipped.
 
     Raises:
-        UserError: a file cannot be read, or no checkpoint is valid.
+        UserError: a file cannot be read, or no checkpoint can be used.
     """
     candidates, best_path = checkpoints_in(folder), folder / BEST_NAME
     best = read_best(best_path)
     if best_path.is_file():
         candidates.append((best[0] if best else (0, 0), best_path))
-    for _, path in sorted(candidates, key=lambda item: (item[0], item[1] == best_path), reverse=True):
-        if best if path == best_path else is_valid(path):
-            with user_input():
-                return Found(path, read_checkpoint(path), best[1] if best else 0.0)
-        logger.warning(f"{path} is damaged or incomplete and was skipped")
+    for place, path in sorted(candidates, key=lambda item: (item[0], item[1] == best_path), reverse=True):
+        if not (best if path == best_path else is_valid(path)):
+            logger.warning(f"{path} is damaged or incomplete and was skipped")
+            continue
+        with user_input():
+            content = read_checkpoint(path)
+        if path == best_path or position_of(content) in (place, None):
+            return Found(path, content, best[1] if best else 0.0)
+        logger.warning(f"{path} holds another position in training than its name says, and was skipped")
     if candidates:
         raise UserError(
-            f"{folder}: expected a checkpoint to continue from, got damaged ones alone; move them away to "
+            f"{folder}: expected a checkpoint to continue from, got only what was skipped; move it away to "
             "start anew, or choose another --tag"
         )
     return Found()
@@ -159,9 +164,16 @@ def read_best(path: Path) -> tuple[EpochStep, float] | None:
         content = read_checkpoint(path) if is_valid(path) else None
     if content is None:
         return None
-    if "accuracy" not in content:
+    place = position_of(content)
+    if place is None or "accuracy" not in content:
         return (0, 0), 0.0
-    return (content["position"]["epoch"], content["position"]["step"]), content["accuracy"]
+    return place, content["accuracy"]
+
+
+def position_of(content: dict[str, Any]) -> EpochStep | None:
+    """The position in the content of a checkpoint; None if it is not one of this project."""
+    position = content.get("position")
+    return (position["epoch"], position["step"]) if isinstance(position, dict) else None
 
 
 def prune(folder: Path, newest: EpochStep, keep: int) -> None:

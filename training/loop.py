@@ -9,7 +9,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -161,11 +161,10 @@ def report(run: Run, state: TrainState, step: int, steps: int) -> None:
         f"lr {rate:.3e}  grad norm {stats.grad_norm:.3f}  {stats.img_per_s:.0f} img/s  {memory:.0f} MB"
         + skipped
     )
-    values = {"loss": stats.loss, "lr": rate, "grad_norm": stats.grad_norm, "skipped": stats.skipped}
-    values |= {"img_per_s": stats.img_per_s, "memory_mb": memory}
+    values = asdict(stats) | {"lr": rate, "memory_mb": memory}
     if state.scaler.is_enabled():
         values["loss_scale"] = state.scaler.get_scale()
-    run.metrics.write("train", epoch * steps + step, epoch=epoch, step=step, **values)
+    run.metrics.write("train", epoch * state.steps_per_epoch + step, epoch=epoch, step=step, **values)
 
 
 def raise_if_too_many_skipped(run: Run, state: TrainState, step: int) -> None:
@@ -208,7 +207,7 @@ def evaluate(run: Run, model: nn.Module, batches: Batches) -> dict[str, float]:
         StopRequested: on all ranks; one of them received a stop signal (inside `handle_stop_signals`).
     """
     model.eval()
-    results: list[torch.Tensor] = []  # per batch [3, B]: loss, hit, hit among the first five
+    results = [torch.zeros(3, 0, device=run.device)]  # per batch [3, B]: loss, hit, hit among the first five
     batch_size = (batches.batch_size or 0) if isinstance(batches, DataLoader) else 0
     with utils.raise_on_all_ranks(UndecodableImageError):
         for step, (images, targets) in enumerate(batches):
@@ -227,7 +226,7 @@ def evaluate(run: Run, model: nn.Module, batches: Batches) -> dict[str, float]:
             results.append(torch.stack([loss, hits[:, 0].float(), hits.any(dim=1).float()]))
     if utils.any_rank(stop_received()):
         raise StopRequested
-    values = torch.cat(results, dim=1).cpu().double() if results else torch.zeros(3, 0).double()
+    values = torch.cat(results, dim=1).cpu().double()
     sums = torch.cat([values.sum(dim=1), torch.tensor([values.shape[1]])])
     loss_sum, top1, top5, count = utils.all_gather(sums).sum(dim=0).tolist()
     count = int(count)

@@ -38,7 +38,7 @@ def train(run: Run, model: FocalTransformer) -> None:
             while position.epoch < run.config.TRAIN.EPOCHS:
                 loaders.resume_at(position.epoch, position.samples_seen)
                 train_one_epoch(run, state, loaders.train_loader, loaders.mixup_fn, checkpoints.after_update)
-                state.meter.gather()
+                state.meter.read()  # what the epoch had before a resume that left no whole batch of it
                 position.next_epoch(state.updates_per_epoch)
                 state.evaluated = False
                 checkpoints.after_epoch(state)
@@ -155,12 +155,11 @@ def resume(state: TrainState, content: dict[str, Any], source: str, image_order:
     batch = config.DATA.BATCH_SIZE * max(1, config.TRAIN.ACCUMULATION_STEPS) * utils.get_world_size()
     updates = position.epoch * state.updates_per_epoch + math.ceil(position.samples_seen / batch)
     if position.updates != updates:
-        seen = position.samples_seen
-        rest = "with the images that the epoch has not seen" if seen else "with a whole epoch"
+        rest = "the images that the epoch has not seen" if position.samples_seen else "a whole epoch"
         logger.warning(
             f"{source} made {position.updates} updates in {position.epoch} epochs and "
             f"{position.samples_seen} images, which are {updates} in this run (other data, batch size or "
-            f"number of processes): it continues {rest}, but not bit for bit"
+            f"number of processes): it continues with {rest}, but not bit for bit"
         )
         position.updates = updates
     state.scheduler.step_update(max(0, updates - 1))  # the rate of the last update

@@ -78,12 +78,16 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scheduler: Scheduler  # of the learning rate, by number of updates
     scaler: torch.amp.GradScaler  # enabled in fp16 only
-    updates_per_epoch: int
+    steps_per_epoch: int  # batches per rank of a whole epoch
     ema: ModelEmaV3 | None = None  # moving average of the model
     meter: TrainMeter = field(default_factory=TrainMeter)  # of the running epoch
     position: Position = field(default_factory=Position)
     max_accuracy: float = 0.0  # best top-1 accuracy so far, in percent
     evaluated: bool = True  # whether the model was evaluated after the last finished epoch
+
+    @property
+    def updates_per_epoch(self) -> int:
+        return updates_in(self.steps_per_epoch, self.config)
 
     def state_dict(self) -> dict[str, Any]:
         """The content of a checkpoint; tensors are not copied. `Checkpoints` adds `accuracy` to best.pth."""
@@ -157,7 +161,7 @@ def build_train_state(
     """
     train = config.TRAIN
     scaled = scale_rates(config, utils.get_world_size())
-    updates_per_epoch = math.ceil(steps_per_epoch / max(1, train.ACCUMULATION_STEPS))
+    updates_per_epoch = updates_in(steps_per_epoch, config)
     with user_input():
         optimizer = build_optimizer(scaled, model)
         scheduler = build_scheduler(scaled, optimizer, updates_per_epoch)
@@ -170,10 +174,15 @@ def build_train_state(
         optimizer=optimizer,
         scheduler=scheduler,
         scaler=precision.scaler(device),
-        updates_per_epoch=updates_per_epoch,
+        steps_per_epoch=steps_per_epoch,
         ema=ModelEmaV3(model, train.EMA.DECAY, use_warmup=train.EMA.WARMUP) if train.EMA.ENABLED else None,
         position=Position(train.START_EPOCH, updates=train.START_EPOCH * updates_per_epoch),
     )
+
+
+def updates_in(steps: int, config: CfgNode) -> int:
+    """Optimizer updates of so many batches; the last may be of fewer than the others."""
+    return math.ceil(steps / max(1, config.TRAIN.ACCUMULATION_STEPS))
 
 
 def data_parallel(model: nn.Module) -> nn.Module:

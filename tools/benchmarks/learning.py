@@ -203,7 +203,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = common.new_parser(text, "learning")
     parser.add_argument("--output", type=path_argument, default="output/learning", help="folder of the runs")
     parser.add_argument("--processes", type=common.positive, default=1, help="runs at a time (default: 1)")
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="any option of config.py")
+    parser.add_argument(
+        "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="any option of config.py"
+    )
     parser.set_defaults(rounds=3, threads=1, out=RESULTS)
     return parser.parse_args(argv)
 
