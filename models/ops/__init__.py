@@ -13,10 +13,12 @@ import torch
 from torch import distributed as dist
 
 from ..focal_transformer import FocalAttention, FocalTransformer
-from . import triton  # first, since `auto` takes the last that can run: on a CPU not the interpreter
 
 # isort: split
-from . import cpu
+from . import triton
+
+# isort: split
+from . import cpu  # the order is the priority: `auto` tries the last import first
 
 __all__ = ["agree_on_backends", "cpu", "triton"]
 

@@ -1,6 +1,6 @@
 """What the attention operators share: one key for two of the same token, and second derivatives.
 
-Legend: as in `focal_transformer`; K' keys of a window after merging.
+Legend: as in `focal_transformer`; M pairs of keys that are merged, K' keys of a window after merging.
 """
 
 from __future__ import annotations

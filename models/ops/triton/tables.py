@@ -1,4 +1,4 @@
-"""Index tables of the kernels, built where the index is: on a GPU nothing is copied to the host.
+"""Index tables of the kernels, built where the index is: of a GPU's only a few numbers come to the host.
 
 The gradient of a key is a sum over the windows that read it. Instead of adding to memory atomically, tokens
 are cut into blocks of at most BLOCK_KEYS, and one program for each block visits every window that reads a
