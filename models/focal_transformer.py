@@ -1097,8 +1097,8 @@ def resized_positions(embedding: Tensor, old: tuple[int, int], new: tuple[int, i
     embedding = embedding.unflatten(1, old)
     if new == old:
         return embedding
-    wide = embedding.permute(0, 3, 1, 2).to(torch.promote_types(embedding.dtype, torch.float32))
-    resized = F.interpolate(wide, new, mode="bicubic", antialias=True)
+    wide = torch.float64 if embedding.dtype == torch.float64 else torch.float32
+    resized = F.interpolate(embedding.permute(0, 3, 1, 2).to(wide), new, mode="bicubic", antialias=True)
     return resized.permute(0, 2, 3, 1).to(embedding.dtype)
 
 
