@@ -678,7 +678,8 @@ class FocalFastAttention(FocalAttention):
         own = {prefix + name: getattr(self, name) for name in self.key_buffers}
         kept = [*(own.keys() - state_dict.keys()), *self.stale_keys(state_dict, prefix)]
         if kept:
-            logger.info(f"the model's own nearest keys stay, the state lacks them: {', '.join(sorted(kept))}")
+            names = ", ".join(sorted(kept))
+            logger.info(f"not in the state, or not the nearest here, so the model's own keys stay: {names}")
         state_dict.update({key: own[key] for key in kept})
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.refresh_stored_keys(loaded=True)
