@@ -37,10 +37,6 @@ HEADS = {  # names of heads in mmdet and mmseg whose num_classes must be that of
     *("bbox_head", "mask_head", "mask_iou_head", "point_head", "panoptic_head", "panoptic_fusion_head"),
     *("decode_head", "auxiliary_head"),
 }
-NECK_READERS = {  # by the key of their channels: modules of mmdet that get the neck's maps as they are
-    "in_channels": re.compile(r"(rpn_head|bbox_head|roi_head\.(bbox|mask)_head)(\.\d+)?"),
-    "out_channels": re.compile(r"roi_head\.(bbox|mask)_roi_extractor(\.\d+)?"),
-}
 OTHER_CLASSES = re.compile("rpn_?head|semantic_head|STDCHead", re.I)  # proposals, stuff, boundaries
 _warn = partial(print_log, logger="current", level=logging.WARNING)
 
@@ -118,8 +114,7 @@ def _classes(key: str, dataset: BaseDataset) -> tuple[str, ...] | None:
 
 def _shown(names: Sequence[str]) -> str:
     """Names for a message, shortened if there are many."""
-    first = ", ".join(map(str, names[:4]))
-    return str(tuple(names)) if len(names) <= 10 else f"({first}, ... {len(names)} in all)"
+    return str(tuple(names)) if len(names) <= 10 else f"{(*names[:4], '...')}, {len(names)} in all"
 
 
 def _is_local(path: str, backend: Any) -> bool:
@@ -391,15 +386,14 @@ def _check_category_names(categories: list[dict[str, Any]], classes: tuple[str, 
 
 
 def check_model(model: nn.Module, classes: Sequence[str] | None) -> None:
-    """Refuse heads for another number of classes, necks and heads for other channels than they get, and ways
-    of testing that mmseg would refuse after the first training.
+    """Refuse heads for another number of classes, necks and heads for other maps than the backbone has, and
+    ways of testing that mmseg would refuse after the first training.
 
     Raises:
         UserError: they do not fit; the message names their keys.
     """
     if classes is not None:
         _check_heads(model, classes)
-    _check_channels(model)
     if type(model).__name__ in ("EncoderDecoder", "CascadeEncoderDecoder"):
         _check_sliding(model.test_cfg or {})
     backbone = getattr(model, "backbone", None)
@@ -422,24 +416,6 @@ def check_model(model: nn.Module, classes: Sequence[str] | None) -> None:
             raise UserError(
                 f"model.{name}.in_channels: expected {expected}, as the backbone has, got {asked}"
             )
-
-
-def _check_channels(model: nn.Module) -> None:
-    """Refuse parts of mmdet that read the maps of its neck with another number of channels than they have."""
-    neck = getattr(model, "neck", None)
-    neck = neck[-1] if isinstance(neck, nn.Sequential) else neck
-    channels, modules = getattr(neck, "out_channels", None), dict(model.named_modules())
-    is_extractor = NECK_READERS["out_channels"].fullmatch
-    extractors = {type(module).__name__ for name, module in modules.items() if is_extractor(name)}
-    is_plain = extractors <= {"SingleRoIExtractor", "ModuleList"} and "roi_head.shared_head" not in modules
-    if not isinstance(channels, int) or not is_plain or not type(neck).__module__.startswith("mmdet."):
-        return
-    for name, module in modules.items():
-        for key, readers in NECK_READERS.items():
-            asked = getattr(module, key, None) if readers.fullmatch(name) else None
-            ours = isinstance(asked, int) and type(module).__module__.startswith("mmdet.")
-            if ours and asked != channels:
-                raise UserError(f"model.{name}.{key}: expected {channels}, as model.neck makes, got {asked}")
 
 
 def _check_sliding(options: Mapping[str, Any]) -> None:
@@ -495,19 +471,14 @@ def check_class_weights(model: nn.Module, dataset: Any) -> None:
     """Refuse class weights if training images have pixels of no class, which mmseg's loss cannot weight.
 
     Raises:
-        UserError: there are such pixels in a sample (by labels or padding), or too many or few weights.
+        UserError: there are such pixels in a sample (by labels or padding).
     """
     from mmseg.models.losses import CrossEntropyLoss
 
     losses = {name: m for name, m in model.named_modules() if isinstance(m, CrossEntropyLoss)}
     kinds = {name: getattr(m.cls_criterion, "__name__", "") for name, m in losses.items() if m.class_weight}
     weighted = [name for name, kind in kinds.items() if kind == "cross_entropy"]
-    for name in weighted:
-        weights, count = losses[name].class_weight, len(dataset.metainfo["classes"])
-        if len(weights) != count:
-            raise UserError(
-                f"model.{name}.class_weight: expected {count} numbers, a class each, got {len(weights)}"
-            )
+    count = len(dataset.metainfo["classes"])
     for index in _sample(range(len(dataset)))[::4] if weighted else ():
         labels = dataset[index]["data_samples"].gt_sem_seg.data
         size = model.data_preprocessor.size or labels.shape[-2:]

@@ -13,6 +13,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -246,22 +247,14 @@ def checkpoint_errors_as_user_errors(checkpoint: str) -> Iterator[None]:
         raise UserError(f"{checkpoint} does not fit the config's model, or is damaged: {error}") from error
 
 
-@contextmanager
-def _checked_loading(runner: "Runner", classes: Any = None, strict: bool = False) -> Iterator[None]:
-    """Context manager in which the Runner, when its hooks are ready, loads a checkpoint only if it is whole
-    and was trained for these classes; `strict`: with all weights and no others."""
+def _load(load: Callable[..., Any], classes: Sequence[str] | None, file: str, **options: Any) -> Any:
+    """`load`, which is a Runner's, of a checkpoint that must be whole and trained for these classes."""
     from openmmlab.check_data import check_trained_classes
 
-    load = runner.load_checkpoint
-
-    def load_and_check(file: str, **options: Any) -> dict[str, Any]:
-        with checkpoint_errors_as_user_errors(file):
-            content = load(file, strict=strict, **options)
-        check_trained_classes(file, content, classes)
-        return content
-
-    with patch.object(runner, "load_checkpoint", load_and_check):
-        yield
+    with checkpoint_errors_as_user_errors(file):
+        content = load(file, **options)
+    check_trained_classes(file, content, classes)
+    return content
 
 
 def run_command(action: Callable[[], None]) -> int:
@@ -307,7 +300,7 @@ def _train(config: "Config") -> None:
         runner.register_hook(StartChecks())
         half = config.optim_wrapper.get("dtype") or "float16"
         agree_on_attention(runner, getattr(torch, half) if _is_mixed(config) else torch.float32)
-        with _checked_loading(runner):
+        with patch.object(runner, "load_checkpoint", partial(_load, runner.load_checkpoint, None)):
             runner.train()
 
 
@@ -317,7 +310,8 @@ def _test(args: argparse.Namespace) -> None:
         runner, classes = _build(config, ("test",))
         with torch.no_grad():
             agree_on_attention(runner, torch.float32)
-        with _checked_loading(runner, classes, strict=True):
+        load = partial(_load, runner.load_checkpoint, classes, strict=True)
+        with patch.object(runner, "load_checkpoint", load):  # `test` loads when the hooks are ready
             runner.test()
 
 
