@@ -126,8 +126,8 @@ def _check_files(key: str, options: Any) -> None:
     root, prefixes = options.get("data_root") or "", options.get("data_prefix") or {}
     named = {"ann_file": options.get("ann_file"), **{f"data_prefix.{k}": v for k, v in prefixes.items()}}
     for name, value in named.items():
-        path = str(Path(root, value or "")) if "://" not in root else root
-        if value and _is_local(path, options.get("backend_args")) and not Path(path).exists():
+        path, local = Path(root, value or ""), _is_local(f"{root} {value}", options.get("backend_args"))
+        if value and local and not path.exists():
             raise UserError(
                 f"{key}.{name}: there is no {path}; paths are relative to data_root={root!r}, and data_root "
                 f"to the current folder ({Path.cwd()})"

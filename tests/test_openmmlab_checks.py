@@ -383,12 +383,13 @@ def test_data_sets_that_do_not_agree(options: dict[str, Any], message: str) -> N
     "options",
     [
         {"test_dataloader.dataset.metainfo.classes": ("a",)},
+        {f"{VAL}.data_prefix.img": "s3://images"},
         {f"{VAL}.metainfo.classes": ("a",), f"{VAL}.return_classes": True},
         {"val_evaluator": [{"ann_file": "panoptic.json"}, {"type": "CocoMetric"}]},
     ],
 )
 def test_data_sets_that_may_differ(options: dict[str, Any]) -> None:
-    """A split that is not used, classes that the model reads as text, an evaluator's file of another kind."""
+    """A split that is not used, files elsewhere, classes as text, an evaluator's file of another kind."""
     config = runner.read_config(DETECTION)
     config.merge_from_dict(options)
     if isinstance(config.val_evaluator, list):
