@@ -54,7 +54,7 @@ def print_error(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
-def print_mistake(error: Exception, is_common: bool) -> None:
+def print_mistake(error: Exception | str, is_common: bool) -> None:
     """Print a mistake of the user, once on a machine if it `is_common` to all processes."""
     if not is_common or os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
         print_error(f"error: {error}")
@@ -70,7 +70,9 @@ def run_command(action: Callable[[], int | None]) -> int:
     except (UserError, OSError) as error:
         if os.environ.get("FOCAL_TRACEBACK"):
             raise
-        print_mistake(error, is_common=not in_group())  # processes of a group may fail alone
+        named = isinstance(error, UserError) or error.filename is not None
+        said = f"{error}{'' if named else ' (FOCAL_TRACEBACK=1 shows where)'}"
+        print_mistake(said, is_common=not in_group())  # processes of a group may fail alone
         return 2
 
 

@@ -1,28 +1,28 @@
 """Checks that data and model fit each other: class names, annotations, label images, heads.
 
-COCO's annotation files are checked while mmdet reads them; of images and label images, a sample is opened.
+COCO's annotation files are checked while mmdet reads them; of images and label images, a sample is loaded as
+the pipeline does it, unless it has steps of the user's own.
 """
 
 import json
 import logging
 import math
-import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import numpy as np
-import torch
-from mmengine.dataset import BaseDataset
+from mmengine.dataset import BaseDataset, Compose
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS, DefaultScope
-from PIL import Image
 from torch import nn
 
+from openmmlab.check_config import nodes
 from openmmlab.focal_backbone import FocalBackbone
 from utils import UserError, user_input
 
@@ -31,18 +31,14 @@ if TYPE_CHECKING:
     from mmengine.config import Config
     from mmseg.datasets import BaseSegDataset
 
-SAMPLED_IMAGES = 32  # images of a data set that are opened
-IGNORE_INDEX = 255  # the label of pixels that belong to no class
-TRANSPOSED = range(5, 9)  # EXIF orientations that exchange height and width
+SAMPLED_IMAGES = 32  # images of a data set that are loaded
+IGNORE_INDEX = 255  # the usual label of pixels that belong to no class
 HEADS = {  # names of heads in mmdet and mmseg whose num_classes must be that of the data set
     *("bbox_head", "mask_head", "mask_iou_head", "point_head", "panoptic_head", "panoptic_fusion_head"),
     *("decode_head", "auxiliary_head"),
 }
-NECK_READERS = {  # by the key of their channels: modules of mmdet that get the neck's maps as they are
-    "in_channels": re.compile(r"(rpn_head|bbox_head|roi_head\.(bbox|mask)_head)(\.\d+)?"),
-    "out_channels": re.compile(r"roi_head\.(bbox|mask)_roi_extractor(\.\d+)?"),
-}
 OTHER_CLASSES = re.compile("rpn_?head|semantic_head|STDCHead", re.I)  # proposals, stuff, boundaries
+_warn = partial(print_log, logger="current", level=logging.WARNING)
 
 
 # --- Classes and files of a config --------------------------------------------------------------------------
@@ -53,20 +49,20 @@ def check_data_sets(config: "Config", splits: Sequence[str]) -> tuple[str, ...] 
 
     Args:
         config: of a detector or segmenter.
-        splits: those of train, val, test whose files are checked; classes are compared in all three.
+        splits: those of train, val, test that are checked.
 
     Returns:
-        The class names; None if no data set has any.
+        The class names; None if no data set has any, or if the model reads them as text with each image.
 
     Raises:
         UserError: classes differ, files are missing, or label images do not fit.
     """
     found = {
         split: [*_data_sets(config[f"{split}_dataloader"], f"{split}_dataloader", config)]
-        for split in ("train", "val", "test")
+        for split in splits
         if config.get(f"{split}_dataloader")
     }
-    named = [(key, _classes(key, data)) for split in found.values() for key, _, data in split]
+    named = [(key, _classes(key, data)) for split in found.values() for key, data in split]
     named = [(key, classes) for key, classes in named if classes is not None]
     for key, classes in named[1:]:
         if classes != named[0][1]:
@@ -74,17 +70,18 @@ def check_data_sets(config: "Config", splits: Sequence[str]) -> tuple[str, ...] 
                 f"{key} has the classes {_shown(classes)}, but {named[0][0]} has {_shown(named[0][1])}: give "
                 "the data sets of all loaders, test_dataloader too, the same metainfo=dict(classes=...)"
             )
-    for split in found.keys() & {*splits}:
-        for key, options, dataset in found[split]:
-            _check_files(key, dataset)
-            if hasattr(dataset, "reduce_zero_label"):  # mmseg's `BaseSegDataset`
-                _check_label_images(key, options, dataset)
-        _check_evaluators(config, split, [dataset.ann_file for _, _, dataset in found[split]])
+    ignored = {IGNORE_INDEX, *(node.get("ignore_index") for _, node in nodes(config.get("model"), "model"))}
+    for split, sets in found.items():
+        for key, dataset in sets:
+            if hasattr(dataset, "reduce_zero_label"):
+                _check_label_images(key, dataset, ignored | {dataset.ignore_index})
+        _check_evaluators(config, split, [dataset.ann_file for _, dataset in sets])
     return named[0][1] if named else None
 
 
-def _data_sets(options: Any, key: str, config: "Config") -> Iterator[tuple[str, Any, BaseDataset]]:
-    """Key, options and data set of each data set of a loader, also inside wrappers; no files are read."""
+def _data_sets(options: Any, key: str, config: "Config") -> Iterator[tuple[str, BaseDataset]]:
+    """Key and data set of each data set of a loader, also inside wrappers; their files are looked for, but
+    not read. Those of mmseg have their pipeline."""
     if "dataset" in options:
         yield from _data_sets(options["dataset"], f"{key}.dataset", config)
     elif "datasets" in options:
@@ -92,12 +89,16 @@ def _data_sets(options: Any, key: str, config: "Config") -> Iterator[tuple[str, 
             yield from _data_sets(part, f"{key}.datasets.{number}", config)
     else:
         scope = DefaultScope.overwrite_default_scope(config.get("default_scope"))
-        with scope, DATASETS.switch_scope_and_registry(None) as registry, user_input(key):
+        with scope, DATASETS.switch_scope_and_registry(None) as registry:
             kind = registry.get(options["type"]) if isinstance(options["type"], str) else options["type"]
-            ours = isinstance(kind, type) and issubclass(kind, BaseDataset)
-            dataset = registry.build({**options, "lazy_init": True, "pipeline": []}) if ours else None
-        if dataset is not None:
-            yield key, options, dataset
+            if not (isinstance(kind, type) and issubclass(kind, BaseDataset)):
+                return
+            _check_files(key, options)
+            with user_input(key):
+                dataset = registry.build({**options, "lazy_init": True, "pipeline": []})
+            if hasattr(dataset, "reduce_zero_label"):  # mmseg's `BaseSegDataset`
+                dataset.pipeline = Compose(options.get("pipeline") or ())
+        yield key, dataset
 
 
 def _classes(key: str, dataset: BaseDataset) -> tuple[str, ...] | None:
@@ -107,71 +108,81 @@ def _classes(key: str, dataset: BaseDataset) -> tuple[str, ...] | None:
             f"{key}.metainfo.classes: expected names, or a file of names, got {classes!r}; one class alone "
             f"is written classes=({classes!r},)"
         )
-    return None if classes is None else tuple(classes)
+    is_text = getattr(dataset, "return_classes", False)  # each may have its own, as for zero-shot detection
+    return None if classes is None or is_text else tuple(classes)
 
 
 def _shown(names: Sequence[str]) -> str:
     """Names for a message, shortened if there are many."""
-    return str(tuple(names)) if len(names) <= 10 else f"({', '.join(names[:4])}, ... {len(names)} in all)"
+    return str(tuple(names)) if len(names) <= 10 else f"{(*names[:4], '...')}, {len(names)} in all"
 
 
-def _is_local(path: str, dataset: BaseDataset) -> bool:
-    return "://" not in path and not getattr(dataset, "backend_args", None)
+def _is_local(path: str, backend: Any) -> bool:
+    return "://" not in path and not backend
 
 
-def _check_files(key: str, dataset: BaseDataset) -> None:
+def _check_files(key: str, options: Any) -> None:
     """Refuse missing annotation files and image folders."""
-    named = {"ann_file": dataset.ann_file, **{f"data_prefix.{k}": v for k, v in dataset.data_prefix.items()}}
-    for name, path in named.items():
-        if path and _is_local(path, dataset) and not Path(path).exists():
+    root, prefixes = options.get("data_root") or "", options.get("data_prefix") or {}
+    named = {"ann_file": options.get("ann_file"), **{f"data_prefix.{k}": v for k, v in prefixes.items()}}
+    for name, value in named.items():
+        path, local = Path(root, value or ""), _is_local(f"{root} {value}", options.get("backend_args"))
+        if value and local and not path.exists():
             raise UserError(
-                f"{key}.{name}: there is no {path}; paths are relative to data_root={dataset.data_root!r}, "
-                f"and data_root to the current folder ({Path.cwd()})"
+                f"{key}.{name}: there is no {path}; paths are relative to data_root={root!r}, and data_root "
+                f"to the current folder ({Path.cwd()})"
             )
 
 
 def _check_evaluators(config: "Config", split: str, files: list[str]) -> None:
-    """Refuse evaluators whose annotation file is not that of their loader."""
+    """Refuse evaluators of which none has the annotation file of its loader."""
     evaluators = config.get(f"{split}_evaluator") or []
-    for evaluator in evaluators if isinstance(evaluators, list | tuple) else [evaluators]:
-        own = evaluator.get("ann_file")
-        if own and any(files) and Path(own).resolve() not in [Path(file).resolve() for file in files if file]:
-            raise UserError(
-                f"{split}_evaluator.ann_file is {own}, but {split}_dataloader reads {', '.join(files)}: name "
-                "the same file in both"
-            )
+    evaluators = evaluators if isinstance(evaluators, list | tuple) else [evaluators]
+    named = [evaluator["ann_file"] for evaluator in evaluators if evaluator.get("ann_file")]
+    if named and any(files) and not _resolved(named) & _resolved(files):
+        raise UserError(
+            f"{split}_evaluator.ann_file is {named[0]}, but {split}_dataloader reads {', '.join(files)}: "
+            "name the same file in both"
+        )
 
 
-# --- Label images -------------------------------------------------------------------------------------------
+def _resolved(files: Iterable[str | None]) -> set[Path]:
+    return {Path(file).resolve() for file in files if file}
 
 
-def _check_label_images(key: str, options: Mapping[str, Any], dataset: "BaseSegDataset") -> None:
-    """Check a sample of label images: their values must be classes, and their sizes those of the images."""
-    for step in options.get("pipeline", ()):
-        said = step.get("reduce_zero_label") if str(step["type"]).endswith("LoadAnnotations") else None
-        if said not in (None, dataset.reduce_zero_label):
-            raise UserError(
-                f"{key}: LoadAnnotations of its pipeline has reduce_zero_label={said}, the data set itself "
-                f"{dataset.reduce_zero_label}: leave it out of the pipeline"
-            )
+# --- Images and label images --------------------------------------------------------------------------------
+
+
+def _check_label_images(key: str, dataset: "BaseSegDataset", ignored: set[int | None]) -> None:
+    """Check a sample of label images: their values must be classes or `ignored`, their sizes those of the
+    images."""
+    steps, reduced = dataset.pipeline.transforms, dataset.reduce_zero_label
     pairs = dataset.load_data_list()
     folder = dataset.data_prefix.get("img_path") or ""
     if not pairs:
         kinds = Counter(path.suffix for path in Path(folder).rglob("*") if path.is_file()).most_common(1)
         others = f", but {kinds[0][1]} files that end in {kinds[0][0]}: set img_suffix" if kinds else ""
         raise UserError(f"{key}: no images end in {dataset.img_suffix!r} below {folder}{others}")
-    reduced, classes = dataset.reduce_zero_label, dataset.metainfo.get("classes") or ()
-    count = len(dataset.label_map or classes)
+    load_image = _library_step(steps, "LoadImageFromFile")
+    load_labels = _library_step(steps, "LoadAnnotations")
     labelled = [pair for pair in pairs if "seg_map_path" in pair]  # test sets may have none
-    for pair in _sample(labelled) if _is_local(folder, dataset) else ():
-        labels = _labels(key, pair["img_path"], pair["seg_map_path"])
-        extra = sorted({*np.unique(labels).tolist()} - {*range(count + reduced), IGNORE_INDEX})
-        if extra and count:
+    classes = dataset.metainfo.get("classes") or ()
+    readable = load_image and load_labels and _is_local(folder, dataset.backend_args)
+    for pair in _sample(labelled) if readable else ():
+        path = pair["seg_map_path"]
+        labels = _loaded(load_labels, path, pair)["gt_seg_map"]
+        if labels.ndim != 2:
+            raise UserError(f"{path}: expected one number per pixel, the class, got colours {labels.shape}")
+        _check_size(load_image, pair["img_path"], labels.shape, path)
+        extra = sorted({*np.unique(labels).tolist()} - {*range(len(classes))} - ignored)
+        if extra and classes:
+            count = len(dataset.label_map or classes)
             hint = "" if reduced or extra != [count] else "; if 0 is no class and 1 the first, set it to True"
+            said = [value + reduced for value in extra[:5]]
             raise UserError(
-                f"{pair['seg_map_path']}: expected {int(reduced)} to {count - 1 + reduced} for {count} "
-                f"classes, and {'0 or 255' if reduced else 255} for ignored pixels, got {extra[:5]}; {key} "
-                f"has reduce_zero_label={reduced}{hint}"
+                f"{path}: expected {int(reduced)} to {count - 1 + reduced} for {count} classes, and "
+                f"{'0 or 255' if reduced else 255} for ignored pixels, got {said}; {key} has "
+                f"reduce_zero_label={reduced}{hint}"
             )
 
 
@@ -180,29 +191,34 @@ def _sample(items: Sequence[Any]) -> list[Any]:
     return [items[i] for i in range(0, len(items), -(-len(items) // SAMPLED_IMAGES) or 1)]
 
 
-def _labels(key: str, image: str, path: str) -> np.ndarray:
-    """The values [H, W] of a label image; it must have the size of its image."""
-    for file in (image, path):
-        if not Path(file).is_file():
-            raise UserError(f"{key}: there is no {file}; each image needs a label image of the same name")
-    with user_input(path):
-        labels = np.asarray(Image.open(path)).squeeze()
-    if labels.ndim != 2:
-        raise UserError(f"{path}: expected one number per pixel, the class, got colours {labels.shape}")
-    _check_size(image, labels.shape, path)
-    return labels
+def _library_step(steps: Sequence[Any], name: str) -> Any:
+    """The step of a pipeline that loads local files and has this name; None if there is none, or if a step of
+    the user's own may load or change what it does."""
+    own = [step for step in steps if not type(step).__module__.startswith(("mmcv.", "mmdet.", "mmseg."))]
+    found = [
+        step for step in steps if type(step).__name__ == name and not getattr(step, "backend_args", None)
+    ]
+    return found[0] if found and not own else None
 
 
-def _check_size(image: str, expected: tuple[int, ...], where: str) -> None:
-    """Compare an image's height and width after loading with those that another file states."""
-    with user_input(image), Image.open(image) as opened:
-        turned = opened.getexif().get(0x0112) in TRANSPOSED
-        size = opened.size if turned else opened.size[::-1]
-    if size != tuple(expected):
-        reason = " after rotation by its EXIF orientation; store the image upright" if turned else ""
+def _loaded(step: Any, path: str, results: dict[str, Any]) -> dict[str, Any]:
+    """What a step of a pipeline loads from a file."""
+    try:
+        return step.transform(results) or {}  # None: it leaves out what it cannot read
+    except Exception as error:  # each decoder has its own; training would stop at any
         raise UserError(
-            f"{image} has {size[0]} x {size[1]} pixels{reason}, but {where} {expected[0]} x {expected[1]} "
-            "(rows x columns)"
+            f"{path}: expected a file that {type(step).__name__} can load, got {error}; correct the file, or "
+            "the data set's data_root, data_prefix, ann_file, suffixes or pipeline"
+        ) from error
+
+
+def _check_size(load: Any, image: str, expected: tuple[int, ...], where: str, slack: int = 0) -> None:
+    """Compare an image's height and width as loaded with those that another file states."""
+    size = _loaded(load, image, {"img_path": image}).get("ori_shape", expected)
+    if any(abs(a - b) > slack for a, b in zip(size, expected, strict=True)):
+        raise UserError(
+            f"{image} has {size[0]} x {size[1]} pixels, but {where} {expected[0]} x {expected[1]} (rows x "
+            "columns); if its EXIF orientation turns it, store it upright"
         )
 
 
@@ -217,14 +233,14 @@ def _are_numbers(values: Any) -> bool:
 VALUE_CHECKS: dict[str, Callable[[Any], bool]] = {
     "text": lambda value: isinstance(value, str),
     "a number": lambda value: _are_numbers([value]),
-    "a number or text": lambda value: isinstance(value, str) or _are_numbers([value]),
+    "a number or text": lambda value: value is None or isinstance(value, str) or _are_numbers([value]),
     "four numbers: x, y, width, height": lambda value: _are_numbers(value) and len(value) == 4,
 }
 REQUIRED_KEYS = {  # what mmdet reads of each entry of an annotation file: keys, what each is expected to be
-    "categories": {"id": "a number or text", "name": "text"},
+    "categories": dict.fromkeys(("id", "name"), "a number or text"),
     "images": {"id": "a number or text", "file_name": "text", "height": "a number", "width": "a number"},
     "annotations": {
-        **dict.fromkeys(("id", "image_id", "category_id"), "a number or text"),
+        **dict.fromkeys(("id", "image_id", "category_id"), "a number or text"),  # or null, of nothing
         "bbox": "four numbers: x, y, width, height",
         "area": "a number",
     },
@@ -243,30 +259,33 @@ def checked_annotations(config: "Config") -> Iterator[None]:
         return
     from mmdet.datasets import CocoDataset
 
-    loaders = [config.get(f"{split}_dataloader") for split in ("train", "val", "test")]
     evaluators = [config.get(f"{split}_evaluator") for split in ("val", "test")]
-    masks = "'with_mask': True" in str(loaders) or "segm" in str(evaluators)
-    with patch.object(CocoDataset, "COCOAPI", _coco_reader(masks)):
+    parts = [node for _, node in nodes(evaluators, "") if "segm" in np.atleast_1d(node.get("metric", ""))]
+    files = _resolved(part.get("ann_file") for part in parts)
+    with patch.object(CocoDataset, "COCOAPI", _coco_reader(files)):
         yield
 
 
-def _coco_reader(masks: bool) -> Callable[[Any, str], "COCO"]:
+def _coco_reader(masked: set[Path]) -> Callable[[Any, str], "COCO"]:
     """A function that reads and checks a data set's annotation file.
 
     Args:
-        masks: whether every annotation needs a segmentation.
+        masked: files with which evaluators compare masks, so that every annotation needs a segmentation.
     """
     from mmdet.datasets.api_wrappers import COCO
 
     def read(dataset: Any, path: str) -> "COCO":
         with user_input(path), open(path, encoding="utf-8") as file:
             content = json.load(file)
+        steps = dataset.pipeline.transforms
+        masks = any(getattr(step, "with_mask", False) for step in steps)
+        masks = masks or (dataset.test_mode and Path(path).resolve() in masked)
         _check_annotations(content, dataset, path, masks)
-        for image in _sample(content["images"]) if _is_local(path, dataset) else ():
-            name = Path(dataset.data_prefix.get("img", "")) / image["file_name"]
-            if not name.is_file():
-                raise UserError(f"{path}: there is no {name}; see data_root and data_prefix of the data set")
-            _check_size(str(name), (image["height"], image["width"]), path)
+        load = _library_step(steps[:2], "LoadImageFromFile")
+        local = load and _is_local(path, dataset.backend_args)
+        for image in _sample(content["images"]) if local else ():
+            name = str(Path(dataset.data_prefix.get("img", "")) / image["file_name"])
+            _check_size(load, name, (image["height"], image["width"]), path, slack=0 if masks else 1)
         coco = COCO()
         coco.dataset = content
         coco.createIndex()
@@ -280,8 +299,7 @@ def _check_annotations(content: Any, dataset: Any, path: str, masks: bool) -> No
     """Refuse annotations that mmdet cannot read or would misread."""
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected annotations in COCO's format, an object, got {content!s:.50}")
-    if dataset.test_mode:
-        content.setdefault("annotations", [])  # test sets may have none
+    content.setdefault("annotations", [])  # test sets and backgrounds may have none
     for kind, keys in REQUIRED_KEYS.items():
         entries = content.get(kind)
         if not isinstance(entries, list):
@@ -291,35 +309,38 @@ def _check_annotations(content: Any, dataset: Any, path: str, masks: bool) -> No
             if fault := _fault(entry, needed):
                 name = f"id {entry['id']}" if isinstance(entry, dict) and "id" in entry else f"entry {number}"
                 raise UserError(f"{path}: {kind}, {name}: {fault}")
-        ids = {entry["id"] for entry in entries}
-        if len(ids) < len(entries):
-            raise UserError(f"{path}: {len(entries)} {kind} share {len(ids)} ids; each needs its own")
-    _check_category_names(content["categories"], _classes(path, dataset) or (), path)
+        last = {entry["id"]: entry for entry in entries}
+        repeats = kind == "images" and all(last[entry["id"]] == entry for entry in entries)
+        if len(last) < len(entries) and not repeats:
+            raise UserError(f"{path}: {len(entries)} {kind} share {len(last)} ids; each needs its own")
+    _check_category_names(content["categories"], tuple(dataset.metainfo["classes"]), path)
 
-    ids = {kind: {entry["id"] for entry in content[kind]} for kind in ("images", "categories")}
-    for entry in content["annotations"]:
-        if entry["image_id"] not in ids["images"] or entry["category_id"] not in ids["categories"]:
-            raise UserError(
-                f"{path}: an annotation of an image or category that is not there: {str(entry)[:150]}"
-            )
+    annotations = content["annotations"]
+    images, categories = ({entry["id"] for entry in content[kind]} for kind in ("images", "categories"))
+    lost = [a for a in annotations if a["image_id"] not in images or a["category_id"] not in categories]
+    if lost:
+        said = f"{path}: {len(lost)} annotations of images or categories that are not there: {lost[0]!s:.150}"
+        if len(lost) == len(annotations):
+            raise UserError(said)
+        _warn(f"{said}; they are left out")
+    if dataset.test_mode and any(a["id"] == 0 for a in annotations):
+        _warn(f"{path}: COCO's evaluation counts the annotation with the id 0 as not found: count from 1")
     wanted = {c["id"] for c in content["categories"] if c["name"] in dataset.metainfo["classes"]}
-    used = [
-        a
-        for a in content["annotations"]
-        if a["category_id"] in wanted and a["area"] > 0 and min(a["bbox"][2:]) >= 1 and not a.get("ignore")
-    ]
+    used = [a for a in annotations if a["image_id"] in images and a["category_id"] in wanted]
+    used = [a for a in used if a["area"] > 0 and min(a["bbox"][2:]) >= 1 and not a.get("ignore")]
     empty = [entry["id"] for entry in used if not _has_mask(entry)] if masks else []
     if empty:
         raise UserError(
             f"{path}: {len(empty)} annotations have no segmentation, the first has id {empty[0]}: expected "
             "polygons [x, y, x, y, ...] of numbers or an RLE; remove them, or choose a detector without masks"
         )
-    least = (dataset.filter_cfg or {}).get("min_size", 0)
+    filters = dataset.filter_cfg or {}
+    least, needed = filters.get("min_size", 0), used or not filters.get("filter_empty_gt")
     large = [image for image in content["images"] if min(image["width"], image["height"]) >= least]
-    if not dataset.test_mode and not (used and large):
+    if not dataset.test_mode and not (needed and large):
         raise UserError(
             f"{path}: nothing to train on: {len(content['images'])} images, {len(large)} of them with sides "
-            f"of at least {least} pixels (filter_cfg.min_size), {len(content['annotations'])} annotations, "
+            f"of at least {least} pixels (filter_cfg.min_size), {len(annotations)} annotations, "
             f"{len(used)} of them of the classes {_shown(dataset.metainfo['classes'])}, with an area"
         )
 
@@ -353,7 +374,7 @@ def _check_category_names(categories: list[dict[str, Any]], classes: tuple[str, 
         raise UserError(f"{path}: no category is called {_shown(unknown)}; there are {_shown(names)}")
     ordered = tuple(name for name in names if name in classes)
     if len({*ordered}) < len(ordered):
-        raise UserError(f"{path}: several categories have the same name, of {_shown(sorted(ordered))}")
+        raise UserError(f"{path}: several categories have the same name, of {_shown(ordered)}")
     if ordered != classes:
         raise UserError(
             f"{path} has its categories in another order than metainfo.classes, so that objects would get "
@@ -365,15 +386,14 @@ def _check_category_names(categories: list[dict[str, Any]], classes: tuple[str, 
 
 
 def check_model(model: nn.Module, classes: Sequence[str] | None) -> None:
-    """Refuse heads for another number of classes, necks and heads for other channels than they get, and ways
-    of testing that mmseg would refuse after the first training.
+    """Refuse heads for another number of classes, necks and heads for other maps than the backbone has, and
+    ways of testing that mmseg would refuse after the first training.
 
     Raises:
         UserError: they do not fit; the message names their keys.
     """
     if classes is not None:
         _check_heads(model, classes)
-    _check_channels(model)
     if type(model).__name__ in ("EncoderDecoder", "CascadeEncoderDecoder"):
         _check_sliding(model.test_cfg or {})
     backbone = getattr(model, "backbone", None)
@@ -390,28 +410,12 @@ def check_model(model: nn.Module, classes: Sequence[str] | None) -> None:
                 f"got {index}"
             )
         expected = [dims[i] for i in index] if not isinstance(index, int) else dims[index]
-        if asked is not None and asked != expected and [*np.atleast_1d(asked)] != [*np.atleast_1d(expected)]:
+        one_map = name == "neck" and isinstance(asked, int)  # of which stage, the neck decides
+        fits = asked is None or one_map or [*np.atleast_1d(asked)] == [*np.atleast_1d(expected)]
+        if not fits:
             raise UserError(
                 f"model.{name}.in_channels: expected {expected}, as the backbone has, got {asked}"
             )
-
-
-def _check_channels(model: nn.Module) -> None:
-    """Refuse parts of mmdet that read the maps of its neck with another number of channels than they have."""
-    neck = getattr(model, "neck", None)
-    neck = neck[-1] if isinstance(neck, nn.Sequential) else neck
-    channels, modules = getattr(neck, "out_channels", None), dict(model.named_modules())
-    is_extractor = NECK_READERS["out_channels"].fullmatch
-    extractors = {type(module).__name__ for name, module in modules.items() if is_extractor(name)}
-    is_plain = extractors <= {"SingleRoIExtractor", "ModuleList"} and "roi_head.shared_head" not in modules
-    if not isinstance(channels, int) or not is_plain or not type(neck).__module__.startswith("mmdet."):
-        return
-    for name, module in modules.items():
-        for key, readers in NECK_READERS.items():
-            asked = getattr(module, key, None) if readers.fullmatch(name) else None
-            ours = isinstance(asked, int) and type(module).__module__.startswith("mmdet.")
-            if ours and asked != channels:
-                raise UserError(f"model.{name}.{key}: expected {channels}, as model.neck makes, got {asked}")
 
 
 def _check_sliding(options: Mapping[str, Any]) -> None:
@@ -446,8 +450,7 @@ def _check_heads(model: nn.Module, classes: Sequence[str]) -> None:
     if wrong[True]:
         raise UserError(f"{', '.join(wrong[True])}: {expected}")
     if wrong[False]:
-        unsure = f"{', '.join(wrong[False])}: {expected}, unless other classes are meant"
-        print_log(unsure, "current", logging.WARNING)
+        _warn(f"{', '.join(wrong[False])}: {expected}, unless other classes are meant")
 
 
 def check_trained_classes(checkpoint: str, content: Mapping[str, Any], classes: Sequence[str] | None) -> None:
@@ -468,37 +471,20 @@ def check_class_weights(model: nn.Module, dataset: Any) -> None:
     """Refuse class weights if training images have pixels of no class, which mmseg's loss cannot weight.
 
     Raises:
-        UserError: there are such pixels in a sample (by labels or padding), or too many or few weights.
+        UserError: there are such pixels in a sample (by labels or padding).
     """
     from mmseg.models.losses import CrossEntropyLoss
 
     losses = {name: m for name, m in model.named_modules() if isinstance(m, CrossEntropyLoss)}
-    weighted = [
-        name for name, m in losses.items() if m.class_weight and m.cls_criterion.__name__ == "cross_entropy"
-    ]
-    for name in weighted:
-        weights, count = losses[name].class_weight, len(dataset.metainfo["classes"])
-        if len(weights) != count:
+    kinds = {name: getattr(m.cls_criterion, "__name__", "") for name, m in losses.items() if m.class_weight}
+    weighted = [name for name, kind in kinds.items() if kind == "cross_entropy"]
+    count = len(dataset.metainfo["classes"])
+    for index in _sample(range(len(dataset)))[::4] if weighted else ():
+        labels = dataset[index]["data_samples"].gt_sem_seg.data
+        size = model.data_preprocessor.size or labels.shape[-2:]
+        if labels.max() >= count or any(a < b for a, b in zip(labels.shape[-2:], size, strict=True)):
             raise UserError(
-                f"model.{name}.class_weight: expected {count} numbers, a class each, got {len(weights)}"
+                f"model.{weighted[0]}.class_weight: training images have pixels of no class (ignored, or "
+                "padding up to data_preprocessor.size), and mmseg's CrossEntropyLoss has no weight for them: "
+                "leave class_weight out, or make them a class and all images of that size"
             )
-    with _keep_random_state():
-        for index in _sample(range(len(dataset)))[::4] if weighted else ():
-            labels = dataset[index]["data_samples"].gt_sem_seg.data
-            size = model.data_preprocessor.size or labels.shape[-2:]
-            if IGNORE_INDEX in labels or any(a < b for a, b in zip(labels.shape[-2:], size, strict=True)):
-                raise UserError(
-                    f"model.{weighted[0]}.class_weight: training images have pixels of no class (label 255, "
-                    "or padding up to data_preprocessor.size), and mmseg's CrossEntropyLoss has no weight "
-                    "for them: leave class_weight out, or make them a class and all images of that size"
-                )
-
-
-@contextmanager
-def _keep_random_state() -> Iterator[None]:
-    """Restore the random state of Python, NumPy and torch at the end."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy)

@@ -49,7 +49,7 @@ class FocalBackbone(FocalTransformer):
         if unknown := ", ".join(sorted(options.keys() - known)):
             raise UserError(
                 f"FocalBackbone takes no {unknown}. Is it left from a base config's backbone (ResNet, Swin)? "
-                "Then write backbone=dict(_delete_=True, ...)"
+                "Then write backbone=dict(_delete_=True, ...), or for pretrained model=dict(pretrained=None)"
             )
         if init_cfg is not None and ({*init_cfg}, init_cfg.get("type")) != PRETRAINED:
             raise UserError(f"expected init_cfg=dict(type='Pretrained', checkpoint=FILE), got {init_cfg}")

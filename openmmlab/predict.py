@@ -73,7 +73,7 @@ def read_image(path: str) -> np.ndarray:
     import mmcv
 
     need_file(path, "image")
-    image = mmcv.imread(path)
+    image = mmcv.imread(path) if Path(path).stat().st_size else None  # opencv fails at an empty file
     if image is None:
         raise UserError(f"{path}: not an image that opencv can read")
     factor = READABLE / max(image.shape[:2])

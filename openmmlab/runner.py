@@ -13,10 +13,12 @@ import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -150,12 +152,12 @@ def training_config(args: argparse.Namespace) -> "Config":
     wrapper = config.optim_wrapper
     if args.amp:
         wrapper.update(type="AmpOptimWrapper", loss_scale=wrapper.get("loss_scale", "dynamic"))
-    elif args.amp is False:
+    elif args.amp is False and "type" in wrapper:
         config.optim_wrapper = {
             k: v for k, v in wrapper.items() if k not in ("loss_scale", "dtype", "use_fsdp")
         }
         config.optim_wrapper.type = "OptimWrapper"
-    if config.optim_wrapper.type == "AmpOptimWrapper" and not torch.cuda.is_available():
+    if _is_mixed(config) and not torch.cuda.is_available():
         raise UserError("mixed precision needs a GPU, and there is none here: add --no-amp")
     if args.auto_scale_lr:
         if "base_batch_size" not in config.get("auto_scale_lr", {}):
@@ -176,6 +178,12 @@ def training_config(args: argparse.Namespace) -> "Config":
     return config
 
 
+def _is_mixed(config: "Config") -> bool:
+    """Whether a config trains in mixed precision; its optimizer's wrapper may have no type."""
+    kind = config.optim_wrapper.get("type")
+    return getattr(kind, "__name__", kind) == "AmpOptimWrapper"
+
+
 def testing_config(args: argparse.Namespace) -> "Config":
     """The config of an evaluation.
 
@@ -184,7 +192,7 @@ def testing_config(args: argparse.Namespace) -> "Config":
     """
     config = _common_config(args)
     need_file(args.checkpoint, "checkpoint")
-    config.load_from, config.resume = None, False
+    config.load_from, config.resume = args.checkpoint, False
     if args.tta:
         if "tta_model" not in config or "tta_pipeline" not in config:
             raise UserError(
@@ -235,11 +243,18 @@ def checkpoint_errors_as_user_errors(checkpoint: str) -> Iterator[None]:
     """Raise errors of loading a checkpoint as a UserError that names the file."""
     try:
         yield
-    except (
-        *(RuntimeError, EOFError, LookupError, TypeError, AttributeError),
-        *(pickle.UnpicklingError, struct.error),
-    ) as error:
+    except (RuntimeError, EOFError, LookupError, pickle.UnpicklingError, struct.error) as error:
         raise UserError(f"{checkpoint} does not fit the config's model, or is damaged: {error}") from error
+
+
+def _load(load: Callable[..., Any], classes: Sequence[str] | None, file: str, **options: Any) -> Any:
+    """`load`, which is a Runner's, of a checkpoint that must be whole and trained for these classes."""
+    from openmmlab.check_data import check_trained_classes
+
+    with checkpoint_errors_as_user_errors(file):
+        content = load(file, **options)
+    check_trained_classes(file, content, classes)
+    return content
 
 
 def run_command(action: Callable[[], None]) -> int:
@@ -283,25 +298,21 @@ def _train(config: "Config") -> None:
     with _checked(config):
         runner, _ = _build(config, ("train", "val"))
         runner.register_hook(StartChecks())
-        wrapper = config.optim_wrapper
-        mixed = wrapper.type == "AmpOptimWrapper"
-        dtype = getattr(torch, wrapper.get("dtype") or "float16") if mixed else torch.float32
-        agree_on_attention(runner, dtype)
-        runner.train()
+        half = config.optim_wrapper.get("dtype") or "float16"
+        agree_on_attention(runner, getattr(torch, half) if _is_mixed(config) else torch.float32)
+        with patch.object(runner, "load_checkpoint", partial(_load, runner.load_checkpoint, None)):
+            runner.train()
 
 
 def _test(args: argparse.Namespace) -> None:
-    from openmmlab.check_data import check_trained_classes
-
     config = testing_config(args)
     with _checked(config):
         runner, classes = _build(config, ("test",))
-        with checkpoint_errors_as_user_errors(args.checkpoint):
-            content = runner.load_checkpoint(args.checkpoint, strict=True)
-        check_trained_classes(args.checkpoint, content, classes)
         with torch.no_grad():
             agree_on_attention(runner, torch.float32)
-        runner.test()
+        load = partial(_load, runner.load_checkpoint, classes, strict=True)
+        with patch.object(runner, "load_checkpoint", load):  # `test` loads when the hooks are ready
+            runner.test()
 
 
 def train(argv: Sequence[str] | None = None) -> int:

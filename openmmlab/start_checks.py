@@ -1,5 +1,6 @@
 """A hook that checks what training starts from: weights, class weights, the best metric."""
 
+import re
 from typing import Any
 
 from mmengine.hooks import Hook
@@ -12,8 +13,8 @@ from utils import UserError
 
 
 class StartChecks(Hook):
-    """Refuse options that would fail late, and a checkpoint that would leave the backbone random; warn if
-    nothing was loaded.
+    """Refuse options that would fail late, and a checkpoint that would leave the backbone random, but for its
+    output norms, which other outputs lack; warn if nothing was loaded.
 
     Raises:
         UserError: see `check_saving` and `check_class_weights`; weights of the backbone are missing; when
@@ -39,8 +40,8 @@ class StartChecks(Hook):
             for name, value in checkpoint.get("state_dict", checkpoint).items()
             if hasattr(value, "shape")
         }
-        prefix = "" if resumes else "backbone."
-        needed = {name: value.shape for name, value in model.state_dict().items() if name.startswith(prefix)}
+        is_needed = re.compile("" if resumes else r"backbone\.(?!norm\d)").match
+        needed = {name: value.shape for name, value in model.state_dict().items() if is_needed(name)}
         wrong = sorted(name for name, shape in needed.items() if given.get(name) != shape)
         if wrong:
             raise UserError(

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -124,8 +125,10 @@ def check_config(path: str) -> None:
     config = runner.read_config(path)
     with DefaultScope.overwrite_default_scope(config.default_scope), torch.device("meta"):
         model = MODELS.build(config.model)
-    classes = check_data.check_data_sets(config, splits=())
-    assert classes
+    with patch.object(check_data, "_check_files"):  # of a data set that is not here
+        loaders = [config.get(f"{split}_dataloader") or {} for split in ("train", "val", "test")]
+        sets = [data for loader in loaders for _, data in check_data._data_sets(loader, path, config)]
+    (classes,) = {tuple(data.metainfo["classes"]) for data in sets}
     check_data.check_model(model, classes)
 
 

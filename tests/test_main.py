@@ -253,6 +253,12 @@ def test_only_mistakes_of_users_become_sentences(
             main.main(["--cfg", TINY])
     with pytest.raises(ValueError, match="a bug"):
         utils.run_command(lambda: int("a bug"))  # of the other commands
+
+    def disconnect() -> None:
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    assert utils.run_command(disconnect) == 2
+    assert "Connection refused (FOCAL_TRACEBACK=1 shows where)" in capsys.readouterr().err
     error = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         main.main(["--cfg", TINY])

@@ -154,6 +154,7 @@ def test_loading_is_logged_and_refuses_what_does_not_fit(
     ("options", "message"),
     [
         ({"depth": 50, "norm_cfg": {}}, r"takes no depth, norm_cfg.*ResNet.*_delete_=True"),
+        ({"pretrained": "x"}, r"takes no pretrained.*model=dict\(pretrained=None\)"),
         ({"out_indices": [2, 1]}, "out_indices must ascend within 0 to 3"),
         ({"out_indices": [0, 1], "frozen_stages": 3}, "frozen_stages must be -1 to 2, got 3"),
         ({"init_cfg": {"type": "Kaiming"}}, "expected init_cfg=dict"),
@@ -198,6 +199,10 @@ def test_flags_come_over_the_config(own: str, monkeypatch: pytest.MonkeyPatch) -
     Path("amp.py").write_text(AMP)
     assert read("amp.py").optim_wrapper == dict(type="AmpOptimWrapper", dtype="bfloat16", optimizer=sgd)
     assert read("amp.py", "--no-amp").optim_wrapper == dict(type="OptimWrapper", optimizer=sgd)
+    Path("plain.py").write_text(OPTIM.replace("type='OptimWrapper', ", ""))
+    assert read("plain.py").optim_wrapper == read("plain.py", "--no-amp").optim_wrapper == {"optimizer": sgd}
+    Path("two.py").write_text("optim_wrapper = dict(constructor='Own')")
+    assert read("two.py").optim_wrapper == {"constructor": "Own"}
     assert (read(own, "--resume").resume, read(own, "--resume").load_from) == (True, None)
     Path("own.pth").touch()
     assert read(own, "--resume", "own.pth").load_from == "own.pth"

@@ -95,8 +95,6 @@ def last_error(capsys: pytest.CaptureFixture[str]) -> str:
         ),
         ("optim_wrapper.optimizer.lr=-1", "optim_wrapper.optimizer (AdamW): Invalid learning rate: -1"),
         ("model.neck.in_channels=[1,2]", "model.neck.in_channels: expected [32, 64, 128, 256]"),
-        ("model.neck.out_channels=128", "model.rpn_head.in_channels: expected 128, as model.neck makes, got"),
-        ("model.roi_head.mask_head.in_channels=8", "roi_head.mask_head.in_channels: expected 64, as model."),
     ],
 )
 def test_mistakes_in_options(
@@ -176,23 +174,11 @@ def test_a_missing_file_is_no_mistake_of_the_config() -> None:
         Path("gone.json").read_text()
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"bbox_roi_extractor": {"type": "GenericRoIExtractor", "aggregation": "concat", "out_channels": 256}},
-        {"bbox_head": {"type": "OwnHead", "in_channels": 32}},
-    ],
-)
-def test_channels_of_parts_that_count_in_another_way(
-    change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They are not refused."""
-    from mmdet.models import Shared2FCBBoxHead
-
-    monkeypatch.setitem(MODELS.module_dict, "OwnHead", type("OwnHead", (Shared2FCBBoxHead,), {}))
-    config = runner.read_config(DETECTION)
-    config.merge_from_dict({"model": {"roi_head": change}})
-    check_data.check_model(MODELS.build(config.model), None)
+def test_a_neck_that_takes_one_map() -> None:
+    """CenterNet's does."""
+    model = MODELS.build(runner.read_config(DETECTION).model)
+    model.neck.in_channels = 256
+    check_data.check_model(model, None)
 
 
 # --- Annotation files ---------------------------------------------------------------------------------------
@@ -228,8 +214,18 @@ def detection_options() -> dict[str, Any]:
 
 def detection_set(**options: Any) -> Any:
     """A demo data set that has not read its file."""
-    lazy = {"lazy_init": True, "pipeline": []}
-    return DATASETS.build(copy.deepcopy(detection_options()) | lazy | options)
+    return DATASETS.build(copy.deepcopy(detection_options()) | {"lazy_init": True} | options)
+
+
+def read_annotations(dataset: Any, content: Any, path: Path, masked: bool = False) -> Any:
+    """The content of a file as `CocoDataset` reads it; `masked`: an evaluator of masks reads it too."""
+    path.write_text(json.dumps(content))
+    return check_data._coco_reader({path} if masked else set())(dataset, str(path))
+
+
+BOXES = [{"type": "LoadImageFromFile"}, {"type": "LoadAnnotations", "with_bbox": True}]
+RANGE = {"metainfo": {"classes": (*range(10),)}}
+TEST = {"test_mode": True, "pipeline": BOXES[:1]}
 
 
 @pytest.mark.parametrize(
@@ -239,10 +235,12 @@ def detection_set(**options: Any) -> Any:
         (renamed("zero"), {}, r"no category is called \('0',\); there are \('zero', '1'"),
         (renamed("1"), {"metainfo": {"classes": DIGITS[1:]}}, "several categories have the same name"),
         (lambda c: c.pop("categories"), {}, "no list of categories"),
-        (every("categories", name=3), {}, "categories, id 1: name is 3, expected text"),
+        (every("categories", name=[]), {}, r"categories, id 1: name is \[\], expected a number or text"),
         (every("images", height="90"), {}, 'images, id 1: height is "90", expected a number'),
-        (every("images", file_name="gone.jpg"), {}, "there is no .*gone.jpg; see data_root"),
+        (every("images", file_name="gone.jpg"), {}, "gone.jpg: expected a file that LoadImageFromFile can"),
         (every("images", width=90, height=122), {}, r"has 90 x 122 pixels, but .* 122 x 90 \(rows x columns"),
+        (every("images", width=123), {}, "has 90 x 122 pixels, but .* 90 x 123"),
+        (every("images", width=124), {"pipeline": BOXES}, "has 90 x 122 pixels, but .* 90 x 124"),
         (every("annotations", area=None), {}, "annotations, id 1: has no area"),
         (every("annotations", iscrowd=None), {"test_mode": True}, "annotations, id 1: has no iscrowd"),
         (every("annotations", bbox=[]), {}, r"annotations, id 1: bbox is \[\], expected four numbers"),
@@ -251,7 +249,14 @@ def detection_set(**options: Any) -> Any:
         (every("annotations", segmentation=[1, 1, 5, 1, 5, 5]), {}, "annotations have no segmentation"),
         (every("annotations", segmentation={"counts": [1]}), {}, "annotations have no segmentation"),
         (every("annotations", id=7), {}, "annotations share 1 ids"),
-        (every("annotations", image_id=77), {}, "of an image or category that is not there"),
+        (every("annotations", image_id=77), {}, "annotations of images or categories that are not there"),
+        (
+            lambda c: [a.update(category_id=None) for a in c["annotations"]],
+            TEST,
+            "images or categories that are not there: .*None",
+        ),
+        (lambda c: c["images"].append(c["images"][0] | {"file_name": "x"}), {}, "images share .* ids"),
+        (lambda c: c.pop("annotations"), {}, "nothing to train on.* 0 annotations"),
         (every("annotations", area=0), {}, "nothing to train on.* 0 of them of the classes"),
         (lambda c: None, {"filter_cfg": {"min_size": 5000}}, "0 of them with sides of at least 5000"),
     ],
@@ -262,28 +267,70 @@ def test_annotations_that_do_not_fit(
     dataset = detection_set(**options)
     content = json.loads(Path(dataset.ann_file).read_text())
     change(content)
-    (tmp_path / "own.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=message):
-        check_data._coco_reader(masks=True)(dataset, str(tmp_path / "own.json"))
+        read_annotations(dataset, content, tmp_path / "own.json")
+    (tmp_path / "own.json").write_text("{")
+    with pytest.raises(UserError, match=r"own\.json: Expecting"):
+        check_data._coco_reader(set())(dataset, str(tmp_path / "own.json"))
 
 
 def test_annotations_that_fit(tmp_path: Path) -> None:
-    """Some of the classes in the file's order, no masks where none are used, a secret test set."""
+    """Some of the classes in the file's order, and no masks where none are used."""
     names = DIGITS[2:5]
-    dataset = detection_set(metainfo={"classes": names})
+    dataset = detection_set(metainfo={"classes": names}, pipeline=BOXES)
     content = json.loads(Path(dataset.ann_file).read_text())
     every("annotations", segmentation=None)(content)
-    (tmp_path / "own.json").write_text(json.dumps(content))
-    read = check_data._coco_reader(masks=False)(dataset, str(tmp_path / "own.json"))
+    every("images", width=123)(content)
+    read = read_annotations(dataset, content, tmp_path / "own.json")
     assert [read.loadCats([i])[0]["name"] for i in read.get_cat_ids(cat_names=names)] == [*names]
     assert read.img_ann_map and read.cat_img_map
-    del content["annotations"]
-    (tmp_path / "own.json").write_text(json.dumps(content))
-    secret = detection_set(test_mode=True)
-    assert not check_data._coco_reader(masks=True)(secret, str(tmp_path / "own.json")).img_ann_map
-    (tmp_path / "own.json").write_text("{")
-    with pytest.raises(UserError, match=r"own\.json: Expecting"):
-        check_data._coco_reader(masks=True)(dataset, str(tmp_path / "own.json"))
+    read_annotations(detection_set(**TEST), content, tmp_path / "own.json")
+    with pytest.raises(UserError, match="have no segmentation"):
+        read_annotations(detection_set(**TEST), content, tmp_path / "own.json", masked=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "warning"),
+    [
+        (lambda c: c.pop("annotations"), TEST, ""),
+        (lambda c: c.pop("annotations"), {"filter_cfg": None}, ""),
+        (every("annotations", area=0), {"filter_cfg": {"filter_empty_gt": False}}, ""),
+        (lambda c: c["images"].append(c["images"][0]), {}, ""),
+        (lambda c: [k.update(name=int(k["name"])) for k in c["categories"]], RANGE, ""),
+        (lambda c: c["images"].pop(), {}, "annotations of images or categories that are not there"),
+        (lambda c: c["categories"].pop(), {"metainfo": {"classes": DIGITS[:9]}}, "they are left out"),
+        (lambda c: c["annotations"][0].update(category_id=None), {}, "1 annotations of images or cat"),
+        (lambda c: c["annotations"][0].update(id=0), TEST, "counts the annotation with the id 0"),
+    ],
+)
+def test_annotations_that_mmdet_reads(
+    change: Callable[[Any], None],
+    options: dict[str, Any],
+    warning: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Backgrounds, entries that it skips, names that are numbers."""
+    said: list[str] = []
+    monkeypatch.setattr(check_data, "_warn", said.append)
+    dataset = detection_set(**options)
+    content = json.loads(Path(dataset.ann_file).read_text())
+    change(content)
+    read_annotations(dataset, content, tmp_path / "own.json")
+    assert warning in "".join(said) and bool(said) == bool(warning)
+
+
+def test_masks_that_evaluators_compare() -> None:
+    """Their files, whatever else is called segm."""
+    from mmdet.datasets import CocoDataset
+
+    config = runner.read_config(DETECTION)
+    config.val_evaluator = [{"metric": "bbox", "ann_file": "segm.json"}, {"metric": "segm"}]
+    config.test_evaluator = {"metrics": [{"metric": ["bbox", "segm"], "ann_file": "own.json"}]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(check_data, "_coco_reader", lambda files: files)
+        with check_data.checked_annotations(config):
+            assert {Path("own.json").resolve()} == CocoDataset.COCOAPI
 
 
 def test_mistakes_in_annotations_are_told_before_training(
@@ -319,7 +366,7 @@ VAL, PART = "val_dataloader.dataset", "train_dataloader.dataset.dataset.datasets
         ({f"{PART}.metainfo.classes": ("a",)}, rf"{PART} has .*\('a',\), but {PART[:-1]}0.dataset has"),
         ({f"{VAL}.metainfo.classes": "cat"}, r"one class alone is written classes=\('cat',\)"),
         ({f"{VAL}.data_root": "gone"}, rf"{VAL}.ann_file: there is no gone/anno"),
-        ({f"{VAL}.data_prefix.img": "x/"}, "data_prefix.img: there is no .*x/; paths are relative to"),
+        ({f"{VAL}.data_prefix.img": "x/"}, "data_prefix.img: there is no .*x; paths are relative to"),
         ({"val_evaluator.ann_file": "x.json"}, "val_evaluator.ann_file is x.json, but val_dataloader reads"),
     ],
 )
@@ -330,6 +377,24 @@ def test_data_sets_that_do_not_agree(options: dict[str, Any], message: str) -> N
     config.merge_from_dict(options)
     with pytest.raises(UserError, match=message):
         check_data.check_data_sets(config, ("train", "val"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"test_dataloader.dataset.metainfo.classes": ("a",)},
+        {f"{VAL}.data_prefix.img": "s3://images"},
+        {f"{VAL}.metainfo.classes": ("a",), f"{VAL}.return_classes": True},
+        {"val_evaluator": [{"ann_file": "panoptic.json"}, {"type": "CocoMetric"}]},
+    ],
+)
+def test_data_sets_that_may_differ(options: dict[str, Any]) -> None:
+    """A split that is not used, files elsewhere, classes as text, an evaluator's file of another kind."""
+    config = runner.read_config(DETECTION)
+    config.merge_from_dict(options)
+    if isinstance(config.val_evaluator, list):
+        config.val_evaluator[1].ann_file = runner.read_config(DETECTION).val_evaluator.ann_file
+    assert check_data.check_data_sets(config, ("train", "val")) == DIGITS
 
 
 def test_the_pages_keys_of_another_folder(scenes: Path) -> None:
@@ -374,7 +439,7 @@ def test_every_head_that_counts_classes_is_looked_at(
 
 def test_an_unknown_head_gives_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(check_data, "print_log", lambda text, *_: said.append(text))
+    monkeypatch.setattr(check_data, "_warn", said.append)
     model = torch.nn.Module()
     model.bbox_head = torch.nn.Identity()
     model.bbox_head.num_classes = 3
@@ -393,6 +458,25 @@ def turned(path: Path) -> None:
     image.save(path, exif=exif)
 
 
+LOAD = {"type": "LoadImageFromFile"}
+LABELS = [{"type": "LoadAnnotations"}]
+
+
+class OwnStep:
+    """A step of the user's own, which may map labels."""
+
+    def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
+        return results
+
+
+def with_own_labels() -> type:
+    """A kind of data set whose labels are tens."""
+    from mmseg.datasets import BaseSegDataset
+
+    tens = classmethod(lambda cls, classes=None: {10 * number: number for number in range(11)})
+    return type("OwnLabels", (BaseSegDataset,), {"METAINFO": {"classes": DIGITS}, "get_label_map": tens})
+
+
 def labels(path: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
     Image.fromarray(change(np.asarray(Image.open(path)).copy()).astype(np.uint8)).save(path)
 
@@ -408,13 +492,13 @@ def labels(path: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
         ),
         (lambda i, s: labels(s, lambda x: x[:-1]), {}, "has 90 x 122 pixels, but .* 89 x 122"),
         (lambda i, s: labels(s, lambda x: np.stack([x] * 3, -1)), {}, "expected one number per pixel"),
-        (lambda i, s: turned(i), {}, "has 122 x 90 pixels after rotation by its EXIF orientation"),
-        (lambda i, s: s.unlink(), {}, "there is no .*00000001.png; each image needs a label image"),
+        (lambda i, s: turned(i), {}, "has 122 x 90 pixels, .*if its EXIF orientation turns it"),
+        (lambda i, s: s.unlink(), {}, "00000001.png: expected a file that LoadAnnotations can load, got"),
         (lambda i, s: None, {"img_suffix": ".jpeg"}, "no images end in '.jpeg' .*3 files that end in .jpg"),
         (
             lambda i, s: None,
-            {"pipeline": [{"type": "LoadAnnotations", "reduce_zero_label": False}]},
-            "leave it out",
+            {"pipeline": [LOAD, {"type": "LoadAnnotations", "reduce_zero_label": False}]},
+            "dataset with `reduce_zero_label` as True",
         ),
     ],
 )
@@ -434,6 +518,48 @@ def test_segments_that_do_not_fit(
     change(folder / "images/validation/00000001.jpg", folder / "annotations/validation/00000001.png")
     config.val_dataloader.dataset.update(options)
     with pytest.raises(UserError, match=message):
+        check_data.check_data_sets(config, ("val",))
+
+
+@pytest.mark.parametrize(
+    ("change", "options"),
+    [
+        (lambda i, s: labels(s, lambda x: x * 0 + 101), {"ignore_index": 100}),
+        (lambda i, s: labels(s, lambda x: x * 0 + 102), {}),
+        (lambda i, s: labels(s, lambda x: x * 0 + 101), {"type": with_own_labels}),
+        (lambda i, s: labels(s, lambda x: x * 0 + 99), {"pipeline": [LOAD, *LABELS, OwnStep()]}),
+        (lambda i, s: turned(i), {"pipeline": [LOAD | {"color_type": "unchanged"}, *LABELS]}),
+        (lambda i, s: None, {"pipeline": [LOAD, LABELS[0] | {"imdecode_backend": "cv2"}]}),
+    ],
+    ids=["ignored", "head's", "label map", "own step", "not turned", "large"],
+)
+def test_segments_that_mmseg_loads(
+    change: Callable[[Path, Path], None],
+    options: dict[str, Any],
+    scenes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copytree(scenes / "segmentation", tmp_path / "segmentation")
+    monkeypatch.setenv("DEMO", str(tmp_path))
+    if "imdecode_backend" in str(options):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9)
+    config = runner.read_config(SEGMENTATION)
+    config.model.decode_head.ignore_index = 101
+    folder = tmp_path / "segmentation"
+    change(folder / "images/validation/00000001.jpg", folder / "annotations/validation/00000001.png")
+    config.val_dataloader.dataset.update(options)
+    if options.get("type"):
+        config.val_dataloader.dataset.type = with_own_labels()
+    assert check_data.check_data_sets(config, ("val",))
+
+
+def test_a_folder_that_segmentation_sets_look_for() -> None:
+    """At once, and without saying what is missing."""
+    config = runner.read_config(SEGMENTATION)
+    gone = {"type": "PascalVOCDataset", "data_root": "gone", "ann_file": "train.txt", "_delete_": True}
+    config.merge_from_dict({"val_dataloader": {"dataset": gone}})
+    with pytest.raises(UserError, match=r"val_dataloader.dataset.ann_file: there is no gone/train.txt"):
         check_data.check_data_sets(config, ("val",))
 
 
@@ -477,9 +603,6 @@ def test_class_weights_of_segmenters() -> None:
     model.data_preprocessor.size = (160, 160)
     with pytest.raises(UserError, match="loss_decode.class_weight: training images have pixels of no class"):
         StartChecks().before_run(run)
-    model.auxiliary_head.loss_decode.class_weight = [1.0]
-    with pytest.raises(UserError, match="class_weight: expected 11 numbers, a class each, got 1"):
-        StartChecks().before_run(run)
 
 
 # --- Weights ------------------------------------------------------------------------------------------------
@@ -498,7 +621,8 @@ def test_checkpoints_that_would_leave_weights_random() -> None:
     detector = MODELS.build(runner.read_config(DETECTION).model)
     weights = detector.state_dict()
     other_head = {key: value for key, value in weights.items() if "mask_head" not in key}
-    no_norm = {key: value for key, value in weights.items() if "norm3" not in key}
+    no_norm = {key: value for key, value in weights.items() if not key.startswith("backbone.norm3")}
+    no_stage = {key: value for key, value in weights.items() if "layers.3.blocks.0.norm1" not in key}
     own = {"meta": {}, "optimizer": {}}
 
     def load(checkpoint: dict[str, Any], resume: bool = False) -> None:
@@ -506,10 +630,13 @@ def test_checkpoints_that_would_leave_weights_random() -> None:
         StartChecks().after_load_checkpoint(run, checkpoint)
 
     load({"state_dict": other_head})
+    load({"state_dict": no_norm})
     load({"state_dict": {f"module.{key}": value for key, value in weights.items()}})
     load({"state_dict": weights} | own, resume=True)
+    with pytest.raises(UserError, match="2 of .*backbone.layers.3"):
+        load({"state_dict": no_stage})
     with pytest.raises(UserError, match="2 of .*backbone.norm3"):
-        load({"state_dict": no_norm})
+        load({"state_dict": no_norm} | own, resume=True)
     with pytest.raises(UserError, match="missing .*such as roi_head.mask_head"):
         load({"state_dict": other_head} | own, resume=True)
     with pytest.raises(UserError, match="cannot be resumed: expected one that training wrote"):
@@ -523,6 +650,12 @@ def test_checkpoints_of_other_classes() -> None:
         UserError, match=r"a.pth was trained for the classes \('cat', 'dog'\), the config has"
     ):
         check_data.check_trained_classes("a.pth", content, ("dog", "cat"))
+
+
+def test_bugs_while_a_checkpoint_is_loaded() -> None:
+    """They are not said to be of the file."""
+    with pytest.raises(AttributeError), runner.checkpoint_errors_as_user_errors("a.pth"):
+        broken()
 
 
 def test_own_checkpoints_are_read_safely(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,7 +52,7 @@ TESTS = {  # by the name of their work dir in the demo: flags
 }
 
 pytestmark = pytest.mark.usefixtures("in_demo")
-of_detection = pytest.mark.parametrize("task", ["detection"], indirect=True)
+of_detection, of_segmentation = (pytest.mark.parametrize("task", [name], indirect=True) for name in PACKAGES)
 
 
 @pytest.fixture(scope="module", params=PACKAGES)
@@ -105,6 +105,30 @@ def test_a_checkpoint_of_another_model_is_refused(
         assert runner.test([CONFIGS[task], str(file), *options(task, tmp_path, *more)]) == 2
         expected = f"{file.name} does not fit the config's model, or is damaged"
         assert expected in capsys.readouterr().err
+
+
+AVERAGED = """
+_base_ = {!r}
+custom_hooks = [dict(type="EMAHook", momentum=0.5, priority=49)]
+optim_wrapper = dict(_delete_=True, optimizer=dict(type="AdamW", lr=3e-3))
+"""
+
+
+@of_segmentation
+def test_averaged_weights_are_evaluated(
+    task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in training. A checkpoint that was cut off is told when it is resumed."""
+    config, few = str(tmp_path / "own.py"), ["train_cfg.max_epochs=2", "train_cfg.val_interval=2"]
+    Path(config).write_text(AVERAGED.format(CONFIGS[task]))
+    few = [word for word in options(task, tmp_path / "run", *few) if "optim_wrapper" not in word]
+    assert runner.train([config, *few, "default_hooks.checkpoint.interval=2"]) == 0
+    seen, last = evaluated(scalars(tmp_path / "run")), tmp_path / "run/epoch_2.pth"
+    assert runner.test([config, str(last), *options(task, tmp_path / "test")]) == 0
+    assert seen and {key: report_of(tmp_path / "test")[key] for key in seen} == seen
+    last.write_bytes(last.read_bytes()[:-999])
+    assert runner.train([config, "--resume", *few]) == 2
+    assert "epoch_2.pth does not fit the config's model, or is damaged" in capsys.readouterr().err
 
 
 @of_detection
@@ -180,6 +204,9 @@ def test_mistakes_with_pictures(
     text.write_text("no image")
     assert detection.predict.main([str(text), *weights_of(trained)]) == 2
     assert "text.jpg: not an image" in capsys.readouterr().err
+    (tmp_path / "empty.jpg").touch()
+    assert detection.predict.main([str(tmp_path / "empty.jpg"), *weights_of(trained)]) == 2
+    assert "empty.jpg: not an image" in capsys.readouterr().err
     assert detection.predict.main([str(text), "text.png", *weights_of(trained)]) == 2
     assert "several images would become text.png" in capsys.readouterr().err
 
