@@ -7,6 +7,7 @@ the pipeline does it, unless it has steps of the user's own.
 import json
 import logging
 import math
+import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import numpy as np
+import torch
 from mmengine.dataset import BaseDataset, Compose
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS, DefaultScope
@@ -36,6 +38,10 @@ IGNORE_INDEX = 255  # the usual label of pixels that belong to no class
 HEADS = {  # names of heads in mmdet and mmseg whose num_classes must be that of the data set
     *("bbox_head", "mask_head", "mask_iou_head", "point_head", "panoptic_head", "panoptic_fusion_head"),
     *("decode_head", "auxiliary_head"),
+}
+NECK_READERS = {  # by the key of their channels: modules of mmdet that get the neck's maps as they are
+    "in_channels": re.compile(r"(rpn_head|bbox_head|roi_head\.(bbox|mask)_head)(\.\d+)?"),
+    "out_channels": re.compile(r"roi_head\.(bbox|mask)_roi_extractor(\.\d+)?"),
 }
 OTHER_CLASSES = re.compile("rpn_?head|semantic_head|STDCHead", re.I)  # proposals, stuff, boundaries
 _warn = partial(print_log, logger="current", level=logging.WARNING)
@@ -386,14 +392,15 @@ def _check_category_names(categories: list[dict[str, Any]], classes: tuple[str, 
 
 
 def check_model(model: nn.Module, classes: Sequence[str] | None) -> None:
-    """Refuse heads for another number of classes, necks and heads for other maps than the backbone has, and
-    ways of testing that mmseg would refuse after the first training.
+    """Refuse heads for another number of classes, necks and heads for other channels than they get, and ways
+    of testing that mmseg would refuse after the first training.
 
     Raises:
         UserError: they do not fit; the message names their keys.
     """
     if classes is not None:
         _check_heads(model, classes)
+    _check_channels(model)
     if type(model).__name__ in ("EncoderDecoder", "CascadeEncoderDecoder"):
         _check_sliding(model.test_cfg or {})
     backbone = getattr(model, "backbone", None)
@@ -416,6 +423,24 @@ def check_model(model: nn.Module, classes: Sequence[str] | None) -> None:
             raise UserError(
                 f"model.{name}.in_channels: expected {expected}, as the backbone has, got {asked}"
             )
+
+
+def _check_channels(model: nn.Module) -> None:
+    """Refuse parts of mmdet that read the maps of its neck with another number of channels than they have."""
+    neck = getattr(model, "neck", None)
+    neck = neck[-1] if isinstance(neck, nn.Sequential) else neck
+    channels, modules = getattr(neck, "out_channels", None), dict(model.named_modules())
+    is_extractor = NECK_READERS["out_channels"].fullmatch
+    extractors = {type(module).__name__ for name, module in modules.items() if is_extractor(name)}
+    is_plain = extractors <= {"SingleRoIExtractor", "ModuleList"} and "roi_head.shared_head" not in modules
+    if not isinstance(channels, int) or not is_plain or not type(neck).__module__.startswith("mmdet."):
+        return
+    for name, module in modules.items():
+        for key, readers in NECK_READERS.items():
+            asked = getattr(module, key, None) if readers.fullmatch(name) else None
+            ours = isinstance(asked, int) and type(module).__module__.startswith("mmdet.")
+            if ours and asked != channels:
+                raise UserError(f"model.{name}.{key}: expected {channels}, as model.neck makes, got {asked}")
 
 
 def _check_sliding(options: Mapping[str, Any]) -> None:
@@ -471,7 +496,7 @@ def check_class_weights(model: nn.Module, dataset: Any) -> None:
     """Refuse class weights if training images have pixels of no class, which mmseg's loss cannot weight.
 
     Raises:
-        UserError: there are such pixels in a sample (by labels or padding).
+        UserError: there are such pixels in a sample (by labels or padding), or too many or few weights.
     """
     from mmseg.models.losses import CrossEntropyLoss
 
@@ -479,8 +504,13 @@ def check_class_weights(model: nn.Module, dataset: Any) -> None:
     kinds = {name: getattr(m.cls_criterion, "__name__", "") for name, m in losses.items() if m.class_weight}
     weighted = [name for name, kind in kinds.items() if kind == "cross_entropy"]
     count = len(dataset.metainfo["classes"])
-    for index in _sample(range(len(dataset)))[::4] if weighted else ():
-        labels = dataset[index]["data_samples"].gt_sem_seg.data
+    for name in weighted:
+        if (given := len(losses[name].class_weight)) != count:
+            raise UserError(f"model.{name}.class_weight: expected {count} numbers, a class each, got {given}")
+    with _keep_random_state():
+        samples = [dataset[i]["data_samples"] for i in _sample(range(len(dataset)))[::4] if weighted]
+    for sample in samples:
+        labels = sample.gt_sem_seg.data
         size = model.data_preprocessor.size or labels.shape[-2:]
         if labels.max() >= count or any(a < b for a, b in zip(labels.shape[-2:], size, strict=True)):
             raise UserError(
@@ -488,3 +518,13 @@ def check_class_weights(model: nn.Module, dataset: Any) -> None:
                 "padding up to data_preprocessor.size), and mmseg's CrossEntropyLoss has no weight for them: "
                 "leave class_weight out, or make them a class and all images of that size"
             )
+
+
+@contextmanager
+def _keep_random_state() -> Iterator[None]:
+    """Restore the random state of Python, NumPy and torch at the end."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)

@@ -95,6 +95,8 @@ def last_error(capsys: pytest.CaptureFixture[str]) -> str:
         ),
         ("optim_wrapper.optimizer.lr=-1", "optim_wrapper.optimizer (AdamW): Invalid learning rate: -1"),
         ("model.neck.in_channels=[1,2]", "model.neck.in_channels: expected [32, 64, 128, 256]"),
+        ("model.neck.out_channels=128", "model.rpn_head.in_channels: expected 128, as model.neck makes, got"),
+        ("model.roi_head.mask_head.in_channels=8", "roi_head.mask_head.in_channels: expected 64, as model."),
     ],
 )
 def test_mistakes_in_options(
@@ -174,10 +176,24 @@ def test_a_missing_file_is_no_mistake_of_the_config() -> None:
         Path("gone.json").read_text()
 
 
-def test_a_neck_that_takes_one_map() -> None:
-    """CenterNet's does."""
-    model = MODELS.build(runner.read_config(DETECTION).model)
-    model.neck.in_channels = 256
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bbox_roi_extractor": {"type": "GenericRoIExtractor", "aggregation": "concat", "out_channels": 256}},
+        {"bbox_head": {"type": "OwnHead", "in_channels": 32}},
+    ],
+)
+def test_channels_of_parts_that_count_in_another_way(
+    change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are not refused."""
+    from mmdet.models import Shared2FCBBoxHead
+
+    monkeypatch.setitem(MODELS.module_dict, "OwnHead", type("OwnHead", (Shared2FCBBoxHead,), {}))
+    config = runner.read_config(DETECTION)
+    config.merge_from_dict({"model": {"roi_head": change}})
+    model = MODELS.build(config.model)
+    model.neck.in_channels = 256  # of one map, as CenterNet's neck takes
     check_data.check_model(model, None)
 
 
@@ -602,6 +618,9 @@ def test_class_weights_of_segmenters() -> None:
     StartChecks().before_run(run)
     model.data_preprocessor.size = (160, 160)
     with pytest.raises(UserError, match="loss_decode.class_weight: training images have pixels of no class"):
+        StartChecks().before_run(run)
+    model.auxiliary_head.loss_decode.class_weight = [1.0]
+    with pytest.raises(UserError, match="class_weight: expected 11 numbers, a class each, got 1"):
         StartChecks().before_run(run)
 
 
