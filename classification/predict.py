@@ -88,10 +88,12 @@ def load_config_of(args: argparse.Namespace) -> CfgNode:
     """The configuration of --cfg, else of the checkpoint, overridden by --opts and the flags.
 
     Raises:
-        UserError: neither of them has one, or it has problems.
+        UserError: neither of them has one, or it has problems, or there is no such folder of data.
     """
     flags = {"MODEL.RESUME": args.resume, "DATA.DATA_PATH": args.data_path, "DEVICE": args.device}
     flags = {key: value for key, value in flags.items() if value}
+    if args.data_path and not Path(utils.expand_path(args.data_path)).is_dir():
+        raise utils.UserError(f"--data-path: expected a folder, got {args.data_path}; check the path")
     with utils.user_input():
         if args.cfg:
             return load_config(args.cfg, args.opts, flags)

@@ -19,6 +19,7 @@ import argparse
 import logging
 import os
 import shutil
+import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ import cv2
 import numpy as np
 
 from data import demo_scenes
-from utils import path_argument
+from utils import path_argument, run_command, user_input
 
 logger = logging.getLogger(__name__)
 
@@ -163,15 +164,20 @@ WRITERS: dict[str, Callable[[Path, DemoOptions], None]] = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line (by default that of the process)."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line (by default that of the process); 2 for an error that the user can correct."""
     parser = argparse.ArgumentParser(prog="python -m data.demo", description="Write the demo data sets.")
     parser.add_argument("out", type=path_argument, help="folder to write into")
     parser.add_argument("--kinds", nargs="+", choices=WRITERS, default=list(WRITERS), help="default: all")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    write_demo(Path(args.out), args.kinds, DemoOptions())
+
+    def write() -> None:
+        with user_input():
+            write_demo(Path(args.out), args.kinds, DemoOptions())
+
+    return run_command(write)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -210,7 +210,8 @@ def testing_config(args: argparse.Namespace) -> "Config":
 def need_file(path: str, kind: str) -> str:
     """Return the path; UserError if it is no file."""
     if not Path(path).is_file():
-        raise UserError(f"{path}: expected a file with the {kind}, got no file; check the path")
+        got = "a folder; name the files in it" if Path(path).is_dir() else "no file; check the path"
+        raise UserError(f"{path}: expected a file with the {kind}, got {got}")
     return path
 
 
@@ -244,7 +245,9 @@ def checkpoint_errors_as_user_errors(checkpoint: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, EOFError, LookupError, pickle.UnpicklingError, struct.error) as error:
-        raise UserError(f"{checkpoint} does not fit the config's model, or is damaged: {error}") from error
+        raise UserError(
+            f"{checkpoint} does not fit the config's model, or is damaged: {error!s:.1000}"
+        ) from error
 
 
 def _load(load: Callable[..., Any], classes: Sequence[str] | None, file: str, **options: Any) -> Any:

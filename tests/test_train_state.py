@@ -127,7 +127,7 @@ def test_a_changed_length_of_epochs_goes_on_by_images(caplog: pytest.LogCaptureF
     assert "WARNING" not in caplog.text
     assert resumed(Position(4, 0, 28)).position.updates == 40
     assert resumed(Position(1, 5, 99, 640, "an order")).position == Position(1, 5, 15, 640, "an order")
-    assert "made 99 updates in 1 epochs and 640 images, which are 15 in this run" in caplog.text
+    assert "number of processes: 99 updates, where this run makes 15; it continues" in caplog.text
 
 
 def test_another_order_of_the_images_begins_the_epoch_again(caplog: pytest.LogCaptureFixture) -> None:

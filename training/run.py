@@ -157,9 +157,8 @@ def resume(state: TrainState, content: dict[str, Any], source: str, image_order:
     if position.updates != updates:
         rest = "the images that the epoch has not seen" if position.samples_seen else "a whole epoch"
         logger.warning(
-            f"{source} made {position.updates} updates in {position.epoch} epochs and "
-            f"{position.samples_seen} images, which are {updates} in this run (other data, batch size or "
-            f"number of processes): it continues with {rest}, but not bit for bit"
+            f"{source} was made with other data, batch size or number of processes: {position.updates} "
+            f"updates, where this run makes {updates}; it continues with {rest}, but not bit for bit"
         )
         position.updates = updates
     state.scheduler.step_update(max(0, updates - 1))  # the rate of the last update

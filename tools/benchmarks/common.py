@@ -160,10 +160,10 @@ def new_parser(description: str, name: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--device", default="", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     parser.add_argument("--threads", type=positive, help="of PyTorch on the CPU")
-    parser.add_argument("--rounds", type=positive, help=f"alternating rounds (default: {ROUNDS})")
+    parser.add_argument("--rounds", type=positive, help="alternating rounds; each command has its default")
     parser.add_argument("--name", default=name, help=f"of the result files ({name})")
     parser.add_argument(
-        "--out", type=utils.path_argument, metavar="FOLDER", help="write <date>_<name>.md and .csv there"
+        "--out", type=utils.path_argument, metavar="FOLDER", help="write <date>_<name>.md, .csv, .png there"
     )
     return parser
 
@@ -291,3 +291,4 @@ def publish(
                 writer.writerow([cell.median if isinstance(cell, Spread) else cell for cell in row])
         if figure is not None:
             figure.savefig(f"{path}.png", dpi=120)
+        logger.info(f"wrote {path}.*")

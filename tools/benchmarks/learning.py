@@ -42,7 +42,6 @@ from training.run_dir import open_run_dir
 from utils import choose_precision, path_argument, seed_everything, user_input
 
 from . import common
-from .common import RESULTS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -206,7 +205,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="any option of config.py"
     )
-    parser.set_defaults(rounds=3, threads=1, out=RESULTS)
+    parser.set_defaults(rounds=3, threads=1)
     return parser.parse_args(argv)
 
 

@@ -29,7 +29,7 @@ from tools.figures.drawing import blank_figure
 from utils import Precision
 
 from . import common, entries
-from .common import DTYPES, RESULTS, Spread, Timer
+from .common import DTYPES, Spread, Timer
 from .entries import Entry
 
 if TYPE_CHECKING:
@@ -243,7 +243,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=["fp32"])
     parser.add_argument("--compile", nargs="+", choices=COMPILE, default=["eager"])
     parser.add_argument("--batch-size", type=common.positive, default=8, help="halved when memory runs out")
-    parser.set_defaults(out=RESULTS)
     return parser.parse_args(argv)
 
 

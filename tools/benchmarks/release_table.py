@@ -28,7 +28,6 @@ from tools.figures.drawing import blank_figure
 from utils import UserError
 
 from . import common, models
-from .common import RESULTS
 from .entries import FAMILIES, SIZES, Entry, Source
 from .models import Row, Setting
 from .vil import ViL
@@ -221,7 +220,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
     parser.add_argument("--sizes", type=common.positive, nargs="+", default=RESOLUTIONS, help="of the images")
     parser.add_argument("--batch-size", type=common.positive, help=f"at 224 pixels (default: {BATCH})")
-    parser.set_defaults(out=RESULTS)
     return parser.parse_args(argv)
 
 

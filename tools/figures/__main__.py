@@ -3,6 +3,8 @@
 python -m tools.figures
 """
 
+import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +13,7 @@ from PIL import Image
 from config import load_config
 from models import build_model
 from tools.benchmarks.common import REPO
+from utils import path_argument
 
 from . import attention, drawing
 
@@ -38,5 +41,13 @@ def draw_teaser() -> "Figure":
     return drawing.keys_figure(rows, picture, QUERY, title)
 
 
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    default = REPO / "figures" / "teaser.png"
+    parser.add_argument("--out", type=path_argument, default=str(default), help="file (figures/teaser.png)")
+    drawing.save(draw_teaser(), Path(parser.parse_args().out))
+
+
 if __name__ == "__main__":
-    drawing.save(draw_teaser(), REPO / "figures" / "teaser.png")
+    main()
