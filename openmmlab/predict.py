@@ -86,8 +86,6 @@ def run(draw: Draw, args: argparse.Namespace) -> int:
     paths = [Path(args.out) / f"{Path(image).stem}.png" for image in args.images]
 
     def draw_all() -> None:
-        if not 0 <= args.threshold <= 1:
-            raise UserError(f"--threshold: expected a score in [0, 1], got {args.threshold}")
         if twice := sorted({path.name for path in paths if paths.count(path) > 1}):
             raise UserError(f"several images would become {', '.join(twice)}: give them to separate commands")
         model = load_model(args.config, args.checkpoint, args.device)
