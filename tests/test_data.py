@@ -197,8 +197,8 @@ def test_samples_do_not_depend_on_workers(
 
 
 def test_a_killed_worker_is_no_mistake_of_the_user(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An OSError would end the run as one, though another start may go on. Real kills raise this, or PyTorch's
-    own RuntimeError, by chance."""
+    """An OSError would end the run as one, though another start may go on. Real kills raise this, or
+    PyTorch's own RuntimeError, by chance."""
 
     def lost(loader: DataLoader) -> Iterator[Any]:
         yield from ()
