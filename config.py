@@ -354,7 +354,7 @@ def _assign(config: CN, key: str, value: Any) -> None:
     given = ("" if value is None else value) if isinstance(default, str) else _decode(value)
     examples = (default, *OTHER_TYPES.get(key, ()))
     for example in examples:
-        with contextlib.suppress(TypeError):
+        with contextlib.suppress(TypeError, OverflowError):
             node[name] = _convert(given, example)
             break
     else:

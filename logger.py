@@ -210,21 +210,19 @@ class Metrics:
         size, positions = 0, {"train": 0, "epoch": 0}
         if self.file is None:
             return positions
-        for number, line in enumerate(Path(self.file.name).read_bytes().splitlines(keepends=True), 1):
-            if not line.endswith(b"\n"):
-                break
+        for number, line in enumerate(Path(self.file.name).read_bytes().split(b"\n")[:-1], 1):
             try:
                 record = json.loads(line)
                 kind, epoch = record["kind"], record["epoch"]
                 place, limit = ((epoch, record["step"]), next_step) if kind == "train" else (epoch, epochs)
                 is_again, after = place >= limit, max(positions[kind], record.get("position", -1) + 1)
-            except (ValueError, TypeError, LookupError):
+            except (ValueError, TypeError, LookupError, RecursionError):
                 logger.warning(f"{self.file.name}:{number}: expected a record, got {line[:100]!r}; it stays")
             else:
                 if is_again:
                     break
                 positions[kind] = after
-            size += len(line)
+            size += len(line) + 1
         self.file.truncate(size)
         return positions
 

@@ -56,7 +56,8 @@ def print_error(message: str) -> None:
 
 def print_mistake(error: Exception | str, is_common: bool) -> None:
     """Print a mistake of the user, once on a machine if it `is_common` to all processes."""
-    if not is_common or os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
+    rank = os.environ.get("LOCAL_RANK") or os.environ.get("RANK") or "0"
+    if not is_common or rank == "0" or not rank.isdecimal():
         print_error(f"error: {error}")
 
 
@@ -234,6 +235,7 @@ def init_distributed(device: torch.device, timeout_minutes: float) -> None:
             timeout=timeout + timedelta(seconds=0 if backend == "gloo" else 60),
         )
         _cpu_group.append(dist.new_group(backend="gloo", timeout=timeout))
+        any_rank(False)  # rank 0, whose store all need to join, must not end before they have
 
 
 def fresh_store(store: dist.Store, rank: int, world_size: int) -> dist.Store:

@@ -171,7 +171,7 @@ def _training_problems(config: CfgNode) -> list[str]:
     if low <= high and any(int(side * low) == int(side * high) for side in size):
         problems.append(
             "AUG.CUTMIX_MINMAX: expected shares that differ by a pixel at least of DATA.IMG_SIZE, got "
-            f"{[low, high]}; enlarge the second"
+            f"{[low, high]}; widen the range"
         )
     if not _POLICY.fullmatch(aug.AUTO_AUGMENT):
         problems.append(

@@ -138,7 +138,7 @@ class ImageLoader(DataLoader):
                     self.images.undecodable += 1
                     logger.warning("replaced an image that does not decode: %s", reason)
                 yield batch.image, batch.label
-        except (ConnectionError, EOFError) as error:  # of the pipe to a worker
+        except ConnectionError as error:  # of the pipe to a worker; those of reading are caught there
             raise RuntimeError("a loader worker was killed, perhaps for lack of memory") from error
 
 

@@ -21,7 +21,7 @@ def limit_workers(wanted: int) -> int:
 
     A launcher that binds each process to cores of its own has made the shares already.
     """
-    cores, processes = os.cpu_count() or 1, env_int("LOCAL_WORLD_SIZE", 1)
+    cores, processes = os.cpu_count() or 1, max(1, env_int("LOCAL_WORLD_SIZE", 1))
     with contextlib.suppress(AttributeError, psutil.Error):  # macOS binds no process
         process = psutil.Process()
         cores = len(process.cpu_affinity())

@@ -219,14 +219,14 @@ def nearest_keys(height: int, width: int, window: int, topk: int, pooled_levels:
 
 
 def as_near(cells: np.ndarray, nearest: np.ndarray, centres: np.ndarray, height: int, width: int) -> bool:
-    """Whether cells of a map, [P, K], are distinct and at the same distances from `centres`, [P, 2], as the
-    `nearest` ones."""
+    """Whether cells of a map are distinct and at the same distances from `centres`, [P, 2], as the `nearest`
+    ones; both [P, K]."""
 
     def distances(numbers: np.ndarray) -> np.ndarray:
         offset = np.stack(np.divmod(numbers, width), axis=-1) - centres[:, None]
         return np.sort((offset**2).sum(axis=-1), axis=1)
 
-    if cells.shape != nearest.shape or cells.min() < 0 or cells.max() >= height * width:
+    if cells.min() < 0 or cells.max() >= height * width:
         return False
     is_distinct = (np.diff(np.sort(cells, axis=1), axis=1) > 0).all()
     return bool(is_distinct) and np.array_equal(distances(cells), distances(nearest))
@@ -610,18 +610,25 @@ class FocalFastAttention(FocalAttention):
 
     def stale_keys(self, state: Mapping[str, Any], prefix: str = "") -> list[str]:
         """Names of stored keys in a state that are not the nearest on a map of `train_resolution`, such as
-        those of another input size, or averaged ones. Which of equally near tokens they name is left open."""
+        those of another input size, or averaged ones. Which of equally near tokens they name is left open;
+        more than `topk` are of another model, and PyTorch's to refuse."""
+        given_keys = {name: state[prefix + name] for name in self.key_buffers if prefix + name in state}
+        if not given_keys:
+            return []
         (height, width), s, stale = self.train_resolution, self.window_size, []
         rows, columns = (side // s for side in padded_size(height, width, s))
         windows = grid(rows, columns)
         maps = ((windows * s + s // 2, height, width), (windows, rows, columns))  # of the keys of each level
         nearest = nearest_keys(height, width, s, self.topk, self.pooled_levels)
         for name, own, one_map in zip(self.key_buffers, nearest, maps, strict=False):
-            given = state.get(prefix + name)
-            if type(given) is not Tensor:  # it cannot be read, as in fake mode
+            given: Any = given_keys.get(name)
+            if type(given) not in (Tensor, nn.Parameter):  # it cannot be read, as in fake mode
                 continue
-            is_plain = given.layout == torch.strided and not (given.is_meta or given.is_floating_point())
-            if not (is_plain and as_near(given.long().cpu().numpy(), own, *one_map)):
+            is_odd = given.layout != torch.strided or given.is_meta or given.is_nested or given.is_quantized
+            if not is_odd and given.ndim == 2 and given.shape[1] > self.topk:
+                continue
+            fits = not (is_odd or given.is_floating_point()) and given.shape == own.shape
+            if not (fits and as_near(given.detach().long().cpu().numpy(), own, *one_map)):
                 stale.append(prefix + name)
         return stale
 
@@ -673,10 +680,13 @@ class FocalFastAttention(FocalAttention):
         return gather_bias(F.embedding(rows, table), step)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load. The layer's own stored keys stay where the state has none, as averaged weights, or stale
-        ones."""
+        """Load. The layer's own stored keys stay where the state has none (average weights lack them), or
+        stale ones."""
         own = {prefix + name: getattr(self, name) for name in self.key_buffers}
         kept = [*(own.keys() - state_dict.keys()), *self.stale_keys(state_dict, prefix)]
+        if kept and self.stale_keys(own, prefix):  # as in memory that was never filled
+            self.reset_parameters()
+            own = {prefix + name: getattr(self, name) for name in self.key_buffers}
         if kept:
             names = ", ".join(sorted(kept))
             logger.info(f"not in the state, or not the nearest here, so the model's own keys stay: {names}")

@@ -48,7 +48,7 @@ class FocalTransformerOnHub(
     def set_input_size(self, img_size: int | Sequence[int]) -> None:
         """See `FocalTransformer`; what is saved from now on is built with this size."""
         super().set_input_size(img_size)
-        self._record(input_size=to_2tuple(img_size))
+        self._record(input_size=[int(side) for side in to_2tuple(img_size)])
 
     def _record(self, **changed: Any) -> None:
         """Change options in the config that is saved."""

@@ -599,11 +599,25 @@ def test_stored_keys_of_another_type_and_wrong_ones() -> None:
     own = dict(model.named_buffers())
     for change in (
         *(lambda x: x - 1, lambda x: x * 10**6, lambda x: x * 0.5, lambda x: x.flip(0), lambda x: x[:1]),
-        lambda x: x[:, :1].expand_as(x),
+        *(lambda x: x[:, :1].expand_as(x), lambda x: x[:1, :1].expand(2**20, 1), lambda x: x.to("meta")),
+        lambda x: nn.Parameter(x - 1, requires_grad=False),
+        lambda x: torch.quantize_per_tensor(x.float(), 1.0, 0, torch.qint32),
     ):
         other = build(FAMILIES[1], seed=1).eval()
         other.load_state_dict(model.state_dict() | {name: change(x) for name, x in own.items()})
         torch.testing.assert_close(logits(other), logits(model))
+
+
+def test_keys_of_another_model_and_of_memory_that_was_never_filled() -> None:
+    model = build(FAMILIES[1], focal_topk=17).eval()
+    with pytest.raises(RuntimeError, match="size mismatch.*topk_cloest_indice_0"):
+        model.load_state_dict(build(FAMILIES[1]).state_dict())
+    expected, state = logits(model), {name: p.clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        for buffer in model.buffers():
+            buffer.zero_()
+    model.load_state_dict(state)
+    assert torch.equal(logits(model), expected)
 
 
 def test_averaged_copies() -> None:

@@ -164,16 +164,15 @@ def read_best(path: Path) -> tuple[EpochStep, float] | None:
         content = read_checkpoint(path) if is_valid(path) else None
     if content is None:
         return None
-    place = position_of(content)
-    if place is None or "accuracy" not in content:
-        return (0, 0), 0.0
-    return place, content["accuracy"]
+    place, accuracy = position_of(content), content.get("accuracy")
+    return (place, accuracy) if place and isinstance(accuracy, int | float) else ((0, 0), 0.0)
 
 
 def position_of(content: dict[str, Any]) -> EpochStep | None:
     """The position in the content of a checkpoint; None if it is not one of this project."""
     position = content.get("position")
-    return (position["epoch"], position["step"]) if isinstance(position, dict) else None
+    place = (position.get("epoch"), position.get("step")) if isinstance(position, dict) else ()
+    return place if place and all(isinstance(number, int) for number in place) else None
 
 
 def prune(folder: Path, newest: EpochStep, keep: int) -> None:
