@@ -1,9 +1,10 @@
 """Read checkpoints safely, and load them completely or not at all.
 
 Files of the original release, of this codebase and of common tools (timm, mmdet, mmseg, Lightning) are read.
-Parameters keep the original's names. Tables that follow from the options are skipped; Focal-fast's choice of
-nearest keys is loaded. A checkpoint fits models of its own window size, focal windows, input size and input
-channels; with `resize` it is adapted to others (resize.py).
+Parameters keep the original's names. Tables that follow from the options are skipped. Focal-fast's choice of
+nearest keys is loaded where it holds for the model's input size, and made anew elsewhere. A checkpoint fits
+models of its own windows, position embedding and input channels; with `resize` it is adapted to others
+(resize.py).
 """
 
 from __future__ import annotations
