@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -97,6 +97,14 @@ def path_argument(path: str) -> str:
         return expand_path(path)
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def keep_inputs(inputs: Iterable[str | Path], outputs: Iterable[Path]) -> None:
+    """Raise UserError if a file that will be written is one of those that are read."""
+    read = {Path(path).resolve() for path in inputs}
+    for path in outputs:
+        if path.resolve() in read:
+            raise UserError(f"--out: {path} would be replaced, which is read here; name another folder")
 
 
 def env_int(name: str, default: int) -> int:

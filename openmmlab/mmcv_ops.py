@@ -366,12 +366,18 @@ def sigmoid_focal_loss_forward(
 def sigmoid_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
-    """Fills `grad_input` [N, classes] with the derivative of each loss with respect to its score."""
-    with torch.enable_grad():
-        scores = full_precision(input.detach()).requires_grad_()
-        loss = torch.zeros_like(scores)
-        sigmoid_focal_loss_forward(scores, target, weight, loss, gamma, alpha)
-        grad_input.copy_(torch.autograd.grad(loss.sum(), scores)[0])
+    """Fills `grad_input` [N, classes] with the derivative of each loss with respect to its score.
+
+    With z the score, or its negative where another class is wanted, a loss is a * sigmoid(-z)^gamma *
+    softplus(-z). Autograd would divide by the power's base, which may be 0.
+    """
+    scores = full_precision(input)
+    wanted = (target[:, None] == torch.arange(input.shape[1], device=target.device)).to(scores.dtype)
+    sign, share = 2 * wanted - 1, alpha * wanted + (1 - alpha) * (1 - wanted)
+    z = sign * scores
+    missing = torch.sigmoid(-z)
+    slope = missing + gamma * torch.sigmoid(z) * functional.softplus(-z)
+    grad_input.copy_(-sign * share * missing**gamma * slope)
 
 
 # --- The module ---------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from openmmlab.runner import (
     read_config,
     run_command,
 )
-from utils import UserError, escape_output, path_argument
+from utils import UserError, escape_output, keep_inputs, path_argument
 
 if TYPE_CHECKING:
     from mmengine.model import BaseModel
@@ -88,6 +88,7 @@ def run(draw: Draw, args: argparse.Namespace) -> int:
     def draw_all() -> None:
         if twice := sorted({path.name for path in paths if paths.count(path) > 1}):
             raise UserError(f"several images would become {', '.join(twice)}: give them to separate commands")
+        keep_inputs(args.images, paths)
         model = load_model(args.config, args.checkpoint, args.device)
         import mmcv
 

@@ -209,6 +209,10 @@ def test_mistakes_with_pictures(
     assert "empty.jpg: not an image" in capsys.readouterr().err
     assert detection.predict.main([str(text), "text.png", *weights_of(trained)]) == 2
     assert "several images would become text.png" in capsys.readouterr().err
+    image = text.rename(tmp_path / "own.png")
+    out = ["--out", str(tmp_path)]
+    assert detection.predict.main([str(image), *weights_of(trained), *out]) == 2
+    assert "own.png would be replaced" in capsys.readouterr().err and image.read_text() == "no image"
 
 
 # --- The demos ----------------------------------------------------------------------------------------------

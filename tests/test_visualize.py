@@ -132,6 +132,15 @@ def test_keys_need_no_weights(image: Path, tmp_path: Path) -> None:
     Image.open(tmp_path / "keys.png").verify()
 
 
+def test_an_image_is_not_replaced_by_its_picture(
+    image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = image.rename(tmp_path / "keys.png")
+    content = image.read_bytes()
+    assert visualize.main([str(image), *DEMO, "--kinds", "keys", "--out", str(tmp_path)]) == 2
+    assert "keys.png would be replaced" in capsys.readouterr().err and image.read_bytes() == content
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

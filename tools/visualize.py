@@ -87,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     utils.escape_output()
 
     def draw_all() -> None:
+        utils.keep_inputs([args.image], [Path(args.out, f"{name}.png") for name in args.kinds])
         drawing.blank_figure()  # says that matplotlib is missing before, not after reading the model
         for name, figure in draw(args):
             drawing.save(figure, Path(args.out, f"{name}.png"))
