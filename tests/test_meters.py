@@ -73,7 +73,7 @@ def test_a_bad_step_changes_nothing(
         if step not in (2, 5):
             again.criterion(again.model(images), targets).backward()
             loop.update(again, run.config.TRAIN.CLIP_GRAD)
-            average.update(again.model, step=step)
+            average.update(again.model, step=step + 1)
     for ours, theirs in ((trained.model, again.model), (trained.ema.module, average.module)):
         for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
             assert torch.isfinite(one).all()

@@ -10,8 +10,8 @@ from PIL import Image
 from tools import plot_run
 
 
-def train(epoch: int, step: int, loss: float | None = 1.0, speed: float = 100.0) -> str:
-    values = {"loss": loss, "lr": 0.1, "img_per_s": speed}
+def train(epoch: int, step: int, loss: float | None = 1.0, steps: int = 10) -> str:
+    values = {"loss": loss, "lr": 0.1, "img_per_s": 100.0, "steps_per_epoch": steps}
     return json.dumps({"kind": "train", "epoch": epoch, "step": step, **values})
 
 
@@ -30,8 +30,9 @@ def write(folder: Path, lines: list[str]) -> Path:
 
 
 def test_positions_are_in_epochs(tmp_path: Path) -> None:
-    metrics = plot_run.read_metrics(write(tmp_path, RUN))
-    assert metrics.train_positions() == [0.5, 1.0, 1.5, 2.0]
+    """Also in a first epoch that has not ended, and after the batch size has changed."""
+    metrics = plot_run.read_metrics(write(tmp_path, [*RUN, train(2, 1, steps=4), train(2, 3, steps=4)]))
+    assert metrics.train_positions() == [0.5, 1.0, 1.5, 2.0, 2.5, 3.0]
     assert metrics.epoch_positions() == [1.0, 2.0]
 
 

@@ -48,8 +48,7 @@ class RunMetrics:
 
     def train_positions(self) -> list[float]:
         """The end of each logging interval, in epochs."""
-        per_epoch = max((record["step"] + 1 for record in self.train), default=1)
-        return [record["epoch"] + (record["step"] + 1) / per_epoch for record in self.train]
+        return [record["epoch"] + (record["step"] + 1) / record["steps_per_epoch"] for record in self.train]
 
     def epoch_positions(self) -> list[float]:
         """The end of each epoch, in epochs."""

@@ -142,7 +142,8 @@ def update(state: TrainState, max_norm: float) -> torch.Tensor:
 @torch.no_grad()
 def update_ema(state: TrainState, is_finite: torch.Tensor) -> None:
     """Move the average as timm's ModelEmaV3 does, but not after a skipped update; no wait for the device."""
-    weight = (1 - state.ema.get_decay(state.position.updates)) * is_finite
+    decay = state.ema.get_decay(state.position.updates + 1)  # of how many updates, with this one
+    weight = (1 - decay) * is_finite
     values = state.model.state_dict()
     for name, average in state.ema.module.state_dict().items():
         if average.is_floating_point():
@@ -164,7 +165,8 @@ def report(run: Run, state: TrainState, step: int, steps: int) -> None:
     values = asdict(stats) | {"lr": rate, "memory_mb": memory}
     if state.scaler.is_enabled():
         values["loss_scale"] = state.scaler.get_scale()
-    run.metrics.write("train", epoch * state.steps_per_epoch + step, epoch=epoch, step=step, **values)
+    values |= {"epoch": epoch, "step": step, "steps_per_epoch": state.steps_per_epoch}
+    run.metrics.write("train", epoch * state.steps_per_epoch + step, **values)
 
 
 def raise_if_too_many_skipped(run: Run, state: TrainState, step: int) -> None:
