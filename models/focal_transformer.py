@@ -1115,12 +1115,16 @@ def resized_positions(embedding: Tensor, old: tuple[int, int], new: tuple[int, i
 
 @torch.fx.wrap
 def check_images(x: Tensor, smallest_side: int) -> None:
-    """Raise ValueError for images that cannot run; other channels than the stem's are PyTorch's to refuse."""
+    """Raise ValueError for images that cannot run; other channels than the stem's are PyTorch's to refuse.
+
+    A compiler takes their size as a constant from here on, since keys depend on it.
+    """
     if x.ndim != 4:
         raise ValueError(f"expected images [B, C, H, W], got a tensor of shape {list(x.shape)}")
-    if min(x.shape[2], x.shape[3]) < smallest_side:
+    height, width = integer(x.shape[2]), integer(x.shape[3])
+    if min(height, width) < smallest_side:
         least = f"{smallest_side} x {smallest_side}"
-        raise ValueError(f"images must be at least {least} pixels, got {x.shape[2]} x {x.shape[3]}: resize")
+        raise ValueError(f"images must be at least {least} pixels, got {height} x {width}: resize")
 
 
 def initialise(module: nn.Module) -> None:
