@@ -49,7 +49,7 @@ STEM = "patch_embed.proj.weight"
 TIMEOUT_SECONDS = 60  # of a download, without a byte
 LOCK_SECONDS = 3600  # to wait for another process that downloads
 RGB = 3
-PREFIXES = re.compile(r"(?:(?:module|_orig_mod|model|backbone|encoder)\.)*")
+PREFIXES = re.compile(r"(?:(?:module|_orig_mod|model|net|timm_model|_?backbone|encoder)\.)*")
 """What wrappers and larger models put before the names of this one."""
 
 ADVICE = (

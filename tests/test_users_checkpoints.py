@@ -129,7 +129,7 @@ def test_scalars_of_other_kinds_make_no_objects(code: str, tmp_path: Path) -> No
 # --- Names --------------------------------------------------------------------------------------------------
 
 PREFIXES = [
-    *("module.", "_orig_mod.", "backbone.", "encoder.", "model."),
+    *("module.", "_orig_mod.", "backbone.", "encoder.", "model.", "net.", "timm_model.", "_backbone."),
     *("module._orig_mod.", "_orig_mod.module.", "module._orig_mod.backbone.", "backbone.module._orig_mod."),
     *("model.backbone.", "_orig_mod.model.module.encoder."),
 ]
