@@ -32,13 +32,13 @@ def write(folder: Path, lines: list[str]) -> Path:
 def test_positions_are_in_epochs(tmp_path: Path) -> None:
     """Also in a first epoch that has not ended, and after the batch size has changed."""
     metrics = plot_run.read_metrics(write(tmp_path, [*RUN, train(2, 1, steps=4), train(2, 3, steps=4)]))
-    assert metrics.train_positions() == [0.5, 1.0, 1.5, 2.0, 2.5, 3.0]
-    assert metrics.epoch_positions() == [1.0, 2.0]
+    assert [record["end"] for record in metrics.train] == [0.5, 1.0, 1.5, 2.0, 2.5, 3.0]
+    assert [record["end"] for record in metrics.epochs] == [1.0, 2.0]
 
 
 def test_a_damaged_line_is_named_and_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A power loss may leave zeros, a killed run a part of its last line."""
-    lines = [*RUN[:3], "\x00", "3", '{"kind": "other"}', *RUN[3:], RUN[0][:20]]
+    lines = [*RUN[:3], "\x00", "3", '{"kind": "train"}', *RUN[3:], RUN[0][:20]]
     with caplog.at_level(logging.WARNING):
         metrics = plot_run.read_metrics(write(tmp_path, lines))
     assert (len(metrics.train), len(metrics.epochs)) == (4, 2)
@@ -57,7 +57,8 @@ def test_several_runs(tmp_path: Path) -> None:
 
 def test_the_best_accuracies_are_in_the_legend() -> None:
     """Also that of the average, where there is one."""
-    run = plot_run.RunMetrics("x", [], [json.loads(epoch(0, 60.0)), json.loads(epoch(1, 50.0))])
+    epochs = [json.loads(epoch(number, 60.0 - number)) | {"end": number + 1} for number in (0, 1)]
+    run = plot_run.RunMetrics("x", [], epochs)
     for averaged, labels in ((None, []), (70.0, ["top-1 of the average, best 70.00 %"])):
         run.epochs[1]["acc1_ema"] = averaged
         lines = [line.get_label() for line in plot_run.draw([run]).axes[1].lines]

@@ -46,13 +46,11 @@ class RunMetrics:
     train: list[Record] = field(default_factory=list)
     epochs: list[Record] = field(default_factory=list)
 
-    def train_positions(self) -> list[float]:
-        """The end of each logging interval, in epochs."""
-        return [record["epoch"] + (record["step"] + 1) / record["steps_per_epoch"] for record in self.train]
 
-    def epoch_positions(self) -> list[float]:
-        """The end of each epoch, in epochs."""
-        return [record["epoch"] + 1.0 for record in self.epochs]
+def end_of(record: Record) -> float:
+    """Where the interval or epoch of a record ends, in epochs."""
+    done = (record["step"] + 1) / record["steps_per_epoch"] if record["kind"] == "train" else 1.0
+    return record["epoch"] + done
 
 
 def read_metrics(folder: Path) -> RunMetrics:
@@ -76,8 +74,8 @@ def read_metrics(folder: Path) -> RunMetrics:
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
             record = json.loads(line)
-            lists[record["kind"]].append(record)
-        except (ValueError, KeyError, TypeError) as error:
+            lists[record["kind"]].append(record | {"end": end_of(record)})
+        except (ValueError, LookupError, TypeError, ArithmeticError) as error:
             logger.warning(f"{path}:{number}: skipped, expected a record ({type(error).__name__}: {error})")
     if not (metrics.train or metrics.epochs):
         raise UserError(f"{path}: expected at least one record, got none; train for one logging interval")
@@ -116,7 +114,7 @@ def draw(runs: Sequence[RunMetrics]) -> "Figure":
 def _draw_run(panels: Any, run: RunMetrics, colour: str, prefix: str) -> None:
     """The lines of one run in all panels; `prefix` is that of their labels."""
     loss, accuracy, rate, speed = panels
-    steps, ends = run.train_positions(), run.epoch_positions()
+    steps, ends = column(run.train, "end"), column(run.epochs, "end")
     losses = column(run.train, "loss")
     loss.plot(steps, losses, color=colour, alpha=0.45, label=f"{prefix}training, by interval")
     loss.plot(ends, column(run.epochs, "val_loss"), color=colour, label=f"{prefix}validation", **DOTS)
