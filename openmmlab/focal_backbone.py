@@ -4,11 +4,13 @@ LayerNorm (norm0, norm1, ...), frozen stages, and weights of a classifier.
 
 from collections.abc import Mapping, Sequence
 from inspect import signature
+from math import ceil
 from typing import Any
 
 from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import Tensor, nn
+from torch.nn import functional
 
 from models import VARIANTS, FocalTransformer, load_checkpoint
 from utils import UserError, user_input
@@ -94,8 +96,17 @@ class FocalBackbone(FocalTransformer):
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Images [B, 3, H, W] to maps [B, C_i, H / (4 * 2^i), W / (4 * 2^i)] of the chosen stages."""
+        """Images [B, 3, H, W] to maps [B, C_i, H / (4 * 2^i), W / (4 * 2^i)] of the chosen stages.
+
+        Images that are too narrow for the network are padded with zeros; no side of their maps is 0.
+        """
+        height, width = x.shape[-2:]
+        down, right = (max(0, self.smallest_side - side) for side in (height, width))
+        x = functional.pad(x, (0, right, 0, down)) if down or right else x
         maps = self.forward_intermediates(x, self.out_indices, output_fmt="NHWC", intermediates_only=True)
+        if down or right:
+            strides = [self.feature_info[index]["reduction"] for index in self.out_indices]
+            maps = [m[:, : ceil(height / s), : ceil(width / s)] for m, s in zip(maps, strides, strict=True)]
         norms = [self.get_submodule(f"norm{index}") for index in self.out_indices]
         return tuple(norm(x).permute(0, 3, 1, 2).contiguous() for norm, x in zip(norms, maps, strict=True))
 

@@ -67,6 +67,19 @@ def test_maps_are_the_classifiers_normalised(variant: str, stages: list[int]) ->
         torch.testing.assert_close(got, norm(bare.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
 
 
+def test_narrow_images_are_padded() -> None:
+    """As segmenters get them, which do not pad to a multiple of 32."""
+    backbone = build(out_indices=[0, 3]).eval()
+    for height, width in ((27, 160), (64, 9), (1, 1)):
+        images = torch.randn(2, 3, height, width)
+        maps = backbone(images)
+        sides = [-(-side // stride) for stride in (4, 32) for side in (height, width)]
+        assert [side for m in maps for side in m.shape[2:]] == sides
+        padded = backbone(nn.functional.pad(images, (0, max(0, 32 - width), 0, max(0, 32 - height))))
+        for small, whole in zip(maps, padded, strict=True):
+            assert torch.equal(small, whole[..., : small.shape[2], : small.shape[3]])
+
+
 def test_a_variant_is_a_released_model_that_options_override() -> None:
     with torch.device("meta"):
         backbone = MODELS.build(
