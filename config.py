@@ -106,7 +106,7 @@ _C.TRAIN.BAD_STEPS_MAX = 10
 _C.TRAIN.EMA = CN()
 _C.TRAIN.EMA.ENABLED = False  # keep a moving average of the weights; evaluated and saved beside them
 _C.TRAIN.EMA.DECAY = 0.9999  # per update
-_C.TRAIN.EMA.WARMUP = False  # begin with a smaller decay: 1 - (1 + updates) ** (-2 / 3), up to DECAY
+_C.TRAIN.EMA.WARMUP = False  # begin with a smaller decay: 1 - n ** (-2 / 3) at update n, up to DECAY
 
 _C.TRAIN.LR_SCHEDULER = CN()
 _C.TRAIN.LR_SCHEDULER.NAME = "cosine"  # cosine | linear | step

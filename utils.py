@@ -101,10 +101,10 @@ def path_argument(path: str) -> str:
 
 def keep_inputs(inputs: Iterable[str | Path], outputs: Iterable[Path]) -> None:
     """Raise UserError if a file that will be written is one of those that are read."""
-    read = {Path(path).resolve() for path in inputs}
+    read = [path for path in inputs if os.path.exists(path)]
     for path in outputs:
-        if path.resolve() in read:
-            raise UserError(f"--out: {path} would be replaced, which is read here; name another folder")
+        if path.exists() and any(path.samefile(other) for other in read):
+            raise UserError(f"--out: {path} would be replaced, which is read here; choose another place")
 
 
 def env_int(name: str, default: int) -> int:

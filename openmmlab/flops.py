@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from openmmlab.runner import read_config, run_command
-from utils import path_argument
+from utils import keep_inputs, path_argument
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -161,6 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def print_table() -> None:
+        keep_inputs(args.configs, [Path(args.out)] if args.out else [])
         text = table(args.configs)
         if args.out:
             Path(args.out).write_text(text, encoding="utf-8")

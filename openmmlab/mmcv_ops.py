@@ -371,10 +371,12 @@ def sigmoid_focal_loss_backward(
     With z the score, or its negative where another class is wanted, a loss is a * sigmoid(-z)^gamma *
     softplus(-z). Autograd would divide by the power's base, which may be 0.
     """
-    scores = full_precision(input)
+    scores = full_precision(input.detach())
     wanted = (target[:, None] == torch.arange(input.shape[1], device=target.device)).to(scores.dtype)
     sign, share = 2 * wanted - 1, alpha * wanted + (1 - alpha) * (1 - wanted)
-    z = sign * scores
+    if alpha < 0:  # no weights, to torchvision
+        share = torch.ones_like(share)
+    z = (sign * scores).clamp(min=-1e4)  # of -inf the product below would be NaN
     missing = torch.sigmoid(-z)
     slope = missing + gamma * torch.sigmoid(z) * functional.softplus(-z)
     grad_input.copy_(-sign * share * missing**gamma * slope)

@@ -62,11 +62,11 @@ def test_a_bad_step_changes_nothing(
 
     if fused:
         monkeypatch.setattr(state, "build_optimizer", build_fused)
-    opts = ("TRAIN.OPTIMIZER.NAME", name, "TRAIN.EMA.ENABLED", True, "TRAIN.EMA.DECAY", 0.5)
-    trained, run = train(tmp_path, {2, 5}, *opts)
+    opts = ("TRAIN.EMA.ENABLED", True, "TRAIN.EMA.DECAY", 0.5, "TRAIN.EMA.WARMUP", True)
+    trained, run = train(tmp_path, {2, 5}, "TRAIN.OPTIMIZER.NAME", name, *opts)
     torch.manual_seed(0)
     again = state.build_train_state(run.config, new_model(), run.precision, run.device, 6, soft_targets=False)
-    average = ModelEmaV3(again.model, 0.5)
+    average = ModelEmaV3(again.model, 0.5, use_warmup=True)
     again.ema = None
     for step, (images, targets) in enumerate(batches_with({2, 5})):
         again.position.updates = step
@@ -139,6 +139,7 @@ def test_skipped_updates_of_the_scaler_are_counted(
     assert main.main(command(few_images, tmp_path, opts, "--amp-dtype", "fp16")) == 0
     record = json.loads((folder_of(tmp_path) / "metrics.jsonl").read_text().splitlines()[0])
     assert record["skipped"] > 0
+    assert record["steps_per_epoch"] == record["step"] + 1  # the last of the epoch
     assert record["loss_scale"] == 2.0 ** (24 - record["skipped"])
     content = torch.load(folder_of(tmp_path) / "ckpt_epoch_0.pth", weights_only=True)
     assert content["scaler"]["scale"] == record["loss_scale"]

@@ -320,23 +320,30 @@ def test_deformable_layers_under_autocast(name: str) -> None:
 def test_sigmoid_focal_loss() -> None:
     target = torch.tensor([0, 2, 3, 3, 1])  # 3 is background
 
-    def plain(scores: Tensor) -> Tensor:
+    def plain(scores: Tensor, gamma: float = 1.5, shares: tuple[float, float] = (0.3, 0.7)) -> Tensor:
         p = scores.sigmoid()
         own = torch.zeros_like(scores)
         own[[0, 1, 4], [0, 2, 1]] = 1
-        return -own * 0.3 * (1 - p) ** 1.5 * p.log() - (1 - own) * 0.7 * p**1.5 * (1 - p).log()
+        others = (1 - own) * shares[1] * p**gamma * (1 - p).log()
+        return -own * shares[0] * (1 - p) ** gamma * p.log() - others
 
     agree(
         lambda scores: mmcv_ops.sigmoid_focal_loss(scores, target, 1.5, 0.3, None, "none"),
         plain,
         rand(5, 3) * 3,
     )
+    agree(
+        lambda scores: mmcv_ops.sigmoid_focal_loss(scores, target, 2.0, -1.0, None, "none"),
+        lambda scores: plain(scores, 2.0, (1.0, 1.0)),
+        rand(5, 3) * 3,
+    )
     half = (rand(5, 3) * 3).bfloat16().requires_grad_()
     mmcv_ops.sigmoid_focal_loss(half, target, 1.5, 0.3, None, "mean").backward()
     assert half.grad.isfinite().all() and half.grad.any()
-    sure = torch.tensor([[20.0, 0.0, -100.0]], requires_grad=True)  # 1 - p is 0 in float32
-    mmcv_ops.sigmoid_focal_loss(sure, target[:1], 0.5, 0.3, None, "sum").backward()
-    assert sure.grad.isfinite().all() and sure.grad[0, 1] > 0.1
+    for least in (-100.0, -float("inf")):
+        sure = torch.tensor([[20.0, 0.0, least]], requires_grad=True)  # 1 - p is 0 in float32
+        mmcv_ops.sigmoid_focal_loss(sure, target[:1], 0.5, 0.3, None, "sum").backward()
+        assert sure.grad.isfinite().all() and sure.grad[0, 1] > 0.1
     empty = mmcv_ops.sigmoid_focal_loss(rand(0, 3), target[:0], 1.5, 0.3, None, "sum")
     assert empty == 0
 
