@@ -1117,8 +1117,8 @@ def resized_positions(embedding: Tensor, old: tuple[int, int], new: tuple[int, i
 def check_images(x: Tensor, smallest_side: int) -> None:
     """Raise ValueError for images that cannot run; other channels than the stem's are PyTorch's to refuse.
 
-    A compiler takes their size as a constant from here on, since keys depend on it: of what is marked as
-    dynamic, only the batch can be.
+    To torch.compile and torch.export this makes the image size a constant, since keys depend on it; only the
+    batch size can be dynamic.
     """
     if x.ndim != 4:
         raise ValueError(f"expected images [B, C, H, W], got a tensor of shape {list(x.shape)}")
