@@ -5,8 +5,8 @@ returns a frozen ``yacs.config.CfgNode``. A yaml file may inherit from others: `
 to itself. In all paths, `~` and $VARIABLES are replaced.
 
 Names, types, choices and ranges of single values are checked here. Conflicts between options are checked
-where the options are used: training/run.py (mode, weights, epochs), ``models.build_model``,
-``data.build_loaders`` and optimizer.py.
+where the options are used: training/run.py (mode, weights, epochs), utils.py (device, precision),
+``models.build_model``, ``data.build_loaders`` and optimizer.py.
 
 All keys of the original release are here with their original defaults, so its yaml files load unchanged;
 those in NO_EFFECT are accepted and dropped.
@@ -53,20 +53,20 @@ _C.MODEL.NAME = "focal_tiny_patch4_window7_224"  # names the output folder
 _C.MODEL.RESUME = ""  # training checkpoint to continue from; with EVAL_MODE, any checkpoint; --resume
 _C.MODEL.PRETRAINED = ""  # weights (file or address) to start from; --pretrained
 _C.MODEL.RESET_HEAD = False  # with PRETRAINED: start with a new classifier, for another set of classes
-_C.MODEL.NUM_CLASSES = 1000
+_C.MODEL.NUM_CLASSES = 1000  # 10 with imagewoof, unless given
 _C.MODEL.DROP_RATE = 0.0  # dropout
 _C.MODEL.DROP_PATH_RATE = 0.1  # stochastic depth of the last block; rises linearly from 0
 _C.MODEL.LABEL_SMOOTHING = 0.1
 _C.MODEL.ATTENTION_BACKEND = "auto"  # auto | plain | cpu | triton
 
 _C.MODEL.FOCAL = CN()
-_C.MODEL.FOCAL.PATCH_SIZE = 4
+_C.MODEL.FOCAL.PATCH_SIZE = 4  # stride of the stem, pixels
 _C.MODEL.FOCAL.IN_CHANS = 3
 _C.MODEL.FOCAL.EMBED_DIM = 96  # channels of the first stage; doubles with every stage
 _C.MODEL.FOCAL.DEPTHS = [2, 2, 6, 2]  # blocks per stage
 _C.MODEL.FOCAL.NUM_HEADS = [3, 6, 12, 24]
-_C.MODEL.FOCAL.WINDOW_SIZE = 7
-_C.MODEL.FOCAL.MLP_RATIO = 4.0
+_C.MODEL.FOCAL.WINDOW_SIZE = 7  # tokens on a side
+_C.MODEL.FOCAL.MLP_RATIO = 4.0  # hidden channels of the MLP over those of the block
 _C.MODEL.FOCAL.QKV_BIAS = True
 _C.MODEL.FOCAL.QK_SCALE = False  # False or None: head_dim ** -0.5; else a number
 _C.MODEL.FOCAL.APE = False  # learned absolute position embedding
@@ -75,7 +75,7 @@ _C.MODEL.FOCAL.USE_SHIFT = False  # shift the windows of odd blocks
 _C.MODEL.FOCAL.FOCAL_POOL = "none"  # none | fc | conv | mean | max: how sub-windows become coarse tokens
 _C.MODEL.FOCAL.FOCAL_STAGES = [0, 1, 2, 3]  # stages that have coarse tokens
 _C.MODEL.FOCAL.FOCAL_LEVELS = [1, 1, 1, 1]  # per stage: 0 own window, 1 adds the ring, 2 and up coarse tokens
-_C.MODEL.FOCAL.FOCAL_WINDOWS = [7, 5, 3, 1]  # side of the coarse neighbourhood per stage; odd
+_C.MODEL.FOCAL.FOCAL_WINDOWS = [7, 5, 3, 1]  # side of the coarse neighbourhood per stage, in windows; odd
 _C.MODEL.FOCAL.FOCAL_TOPK = 128  # focalv2: keys per window and level
 _C.MODEL.FOCAL.EXPAND_SIZES = [3, 3, 3, 3]  # focal: width of the fine ring around the window, per stage
 _C.MODEL.FOCAL.EXPAND_LAYER = "all"  # all | even | odd; 'even' and 'odd' name the blocks without ring
@@ -85,7 +85,7 @@ _C.MODEL.FOCAL.LAYERSCALE_VALUE = 1e-4  # initial value with USE_LAYERSCALE
 _C.MODEL.FOCAL.USE_PRE_NORM = False  # normalise before each downsampler too
 
 _C.TRAIN = CN()
-_C.TRAIN.START_EPOCH = 0
+_C.TRAIN.START_EPOCH = 0  # first epoch of a run that resumes nothing
 _C.TRAIN.EPOCHS = 300
 _C.TRAIN.WARMUP_EPOCHS = 20
 _C.TRAIN.WEIGHT_DECAY = 0.05
@@ -123,11 +123,11 @@ _C.AUG = CN()
 _C.AUG.HFLIP = 0.5  # probability of a horizontal flip
 _C.AUG.SCALE = (0.08, 1.0)  # area of the random crop, as a share of the image
 _C.AUG.RATIO = (0.75, 1.3333)  # its aspect ratio
-_C.AUG.COLOR_JITTER = 0.4
+_C.AUG.COLOR_JITTER = 0.4  # acts only with AUTO_AUGMENT none or 3a
 _C.AUG.AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"  # a policy in timm's notation, or none
 _C.AUG.REPROB = 0.25  # probability of random erasing
 _C.AUG.REMODE = "pixel"  # const | rand | pixel
-_C.AUG.RECOUNT = 1
+_C.AUG.RECOUNT = 1  # erased boxes
 _C.AUG.MIXUP = 0.8  # alpha; 0 switches it off
 _C.AUG.CUTMIX = 1.0  # alpha; 0 switches it off
 _C.AUG.CUTMIX_MINMAX = None  # None or [smallest, largest] share of the side; overrides CUTMIX
@@ -150,7 +150,7 @@ _C.TAG = "default"  # --tag
 # Saving. A file that cannot be written (full disk, read-only folder) is an error in the log; older ones stay,
 # and training continues; the last save of a run must succeed. Exit status: 0 done, 2 for what the user can
 # correct, 75 saved and stopped by SIGTERM or SIGUSR1 (the same command continues), 1 if another process died
-# or hangs.
+# or hangs, 130 after Ctrl-C with several processes.
 _C.SAVE_FREQ = 1  # epochs between checkpoints; the last epoch is always saved
 _C.SAVE_STEPS = 0  # also save every so many steps, after the next update; 0 for never
 _C.SAVE_KEEP = 0  # newest checkpoints to keep besides best.pth; 0 keeps those of all whole epochs
@@ -300,10 +300,10 @@ def _read_file(file: str, parents: tuple[Path, ...] = ()) -> list[Setting]:
     """The settings of a yaml file, after those of its BASE files; ValueError if one cannot be used.
 
     Args:
-        file: as it was named, relative to the last of ``parents``, which name each other.
+        file: as it was named; relative to the last of ``parents``, the files that led here.
     """
     named_by = f" (named by BASE in {parents[-1]})" if parents else ""
-    path = Path(*(parent.parent for parent in parents[-1:]), expand_path(file))
+    path = (parents[-1].parent if parents else Path()) / expand_path(file)
     if path.resolve() in [parent.resolve() for parent in parents]:
         chain = " -> ".join(map(str, (*parents, path)))
         raise ValueError(f"{path}: BASE: expected no cycle, got {chain}; remove one of these")
@@ -348,7 +348,7 @@ def _assign(config: CN, key: str, value: Any) -> None:
         close = difflib.get_close_matches(key, flatten(_C), n=1, cutoff=0.5)
         hint = f"did you mean {close[0]}?" if close else "see config.py for all keys"
         raise ValueError(f"expected a known key, got {key!r}; {hint}")
-    default = flatten(_C).get(key, node[name])
+    default = flatten(_C).get(key, node[name])  # of a section itself
     if isinstance(default, CN):
         raise ValueError(f"expected a section with keys of its own, got {value!r}; name one of its keys")
     given = ("" if value is None else value) if isinstance(default, str) else _decode(value)

@@ -28,7 +28,7 @@ from models import FocalTransformer, agree_on_backends, build_model, count_param
 from optimizer import freeze_stages
 from training.loop import Run, evaluate, train_one_epoch
 from training.preemption import EXIT_STOPPED, StopRequested
-from training.run import check_options, load_weights, train
+from training.run import check_run_options, load_weights, train
 from training.run_dir import open_run_dir
 from training.state import build_train_state
 from training.throughput import measure_throughput
@@ -100,12 +100,9 @@ def start(config: CfgNode) -> None:
     utils.init_distributed(device, config.DIST_TIMEOUT_MINUTES)
     output = Path(config.OUTPUT or "output") / config.MODEL.NAME / config.TAG
     modes = {"EVAL_MODE": run_evaluation, "THROUGHPUT_MODE": run_throughput, "DEBUG_MODE": run_debug}
-    chosen = [mode for mode in modes if config[mode]]
-    if len(chosen) > 1:
-        raise UserError(f"{chosen[1]}: expected at most one mode, got {' and '.join(chosen)}; choose one")
-    action = modes[chosen[0]] if chosen else train
+    action = next((run for mode, run in modes.items() if config[mode]), train)
     with utils.raise_on_all_ranks():
-        check_options(config)
+        check_run_options(config)
     with open_run_dir(output, action is train, config.DIST_TIMEOUT_MINUTES) as metrics:
         precision = utils.choose_precision(config.AMP_OPT_LEVEL, config.AMP_DTYPE, device)
         logger.info(f"configuration:\n{config.dump()}")
@@ -113,7 +110,7 @@ def start(config: CfgNode) -> None:
         utils.seed_everything(config.SEED)
         with user_input():
             model = build_model(config).to(device)
-            with torch.set_grad_enabled(action in (train, run_debug)):
+            with torch.set_grad_enabled(action in (train, run_debug)):  # with a backward pass or without
                 attention = agree_on_backends(model, precision.dtype, utils.cpu_group())
             frozen = freeze_stages(model, config.TRAIN.FREEZE_STAGES)
         operators = " and ".join(dict.fromkeys(attention))
@@ -210,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         logger.debug("stopped", exc_info=True)
-        print_error("interrupted; the same command continues from the last checkpoint")
+        print_error("interrupted; the same command starts again, training from its last checkpoint")
         if not utils.in_group():
             raise  # Python ends by the signal, which ends a shell's loop, too
         return 130
@@ -223,8 +220,8 @@ def main(argv: list[str] | None = None) -> int:
         if utils.in_group():
             print_error(
                 f"error: process {utils.get_rank()} ends; if another process has died or did not answer for "
-                "DIST_TIMEOUT_MINUTES, see the log_rank*.txt that ends first; the same command continues "
-                "from the last checkpoint"
+                "DIST_TIMEOUT_MINUTES, see the log_rank*.txt that ends first; the same command starts again, "
+                "training from its last checkpoint"
             )
         return 1
     return 0

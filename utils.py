@@ -212,7 +212,7 @@ def pick_device(name: str = "") -> torch.device:
     return torch.device(found.type, index)
 
 
-_cpu_group: list[dist.ProcessGroup] = []  # one element while there is a process group
+_cpu_group: dist.ProcessGroup | None = None  # see `cpu_group`
 
 
 def init_distributed(device: torch.device, timeout_minutes: float) -> None:
@@ -227,6 +227,7 @@ def init_distributed(device: torch.device, timeout_minutes: float) -> None:
         DistError: the other processes do not come.
         UserError: on all ranks; they have devices of different types.
     """
+    global _cpu_group
     if env_int("WORLD_SIZE", 1) > 1 and not in_group():
         timeout = timedelta(minutes=timeout_minutes)
         backend = dist.Backend.default_device_backend_map.get(device.type, "gloo")
@@ -242,8 +243,8 @@ def init_distributed(device: torch.device, timeout_minutes: float) -> None:
             world_size=world_size,
             timeout=timeout + timedelta(seconds=0 if backend == "gloo" else 60),
         )
-        _cpu_group.append(dist.new_group(backend="gloo", timeout=timeout))
-        any_rank(False)  # rank 0, whose store all need to join, must not end before they have
+        _cpu_group = dist.new_group(backend="gloo", timeout=timeout)
+        any_rank(False)  # a barrier: rank 0, which hosts the store, must not end before all have joined
 
 
 def fresh_store(store: dist.Store, rank: int, world_size: int) -> dist.Store:
@@ -296,7 +297,7 @@ def check_same_device(store: dist.Store, rank: int, world_size: int, device: tor
 
 def cpu_group() -> dist.ProcessGroup | None:
     """The group of all processes for tensors on the CPU; None without a process group."""
-    return _cpu_group[-1] if _cpu_group else None
+    return _cpu_group
 
 
 def all_gather(tensor: torch.Tensor) -> torch.Tensor:
@@ -378,18 +379,18 @@ def choose_precision(level: str, dtype: str, device: torch.device) -> Precision:
         device: where the model runs.
 
     Raises:
-        UserError: a number format for full precision.
+        UserError: AMP_DTYPE together with O0.
     """
     if level == "O0" and dtype:
         raise UserError(
             f"AMP_DTYPE: expected '' with AMP_OPT_LEVEL O0 (full precision), got {dtype!r}; drop one"
         )
-    ask = getattr(torch.get_device_module(device), "is_bf16_supported", None)
-    level = level or ("O1" if dtype or ask else "O0")
+    has_bf16 = getattr(torch.get_device_module(device), "is_bf16_supported", None)
+    level = level or ("O1" if dtype or has_bf16 else "O0")
     if level == "O0":
         return Precision(torch.float32)
     options = {"including_emulation": False} if device.type == "cuda" else {}
-    dtype = dtype or ("bf16" if ask is None or ask(**options) else "fp16")
+    dtype = dtype or ("bf16" if has_bf16 is None or has_bf16(**options) else "fp16")
     return Precision({"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
 
 
@@ -417,7 +418,7 @@ def be_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
 
 
 def seed_everything(*numbers: int) -> None:

@@ -92,7 +92,7 @@ def build_loaders(config: CfgNode, rank: int | None = None, world_size: int | No
     """
     rank = get_rank() if rank is None else rank
     world_size = get_world_size() if world_size is None else world_size
-    check_options(config)
+    check_data_options(config)
     data = config.DATA
     splits = ("val",) if config.EVAL_MODE else ("train", "val")
     sources = _open(config, splits)
@@ -130,7 +130,7 @@ def check_same_data(loaders: Loaders) -> None:
         )
 
 
-def check_options(config: CfgNode) -> None:
+def check_data_options(config: CfgNode) -> None:
     """Raise one error for all options that contradict each other, or the folder of the data.
 
     Raises:
@@ -160,7 +160,7 @@ def check_options(config: CfgNode) -> None:
 
 
 def _training_problems(config: CfgNode) -> list[str]:
-    """What contradicts in the options of training images."""
+    """Contradictions among the options of training images."""
     data, aug, size = config.DATA, config.AUG, to_2tuple(config.DATA.IMG_SIZE)
     problems = []
     for key in ("SCALE", "RATIO", "CUTMIX_MINMAX"):
@@ -205,10 +205,10 @@ def _has_opencv() -> bool:
     return hasattr(cv2, "IMREAD_COLOR_RGB")  # of 4.11
 
 
-def _open(config: CfgNode, splits: tuple[str, ...]) -> dict[str, Any]:
+def _open(config: CfgNode, splits: tuple[str, ...]) -> dict[str, ImageSource]:
     """The sources of the splits, by name."""
     data, root, num_classes = config.DATA, Path(config.DATA.DATA_PATH), config.MODEL.NUM_CLASSES
-    names, maps = data.HF, "ILSVRC2011fall_whole_map_{}.txt"
+    hf, maps = data.HF, "ILSVRC2011fall_whole_map_{}.txt"
     load = cache(load_splits)  # once for both splits
     openers: dict[str, Callable[[str], ImageSource]] = {
         "zip": lambda split: open_archive_split(root, split),
@@ -218,9 +218,9 @@ def _open(config: CfgNode, splits: tuple[str, ...]) -> dict[str, Any]:
             load(data.DATA_PATH),
             data.DATA_PATH,
             split,
-            names[f"{split.upper()}_SPLIT"],
-            names.IMAGE_COLUMN,
-            names.LABEL_COLUMN,
+            hf[f"{split.upper()}_SPLIT"],
+            hf.IMAGE_COLUMN,
+            hf.LABEL_COLUMN,
         ),
         **dict.fromkeys(FOLDERS, lambda split: folder.open_folder_split(root, split)),
     }

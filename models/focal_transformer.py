@@ -1,6 +1,6 @@
 """Focal Transformer (Yang et al., NeurIPS 2021, arXiv 2107.00641): the whole network, in one file.
 
-Needs only torch and timm. Works as a single file with the plain attention operator; ops/ adds faster ones.
+Needs only torch, timm and numpy. Works alone, with the plain attention operator; ops/ adds faster ones.
 
 Focal attention (section 3.2, equation 3): every token attends finely to its surroundings and coarsely to the
 rest. The map is cut into windows of s x s tokens. All queries of a window share one list of keys:
@@ -8,21 +8,23 @@ rest. The map is cut into windows of s x s tokens. All queries of a window share
     own window   its s x s tokens
     ring         the window shifted by e tokens towards each of its four corners, minus the window itself; a
                  token in two shifted windows counts twice; at the border of the map the ring wraps around
-    level k      k = 0, 1, ...: a square of f + 2^k - 1 coarse tokens a side, centred on the window; each is
-                 pooled from p x p fine ones, p = s // 2^k; those outside the map are masked
+    level k      k = 0, 1, ...: coarse tokens, 4^k for each window: each is pooled from p x p fine ones,
+                 p = s // 2^k. The window sees a square of f + 2^k - 1 of them a side, centred on it; those
+                 outside the map are masked
 
     out = softmax(scale * q k^T + bias) v,      one softmax over all keys of the window
 
 One linear layer makes q, k and v of fine and coarse tokens. The bias is learned per head, and all windows
 share it: own window and levels by relative position, the ring by query and slot. Focal-fast (only in the
 released code) attends to the fine and coarse tokens nearest to the window's centre instead, and an MLP
-computes the bias from the offset query - key.
+computes the bias from the offset, query minus key.
 
 Differences from the original: any input size; contradictory options are refused; masks are -inf, not -100.
 
 Legend: B batch, H W rows and columns of a map, T = H*W fine tokens (inside attention including the padding to
 whole windows), S = T + coarse tokens, C channels, N heads, D = C/N, s window side, e expand size, f focal
-window, P windows, Q = s*s queries of a window, K its keys. Maps are [B, H, W, C], positions (row, column);
+window, P windows, Q = s*s queries of a window, K its keys; of Focal-fast's bias R offsets and U values of
+centre minus key. Maps are [B, H, W, C], positions (row, column);
 everything is numbered row by row.
 """
 
@@ -48,7 +50,7 @@ from torch.utils.checkpoint import checkpoint
 
 logger = logging.getLogger(__name__)
 
-CACHED_INDEXES = 64  # per process; a model needs one or two per stage and input size
+CACHED_INDEXES = 64  # per process; a model needs one for each stage, kind of block and input size
 
 # --- Which keys a window sees: integers that follow from the size of the map --------------------------------
 
@@ -72,8 +74,14 @@ class AttentionIndex:
     tables: Any = None  # what that operator derived from the above
 
 
-Keys = tuple[tuple[int, int, int, int], np.ndarray, np.ndarray | None, Sequence[np.ndarray], bool]
-"""The first eight fields of an `AttentionIndex`: four sizes, keys, visible, bias_index, bias_by_window."""
+class Keys(NamedTuple):
+    """The keys of every window of one map size, in numpy; fields as in `AttentionIndex`."""
+
+    sizes: tuple[int, int, int, int]  # height, width, window, tokens
+    keys: np.ndarray
+    visible: np.ndarray | None
+    bias_index: Sequence[np.ndarray]
+    bias_by_window: bool
 
 
 class Request(NamedTuple):
@@ -108,7 +116,8 @@ def ring_offsets(window: int, expand: int) -> np.ndarray:
 
 
 def relative_index(window: int, region: int) -> np.ndarray:
-    """Row of the bias table for each cell of a square and query of a window: [region * region, Q]."""
+    """Row of the bias table for each cell of a square and query of a window: [region * region, Q]. Cells and
+    tokens are counted alike, as in the original."""
     offset = grid(window, window)[None] - grid(region, region)[:, None] + region - 1
     return offset[..., 0] * (window + region - 1) + offset[..., 1]
 
@@ -125,9 +134,9 @@ def shift_mask(height: int, width: int, window: int, shift: int) -> np.ndarray:
 def nearest_cells(rows: np.ndarray, columns: np.ndarray, height: int, width: int, count: int) -> np.ndarray:
     """The `count` nearest cells of a map for each centre, nearest first, ties row by row.
 
-    Centres are all pairs of `rows` [R] and `columns` [X]; they may lie outside the map, which has at least
-    `count` cells. Centres at the same distances from the four borders form a class, as do those for which
-    borders are too far to matter: each class is computed once. Returns int64 [R * X, count].
+    Centres are all pairs of `rows` and `columns`, an array each; they may lie outside the map, which has at
+    least `count` cells. Centres at the same distances from the four borders form a class, as do those for
+    which borders are too far to matter: each class is computed once. Returns int64 [centres, count].
     """
     radius = 2 * int(np.ceil(np.sqrt(count / np.pi))) + 1  # a quarter of such a disc holds `count` cells
     while True:
@@ -155,7 +164,7 @@ def _inside(places: np.ndarray, side: int, offset: np.ndarray, radius: int) -> t
     return (offset >= -classes[:, :1]) & (offset <= classes[:, 1:]), class_of.reshape(-1)
 
 
-def ring_keys(
+def focal_keys(
     height: int, width: int, window: int, expand: int, focal_window: int, pooled_levels: int, shift: int
 ) -> Keys:
     """Keys of Focal attention on a padded map: own window, ring, pooled levels."""
@@ -179,13 +188,14 @@ def ring_keys(
         visible = np.repeat(visible, window**2, axis=1)
         visible[..., : window**2] = shift_mask(height, width, window, shift)
     all_keys = np.concatenate(keys, axis=-1).reshape(len(visible), -1)
-    return (height, width, window, tokens), all_keys, visible, bias_index, False
+    return Keys((height, width, window, tokens), all_keys, visible, bias_index, False)
 
 
 def focal_fast_keys(
     height: int, width: int, window: int, topk: int, pooled_levels: int, stored: tuple[bytes, ...] | None
 ) -> Keys:
-    """Keys of Focal-fast attention on an unpadded map: the nearest tokens of each level, or `stored` ones."""
+    """Keys of Focal-fast attention on an unpadded map: the nearest tokens of each level, or
+    `stored` ones, as bytes, which a cache can compare."""
     padded = padded_size(height, width, window)
     windows = grid(padded[0] // window, padded[1] // window)
     if stored is None:
@@ -203,7 +213,7 @@ def focal_fast_keys(
         y, x = (windows[:, None] - windows[levels[1]]).transpose(2, 0, 1)
         to_centre.append((y, x, window))
     bias_index = offset_tables(to_centre, window)
-    return (*padded, window, tokens), np.concatenate(keys, axis=1), None, bias_index, True
+    return Keys((*padded, window, tokens), np.concatenate(keys, axis=1), None, bias_index, True)
 
 
 def nearest_keys(height: int, width: int, window: int, topk: int, pooled_levels: int) -> list[np.ndarray]:
@@ -235,17 +245,17 @@ def as_near(cells: np.ndarray, nearest: np.ndarray, centres: np.ndarray, height:
 def offset_tables(
     to_centre: Sequence[tuple[np.ndarray, np.ndarray, int]], window: int
 ) -> tuple[np.ndarray, ...]:
-    """Tables with which the bias is computed once for each distinct offset query - key, then gathered.
+    """Tables with which the bias is computed once for each distinct offset, query minus key, then gathered.
 
     Args:
-        to_centre: for each level rows and columns of the window's centre - key, [P, K_level] each, and
+        to_centre: for each level rows and columns of the window's centre minus key, [P, K_level] each, and
             their unit in tokens.
 
     Returns:
-        offsets: for each level every offset in the bounding box of all query - key, float32 [R_level, 2].
-        rows: number of the offset, those of all levels counted, for each value of centre - key and each
+        offsets: for each level every offset in the bounding box of all query minus key, float32 [R_level, 2].
+        rows: number of the offset, those of all levels counted, for each value of centre minus key and each
             query, [U, Q]. All U values in the bounding box of each level are there.
-        step: number of each key's value of centre - key, [K, P].
+        step: number of each key's value of centre minus key, [K, P].
     """
     offsets, rows, steps, first_row, first_step = [], [], [], 0, 0
     for y, x, unit in to_centre:
@@ -263,7 +273,8 @@ def offset_tables(
 @torch.inference_mode(False)  # inference tensors could not be used in training
 def make_index(keys_of: Callable[..., Keys], arguments: tuple[Any, ...], request: Request) -> AttentionIndex:
     """The keys on the device, with the operator that serves a request."""
-    device, (sizes, keys, visible, bias_index, by_window) = request.device, keys_of(*arguments)
+    device = request.device
+    sizes, keys, visible, bias_index, by_window = keys_of(*arguments)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"the first map of {sizes[0]} x {sizes[1]} tokens came while a CUDA graph was captured: run the "
@@ -332,8 +343,8 @@ def plain_attention(
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, fused: bool) -> Tensor:
     """softmax(scale * q k^T + mask) v of [B, M, Q or K, D] with a mask [1, M, Q, K].
 
-    The softmax is explicit where PyTorch's fused kernels lack a derivative: in traces and transforms (second,
-    forward mode), and in training on a CPU (gradient of the mask).
+    The softmax is explicit where PyTorch's fused kernels lack a derivative: in traces and transforms, which
+    may need the second one or forward mode, and in training on a CPU, which needs the mask's gradient.
     """
     trains = torch.is_grad_enabled() and (q.requires_grad or mask.requires_grad)
     if not fused or is_traced(q) or (trains and q.device.type == "cpu"):
@@ -420,7 +431,7 @@ POOLS: dict[str, Callable[[int, int], nn.Module]] = {
 
 
 ORIGINAL_BUFFERS = ("relative_position_index", "valid_ind_", "window_coords", "topk_cloest_coords_")
-"""How buffers of the original's attention begin that follow from the options; state dicts may hold them."""
+"""Prefixes of buffers of the original's attention that follow from the options; loading drops them."""
 
 
 def rolled(x: Tensor, shift: int) -> Tensor:
@@ -453,7 +464,7 @@ class BiasTables(nn.ParameterList):
     """Bias tables [N, offsets], one per pooled level. It is called, so that hooks on it run, such as those
     that bring offloaded or sharded tables to the device, and take them away afterwards."""
 
-    __call__ = nn.Module.__call__
+    __call__ = nn.Module.__call__  # ParameterList forbids calls
 
     def forward(self, level: int, index: Tensor) -> Tensor:
         """Offsets by index, of one level: [K, Q] -> [K, Q, N]."""
@@ -476,7 +487,7 @@ class FocalAttention(nn.Module):
         num_heads: int,  # N; divides C
         window_size: int,  # s
         expand_size: int = 0,  # e, how far the ring reaches; 0 for none
-        focal_window: int = 1,  # f, side of the region of the pooled levels, in windows; odd
+        focal_window: int = 1,  # f, see the top: side of the region of level 0, in windows; odd
         pool: str = "none",  # how coarse tokens are made: none, or a key of POOLS
         pooled_levels: int = 0,
         shift_size: int = 0,  # the map is rolled by so many tokens before attention, and back after it
@@ -492,7 +503,7 @@ class FocalAttention(nn.Module):
         self.pool, self.pooled_levels, self.shift_size = pool, pooled_levels, shift_size
         self.scale = qk_scale or self.head_dim**-0.5
         self.backend = backend
-        self.add_bias(**bias_options)
+        self.add_bias(**bias_options)  # first, as in the original: optimizers number parameters
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -518,9 +529,10 @@ class FocalAttention(nn.Module):
             trunc_normal_(self.relative_position_bias_table_to_neighbors, std=0.02)
 
     def forward(self, x: Tensor, *coarse: Tensor) -> Tensor:
-        """[B, H, W, C] -> [B, H, W, C], of any size. Zeros that pad it to whole windows are keys, too.
+        """[B, H, W, C] -> [B, H, W, C], of any size, padded by zeros to whole windows.
 
-        `coarse` has the tokens of each pooled level, see `CoarseTokens`.
+        `coarse` has the tokens of each pooled level, see `CoarseTokens`. The zeros are keys of Focal; of
+        Focal-fast they only count in coarse tokens.
         """
         height, width = integer(x.shape[1]), integer(x.shape[2])  # Python's integers, also in torch.jit.trace
         x = pad_and_roll(x, self.window_size, self.shift_size, self.roll_first)
@@ -541,14 +553,14 @@ class FocalAttention(nn.Module):
     def index(self, height: int, width: int, x: Tensor) -> AttentionIndex:
         """The keys of every window of an unpadded map, for the operator that serves inputs like `x`."""
         traced = is_traced(x)
-        name, grad = "plain" if traced else self.backend, torch.is_grad_enabled()
-        request = (name, x.device, x.dtype, self.num_heads, self.head_dim, grad)
+        name = "plain" if traced else self.backend
+        request = (name, x.device, x.dtype, self.num_heads, self.head_dim, torch.is_grad_enabled())
         return get_index(traced, *self.keys(height, width), request)
 
     def keys(self, height: int, width: int) -> tuple[Callable[..., Keys], tuple[Any, ...]]:
         """The function that finds the keys, and its arguments."""
-        s, size = self.window_size, padded_size(height, width, self.window_size)
-        return ring_keys, (*size, s, self.expand_size, self.focal_window, self.pooled_levels, self.shift_size)
+        s, reach = self.window_size, (self.expand_size, self.focal_window)
+        return focal_keys, (*padded_size(height, width, s), s, *reach, self.pooled_levels, self.shift_size)
 
     def bias(self, index: AttentionIndex, dtype: torch.dtype) -> Tensor:
         """Bias of the scores, the same in all windows: [N, 1, Q, K]."""
@@ -561,7 +573,7 @@ class FocalAttention(nn.Module):
         return torch.cat(parts, dim=-1)[:, None]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load, also the original's state dict."""
+        """Load, without what the original's state dict has beyond ours."""
         extra = tuple(prefix + name for name in ORIGINAL_BUFFERS)
         for key in [key for key in state_dict if key.startswith(extra)]:
             del state_dict[key]  # of a copy, which `load_state_dict` has made
@@ -576,7 +588,7 @@ class FocalFastAttention(FocalAttention):
     size they were made for, `train_resolution`; at other sizes ties go to the first token, row by row.
     """
 
-    roll_first = True  # so that keys are chosen where the map was before padding
+    roll_first = True  # so that padding stays at the bottom and right, and is never a fine key
 
     def add_bias(self, topk: int, train_resolution: tuple[int, int]) -> None:  # type: ignore[override]
         """Add an MLP from offset to bias for every level, and the choice of `topk` keys of each level, or all
@@ -598,20 +610,20 @@ class FocalFastAttention(FocalAttention):
             self.register_buffer(name, torch.tensor(numbers, device=device))
         self.stored_bytes: tuple[bytes, ...] = tuple(keys.tobytes() for keys in choice)
         self.buffer_versions: tuple | None = None  # of the buffers when they were read
-        self.buffers_read: list[Tensor] = []  # these buffers: while they are held, no other has their address
+        self.buffers_read: list[Tensor] = []  # keeps them alive, so that no other has their address
 
     def reset_parameters(self) -> None:
         """Choose the stored keys anew."""
         self.set_train_resolution(self.train_resolution)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what belongs to this object's own buffers."""
+        """Without what was read: copies and pickles have buffers of their own."""
         return self.__dict__ | {"buffer_versions": None, "buffers_read": []}
 
     def stale_keys(self, state: Mapping[str, Any], prefix: str = "") -> list[str]:
         """Names of stored keys in a state that are not the nearest on a map of `train_resolution`, such as
-        those of another input size, or averaged ones. Which of equally near tokens they name is left open;
-        more than `topk` are of another model, and PyTorch's to refuse."""
+        those of another input size, or averaged ones. Which of equally near tokens they name is left open.
+        More than `topk` keys are of another model: PyTorch refuses their shape, so they are not listed."""
         given_keys = {name: state[prefix + name] for name in self.key_buffers if prefix + name in state}
         if not given_keys:
             return []
@@ -657,7 +669,7 @@ class FocalFastAttention(FocalAttention):
                 )
             return found
 
-        if loaded or versions != self.buffer_versions:  # inference tensors have no version
+        if loaded or versions != self.buffer_versions:  # loaded: inference tensors have no version to differ
             if choice[0].is_cuda:
                 torch.cuda.current_stream(choice[0].device).synchronize()
             with ThreadPoolExecutor(1) as thread:  # where no transform and no mode of this one is active
@@ -680,8 +692,7 @@ class FocalFastAttention(FocalAttention):
         return gather_bias(F.embedding(rows, table), step)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load. The layer's own stored keys stay where the state has none (average weights lack them), or
-        stale ones."""
+        """Load. Keys that the state lacks, as averaged weights do, or that are stale stay the layer's own."""
         own = {prefix + name: getattr(self, name) for name in self.key_buffers}
         kept = [*(own.keys() - state_dict.keys()), *self.stale_keys(state_dict, prefix)]
         if kept and self.stale_keys(own, prefix):  # as in memory that was never filled
@@ -837,7 +848,7 @@ class FocalTransformer(nn.Module):
         embed_dim: int = 96,  # channels of the first stage; each following stage doubles them
         depths: Sequence[int] = (2, 2, 6, 2),  # blocks of each stage
         num_heads: Sequence[int] = (3, 6, 12, 24),
-        window_size: int = 7,  # s; cut to the map's smaller side; where it is that side, no ring and no shift
+        window_size: int = 7,  # s; cut to the map's smaller side; a window that spans it has no ring or shift
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         qk_scale: float | None = None,  # factor of the scores; None or False for D ** -0.5
@@ -849,8 +860,8 @@ class FocalTransformer(nn.Module):
         focal_pool: str = "none",  # how coarse tokens are made: none, or a key of POOLS
         focal_stages: Sequence[int] = (0, 1, 2, 3),  # stages that have coarse tokens
         focal_levels: Sequence[int] = (1, 1, 1, 1),  # 0 own window, 1 + ring, 2 + one pooled level, 3 + two
-        focal_windows: Sequence[int] = (7, 5, 3, 1),  # f, side of the pooled levels' region, in windows; odd
-        focal_topk: int = 128,  # Focal-fast: keys of each level
+        focal_windows: Sequence[int] = (7, 5, 3, 1),  # f, side of the region of level 0, in windows; odd
+        focal_topk: int = 128,  # Focal-fast: keys of each level; it has focal_levels 1 or 2
         expand_sizes: Sequence[int] = (3, 3, 3, 3),  # how far the ring reaches, tokens
         expand_layer: str = "all",  # even: blocks 0, 2, ... have no ring; odd: blocks 1, 3, ...
         use_conv_embed: bool = False,  # overlapping patch embeddings
@@ -874,7 +885,7 @@ class FocalTransformer(nn.Module):
         rates = iter([drop_path_rate * block / max(sum(depths) - 1, 1) for block in range(sum(depths))])
         with nullcontext() if device is None else torch.device(device):
             self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, use_conv_embed, patch_norm)
-            self.train_resolution = size = self.patch_embed.output_size(*to_2tuple(img_size))
+            self.train_resolution = size = self.patch_embed.output_size(*to_2tuple(img_size))  # in tokens
             positions = torch.zeros(1, size[0] * size[1], embed_dim)
             self.absolute_pos_embed = nn.Parameter(positions) if ape else None
             self.pos_drop = nn.Dropout(drop_rate)
@@ -916,11 +927,11 @@ class FocalTransformer(nn.Module):
         return cast("list[FocalStage]", [*self.layers])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [B, in_chans, H, W], at least 32 x 32, to logits [B, num_classes]."""
+        """Images [B, in_chans, H, W], of `smallest_side` pixels or more, to logits [B, num_classes]."""
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images [B, in_chans, H, W] to the normalised last map [B, H/32, W/32, C]."""
+        """Images [B, in_chans, H, W] to the normalised last map [B, H/32, W/32, C] (by default)."""
         return self.norm(self.layers(self.stem(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -929,7 +940,7 @@ class FocalTransformer(nn.Module):
         return x if pre_logits else self.head(x)
 
     def stem(self, x: Tensor) -> Tensor:
-        """Images [B, in_chans, H, W] to the first map [B, H/4, W/4, C]."""
+        """Images [B, in_chans, H, W] to the first map [B, H/patch_size, W/patch_size, C]."""
         check_images(x, self.smallest_side)
         x = self.patch_embed(x)
         if self.absolute_pos_embed is not None:
@@ -946,7 +957,7 @@ class FocalTransformer(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """Maps of chosen stages, after the stage's last block and before its downsampler; as of timm.
+        """Maps of chosen stages, after the stage's last block and before its downsampler; like timm's.
 
         Args:
             x: images, [B, in_chans, H, W].
@@ -968,7 +979,7 @@ class FocalTransformer(nn.Module):
         maps = [m.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else m for m in maps]
         if intermediates_only:
             return maps
-        return self.norm(stage_map) if until == last else stage_map, maps
+        return (self.norm(stage_map) if until == last else stage_map), maps
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -1075,24 +1086,24 @@ def make_attention(
     options: Mapping[str, Any], stage: int, block: int, map_size: tuple[int, int]
 ) -> FocalAttention:
     """The attention of one block whose map at `img_size` is `map_size`, from the model's options."""
-    window, levels = options["window_size"], options["focal_levels"][stage]
-    fits_one_window = min(map_size) <= window  # in height or width
-    has_pool = options["focal_pool"] != "none" and stage in options["focal_stages"]
-    has_ring = not fits_one_window and levels > 0 and block % 2 in WITH_RING[options["expand_layer"]]
-    family: dict[str, Any] = {"topk": options["focal_topk"], "train_resolution": map_size}
+    window, levels = min(options["window_size"], *map_size), pooled_levels(options, stage)
+    fits_one_window = min(map_size) <= options["window_size"]  # in height or width
+    if levels and window < 2 ** (levels - 1):
+        cells = f"a window of {window} cannot be divided into {2 ** (levels - 1)} cells a side"
+        raise ValueError(f"the model's options do not fit together:\n  stage {stage}: {cells}")
     if options["kind"] == "focal":
+        may_have_ring = options["focal_levels"][stage] > 0 and not fits_one_window
+        has_ring = may_have_ring and block % 2 in WITH_RING[options["expand_layer"]]
         expand = options["expand_sizes"][stage] if has_ring else 0
         family = {"expand_size": expand, "focal_window": options["focal_windows"][stage]}
-    window, pooled_levels = min(window, *map_size), max(levels - 1, 0) if has_pool else 0
-    if pooled_levels and window < 2 ** (pooled_levels - 1):
-        cells = f"a window of {window} cannot be divided into {2 ** (pooled_levels - 1)} cells a side"
-        raise ValueError(f"the model's options do not fit together:\n  stage {stage}: {cells}")
+    else:
+        family = {"topk": options["focal_topk"], "train_resolution": map_size}
     return FAMILIES[options["kind"]](
         options["embed_dim"] * 2**stage,
         options["num_heads"][stage],
         window,
-        pool=options["focal_pool"] if has_pool else "none",
-        pooled_levels=pooled_levels,
+        pool=options["focal_pool"],
+        pooled_levels=levels,
         shift_size=window // 2 if options["use_shift"] and not fits_one_window and block % 2 == 1 else 0,
         qkv_bias=options["qkv_bias"],
         qk_scale=options["qk_scale"],
@@ -1147,6 +1158,12 @@ def smallest_side(options: Mapping[str, Any]) -> int:
     return max(32, options["patch_size"] * 2 ** (len(options["depths"]) - 1))
 
 
+def pooled_levels(options: Mapping[str, Any], stage: int) -> int:
+    """How many pooled levels the attentions of a stage have."""
+    pools = options["focal_pool"] != "none" and stage in options["focal_stages"]
+    return max(options["focal_levels"][stage] - 1, 0) if pools else 0
+
+
 def check_options(options: Mapping[str, Any]) -> None:
     """Raise ValueError for options that contradict each other, with every problem."""
     per_stage = ("depths", "num_heads", "focal_levels", "focal_windows", "expand_sizes", "focal_stages")
@@ -1163,7 +1180,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         ("mlp_ratio", options["mlp_ratio"] > 0, "positive"),
         ("depths", min(options["depths"], default=0) >= 1, "at least one stage of at least one block"),
         ("patch_size", not conv or options["patch_size"] == 4, "4 with use_conv_embed, whose stride is 4"),
-        ("focal_stages", not unknown, f"stages from 0 to {stages - 1}"),
+        ("focal_stages", not unknown, f"stages from 0 to {max(stages, 4) - 1}"),
     ]
     choices = {"kind": [*FAMILIES], "focal_pool": ["none", *POOLS], "expand_layer": [*WITH_RING]}
     choices["attention_backend"] = ["auto", *BACKENDS]
@@ -1186,8 +1203,7 @@ def check_options(options: Mapping[str, Any]) -> None:
 def _stage_problems(options: Mapping[str, Any], stage: int) -> list[str]:
     """What is wrong in one stage."""
     dim, heads, window = options["embed_dim"] * 2**stage, options["num_heads"][stage], options["window_size"]
-    levels = options["focal_levels"][stage]
-    pools = levels > 1 and options["focal_pool"] != "none" and stage in options["focal_stages"]
+    levels, pools = options["focal_levels"][stage], pooled_levels(options, stage) > 0
     checks = [(heads >= 1 and dim % heads == 0, f"num_heads must divide the {dim} channels, got {heads}")]
     if options["kind"] == "focalv2":
         need = "focal_levels 2 of Focal-fast needs a pool: set focal_pool or list the stage in focal_stages"

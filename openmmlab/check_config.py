@@ -72,7 +72,7 @@ class Options(DictAction):
                 ) from error
 
 
-def check_options(config: "Config", options: Mapping[str, Any]) -> None:
+def check_overrides(config: "Config", options: Mapping[str, Any]) -> None:
     """Check --cfg-options, a mapping from keys to values, against the config that they will change.
 
     What takes them refuses unknown keywords when it is built, see `explained_by_config`. Some code ignores

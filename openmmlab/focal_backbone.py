@@ -15,12 +15,10 @@ from torch.nn import functional
 from models import VARIANTS, FocalTransformer, load_checkpoint
 from utils import UserError, user_input
 
-PRETRAINED = ({"type", "checkpoint"}, "Pretrained")  # the one init_cfg: its keys, its type
-
 
 @MODELS.register_module()
 class FocalBackbone(FocalTransformer):
-    """Stage maps for a neck. Stages after the last of `out_indices` are not built.
+    """Stage maps for a neck. Stages after the last of `out_indices` are left out.
 
     Args:
         variant: name of a released model in `models.VARIANTS`, whose options `options` override.
@@ -53,7 +51,8 @@ class FocalBackbone(FocalTransformer):
                 f"FocalBackbone takes no {unknown}. Is it left from a base config's backbone (ResNet, Swin)? "
                 "Then write backbone=dict(_delete_=True, ...), or for pretrained model=dict(pretrained=None)"
             )
-        if init_cfg is not None and ({*init_cfg}, init_cfg.get("type")) != PRETRAINED:
+        keys, kind = {"type", "checkpoint"}, "Pretrained"
+        if init_cfg is not None and ({*init_cfg} != keys or init_cfg["type"] != kind):
             raise UserError(f"expected init_cfg=dict(type='Pretrained', checkpoint=FILE), got {init_cfg}")
         options = {**VARIANTS.get(variant or "", {}), **options}
         with user_input("FocalBackbone"):
@@ -76,7 +75,7 @@ class FocalBackbone(FocalTransformer):
     def init_weights(self) -> None:
         """Load all stages of the classifier that `init_cfg` names, resized to this backbone's windows.
 
-        Without one, the weights that the constructor made stay.
+        Without one, the weights that the constructor made stay: mmengine calls this before training.
 
         Raises:
             UserError: no such file, or its weights do not fit; the message names the keys.
@@ -98,7 +97,7 @@ class FocalBackbone(FocalTransformer):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Images [B, 3, H, W] to maps [B, C_i, H / (4 * 2^i), W / (4 * 2^i)] of the chosen stages.
 
-        Images that are too narrow for the network are padded with zeros; no side of their maps is 0.
+        Images below `smallest_side` are padded with zeros, and their maps cropped, to one cell at least.
         """
         height, width = x.shape[-2:]
         down, right = (max(0, self.smallest_side - side) for side in (height, width))

@@ -3,7 +3,7 @@
 They run in one process, under torchrun or under Slurm; CPUs communicate through gloo. Differences from the
 tools of mmdet and mmseg: torchrun is recognised, testing refuses a checkpoint that lacks weights, and the
 user's mistakes, also those that a library finds while it builds, are reported in one line (check_config.py,
-check_data.py). FOCAL_TRACEBACK=1 in the environment shows the traceback.
+check_data.py, start_checks.py). FOCAL_TRACEBACK=1 in the environment shows the traceback.
 """
 
 import argparse
@@ -125,9 +125,9 @@ def read_config(path: str) -> "Config":
 def _common_config(args: argparse.Namespace) -> "Config":
     """The config with the arguments that training and testing share."""
     config = read_config(args.config)
-    from openmmlab.check_config import check_options, nodes
+    from openmmlab.check_config import check_overrides, nodes
 
-    check_options(config, args.cfg_options or {})
+    check_overrides(config, args.cfg_options or {})
     config.merge_from_dict(args.cfg_options or {})
     config.work_dir = args.work_dir or config.get("work_dir") or f"work_dirs/{Path(args.config).stem}"
     config.launcher = args.launcher or ("pytorch" if distributed.is_torchelastic_launched() else "none")
@@ -251,7 +251,7 @@ def checkpoint_errors_as_user_errors(checkpoint: str) -> Iterator[None]:
 
 
 def _load(load: Callable[..., Any], classes: Sequence[str] | None, file: str, **options: Any) -> Any:
-    """`load`, which is a Runner's, of a checkpoint that must be whole and trained for these classes."""
+    """Call a Runner's `load`; errors name the file. None as `classes` accepts those of any training."""
     from openmmlab.check_data import check_trained_classes
 
     with checkpoint_errors_as_user_errors(file):

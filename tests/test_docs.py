@@ -180,10 +180,10 @@ def parse_ours(name: str, arguments: list[str]) -> None:
     """Parse one of our commands; its config loads, and has what the command sets."""
     if is_of_a_task(name):
         from openmmlab import runner
-        from openmmlab.check_config import check_options
+        from openmmlab.check_config import check_overrides
 
         args = getattr(runner, f"parse_{name.split('.')[1]}")(arguments)
-        check_options(runner.read_config(args.config), args.cfg_options or {})
+        check_overrides(runner.read_config(args.config), args.cfg_options or {})
     elif name == "main":
         main.read_config(arguments)
     else:

@@ -112,7 +112,7 @@ def test_options_that_something_reads() -> None:
     keys += ["train_dataloader.dataset.indices", "train_dataloader.dataset.pipeline.2.scale", "custom_hooks"]
     keys += ["optim_wrapper.paramwise_cfg.custom_keys.norms", "train_dataloader.num_batch_per_epoch"]
     keys += ["train_dataloader.dataset.data_prefix.img2", "model.roi_head.bbox_head.reg_class_agnostic"]
-    check_config.check_options(runner.read_config(DETECTION), dict.fromkeys(keys, 1))
+    check_config.check_overrides(runner.read_config(DETECTION), dict.fromkeys(keys, 1))
 
 
 def test_the_best_metric_of_a_run_without_validation(tmp_path: Path) -> None:

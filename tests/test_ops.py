@@ -14,10 +14,10 @@ from models.focal_transformer import (
     AttentionIndex,
     choose_backend,
     focal_fast_keys,
+    focal_keys,
     make_index,
     nearest_cells,
     padded_size,
-    ring_keys,
 )
 from models.ops import cpu
 
@@ -28,7 +28,7 @@ RINGS = [(3, 3, 1, 0), (0, 5, 2, 0), (2, 1, 0, 0), (4, 3, 1, 3), (7, 7, 1, 0), (
 
 def ring(size: tuple[int, int], numbers: tuple[int, ...]) -> AttentionIndex:
     """Keys of windows of 7; numbers: expand size, region, pooled levels, shift."""
-    return make_index(ring_keys, (*padded_size(*size, 7), 7, *numbers), request("cpu"))
+    return make_index(focal_keys, (*padded_size(*size, 7), 7, *numbers), request("cpu"))
 
 
 def nearest(size: tuple[int, int], topk: int, levels: int) -> AttentionIndex:

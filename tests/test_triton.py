@@ -33,10 +33,10 @@ from models.focal_transformer import (
     AttentionIndex,
     choose_backend,
     focal_fast_keys,
+    focal_keys,
     make_index,
     padded_size,
     plain_attention,
-    ring_keys,
 )
 from models.ops.triton import attention, kernels, launch, tables
 
@@ -96,7 +96,7 @@ def ring(window: int, expand: int, focal_window: int, levels: int, *size: int, s
     """An index of Focal attention."""
     numbers = (window, expand, focal_window, levels, shift)
     size = padded_size(*size, window)
-    return for_triton(make_index(ring_keys, (*size, *numbers), request("plain")))
+    return for_triton(make_index(focal_keys, (*size, *numbers), request("plain")))
 
 
 def nearest(window: int, topk: int, levels: int, *size: int) -> Any:

@@ -6,7 +6,7 @@ order the files:
 
     ckpt_epoch_4.pth            epoch 4 (counted from 0) is finished
     ckpt_epoch_5_step_120.pth   inside epoch 5, after 120 of its batches
-    best.pth                    the same, of the epoch with the best accuracy
+    best.pth                    the state after the epoch with the best accuracy
 """
 
 import contextlib
@@ -121,7 +121,7 @@ class Found:
     """What the folder of a run holds."""
 
     newest: Path | None = None  # the valid checkpoint that is furthest in training
-    content: dict[str, Any] = field(default_factory=dict)  # its own
+    content: dict[str, Any] = field(default_factory=dict)  # what it holds
     best: float = 0.0  # accuracy (percent) of best.pth
 
 
@@ -137,14 +137,14 @@ def find_checkpoints(folder: Path) -> Found:
     candidates, best_path = checkpoints_in(folder), folder / BEST_NAME
     best = read_best(best_path)
     if best_path.is_file():
-        candidates.append((best[0] if best else (0, 0), best_path))
+        candidates.append((best[0] if best else (0, 0), best_path))  # damaged: skipped below, with a warning
     for place, path in sorted(candidates, key=lambda item: (item[0], item[1] == best_path), reverse=True):
         if not (best if path == best_path else is_valid(path)):
             logger.warning(f"{path} is damaged or incomplete and was skipped")
             continue
         with user_input():
             content = read_checkpoint(path)
-        if path == best_path or position_of(content) in (place, None):
+        if path == best_path or position_of(content) in (place, None):  # None: `check_checkpoint` refuses it
             return Found(path, content, best[1] if best else 0.0)
         logger.warning(f"{path} holds another position in training than its name says, and was skipped")
     if candidates:

@@ -1,6 +1,6 @@
 """One epoch of training, and evaluation: one path for any device, precision and number of ranks.
 
-In full precision autocast and the gradient scaler are disabled; without accumulation a group has one batch.
+In full precision autocast and the gradient scaler do nothing; without accumulation a group has one batch.
 No step waits for the device: losses and norms stay there until the next log line. An update whose gradient is
 not finite is skipped.
 """
@@ -111,7 +111,7 @@ def sync_gradients(model: nn.Module, enabled: bool) -> contextlib.AbstractContex
 def update(state: TrainState, max_norm: float) -> torch.Tensor:
     """Make the next optimizer update; one whose gradient norm is not finite changes nothing.
 
-    That includes finite gradients whose norm overflows, since the optimizer squares them, too. Fused
+    A norm that overflows counts, too, since the optimizer squares gradients. Fused
     optimizers skip the update on the device; for others the host waits.
 
     Args:
@@ -142,7 +142,7 @@ def update(state: TrainState, max_norm: float) -> torch.Tensor:
 @torch.no_grad()
 def update_ema(state: TrainState, is_finite: torch.Tensor) -> None:
     """Move the average as timm's ModelEmaV3 does, but not after a skipped update; no wait for the device."""
-    decay = state.ema.get_decay(state.position.updates + 1)  # of how many updates, with this one
+    decay = state.ema.get_decay(state.position.updates + 1)  # with this one
     weight = (1 - decay) * is_finite
     values = state.model.state_dict()
     for name, average in state.ema.module.state_dict().items():

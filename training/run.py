@@ -38,7 +38,7 @@ def train(run: Run, model: FocalTransformer) -> None:
             while position.epoch < run.config.TRAIN.EPOCHS:
                 loaders.resume_at(position.epoch, position.samples_seen)
                 train_one_epoch(run, state, loaders.train_loader, loaders.mixup_fn, checkpoints.after_update)
-                state.meter.read()  # what the epoch had before a resume that left no whole batch of it
+                state.meter.read()  # after a resume with no whole batch left, nothing else has read it
                 position.next_epoch(state.updates_per_epoch)
                 state.evaluated = False
                 checkpoints.after_epoch(state)
@@ -152,8 +152,8 @@ def resume(state: TrainState, content: dict[str, Any], source: str, image_order:
         )
         position.restart_epoch()
         state.meter.reset()
-    batch = config.DATA.BATCH_SIZE * max(1, config.TRAIN.ACCUMULATION_STEPS) * utils.get_world_size()
-    updates = position.epoch * state.updates_per_epoch + math.ceil(position.samples_seen / batch)
+    per_update = config.DATA.BATCH_SIZE * max(1, config.TRAIN.ACCUMULATION_STEPS) * utils.get_world_size()
+    updates = position.epoch * state.updates_per_epoch + math.ceil(position.samples_seen / per_update)
     if position.updates != updates:
         rest = "the images that the epoch has not seen" if position.samples_seen else "a whole epoch"
         logger.warning(
@@ -161,7 +161,8 @@ def resume(state: TrainState, content: dict[str, Any], source: str, image_order:
             f"updates, where this run makes {updates}; it continues with {rest}, but not bit for bit"
         )
         position.updates = updates
-    state.scheduler.step_update(max(0, updates - 1))  # the rate of the last update
+    # The rate of the last update, since best.pth may be saved before the next one.
+    state.scheduler.step_update(max(0, updates - 1))
     inside = f" and {position.samples_seen} images of the next one" if position.samples_seen else ""
     logger.info(f"resumed {source}: {position.epoch} epochs{inside}, best {state.max_accuracy:.2f}%")
 
@@ -213,14 +214,17 @@ def finish_epoch(run: Run, state: TrainState, loaders: Loaders, checkpoints: Che
     checkpoints.save_if_best(state, accuracy)
 
 
-def check_options(config: CfgNode) -> None:
+def check_run_options(config: CfgNode) -> None:
     """Raise UserError for options that contradict each other, or the mode, before anything large is read.
 
     Evaluation takes MODEL.RESUME if both weights are given, and ignores RESET_HEAD; the other modes use no
     weights. So any run's config.yaml can be given to --eval, --throughput and --debug.
     """
     model, train, problems = config.MODEL, config.TRAIN, []
-    is_training = not (config.EVAL_MODE or config.THROUGHPUT_MODE or config.DEBUG_MODE)
+    modes = [mode for mode in ("EVAL_MODE", "THROUGHPUT_MODE", "DEBUG_MODE") if config[mode]]
+    is_training = not modes
+    if len(modes) > 1:
+        problems.append(f"{modes[1]}: expected at most one mode, got {' and '.join(modes)}; choose one")
     if config.EVAL_MODE and not (model.RESUME or model.PRETRAINED):
         problems.append(
             "EVAL_MODE: expected weights to evaluate, got none; name them with --resume or --pretrained"

@@ -29,8 +29,8 @@ from training.meters import TrainMeter
 from utils import UserError, user_input
 
 CHECKPOINT_KEYS = {"model", "optimizer", "scaler", "position", "meter", "max_accuracy", "evaluated", "config"}
-"""What every training checkpoint holds; one with TRAIN.EMA also has `model_ema`, and best.pth `accuracy`.
-Files that lack an entry are refused: read later additions with `.get` instead of listing them here."""
+"""What resuming needs: files that lack an entry are refused, so read later additions with `.get` instead of
+listing them here. All have `epoch` (the original's), with TRAIN.EMA `model_ema`; best.pth has `accuracy`."""
 
 EpochStep = tuple[int, int]
 """(finished epochs, finished batches of the running epoch): sorts checkpoints by progress."""
@@ -48,7 +48,7 @@ class Position:
 
     epoch: int = 0  # finished epochs
     step: int = 0  # finished batches per rank of the running epoch
-    updates: int = 0  # of the optimizer since the beginning, skipped ones included
+    updates: int = 0  # number of the next update in this run's schedule; skipped ones count
     samples_seen: int = 0  # images of the running epoch that all ranks together have seen
     image_order: str = ""
 
@@ -61,7 +61,7 @@ class Position:
         self.step = self.samples_seen = 0
 
     def next_epoch(self, updates_per_epoch: int) -> None:
-        """Go to the beginning of the next epoch; `updates` counts whole epochs then."""
+        """Go to the beginning of the next epoch, and set `updates` to that of whole epochs."""
         self.restart_epoch()
         self.epoch += 1
         self.updates = self.epoch * updates_per_epoch
@@ -69,9 +69,9 @@ class Position:
 
 @dataclass
 class TrainState:
-    """Everything that changes in training."""
+    """What training works on: model, optimizer, and how far it has come."""
 
-    config: CfgNode
+    config: CfgNode  # that of `Run`
     model: nn.Module  # itself, without DistributedDataParallel
     ddp_model: nn.Module  # what the forward pass calls: the model, or its wrapper
     criterion: nn.Module  # of logits and targets
@@ -204,7 +204,8 @@ def check_checkpoint(content: dict[str, Any], path: str, model: nn.Module, confi
             f"{', '.join(sorted(missing))}; use --pretrained to start from its weights"
         )
     check_state(content["model"], model.state_dict(), path)
-    check_state(content["model"] | content.get("model_ema", {}), model.state_dict(), f"{path}, model_ema,")
+    if "model_ema" in content:
+        check_state(content["model"] | content["model_ema"], model.state_dict(), f"{path}, model_ema,")
     _compare_config(content["config"], config, path)
 
 

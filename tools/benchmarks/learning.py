@@ -37,7 +37,7 @@ from models import build_model
 from tools.figures.drawing import blank_figure
 from tools.plot_run import read_metrics
 from training.loop import Run
-from training.run import check_options, train
+from training.run import check_run_options, train
 from training.run_dir import open_run_dir
 from utils import choose_precision, path_argument, seed_everything, user_input
 
@@ -88,7 +88,7 @@ def configure(args: argparse.Namespace, model: str, seed: int) -> CfgNode:
     opts += ["MODEL.TYPE", "focal" if model == "Swin" else MODELS[model]]
     with user_input():
         config = load_config(RECIPE, opts)
-    check_options(config)
+    check_run_options(config)
     return config
 
 
