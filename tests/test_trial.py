@@ -256,7 +256,7 @@ def agree(rank: int, folder: Path) -> None:
 @compiled
 def test_processes_agree(tmp_path: Path) -> None:
     """Where one of them cannot use an operator none does; a named one is an error in all."""
-    torch.multiprocessing.spawn(agree, (tmp_path,), nprocs=2)
+    torch.multiprocessing.start_processes(agree, (tmp_path,), nprocs=2, start_method="fork")
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first["auto"] == second["auto"] == ["plain"] * 2
     assert first["cpu"] == second["cpu"] == ["cpu"] * 2
