@@ -130,8 +130,8 @@ def _downloaded(url: str) -> Path:
 def state_dict_of(checkpoint: Mapping[str, Any], origin: str = "checkpoint") -> dict[str, Tensor]:
     """The parameters in what `read_checkpoint` returned, under today's names.
 
-    Prefixes of wrappers (module., _orig_mod.) and of larger models (backbone., encoder., model.) are removed,
-    in any order. What a larger model has beside this one is left out, and logged.
+    Prefixes of wrappers (module., _orig_mod., timm_model., ...) and of larger models (backbone., encoder.,
+    net., ...) are removed, in any order. What a larger model has beside this one is left out, and logged.
 
     Raises:
         ValueError: there are none, or those of several models, or an entry is no tensor.

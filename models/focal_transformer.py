@@ -32,7 +32,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import lru_cache
 from numbers import Integral
 from operator import index as integer
@@ -284,9 +284,24 @@ def make_index(keys_of: Callable[..., Keys], arguments: tuple[Any, ...], request
     on_device, *rows = (torch.tensor(array, device=device) for array in (keys, *bias_index))
     index = AttentionIndex(*sizes, on_device, seen, tuple(rows), by_window)
     index = choose_backend(index, request)
+    mark_static(index)
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()  # other streams may use it next
     return index
+
+
+def mark_static(part: Any) -> None:
+    """Tell torch.compile that no side of an index's tensors changes with a batch size that it equals now.
+
+    `torch._dynamo.mark_static` sets the same attribute, but does nothing while a model is compiled.
+    """
+    if isinstance(part, Tensor):
+        part._dynamo_static_indices = {*range(part.ndim)}  # type: ignore[attr-defined]
+    elif is_dataclass(part):
+        mark_static([getattr(part, field.name) for field in fields(part)])
+    elif isinstance(part, tuple | list):
+        for each in part:
+            mark_static(each)
 
 
 cached_index = lru_cache(maxsize=CACHED_INDEXES)(make_index)

@@ -5,8 +5,10 @@ LayerNorm (norm0, norm1, ...), frozen stages, and weights of a classifier.
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from math import ceil
+from operator import index as integer
 from typing import Any
 
+import torch
 from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import Tensor, nn
@@ -99,15 +101,15 @@ class FocalBackbone(FocalTransformer):
 
         Images below `smallest_side` are padded with zeros, and their maps cropped, to one cell at least.
         """
-        height, width = x.shape[-2:]
-        down, right = (max(0, self.smallest_side - side) for side in (height, width))
-        x = functional.pad(x, (0, right, 0, down)) if down or right else x
-        maps = self.forward_intermediates(x, self.out_indices, output_fmt="NHWC", intermediates_only=True)
-        if down or right:
-            strides = [self.feature_info[index]["reduction"] for index in self.out_indices]
-            maps = [m[:, : ceil(height / s), : ceil(width / s)] for m, s in zip(maps, strides, strict=True)]
-        norms = [self.get_submodule(f"norm{index}") for index in self.out_indices]
-        return tuple(norm(x).permute(0, 3, 1, 2).contiguous() for norm, x in zip(norms, maps, strict=True))
+        padded = padded_images(x, self.smallest_side)
+        maps = self.forward_intermediates(
+            padded, self.out_indices, output_fmt="NHWC", intermediates_only=True
+        )
+        outputs = []
+        for index, stage_map in zip(self.out_indices, maps, strict=True):
+            stage_map = cropped_map(stage_map, x, self.feature_info[index]["reduction"])
+            outputs.append(self.get_submodule(f"norm{index}")(stage_map).permute(0, 3, 1, 2).contiguous())
+        return tuple(outputs)
 
     def _frozen(self) -> list[nn.Module]:
         """The frozen modules: stem, first stages with their downsamplers, and output norms."""
@@ -122,3 +124,21 @@ class FocalBackbone(FocalTransformer):
         for module in self._frozen():
             module.eval()
         return self
+
+
+@torch.fx.wrap  # symbolic traces leave what looks at sizes to be called
+def padded_images(x: Tensor, side: int) -> Tensor:
+    """Images [B, C, H, W] with zeros below and to the right, up to `side` pixels; those without pixels and
+    other shapes stay, for `check_images` to refuse."""
+    if x.ndim != 4 or 0 in x.shape[2:]:
+        return x
+    height, width = integer(x.shape[2]), integer(x.shape[3])  # constants to a compiler, as in `check_images`
+    more = (0, max(0, side - width), 0, max(0, side - height))
+    return functional.pad(x, more) if any(more) else x
+
+
+@torch.fx.wrap
+def cropped_map(x: Tensor, images: Tensor, stride: int) -> Tensor:
+    """The cells of a map [B, H', W', C] that hold a pixel of the images; those of unpadded ones all do."""
+    height, width = (ceil(integer(side) / stride) for side in images.shape[2:])
+    return x[:, :height, :width]

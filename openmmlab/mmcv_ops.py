@@ -343,6 +343,9 @@ def modulated_deform_conv_backward(
 # --- Focal loss (mmdet calls it on CUDA) --------------------------------------------------------------------
 
 
+LARGEST_SCORE = 1e4  # of infinite ones loss and gradient would be 0 * inf
+
+
 def sigmoid_focal_loss_forward(
     input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
 ) -> None:
@@ -358,7 +361,7 @@ def sigmoid_focal_loss_forward(
     """
     if weight.numel():
         refuse("sigmoid_focal_loss with a weight per class")
-    scores = full_precision(input)
+    scores = full_precision(input).clamp(-LARGEST_SCORE, LARGEST_SCORE)
     wanted = target[:, None] == torch.arange(input.shape[1], device=target.device)
     output.copy_(sigmoid_focal_loss(scores, wanted.to(scores.dtype), alpha, gamma))
 
@@ -371,12 +374,12 @@ def sigmoid_focal_loss_backward(
     With z the score, or its negative where another class is wanted, a loss is a * sigmoid(-z)^gamma *
     softplus(-z). Autograd would divide by the power's base, which may be 0.
     """
-    scores = full_precision(input.detach())
+    scores = full_precision(input.detach()).clamp(-LARGEST_SCORE, LARGEST_SCORE)
     wanted = (target[:, None] == torch.arange(input.shape[1], device=target.device)).to(scores.dtype)
     sign, share = 2 * wanted - 1, alpha * wanted + (1 - alpha) * (1 - wanted)
     if alpha < 0:  # no weights, to torchvision
         share = torch.ones_like(share)
-    z = (sign * scores).clamp(min=-1e4)  # of -inf the product below would be NaN
+    z = sign * scores
     missing = torch.sigmoid(-z)
     slope = missing + gamma * torch.sigmoid(z) * functional.softplus(-z)
     grad_input.copy_(-sign * share * missing**gamma * slope)

@@ -340,9 +340,11 @@ def test_sigmoid_focal_loss() -> None:
     half = (rand(5, 3) * 3).bfloat16().requires_grad_()
     mmcv_ops.sigmoid_focal_loss(half, target, 1.5, 0.3, None, "mean").backward()
     assert half.grad.isfinite().all() and half.grad.any()
-    for least in (-100.0, -float("inf")):
-        sure = torch.tensor([[20.0, 0.0, least]], requires_grad=True)  # 1 - p is 0 in float32
-        mmcv_ops.sigmoid_focal_loss(sure, target[:1], 0.5, 0.3, None, "sum").backward()
+    for most in (20.0, float("inf")):
+        sure = torch.tensor([[most, 0.0, -5 * most]], requires_grad=True)  # 1 - p is 0 in float32
+        losses = mmcv_ops.sigmoid_focal_loss(sure, target[:1], 0.5, 0.3, None, "none")
+        losses.sum().backward()
+        assert losses[0, 0] < 1e-8 and losses[0, 2] < 1e-8 and losses[0, 1] > 0.1
         assert sure.grad.isfinite().all() and sure.grad[0, 1] > 0.1
     empty = mmcv_ops.sigmoid_focal_loss(rand(0, 3), target[:0], 1.5, 0.3, None, "sum")
     assert empty == 0

@@ -80,6 +80,19 @@ def test_narrow_images_are_padded() -> None:
             assert torch.equal(small, whole[..., : small.shape[2], : small.shape[3]])
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 0, 64), (3, 20, 20), (64,)])
+def test_what_is_no_image_is_refused(shape: tuple[int, ...]) -> None:
+    """By its own shape."""
+    with pytest.raises(ValueError, match="0 x 64" if len(shape) == 4 else str([*shape]).strip("[]")):
+        build()(torch.randn(shape))
+
+
+def test_torch_fx_traces_it() -> None:
+    backbone, images = build(out_indices=[1, 3]).eval(), torch.randn(2, 3, 20, 64)
+    traced = torch.fx.symbolic_trace(backbone)
+    torch.testing.assert_close(traced(images), backbone(images))
+
+
 def test_a_variant_is_a_released_model_that_options_override() -> None:
     with torch.device("meta"):
         backbone = MODELS.build(

@@ -18,9 +18,10 @@ import pytest
 import small_models
 import timm
 import torch
-from functorch.compile import aot_module, nop
+from functorch.compile import aot_module, make_boxed_func, nop
 from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import prune
@@ -188,16 +189,20 @@ def test_traces_of_a_new_model(new: New) -> None:
 
 
 def test_compiled_for_sizes_that_change(new: New) -> None:
-    """A graph is of one image size and any batch: Inductor fails at strides that depend on the size."""
-    model, variables = new().eval(), []
+    """A graph is of one image size and any batch: Inductor fails at strides that depend on the size, and
+    where an index's tensors change with a batch that is as large as one of their sides."""
+    one_stage = {"depths": [1], "num_heads": [1], "focal_windows": [3], "expand_sizes": [3]}
+    model, variables = new(**one_stage, focal_levels=[2]).eval(), []
 
-    def eager(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    def compiler(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        sizes = [x.shape for x in inputs if isinstance(x, Tensor)]
+        assert sum(any(isinstance(side, torch.SymInt) for side in size) for size in sizes) == 1
         variables.append(sum(isinstance(x, torch.SymInt) for x in inputs))
-        return graph.forward
+        return make_boxed_func(graph.forward)
 
     torch.compiler.reset()
-    compiled = torch.compile(model, backend=eager, dynamic=True)
-    for batch, height, width in ((2, 64, 64), (3, 64, 64), (2, 96, 64), (2, 72, 104)):
+    compiled = torch.compile(model, backend=aot_autograd(fw_compiler=compiler), dynamic=True)
+    for batch, height, width in ((9, 64, 64), (3, 64, 64), (2, 96, 64), (2, 72, 104)):  # 9 windows
         images = torch.randn(batch, 3, height, width)
         torch.testing.assert_close(logits(compiled, images), logits(model, images))
     assert max(variables) == 1

@@ -75,10 +75,13 @@ def read_metrics(folder: Path) -> RunMetrics:
         try:
             record = json.loads(line)
             lists[record["kind"]].append(record | {"end": end_of(record)})
-        except (ValueError, LookupError, TypeError, ArithmeticError) as error:
+        except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
             logger.warning(f"{path}:{number}: skipped, expected a record ({type(error).__name__}: {error})")
     if not (metrics.train or metrics.epochs):
-        raise UserError(f"{path}: expected at least one record, got none; train for one logging interval")
+        raise UserError(
+            f"{path}: expected at least one record, got none; train for one logging interval "
+            "with this version"
+        )
     return metrics
 
 
