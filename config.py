@@ -1,12 +1,12 @@
 """Every option of the project: default, meaning, allowed values.
 
-``load_config`` starts from the defaults below, merges a yaml file and then a list of ``KEY VALUE`` pairs, and
-returns a frozen ``yacs.config.CfgNode``. A yaml file may inherit from others: ``BASE: [FILE, ...]``, relative
+`load_config` starts from the defaults below, merges a yaml file and then a list of `KEY VALUE` pairs, and
+returns a frozen `yacs.config.CfgNode`. A yaml file may inherit from others: `BASE: [FILE, ...]`, relative
 to itself. In all paths, `~` and $VARIABLES are replaced.
 
 Names, types, choices and ranges of single values are checked here. Conflicts between options are checked
 where the options are used: training/run.py (mode, weights, epochs), utils.py (device, precision),
-``models.build_model``, ``data.build_loaders`` and optimizer.py.
+`models.build_model`, `data.build_loaders` and optimizer.py.
 
 All keys of the original release are here with their original defaults, so its yaml files load unchanged;
 those in NO_EFFECT are accepted and dropped.
@@ -234,11 +234,11 @@ Setting = tuple[str, Any, str]
 def load_config(
     cfg_file: str | Path | None = None, opts: Sequence[Any] = (), flags: dict[str, Any] | None = None
 ) -> CN:
-    """The defaults, overridden by a yaml file, then by ``opts``, then by ``flags``; checked and frozen.
+    """The defaults, overridden by a yaml file, then by `opts`, then by `flags`; checked and frozen.
 
     Args:
         cfg_file: yaml (or JSON) file; its BASE files are merged before it.
-        opts: flat list ``KEY VALUE KEY VALUE ...``; values are text as on the command line, or objects.
+        opts: flat list `KEY VALUE KEY VALUE ...`; values are text as on the command line, or objects.
         flags: value by key.
 
     Raises:
@@ -300,7 +300,7 @@ def _read_file(file: str, parents: tuple[Path, ...] = ()) -> list[Setting]:
     """The settings of a yaml file, after those of its BASE files; ValueError if one cannot be used.
 
     Args:
-        file: as it was named; relative to the last of ``parents``, the files that led here.
+        file: as it was named; relative to the last of `parents`, the files that led here.
     """
     named_by = f" (named by BASE in {parents[-1]})" if parents else ""
     path = (parents[-1].parent if parents else Path()) / expand_path(file)

@@ -17,9 +17,9 @@ _handlers: list[logging.Handler] = []  # installed by create_logger
 
 
 def create_logger(output: Path, rank: int) -> None:
-    """Send all log messages to the console on rank 0, and to ``log_rank{rank}.txt`` on every rank.
+    """Send all log messages to the console on rank 0, and to `log_rank{rank}.txt` on every rank.
 
-    Modules log to ``logging.getLogger(__name__)``; of other libraries, warnings and errors are shown.
+    Modules log to `logging.getLogger(__name__)`; of other libraries, warnings and errors are shown.
 
     Args:
         output: existing folder of the log file.
@@ -89,7 +89,7 @@ class WeightsAndBiases:
         Args:
             output: folder of the run.
             continues: whether to continue the run that was recorded from this folder.
-            options: of ``wandb.init``.
+            options: of `wandb.init`.
 
         Raises:
             Exception: of many kinds: no network, no login.
@@ -120,7 +120,7 @@ class WeightsAndBiases:
 
 
 class Metrics:
-    """Appends one JSON object per line to ``metrics.jsonl``, and mirrors the numbers to other tools.
+    """Appends one JSON object per line to `metrics.jsonl`, and mirrors the numbers to other tools.
 
     A mirror that fails is left out from then on, with a warning; training goes on.
 

@@ -1,7 +1,7 @@
 """Learning rate schedules, counted in optimizer updates.
 
-The rate is a pure function of the update number: the training loop calls ``scheduler.step_update(n)`` before
-update ``n`` (from 0), so resuming needs only the number. As in the original recipe, the warm-up rises
+The rate is a pure function of the update number: the training loop calls `scheduler.step_update(n)` before
+update `n` (from 0), so resuming needs only the number. As in the original recipe, the warm-up rises
 linearly from WARMUP_LR over the first WARMUP_EPOCHS, and hides the beginning of the cosine rather than
 delaying it.
 """
@@ -19,7 +19,7 @@ IMAGES_PER_UPDATE = 512  # that the learning rates of a config are meant for
 
 
 def scale_rates(config: CfgNode, world_size: int) -> CfgNode:
-    """A copy of ``config`` with learning rates scaled linearly to the images that one update really sees."""
+    """A copy of `config` with learning rates scaled linearly to the images that one update really sees."""
     images = config.DATA.BATCH_SIZE * world_size * max(1, config.TRAIN.ACCUMULATION_STEPS)
     scaled = config.clone()
     scaled.defrost()

@@ -1,7 +1,7 @@
 """Optimizers and what they train: groups of weight decay and learning rate, frozen stages.
 
 No weight decay, as in the original recipe, for biases, for parameters of one dimension, and for those the
-model names itself (``model.no_weight_decay()``: position embeddings and bias tables). Layer-wise rates are
+model names itself (`model.no_weight_decay()`: position embeddings and bias tables). Layer-wise rates are
 those of BEiT (Bao et al., 2021): the classifier learns at the full rate, every layer below it at a fixed
 share of the rate above.
 """
@@ -56,12 +56,12 @@ def freeze_stages(model: FocalTransformer, count: int) -> int:
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> ParamGroups:
     """The trainable parameters, grouped by share of the learning rate and weight decay.
 
-    The largest share comes first, and of the same share the group with decay; at ``layer_decay`` 1 that is
+    The largest share comes first, and of the same share the group with decay; at `layer_decay` 1 that is
     two groups. Layers are the stem, each block (with the downsampler or the norm that follows) and the
     classifier.
 
     Args:
-        model: its ``no_weight_decay()`` and timm's ``group_matcher()`` are used if there are such.
+        model: its `no_weight_decay()` and timm's `group_matcher()` are used if there are such.
         weight_decay: decay of those that have one.
         layer_decay: share of a layer's rate that the layer before it gets.
 
@@ -87,7 +87,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
 
 
 def build_optimizer(config: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer named by TRAIN.OPTIMIZER.NAME over ``parameter_groups``.
+    """The optimizer named by TRAIN.OPTIMIZER.NAME over `parameter_groups`.
 
     Raises:
         ValueError: nothing is left to train.

@@ -315,7 +315,7 @@ def any_rank(flag: bool) -> bool:
 
 
 def broadcast(value: Any) -> Any:
-    """The main process's ``value`` on every rank. Collective."""
+    """The main process's `value` on every rank. Collective."""
     if not in_group():
         return value
     box = [value]
@@ -373,7 +373,7 @@ def choose_precision(level: str, dtype: str, device: torch.device) -> Precision:
     """The precision that the options AMP_OPT_LEVEL and AMP_DTYPE ask for.
 
     Args:
-        level: 'O0' is float32, 'O1' and 'O2' autocast; '' is autocast if ``dtype`` is given, or on a GPU of
+        level: 'O0' is float32, 'O1' and 'O2' autocast; '' is autocast if `dtype` is given, or on a GPU of
             which PyTorch knows whether it has bf16 (CUDA, XPU).
         dtype: 'bf16' or 'fp16'; '' takes fp16 where PyTorch knows that the device lacks bf16, else bf16.
         device: where the model runs.

@@ -220,7 +220,7 @@ def find_images(arguments: Sequence[str]) -> list[str]:
 
 
 def read_image(path: str, transform: Transform, upright: bool) -> Tensor:
-    """An image file as the model's input, [C, H, W]; turned as its EXIF data say if ``upright``.
+    """An image file as the model's input, [C, H, W]; turned as its EXIF data say if `upright`.
 
     Raises:
         OSError: the file cannot be read.

@@ -94,7 +94,7 @@ def scan_class_folders(split_dir: Path, classes: list[str]) -> FileSource:
 def _list_images(split_dir: Path, class_name: str, left_out: list[str]) -> list[str]:
     """The images below a class folder; a folder that several links lead to is listed once.
 
-    The names of other files are added to ``left_out``.
+    The names of other files are added to `left_out`.
     """
     found: list[str] = []
     seen: set[tuple[int, int]] = set()

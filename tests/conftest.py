@@ -79,7 +79,7 @@ def one_process(tmp_path: Path) -> Iterator[None]:
 
 @pytest.fixture
 def nano_opts() -> list[object]:
-    """Options of a four-stage model of a few thousand weights at 32 pixels, as for ``load_config``."""
+    """Options of a four-stage model of a few thousand weights at 32 pixels, as for `load_config`."""
     return list(NANO_WORDS)
 
 

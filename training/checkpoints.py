@@ -328,14 +328,14 @@ class Checkpoints:
         return epochs % self.config.SAVE_FREQ == 0 or epochs == self.config.TRAIN.EPOCHS
 
     def save_if_best(self, state: TrainState, accuracy: float) -> None:
-        """Write best.pth if ``accuracy`` (percent) is above that of the file, which may be missing."""
+        """Write best.pth if `accuracy` (percent) is above that of the file, which may be missing."""
         if utils.is_main_process() and accuracy > self.best:
             self.writer.wait()  # `best` may be about to change
         if utils.any_rank(utils.is_main_process() and accuracy > self.best):
             self._submit(state, BEST_NAME, accuracy)
 
     def save(self, state: TrainState) -> None:
-        """Write a checkpoint of ``state``, which is between two updates."""
+        """Write a checkpoint of `state`, which is between two updates."""
         self._saved = state.position.epoch_step
         self._submit(state, file_name(state.position))
 

@@ -153,7 +153,7 @@ def update_ema(state: TrainState, is_finite: torch.Tensor) -> None:
 
 
 def report(run: Run, state: TrainState, step: int, steps: int) -> None:
-    """Log the interval that ends with batch ``step``. Collective; waits for the device."""
+    """Log the interval that ends with batch `step`. Collective; waits for the device."""
     epoch, stats = state.position.epoch, state.meter.read()
     rate, memory = state.optimizer.param_groups[0]["lr"], utils.memory_mb(run.device)
     skipped = f"  {stats.skipped} updates skipped" if stats.skipped else ""

@@ -14,10 +14,10 @@ from utils import Precision, memory_mb, synchronize
 def measure_throughput(
     model: nn.Module, images: torch.Tensor, precision: Precision, backends: list[str]
 ) -> dict[str, Any]:
-    """Time the forward pass of ``model`` in eval mode.
+    """Time the forward pass of `model` in eval mode.
 
     Args:
-        model: on the device of ``images``.
+        model: on the device of `images`.
         images: [B, C, H, W]; each step runs this batch.
         precision: of the forward pass.
         backends: attention backend per block, for the report.
