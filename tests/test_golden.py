@@ -2,9 +2,9 @@
 option.
 
 The fused kernels run all of them on a GPU. Elsewhere test_triton.py runs them in the interpreter, for a model
-of each family; one for every option takes a quarter of an hour, the shipped models without `-k` hours more:
+of each family; all take half an hour:
 
-    ALL_GOLDENS=1 TRITON_INTERPRET=1 python -m pytest tests/test_golden.py -k "kernels and (v1_ or v2_)"
+    ALL_GOLDENS=1 TRITON_INTERPRET=1 python -m pytest tests/test_golden.py -k kernels
 """
 
 import json
@@ -80,12 +80,13 @@ def test_other_size_equals_the_original_built_at_that_size(name, img_size) -> No
 )
 @pytest.mark.parametrize("path", FEW if INTERPRETED and not ALL else FILES, ids=lambda path: path.stem)
 def test_kernels_give_the_same_results(path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logits and gradients in float32; in the interpreter Focal answers one image, without gradients."""
+    """Logits and gradients in float32. In the interpreter shipped models answer one image, without gradients;
+    so does Focal but in the long run of all."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     golden, device = Golden(path), "cpu" if INTERPRETED else "cuda"
     model = golden.build(attention_backend="triton").float().train().to(device)
     images, expected = golden.input().float().to(device), torch.from_numpy(golden.data["logits"])
-    if INTERPRETED and not ALL and golden.kind == "focal":
+    if INTERPRETED and (path not in SMALL or (golden.kind == "focal" and not ALL)):
         with torch.no_grad():
             assert relative(model(images[:1]).cpu(), expected[:1]) < 5e-6
         return
