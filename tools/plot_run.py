@@ -34,17 +34,11 @@ Record = dict[str, Any]
 
 @dataclass
 class RunMetrics:
-    """What one run recorded.
+    """What one run recorded."""
 
-    Attributes:
-        name: the output folder, for the legend.
-        train: one record per logging interval, in order.
-        epochs: one record per epoch, in order.
-    """
-
-    name: str
-    train: list[Record] = field(default_factory=list)
-    epochs: list[Record] = field(default_factory=list)
+    name: str  # the output folder, for the legend
+    train: list[Record] = field(default_factory=list)  # one per logging interval, in order
+    epochs: list[Record] = field(default_factory=list)  # one per epoch, in order
 
 
 def end_of(record: Record) -> float:
@@ -78,10 +72,7 @@ def read_metrics(folder: Path) -> RunMetrics:
         except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
             logger.warning(f"{path}:{number}: skipped, expected a record ({type(error).__name__}: {error})")
     if not (metrics.train or metrics.epochs):
-        raise UserError(
-            f"{path}: expected at least one record, got none; train for one logging interval "
-            "with this version"
-        )
+        raise UserError(f"{path}: expected a record of this version, got none; train for a logging interval")
     return metrics
 
 
