@@ -226,6 +226,8 @@ def _open(config: CfgNode, splits: tuple[str, ...]) -> dict[str, ImageSource]:
     }
     sources = {split: openers["zip" if data.ZIP_MODE else data.DATASET](split) for split in splits}
     _check_classes(list(sources.values()), num_classes)
+    if config.EVAL_MODE and data.DATASET in FOLDERS and not data.ZIP_MODE:
+        folder.warn_of_other_classes(root, sources["val"].classes)
     return sources
 
 

@@ -4,6 +4,7 @@ Either a split has one folder per class (`train/<class>/*`), or a file names the
 solution for the validation images of ImageNet, or a map (ImageNet-22K).
 """
 
+import logging
 import os
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import numpy as np
 from data.images import is_image_name, log_left_out
 from data.maps import read_map
 from data.source import SPLITS, FileSource, some
+
+logger = logging.getLogger(__name__)
 
 SOLUTION = "LOC_val_solution.csv"
 _KAGGLE = ("CLS-LOC", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC")  # where Kaggle's ImageNet has its splits
@@ -32,10 +35,7 @@ def open_folder_split(root: Path, split: str) -> FileSource:
         FileNotFoundError: the split does not exist.
         ValueError: an image has no class, or a class no image.
     """
-    names = ("train", *SPLITS["val"])
-    inner = (root, *(root / folder for folder in _KAGGLE))
-    home = next((folder for folder in inner if any((folder / name).is_dir() for name in names)), root)
-    choices = [home / name for name in SPLITS[split]]
+    choices = [_home(root) / name for name in SPLITS[split]]
     split_dir = next((folder for folder in choices if folder.is_dir()), choices[0])
     if not split_dir.is_dir():
         raise FileNotFoundError(
@@ -53,6 +53,26 @@ def open_folder_split(root: Path, split: str) -> FileSource:
             f"{split_dir}/<class>/<image>{hint}"
         )
     return scan_class_folders(split_dir, classes)
+
+
+def _home(root: Path) -> Path:
+    """The folder of the splits: `root`, or one of Kaggle's ImageNet in it."""
+    names = ("train", *SPLITS["val"])
+    inner = (root, *(root / folder for folder in _KAGGLE))
+    return next((folder for folder in inner if any((folder / name).is_dir() for name in names)), root)
+
+
+def warn_of_other_classes(root: Path, classes: list[str] | None) -> None:
+    """Warn if the training split, where it is there, has other class folders than the one that is evaluated:
+    labels are numbers of folders."""
+    train = _home(root) / "train"
+    trained = _class_names(train) if train.is_dir() else []
+    if classes is not None and trained and trained != classes:
+        only = [some(sorted({*a} - {*b})) for a, b in ((trained, classes), (classes, trained))]
+        logger.warning(
+            f"{train} has other classes than the images to evaluate: only there {only[0]}, only here "
+            f"{only[1]}; labels are numbers of folders, so the accuracy is that of a model trained with these"
+        )
 
 
 def _class_names(split_dir: Path) -> list[str]:

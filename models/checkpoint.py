@@ -43,6 +43,9 @@ HEAD = ("head.weight", "head.bias")
 STATE_KEYS = ("model", "state_dict", "model_state_dict")
 """Where a file may hold its parameters; else the file is the state dict itself."""
 
+AVERAGES = ("model_ema", "state_dict_ema", "ema_state_dict")
+"""Where a file may hold averaged weights beside them."""
+
 STEM = "patch_embed.proj.weight"
 """The first convolution, [C, in_chans, k, k]; every file of weights has one."""
 
@@ -154,6 +157,12 @@ def _own_state(checkpoint: Mapping[str, Any], origin: str) -> tuple[dict[str, Te
             f"{origin}: expected a state dict, bare or under one of {', '.join(STATE_KEYS)}; found "
             f"{'no entries' if not state else 'entries that are no tensors: ' + _listed(not_tensors)}"
         )
+    for key in AVERAGES:
+        if isinstance(checkpoint.get(key), Mapping):
+            logger.warning(
+                f"{origin}: its averaged weights are not used; python -m tools.convert_checkpoint --weights "
+                f"{key} writes them to a file of their own"
+            )
     own, left_out = _without_prefix(state, origin)
     return {key: value for key, value in own.items() if not DERIVED_BUFFERS.search(key)}, left_out
 

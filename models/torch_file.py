@@ -39,6 +39,16 @@ def _numpy_scalar(kind: _NumpyDtype, data: bytes) -> Any:
     return np.frombuffer(data, kind.dtype)[0]
 
 
+class _Ignored:
+    """Stands for logs beside the weights, of which nothing is needed."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
 _PATHS = {"PosixPath": PurePosixPath, "WindowsPath": PureWindowsPath}
 HARMLESS: list[Any] = [  # (what is built, its name in the file)
     (OrderedDict, "yacs.config.CfgNode"),
@@ -52,6 +62,10 @@ HARMLESS: list[Any] = [  # (what is built, its name in the file)
     ),
     (_NumpyDtype, "numpy.dtype"),
     *((_numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    # MMEngine's logs: buffers of numpy arrays with methods of their own
+    *((_Ignored, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    *((_Ignored, name) for name in ("numpy.ndarray", "builtins.getattr", "__builtin__.getattr")),
+    (_Ignored, "mmengine.logging.history_buffer.HistoryBuffer"),
 ]
 _DAMAGE = (  # what torch.load and zipfile raise on files that are not whole
     *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, EOFError),

@@ -44,7 +44,9 @@ BUILDERS = {
 """Code that builds a part of the config, and which of its arguments is that part."""
 
 PACKAGES = ("detection", "mmcv", "mmdet", "mmengine", "mmseg", "numpy", "torch", "torchvision")
-REFUSALS = (ValueError, TypeError, LookupError, AssertionError, ImportError)  # of values, by a library
+REFUSALS = (  # of values, by a library
+    *(ValueError, TypeError, LookupError, AssertionError, ImportError, NotImplementedError),
+)
 NMS_TYPES = ("nms", "soft_nms", "nms_rotated", "nms_quadri")  # functions of mmcv.ops
 COCO_ITEMS = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")  # what CocoMetric reports of each metric
 IOU_ITEMS = {  # what IoUMetric reports, by its iou_metrics
@@ -153,6 +155,8 @@ def _refusal(error: Exception, config: "Config") -> str | None:
         places = _places(part, config) if isinstance(part, Mapping) else []
         if places:
             said = str(error.args[0] if error.args else "")  # str() of a KeyError adds quotes
+            if not said and isinstance(error, NotImplementedError) and "self" in frames[-1].f_locals:
+                said = f"{type(frames[-1].f_locals['self']).__name__} does not support this model"
             said = said or traceback.extract_tb(error.__traceback__)[-1].line  # of an assert without message
             kind, registry = part.get("type"), frame.f_locals.get("registry")
             if isinstance(kind, str) and registry is not None and registry.get(kind) is None:

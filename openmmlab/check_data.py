@@ -39,6 +39,7 @@ HEADS = {  # names of heads in mmdet and mmseg whose num_classes must be that of
     *("bbox_head", "mask_head", "mask_iou_head", "point_head", "panoptic_head", "panoptic_fusion_head"),
     *("decode_head", "auxiliary_head"),
 }
+SEGMENTING_HEAD = re.compile(r"\.(decode_head|auxiliary_head)(\.\d+)?$")
 NECK_READERS = {  # by the key of their channels: modules of mmdet that get the neck's maps as they are
     "in_channels": re.compile(r"(rpn_head|bbox_head|roi_head\.(bbox|mask)_head)(\.\d+)?"),
     "out_channels": re.compile(r"roi_head\.(bbox|mask)_roi_extractor(\.\d+)?"),
@@ -76,13 +77,21 @@ def check_data_sets(config: "Config", splits: Sequence[str]) -> tuple[str, ...] 
                 f"{key} has the classes {_shown(classes)}, but {named[0][0]} has {_shown(named[0][1])}: give "
                 "the data sets of all loaders, test_dataloader too, the same metainfo=dict(classes=...)"
             )
-    ignored = {IGNORE_INDEX, *(node.get("ignore_index") for _, node in nodes(config.get("model"), "model"))}
     for split, sets in found.items():
         for key, dataset in sets:
             if hasattr(dataset, "reduce_zero_label"):
-                _check_label_images(key, dataset, ignored | {dataset.ignore_index})
+                _check_label_images(key, dataset, _ignored(config, split) | {dataset.ignore_index})
         _check_evaluators(config, split, [dataset.ann_file for _, dataset in sets])
     return named[0][1] if named else None
+
+
+def _ignored(config: "Config", split: str) -> set[int]:
+    """The labels that all heads, or all evaluators of a split, ignore."""
+    heads = [node for key, node in nodes(config.get("model"), "model") if SEGMENTING_HEAD.search(key)]
+    evaluator = config.get(f"{split}_evaluator") or []
+    parts = heads if split == "train" else [evaluator] if isinstance(evaluator, Mapping) else [*evaluator]
+    labels = [{part.get("ignore_index", IGNORE_INDEX)} for part in parts] or [{IGNORE_INDEX}]
+    return set.intersection(*labels)
 
 
 def _data_sets(options: Any, key: str, config: "Config") -> Iterator[tuple[str, BaseDataset]]:
@@ -334,6 +343,7 @@ def _check_annotations(content: Any, dataset: Any, path: str, masks: bool) -> No
     wanted = {c["id"] for c in content["categories"] if c["name"] in dataset.metainfo["classes"]}
     used = [a for a in annotations if a["image_id"] in images and a["category_id"] in wanted]
     used = [a for a in used if a["area"] > 0 and min(a["bbox"][2:]) >= 1 and not a.get("ignore")]
+    single = [a for a in used if not a.get("iscrowd")]
     empty = [entry["id"] for entry in used if not _has_mask(entry)] if masks else []
     if empty:
         raise UserError(
@@ -341,13 +351,14 @@ def _check_annotations(content: Any, dataset: Any, path: str, masks: bool) -> No
             "polygons [x, y, x, y, ...] of numbers or an RLE; remove them, or choose a detector without masks"
         )
     filters = dataset.filter_cfg or {}
-    least, needed = filters.get("min_size", 0), used or not filters.get("filter_empty_gt")
+    least, needed = filters.get("min_size", 0), single or not filters.get("filter_empty_gt")
     large = [image for image in content["images"] if min(image["width"], image["height"]) >= least]
     if not dataset.test_mode and not (needed and large):
         raise UserError(
             f"{path}: nothing to train on: {len(content['images'])} images, {len(large)} of them with sides "
             f"of at least {least} pixels (filter_cfg.min_size), {len(annotations)} annotations, "
-            f"{len(used)} of them of the classes {_shown(dataset.metainfo['classes'])}, with an area"
+            f"{len(single)} of them of the classes {_shown(dataset.metainfo['classes'])}, with an area, no "
+            "crowd"
         )
 
 
@@ -398,10 +409,15 @@ def check_model(model: nn.Module, classes: Sequence[str] | None) -> None:
     Raises:
         UserError: they do not fit; the message names their keys.
     """
+    segments = type(model).__name__ in ("EncoderDecoder", "CascadeEncoderDecoder")
+    if segments and classes is not None and len(classes) == 1:
+        raise UserError(
+            f"mmseg learns nothing from one class alone, got {_shown(classes)}: name its surroundings, too"
+        )
     if classes is not None:
         _check_heads(model, classes)
     _check_channels(model)
-    if type(model).__name__ in ("EncoderDecoder", "CascadeEncoderDecoder"):
+    if segments:
         _check_sliding(model.test_cfg or {})
     backbone = getattr(model, "backbone", None)
     if not isinstance(backbone, FocalBackbone):

@@ -2,10 +2,12 @@
 LayerNorm (norm0, norm1, ...), frozen stages, and weights of a classifier.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from math import ceil
 from operator import index as integer
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +16,10 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models import VARIANTS, FocalTransformer, load_checkpoint
+from models import VARIANTS, FocalTransformer, load_checkpoint, read_checkpoint
 from utils import UserError, user_input
+
+OUTPUT_NORM = re.compile(r"(^|backbone\.)norm\d\.weight$")  # in files of detectors and segmenters
 
 
 @MODELS.register_module()
@@ -53,8 +57,11 @@ class FocalBackbone(FocalTransformer):
                 f"FocalBackbone takes no {unknown}. Is it left from a base config's backbone (ResNet, Swin)? "
                 "Then write backbone=dict(_delete_=True, ...), or for pretrained model=dict(pretrained=None)"
             )
-        keys, kind = {"type", "checkpoint"}, "Pretrained"
-        if init_cfg is not None and ({*init_cfg} != keys or init_cfg["type"] != kind):
+        if init_cfg is not None and not (
+            {*init_cfg} == {"type", "checkpoint"}
+            and init_cfg["type"] == "Pretrained"
+            and isinstance(init_cfg["checkpoint"], str | Path)
+        ):
             raise UserError(f"expected init_cfg=dict(type='Pretrained', checkpoint=FILE), got {init_cfg}")
         options = {**VARIANTS.get(variant or "", {}), **options}
         with user_input("FocalBackbone"):
@@ -75,7 +82,8 @@ class FocalBackbone(FocalTransformer):
             self.absolute_pos_embed.requires_grad_(False)
 
     def init_weights(self) -> None:
-        """Load all stages of the classifier that `init_cfg` names, resized to this backbone's windows.
+        """Load all stages of the file that `init_cfg` names, resized to this backbone's windows: that of a
+        classifier, or of a detector or segmenter, which has the output norms as well.
 
         Without one, the weights that the constructor made stay: mmengine calls this before training.
 
@@ -84,10 +92,13 @@ class FocalBackbone(FocalTransformer):
         """
         if self.init_cfg is None:
             return
-        classifier = FocalTransformer(num_classes=0, **self.options)
+        file = self.init_cfg["checkpoint"]
         with user_input("init_cfg"):
-            report = load_checkpoint(classifier, self.init_cfg["checkpoint"], reset_head=True, resize=True)
-        loaded, own = classifier.state_dict(), self.state_dict()
+            content = read_checkpoint(file)
+            has_norms = any(OUTPUT_NORM.search(str(name)) for name in content.get("state_dict", content))
+            model = self if has_norms else FocalTransformer(num_classes=0, **self.options)
+            report = load_checkpoint(model, file, reset_head=True, resize=True)
+        loaded, own = model.state_dict(), self.state_dict()
         self.load_state_dict({key: value for key, value in loaded.items() if key in own}, strict=False)
         dropped = ", ".join([*report.reset, *report.dropped, *sorted(loaded.keys() - own.keys())])
         fresh = ", ".join(sorted(own.keys() - loaded.keys()))

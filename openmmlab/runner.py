@@ -158,7 +158,8 @@ def training_config(args: argparse.Namespace) -> "Config":
         }
         config.optim_wrapper.type = "OptimWrapper"
     if _is_mixed(config) and not torch.cuda.is_available():
-        raise UserError("mixed precision needs a GPU, and there is none here: add --no-amp")
+        instead = "leave out --amp" if args.amp else "add --no-amp"
+        raise UserError(f"mixed precision needs a GPU, and there is none here: {instead}")
     if args.auto_scale_lr:
         if "base_batch_size" not in config.get("auto_scale_lr", {}):
             raise UserError(f"--auto-scale-lr: {args.config} has no auto_scale_lr.base_batch_size")

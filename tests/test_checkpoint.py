@@ -157,6 +157,14 @@ def test_a_torchscript_program_is_refused(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "program.pt")
 
 
+@pytest.mark.parametrize("key", ["model_ema", "state_dict_ema", "ema_state_dict"])
+def test_averaged_weights_are_not_dropped_in_silence(key: str, tmp_path: Path, caplog) -> None:
+    model = build_model(config_of("official_v1_nano"))
+    torch.save({"model": model.state_dict(), key: model.state_dict()}, tmp_path / "best.pth")
+    load_checkpoint(model, tmp_path / "best.pth")
+    assert f"averaged weights are not used; python -m tools.convert_checkpoint --weights {key}" in caplog.text
+
+
 def test_files_without_weights(tmp_path) -> None:
     path = tmp_path / "none.pth"
     torch.save({"epoch": 3}, path)

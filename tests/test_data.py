@@ -128,6 +128,16 @@ def test_eval_mode_needs_no_training_split(folder: Path) -> None:
     assert len(val_set(loaders)[0]) == 9
 
 
+def test_eval_mode_warns_of_other_class_folders(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = make_config(folder, EVAL_MODE=True, MODEL__RESUME="weights.pth")
+    build_loaders(config)
+    assert not caplog.text
+    first, *_ = sorted((folder / "val").iterdir())
+    first.rename(folder / "val/zebra")
+    build_loaders(config)
+    assert f"only there {first.name}, only here zebra" in caplog.text
+
+
 def test_nonsquare_and_gray(folder: Path) -> None:
     config = make_config(
         folder, DATA__IMG_SIZE=[96, 64], MODEL__FOCAL__IN_CHANS=1, DATA__MEAN=[0.5], DATA__STD=[0.25]

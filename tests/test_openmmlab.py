@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import REPO
+from mmengine.logging import HistoryBuffer
 from mmengine.registry import MODELS
 from small_models import SMALL, image
 from torch import Tensor, nn
@@ -138,6 +140,22 @@ def test_a_classifiers_weights_and_stored_keys_are_loaded(name: str, tmp_path: P
     assert {*given} - {*state} == {"norm.weight", "norm.bias", "head.weight", "head.bias"}
     for key in given.keys() & state.keys():
         assert torch.equal(given[key], state[key]), key
+
+
+def test_a_detectors_weights_are_loaded(tmp_path: Path) -> None:
+    """Of a file as MMEngine writes it, with its logs."""
+    trained, buffer = build(), HistoryBuffer([0.5, 0.25], [1, 1])
+    state = {f"backbone.{name}": value for name, value in trained.state_dict().items()}
+    logs = {"log_scalars": {"train/loss": buffer}, "runtime_info": {"lr": np.float64(0.1)}}
+    path = tmp_path / "epoch_2.pth"
+    torch.save({"meta": {}, "state_dict": state | {"neck.weight": torch.ones(1)}, "message_hub": logs}, path)
+    backbone = build(init_cfg=dict(type="Pretrained", checkpoint=str(path)))
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.zero_()
+    backbone.init_weights()
+    for name, value in backbone.state_dict().items():
+        assert torch.equal(value, trained.state_dict()[name]), name
 
 
 def test_loading_is_logged_and_refuses_what_does_not_fit(

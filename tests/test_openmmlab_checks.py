@@ -97,12 +97,18 @@ def last_error(capsys: pytest.CaptureFixture[str]) -> str:
         ("model.neck.in_channels=[1,2]", "model.neck.in_channels: expected [32, 64, 128, 256]"),
         ("model.neck.out_channels=128", "model.rpn_head.in_channels: expected 128, as model.neck makes, got"),
         ("model.roi_head.mask_head.in_channels=8", "roi_head.mask_head.in_channels: expected 64, as model."),
+        (
+            "optim_wrapper.constructor=LearningRateDecayOptimizerConstructor "
+            "optim_wrapper.paramwise_cfg.num_layers=6 optim_wrapper.paramwise_cfg.decay_rate=0.8 "
+            "optim_wrapper.paramwise_cfg.decay_type=layer_wise",
+            "LearningRateDecayOptimizerConstructor does not support this model",
+        ),
     ],
 )
 def test_mistakes_in_options(
     option: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert runner.train(command(DETECTION, tmp_path, option)) == 2
+    assert runner.train(command(DETECTION, tmp_path, *option.split())) == 2
     assert message in last_error(capsys)
 
 
@@ -274,6 +280,7 @@ TEST = {"test_mode": True, "pipeline": BOXES[:1]}
         (lambda c: c["images"].append(c["images"][0] | {"file_name": "x"}), {}, "images share .* ids"),
         (lambda c: c.pop("annotations"), {}, "nothing to train on.* 0 annotations"),
         (every("annotations", area=0), {}, "nothing to train on.* 0 of them of the classes"),
+        (every("annotations", iscrowd=1), {}, "nothing to train on.* 0 of them of the classes"),
         (lambda c: None, {"filter_cfg": {"min_size": 5000}}, "0 of them with sides of at least 5000"),
     ],
 )
@@ -547,7 +554,7 @@ def test_segments_that_do_not_fit(
         (lambda i, s: turned(i), {"pipeline": [LOAD | {"color_type": "unchanged"}, *LABELS]}),
         (lambda i, s: None, {"pipeline": [LOAD, LABELS[0] | {"imdecode_backend": "cv2"}]}),
     ],
-    ids=["ignored", "head's", "label map", "own step", "not turned", "large"],
+    ids=["ignored", "evaluator's", "label map", "own step", "not turned", "large"],
 )
 def test_segments_that_mmseg_loads(
     change: Callable[[Path, Path], None],
@@ -561,13 +568,37 @@ def test_segments_that_mmseg_loads(
     if "imdecode_backend" in str(options):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9)
     config = runner.read_config(SEGMENTATION)
-    config.model.decode_head.ignore_index = 101
+    config.val_evaluator.ignore_index = 101
     folder = tmp_path / "segmentation"
     change(folder / "images/validation/00000001.jpg", folder / "annotations/validation/00000001.png")
     config.val_dataloader.dataset.update(options)
     if options.get("type"):
         config.val_dataloader.dataset.type = with_own_labels()
     assert check_data.check_data_sets(config, ("val",))
+
+
+def test_labels_that_one_head_of_a_segmenter_ignores(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one would fail on them, or learn them."""
+    shutil.copytree(scenes / "segmentation", tmp_path / "segmentation")
+    monkeypatch.setenv("DEMO", str(tmp_path))
+    config = runner.read_config(SEGMENTATION)
+    config.model.decode_head.ignore_index = 101
+    for path in (tmp_path / "segmentation/annotations/training").iterdir():
+        labels(path, lambda x: x * 0 + 102)
+    with pytest.raises(UserError, match=r"got \[102\]"):
+        check_data.check_data_sets(config, ("train",))
+    config.model.auxiliary_head.ignore_index = 101
+    assert check_data.check_data_sets(config, ("train",))
+
+
+def test_one_class_alone_of_a_segmenter() -> None:
+    config = runner.read_config(SEGMENTATION)
+    for head in (config.model.decode_head, config.model.auxiliary_head):
+        head.update(num_classes=1, out_channels=1)
+    with pytest.raises(UserError, match=r"one class alone, got \('field',\)"):
+        check_data.check_model(MODELS.build(config.model), ("field",))
 
 
 def test_a_folder_that_segmentation_sets_look_for() -> None:
