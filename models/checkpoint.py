@@ -43,7 +43,7 @@ HEAD = ("head.weight", "head.bias")
 STATE_KEYS = ("model", "state_dict", "model_state_dict")
 """Where a file may hold its parameters; else the file is the state dict itself."""
 
-AVERAGES = ("model_ema", "state_dict_ema", "ema_state_dict")
+AVERAGES = ("model_ema", "state_dict_ema")
 """Where a file may hold averaged weights beside them."""
 
 STEM = "patch_embed.proj.weight"
@@ -144,11 +144,15 @@ def state_dict_of(checkpoint: Mapping[str, Any], origin: str = "checkpoint") -> 
     return state
 
 
+def usual_weights(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Where the parameters are in what `read_checkpoint` returned, not yet checked."""
+    groups = (checkpoint.get(key) for key in STATE_KEYS)
+    return next((group for group in groups if isinstance(group, Mapping)), checkpoint)
+
+
 def _own_state(checkpoint: Mapping[str, Any], origin: str) -> tuple[dict[str, Tensor], list[str]]:
     """`state_dict_of`, and the names that it leaves out."""
-    state = next(
-        (checkpoint[key] for key in STATE_KEYS if isinstance(checkpoint.get(key), Mapping)), checkpoint
-    )
+    state = usual_weights(checkpoint)
     not_tensors = [
         key for key, value in state.items() if not (isinstance(key, str) and isinstance(value, Tensor))
     ]
@@ -158,7 +162,8 @@ def _own_state(checkpoint: Mapping[str, Any], origin: str) -> tuple[dict[str, Te
             f"{'no entries' if not state else 'entries that are no tensors: ' + _listed(not_tensors)}"
         )
     for key in AVERAGES:
-        if isinstance(checkpoint.get(key), Mapping):
+        average = checkpoint.get(key)
+        if isinstance(average, Mapping) and any(isinstance(value, Tensor) for value in average.values()):
             logger.warning(
                 f"{origin}: its averaged weights are not used; python -m tools.convert_checkpoint --weights "
                 f"{key} writes them to a file of their own"

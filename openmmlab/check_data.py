@@ -39,6 +39,7 @@ HEADS = {  # names of heads in mmdet and mmseg whose num_classes must be that of
     *("bbox_head", "mask_head", "mask_iou_head", "point_head", "panoptic_head", "panoptic_fusion_head"),
     *("decode_head", "auxiliary_head"),
 }
+IOU_METRICS = ("IoUMetric", "CityscapesMetric")
 SEGMENTING_HEAD = re.compile(r"\.(decode_head|auxiliary_head)(\.\d+)?$")
 NECK_READERS = {  # by the key of their channels: modules of mmdet that get the neck's maps as they are
     "in_channels": re.compile(r"(rpn_head|bbox_head|roi_head\.(bbox|mask)_head)(\.\d+)?"),
@@ -80,16 +81,19 @@ def check_data_sets(config: "Config", splits: Sequence[str]) -> tuple[str, ...] 
     for split, sets in found.items():
         for key, dataset in sets:
             if hasattr(dataset, "reduce_zero_label"):
-                _check_label_images(key, dataset, _ignored(config, split) | {dataset.ignore_index})
+                of_dataset = set() if split == "train" else {dataset.ignore_index}
+                _check_label_images(key, dataset, _ignored(config, split) | of_dataset)
         _check_evaluators(config, split, [dataset.ann_file for _, dataset in sets])
     return named[0][1] if named else None
 
 
 def _ignored(config: "Config", split: str) -> set[int]:
     """The labels that all heads, or all evaluators of a split, ignore."""
-    heads = [node for key, node in nodes(config.get("model"), "model") if SEGMENTING_HEAD.search(key)]
-    evaluator = config.get(f"{split}_evaluator") or []
-    parts = heads if split == "train" else [evaluator] if isinstance(evaluator, Mapping) else [*evaluator]
+    if split == "train":
+        parts = [node for key, node in nodes(config.get("model"), "model") if SEGMENTING_HEAD.search(key)]
+    else:
+        found = nodes(config.get(f"{split}_evaluator"), "evaluator")
+        parts = [node for _, node in found if "ignore_index" in node or node.get("type") in IOU_METRICS]
     labels = [{part.get("ignore_index", IGNORE_INDEX)} for part in parts] or [{IGNORE_INDEX}]
     return set.intersection(*labels)
 

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models import VARIANTS, FocalTransformer, load_checkpoint, read_checkpoint
+from models.checkpoint import usual_weights
 from utils import UserError, user_input
 
-OUTPUT_NORM = re.compile(r"(^|backbone\.)norm\d\.weight$")  # in files of detectors and segmenters
+OUTPUT_NORM = re.compile(r"^(.*\bbackbone\.)?norm(\d)\.weight$")  # in files of detectors and segmenters
 
 
 @MODELS.register_module()
@@ -94,14 +95,23 @@ class FocalBackbone(FocalTransformer):
             return
         file = self.init_cfg["checkpoint"]
         with user_input("init_cfg"):
-            content = read_checkpoint(file)
-            has_norms = any(OUTPUT_NORM.search(str(name)) for name in content.get("state_dict", content))
-            model = self if has_norms else FocalTransformer(num_classes=0, **self.options)
+            norms = [OUTPUT_NORM.search(str(name)) for name in usual_weights(read_checkpoint(file))]
+            outputs = sorted(int(norm[2]) for norm in norms if norm)
+            if outputs and outputs[-1] < self.out_indices[-1]:
+                raise ValueError(
+                    f"{file}: expected a backbone with the output {self.out_indices[-1]}, got one with the "
+                    f"outputs {outputs}; use another file, or fewer out_indices"
+                )
+            model = FocalTransformer(num_classes=0, **self.options)
+            if outputs:
+                model = FocalBackbone(out_indices=outputs, **self.options)
             report = load_checkpoint(model, file, reset_head=True, resize=True)
         loaded, own = model.state_dict(), self.state_dict()
         self.load_state_dict({key: value for key, value in loaded.items() if key in own}, strict=False)
-        dropped = ", ".join([*report.reset, *report.dropped, *sorted(loaded.keys() - own.keys())])
-        fresh = ", ".join(sorted(own.keys() - loaded.keys()))
+        unused = [*report.reset, *report.dropped, *report.left_out, *sorted(loaded.keys() - own.keys())]
+        dropped, fresh = (
+            ", ".join(names) or "nothing" for names in (unused, sorted(own.keys() - loaded.keys()))
+        )
         resized = ", ".join([*report.resized, *report.continued, *report.adapted]) or "nothing"
         print_log(
             f"{report.path}: loaded; not used here: {dropped}; new: {fresh}; resized: {resized}", "current"

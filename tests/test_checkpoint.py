@@ -157,7 +157,7 @@ def test_a_torchscript_program_is_refused(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "program.pt")
 
 
-@pytest.mark.parametrize("key", ["model_ema", "state_dict_ema", "ema_state_dict"])
+@pytest.mark.parametrize("key", ["model_ema", "state_dict_ema"])
 def test_averaged_weights_are_not_dropped_in_silence(key: str, tmp_path: Path, caplog) -> None:
     model = build_model(config_of("official_v1_nano"))
     torch.save({"model": model.state_dict(), key: model.state_dict()}, tmp_path / "best.pth")

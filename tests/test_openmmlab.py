@@ -149,13 +149,17 @@ def test_a_detectors_weights_are_loaded(tmp_path: Path) -> None:
     logs = {"log_scalars": {"train/loss": buffer}, "runtime_info": {"lr": np.float64(0.1)}}
     path = tmp_path / "epoch_2.pth"
     torch.save({"meta": {}, "state_dict": state | {"neck.weight": torch.ones(1)}, "message_hub": logs}, path)
-    backbone = build(init_cfg=dict(type="Pretrained", checkpoint=str(path)))
-    with torch.no_grad():
-        for parameter in backbone.parameters():
-            parameter.zero_()
-    backbone.init_weights()
-    for name, value in backbone.state_dict().items():
-        assert torch.equal(value, trained.state_dict()[name]), name
+    for outputs in ((0, 1, 2, 3), (0, 2)):
+        backbone = build(out_indices=outputs, init_cfg=dict(type="Pretrained", checkpoint=str(path)))
+        with torch.no_grad():
+            for parameter in backbone.parameters():
+                parameter.zero_()
+        backbone.init_weights()
+        for name, value in backbone.state_dict().items():
+            assert torch.equal(value, trained.state_dict()[name]), name
+    torch.save({"model": build(out_indices=[0, 1]).state_dict()}, path)
+    with pytest.raises(UserError, match=r"expected a backbone with the output 2, got .* outputs \[0, 1\]"):
+        backbone.init_weights()
 
 
 def test_loading_is_logged_and_refuses_what_does_not_fit(
