@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parent / "golden"
 FILES = sorted(FOLDER.glob("*.npz"))
 SMALL = [file for file in FILES if file.stem.startswith(("v1_", "v2_"))]
 ALL = os.environ.get("ALL_GOLDENS") == "1"
-"""Every file with every operator and type of numbers; takes an hour, in Triton's interpreter half of one."""
+"""Every file with every operator and type of numbers; takes an hour, in Triton's interpreter another."""
 
 
 def normal(key: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -2,7 +2,7 @@
 option.
 
 The fused kernels run all of them on a GPU. Elsewhere test_triton.py runs them in the interpreter, for a model
-of each family; all take half an hour:
+of each family; all take less than an hour:
 
     ALL_GOLDENS=1 TRITON_INTERPRET=1 python -m pytest tests/test_golden.py -k kernels
 """
