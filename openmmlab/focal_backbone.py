@@ -108,7 +108,7 @@ class FocalBackbone(FocalTransformer):
             report = load_checkpoint(model, file, reset_head=True, resize=True)
         loaded, own = model.state_dict(), self.state_dict()
         self.load_state_dict({key: value for key, value in loaded.items() if key in own}, strict=False)
-        unused = [*report.reset, *report.dropped, *report.left_out, *sorted(loaded.keys() - own.keys())]
+        unused = [*report.reset, *report.dropped, *sorted(loaded.keys() - own.keys())]
         dropped, fresh = (
             ", ".join(names) or "nothing" for names in (unused, sorted(own.keys() - loaded.keys()))
         )
