@@ -64,7 +64,7 @@ def _home(root: Path) -> Path:
 
 def warn_of_other_classes(root: Path, classes: list[str] | None) -> None:
     """Warn if the training split, where it is there, has other class folders than the one that is evaluated:
-    labels are numbers of folders."""
+    labels are numbers of classes."""
     train = _home(root) / "train"
     try:
         trained = _class_names(train) if train.is_dir() else []
@@ -74,7 +74,7 @@ def warn_of_other_classes(root: Path, classes: list[str] | None) -> None:
         only = [some(sorted({*a} - {*b})) for a, b in ((trained, classes), (classes, trained))]
         logger.warning(
             f"{train} has other classes than the images to evaluate: only there {only[0]}, only here "
-            f"{only[1]}; labels are numbers of classes, so the accuracy is that of a model trained with these"
+            f"{only[1]}; labels are numbers of classes, so the accuracy holds for models of the latter alone"
         )
 
 

@@ -44,7 +44,7 @@ STATE_KEYS = ("model", "state_dict", "model_state_dict")
 """Where a file may hold its parameters; else the file is the state dict itself."""
 
 AVERAGES = ("model_ema", "state_dict_ema")
-"""Where a file may hold averaged weights beside them."""
+"""Where a file may hold averaged weights beside them; in MMEngine's, `state_dict` has the averaged ones."""
 
 STEM = "patch_embed.proj.weight"
 """The first convolution, [C, in_chans, k, k]; every file of weights has one."""

@@ -81,21 +81,23 @@ def check_data_sets(config: "Config", splits: Sequence[str]) -> tuple[str, ...] 
     for split, sets in found.items():
         for key, dataset in sets:
             if hasattr(dataset, "reduce_zero_label"):
-                of_dataset = set() if split == "train" else {dataset.ignore_index}
-                _check_label_images(key, dataset, _ignored(config, split) | of_dataset)
+                _check_label_images(key, dataset, _ignored(config, split, dataset.ignore_index))
         _check_evaluators(config, split, [dataset.ann_file for _, dataset in sets])
     return named[0][1] if named else None
 
 
-def _ignored(config: "Config", split: str) -> set[int]:
-    """The labels that all heads, or all evaluators of a split, ignore."""
+def _ignored(config: "Config", split: str, of_dataset: int) -> set[int]:
+    """The labels that all heads ignore in training; in evaluation, all evaluators, or the data set. The data
+    set's counts in training where there is no head of mmseg."""
     if split == "train":
         parts = [node for key, node in nodes(config.get("model"), "model") if SEGMENTING_HEAD.search(key)]
     else:
         found = nodes(config.get(f"{split}_evaluator"), "evaluator")
         parts = [node for _, node in found if "ignore_index" in node or node.get("type") in IOU_METRICS]
-    labels = [{part.get("ignore_index", IGNORE_INDEX)} for part in parts] or [{IGNORE_INDEX}]
-    return set.intersection(*labels)
+    given = [part.get("ignore_index", IGNORE_INDEX) for part in parts]
+    labels = [{label} for label in given if isinstance(label, int)]
+    ignored = set.intersection(*labels) if labels else {IGNORE_INDEX}
+    return ignored if split == "train" and labels else ignored | {of_dataset}
 
 
 def _data_sets(options: Any, key: str, config: "Config") -> Iterator[tuple[str, BaseDataset]]:
@@ -200,8 +202,8 @@ def _check_label_images(key: str, dataset: "BaseSegDataset", ignored: set[int | 
             said = [value + reduced for value in extra[:5]]
             raise UserError(
                 f"{path}: expected {int(reduced)} to {count - 1 + reduced} for {count} classes, and "
-                f"{'0 or 255' if reduced else 255} for ignored pixels, got {said}; {key} has "
-                f"reduce_zero_label={reduced}{hint}"
+                f"{'0 or 255' if reduced else 255} for ignored pixels, or what ignore_index of all heads and "
+                f"evaluators says, got {said}; {key} has reduce_zero_label={reduced}{hint}"
             )
 
 

@@ -1,5 +1,5 @@
 """FocalTransformer as a backbone of MMDetection and MMSegmentation: chosen stages, each with its own
-LayerNorm (norm0, norm1, ...), frozen stages, and weights of a classifier.
+LayerNorm (norm0, norm1, ...), frozen stages, and weights of a classifier, detector or segmenter.
 """
 
 import re
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models import VARIANTS, FocalTransformer, load_checkpoint, read_checkpoint
-from models.checkpoint import usual_weights
+from models.checkpoint import PREFIXES, usual_weights
 from utils import UserError, user_input
 
-OUTPUT_NORM = re.compile(r"^(.*\bbackbone\.)?norm(\d)\.weight$")  # in files of detectors and segmenters
+OUTPUT_NORM = re.compile(PREFIXES.pattern + r"norm(\d)\.weight")  # in files of detectors and segmenters
 
 
 @MODELS.register_module()
@@ -32,7 +32,8 @@ class FocalBackbone(FocalTransformer):
         out_indices: stages whose maps are returned, ascending from 0.
         frozen_stages: -1 trains everything, 0 freezes the stem, n the first n stages as well.
         with_cp: recompute activations in the backward pass to save memory.
-        init_cfg: `dict(type="Pretrained", checkpoint=FILE)`, an original or own classifier's weights.
+        init_cfg: `dict(type="Pretrained", checkpoint=FILE)`, weights of an original or own classifier, or
+            of an own detector or segmenter.
         options: those of `models.FocalTransformer`; `img_size` is that of the checkpoint, not of images.
 
     Raises:
@@ -83,7 +84,7 @@ class FocalBackbone(FocalTransformer):
             self.absolute_pos_embed.requires_grad_(False)
 
     def init_weights(self) -> None:
-        """Load all stages of the file that `init_cfg` names, resized to this backbone's windows: that of a
+        """Load this backbone's stages from the file that `init_cfg` names, resized to its windows: that of a
         classifier, or of a detector or segmenter, which has the output norms as well.
 
         Without one, the weights that the constructor made stay: mmengine calls this before training.
@@ -95,23 +96,22 @@ class FocalBackbone(FocalTransformer):
             return
         file = self.init_cfg["checkpoint"]
         with user_input("init_cfg"):
-            norms = [OUTPUT_NORM.search(str(name)) for name in usual_weights(read_checkpoint(file))]
-            outputs = sorted(int(norm[2]) for norm in norms if norm)
+            norms = [OUTPUT_NORM.fullmatch(str(name)) for name in usual_weights(read_checkpoint(file))]
+            found = {int(norm[1]) for norm in norms if norm}  # in a detector's or segmenter's file
+            outputs = sorted(found & {*range(len(self.feature_dims))})
             if outputs and outputs[-1] < self.out_indices[-1]:
                 raise ValueError(
                     f"{file}: expected a backbone with the output {self.out_indices[-1]}, got one with the "
-                    f"outputs {outputs}; use another file, or fewer out_indices"
+                    f"outputs {outputs}; use another file, or out_indices up to {outputs[-1]}"
                 )
-            model = FocalTransformer(num_classes=0, **self.options)
-            if outputs:
-                model = FocalBackbone(out_indices=outputs, **self.options)
+            options = {"out_indices": outputs} if outputs else {"num_classes": 0}
+            model = (FocalBackbone if outputs else FocalTransformer)(**options, **self.options)
             report = load_checkpoint(model, file, reset_head=True, resize=True)
         loaded, own = model.state_dict(), self.state_dict()
         self.load_state_dict({key: value for key, value in loaded.items() if key in own}, strict=False)
         unused = [*report.reset, *report.dropped, *sorted(loaded.keys() - own.keys())]
-        dropped, fresh = (
-            ", ".join(names) or "nothing" for names in (unused, sorted(own.keys() - loaded.keys()))
-        )
+        dropped = ", ".join(unused) or "nothing"
+        fresh = ", ".join(sorted(own.keys() - loaded.keys())) or "nothing"
         resized = ", ".join([*report.resized, *report.continued, *report.adapted]) or "nothing"
         print_log(
             f"{report.path}: loaded; not used here: {dropped}; new: {fresh}; resized: {resized}", "current"

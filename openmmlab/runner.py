@@ -42,7 +42,9 @@ def parse_train(argv: Sequence[str] | None = None) -> argparse.Namespace:
     file = dict(type=path_argument, metavar="FILE")
     parser.add_argument("--resume", nargs="?", const="auto", **file, help=resume)
     parser.add_argument(
-        "--pretrained", **file, help="ImageNet classifier whose weights the backbone starts from"
+        "--pretrained",
+        **file,
+        help="classifier, detector or segmenter from whose weights the backbone starts",
     )
     flag = argparse.BooleanOptionalAction
     parser.add_argument("--amp", action=flag, help="mixed precision on or off, whatever the config says")
@@ -165,7 +167,7 @@ def training_config(args: argparse.Namespace) -> "Config":
             raise UserError(f"--auto-scale-lr: {args.config} has no auto_scale_lr.base_batch_size")
         config.auto_scale_lr.enable = True
     if args.pretrained:
-        file = need_file(args.pretrained, "classifier's checkpoint")
+        file = need_file(args.pretrained, "checkpoint of a classifier, detector or segmenter")
         if "backbone" not in config.model:
             raise UserError(
                 f"--pretrained: {args.config} has no model.backbone; set init_cfg of the one inside"

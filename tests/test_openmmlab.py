@@ -157,6 +157,9 @@ def test_a_detectors_weights_are_loaded(tmp_path: Path) -> None:
         backbone.init_weights()
         for name, value in backbone.state_dict().items():
             assert torch.equal(value, trained.state_dict()[name]), name
+    wrapped = {f"module._backbone.{name}": value for name, value in trained.state_dict().items()}
+    torch.save(wrapped | {"teacher.backbone.norm0.weight": torch.ones(8)}, path)
+    backbone.init_weights()
     torch.save({"model": build(out_indices=[0, 1]).state_dict()}, path)
     with pytest.raises(UserError, match=r"expected a backbone with the output 2, got .* outputs \[0, 1\]"):
         backbone.init_weights()
@@ -283,7 +286,11 @@ def test_processes_without_gpus(own: str, monkeypatch: pytest.MonkeyPatch) -> No
     [
         (AMP, "train own.py", "mixed precision needs a GPU, and there is none here: add --no-amp"),
         (OPTIM, "train own.py --auto-scale-lr", "has no auto_scale_lr.base_batch_size"),
-        (OPTIM, "train own.py --pretrained gone.pth", "gone.pth: expected a file with the classifier's"),
+        (
+            OPTIM,
+            "train own.py --pretrained gone.pth",
+            "gone.pth: expected a file with the checkpoint of",
+        ),
         (OPTIM, "train gone.py", "gone.py: expected a file with the config, got no file; check the path"),
         (OPTIM, "test own.py gone.pth", "gone.pth: expected a file with the checkpoint"),
         (OPTIM, "test own.py own.py --tta", "has no tta_model and tta_pipeline"),
