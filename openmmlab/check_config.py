@@ -208,7 +208,7 @@ def check_nms(config: "Config") -> None:
 
 
 def check_saving(runner: Runner) -> None:
-    """Check what mmengine would notice only after the first epoch.
+    """Check what mmengine would notice only after the first epoch; warn of a choice that can lose a run.
 
     Raises:
         UserError: unknown options of CheckpointHook, or a best metric that no evaluator reports.
@@ -224,6 +224,11 @@ def check_saving(runner: Runner) -> None:
             continue
         if unknown := sorted({*hook.args} - known):
             raise UserError(f"CheckpointHook takes no {unknown[0]}{_suggestion(unknown[0], known)}")
+        if hook.max_keep_ckpts == 1:
+            runner.logger.warning(
+                "max_keep_ckpts=1: mmengine removes the only checkpoint before it writes the next; keep 2, "
+                "as a machine may go down in between"
+            )
         for name in hook.save_best or ():
             if reported and None not in reported and name not in names:
                 raise UserError(

@@ -82,7 +82,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
 
 
 def import_mmengine() -> ModuleType:
-    """Import mmengine with the parts used here, and install the operators that mmcv may lack.
+    """Import mmengine with the parts used here, the operators that mmcv may lack, and atomic writing.
 
     Raises:
         UserError: OpenMMLab's packages are missing.
@@ -92,9 +92,10 @@ def import_mmengine() -> ModuleType:
         import mmengine.registry
         import mmengine.runner
 
-        from openmmlab import mmcv_ops
+        from openmmlab import file_backend, mmcv_ops
 
         mmcv_ops.install()
+        file_backend.install()
     except ImportError as error:
         raise UserError(f"OpenMMLab's packages are not installed ({error}): {INSTALL}") from error
     numbers = {type(np.dtype(code)) for code in "?" + np.typecodes["AllInteger"] + np.typecodes["Float"]}

@@ -28,7 +28,7 @@ OPTIONAL = (  # packages that only some commands need
 OPTIONAL_AS_A_WHOLE = (  # files that import them at their top
     *("models/ops/triton/*", "detection/*", "segmentation/*", "data/demo*.py"),
     *("openmmlab/check_config.py", "openmmlab/check_data.py", "openmmlab/start_checks.py"),
-    *("openmmlab/focal_backbone.py", "openmmlab/mmcv_ops.py"),
+    *("openmmlab/focal_backbone.py", "openmmlab/file_backend.py", "openmmlab/mmcv_ops.py"),
     *("tools/benchmarks/kernel_figures.py", "tools/benchmarks/stub_driver.py"),
 )
 

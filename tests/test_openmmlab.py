@@ -13,6 +13,7 @@ import torch
 from conftest import REPO
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import MODELS
+from mmengine.runner import save_checkpoint
 from small_models import SMALL, image
 from torch import Tensor, nn
 
@@ -336,6 +337,22 @@ def test_a_mistake_is_exit_status_2_where_the_console_is_on_a_full_disk(
 
     monkeypatch.setattr(sys.stderr, "write", full)
     assert runner.test(["gone.py", "gone.pth"]) == 2
+
+
+def test_a_full_disk_leaves_the_checkpoint_that_was_there(tmp_path: Path) -> None:
+    """mmengine's own backend writes over it. A limit of file sizes stands in for the disk's."""
+    resource = pytest.importorskip("resource")
+    runner.import_mmengine()
+    file, limits = tmp_path / "epoch_1.pth", resource.getrlimit(resource.RLIMIT_FSIZE)
+    save_checkpoint({"state_dict": {"weight": torch.ones(10)}}, str(file))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="epoch_1.pth"):
+            save_checkpoint({"state_dict": {"weight": torch.zeros(10_000)}}, str(file))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert torch.load(file)["state_dict"]["weight"].eq(1).all()
+    assert [*tmp_path.iterdir()] == [file]
 
 
 @pytest.mark.parametrize("script", [f"{t}/{n}.py" for t in TASKS for n in ("train", "test", "predict")])

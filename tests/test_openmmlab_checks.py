@@ -129,6 +129,16 @@ def test_the_best_metric_of_a_run_without_validation(tmp_path: Path) -> None:
     check_config.check_saving(runner.build_runner(config))
 
 
+def test_one_checkpoint_is_too_few(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = runner.read_config(DETECTION)
+    config.update(work_dir=str(tmp_path), launcher="none")
+    config.default_hooks.checkpoint.max_keep_ckpts = 1
+    built = runner.build_runner(config)
+    built.logger.addHandler(caplog.handler)  # it does not propagate
+    check_config.check_saving(built)
+    assert "keep 2" in caplog.text
+
+
 def test_metrics_of_segmenters() -> None:
     assert "mIoU" in check_config.reported_metrics(IoUMetric(iou_metrics="mIoU"))
     with pytest.raises(UserError, match="expected iou_metrics of mIoU, mDice, mFscore, got 'mIou'"):
