@@ -438,9 +438,11 @@ def check_model(model: nn.Module, classes: Sequence[str] | None) -> None:
                 f"model.{name}.in_index: expected numbers of the backbone's outputs, 0 to {len(dims) - 1}, "
                 f"got {index}"
             )
-        expected = [dims[i] for i in index] if not isinstance(index, int) else dims[index]
-        one_map = name == "neck" and isinstance(asked, int)  # of which stage, the neck decides
-        fits = asked is None or one_map or [*np.atleast_1d(asked)] == [*np.atleast_1d(expected)]
+        expected = [dims[i] for i in np.atleast_1d(index)]
+        if isinstance(asked, int):  # one map, of which stage a neck decides, or all of them side by side
+            fits = name == "neck" or asked == sum(expected)
+        else:  # YOLOv3's neck counts from the last stage
+            fits = asked is None or sorted(asked) == sorted(expected)
         if not fits:
             raise UserError(
                 f"model.{name}.in_channels: expected {expected}, as the backbone has, got {asked}"

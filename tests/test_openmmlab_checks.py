@@ -630,6 +630,26 @@ def test_outputs_that_the_backbone_of_segmenters_lacks(index: int | list[int]) -
         check_data.check_model(model, None)
 
 
+def test_heads_of_segmenters_that_join_all_maps() -> None:
+    """They keep the sum of their channels."""
+    model = runner.read_config(SEGMENTATION).model
+    dims = [*MODELS.build(model).backbone.feature_dims]
+    joined = {"type": "FCNHead", "input_transform": "resize_concat", "in_index": [0, 1, 2, 3], "channels": 8}
+    model.decode_head = joined | {"num_classes": 11, "in_channels": dims}
+    check_data.check_model(MODELS.build(model), None)
+    model.decode_head["in_channels"] = [*dims[:3], 1]
+    with pytest.raises(UserError, match=r"decode_head.in_channels: expected"):
+        check_data.check_model(MODELS.build(model), None)
+
+
+def test_a_neck_that_begins_with_the_last_map() -> None:
+    model = MODELS.build(runner.read_config(DETECTION).model)
+    model.backbone.out_indices = (1, 2, 3)
+    channels = {"in_channels": [256, 128, 64], "out_channels": [32, 16, 8]}
+    model.neck = MODELS.build({"type": "YOLOV3Neck", "num_scales": 3, **channels})
+    check_data.check_model(model, None)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
