@@ -28,8 +28,9 @@ from yacs.config import CfgNode  # noqa: E402
 import utils  # noqa: E402
 from config import flatten, load_config  # noqa: E402
 from data.build import evaluation_transform  # noqa: E402
+from data.folder import class_folders, home  # noqa: E402
 from data.images import decode_rgb, is_image_name, log_left_out  # noqa: E402
-from data.source import FileSource  # noqa: E402
+from data.source import SPLITS, FileSource  # noqa: E402
 from data.transforms import Transform  # noqa: E402
 from models import FocalTransformer, build_model, load_checkpoint, read_checkpoint  # noqa: E402
 
@@ -184,10 +185,9 @@ def _imagenet_names(count: int) -> list[str]:
 
 def _folder_names(data_path: str, count: int) -> list[str]:
     """Names of the class folders, if there is one per class; ImageNet's ids become descriptions."""
-    for split in ("train", "val", "validation", "test"):
-        folder = Path(data_path or "-") / split
-        folders = folder.iterdir() if data_path and folder.is_dir() else ()
-        names = sorted(path.name for path in folders if path.is_dir() and not path.name.startswith("."))
+    for split in ("train", *SPLITS["val"]) if data_path else ():
+        folder = home(Path(data_path)) / split
+        names = class_folders(folder) if folder.is_dir() else []
         if len(names) == count:
             known = ImageNetInfo("imagenet-22k")
             described = dict(zip(known.label_names(), known.label_descriptions(), strict=True))

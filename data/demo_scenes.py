@@ -12,7 +12,6 @@ import cv2
 import numpy as np
 
 DETECTION_CLASSES = tuple(str(digit) for digit in range(10))
-SEGMENTATION_CLASSES = ("background", *DETECTION_CLASSES)
 
 _MIN_SIDE, _MAX_SIDE = 28, 44
 _MIN_DIGITS, _MAX_DIGITS = 6, 12

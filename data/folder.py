@@ -35,7 +35,7 @@ def open_folder_split(root: Path, split: str) -> FileSource:
         FileNotFoundError: the split does not exist.
         ValueError: an image has no class, or a class no image.
     """
-    choices = [_home(root) / name for name in SPLITS[split]]
+    choices = [home(root) / name for name in SPLITS[split]]
     split_dir = next((folder for folder in choices if folder.is_dir()), choices[0])
     if not split_dir.is_dir():
         raise FileNotFoundError(
@@ -43,7 +43,7 @@ def open_folder_split(root: Path, split: str) -> FileSource:
             f"{'a file' if split_dir.exists() else 'nothing'}; set DATA.DATA_PATH to the folder that has "
             f"train/ and {'/ or '.join(SPLITS['val'])}/"
         )
-    classes = _class_names(split_dir)
+    classes = class_folders(split_dir)
     if not classes and split == "val" and (solution := _find_solution(split_dir)):
         return read_solution(solution, split_dir)
     if not classes:
@@ -55,7 +55,7 @@ def open_folder_split(root: Path, split: str) -> FileSource:
     return scan_class_folders(split_dir, classes)
 
 
-def _home(root: Path) -> Path:
+def home(root: Path) -> Path:
     """The folder of the splits: `root`, or one of Kaggle's ImageNet in it."""
     names = ("train", *SPLITS["val"])
     inner = (root, *(root / folder for folder in _KAGGLE))
@@ -65,9 +65,9 @@ def _home(root: Path) -> Path:
 def warn_of_other_classes(root: Path, classes: list[str] | None) -> None:
     """Warn if the training split, where it is there, has other class folders than the one that is evaluated:
     labels are numbers of classes."""
-    train = _home(root) / "train"
+    train = home(root) / "train"
     try:
-        trained = _class_names(train) if train.is_dir() else []
+        trained = class_folders(train) if train.is_dir() else []
     except OSError:  # evaluation does not need it
         return
     if classes is not None and trained and trained != classes:
@@ -78,7 +78,8 @@ def warn_of_other_classes(root: Path, classes: list[str] | None) -> None:
         )
 
 
-def _class_names(split_dir: Path) -> list[str]:
+def class_folders(split_dir: Path) -> list[str]:
+    """The sorted names of a split's folders, one per class."""
     with os.scandir(split_dir) as entries:
         return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from models import VARIANTS, FocalTransformer, load_checkpoint, read_checkpoint
 from models.checkpoint import PREFIXES, usual_weights
+from optimizer import freeze_stages
 from utils import UserError, user_input
 
 OUTPUT_NORM = re.compile(PREFIXES.pattern + r"norm(\d)\.weight")  # in files of detectors and segmenters
@@ -30,7 +31,8 @@ class FocalBackbone(FocalTransformer):
     Args:
         variant: name of a released model in `models.VARIANTS`, whose options `options` override.
         out_indices: stages whose maps are returned, ascending from 0.
-        frozen_stages: -1 trains everything, 0 freezes the stem, n the first n stages as well.
+        frozen_stages: -1 trains everything, 0 freezes the stem, n the first n stages as well, with their
+            output norms; dropout and drop path are off there.
         with_cp: recompute activations in the backward pass to save memory.
         init_cfg: `dict(type="Pretrained", checkpoint=FILE)`, weights of an original or own classifier, or
             of an own detector or segmenter.
@@ -74,14 +76,12 @@ class FocalBackbone(FocalTransformer):
         if not -1 <= frozen_stages <= out_indices[-1] + 1:
             raise UserError(f"frozen_stages must be -1 to {out_indices[-1] + 1}, got {frozen_stages}")
         self.options, self.init_cfg = options, init_cfg
-        self.out_indices, self.frozen_stages = tuple(out_indices), frozen_stages
+        self.out_indices = tuple(out_indices)
         self.prune_intermediate_layers(out_indices, prune_norm=True)
         for index in out_indices:
-            self.add_module(f"norm{index}", nn.LayerNorm(self.feature_dims[index]))
-        for module in self._frozen():
-            module.requires_grad_(False)
-        if frozen_stages >= 0 and self.absolute_pos_embed is not None:
-            self.absolute_pos_embed.requires_grad_(False)
+            norm = nn.LayerNorm(self.feature_dims[index]).requires_grad_(index >= frozen_stages)
+            self.add_module(f"norm{index}", norm)
+        freeze_stages(self, frozen_stages)
 
     def init_weights(self) -> None:
         """Load this backbone's stages from the file that `init_cfg` names, resized to its windows: that of a
@@ -131,20 +131,6 @@ class FocalBackbone(FocalTransformer):
             stage_map = cropped_map(stage_map, x, self.feature_info[index]["reduction"])
             outputs.append(self.get_submodule(f"norm{index}")(stage_map).permute(0, 3, 1, 2).contiguous())
         return tuple(outputs)
-
-    def _frozen(self) -> list[nn.Module]:
-        """The frozen modules: stem, first stages with their downsamplers, and output norms."""
-        if self.frozen_stages < 0:
-            return []
-        norms = [self.get_submodule(f"norm{i}") for i in self.out_indices if i < self.frozen_stages]
-        return [self.patch_embed, self.pos_drop, *self.layers[: self.frozen_stages], *norms]
-
-    def train(self, mode: bool = True) -> "FocalBackbone":
-        """Set training mode; frozen modules stay in evaluation mode, without dropout and stochastic depth."""
-        super().train(mode)
-        for module in self._frozen():
-            module.eval()
-        return self
 
 
 @torch.fx.wrap  # symbolic traces leave what looks at sizes to be called

@@ -122,7 +122,6 @@ def test_frozen_stages_stay_and_are_not_random(frozen: int) -> None:
     first, second = backbone(image(64, 64, batch=8)), backbone(image(64, 64, batch=8))
     same = [torch.equal(a, b) for a, b in zip(first, second, strict=True)]
     assert same == [i < frozen for i in range(4)]
-    assert backbone.eval().train().layers[3].training is (frozen < 4)
 
 
 # --- Checkpoints --------------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ def test_names_of_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     assert names(*own, 2) == ["class 0", "class 1"]
     assert "--classes" in caplog.text
     for folder in ("n02086240", "other", ".hidden"):
-        (tmp_path / "val" / folder).mkdir(parents=True)
+        (tmp_path / "ILSVRC/Data/CLS-LOC/train" / folder).mkdir(parents=True)  # as Kaggle's ImageNet
     assert names(*own, 2, "DATA.DATA_PATH", str(tmp_path)) == ["Shih-Tzu", "other"]
     file = tmp_path / "names.txt"
     file.write_text("cat\ndog\n")
