@@ -33,10 +33,10 @@ TRAIN_PER_CLASS = 13
 VAL_IMAGES = 43  # no multiple of any batch size or number of processes in the tests
 
 
-LONGEST = [  # files that start first, so that no process is left with a long one at the end
-    f"test_{name}"
-    for name in ("triton", "compile_matrix", "openmmlab_commands", "docs", "distributed", "faults")
-]
+LONGEST = (  # files that start first, so that no process is left with a long one at the end
+    *("test_triton", "test_compile_matrix", "test_openmmlab_commands", "test_docs", "test_distributed"),
+    *("test_faults", "test_users_tools", "test_gpu_report", "test_learning"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -51,12 +51,6 @@ def csv_rows(folder: Path, name: str = "") -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.fixture(scope="session")
-def repo() -> Path:
-    """The repository's root."""
-    return REPO
-
-
 @pytest.fixture(scope="module", autouse=True)
 def own_scope() -> Iterator[None]:
     """Give every file MMEngine's default scope as it was: its Runners leave theirs behind."""
@@ -68,6 +62,17 @@ def own_scope() -> Iterator[None]:
 
 
 @pytest.fixture
+def full_disk() -> Iterator[None]:
+    """The largest file that can be written has 5,000 bytes: a real error in the middle of a checkpoint."""
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.fixture
 def one_process(tmp_path: Path) -> Iterator[None]:
     """A process group of this process alone."""
     import torch.distributed as dist
@@ -75,12 +80,6 @@ def one_process(tmp_path: Path) -> Iterator[None]:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
-
-
-@pytest.fixture
-def nano_opts() -> list[object]:
-    """Options of a four-stage model of a few thousand weights at 32 pixels, as for `load_config`."""
-    return list(NANO_WORDS)
 
 
 @pytest.fixture(scope="session")

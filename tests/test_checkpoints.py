@@ -7,7 +7,6 @@ import os
 import resource
 import signal
 import threading
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -59,15 +58,6 @@ def reach(state: TrainState, checkpoints: Checkpoints, step: int, is_last: bool 
     state.position.step, state.position.samples_seen = step, 8 * step
     checkpoints.after_update(state, is_last)
     checkpoints.writer.wait()
-
-
-@pytest.fixture
-def full_disk() -> Iterator[None]:
-    """The largest file that can be written has 5,000 bytes: a real error in the middle of a checkpoint."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 # --- Files --------------------------------------------------------------------------------------------------

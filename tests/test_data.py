@@ -394,29 +394,12 @@ def test_bad_map_line_is_named(zips: Path, line: str, parts: tuple[str, ...]) ->
         build_loaders(zip_config(zips))
 
 
-def test_empty_map_and_damaged_archives(zips: Path) -> None:
-    (zips / "val_map.txt").write_text("\n")
-    with raises(ValueError, zips / "val_map.txt", ":1: expected a path and an integer label"):
-        build_loaders(zip_config(zips))
-    (zips / "train.zip").write_bytes(b"no archive")
-    with raises(ValueError, zips / "train.zip", "expected a zip archive, got a damaged"):
-        build_loaders(zip_config(zips))
-    with zipfile.ZipFile(zips / "train.zip", "w", zipfile.ZIP_BZIP2) as archive:
-        archive.writestr("ant/0.png", b"content")
-    (zips / "train_map.txt").write_text("ant/0.png\t0\n")
-    with raises(ValueError, "train.zip@/ant/0.png", "stored plainly or deflated, got compression method 12"):
-        build_loaders(zip_config(zips))
-
-
 def test_bad_imagenet22k(folder: Path) -> None:
     with raises(FileNotFoundError, folder / IN22K_MAP.format("train"), "expected a map file"):
         build_loaders(in22k_config(folder))
     write_in22k(folder, as_json=True)
     (folder / "val" / "bee" / "1.png").unlink()
     with raises(FileNotFoundError, IN22K_MAP.format("val"), ":5: expected an image at"):
-        build_loaders(in22k_config(folder))
-    (folder / IN22K_MAP.format("train")).write_text('["a.png"')
-    with raises(ValueError, IN22K_MAP.format("train"), "a JSON list of [path, label], in UTF-8, got: "):
         build_loaders(in22k_config(folder))
 
 
@@ -438,13 +421,6 @@ def test_a_folder_that_cannot_be_entered_is_named(folder: Path, monkeypatch: pyt
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(PermissionError, match="closed"):
         build_loaders(make_config(folder))
-
-
-def test_labels_beyond_the_classes(zips: Path) -> None:
-    with (zips / "train_map.txt").open("a") as file:
-        file.write("ant/0.png\t3\n")
-    with raises(ValueError, "train.zip@/ant/0.png: expected a label in [0, 3), got 3", "MODEL.NUM_CLASSES"):
-        build_loaders(zip_config(zips))
 
 
 def test_too_few_training_images(folder: Path) -> None:

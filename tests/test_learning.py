@@ -12,7 +12,7 @@ from data import build_loaders
 from tools.benchmarks import learning
 
 SIZES = {"train": 40, "t10k": 24}
-OPTS = ["--opts", "TRAIN.EPOCHS", "2", "DATA.BATCH_SIZE", "20"]
+OPTS = ["--opts", "TRAIN.EPOCHS", "1", "DATA.BATCH_SIZE", "20"]
 
 
 def make_files(output: Path) -> None:
@@ -45,7 +45,7 @@ def test_all_models_train_and_continue(tmp_path: Path) -> None:
     assert weights_of_seed_0(tmp_path) == first  # they were not trained again
     rows = csv_rows(tmp_path, "_learning")
     keys = {(row["model"], row["seed"], row["epoch"]) for row in rows}
-    assert keys == {(model, seed, epoch) for model in learning.MODELS for seed in "01" for epoch in "12"}
+    assert keys == {(model, seed, "1") for model in learning.MODELS for seed in "01"}
     assert all(0 <= float(row["accuracy %"]) <= 100 for row in rows)
     assert len([*tmp_path.glob("*_learning.png")]) == len([*tmp_path.glob("*_learning.md")]) == 1
 

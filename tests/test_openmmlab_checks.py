@@ -23,7 +23,6 @@ from mmseg.evaluation import IoUMetric
 from openmmlab_runs import ONE_PROCESS, in_scope
 
 import detection.bifpn  # noqa: F401  (registers the neck)
-from models import FocalTransformer
 from openmmlab import check_config, check_data, runner
 from openmmlab.start_checks import StartChecks
 from utils import UserError
@@ -50,6 +49,14 @@ def in_package(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) 
         yield
 
 
+_read_config = lru_cache(runner.read_config)
+
+
+def read(path: str) -> Any:
+    """A config, read once."""
+    return copy.deepcopy(_read_config(path))
+
+
 def command(config: str, work_dir: Path, *options: str) -> list[str]:
     small = [f"{key}={value}" for key, value in SMALL.items()]
     return [config, "--work-dir", str(work_dir), "--cfg-options", *small, *options]
@@ -74,14 +81,12 @@ def last_error(capsys: pytest.CaptureFixture[str]) -> str:
         ("model.neck.in_channels=[1,(2]", "expected a number, text, or list of these as in KEY=[1,2], got "),
         ("train_cfg.max_epochs=", "train_cfg.max_epochs: expected a number, as in the config, got ''"),
         ("model.bakbone.depths=1", "there is no bakbone; did you mean backbone"),
-        ("model.test_cfg.rcnn.score_thrr=0.1", "there is no score_thrr; did you mean score_thr?"),
         ("randomness.seedd=1", "nothing reads seedd; did you mean seed?"),
         ("default_hooks.checkpoint.saving=2", "CheckpointHook takes no saving"),
         (
             "default_hooks.checkpoint.save_best=bbox_mAP",
             "coco/segm_mAP_s, as val_evaluator reports, got bbox",
         ),
-        ("default_hooks.checkpoint.save_best=coco/bbox_mAPP", "as val_evaluator reports, got coco/bbox_mAPP"),
         ("model.test_cfg.rcnn.nms.type=nmms", "rcnn.nms.type: expected one of nms, soft_nms, "),
         ("train_dataloader.workers=1", "train_dataloader: DataLoader.__init__() got an unexpected keyword "),
         ("model.backbones_2.depths=1", "model (MaskRCNN): MaskRCNN.__init__() got an unexpected keyword "),
@@ -93,7 +98,6 @@ def last_error(capsys: pytest.CaptureFixture[str]) -> str:
             "optim_wrapper.optimizer.type=Adamw",
             "optim_wrapper.optimizer (Adamw): there is no Adamw; did you mean ",
         ),
-        ("optim_wrapper.optimizer.lr=-1", "optim_wrapper.optimizer (AdamW): Invalid learning rate: -1"),
         ("model.neck.in_channels=[1,2]", "model.neck.in_channels: expected [32, 64, 128, 256]"),
         ("model.neck.out_channels=128", "model.rpn_head.in_channels: expected 128, as model.neck makes, got"),
         ("model.roi_head.mask_head.in_channels=8", "roi_head.mask_head.in_channels: expected 64, as model."),
@@ -118,11 +122,11 @@ def test_options_that_something_reads() -> None:
     keys += ["train_dataloader.dataset.indices", "train_dataloader.dataset.pipeline.2.scale", "custom_hooks"]
     keys += ["optim_wrapper.paramwise_cfg.custom_keys.norms", "train_dataloader.num_batch_per_epoch"]
     keys += ["train_dataloader.dataset.data_prefix.img2", "model.roi_head.bbox_head.reg_class_agnostic"]
-    check_config.check_overrides(runner.read_config(DETECTION), dict.fromkeys(keys, 1))
+    check_config.check_overrides(read(DETECTION), dict.fromkeys(keys, 1))
 
 
 def test_the_best_metric_of_a_run_without_validation(tmp_path: Path) -> None:
-    config = runner.read_config(DETECTION)
+    config = read(DETECTION)
     assert config.default_hooks.checkpoint.save_best
     config.update(dict.fromkeys(("val_cfg", "val_dataloader", "val_evaluator")))
     config.update(work_dir=str(tmp_path), launcher="none")
@@ -130,7 +134,7 @@ def test_the_best_metric_of_a_run_without_validation(tmp_path: Path) -> None:
 
 
 def test_one_checkpoint_is_too_few(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config = runner.read_config(DETECTION)
+    config = read(DETECTION)
     config.update(work_dir=str(tmp_path), launcher="none")
     config.default_hooks.checkpoint.max_keep_ckpts = 1
     built = runner.build_runner(config)
@@ -178,7 +182,7 @@ def test_bugs_keep_their_tracebacks(
     part: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
 ) -> None:
     """Those of the user's own parts; values that a library refuses are mistakes."""
-    config = runner.read_config(DETECTION)
+    config = read(DETECTION)
     config.merge_from_dict({"model": part})
     config.update(launcher="none", work_dir=str(tmp_path))
     with pytest.raises(error, match=re.escape(message)):
@@ -186,7 +190,7 @@ def test_bugs_keep_their_tracebacks(
 
 
 def test_a_missing_file_is_no_mistake_of_the_config() -> None:
-    config = runner.read_config(DETECTION)
+    config = read(DETECTION)
     config.model.neck.type = "FPM"
     with pytest.raises(FileNotFoundError), check_config.explained_by_config(config):
         Path("gone.json").read_text()
@@ -206,7 +210,7 @@ def test_channels_of_parts_that_count_in_another_way(
     from mmdet.models import Shared2FCBBoxHead
 
     monkeypatch.setitem(MODELS.module_dict, "OwnHead", type("OwnHead", (Shared2FCBBoxHead,), {}))
-    config = runner.read_config(DETECTION)
+    config = read(DETECTION)
     config.merge_from_dict({"model": {"roi_head": change}})
     model = MODELS.build(config.model)
     model.neck.in_channels = 256  # of one map, as CenterNet's neck takes
@@ -241,7 +245,7 @@ def every(kind: str, **values: Any) -> Callable[[dict[str, Any]], None]:
 
 @lru_cache
 def detection_options() -> dict[str, Any]:
-    return runner.read_config(DETECTION).train_dataloader.dataset.to_dict()
+    return read(DETECTION).train_dataloader.dataset.to_dict()
 
 
 def detection_set(**options: Any) -> Any:
@@ -270,8 +274,7 @@ TEST = {"test_mode": True, "pipeline": BOXES[:1]}
         (every("categories", name=[]), {}, r"categories, id 1: name is \[\], expected a number or text"),
         (every("images", height="90"), {}, 'images, id 1: height is "90", expected a number'),
         (every("images", file_name="gone.jpg"), {}, "gone.jpg: expected a file that LoadImageFromFile can"),
-        (every("images", width=90, height=122), {}, r"has 90 x 122 pixels, but .* 122 x 90 \(rows x columns"),
-        (every("images", width=123), {}, "has 90 x 122 pixels, but .* 90 x 123"),
+        (every("images", width=123), {}, r"has 90 x 122 pixels, but .* 90 x 123 \(rows x columns"),
         (every("images", width=124), {"pipeline": BOXES}, "has 90 x 122 pixels, but .* 90 x 124"),
         (every("annotations", area=None), {}, "annotations, id 1: has no area"),
         (every("annotations", iscrowd=None), {"test_mode": True}, "annotations, id 1: has no iscrowd"),
@@ -357,7 +360,7 @@ def test_masks_that_evaluators_compare() -> None:
     """Their files, whatever else is called segm."""
     from mmdet.datasets import CocoDataset
 
-    config = runner.read_config(DETECTION)
+    config = read(DETECTION)
     config.val_evaluator = [{"metric": "bbox", "ann_file": "segm.json"}, {"metric": "segm"}]
     config.test_evaluator = {"metrics": [{"metric": ["bbox", "segm"], "ann_file": "own.json"}]}
     with pytest.MonkeyPatch.context() as patch:
@@ -404,7 +407,7 @@ VAL, PART = "val_dataloader.dataset", "train_dataloader.dataset.dataset.datasets
     ],
 )
 def test_data_sets_that_do_not_agree(options: dict[str, Any], message: str) -> None:
-    config = runner.read_config(DETECTION)
+    config = read(DETECTION)
     config.train_dataloader.dataset = wrapped(config.train_dataloader.dataset)
     assert check_data.check_data_sets(config, ("train", "val")) == DIGITS
     config.merge_from_dict(options)
@@ -423,10 +426,10 @@ def test_data_sets_that_do_not_agree(options: dict[str, Any], message: str) -> N
 )
 def test_data_sets_that_may_differ(options: dict[str, Any]) -> None:
     """A split that is not used, files elsewhere, classes as text, an evaluator's file of another kind."""
-    config = runner.read_config(DETECTION)
+    config = read(DETECTION)
     config.merge_from_dict(options)
     if isinstance(config.val_evaluator, list):
-        config.val_evaluator[1].ann_file = runner.read_config(DETECTION).val_evaluator.ann_file
+        config.val_evaluator[1].ann_file = read(DETECTION).val_evaluator.ann_file
     assert check_data.check_data_sets(config, ("train", "val")) == DIGITS
 
 
@@ -434,7 +437,7 @@ def test_the_pages_keys_of_another_folder(scenes: Path) -> None:
     """Those of get_started.md reach every file that is read."""
     page = (REPO / "detection/get_started.md").read_text()
     words = re.search(r"--cfg-options \\\n((?: +\S+=/data/coco/.*\n)+)", page)[1].replace("\\", "").split()
-    config = runner.read_config(DETECTION)
+    config = read(DETECTION)
     config.merge_from_dict(
         {f"{split}_dataloader.dataset.data_root": "gone" for split in ("train", "val", "test")}
     )
@@ -643,7 +646,7 @@ def test_heads_of_segmenters_that_join_all_maps() -> None:
 
 
 def test_a_neck_that_begins_with_the_last_map() -> None:
-    model = MODELS.build(runner.read_config(DETECTION).model)
+    model = MODELS.build(read(DETECTION).model)
     model.backbone.out_indices = (1, 2, 3)
     channels = {"in_channels": [256, 128, 64], "out_channels": [32, 16, 8]}
     model.neck = MODELS.build({"type": "YOLOV3Neck", "num_scales": 3, **channels})
@@ -688,17 +691,9 @@ def test_class_weights_of_segmenters() -> None:
 # --- Weights ------------------------------------------------------------------------------------------------
 
 
-def test_a_classifiers_checkpoint_as_a_detectors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Refused as it is loaded."""
-    options = {k: v for k, v in runner.read_config(DETECTION).model.backbone.items() if k != "type"}
-    torch.save({"model": FocalTransformer(**options).state_dict()}, tmp_path / "classifier.pth")
-    assert runner.train(command(DETECTION, tmp_path, f"load_from={tmp_path}/classifier.pth")) == 2
-    assert "for a classifier's, use --pretrained" in last_error(capsys)
-
-
 def test_checkpoints_that_would_leave_weights_random() -> None:
     """The backbone's are needed; a head may be missing, but not to resume."""
-    detector = MODELS.build(runner.read_config(DETECTION).model)
+    detector = MODELS.build(read(DETECTION).model)
     weights = detector.state_dict()
     other_head = {key: value for key, value in weights.items() if "mask_head" not in key}
     no_norm = {key: value for key, value in weights.items() if not key.startswith("backbone.norm3")}

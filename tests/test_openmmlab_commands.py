@@ -98,13 +98,10 @@ def test_training_learns_and_evaluation_repeats_what_it_saw(trained: Path, teste
 def test_a_checkpoint_of_another_model_is_refused(
     task: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    weights, junk = trained / "epoch_8.pth", tmp_path / "junk.pth"
-    junk.write_bytes(b"junk")
     other = ["model.backbone.use_conv_embed=False", "model.neck.num_outs=4"]
-    for file, more in ((weights, other), (junk, [])):
-        assert runner.test([CONFIGS[task], str(file), *options(task, tmp_path, *more)]) == 2
-        expected = f"{file.name} does not fit the config's model, or is damaged"
-        assert expected in capsys.readouterr().err
+    file = trained / "epoch_8.pth"
+    assert runner.test([CONFIGS[task], str(file), *options(task, tmp_path, *other)]) == 2
+    assert "epoch_8.pth does not fit the config's model, or is damaged" in capsys.readouterr().err
 
 
 AVERAGED = """

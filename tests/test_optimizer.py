@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import NANO_WORDS
 from torch import nn
 
 from config import load_config
@@ -53,8 +54,8 @@ def test_rates_scale_with_the_images_of_an_update() -> None:
 
 
 @pytest.mark.parametrize("kind", ["focal", "focalv2"])
-def test_decay_groups_follow_the_recipe(kind: str, nano_opts: list[object]) -> None:
-    model = build_model(load_config(None, [*nano_opts, "MODEL.TYPE", kind, "MODEL.FOCAL.APE", True]))
+def test_decay_groups_follow_the_recipe(kind: str) -> None:
+    model = build_model(load_config(None, [*NANO_WORDS, "MODEL.TYPE", kind, "MODEL.FOCAL.APE", True]))
     frozen = model.head.bias
     frozen.requires_grad_(False)
     with_decay, without = parameter_groups(model, 0.05)

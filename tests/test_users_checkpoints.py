@@ -22,7 +22,6 @@ import main
 from config import load_config
 from models import build_model, load_checkpoint, read_checkpoint
 from models.checkpoint import STEM
-from models.registry import checkpoint_filter_fn
 
 
 def saved(content: object, folder: Path) -> Path:
@@ -172,13 +171,6 @@ def test_what_else_has_a_prefix_stays_an_error(tmp_path: Path) -> None:
     state = model.state_dict() | {"encoder.extra": torch.zeros(2)}
     with pytest.raises(ValueError, match=r"1 unexpected: encoder\.extra"):
         load_checkpoint(model, saved(state, tmp_path))
-
-
-def test_timm_reads_prefixes_too() -> None:
-    model, fresh = build(kind="focalv2"), build(kind="focalv2", seed=1)
-    state = prefixed(model.state_dict(), "backbone.") | {"neck.w": torch.zeros(1)}
-    fresh.load_state_dict(checkpoint_filter_fn(state, fresh))
-    assert same(fresh, model)
 
 
 # --- Wrappers -----------------------------------------------------------------------------------------------
