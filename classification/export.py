@@ -162,7 +162,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; 1 if a format could not be written, 2 for what the user can correct."""
+    """Run the command line; 1 if a model cannot be exported, 2 for what the user can correct."""
     args = parse(arguments)
     utils.escape_output()
     try:
@@ -172,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def export_formats(args: argparse.Namespace) -> int:
-    """Run the parsed command; 1 if a format could not be written."""
+    """Run the parsed command; 1 if a format does not fit the model."""
     config = load_config_of(args)
     height, width = args.size or to_2tuple(config.DATA.IMG_SIZE)
     model = load_model(config).eval()
@@ -185,7 +185,7 @@ def export_formats(args: argparse.Namespace) -> int:
         try:
             export_model(model, name, (model.in_chans, height, width), path)
             print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB", flush=True)
-        except (utils.UserError, OSError) as error:
+        except utils.UserError as error:
             print(f"error: {error}", file=sys.stderr)
             status = 1
     return status

@@ -28,8 +28,8 @@ from yacs.config import CfgNode  # noqa: E402
 import utils  # noqa: E402
 from config import flatten, load_config  # noqa: E402
 from data.build import evaluation_transform  # noqa: E402
-from data.folder import class_folders, home  # noqa: E402
-from data.images import decode_rgb, is_image_name, log_left_out  # noqa: E402
+from data.folder import class_folders, home, list_images  # noqa: E402
+from data.images import decode_rgb, log_left_out  # noqa: E402
 from data.source import SPLITS, FileSource  # noqa: E402
 from data.transforms import Transform  # noqa: E402
 from models import FocalTransformer, build_model, load_checkpoint, read_checkpoint  # noqa: E402
@@ -203,14 +203,15 @@ def find_images(arguments: Sequence[str]) -> list[str]:
 
     Raises:
         UserError: a folder without images.
+        OSError: a folder that cannot be read.
     """
     images: list[str] = []
     for argument in arguments:
         found = [argument]
         if Path(argument).is_dir():
-            files = sorted(path for path in Path(argument).rglob("*") if path.is_file())
-            found = [str(path) for path in files if is_image_name(path.name)]
-            log_left_out(argument, (path.name for path in files if not is_image_name(path.name)))
+            left_out: list[str] = []
+            found = [str(Path(argument, image)) for image in list_images(Path(argument), left_out)]
+            log_left_out(argument, left_out)
         if not found:
             raise utils.UserError(
                 f"{argument}: expected images, got none; name image files, or a folder of them"

@@ -101,8 +101,8 @@ def scan_class_folders(split_dir: Path, classes: list[str]) -> FileSource:
     empty: list[str] = []
     left_out: list[str] = []
     for label, name in enumerate(classes):
-        found = _list_images(split_dir, name, left_out)
-        paths += found
+        found = list_images(split_dir / name, left_out)
+        paths += [os.path.join(name, image) for image in found]
         labels += [label] * len(found)
         if not found:
             empty.append(name)
@@ -115,21 +115,25 @@ def scan_class_folders(split_dir: Path, classes: list[str]) -> FileSource:
     return FileSource(split_dir, paths, labels, classes)
 
 
-def _list_images(split_dir: Path, class_name: str, left_out: list[str]) -> list[str]:
-    """The images below a class folder; a folder that several links lead to is listed once.
+def list_images(root: Path, left_out: list[str]) -> list[str]:
+    """The images in and below a folder, relative to it; a folder that several links lead to is listed once.
 
     The names of other files are added to `left_out`.
+
+    Raises:
+        OSError: a folder cannot be read.
     """
     found: list[str] = []
     seen: set[tuple[int, int]] = set()
-    for folder, subfolders, files in os.walk(split_dir / class_name, onerror=_raise, followlinks=True):
+    for folder, subfolders, files in os.walk(root, onerror=_raise, followlinks=True):
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in seen:
             subfolders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        relative = os.path.relpath(folder, split_dir)
-        found += [os.path.join(relative, file) for file in files if is_image_name(file)]
+        relative = os.path.relpath(folder, root)
+        inside = "" if relative == "." else relative
+        found += [os.path.join(inside, file) for file in files if is_image_name(file)]
         left_out += [file for file in files if not is_image_name(file)]
     return sorted(found)
 

@@ -26,7 +26,7 @@ from filelock import FileLock
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from .focal_transformer import ORIGINAL_BUFFERS, FocalFastAttention
+from .focal_transformer import ORIGINAL_BUFFERS, FocalFastAttention, whole_numbers
 from .resize import is_plain, resize_state
 from .safetensors_file import read_safetensors
 from .torch_file import read_torch_file, shown
@@ -169,7 +169,9 @@ def _own_state(checkpoint: Mapping[str, Any], origin: str) -> tuple[dict[str, Te
                 f"{key} writes them to a file of their own"
             )
     own, left_out = _without_prefix(state, origin)
-    return {key: value for key, value in own.items() if not DERIVED_BUFFERS.search(key)}, left_out
+    own = {key: value for key, value in own.items() if not DERIVED_BUFFERS.search(key)}
+    stored = {key: whole_numbers(value) for key, value in own.items() if STORED_KEYS.search(key)}
+    return own | stored, left_out
 
 
 def _without_prefix(state: Mapping[str, Tensor], origin: str) -> tuple[dict[str, Tensor], list[str]]:
@@ -264,7 +266,7 @@ def _log(report: LoadReport) -> None:
         (logging.WARNING, report.left_out, "parts of a larger model are left out"),
         (logging.WARNING, report.adapted, "made for 3 input channels, adapted to the model's number"),
         (logging.INFO, report.resized, "made for other windows or another input size, resized"),
-        (logging.INFO, report.recomputed, "not the nearest keys at this input size, so chosen anew"),
+        (logging.WARNING, report.recomputed, "not the nearest keys at this input size, so chosen anew"),
     ):
         if names:
             logger.log(level, "%s: %s: %d: %s", report.path, text, len(names), _listed(names))

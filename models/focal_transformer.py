@@ -228,6 +228,11 @@ def nearest_keys(height: int, width: int, window: int, topk: int, pooled_levels:
     return choice
 
 
+def whole_numbers(x: Tensor) -> Tensor:
+    """Stored keys as integers, also those of averaged or converted weights."""
+    return x.detach().float().round().long() if x.is_floating_point() and not x.is_nested else x
+
+
 def as_near(cells: np.ndarray, nearest: np.ndarray, centres: np.ndarray, height: int, width: int) -> bool:
     """Whether cells of a map are distinct and at the same distances from `centres`, [P, 2], as the `nearest`
     ones; both [P, K]."""
@@ -595,6 +600,9 @@ class FocalAttention(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+COPY_KEYS = "averages of models must copy integer buffers"
+
+
 class FocalFastAttention(FocalAttention):
     """Focal-fast attention: every token sees the fine and coarse tokens nearest to its window's centre.
 
@@ -637,7 +645,7 @@ class FocalFastAttention(FocalAttention):
 
     def stale_keys(self, state: Mapping[str, Any], prefix: str = "") -> list[str]:
         """Names of stored keys in a state that are not the nearest on a map of `train_resolution`, such as
-        those of another input size, or averaged ones. Which of equally near tokens they name is left open.
+        those of another input size, or averages that were cut. Which of equally near tokens is left open.
         More than `topk` keys are of another model: PyTorch refuses their shape, so they are not listed."""
         given_keys = {name: state[prefix + name] for name in self.key_buffers if prefix + name in state}
         if not given_keys:
@@ -654,8 +662,8 @@ class FocalFastAttention(FocalAttention):
             is_odd = given.layout != torch.strided or given.is_meta or given.is_nested or given.is_quantized
             if not is_odd and given.ndim == 2 and given.shape[1] > self.topk:
                 continue
-            fits = not (is_odd or given.is_floating_point()) and given.shape == own.shape
-            if not (fits and as_near(given.detach().long().cpu().numpy(), own, *one_map)):
+            fits = not is_odd and given.shape == own.shape
+            if not (fits and as_near(whole_numbers(given).detach().long().cpu().numpy(), own, *one_map)):
                 stale.append(prefix + name)
         return stale
 
@@ -675,13 +683,11 @@ class FocalFastAttention(FocalAttention):
             return
 
         def read() -> tuple[bytes, ...]:
-            found = tuple(keys.long().cpu().numpy().tobytes() for keys in choice)
+            found = tuple(whole_numbers(keys).long().cpu().numpy().tobytes() for keys in choice)
             changed = dict(zip(self.key_buffers, choice, strict=True)) if found != self.stored_bytes else {}
             if stale := self.stale_keys(changed):
-                raise ValueError(
-                    f"{', '.join(stale)}: expected the keys nearest to each window, got others; buffers must "
-                    "be copied, not averaged or converted (`reset_parameters` chooses them anew)"
-                )
+                warn_once(f"{', '.join(stale)}: not the nearest keys, so those before are used; {COPY_KEYS}")
+                return self.stored_bytes
             return found
 
         if loaded or versions != self.buffer_versions:  # loaded: inference tensors have no version to differ
@@ -709,13 +715,16 @@ class FocalFastAttention(FocalAttention):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load. Keys that the state lacks, as averaged weights do, or that are stale stay the layer's own."""
         own = {prefix + name: getattr(self, name) for name in self.key_buffers}
+        for key in own.keys() & state_dict.keys():
+            if type(state_dict[key]) in (Tensor, nn.Parameter):
+                state_dict[key] = whole_numbers(state_dict[key])
         kept = [*(own.keys() - state_dict.keys()), *self.stale_keys(state_dict, prefix)]
         if kept and self.stale_keys(own, prefix):  # as in memory that was never filled
             self.reset_parameters()
             own = {prefix + name: getattr(self, name) for name in self.key_buffers}
         if kept:
             names = ", ".join(sorted(kept))
-            logger.info(f"not in the state, or not the nearest here, so the model's own keys stay: {names}")
+            logger.warning(f"{names}: not there, or not the nearest, so the model's own stay; {COPY_KEYS}")
         state_dict.update({key: own[key] for key in kept})
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.refresh_stored_keys(loaded=True)

@@ -153,6 +153,12 @@ def weights(tmp_path_factory) -> list[str]:
     return [*DEMO, "--resume", str(path)]
 
 
+def test_a_folder_that_cannot_be_written(weights, tmp_path, capsys) -> None:
+    (tmp_path / "file").touch()
+    assert export.main([*weights, "--out", str(tmp_path / "file/out"), "--formats", "torchscript"]) == 2
+    assert str(tmp_path / "file/out") in capsys.readouterr().err
+
+
 def test_after_a_format_that_fails_comes_the_next(weights, tmp_path, monkeypatch, capsys) -> None:
     change(monkeypatch, "torch_export", write=write_garbage)
     arguments = ["--out", str(tmp_path), "--formats", "torch_export", "torchscript"]

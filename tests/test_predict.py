@@ -1,9 +1,12 @@
 """classification/predict.py: what main.py's evaluation finds, for any images, with names."""
 
+import errno
 import json
+import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,6 +84,21 @@ def test_bad_images_are_told_and_the_others_predicted(
     table = [word for entry in good for word in (entry["image"], *entry["top"])]
     for line, entry in zip(out.splitlines(), table, strict=True):
         assert line == entry or f"{100 * entry['probability']:.1f} %  {entry['name']}" in line
+
+
+def test_a_folder_that_cannot_be_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its images would be missing."""
+    closed, scandir = tmp_path / "closed", os.scandir
+    closed.mkdir()
+
+    def refuse(path: Path) -> Any:
+        if Path(path) == closed:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="closed"):
+        predict.find_images([str(tmp_path)])
 
 
 def test_names_of_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -633,17 +633,28 @@ def test_keys_of_another_model_and_of_memory_that_was_never_filled() -> None:
 
 
 def test_averaged_copies() -> None:
-    """An average of whole numbers is cut to a smaller one: stored keys are others then, and refused."""
+    """Also where an average of stored keys, which are whole numbers, is cut to a smaller one."""
     model = build(FAMILIES[1]).eval()
+    model.load_state_dict(small_models.other_ties(model), strict=False)
     for kind in (ModelEmaV2, ModelEmaV3):
         average = kind(model, decay=0.9999)
         for _ in range(5):
             average.update(model)
-        if kind is ModelEmaV3:
-            torch.testing.assert_close(logits(average.module), logits(model))
-        else:
-            with pytest.raises(ValueError, match="topk_cloest_indice_0.*: expected the keys nearest"):
-                logits(average.module)
+        torch.testing.assert_close(logits(average.module), logits(model))
+
+
+@pytest.mark.parametrize("average", [lambda x: (x + x + x) / 3, lambda x: 0.3 * x + 0.7 * x, Tensor.float])
+def test_averaged_state_dicts(average: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
+    """Of which stored keys become floats."""
+    model, other, third = (build(FAMILIES[1], seed=seed).eval() for seed in range(3))
+    model.load_state_dict(small_models.other_ties(model), strict=False)
+    state = {name: average(x) for name, x in model.state_dict().items()}
+    other.load_state_dict(state)
+    torch.testing.assert_close(logits(other), logits(model))
+    torch.save(state, tmp_path / "average.pth")
+    models.load_checkpoint(third, tmp_path / "average.pth")
+    torch.testing.assert_close(logits(third), logits(model))
+    torch.testing.assert_close(torch.func.functional_call(other, state, (IMAGES,)), logits(model))
 
 
 def test_stored_keys_that_a_call_brings_along() -> None:
