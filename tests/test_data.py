@@ -237,7 +237,7 @@ def signal_all(name):  # from outside the job, as a launcher does
 if __name__ == "__main__":
     received = []
     signal.signal(signal.Signals[sys.argv[2]], lambda *_: received.append(1))
-    options = {"num_workers": 2, "multiprocessing_context": sys.argv[1]}
+    options = {"num_workers": 1, "multiprocessing_context": sys.argv[1]}
     loader = ImageLoader(Blank(), batch_size=1, worker_init_fn=leave_signals_to_parent, **options)
     threading.Timer(0.5, signal_all, (sys.argv[2],)).start()  # while workers start
     batches = iter(loader)
