@@ -118,7 +118,7 @@ def scan_class_folders(split_dir: Path, classes: list[str]) -> FileSource:
 def list_images(root: Path, left_out: list[str]) -> list[str]:
     """The images in and below a folder, relative to it; a folder that several links lead to is listed once.
 
-    The names of other files are added to `left_out`.
+    Folders whose names start with a dot are skipped. The names of other files are added to `left_out`.
 
     Raises:
         OSError: a folder cannot be read.
@@ -131,6 +131,7 @@ def list_images(root: Path, left_out: list[str]) -> list[str]:
             subfolders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         relative = os.path.relpath(folder, root)
         inside = "" if relative == "." else relative
         found += [os.path.join(inside, file) for file in files if is_image_name(file)]

@@ -227,7 +227,7 @@ def load_checkpoint(
         if isinstance(layer, FocalFastAttention):
             report.recomputed += layer.stale_keys(given, f"{name}.")
     for key in report.recomputed:
-        del given[key], wanted[key]
+        given[key] = wanted[key]
     check_state(given, wanted, report.path)
     model.load_state_dict(given, strict=False)  # complete but for what the report says
     _log(report)

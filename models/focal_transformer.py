@@ -724,7 +724,10 @@ class FocalFastAttention(FocalAttention):
             own = {prefix + name: getattr(self, name) for name in self.key_buffers}
         if kept:
             names = ", ".join(sorted(kept))
-            logger.warning(f"{names}: not there, or not the nearest, so the model's own stay; {COPY_KEYS}")
+            of_this_size = any(state_dict[key].shape == own[key].shape for key in kept if key in state_dict)
+            why = f"; {COPY_KEYS}" if of_this_size else ""
+            level = logging.WARNING if of_this_size else logging.INFO
+            logger.log(level, f"{names}: not there, or not the nearest, so the model's own stay{why}")
         state_dict.update({key: own[key] for key in kept})
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.refresh_stored_keys(loaded=True)

@@ -16,6 +16,7 @@ from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from threading import Lock
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -50,6 +51,7 @@ class _Ignored:
 
 
 _PATHS = {"PosixPath": PurePosixPath, "WindowsPath": PureWindowsPath}
+ONE_AT_A_TIME = Lock()
 HARMLESS: list[Any] = [  # (what is built, its name in the file)
     (OrderedDict, "yacs.config.CfgNode"),
     (Namespace, "argparse.Namespace"),
@@ -83,7 +85,7 @@ def read_torch_file(path: Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             _check_checksums(file)
-            with torch.serialization.safe_globals(HARMLESS):
+            with ONE_AT_A_TIME, torch.serialization.safe_globals(HARMLESS):  # a list of the process
                 content = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise OSError(f"{path}: expected a file that can be read, got: {shown(error)}") from error

@@ -441,8 +441,9 @@ def check_model(model: nn.Module, classes: Sequence[str] | None) -> None:
         expected = [dims[i] for i in np.atleast_1d(index)]
         if isinstance(asked, int):  # one map, of which stage a neck decides, or all of them side by side
             fits = name == "neck" or asked == sum(expected)
-        else:  # YOLOv3's neck counts from the last stage
-            fits = asked is None or sorted(asked) == sorted(expected)
+        else:
+            expected = expected[::-1] if type(part).__name__ == "YOLOV3Neck" else expected
+            fits = asked is None or [*asked] == expected
         if not fits:
             raise UserError(
                 f"model.{name}.in_channels: expected {expected}, as the backbone has, got {asked}"
@@ -525,14 +526,18 @@ def check_class_weights(model: nn.Module, dataset: Any) -> None:
     from mmseg.models.losses import CrossEntropyLoss
 
     losses = {name: m for name, m in model.named_modules() if isinstance(m, CrossEntropyLoss)}
-    kinds = {name: getattr(m.cls_criterion, "__name__", "") for name, m in losses.items() if m.class_weight}
-    weighted = [name for name, kind in kinds.items() if kind == "cross_entropy"]
+    kinds = {name: getattr(m.cls_criterion, "__name__", "") for name, m in losses.items()}
+    weighted = [
+        name for name, m in losses.items() if m.class_weight is not None and kinds[name] == "cross_entropy"
+    ]
+    if not weighted:
+        return
     count = len(dataset.metainfo["classes"])
     for name in weighted:
         if (given := len(losses[name].class_weight)) != count:
             raise UserError(f"model.{name}.class_weight: expected {count} numbers, a class each, got {given}")
     with _keep_random_state():
-        samples = [dataset[i]["data_samples"] for i in _sample(range(len(dataset)))[::4] if weighted]
+        samples = [dataset[i]["data_samples"] for i in _sample(range(len(dataset)))[::4]]
     for sample in samples:
         labels = sample.gt_sem_seg.data
         size = model.data_preprocessor.size or labels.shape[-2:]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 if TYPE_CHECKING:
@@ -28,9 +29,10 @@ def draw(model: "BaseModel", image: np.ndarray, threshold: float) -> tuple[np.nd
     from mmseg.apis import inference_model
 
     sample = inference_model(model, image)
-    chances = sample.seg_logits.data.softmax(dim=0)  # [classes, H, W]
+    chances = sample.seg_logits.data  # [classes, H, W], or of two classes the second's probability alone
+    chances = torch.cat([1 - chances, chances]) if len(chances) == 1 else chances.softmax(dim=0)
     sure = (chances.amax(dim=0) >= threshold).cpu().numpy()
-    labels = sample.pred_sem_seg.data[0].cpu().numpy()  # [H, W]
+    labels = sample.pred_sem_seg.data[0].long().cpu().numpy()  # [H, W]
     palette = np.array(model.dataset_meta["palette"], dtype=np.uint8)  # [classes, 3], RGB
     shares = np.bincount(labels[sure], minlength=len(palette)) / labels.size
     found = [int(number) for number in np.argsort(-shares, kind="stable") if shares[number] > 0]

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -401,6 +402,11 @@ def test_bad_imagenet22k(folder: Path) -> None:
     (folder / "val" / "bee" / "1.png").unlink()
     with raises(FileNotFoundError, IN22K_MAP.format("val"), ":5: expected an image at"):
         build_loaders(in22k_config(folder))
+
+
+def test_hidden_folders_are_skipped(folder: Path) -> None:
+    shutil.copytree(folder / "val" / "ant", folder / "val" / "ant" / ".thumbnails")
+    assert len(build_loaders(make_config(folder)).val_dataset) == 9
 
 
 def test_links_in_a_circle_list_images_once(folder: Path) -> None:

@@ -651,6 +651,9 @@ def test_a_neck_that_begins_with_the_last_map() -> None:
     channels = {"in_channels": [256, 128, 64], "out_channels": [32, 16, 8]}
     model.neck = MODELS.build({"type": "YOLOV3Neck", "num_scales": 3, **channels})
     check_data.check_model(model, None)
+    model.neck.in_channels = [64, 128, 256]
+    with pytest.raises(UserError, match=r"neck.in_channels: expected \[256, 128, 64\]"):
+        check_data.check_model(model, None)
 
 
 @pytest.mark.parametrize(

@@ -127,8 +127,8 @@ class TrainState:
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved_groups]:
             raise UserError(
                 f"{origin}: expected the optimizer state of this model, got other parameter groups; use the "
-                "same options (TRAIN.FREEZE_STAGES, TRAIN.LAYER_DECAY), or --pretrained to start from the "
-                "weights alone"
+                "same options (TRAIN.FREEZE_STAGES, TRAIN.LAYER_DECAY), or another --tag and --pretrained to "
+                "start from the weights alone"
             )
         # The options of this run go in first: where torch puts the step counters depends on `fused`.
         merged = [
