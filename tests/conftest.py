@@ -1,12 +1,14 @@
 """Shared fixtures: the repository, a model small enough for any test, and real data to train it on."""
 
 import csv
+import errno
 import os
 import shutil
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,6 +72,24 @@ def full_disk() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.fixture
+def close_folder(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """A function that makes a folder that cannot be entered, by root neither."""
+
+    def close(closed: Path) -> None:
+        scandir = os.scandir
+        closed.mkdir()
+
+        def refuse(path: Path) -> Any:
+            if Path(path) == closed:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", refuse)
+
+    return close
 
 
 @pytest.fixture

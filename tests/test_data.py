@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -414,17 +414,9 @@ def test_links_in_a_circle_list_images_once(folder: Path) -> None:
     assert len(build_loaders(make_config(folder)).val_dataset) == 9
 
 
-def test_a_folder_that_cannot_be_entered_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_entered_is_named(folder: Path, close_folder: Callable[[Path], None]) -> None:
     """Its images would be missing."""
-    closed, scandir = folder / "train" / "bee" / "closed", os.scandir
-    closed.mkdir()
-
-    def refuse(path: Path) -> Any:
-        if Path(path) == closed:
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
+    close_folder(folder / "train" / "bee" / "closed")
     with pytest.raises(PermissionError, match="closed"):
         build_loaders(make_config(folder))
 

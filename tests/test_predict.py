@@ -1,12 +1,10 @@
 """classification/predict.py: what main.py's evaluation finds, for any images, with names."""
 
-import errno
 import json
-import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -86,17 +84,9 @@ def test_bad_images_are_told_and_the_others_predicted(
         assert line == entry or f"{100 * entry['probability']:.1f} %  {entry['name']}" in line
 
 
-def test_a_folder_that_cannot_be_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_entered(tmp_path: Path, close_folder: Callable[[Path], None]) -> None:
     """Its images would be missing."""
-    closed, scandir = tmp_path / "closed", os.scandir
-    closed.mkdir()
-
-    def refuse(path: Path) -> Any:
-        if Path(path) == closed:
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
+    close_folder(tmp_path / "closed")
     with pytest.raises(PermissionError, match="closed"):
         predict.find_images([str(tmp_path)])
 

@@ -5,6 +5,7 @@ import logging
 import pathlib
 import warnings
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,20 @@ def prefixed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 # --- Objects beside the weights -----------------------------------------------------------------------------
+
+
+def test_threads_read_checkpoints(tmp_path: Path) -> None:
+    """What PyTorch may build is a list of the whole process."""
+    path = saved({"args": Namespace(lr=1), "model": {"w": torch.ones(1)}}, tmp_path)
+    with ThreadPoolExecutor(4) as threads:
+        assert all("model" in found for found in threads.map(read_checkpoint, [path] * 200))
+
+
+def test_keys_of_another_input_size_are_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """And no averages."""
+    path = saved(build(kind="focalv2", img_size=64).state_dict(), tmp_path)
+    load_checkpoint(build(kind="focalv2", img_size=96), path, resize=True)
+    assert caplog.text.count("nearest") == 1 and "averages" not in caplog.text
 
 
 @every_kind
