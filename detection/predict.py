@@ -7,13 +7,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 if TYPE_CHECKING:
+    import numpy as np
     from mmengine.model import BaseModel
 
 
-def draw(model: "BaseModel", image: np.ndarray, threshold: float) -> tuple[np.ndarray, str]:
+def draw(model: "BaseModel", image: "np.ndarray", threshold: float) -> tuple["np.ndarray", str]:
     """The picture of an image's detections, see `openmmlab.predict.Draw`."""
     from mmdet.apis import inference_detector
     from mmdet.visualization import DetLocalVisualizer
@@ -22,8 +21,10 @@ def draw(model: "BaseModel", image: np.ndarray, threshold: float) -> tuple[np.nd
     visualizer = DetLocalVisualizer(alpha=0.5)
     visualizer.dataset_meta = model.dataset_meta
     visualizer.add_datasample("", image[..., ::-1], sample, draw_gt=False, pred_score_thr=threshold)
-    scores = sample.pred_instances.scores if "pred_instances" in sample else np.zeros(0)  # panoptic models
-    text = f"{int((scores > threshold).sum()) or 'no'} objects above {threshold}"
+    text = "panoptic segments"
+    if "pred_instances" in sample:
+        count = int((sample.pred_instances.scores > threshold).sum())
+        text = f"{count or 'no'} objects above {threshold}"
     return visualizer.get_image()[..., ::-1], text
 
 

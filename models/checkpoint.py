@@ -169,9 +169,11 @@ def _own_state(checkpoint: Mapping[str, Any], origin: str) -> tuple[dict[str, Te
                 f"{key} writes them to a file of their own"
             )
     own, left_out = _without_prefix(state, origin)
-    own = {key: value for key, value in own.items() if not DERIVED_BUFFERS.search(key)}
-    stored = {key: whole_numbers(value) for key, value in own.items() if STORED_KEYS.search(key)}
-    return own | stored, left_out
+    return {
+        key: whole_numbers(value) if STORED_KEYS.search(key) else value
+        for key, value in own.items()
+        if not DERIVED_BUFFERS.search(key)
+    }, left_out
 
 
 def _without_prefix(state: Mapping[str, Tensor], origin: str) -> tuple[dict[str, Tensor], list[str]]:
@@ -227,9 +229,10 @@ def load_checkpoint(
         if isinstance(layer, FocalFastAttention):
             report.recomputed += layer.stale_keys(given, f"{name}.")
     for key in report.recomputed:
-        given[key] = wanted[key]
+        del given[key]
+    own_keys = {key: wanted.pop(key) for key in report.recomputed}
     check_state(given, wanted, report.path)
-    model.load_state_dict(given, strict=False)  # complete but for what the report says
+    model.load_state_dict(given | own_keys, strict=False)  # complete but for what the report says
     _log(report)
     return report
 
@@ -266,7 +269,11 @@ def _log(report: LoadReport) -> None:
         (logging.WARNING, report.left_out, "parts of a larger model are left out"),
         (logging.WARNING, report.adapted, "made for 3 input channels, adapted to the model's number"),
         (logging.INFO, report.resized, "made for other windows or another input size, resized"),
-        (logging.WARNING, report.recomputed, "not the nearest keys at this input size, so chosen anew"),
+        (
+            logging.WARNING,
+            report.recomputed,
+            "not the nearest keys at this input size, so the model's own stay",
+        ),
     ):
         if names:
             logger.log(level, "%s: %s: %d: %s", report.path, text, len(names), _listed(names))

@@ -230,7 +230,8 @@ def nearest_keys(height: int, width: int, window: int, topk: int, pooled_levels:
 
 def whole_numbers(x: Tensor) -> Tensor:
     """Stored keys as integers, also those of averaged or converted weights."""
-    return x.detach().float().round().long() if x.is_floating_point() and not x.is_nested else x
+    is_plain = x.layout == torch.strided and not x.is_nested
+    return x.detach().float().round().long() if is_plain and x.is_floating_point() else x
 
 
 def as_near(cells: np.ndarray, nearest: np.ndarray, centres: np.ndarray, height: int, width: int) -> bool:
@@ -600,9 +601,6 @@ class FocalAttention(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-COPY_KEYS = "averages of models must copy integer buffers"
-
-
 class FocalFastAttention(FocalAttention):
     """Focal-fast attention: every token sees the fine and coarse tokens nearest to its window's centre.
 
@@ -686,7 +684,8 @@ class FocalFastAttention(FocalAttention):
             found = tuple(whole_numbers(keys).long().cpu().numpy().tobytes() for keys in choice)
             changed = dict(zip(self.key_buffers, choice, strict=True)) if found != self.stored_bytes else {}
             if stale := self.stale_keys(changed):
-                warn_once(f"{', '.join(stale)}: not the nearest keys, so those before are used; {COPY_KEYS}")
+                why = "not the nearest keys, as averages that were cut are not"
+                warn_once(f"{', '.join(stale)}: {why}, so those that were read before are used")
                 return self.stored_bytes
             return found
 
@@ -724,10 +723,11 @@ class FocalFastAttention(FocalAttention):
             own = {prefix + name: getattr(self, name) for name in self.key_buffers}
         if kept:
             names = ", ".join(sorted(kept))
-            of_this_size = any(state_dict[key].shape == own[key].shape for key in kept if key in state_dict)
-            why = f"; {COPY_KEYS}" if of_this_size else ""
+            given = {key: state_dict[key] for key in kept if key in state_dict}
+            of_this_size = any(not x.is_nested and x.shape == own[key].shape for key, x in given.items())
             level = logging.WARNING if of_this_size else logging.INFO
-            logger.log(level, f"{names}: not there, or not the nearest, so the model's own stay{why}")
+            why = "not there, or not the nearest (averaged, or of another input size)"
+            logger.log(level, f"{names}: {why}, so the model's own stay")
         state_dict.update({key: own[key] for key in kept})
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.refresh_stored_keys(loaded=True)

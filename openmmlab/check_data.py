@@ -438,9 +438,10 @@ def check_model(model: nn.Module, classes: Sequence[str] | None) -> None:
                 f"model.{name}.in_index: expected numbers of the backbone's outputs, 0 to {len(dims) - 1}, "
                 f"got {index}"
             )
-        expected = [dims[i] for i in np.atleast_1d(index)]
+        expected: Any = [dims[i] for i in np.atleast_1d(index)]
         if isinstance(asked, int):  # one map, of which stage a neck decides, or all of them side by side
-            fits = name == "neck" or asked == sum(expected)
+            expected = sum(expected)
+            fits = name == "neck" or asked == expected
         else:
             expected = expected[::-1] if type(part).__name__ == "YOLOV3Neck" else expected
             fits = asked is None or [*asked] == expected

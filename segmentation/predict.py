@@ -31,8 +31,9 @@ def draw(model: "BaseModel", image: np.ndarray, threshold: float) -> tuple[np.nd
     sample = inference_model(model, image)
     chances = sample.seg_logits.data  # [classes, H, W], or of two classes the second's probability alone
     chances = torch.cat([1 - chances, chances]) if len(chances) == 1 else chances.softmax(dim=0)
-    sure = (chances.amax(dim=0) >= threshold).cpu().numpy()
-    labels = sample.pred_sem_seg.data[0].long().cpu().numpy()  # [H, W]
+    labels = sample.pred_sem_seg.data.long()  # [1, H, W]
+    sure = (chances.gather(0, labels)[0] >= threshold).cpu().numpy()
+    labels = labels[0].cpu().numpy()
     palette = np.array(model.dataset_meta["palette"], dtype=np.uint8)  # [classes, 3], RGB
     shares = np.bincount(labels[sure], minlength=len(palette)) / labels.size
     found = [int(number) for number in np.argsort(-shares, kind="stable") if shares[number] > 0]

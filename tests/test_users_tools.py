@@ -614,6 +614,7 @@ def test_stored_keys_of_another_type_and_wrong_ones() -> None:
         *(lambda x: x[:, :1].expand_as(x), lambda x: x[:1, :1].expand(2**20, 1), lambda x: x.to("meta")),
         lambda x: nn.Parameter(x - 1, requires_grad=False),
         lambda x: torch.quantize_per_tensor(x.float(), 1.0, 0, torch.qint32),
+        *(lambda x: x.float().to_mkldnn(), lambda x: torch.nested.nested_tensor([*x.float()])),
     ):
         other = build(FAMILIES[1], seed=1).eval()
         other.load_state_dict(model.state_dict() | {name: change(x) for name, x in own.items()})
