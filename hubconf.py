@@ -16,28 +16,50 @@ Errors: FileNotFoundError where there is no such file; ValueError for weights th
 contradict each other.
 """
 
+import importlib.util as _importlib
+import sys as _sys
 from collections.abc import Callable as _Callable
+from pathlib import Path as _Path
+from types import ModuleType as _Module
 from typing import Any as _Any
 
-from models import VARIANTS as _VARIANTS
-from models import FocalTransformer as _FocalTransformer
-from models import load_checkpoint as _load_checkpoint
+from torch import nn as _nn
 
 dependencies = ["numpy", "timm", "torch"]
 
 
-def _entry(variant: str) -> _Callable[..., _FocalTransformer]:
+def _own_models() -> _Module:
+    """The package models/ of this folder; a user's own package of that name stays what it is."""
+    file = str(_Path(__file__).with_name("models") / "__init__.py")
+    for name in ("models", _NAME):
+        if getattr(_sys.modules.get(name), "__file__", None) == file:
+            return _sys.modules[name]
+    spec = _importlib.spec_from_file_location(_NAME, file)
+    _sys.modules[_NAME] = module = _importlib.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del _sys.modules[_NAME]
+        raise
+    return module
+
+
+_NAME = "focal_transformer_hub"
+_models = _own_models()
+
+
+def _entry(variant: str) -> _Callable[..., _nn.Module]:
     """The entry of a variant."""
 
     def create(
         pretrained: str | bool = False, reset_head: bool = False, resize: bool = False, **options: _Any
-    ) -> _FocalTransformer:
+    ) -> _nn.Module:
         if pretrained is True:
             none = f"none are published for {variant}"
             raise ValueError(f"pretrained must be a file or an address of weights, got True: {none}")
-        model = _FocalTransformer(**{**_VARIANTS[variant], **options})
+        model = _models.FocalTransformer(**{**_models.VARIANTS[variant], **options})
         if pretrained:
-            _load_checkpoint(model, str(pretrained), reset_head=reset_head, resize=resize)
+            _models.load_checkpoint(model, str(pretrained), reset_head=reset_head, resize=resize)
         return model
 
     create.__name__ = create.__qualname__ = variant

@@ -428,11 +428,12 @@ _is_exporting = getattr(torch.compiler, "is_exporting", None)  # from PyTorch 2.
 def is_traced(x: Tensor) -> bool:
     """Whether the model is exported, traced or transformed, so that the plain operator must run.
 
-    True in torch.export, torch.jit.trace, torch.func, forward-mode AD and for subclasses of Tensor (fake,
-    distributed, ...). False in torch.compile, which supports custom operators; PyTorch 2.6 cannot tell that
+    True in torch.export, torch.jit.trace, torch.func, forward-mode AD and for tensors with operations of
+    their own (fake, distributed, ...). False in torch.compile, which supports custom operators; PyTorch 2.6 cannot tell that
     from a strict export, so there it is True where gradients are disabled.
     """
-    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing() or type(x) is not Tensor:
+    has_own_operations = type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    if has_own_operations or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
         return True
     if torch.compiler.is_compiling():
         exporting = _is_exporting() if _is_exporting else not torch.is_grad_enabled()
@@ -644,22 +645,26 @@ class FocalFastAttention(FocalAttention):
     def stale_keys(self, state: Mapping[str, Any], prefix: str = "") -> list[str]:
         """Names of stored keys in a state that are not the nearest on a map of `train_resolution`, such as
         those of another input size, or averages that were cut. Which of equally near tokens is left open.
-        More than `topk` keys are of another model: PyTorch refuses their shape, so they are not listed."""
+        More than `topk` keys, or fewer than maps of as many windows have, are of another model: PyTorch
+        refuses their shape, so they are not listed."""
         given_keys = {name: state[prefix + name] for name in self.key_buffers if prefix + name in state}
         if not given_keys:
             return []
         (height, width), s, stale = self.train_resolution, self.window_size, []
         rows, columns = (side // s for side in padded_size(height, width, s))
         windows = grid(rows, columns)
-        maps = ((windows * s + s // 2, height, width), (windows, rows, columns))  # of the keys of each level
+        # for the keys of each level: centres, rows and columns of their map, tokens on a side of a window
+        maps = ((windows * s + s // 2, height, width, s), (windows, rows, columns, 1))
         nearest = nearest_keys(height, width, s, self.topk, self.pooled_levels)
-        for name, own, one_map in zip(self.key_buffers, nearest, maps, strict=False):
+        for name, own, (*one_map, side) in zip(self.key_buffers, nearest, maps, strict=False):
             given: Any = given_keys.get(name)
             if type(given) not in (Tensor, nn.Parameter):  # it cannot be read, as in fake mode
                 continue
             is_odd = given.layout != torch.strided or given.is_meta or given.is_nested or given.is_quantized
-            if not is_odd and given.ndim == 2 and given.shape[1] > self.topk:
-                continue
+            if not is_odd and given.ndim == 2:
+                least = min(self.topk, (len(given) - 1) * side + 1)  # if all windows stand in one row
+                if given.shape[1] > self.topk or (len(given) == len(windows) and given.shape[1] < least):
+                    continue
             fits = not is_odd and given.shape == own.shape
             if not (fits and as_near(whole_numbers(given).detach().long().cpu().numpy(), own, *one_map)):
                 stale.append(prefix + name)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from huggingface_hub import PyTorchModelHubMixin
 from timm.layers import to_2tuple
 
@@ -37,6 +38,8 @@ class FocalTransformerOnHub(
     def __init__(self, num_classes: int = 1000, global_pool: str = "avg", **options: Any) -> None:
         input_size = options.pop("input_size", None)  # of `_record`
         super().__init__(num_classes=num_classes, global_pool=global_pool, **options)
+        where = {"device": None, "dtype": None}  # of this machine, not of the model
+        self._record(num_classes=num_classes, global_pool=global_pool, **options | where)
         if input_size is not None:
             self.set_input_size(input_size)
 
@@ -48,11 +51,14 @@ class FocalTransformerOnHub(
     def set_input_size(self, img_size: int | Sequence[int]) -> None:
         """See `FocalTransformer`; what is saved from now on is built with this size."""
         super().set_input_size(img_size)
-        self._record(input_size=[int(side) for side in to_2tuple(img_size)])
+        self._record(input_size=to_2tuple(img_size))
 
     def _record(self, **changed: Any) -> None:
-        """Change options in the config that is saved."""
+        """Change options in the config that is saved, where JSON has no numbers of numpy and torch."""
         given = self._hub_mixin_config if isinstance(self._hub_mixin_config, dict) else {}
+        for key, value in changed.items():
+            if hasattr(value, "tolist") or (isinstance(value, Sequence) and not isinstance(value, str)):
+                changed[key] = np.asarray(value).tolist()
         self._hub_mixin_config = given | changed
 
     @classmethod

@@ -3,8 +3,11 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import small_models
 import torch
@@ -45,6 +48,20 @@ def test_torch_hub_loads_a_model_from_another_folder(tmp_path, monkeypatch) -> N
     torch.save(model.state_dict(), tmp_path / "weights.pth")
     monkeypatch.chdir(tmp_path)
     same(torch.hub.load(str(REPO), short, source="local", pretrained="weights.pth", **SMALL), model)
+
+
+def test_torch_hub_beside_a_package_of_the_same_name(tmp_path) -> None:
+    """Whichever is imported first; the model can be saved whole and comes back in such a program."""
+    (tmp_path / "models.py").write_text("OWN = True\n")
+    load = f"model = torch.hub.load({str(REPO)!r}, 'focal_tiny', source='local', **{SMALL!r})"
+    for lines in (["import models", load], [load, "import models"]):
+        check = "assert models.OWN; torch.save(model, 'whole.pth'); torch.load('whole.pth', weights_only=False)"
+        program = "\n".join(["import torch", *lines, check])
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", program],
+            cwd=tmp_path, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
 
 
 def test_every_variant_has_an_entry_point() -> None:
@@ -114,10 +131,11 @@ def test_original_to_safetensors_and_back(source, tmp_path) -> None:
 
 
 def test_averaged_weights_of_a_training_run(tmp_path, capsys) -> None:
-    """Buffers, which are not averaged, come from the weights themselves."""
+    """Buffers, which are not averaged, come from the weights themselves, whatever the prefixes of both."""
     model = build("focalv2_tiny_useconv_patch4_window7_224")
     averaged = {key: value + 1 for key, value in model.named_parameters()}
-    content = {"model": model.state_dict(), "model_ema": averaged, "epoch": 3, "optimizer": {}}
+    saved = {f"module.{key}": value for key, value in averaged.items()}  # as of torchvision's average
+    content = {"model": model.state_dict(), "model_ema": saved, "epoch": 3, "optimizer": {}}
     torch.save(content, tmp_path / "run.pth")
     source, target = str(tmp_path / "run.pth"), tmp_path / "out.safetensors"
     assert convert_checkpoint.main([source, str(target), "--weights", "model_ema"]) == 0
@@ -168,6 +186,19 @@ def test_a_folder_of_the_hubs_layout(variant, tmp_path) -> None:
     page = (tmp_path / "model/README.md").read_text()
     assert "license: mit" in page and "pipeline_tag: image-classification" in page
     assert 'from_pretrained("somebody/focal-digits")' in page and "{{" not in page
+
+
+def test_options_that_json_does_not_know(tmp_path) -> None:
+    """Without them another model would be built, and a device need not be there."""
+    scalars = {"num_classes": np.int64(7), "qk_scale": np.float32(0.5), "ape": np.True_, "device": "cpu"}
+    lists = {"depths": [*np.array([1, 1])], "num_heads": (np.int8(2), 4), "focal_stages": range(2)}
+    options = {**VARIANTS[NAMES["focal_fast_base"]], **SMALL, **scalars, **lists, "dtype": torch.float64}
+    options |= {key: options[key][:2] for key in ("focal_levels", "focal_windows", "expand_sizes")}
+    model = FocalTransformerOnHub(**options).eval()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["device"] is config["dtype"] is None and config["depths"] == [1, 1]
+    same(FocalTransformerOnHub.from_pretrained(tmp_path), model.float())
 
 
 def test_a_folder_that_does_not_fit(tmp_path) -> None:

@@ -594,9 +594,16 @@ def test_subclasses_of_tensors(new: New) -> None:
     class Tagged(Tensor):
         pass
 
-    model, images = new().eval(), IMAGES.as_subclass(Tagged)
-    assert focal_transformer.is_traced(images)
-    torch.testing.assert_close(logits(model, images).as_subclass(Tensor), logits(model))
+    class Counted(Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            return super().__torch_dispatch__(func, types, args, kwargs or {})
+
+    for kind in (Tagged, Counted):  # as fastai's, and with operations of its own
+        model, images = new().eval(), IMAGES.as_subclass(kind)
+        assert focal_transformer.is_traced(images) == (kind is Counted)
+        torch.testing.assert_close(logits(model, images).as_subclass(Tensor), logits(model))
+        model.train()(images).sum().backward()
 
 
 @pytest.mark.parametrize("backend", ["auto", "plain"])
@@ -623,8 +630,9 @@ def test_stored_keys_of_another_type_and_wrong_ones() -> None:
 
 def test_keys_of_another_model_and_of_memory_that_was_never_filled() -> None:
     model = build(FAMILIES[1], focal_topk=17).eval()
-    with pytest.raises(RuntimeError, match="size mismatch.*topk_cloest_indice_0"):
-        model.load_state_dict(build(FAMILIES[1]).state_dict())
+    for other in (build(FAMILIES[1]), build(FAMILIES[1], focal_topk=9)):
+        with pytest.raises(RuntimeError, match="size mismatch.*topk_cloest_indice_0"):
+            model.load_state_dict(other.state_dict())
     expected, state = logits(model), {name: p.clone() for name, p in model.named_parameters()}
     with torch.no_grad():
         for buffer in model.buffers():

@@ -43,9 +43,11 @@ def read_weights(source: Path, key: str = "") -> dict[str, Tensor]:
     if key not in groups:
         found = ", ".join(map(str, groups)) or "none"
         raise UserError(f"{source}: expected weights under {key!r}, found these groups: {found}")
-    usual = next((groups[name] for name in STATE_KEYS if name in groups), {})
+    state: dict[str, Tensor] = {}
     with user_input():
-        return state_dict_of({"model": dict(usual) | dict(groups[key])}, str(source))
+        for name in (*[name for name in STATE_KEYS if name in groups][:1], key):  # of different prefixes
+            state |= state_dict_of({"model": groups[name]}, str(source))
+    return state
 
 
 def convert(source: Path, target: Path, key: str = "", force: bool = False) -> dict[str, Tensor]:
