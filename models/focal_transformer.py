@@ -429,8 +429,8 @@ def is_traced(x: Tensor) -> bool:
     """Whether the model is exported, traced or transformed, so that the plain operator must run.
 
     True in torch.export, torch.jit.trace, torch.func, forward-mode AD and for tensors with operations of
-    their own (fake, distributed, ...). False in torch.compile, which supports custom operators; PyTorch 2.6 cannot tell that
-    from a strict export, so there it is True where gradients are disabled.
+    their own (fake, distributed, ...). False in torch.compile, which supports custom operators; PyTorch 2.6
+    cannot tell that from a strict export, so there it is True where gradients are disabled.
     """
     has_own_operations = type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
     if has_own_operations or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
@@ -653,10 +653,9 @@ class FocalFastAttention(FocalAttention):
         (height, width), s, stale = self.train_resolution, self.window_size, []
         rows, columns = (side // s for side in padded_size(height, width, s))
         windows = grid(rows, columns)
-        # for the keys of each level: centres, rows and columns of their map, tokens on a side of a window
-        maps = ((windows * s + s // 2, height, width, s), (windows, rows, columns, 1))
+        maps = ((windows * s + s // 2, height, width), (windows, rows, columns))  # of the keys of each level
         nearest = nearest_keys(height, width, s, self.topk, self.pooled_levels)
-        for name, own, (*one_map, side) in zip(self.key_buffers, nearest, maps, strict=False):
+        for name, own, one_map, side in zip(self.key_buffers, nearest, maps, (s, 1), strict=False):
             given: Any = given_keys.get(name)
             if type(given) not in (Tensor, nn.Parameter):  # it cannot be read, as in fake mode
                 continue

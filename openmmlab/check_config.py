@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 OTHER_OPTIONS = {  # options that are not arguments of `Runner`, but read by it or by other code
     *("activation_checkpointing", "compile", "cudnn_benchmark", "efficient_conv_bn_eval"),
     *("find_unused_parameters", "model_wrapper_cfg", "sync_bn"),
-    *("test_pipeline", "tta_model", "tta_pipeline"),
+    *("tta_model", "tta_pipeline"),
 }
 KNOWN_OPTIONS = OTHER_OPTIONS | {*inspect.signature(Runner).parameters}
-NUMBER_OR_TEXT = "loss_scale"  # 512.0 or dynamic
+NUMBER_OR_TEXT = ("loss_scale", "priority")  # 512.0 or dynamic, 70 or LOW
 READ_KEYS = {  # of dicts without a type, all keys that the Runner reads
     "auto_scale_lr": {"enable", "base_batch_size"},
     "env_cfg": {"cudnn_benchmark", "mp_cfg", "dist_cfg", "resource_limit"},
@@ -86,10 +86,12 @@ def check_overrides(config: "Config", options: Mapping[str, Any]) -> None:
     """
     for key, value in options.items():
         first, *rest = key.split(".")
+        if first == "data_preprocessor" and first in (config.get("model") or {}):
+            raise UserError(f"--cfg-options {key}: nothing reads it beside model.{first}; set that")
         if first not in KNOWN_OPTIONS:
             known = (
-                f"only the config file itself reads {first}; set the keys where it is used, such as "
-                "train_dataloader.dataset.data_root"
+                f"only the config file itself reads {first}; set the keys where it is used"
+                f"{_uses(first, config)}"
                 if first in config
                 else f"the config has no {first}{_suggestion(first, {*KNOWN_OPTIONS, *config})}"
             )
@@ -115,6 +117,17 @@ def check_overrides(config: "Config", options: Mapping[str, Any]) -> None:
         if was_number and isinstance(value, str):
             expected = "True or False" if isinstance(node, bool) else "a number"
             raise UserError(f"--cfg-options {key}: expected {expected}, as in the config, got {value!r}")
+
+
+def _uses(name: str, config: "Config") -> str:
+    """The end of a message: keys of the config that have the value of one of its variables."""
+    value, options = config.get(name), config.to_dict()
+    known = {key: part for key, part in options.items() if key in KNOWN_OPTIONS}
+    found = [
+        f"{path}.{key}" for path, node in nodes(known, "") for key, x in node.items() if path and x == value
+    ]
+    is_text_or_part = isinstance(value, str | dict | list | tuple)
+    return f": {', '.join(found[:4])}" if found and is_text_or_part else ""
 
 
 def _one_letter_off(a: str, b: str) -> bool:

@@ -87,8 +87,8 @@ def check_data_sets(config: "Config", splits: Sequence[str]) -> tuple[str, ...] 
 
 
 def _ignored(config: "Config", split: str, of_dataset: int) -> set[int]:
-    """The labels that all heads ignore in training; in evaluation, all evaluators, or the data set. The data
-    set's counts in training where there is no head of mmseg."""
+    """The labels that all heads ignore in training, and all evaluators in evaluation; the data set's counts
+    where none of mmseg's is there."""
     if split == "train":
         parts = [node for key, node in nodes(config.get("model"), "model") if SEGMENTING_HEAD.search(key)]
     else:
@@ -97,7 +97,7 @@ def _ignored(config: "Config", split: str, of_dataset: int) -> set[int]:
     given = [part.get("ignore_index", IGNORE_INDEX) for part in parts]
     labels = [{label} for label in given if isinstance(label, int)]
     ignored = set.intersection(*labels) if labels else {IGNORE_INDEX}
-    return ignored if split == "train" and labels else ignored | {of_dataset}
+    return ignored if labels else ignored | {of_dataset}
 
 
 def _data_sets(options: Any, key: str, config: "Config") -> Iterator[tuple[str, BaseDataset]]:
@@ -200,10 +200,11 @@ def _check_label_images(key: str, dataset: "BaseSegDataset", ignored: set[int | 
             count = len(dataset.label_map or classes)
             hint = "" if reduced or extra != [count] else "; if 0 is no class and 1 the first, set it to True"
             said = [value + reduced for value in extra[:5]]
+            none = "0 or 255" if reduced else " or ".join(map(str, sorted(ignored))) or "no number"
             raise UserError(
-                f"{path}: expected {int(reduced)} to {count - 1 + reduced} for {count} classes, and "
-                f"{'0 or 255' if reduced else 255} for ignored pixels, or what ignore_index of all heads and "
-                f"evaluators says, got {said}; {key} has reduce_zero_label={reduced}{hint}"
+                f"{path}: expected {int(reduced)} to {count - 1 + reduced} for {count} classes, and {none} "
+                f"for ignored pixels, as ignore_index of all heads or evaluators says, got {said}; {key} has "
+                f"reduce_zero_label={reduced}{hint}"
             )
 
 

@@ -15,7 +15,7 @@ from openmmlab.runner import (
     read_config,
     run_command,
 )
-from utils import UserError, escape_output, keep_inputs, path_argument
+from utils import UserError, escape_output, keep_inputs, path_argument, pick_device
 
 if TYPE_CHECKING:
     from mmengine.model import BaseModel
@@ -40,12 +40,14 @@ def parse(description: str, argv: Sequence[str] | None = None, threshold: float 
     return parser.parse_args(argv)
 
 
-def load_model(config_file: str, checkpoint: str, device: str | None) -> "BaseModel":
-    """A config's model with all weights of a checkpoint, for mmdet's and mmseg's inference functions.
+def load_model(config_file: str, checkpoint: str, name: str | None) -> "BaseModel":
+    """A config's model on a device, with all weights of a checkpoint, for mmdet's and mmseg's inference
+    functions.
 
     Raises:
-        UserError: no such file, or a checkpoint that does not fit.
+        UserError: no such file or device, or a checkpoint that does not fit.
     """
+    device = pick_device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     mmengine = import_mmengine()
     config = read_config(config_file)
     need_file(checkpoint, "checkpoint")
@@ -61,7 +63,7 @@ def load_model(config_file: str, checkpoint: str, device: str | None) -> "BaseMo
         raise UserError(f"{checkpoint} holds no class names: expected a checkpoint that training wrote")
     model.cfg, model.dataset_meta = config, content["meta"]["dataset_meta"]
     check_model(model, model.dataset_meta["classes"])
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    return model.to(device).eval()
 
 
 def read_image(path: str) -> np.ndarray:

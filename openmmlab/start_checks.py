@@ -52,8 +52,9 @@ class StartChecks(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Warn if the backbone starts from random weights."""
-        backbone = runner.cfg.model.get("backbone")  # some models hold others, which have one each
-        if backbone and not (self.loaded or backbone.get("init_cfg")):
+        model = runner.cfg.model
+        backbone = model.get("backbone")  # some models hold others, which have one each
+        if backbone and not (self.loaded or backbone.get("init_cfg") or model.get("pretrained")):
             runner.logger.warning(
                 "the backbone starts from random weights; --pretrained loads a classifier's"
             )

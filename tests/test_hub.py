@@ -55,8 +55,8 @@ def test_torch_hub_beside_a_package_of_the_same_name(tmp_path) -> None:
     (tmp_path / "models.py").write_text("OWN = True\n")
     load = f"model = torch.hub.load({str(REPO)!r}, 'focal_tiny', source='local', **{SMALL!r})"
     for lines in (["import models", load], [load, "import models"]):
-        check = "assert models.OWN; torch.save(model, 'whole.pth'); torch.load('whole.pth', weights_only=False)"
-        program = "\n".join(["import torch", *lines, check])
+        saved = ["torch.save(model, 'm.pth')", "torch.load('m.pth', weights_only=False)"]
+        program = "\n".join(["import torch", *lines, "assert models.OWN", *saved])
         done = subprocess.run(
             [sys.executable, "-W", "error", "-c", program],
             cwd=tmp_path, capture_output=True, text=True, check=False,

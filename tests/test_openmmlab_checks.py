@@ -77,6 +77,8 @@ def last_error(capsys: pytest.CaptureFixture[str]) -> str:
         ("train_cfg.max_epochs", "expected KEY=VALUE"),
         ("trian_cfg.max_epochs=1", "no trian_cfg; did you mean train_cfg"),
         ("classes=3", "only the config file itself reads classes"),
+        ("data_preprocessor.mean=[1,2,3]", "nothing reads it beside model.data_preprocessor; set that"),
+        ("test_pipeline.1.scale=3", "reads test_pipeline; set the keys where it is used: val_dataloader.dat"),
         ("train_dataloader.dataset.pipeline.9.scale=1", "pipeline is a list of 4, got 9"),
         ("model.neck.in_channels=[1,(2]", "expected a number, text, or list of these as in KEY=[1,2], got "),
         ("train_cfg.max_epochs=", "train_cfg.max_epochs: expected a number, as in the config, got ''"),
@@ -123,6 +125,9 @@ def test_options_that_something_reads() -> None:
     keys += ["optim_wrapper.paramwise_cfg.custom_keys.norms", "train_dataloader.num_batch_per_epoch"]
     keys += ["train_dataloader.dataset.data_prefix.img2", "model.roi_head.bbox_head.reg_class_agnostic"]
     check_config.check_overrides(read(DETECTION), dict.fromkeys(keys, 1))
+    config = read(DETECTION)
+    config.custom_hooks = [{"type": "EMAHook", "priority": 49}]
+    check_config.check_overrides(config, {"custom_hooks.0.priority": "LOW"})
 
 
 def test_the_best_metric_of_a_run_without_validation(tmp_path: Path) -> None:
@@ -526,6 +531,7 @@ def labels(path: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
             {"reduce_zero_label": False},
             r"\[11\].*set it to True",
         ),
+        (lambda i, s: labels(s, lambda x: x * 0 + 101), {"ignore_index": 100}, r"got \[101\]"),  # nobody's
         (lambda i, s: labels(s, lambda x: x[:-1]), {}, "has 90 x 122 pixels, but .* 89 x 122"),
         (lambda i, s: labels(s, lambda x: np.stack([x] * 3, -1)), {}, "expected one number per pixel"),
         (lambda i, s: turned(i), {}, "has 122 x 90 pixels, .*if its EXIF orientation turns it"),
@@ -560,14 +566,13 @@ def test_segments_that_do_not_fit(
 @pytest.mark.parametrize(
     ("change", "options"),
     [
-        (lambda i, s: labels(s, lambda x: x * 0 + 101), {"ignore_index": 100}),
         (lambda i, s: labels(s, lambda x: x * 0 + 102), {}),
         (lambda i, s: labels(s, lambda x: x * 0 + 101), {"type": with_own_labels}),
         (lambda i, s: labels(s, lambda x: x * 0 + 99), {"pipeline": [LOAD, *LABELS, OwnStep()]}),
         (lambda i, s: turned(i), {"pipeline": [LOAD | {"color_type": "unchanged"}, *LABELS]}),
         (lambda i, s: None, {"pipeline": [LOAD, LABELS[0] | {"imdecode_backend": "cv2"}]}),
     ],
-    ids=["ignored", "evaluator's", "label map", "own step", "not turned", "large"],
+    ids=["evaluator's", "label map", "own step", "not turned", "large"],
 )
 def test_segments_that_mmseg_loads(
     change: Callable[[Path, Path], None],
@@ -600,7 +605,7 @@ def test_labels_that_one_head_of_a_segmenter_ignores(
     config.model.decode_head.ignore_index = 101
     for path in (tmp_path / "segmentation/annotations/training").iterdir():
         labels(path, lambda x: x * 0 + 102)
-    with pytest.raises(UserError, match=r"got \[102\]"):
+    with pytest.raises(UserError, match=r"0 or 255 for ignored pixels, .*got \[102\]"):
         check_data.check_data_sets(config, ("train",))
     config.model.auxiliary_head.ignore_index = 101
     assert check_data.check_data_sets(config, ("train",))

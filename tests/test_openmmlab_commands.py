@@ -204,6 +204,8 @@ def test_mistakes_with_pictures(
     (tmp_path / "empty.jpg").touch()
     assert detection.predict.main([str(tmp_path / "empty.jpg"), *weights_of(trained)]) == 2
     assert "empty.jpg: not an image" in capsys.readouterr().err
+    assert detection.predict.main([str(text), *weights_of(trained), "--device", "cuda:99"]) == 2
+    assert "DEVICE: expected a " in capsys.readouterr().err
     assert detection.predict.main([str(text), "text.png", *weights_of(trained)]) == 2
     assert "several images would become text.png" in capsys.readouterr().err
     image = text.rename(tmp_path / "own.png")
