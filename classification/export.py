@@ -175,9 +175,11 @@ def export_formats(args: argparse.Namespace) -> int:
     """Run the parsed command; 1 if a format does not fit the model."""
     config = load_config_of(args)
     height, width = args.size or to_2tuple(config.DATA.IMG_SIZE)
+    if min(height, width) < 1:
+        raise utils.UserError(f"--size: expected rows and columns in pixels, got {height} {width}")
     model = load_model(config).eval()
     with utils.user_input():
-        check_images(torch.empty(1, model.in_chans, height, width), model.smallest_side)
+        check_images(torch.empty(1, model.in_chans, height, width, device="meta"), model.smallest_side)
     logging.disable(logging.WARNING)  # of the exporters; `main` takes it back
     status = 0
     for name in args.formats:

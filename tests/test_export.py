@@ -174,6 +174,7 @@ def test_after_a_format_that_fails_comes_the_next(weights, tmp_path, monkeypatch
     ("arguments", "message"),
     [
         (["--size", "16", "16"], "images must be at least 32 x 32 pixels"),
+        (["--size", "-5", "64"], "--size: expected rows and columns in pixels, got -5 64"),
         (["--opts", "MODEL.TYPE", "swin"], "MODEL.TYPE"),
     ],
 )
