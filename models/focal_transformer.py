@@ -473,7 +473,8 @@ def pad_and_roll(x: Tensor, window: int, shift: int, roll_first: bool) -> Tensor
 def gather_bias(table: Tensor, index: Tensor) -> Tensor:
     """Rows of a table [U, Q, N] for every window: index [K, P] -> [N, P, Q, K].
 
-    A gather is faster on a CPU; elsewhere its gradient would be summed in any order, an embedding's is not.
+    A gather is faster on a CPU, where PyTorch 2.6 cannot compile the gradient of an embedding for one key;
+    elsewhere its gradient would be summed in any order, an embedding's is not.
     """
     if table.device.type == "cpu":
         table = table.permute(2, 1, 0).contiguous()
@@ -489,8 +490,8 @@ class BiasTables(nn.ParameterList):
     __call__ = nn.Module.__call__  # ParameterList forbids calls
 
     def forward(self, level: int, index: Tensor) -> Tensor:
-        """Offsets by index, of one level: [K, Q] -> [K, Q, N]."""
-        return F.embedding(index, self[level].t())
+        """Offsets by index, of one level: [K, Q] -> [N, Q, K]."""
+        return gather_bias(self[level].t()[:, None], index).squeeze(2)
 
     def reset_parameters(self) -> None:
         """Truncated normal 0.02."""
@@ -587,11 +588,11 @@ class FocalAttention(nn.Module):
     def bias(self, index: AttentionIndex, dtype: torch.dtype) -> Tensor:
         """Bias of the scores, the same in all windows: [N, 1, Q, K]."""
         own, *levels = index.bias_index
-        parts = [F.embedding(own, self.relative_position_bias_table).permute(2, 1, 0)]
+        parts = [gather_bias(self.relative_position_bias_table[:, None], own).squeeze(2)]
         if self.expand_size > 0:
             parts.append(self.relative_position_bias_table_to_neighbors.squeeze(0))  # one entry per slot
         for level, rows in enumerate(levels):
-            parts.append(self.relative_position_bias_table_to_windows(level, rows).permute(2, 1, 0))
+            parts.append(self.relative_position_bias_table_to_windows(level, rows))
         return torch.cat(parts, dim=-1)[:, None]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
