@@ -16,9 +16,12 @@ Errors: FileNotFoundError where there is no such file; ValueError for weights th
 contradict each other.
 """
 
-import importlib.util as _importlib
+import importlib as _importlib
 import sys as _sys
 from collections.abc import Callable as _Callable
+from importlib.machinery import PathFinder as _PathFinder
+from importlib.util import module_from_spec as _module_from_spec
+from importlib.util import spec_from_file_location as _spec_from_file_location
 from pathlib import Path as _Path
 from types import ModuleType as _Module
 from typing import Any as _Any
@@ -29,22 +32,24 @@ dependencies = ["numpy", "timm", "torch"]
 
 
 def _own_models() -> _Module:
-    """The package models/ of this folder; a user's own package of that name stays what it is."""
-    file = str(_Path(__file__).with_name("models") / "__init__.py")
-    for name in ("models", _NAME):
-        if getattr(_sys.modules.get(name), "__file__", None) == file:
-            return _sys.modules[name]
-    spec = _importlib.spec_from_file_location(_NAME, file)
-    _sys.modules[_NAME] = module = _importlib.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del _sys.modules[_NAME]
-        raise
-    return module
+    """The package models/ of this folder. It is `models` where Python finds it under that name, else it gets
+    another name: a user's own package `models` stays what it is."""
+    file, name = _Path(__file__).resolve().with_name("models") / "__init__.py", "focal_transformer_hub"
+    loaded = _sys.modules.get("models")
+    found = loaded.__spec__ if loaded else _PathFinder.find_spec("models", _sys.path[1:])  # 0 is torch.hub's
+    if found and found.origin and _Path(found.origin).resolve() == file:
+        return _importlib.import_module("models")
+    if name not in _sys.modules:
+        spec = _spec_from_file_location(name, file)
+        _sys.modules[name] = module = _module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del _sys.modules[name]
+            raise
+    return _sys.modules[name]
 
 
-_NAME = "focal_transformer_hub"
 _models = _own_models()
 
 

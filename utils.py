@@ -187,8 +187,8 @@ def pick_device(name: str = "") -> torch.device:
     """
     if ":" in name and env_int("WORLD_SIZE", 1) > 1:
         raise UserError(
-            "DEVICE: expected a type without index with several processes, each of which takes a card of its "
-            f"own, got {name!r}; choose cards with CUDA_VISIBLE_DEVICES or the like"
+            "DEVICE (--device): expected a type without index with several processes, each of which takes a "
+            f"card of its own, got {name!r}; choose cards with CUDA_VISIBLE_DEVICES or the like"
         )
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name == "cpu" or not (name or found):
@@ -197,15 +197,15 @@ def pick_device(name: str = "") -> torch.device:
     if found is None or kind not in ("", found.type) or not (number or "0").isdecimal():
         usable = "cpu" if found is None else f"{found.type} or cpu"
         raise UserError(
-            f"DEVICE: expected a device that PyTorch finds here ({usable}), got {name!r}; use that"
+            f"DEVICE (--device): expected a device that PyTorch finds here ({usable}), got {name!r}; use that"
         )
     index = int(number or env_int("LOCAL_RANK", 0))
     last = int(number or env_int("LOCAL_WORLD_SIZE", 1) - 1)
     count = torch.accelerator.device_count()
     if max(index, last) >= count:
         raise UserError(
-            f"DEVICE: expected a card below {count}, as many as there are, got {max(index, last)}; use "
-            "another one, or fewer processes; where a launcher shows each process only its own card, set "
+            f"DEVICE (--device): expected a card below {count}, the number of cards, got {max(index, last)}; "
+            "use another one, or fewer processes; where a launcher shows each process only its own card, set "
             "LOCAL_RANK=0 and LOCAL_WORLD_SIZE=1"
         )
     torch.accelerator.set_device_index(index)

@@ -2,9 +2,9 @@
 
 Files of the original release, of this codebase and of common tools (timm, mmdet, mmseg, Lightning) are read.
 Parameters keep the original's names. Tables that follow from the options are skipped. Focal-fast's choice of
-nearest keys is loaded where it holds for the model's input size, and made anew elsewhere. A checkpoint fits
-models of its own windows, position embedding and input channels; with `resize` it is adapted to others
-(resize.py).
+nearest keys is loaded where it holds for the model's input size; elsewhere the model's own stays. A
+checkpoint fits models of its own windows, position embedding and input channels; with `resize` it is adapted
+to others (resize.py).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ STATE_KEYS = ("model", "state_dict", "model_state_dict")
 """Where a file may hold its parameters; else the file is the state dict itself."""
 
 AVERAGES = ("model_ema", "state_dict_ema")
-"""Where a file may hold averaged weights beside them; in MMEngine's, `state_dict` has the averaged ones."""
+"""Where a file may hold averaged weights beside them. MMEngine's EMAHook puts them under `state_dict`."""
 
 STEM = "patch_embed.proj.weight"
 """The first convolution, [C, in_chans, k, k]; every file of weights has one."""
@@ -70,7 +70,7 @@ class LoadReport:
 
     path: str
     reset: list[str] = field(default_factory=list)  # head parameters left at their fresh values, or dropped
-    recomputed: list[str] = field(default_factory=list)  # stored keys that are not the nearest
+    kept: list[str] = field(default_factory=list)  # the model's own choice: the file's are not the nearest
     resized: list[str] = field(default_factory=list)  # parameters of another window or input size
     continued: list[str] = field(default_factory=list)  # rings that the file lacks, made of its own windows
     dropped: list[str] = field(default_factory=list)  # rings that the model lacks
@@ -227,13 +227,12 @@ def load_checkpoint(
         report.resized, report.continued, report.dropped = resize_state(given, wanted, map_size)
     for name, layer in model.named_modules():
         if isinstance(layer, FocalFastAttention):
-            report.recomputed += layer.stale_keys(given, f"{name}.")
-    for key in report.recomputed:
-        del given[key]
-    own_keys = {key: wanted.pop(key) for key in report.recomputed}
+            report.kept += layer.stale_keys(given, f"{name}.")
+    own, stale = ({key: state.pop(key) for key in report.kept} for state in (wanted, given))
+    of_this_size = any(not x.is_nested and x.shape == own[key].shape for key, x in stale.items())
     check_state(given, wanted, report.path)
-    model.load_state_dict(given | own_keys, strict=False)  # complete but for what the report says
-    _log(report)
+    model.load_state_dict(given | own, strict=False)  # complete but for what the report says
+    _log(report, logging.WARNING if of_this_size else logging.INFO)
     return report
 
 
@@ -255,12 +254,7 @@ def _adapt_stem(given: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> list[
     return [STEM]
 
 
-def _differ_in_shape(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], key: str) -> bool:
-    """Whether both have the key, in different shapes."""
-    return key in given and key in wanted and given[key].shape != wanted[key].shape
-
-
-def _log(report: LoadReport) -> None:
+def _log(report: LoadReport, level_of_kept: int = logging.INFO) -> None:
     """Say what was not simply loaded."""
     for level, names, text in (
         (logging.WARNING, report.reset, "the classifier is not loaded (reset_head)"),
@@ -269,11 +263,7 @@ def _log(report: LoadReport) -> None:
         (logging.WARNING, report.left_out, "parts of a larger model are left out"),
         (logging.WARNING, report.adapted, "made for 3 input channels, adapted to the model's number"),
         (logging.INFO, report.resized, "made for other windows or another input size, resized"),
-        (
-            logging.WARNING,
-            report.recomputed,
-            "not the nearest keys at this input size, so the model's own stay",
-        ),
+        (level_of_kept, report.kept, "not the nearest keys here, so the model's own stay"),
     ):
         if names:
             logger.log(level, "%s: %s: %d: %s", report.path, text, len(names), _listed(names))
@@ -283,7 +273,7 @@ def check_state(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], origi
     """Raise ValueError listing all differences between two state dicts."""
     missing, unexpected = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
     common = sorted(given.keys() & wanted.keys())
-    unlike = [key for key in common if _differ_in_shape(given, wanted, key)]
+    unlike = [key for key in common if given[key].shape != wanted[key].shape]
     shapes = [f"{key} is {list(given[key].shape)}, expected {list(wanted[key].shape)}" for key in unlike]
     kinds = [
         f"{key} is {_kind(given[key])}, expected {_kind(wanted[key])}"

@@ -229,7 +229,7 @@ def nearest_keys(height: int, width: int, window: int, topk: int, pooled_levels:
 
 
 def whole_numbers(x: Tensor) -> Tensor:
-    """Stored keys as integers, also those of averaged or converted weights."""
+    """Stored keys as integers, if averaging or another type of weights made plain floats of them."""
     is_plain = x.layout == torch.strided and not x.is_nested
     return x.detach().float().round().long() if is_plain and x.is_floating_point() else x
 
@@ -515,7 +515,7 @@ class FocalAttention(nn.Module):
         pooled_levels: int = 0,
         shift_size: int = 0,  # the map is rolled by so many tokens before attention, and back after it
         qkv_bias: bool = True,
-        qk_scale: float | None = None,  # factor of the scores; None for D ** -0.5
+        qk_scale: float | None = None,  # factor of the scores; None, 0 or False for D ** -0.5
         proj_drop: float = 0.0,  # dropout after the output projection
         backend: str = "auto",  # auto, or a key of BACKENDS
         **bias_options: Any,  # arguments of `add_bias`
@@ -645,8 +645,8 @@ class FocalFastAttention(FocalAttention):
 
     def stale_keys(self, state: Mapping[str, Any], prefix: str = "") -> list[str]:
         """Names of stored keys in a state that are not the nearest on a map of `train_resolution`, such as
-        those of another input size, or averages that were cut. Which of equally near tokens is left open.
-        More than `topk` keys, or fewer than maps of as many windows have, are of another model: PyTorch
+        those of another input size, or averages cut to whole numbers. Of equally near tokens any will do.
+        More than `topk` keys, or fewer though their map has more tokens, are of another model: PyTorch
         refuses their shape, so they are not listed."""
         given_keys = {name: state[prefix + name] for name in self.key_buffers if prefix + name in state}
         if not given_keys:
@@ -662,8 +662,8 @@ class FocalFastAttention(FocalAttention):
                 continue
             is_odd = given.layout != torch.strided or given.is_meta or given.is_nested or given.is_quantized
             if not is_odd and given.ndim == 2:
-                least = min(self.topk, (len(given) - 1) * side + 1)  # if all windows stand in one row
-                if given.shape[1] > self.topk or (len(given) == len(windows) and given.shape[1] < least):
+                fewest = (len(given) - 1) * side + 1  # tokens of a map: its windows are in one row
+                if not min(self.topk, fewest) <= given.shape[1] <= self.topk:
                     continue
             fits = not is_odd and given.shape == own.shape
             if not (fits and as_near(whole_numbers(given).detach().long().cpu().numpy(), own, *one_map)):
@@ -689,8 +689,8 @@ class FocalFastAttention(FocalAttention):
             found = tuple(whole_numbers(keys).long().cpu().numpy().tobytes() for keys in choice)
             changed = dict(zip(self.key_buffers, choice, strict=True)) if found != self.stored_bytes else {}
             if stale := self.stale_keys(changed):
-                why = "not the nearest keys, as averages that were cut are not"
-                warn_once(f"{', '.join(stale)}: {why}, so those that were read before are used")
+                why = "changed to keys that are not the nearest (averaged, and cut to whole numbers?)"
+                warn_once(f"{', '.join(stale)}: {why}; those that were read before are used")
                 return self.stored_bytes
             return found
 
@@ -731,7 +731,7 @@ class FocalFastAttention(FocalAttention):
             given = {key: state_dict[key] for key in kept if key in state_dict}
             of_this_size = any(not x.is_nested and x.shape == own[key].shape for key, x in given.items())
             level = logging.WARNING if of_this_size else logging.INFO
-            why = "not there, or not the nearest (averaged, or of another input size)"
+            why = "not there, or not the nearest (averaged, rounded, or of another input size or window)"
             logger.log(level, f"{names}: {why}, so the model's own stay")
         state_dict.update({key: own[key] for key in kept})
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -865,8 +865,8 @@ class FocalStage(nn.Module):
 
 
 class FocalTransformer(nn.Module):
-    """Classifier and backbone, with timm's interface. Raises ValueError, which lists all options that
-    contradict each other."""
+    """Classifier and backbone, with timm's interface: images [B, in_chans, H, W] -> logits [B, num_classes].
+    Raises ValueError, which lists all options that contradict each other."""
 
     output_fmt = "NHWC"
     global_pool: SelectAdaptivePool2d
@@ -883,7 +883,7 @@ class FocalTransformer(nn.Module):
         window_size: int = 7,  # s; cut to the map's smaller side; a window that spans it has no ring or shift
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
-        qk_scale: float | None = None,  # factor of the scores; None or False for D ** -0.5
+        qk_scale: float | None = None,  # factor of the scores; None, 0 or False for D ** -0.5
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.1,  # stochastic depth of the last block, rising from 0 at the first
         ape: bool = False,  # learned absolute position embedding, resized bicubically to other sizes
@@ -1067,8 +1067,9 @@ class FocalTransformer(nn.Module):
         return sizes
 
     def set_input_size(self, img_size: int | Sequence[int]) -> None:
-        """Set the input size for which position embedding and nearest keys are stored: the former is resized
-        for good, the latter are chosen anew. Other sizes run without it; windows and parameters stay."""
+        """Set the input size for which position embedding and nearest keys are stored. Other sizes run
+        without it. The embedding becomes another parameter, of the new size: call this before the optimizer
+        is made. Nearest keys are chosen anew; windows stay as they are."""
         height, width = to_2tuple(img_size)
         if min(height, width) < self.smallest_side:
             raise ValueError(f"img_size must be at least {self.smallest_side} pixels, got {height} x {width}")

@@ -11,7 +11,7 @@ keeps linear functions, the plain one (a = -0.75) does not. What agrees in shape
 * Weights of a pooled cell: an image over the cell, whose sum is kept.
 * Absolute position embedding: an image over the map.
 
-Focal-fast computes its bias from offsets: only its pooling is resized, and its nearest keys are chosen anew.
+Focal-fast computes its bias from offsets: only its pooling is resized.
 
 Legend: N heads, s window side, e expand size, Q = s*s, m side of a pooled region, p side of a pooled cell.
 """

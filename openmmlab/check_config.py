@@ -44,9 +44,9 @@ BUILDERS = {
 """Code that builds a part of the config, and which of its arguments is that part."""
 
 PACKAGES = ("detection", "mmcv", "mmdet", "mmengine", "mmseg", "numpy", "torch", "torchvision")
-REFUSALS = (  # of values, by a library
-    *(ValueError, TypeError, LookupError, AssertionError, ImportError, NotImplementedError),
-)
+REFUSALS = (ValueError, TypeError, LookupError, AssertionError, ImportError, NotImplementedError)
+"""Of values, by a library."""
+
 NMS_TYPES = ("nms", "soft_nms", "nms_rotated", "nms_quadri")  # functions of mmcv.ops
 COCO_ITEMS = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")  # what CocoMetric reports of each metric
 IOU_ITEMS = {  # what IoUMetric reports, by its iou_metrics
@@ -77,8 +77,9 @@ class Options(DictAction):
 def check_overrides(config: "Config", options: Mapping[str, Any]) -> None:
     """Check --cfg-options, a mapping from keys to values, against the config that they will change.
 
-    What takes them refuses unknown keywords when it is built, see `explained_by_config`. Some code ignores
-    them, so a new key that is one letter off another one is refused here, unless it has a number.
+    Most code refuses unknown keywords when it is built, see `explained_by_config`. Some ignores them, so a
+    new key that has a letter more or less than an existing one, or two letters swapped, is refused here,
+    unless there is a digit in it.
 
     Raises:
         UserError: a first part that nothing reads, a misspelt key, no such entry of a list, or text in place
@@ -90,8 +91,8 @@ def check_overrides(config: "Config", options: Mapping[str, Any]) -> None:
             raise UserError(f"--cfg-options {key}: nothing reads it beside model.{first}; set that")
         if first not in KNOWN_OPTIONS:
             known = (
-                f"only the config file itself reads {first}; set the keys where it is used"
-                f"{_uses(first, config)}"
+                f"only the config file itself reads {first}; set the keys where it is used, such as "
+                "train_dataloader.dataset.data_root or test_dataloader.dataset.pipeline"
                 if first in config
                 else f"the config has no {first}{_suggestion(first, {*KNOWN_OPTIONS, *config})}"
             )
@@ -117,17 +118,6 @@ def check_overrides(config: "Config", options: Mapping[str, Any]) -> None:
         if was_number and isinstance(value, str):
             expected = "True or False" if isinstance(node, bool) else "a number"
             raise UserError(f"--cfg-options {key}: expected {expected}, as in the config, got {value!r}")
-
-
-def _uses(name: str, config: "Config") -> str:
-    """The end of a message: keys of the config that have the value of one of its variables."""
-    value, options = config.get(name), config.to_dict()
-    known = {key: part for key, part in options.items() if key in KNOWN_OPTIONS}
-    found = [
-        f"{path}.{key}" for path, node in nodes(known, "") for key, x in node.items() if path and x == value
-    ]
-    is_text_or_part = isinstance(value, str | dict | list | tuple)
-    return f": {', '.join(found[:4])}" if found and is_text_or_part else ""
 
 
 def _one_letter_off(a: str, b: str) -> bool:

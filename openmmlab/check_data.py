@@ -87,8 +87,8 @@ def check_data_sets(config: "Config", splits: Sequence[str]) -> tuple[str, ...] 
 
 
 def _ignored(config: "Config", split: str, of_dataset: int) -> set[int]:
-    """The labels that all heads ignore in training, and all evaluators in evaluation; the data set's counts
-    where none of mmseg's is there."""
+    """The labels that all heads ignore in training, and all evaluators in evaluation; without such parts of
+    mmseg, the usual one and the data set's."""
     if split == "train":
         parts = [node for key, node in nodes(config.get("model"), "model") if SEGMENTING_HEAD.search(key)]
     else:
@@ -199,12 +199,17 @@ def _check_label_images(key: str, dataset: "BaseSegDataset", ignored: set[int | 
         if extra and classes:
             count = len(dataset.label_map or classes)
             hint = "" if reduced or extra != [count] else "; if 0 is no class and 1 the first, set it to True"
-            said = [value + reduced for value in extra[:5]]
-            none = "0 or 255" if reduced else " or ".join(map(str, sorted(ignored))) or "no number"
+            said, none = (
+                [
+                    "0 or 255" if reduced and value == IGNORE_INDEX else str(value + reduced)
+                    for value in values
+                ]
+                for values in (extra[:5], sorted(ignored))
+            )
             raise UserError(
-                f"{path}: expected {int(reduced)} to {count - 1 + reduced} for {count} classes, and {none} "
-                f"for ignored pixels, as ignore_index of all heads or evaluators says, got {said}; {key} has "
-                f"reduce_zero_label={reduced}{hint}"
+                f"{path}: expected {int(reduced)} to {count - 1 + reduced} for {count} classes, and "
+                f"{' or '.join(none) or 'no number'} for ignored pixels, as ignore_index of all heads or "
+                f"evaluators says, got [{', '.join(said)}]; {key} has reduce_zero_label={reduced}{hint}"
             )
 
 
@@ -430,9 +435,13 @@ def check_model(model: nn.Module, classes: Sequence[str] | None) -> None:
     if not isinstance(backbone, FocalBackbone):
         return
     dims = [backbone.feature_dims[stage] for stage in backbone.out_indices]
-    parts = ("neck",) if getattr(model, "neck", None) is not None else ("decode_head", "auxiliary_head")
-    for name in parts:
+    names = ("neck",) if getattr(model, "neck", None) is not None else ("decode_head", "auxiliary_head")
+    parts: dict[str, Any] = {}
+    for name in names:
         part = getattr(model, name, None)
+        several = isinstance(part, nn.ModuleList)  # auxiliary heads, or a cascade
+        parts |= {f"{name}.{i}": each for i, each in enumerate(part)} if several else {name: part}
+    for name, part in parts.items():
         asked, index = getattr(part, "in_channels", None), getattr(part, "in_index", range(len(dims)))
         if any(not -len(dims) <= i < len(dims) for i in np.atleast_1d(index)):
             raise UserError(

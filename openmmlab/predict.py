@@ -40,14 +40,14 @@ def parse(description: str, argv: Sequence[str] | None = None, threshold: float 
     return parser.parse_args(argv)
 
 
-def load_model(config_file: str, checkpoint: str, name: str | None) -> "BaseModel":
+def load_model(config_file: str, checkpoint: str, device_name: str | None) -> "BaseModel":
     """A config's model on a device, with all weights of a checkpoint, for mmdet's and mmseg's inference
     functions.
 
     Raises:
         UserError: no such file or device, or a checkpoint that does not fit.
     """
-    device = pick_device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = pick_device(device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
     mmengine = import_mmengine()
     config = read_config(config_file)
     need_file(checkpoint, "checkpoint")
@@ -61,6 +61,11 @@ def load_model(config_file: str, checkpoint: str, name: str | None) -> "BaseMode
         content = mmengine.runner.load_checkpoint(model, checkpoint, map_location="cpu", strict=True)
     if "dataset_meta" not in content.get("meta", {}):
         raise UserError(f"{checkpoint} holds no class names: expected a checkpoint that training wrote")
+    if config.get("test_dataloader"):  # mmseg's function reads a variable, which may be of another pipeline
+        dataset = config.test_dataloader.dataset
+        while "pipeline" not in dataset and "dataset" in dataset:
+            dataset = dataset.dataset
+        config.test_pipeline = dataset.get("pipeline") or config.get("test_pipeline")
     model.cfg, model.dataset_meta = config, content["meta"]["dataset_meta"]
     check_model(model, model.dataset_meta["classes"])
     return model.to(device).eval()

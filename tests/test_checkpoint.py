@@ -44,7 +44,7 @@ def test_the_originals_files_give_the_originals_logits(official, tmp_path) -> No
     path.write_bytes((FOLDER / f"{official}.pth").read_bytes())
     model = build_model(config_of(official)).eval()
     report = load_checkpoint(model, path)
-    assert not report.reset and not report.recomputed
+    assert not report.reset and not report.kept
     expected = np.load(FOLDER / f"{official}_expected.npz")
     image = torch.from_numpy(normal(str(expected["input_salt"]) + "input", (2, 3, 224, 224))).float()
     with torch.no_grad():

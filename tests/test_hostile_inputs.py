@@ -90,7 +90,8 @@ def changed(record: bytes, field: int, layout: str, value: int) -> bytes:
 
 def bomb(claimed: int) -> bytes:
     """One member of 20 MB of zeros that claims another size."""
-    packed = zlib.compress(bytes(20 * 2**20), 9, wbits=-15)
+    deflate = zlib.compressobj(9, wbits=-15)  # Python 3.10's zlib.compress has no wbits
+    packed = deflate.compress(bytes(20 * 2**20)) + deflate.flush()
     name, sizes = NAMES[0].encode(), struct.pack("<III", 0, len(packed), claimed)
     start = b"\x14\0\0\0\x08\0\0\0\0\0" + sizes + struct.pack("<H", len(name))
     local = b"PK\x03\x04" + start + bytes(2) + name + packed

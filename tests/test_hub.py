@@ -51,17 +51,21 @@ def test_torch_hub_loads_a_model_from_another_folder(tmp_path, monkeypatch) -> N
 
 
 def test_torch_hub_beside_a_package_of_the_same_name(tmp_path) -> None:
-    """Whichever is imported first; the model can be saved whole and comes back in such a program."""
+    """Whichever is imported first; the model can be saved whole and comes back in such a program. In this
+    folder, or where a link leads to it, it is of this very package."""
     (tmp_path / "models.py").write_text("OWN = True\n")
-    load = f"model = torch.hub.load({str(REPO)!r}, 'focal_tiny', source='local', **{SMALL!r})"
-    for lines in (["import models", load], [load, "import models"]):
-        saved = ["torch.save(model, 'm.pth')", "torch.load('m.pth', weights_only=False)"]
-        program = "\n".join(["import torch", *lines, "assert models.OWN", *saved])
-        done = subprocess.run(
-            [sys.executable, "-W", "error", "-c", program],
-            cwd=tmp_path, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+    (tmp_path / "link").symlink_to(REPO)
+    load = f"model = torch.hub.load({str(tmp_path / 'link')!r}, 'focal_tiny', source='local', **{SMALL!r})"
+    saved = ["torch.save(model, 'm.pth')", "torch.load('m.pth', weights_only=False)"]
+    ours = "assert isinstance(model, models.FocalTransformer)"
+    for folder, check in ((tmp_path, "assert models.OWN"), (REPO, ours)):
+        for lines in (["import models", load], [load, "import models"]):
+            program = "\n".join(["import torch", *lines, check, *(saved if folder == tmp_path else [])])
+            done = subprocess.run(
+                [sys.executable, "-W", "error", "-c", program],
+                cwd=folder, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
 
 
 def test_every_variant_has_an_entry_point() -> None:
@@ -104,7 +108,7 @@ def test_safetensors_keep_every_bit(variant, tmp_path) -> None:
     torch.testing.assert_close(found, dict(model.state_dict()), rtol=0, atol=0)
     twin = build(variant, seed=1)
     report = load_checkpoint(twin, tmp_path / "w.safetensors")
-    assert not (report.reset or report.recomputed)
+    assert not (report.reset or report.kept)
     same(twin, model.float())
 
 

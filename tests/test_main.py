@@ -340,7 +340,7 @@ def test_top5_of_fewer_than_five_classes(tmp_path: Path) -> None:
 
 def test_every_process_of_a_machine_needs_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UserError, match=r"^DEVICE: .*'cuda:1'.*CUDA_VISIBLE_DEVICES"):
+    with pytest.raises(UserError, match=r"^DEVICE \(--device\): .*'cuda:1'.*CUDA_VISIBLE_DEVICES"):
         utils.pick_device("cuda:1")
     assert utils.pick_device("cpu").type == "cpu"
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)

@@ -78,7 +78,7 @@ def last_error(capsys: pytest.CaptureFixture[str]) -> str:
         ("trian_cfg.max_epochs=1", "no trian_cfg; did you mean train_cfg"),
         ("classes=3", "only the config file itself reads classes"),
         ("data_preprocessor.mean=[1,2,3]", "nothing reads it beside model.data_preprocessor; set that"),
-        ("test_pipeline.1.scale=3", "reads test_pipeline; set the keys where it is used: val_dataloader.dat"),
+        ("test_pipeline.1.scale=3", "reads test_pipeline; set the keys where it is used, such as train"),
         ("train_dataloader.dataset.pipeline.9.scale=1", "pipeline is a list of 4, got 9"),
         ("model.neck.in_channels=[1,(2]", "expected a number, text, or list of these as in KEY=[1,2], got "),
         ("train_cfg.max_epochs=", "train_cfg.max_epochs: expected a number, as in the config, got ''"),
@@ -605,7 +605,7 @@ def test_labels_that_one_head_of_a_segmenter_ignores(
     config.model.decode_head.ignore_index = 101
     for path in (tmp_path / "segmentation/annotations/training").iterdir():
         labels(path, lambda x: x * 0 + 102)
-    with pytest.raises(UserError, match=r"0 or 255 for ignored pixels, .*got \[102\]"):
+    with pytest.raises(UserError, match=r"no number for ignored pixels, .*got \[102\]"):
         check_data.check_data_sets(config, ("train",))
     config.model.auxiliary_head.ignore_index = 101
     assert check_data.check_data_sets(config, ("train",))
@@ -636,6 +636,13 @@ def test_outputs_that_the_backbone_of_segmenters_lacks(index: int | list[int]) -
     model.decode_head.in_index = index
     with pytest.raises(UserError, match=r"decode_head.in_index: expected .* 0 to 3, got"):
         check_data.check_model(model, None)
+
+
+def test_several_auxiliary_heads() -> None:
+    model = runner.read_config(SEGMENTATION).model
+    model.auxiliary_head = [model.auxiliary_head, model.auxiliary_head | {"in_channels": 99}]
+    with pytest.raises(UserError, match=r"auxiliary_head.1.in_channels: expected"):
+        check_data.check_model(MODELS.build(model), None)
 
 
 def test_heads_of_segmenters_that_join_all_maps() -> None:

@@ -172,9 +172,11 @@ def test_pictures(
     image = min((scenes / folder).iterdir())
     tool = {"detection": detection.predict, "segmentation": segmentation.predict}[task]
     pictures, said = [], []
+    (option, config, *weights), own = weights_of(trained), tmp_path / "own.py"
+    own.write_text(f"_base_ = {config!r}\ntest_pipeline = []  # a variable: the loader's counts\n")
     for threshold in ("0.0", "1.1"):
         out = ["--out", str(tmp_path / threshold), "--threshold", threshold]
-        assert tool.main([str(image), *weights_of(trained), *out]) == 0
+        assert tool.main([str(image), option, str(own), *weights, *out]) == 0
         path, text = capsys.readouterr().out.splitlines()[-1].split(": ")
         assert path == f"{tmp_path}/{threshold}/{image.stem}.png"
         pictures.append(np.asarray(Image.open(path)).astype(int))
@@ -205,7 +207,7 @@ def test_mistakes_with_pictures(
     assert detection.predict.main([str(tmp_path / "empty.jpg"), *weights_of(trained)]) == 2
     assert "empty.jpg: not an image" in capsys.readouterr().err
     assert detection.predict.main([str(text), *weights_of(trained), "--device", "cuda:99"]) == 2
-    assert "DEVICE: expected a " in capsys.readouterr().err
+    assert "(--device): expected a " in capsys.readouterr().err
     assert detection.predict.main([str(text), "text.png", *weights_of(trained)]) == 2
     assert "several images would become text.png" in capsys.readouterr().err
     image = text.rename(tmp_path / "own.png")

@@ -62,7 +62,7 @@ def test_nothing_changes_where_the_setting_is_the_same(file: Path, tmp_path: Pat
     model = golden.build()
     fresh = FocalTransformer(kind=golden.kind, **golden.options).double()
     report = load_checkpoint(fresh, saved(model, tmp_path), resize=True)
-    assert (report.resized, report.continued, report.dropped, report.recomputed) == ([], [], [], [])
+    assert (report.resized, report.continued, report.dropped, report.kept) == ([], [], [], [])
     given = model.state_dict()
     assert all(torch.equal(value, given[name]) for name, value in fresh.state_dict().items())
 
@@ -83,10 +83,10 @@ def test_a_model_of_another_setting(variant: str, setting: str, tmp_path: Path, 
             load_checkpoint(model, path)
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     else:  # nearest keys are chosen anew in any case
-        assert load_checkpoint(model, path).recomputed == unlike
+        assert load_checkpoint(model, path).kept == unlike
     with caplog.at_level(logging.INFO):
         report = load_checkpoint(model, path, resize=True)
-    told = [*report.resized, *report.continued, *report.dropped, *report.recomputed]
+    told = [*report.resized, *report.continued, *report.dropped, *report.kept]
     assert len({*told}) == len(told) and {*unlike} <= {*told}
     assert all(name in caplog.text for name in told[:1])
     loaded, state = model.state_dict(), given.state_dict()
@@ -216,7 +216,7 @@ def test_choices_that_are_not_the_nearest_are_made_anew(change: Any, tmp_path: P
         state |= {name: convert(keys) for name, keys in given.named_buffers()}
     torch.save(state, tmp_path / "given.pth")
     report = load_checkpoint(model, tmp_path / "given.pth")
-    assert "layers.0.blocks.0.attn.topk_cloest_indice_0" in report.recomputed
+    assert "layers.0.blocks.0.attn.topk_cloest_indice_0" in report.kept
     model.load_state_dict(state)
     assert all(torch.equal(value, own[name]) for name, value in model.named_buffers())
 

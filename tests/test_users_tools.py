@@ -618,7 +618,7 @@ def test_stored_keys_of_another_type_and_wrong_ones() -> None:
     own = dict(model.named_buffers())
     for change in (
         *(lambda x: x - 1, lambda x: x * 10**6, lambda x: x * 0.5, lambda x: x.flip(0), lambda x: x[:1]),
-        *(lambda x: x[:, :1].expand_as(x), lambda x: x[:1, :1].expand(2**20, 1), lambda x: x.to("meta")),
+        *(lambda x: x[:, :1].expand_as(x), lambda x: x.to("meta")),
         lambda x: nn.Parameter(x - 1, requires_grad=False),
         lambda x: torch.quantize_per_tensor(x.float(), 1.0, 0, torch.qint32),
         *(lambda x: x.float().to_mkldnn(), lambda x: torch.nested.nested_tensor([*x.float()])),

@@ -80,7 +80,7 @@ def truncate(run: TrainingRun, step: int, rng: random.Random) -> str:
 def fill_disk(run: TrainingRun, step: int, rng: random.Random) -> str:
     """The disk is full until a refused save is logged; the newest checkpoint must stay as it is.
 
-    Not at the end of an epoch: of a refused best.pth a later epoch's takes the place.
+    Not at the end of an epoch, if the run goes on: of a refused best.pth a later epoch's takes the place.
     """
     step += 1 - (step - 1) % run.steps_per_epoch % SAVE_EVERY  # just after a save within an epoch
     if (step - 1) % run.steps_per_epoch + SAVE_EVERY >= run.steps_per_epoch:
