@@ -175,11 +175,28 @@ def training_config(args: argparse.Namespace) -> "Config":
             )
         config.model.backbone.init_cfg = {"type": "Pretrained", "checkpoint": file}
     if args.resume is not None:
-        config.resume = True
-        config.load_from = None if args.resume == "auto" else args.resume
+        found = newest_checkpoint(config.work_dir) if args.resume == "auto" else args.resume
+        config.resume = found is not None  # a run that has none begins, from load_from if there is one
+        config.load_from = found or config.get("load_from")
     if config.get("load_from") and "://" not in config.load_from:
         need_file(config.load_from, "checkpoint")
     return config
+
+
+def newest_checkpoint(work_dir: str) -> str | None:
+    """The checkpoint that training saved last in a folder, which may have been moved; None if there is none.
+
+    Raises:
+        UserError: it is gone, or its name was not written because the machine went down.
+    """
+    pointer = Path(work_dir) / "last_checkpoint"
+    if not pointer.is_file():
+        return None
+    named = Path(pointer.read_text().strip() or "an empty name")
+    found = next((path for path in (named, Path(work_dir) / named.name) if path.is_file()), None)
+    if found is None:
+        raise UserError(f"{pointer} names {named}, which is not there: choose a checkpoint, --resume FILE")
+    return str(found)
 
 
 def _is_mixed(config: "Config") -> bool:

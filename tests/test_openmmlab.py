@@ -253,7 +253,6 @@ def test_flags_come_over_the_config(own: str, monkeypatch: pytest.MonkeyPatch) -
     assert read("plain.py").optim_wrapper == read("plain.py", "--no-amp").optim_wrapper == {"optimizer": sgd}
     Path("two.py").write_text("optim_wrapper = dict(constructor='Own')")
     assert read("two.py").optim_wrapper == {"constructor": "Own"}
-    assert (read(own, "--resume").resume, read(own, "--resume").load_from) == (True, None)
     Path("own.pth").touch()
     assert read(own, "--resume", "own.pth").load_from == "own.pth"
     backbone = read(own, "--pretrained", "own.pth", "--cfg-options", "model.backbone.depth=2").model.backbone
@@ -262,6 +261,23 @@ def test_flags_come_over_the_config(own: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     assert read(own).launcher == "pytorch"
     assert read(own, "--launcher", "none").launcher == "none"
+
+
+def test_what_training_continues_from(own: str) -> None:
+    """The newest checkpoint, also in a folder that was moved; a first start begins as without --resume."""
+    Path("coco.pth").touch()
+    for options in ([], ["--cfg-options", "load_from=coco.pth"]):
+        first = read(own, "--resume", *options)
+        assert (first.resume, first.load_from) == (False, "coco.pth" if options else None)
+    folder = Path("work_dirs/own")
+    folder.mkdir(parents=True)
+    (folder / "last_checkpoint").write_text("/elsewhere/own/epoch_3.pth")
+    with pytest.raises(UserError, match="names /elsewhere/own/epoch_3.pth, which is not there"):
+        read(own, "--resume")
+    (folder / "epoch_3.pth").touch()
+    for options in ([], ["--cfg-options", "load_from=coco.pth"]):
+        again = read(own, "--resume", *options)
+        assert (again.resume, again.load_from) == (True, str(folder / "epoch_3.pth"))
 
 
 def test_processes_without_gpus(own: str, monkeypatch: pytest.MonkeyPatch) -> None:
