@@ -422,7 +422,7 @@ def choose_backend(index: AttentionIndex, request: Request) -> AttentionIndex:
 
 
 warn_once = lru_cache(maxsize=None)(logger.warning)
-_is_exporting = getattr(torch.compiler, "is_exporting", None)  # from PyTorch 2.7 on
+HAS_EXPORT_FLAG = hasattr(torch.compiler, "_is_exporting_flag")  # from PyTorch 2.7 on
 
 
 def is_traced(x: Tensor) -> bool:
@@ -430,13 +430,14 @@ def is_traced(x: Tensor) -> bool:
 
     True in torch.export, torch.jit.trace, torch.func, forward-mode AD and for tensors with operations of
     their own (fake, distributed, ...). False in torch.compile, which supports custom operators; PyTorch 2.6
-    cannot tell that from a strict export, so there it is True where gradients are disabled.
+    cannot tell that from a strict export, so there it is True where gradients are disabled. Later ones have a
+    flag; `torch.compiler.is_exporting()`, which returns it, is always True in what PyTorch 2.11 compiles.
     """
     has_own_operations = type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
     if has_own_operations or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
         return True
     if torch.compiler.is_compiling():
-        exporting = _is_exporting() if _is_exporting else not torch.is_grad_enabled()
+        exporting = torch.compiler._is_exporting_flag if HAS_EXPORT_FLAG else not torch.is_grad_enabled()
         return exporting or not torch.compiler.is_dynamo_compiling()  # the latter: export, not strict
     return forward_ad._current_level >= 0
 
