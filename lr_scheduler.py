@@ -26,9 +26,10 @@ def scale_rates(config: CfgNode, world_size: int) -> CfgNode:
     for name in ("BASE_LR", "WARMUP_LR", "MIN_LR"):
         scaled.TRAIN[name] = config.TRAIN[name] * images / IMAGES_PER_UPDATE
     scaled.freeze()
+    is_step = config.TRAIN.LR_SCHEDULER.NAME == "step"
     logger.info(
         f"{images} images per update: learning rate {scaled.TRAIN.BASE_LR:.3e}, warm-up from "
-        f"{scaled.TRAIN.WARMUP_LR:.3e}, down to {scaled.TRAIN.MIN_LR:.3e}"
+        f"{scaled.TRAIN.WARMUP_LR:.3e}{'' if is_step else f', down to {scaled.TRAIN.MIN_LR:.3e}'}"
     )
     return scaled
 

@@ -26,6 +26,7 @@ _LOCAL_SIGNATURE = b"PK\x03\x04"
 _SEPARATOR = ".zip@/"
 _ENCRYPTED = 0x1
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+MOST_OPEN = 64  # archives of a process; systems allow a process 256 files or more
 
 
 class ArchiveSource(PackedSource):
@@ -71,6 +72,8 @@ class ArchiveSource(PackedSource):
         if self._pid != os.getpid():
             self._files, self._pid = {}, os.getpid()
         if number not in self._files:
+            if len(self._files) >= MOST_OPEN:
+                self._files.clear()
             self._files[number] = open(self._paths[number], "rb")  # noqa: SIM115 (kept for later reads)
         return self._files[number]
 

@@ -41,7 +41,7 @@ MATRICES: dict[Callable[..., Image.Image], Callable[[np.ndarray, float], Matrix]
 
 
 def _move(
-    matrix_of: Callable[[np.ndarray, float], Matrix],
+    function: Callable[..., Image.Image],
     pixels: np.ndarray,
     strength: float,
     fillcolor: Any = 0,
@@ -50,7 +50,7 @@ def _move(
     """Move the pixels of an image.
 
     Args:
-        matrix_of: one of MATRICES.
+        function: of timm, a key of MATRICES: processes that do not fork receive it by name.
         pixels: [height, width, 3].
         strength: as timm draws it.
         fillcolor: of what lies outside.
@@ -61,7 +61,7 @@ def _move(
     if isinstance(resample, list | tuple):
         resample = random.choice(resample)  # as timm draws it
     method = cv2.INTER_CUBIC if resample == Image.Resampling.BICUBIC else cv2.INTER_LINEAR
-    a, b, c, d, e, f = matrix_of(pixels, strength)
+    a, b, c, d, e, f = MATRICES[function](pixels, strength)
     return cv2.warpAffine(
         pixels,
         np.array([[a, b, c + (a + b - 1) / 2], [d, e, f + (d + e - 1) / 2]]),  # about centres of pixels
@@ -73,7 +73,7 @@ def _move(
 
 
 OPERATIONS: dict[Callable[..., Image.Image], Operation] = {
-    function: partial(_move, matrix_of) for function, matrix_of in MATRICES.items()
+    function: partial(_move, function) for function in MATRICES
 }
 """By the function of timm that does the same to a PIL image."""
 

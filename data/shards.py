@@ -81,7 +81,8 @@ def open_shards(root: Path, split: str, output: Path) -> ShardSource:
     stats = [(shard.name, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in shards]
     facts, folder = json.dumps(stats), shards[0].parent.resolve()
     name = f"index_{split}.npz"
-    files = [folder / name, output / f"{zlib.crc32(os.fsencode(folder)):08x}_{name}"]
+    which = zlib.crc32(os.fsencode(folder) + facts.encode())  # machines may have copies, with other times
+    files = [folder / name, output / f"{which:08x}_{name}"]
     index = _load_index(files, facts)
     if index is None:
         logger.info(f"indexing {len(shards)} shards of {root}, or waiting for the process that does")
@@ -171,8 +172,8 @@ def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
     try:
         with tarfile.open(path, "r:") as shard:
             for member in shard:
-                if member.issparse():
-                    raise tarfile.ReadError(f"{member.name} is a sparse file")
+                if member.issparse() or member.islnk() or member.issym():
+                    raise tarfile.ReadError(f"{member.name} is a sparse file or a link")
                 end = member.offset_data
                 if member.isreg():
                     end += -(-member.size // _BLOCK) * _BLOCK
@@ -184,7 +185,7 @@ def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
     except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
         raise ValueError(
             f"{path}: expected a whole tar file without compression, got a truncated, damaged or other one "
-            f"({error}); copy it again"
+            f"({error}); copy it again, or write it again"
         ) from error
 
 

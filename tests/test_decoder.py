@@ -1,5 +1,6 @@
 """DATA.DECODER: what OpenCV makes of image files beside what Pillow makes of them."""
 
+import pickle
 import random
 import sys
 from pathlib import Path
@@ -82,7 +83,8 @@ def test_decoders_draw_the_same(policy: str, interpolation: str) -> None:
         ends, images = [], []
         for name in ("pil", "opencv"):
             random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
-            decode, transform = with_decoder(name, train_transform(SIZE, 3, MEAN, STD, interpolation, recipe))
+            steps = with_decoder(name, train_transform(SIZE, 3, MEAN, STD, interpolation, recipe))
+            decode, transform = pickle.loads(pickle.dumps(steps))  # as spawned workers receive them
             images.append(transform(decode(content, "x")))
             ends.append((random.random(), np.random.rand(), torch.rand(1).item()))
         assert ends[0] == ends[1]

@@ -31,7 +31,7 @@ from test_data import (
 )
 from yacs.config import CfgNode
 
-from data import Loaders, UndecodableImageError, build_loaders
+from data import Loaders, UndecodableImageError, archive, build_loaders
 from data.folder import SOLUTION
 from data.shards import open_shards
 
@@ -260,6 +260,20 @@ def test_kaggles_images_need_its_solution(plain: Path, tmp_path: Path) -> None:
         build_loaders(make_config(tmp_path))
 
 
+# --- Archives -----------------------------------------------------------------------------------------------
+
+
+def test_more_archives_than_a_process_may_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive, "MOST_OPEN", 2)
+    for number in range(4):
+        with zipfile.ZipFile(tmp_path / f"{number}.zip", "w") as file:
+            file.writestr("a.png", str(number))
+    (tmp_path / "train_map.txt").write_text("".join(f"{n}.zip@/a.png\t{n}\n" for n in range(4)))
+    source = archive.open_archive_split(tmp_path, "train")
+    assert [source.read(n) for n in (0, 1, 2, 0, 3)] == [b"0", b"1", b"2", b"0", b"3"]
+    assert len(source._files) <= 2
+
+
 # --- Shards -------------------------------------------------------------------------------------------------
 
 
@@ -268,6 +282,17 @@ def shard_of(*files: tuple[str, bytes]) -> bytes:
     with tarfile.open(fileobj=buffer, mode="w") as shard:
         for name, content in files:
             add(shard, name, content)
+    return buffer.getvalue()
+
+
+def linked() -> bytes:
+    """A shard with a second name of its image, as tar stores files that are hard links."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as shard:
+        add(shard, "a.jpg", b"x")
+        link = tarfile.TarInfo("b.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, "a.jpg"
+        shard.addfile(link)
     return buffer.getvalue()
 
 
@@ -281,6 +306,7 @@ def open_shard(folder: Path, *contents: bytes) -> None:
 IMAGE, LABEL = ("a/0.jpg", b"\xff" * 700), ("a/0.cls", b"1")
 WHOLE = shard_of(IMAGE, LABEL)
 BAD_SHARDS = {
+    "link": (linked(), "b.jpg is a sparse file or a link"),
     "cut in an image": (WHOLE[:700], "0.tar: expected a whole tar file"),
     "cut between images": (WHOLE[:1536], "0.tar: expected a whole tar file"),
     "compressed": (b"\x1f\x8b" + bytes(2000), "0.tar: expected a whole tar file without compression"),
@@ -346,10 +372,10 @@ def test_the_index_is_kept_until_a_shard_changes(
     for _ in range(2):
         source = open_shards(tmp_path, "train", output)
         assert (len(opened), source.labels.tolist(), source.read(0)) == (1, [1], IMAGE[1])
-    (kept,) = (path for path in tmp_path.rglob("*.npz") if path.is_file())
     shard.write_bytes(shard_of(IMAGE, ("a/0.cls", b"2")))
     os.utime(shard, (1, 1))
     assert open_shards(tmp_path, "train", output).labels.tolist() == [2]
+    kept = max((p for p in tmp_path.rglob("*.npz") if p.is_file()), key=lambda p: p.stat().st_mtime_ns)
     kept.write_bytes(kept.read_bytes()[:-30])
     assert open_shards(tmp_path, "train", output).labels.tolist() == [2]
     assert len(opened) == 3

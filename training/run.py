@@ -175,7 +175,7 @@ def prepare_folder(run: Run, state: TrainState, source: str) -> None:
     Raises:
         OSError: a file cannot be written.
     """
-    continues = bool(source) and Path(source).resolve().parent == run.output.resolve()
+    continues = bool(source) and Path(source).parent.resolve() == run.output.resolve()  # it may be a link
     remove_temporary_files(run.output)
     with utils.atomic_write(run.output / "config.yaml") as temporary:
         temporary.write_text(run.config.dump(), encoding="utf-8")
