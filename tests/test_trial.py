@@ -21,6 +21,7 @@ from torch import distributed as dist
 pytest.importorskip("triton")
 
 import triton
+import triton.language as tl
 from attention_definition import request
 from conftest import REPO
 from test_triton import compiled, interpreted
@@ -28,7 +29,7 @@ from test_triton import compiled, interpreted
 from config import load_config
 from models import FocalTransformer, agree_on_backends, build_model, focal_transformer
 from models.focal_transformer import BACKENDS, Backend, Request, Unsupported
-from models.ops.triton import attention, launch, trial
+from models.ops.triton import attention, kernels, launch, trial
 from tools.benchmarks.stub_driver import StubDriver
 
 NANO: dict[str, Any] = {
@@ -62,6 +63,29 @@ def test_right_kernels_pass(dtype: torch.dtype, by_query: bool, by_window: bool)
     assert trial.attempt(made) is None
     inference = made._replace(request=made.request._replace(trains=False))
     assert trial.attempt(inference) is None
+
+
+@interpreted
+def test_one_key_is_tried_without_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bias has no gradient. Autograd's thread may be the one that waits for the trial."""
+    attend = attention.attention
+
+    def without_graph(*args: Any) -> Any:
+        assert not torch.is_grad_enabled()
+        return attend(*args)
+
+    monkeypatch.setattr(attention, "attention", without_graph)
+    assert trial.attempt(case(keys=1, always_seen=1)) is None
+
+
+@interpreted
+def test_kernels_that_are_wrong_from_the_second_item_on_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    @triton.jit
+    def stay(image, window, windows, SHARED: tl.constexpr):
+        return image, window
+
+    monkeypatch.setitem(kernels.forward_kernel.fn.__globals__, "_next_item", stay)
+    assert "the kernels are wrong on cpu: off by" in str(trial.attempt(case()))
 
 
 @interpreted

@@ -20,11 +20,13 @@ def prepare(index: AttentionIndex, request: Request) -> TritonTables:
     if request.device.type != "cuda" and "TRITON_INTERPRET" not in os.environ:
         raise Unsupported(f"needs a CUDA device, got {request.device}")
     try:
-        from . import attention, kernels, trial
+        from . import attention, kernels, launch, trial
     except ImportError as error:
         raise Unsupported(str(error)) from error
     if reason := attention.why_not(request, index.window):
         raise Unsupported(reason)
+    if index.tokens * 3 * request.heads * request.head_dim > launch.MOST_NUMBERS:
+        raise Unsupported(f"addresses {launch.MOST_NUMBERS} numbers of an image; this one has more")
     tables = build_tables(index, request.trains)
     case = trial.case_of(index, tables, request)
     if not kernels.INTERPRETED and (reason := trial.problem(case)):

@@ -45,12 +45,33 @@ def why_not(request: Request, window: int) -> str | None:
 
 def attend(qkv: Tensor, index: AttentionIndex, bias: Tensor, scale: float) -> Tensor:
     """See `Backend`."""
-    made: TritonTables = index.tables
     if not LEAST_SCALE <= scale <= 1 / LEAST_SCALE:  # the bias is divided by it
         qkv, scale = torch.cat((scale * qkv[:, :, :1], qkv[:, :, 1:]), dim=2), 1.0
+    return attention(qkv, bias, index.visible, *_tables(index), scale)[0]
+
+
+def _tables(index: AttentionIndex) -> tuple[list[Tensor], int, int, int, int]:
+    """What `attention` gets of an index."""
+    made: TritonTables = index.tables
     tables = [index.keys, made.columns, made.keys, made.first, *(made.blocks or ())]
-    numbers = (made.always_seen, index.height, index.width, index.window, scale)
-    return attention(qkv, bias, index.visible, tables, *numbers)[0]
+    return tables, made.always_seen, index.height, index.width, index.window
+
+
+@torch.no_grad()
+def without_autograd(
+    qkv: Tensor, index: AttentionIndex, bias: Tensor, scale: float, d_out: Tensor | None
+) -> list[Tensor]:
+    """As `attend`, and for a gradient of the output the gradients of qkv and bias.
+
+    Autograd computes gradients of a GPU in one thread. A caller in that very thread, as where activations are
+    computed again in a backward pass, would wait for itself.
+    """
+    tables, always_seen, height, width, window = _tables(index)
+    out, lse = attention(qkv, bias, index.visible, tables, always_seen, height, width, window, scale)
+    if d_out is None:
+        return [out]
+    numbers = (always_seen, width, window, scale)
+    return [out, *attention_backward(d_out, out, lse, qkv, bias, index.visible, *tables[1:], *numbers)]
 
 
 _INPUTS = (

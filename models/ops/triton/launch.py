@@ -16,6 +16,7 @@ import os
 import shutil
 import sysconfig
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, e, log2
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from .kernels import INTERPRETED, forward_kernel, key_gradient_kernel, query_gradient_kernel
@@ -36,6 +38,10 @@ MOST_NUMBERS = 2**31 - 1
 TARGET_PROGRAMS = {"forward": 1056, "query_gradient": 528}
 """Programs to divide a pass into, where it has as many items: eight for each of the 132 SMs of a Hopper, and
 four where each leaves a gradient of the whole bias behind, to be read again and summed."""
+
+
+most_slices: ContextVar[int] = ContextVar("most_slices", default=MOST_NUMBERS)
+"""Most slices of a pass: the trial (trial.py) takes few, so that a program goes through several items."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,8 @@ AMPERE: dict[tuple[str, int, int], Config] = {
     ("key_gradient", 32, 4): Config(4, 1, 16, BLOCK_KEYS),
     ("key_gradient", 64, 4): Config(8, 1, 16, BLOCK_KEYS),
 }
+if triton.__version__.startswith("3.2."):  # it cannot arrange three stages, says so, and copies at once
+    AMPERE["query_gradient", 32, 2] = Config(4, 2, 64, 32, 64)
 HOPPER = AMPERE | {
     ("forward", 32, 2): Config(4, 1, 64, 64, 224),
     ("forward", 64, 2): Config(4, 2, 64, 64, 128),
@@ -72,7 +80,7 @@ HOPPER = AMPERE | {
 }
 BLACKWELL = HOPPER | {
     ("forward", 64, 2): Config(4, 1, 64, 64, 224),
-    ("query_gradient", 32, 2): Config(4, 1, 64, 64, 256),
+    ("query_gradient", 32, 2): Config(4, 1, 64, 64, 192),  # 256 fit into tensor memory from Triton 3.8 on
     ("query_gradient", 64, 2): Config(4, 1, 64, 64, 128),
     ("key_gradient", 32, 2): Config(4, 1, 64, BLOCK_KEYS),
     ("key_gradient", 64, 2): Config(4, 1, 64, BLOCK_KEYS),
@@ -277,7 +285,7 @@ def plain_tiles(keys: int, always_seen: int, block: int) -> int:
 
 def divide(kernel: str, items: int, programs: int) -> tuple[int, int]:
     """Slices to divide `items` into where there are `programs` for each slice: slices, items of a slice."""
-    slices = max(1, min(items, TARGET_PROGRAMS[kernel] // programs))
+    slices = max(1, min(items, most_slices.get(), TARGET_PROGRAMS[kernel] // programs))
     size = max(1, ceil(items / slices))
     return ceil(items / size), size
 
