@@ -266,6 +266,13 @@ def predict(
                 prediction.top = [
                     (number, names[number], share) for number, share in zip(*found, strict=True)
                 ]
+            for prediction, fits in zip(readable, logits.isfinite().all(dim=-1).tolist(), strict=True):
+                if not fits:
+                    prediction.top = []
+                    prediction.error = (
+                        f"{prediction.image}: expected finite outputs, got nan or inf; use other weights, or "
+                        "full precision (--opts AMP_OPT_LEVEL O0)"
+                    )
         yield from predictions
 
 

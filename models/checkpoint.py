@@ -33,15 +33,15 @@ from .torch_file import read_torch_file, shown
 
 logger = logging.getLogger(__name__)
 
-DERIVED_BUFFERS = re.compile(rf"\.attn\.({'|'.join(ORIGINAL_BUFFERS)})")
+DERIVED_BUFFERS = re.compile(rf"\.attn\.({'|'.join(ORIGINAL_BUFFERS)})|\.attn_mask$")
 """Tables in the original's files that follow from the options."""
 
 STORED_KEYS = re.compile(r"\.attn\.topk_cloest_indice_\d+$")
 """Focal-fast's choice of nearest keys, valid for the map size it was made for."""
 
 HEAD = ("head.weight", "head.bias")
-STATE_KEYS = ("model", "state_dict", "model_state_dict")
-"""Where a file may hold its parameters; else the file is the state dict itself."""
+STATE_KEYS = ("model", "state_dict", "model_state_dict", "module")
+"""Where a file may hold its parameters, the last in DeepSpeed's; else the file is the state dict itself."""
 
 AVERAGES = ("model_ema", "state_dict_ema")
 """Where a file may hold averaged weights beside them. MMEngine's EMAHook puts them under `state_dict`."""
@@ -54,6 +54,9 @@ LOCK_SECONDS = 3600  # to wait for another process that downloads
 RGB = 3
 PREFIXES = re.compile(r"(?:(?:module|_orig_mod|model|net|timm_model|_?backbone|encoder)\.)*")
 """What wrappers and larger models put before the names of this one."""
+
+WRAPPERS = re.compile(r"(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+"""What wrappers of a block or stage put into names, anywhere."""
 
 ADVICE = (
     "Use an undamaged copy, and the config that the checkpoint was trained with: MODEL.NUM_CLASSES, "
@@ -188,7 +191,11 @@ def _without_prefix(state: Mapping[str, Tensor], origin: str) -> tuple[dict[str,
     prefix = stems[0].removesuffix(STEM) if stems else ""
     if prefix:
         logger.info("%s: the prefix %s is removed from the names", origin, prefix)
-    own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    own = {
+        WRAPPERS.sub("", key.removeprefix(prefix)): value
+        for key, value in state.items()
+        if key.startswith(prefix)
+    }
     return own, sorted(key for key in state if not key.startswith(prefix))
 
 
@@ -215,7 +222,11 @@ def load_checkpoint(
     """
     model = _unwrapped(model)
     given, left_out = _own_state(read_checkpoint(path_or_url), str(path_or_url))
-    wanted = model.state_dict()
+    wanted: dict[str, Tensor] = {}
+    names: dict[str, str] = {}  # by key of `wanted`, what a wrapped model calls it
+    for name, value in model.state_dict().items():
+        key = WRAPPERS.sub("", name)
+        wanted[key], names[key] = value, name
     report = LoadReport(str(path_or_url), left_out=left_out)
     if reset_head:
         report.reset = sorted(key for key in HEAD if key in given or key in wanted)
@@ -227,11 +238,15 @@ def load_checkpoint(
         report.resized, report.continued, report.dropped = resize_state(given, wanted, map_size)
     for name, layer in model.named_modules():
         if isinstance(layer, FocalFastAttention):
-            report.kept += layer.stale_keys(given, f"{name}.")
-    own, stale = ({key: state.pop(key) for key in report.kept} for state in (wanted, given))
+            prefix = f"{WRAPPERS.sub('', name)}."
+            absent = [prefix + key for key in layer.key_buffers if prefix + key not in given]
+            report.kept += [*absent, *layer.stale_keys(given, prefix)]
+    own = {key: wanted.pop(key) for key in report.kept}
+    stale = {key: given.pop(key) for key in report.kept if key in given}
     of_this_size = any(not x.is_nested and x.shape == own[key].shape for key, x in stale.items())
     check_state(given, wanted, report.path)
-    model.load_state_dict(given | own, strict=False)  # complete but for what the report says
+    loaded = {names.get(key, key): value for key, value in (given | own).items()}
+    model.load_state_dict(loaded, strict=False)  # complete but for what the report says
     _log(report, logging.WARNING if of_this_size else logging.INFO)
     return report
 
@@ -263,7 +278,7 @@ def _log(report: LoadReport, level_of_kept: int = logging.INFO) -> None:
         (logging.WARNING, report.left_out, "parts of a larger model are left out"),
         (logging.WARNING, report.adapted, "made for 3 input channels, adapted to the model's number"),
         (logging.INFO, report.resized, "made for other windows or another input size, resized"),
-        (level_of_kept, report.kept, "not the nearest keys here, so the model's own stay"),
+        (level_of_kept, report.kept, "not the nearest keys here, or none, so the model's own stay"),
     ):
         if names:
             logger.log(level, "%s: %s: %d: %s", report.path, text, len(names), _listed(names))

@@ -32,6 +32,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from ctypes import string_at
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import lru_cache
 from numbers import Integral
@@ -676,13 +677,18 @@ class FocalFastAttention(FocalAttention):
         """Copy the stored keys to `stored_bytes` if they were loaded, moved or changed in place. A compiled
         model does this only when it is compiled and when a state dict is loaded.
 
-        Under torch.vmap over models, whose keys cannot be read, those that were read last are used.
+        On a GPU, writing past the tensors' versions (`.data`, collectives) counts from the next
+        `load_state_dict` on. Under torch.vmap over models, whose keys cannot be read, the last ones are used.
         """
         choice = [getattr(self, name) for name in self.key_buffers]
         if any(type(x) is not Tensor or x.is_meta for x in choice):
             return
         try:
-            versions = tuple((x.data_ptr(), None if x.is_inference() else x._version) for x in choice)
+            versions: tuple[Any, ...] = tuple(
+                (x.data_ptr(), None if x.is_inference() else x._version) for x in choice
+            )
+            if choice[0].device.type == "cpu":  # `.data` and collectives write past the versions
+                versions += tuple(string_at(x.data_ptr(), x.nbytes) for x in choice if x.is_contiguous())
         except RuntimeError:  # of torch.vmap's tensors, which have no memory of their own
             return
 
@@ -800,6 +806,11 @@ class FocalBlock(nn.Module):
         for gamma in (self.gamma_1, self.gamma_2):
             if gamma is not None and self.layerscale is not None:
                 nn.init.constant_(gamma, self.layerscale)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load, without the mask that the original's block keeps if it shifts."""
+        state_dict.pop(f"{prefix}attn_mask", None)  # of a copy
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
@@ -1021,11 +1032,11 @@ class FocalTransformer(nn.Module):
         If the last stage goes, norm, pooling and classifier go too."""
         wanted = self.chosen_stages(indices)
         shortened = max(wanted) < len(self.layers) - 1
-        self.layers = self.layers[: max(wanted) + 1]
+        del self.layers[max(wanted) + 1 :]
         self.stages[-1].downsample = None
         self.num_features = self.feature_dims[max(wanted)]
         if prune_norm or shortened:
-            self.norm = nn.Identity()
+            self.norm = nn.Identity().train(self.training)
         if prune_head or shortened:
             self.reset_classifier(0, "")
         return wanted
@@ -1221,7 +1232,8 @@ def check_options(options: Mapping[str, Any]) -> None:
     checks += [(key, options[key] in names, f"one of {', '.join(names)}") for key, names in choices.items()]
     ring_options = () if options["kind"] == "focalv2" else ("focal_windows", "expand_sizes")
     for key in ("num_heads", "focal_levels", *ring_options):
-        checks.append((key, len(options[key]) == stages, f"one entry for each of the {stages} depths"))
+        fits = len(options[key]) == stages and all(isinstance(n, Integral) for n in options[key])
+        checks.append((key, fits, f"a whole number for each of the {stages} depths"))
     for key in ("patch_size", "in_chans", "embed_dim", "window_size", "focal_topk"):
         fits = isinstance(options[key], Integral) and options[key] >= 1
         checks.append((key, fits, "a whole number, at least 1"))
@@ -1248,5 +1260,6 @@ def _stage_problems(options: Mapping[str, Any], stage: int) -> list[str]:
         fits = f"expand_sizes must lie between 0 and the window size {window}, got {expand}"
         checks.append((levels in (0, 1, 2, 3), f"focal_levels must be 0 to 3, got {levels}"))
         checks.append((0 <= expand <= window, fits))
-        checks.append((not pools or focal_window % 2 == 1, f"focal_windows must be odd, got {focal_window}"))
+        is_odd = focal_window % 2 == 1 and focal_window > 0
+        checks.append((not pools or is_odd, f"focal_windows must be odd, from 1 on, got {focal_window}"))
     return [f"stage {stage}: {text}" for fits, text in checks if not fits]

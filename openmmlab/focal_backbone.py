@@ -78,8 +78,9 @@ class FocalBackbone(FocalTransformer):
         self.options, self.init_cfg = options, init_cfg
         self.out_indices = tuple(out_indices)
         self.prune_intermediate_layers(out_indices, prune_norm=True)
+        where = {"device": options.get("device"), "dtype": options.get("dtype")}
         for index in out_indices:
-            norm = nn.LayerNorm(self.feature_dims[index]).requires_grad_(index >= frozen_stages)
+            norm = nn.LayerNorm(self.feature_dims[index], **where).requires_grad_(index >= frozen_stages)
             self.add_module(f"norm{index}", norm)
         freeze_stages(self, frozen_stages)
 

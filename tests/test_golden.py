@@ -10,10 +10,13 @@ of each family; all take less than an hour:
 import json
 import os
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
 from golden_files import ALL, FILES, SMALL, Golden, relative
+
+from models import load_checkpoint
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
@@ -64,6 +67,18 @@ def same_names(golden: Golden, state: dict[str, torch.Tensor]) -> None:
     left_out = shapes.keys() - state.keys()
     assert left_out <= set(golden.names("buffer_names"))
     assert not any("topk_cloest_indice" in name for name in left_out)
+
+
+@pytest.mark.parametrize("path", SMALL, ids=lambda path: path.stem)
+def test_what_the_original_saves_loads(path: Path, tmp_path: Path) -> None:
+    """With its tables, of which ours are made anew."""
+    golden = Golden(path)
+    model = golden.build()
+    own = model.state_dict()
+    state = {name: own.get(name, torch.zeros(2)) for name in golden.names("state_names")}
+    model.load_state_dict(state)
+    torch.save({"model": state}, tmp_path / "original.pth")
+    load_checkpoint(model, tmp_path / "original.pth")
 
 
 @pytest.mark.parametrize(("name", "img_size"), [("v1_nonsquare", 76), ("v1_pad", [84, 112])])

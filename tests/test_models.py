@@ -183,10 +183,12 @@ def test_compiles_to_one_graph_per_size(kind, train) -> None:
 # --- Errors -------------------------------------------------------------------------------------------------
 
 CONTRADICTIONS = [
-    ({"focal_windows": [6, 5, 3, 1]}, "stage 0: focal_windows must be odd, got 6"),
+    ({"focal_windows": [6, 5, 3, 1]}, "stage 0: focal_windows must be odd, from 1 on, got 6"),
+    ({"focal_windows": [-1, 5, 3, 1]}, "stage 0: focal_windows must be odd, from 1 on, got -1"),
+    ({"num_heads": [1.0, 2, 2, 4]}, "num_heads must be a whole number for each of the 4 depths, got [1.0,"),
     ({"focal_pool": "avg"}, "focal_pool must be one of none, fc, conv, mean, max, got 'avg'"),
     ({"num_heads": [1, 3, 2, 4]}, "stage 1: num_heads must divide the 16 channels, got 3"),
-    ({"num_heads": [1, 2]}, "num_heads must be one entry for each of the 4 depths, got [1, 2]"),
+    ({"num_heads": [1, 2]}, "num_heads must be a whole number for each of the 4 depths, got [1, 2]"),
     ({"kind": "focalv2", "focal_levels": [0, 1, 1, 1]}, "stage 0: Focal-fast has focal_levels 1 or 2, got 0"),
     ({"kind": "focalv2", "focal_pool": "none"}, "stage 0: focal_levels 2 of Focal-fast needs a pool"),
     ({"focal_levels": [4, 1, 1, 1]}, "stage 0: focal_levels must be 0 to 3, got 4"),

@@ -208,7 +208,7 @@ def test_loading_is_logged_and_refuses_what_does_not_fit(
         ({"out_indices": [2, 1]}, "out_indices must ascend within 0 to 3"),
         ({"out_indices": [0, 1], "frozen_stages": 3}, "frozen_stages must be -1 to 2, got 3"),
         ({"init_cfg": {"type": "Kaiming"}}, "expected init_cfg=dict"),
-        ({"focal_levels": [2]}, "focal_levels must be one entry"),
+        ({"focal_levels": [2]}, "focal_levels must be a whole number"),
     ],
     ids=str,
 )

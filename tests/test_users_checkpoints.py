@@ -18,6 +18,7 @@ from test_checkpoint import saved as stored
 from timm.models import adapt_input_conv
 from timm.utils import CheckpointSaver
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import main
 from config import load_config
@@ -42,6 +43,31 @@ def test_threads_read_checkpoints(tmp_path: Path) -> None:
     path = saved({"args": Namespace(lr=1), "model": {"w": torch.ones(1)}}, tmp_path)
     with ThreadPoolExecutor(4) as threads:
         assert all("model" in found for found in threads.map(read_checkpoint, [path] * 200))
+
+
+def test_weights_without_stored_keys_load(tmp_path: Path) -> None:
+    """As of averages, which have parameters alone."""
+    model, fresh = build(kind="focalv2"), build(kind="focalv2", seed=1)
+    path = saved({"state_dict": dict(model.named_parameters())}, tmp_path)
+    assert load_checkpoint(fresh, path).kept and same(fresh, model)
+
+
+@every_kind
+def test_wrapped_blocks_load_and_their_files_are_read(kind: str, tmp_path: Path) -> None:
+    """Compiled ones have names of their own, checkpointed ones in the tree of modules alone."""
+    model, fresh, larger = build(kind=kind), build(kind=kind, seed=1), build(kind=kind, seed=2, img_size=96)
+    for net in (model, fresh):
+        for stage in net.layers:
+            stage.blocks = nn.ModuleList(torch.compile(block) for block in stage.blocks)
+    path = saved({"module": model.state_dict()}, tmp_path)  # as DeepSpeed's
+    assert any("._orig_mod." in key for key in read_checkpoint(path)["module"])
+    load_checkpoint(fresh, path)
+    assert same(fresh, model)
+    for stage in larger.layers:
+        stage.blocks = nn.ModuleList(checkpoint_wrapper(block) for block in stage.blocks)
+    report = load_checkpoint(larger, path, resize=True)
+    assert bool(report.kept) == (kind == "focalv2")
+    assert torch.equal(larger.norm.weight, model.norm.weight)
 
 
 def test_keys_of_another_input_size_are_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,6 +5,7 @@ padding, and a last stage that is a single window. test_export.py writes files b
 test_users_checkpoints.py reads checkpoints of other tools.
 """
 
+import copy
 import pickle
 import threading
 import warnings
@@ -678,6 +679,17 @@ def test_stored_keys_that_a_call_brings_along() -> None:
 
     for found in (torch.func.vjp(call, IMAGES)[0], torch.vmap(lambda x: call(x[None])[0])(IMAGES)):
         torch.testing.assert_close(found.detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_stored_keys_that_are_written_past_their_versions() -> None:
+    """As collectives and teachers do."""
+    model = build(FAMILIES[1]).eval()
+    other, before = copy.deepcopy(model), logits(model)
+    other.load_state_dict(small_models.other_ties(model), strict=False)
+    for mine, theirs in zip(model.buffers(), other.buffers(), strict=True):
+        mine.data.copy_(theirs)
+    torch.testing.assert_close(logits(model), logits(other))
+    assert not torch.equal(logits(model), before)
 
 
 def test_a_copy_holds_nothing_of_what_its_model_read() -> None:
