@@ -259,8 +259,8 @@ def predict(
                 prediction.error = str(error)
         if inputs:
             with torch.no_grad(), trained.precision.autocast(trained.device):
-                logits = trained.model(torch.stack(inputs).to(trained.device))
-            shares, classes = logits.float().cpu().softmax(dim=-1).topk(min(top, len(names)))
+                logits = trained.model(torch.stack(inputs).to(trained.device)).float().cpu()
+            shares, classes = logits.softmax(dim=-1).topk(min(top, len(names)))
             readable = [prediction for prediction in predictions if not prediction.error]
             for prediction, *found in zip(readable, classes.tolist(), shares.tolist(), strict=True):
                 prediction.top = [

@@ -24,10 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from .kernels import INTERPRETED, forward_kernel, key_gradient_kernel, query_gradient_kernel
+from .kernels import INTERPRETED, forward_kernel, key_gradient_kernel, query_gradient_kernel, triton
 from .tables import BLOCK_KEYS, Blocks, computed_keys
 
 LOG2E = log2(e)
